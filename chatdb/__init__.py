@@ -1,0 +1,83 @@
+"""An asynchronous data layer for chatbot conversations and messages on PostgreSQL."""
+
+from chatdb.conversations import (
+    create_conversation,
+    delete_conversation,
+    delete_user,
+    get_conversation,
+    get_conversation_by_key,
+    list_conversations,
+    update_conversation,
+)
+
+# from chatdb.embedded import open_embedded
+from chatdb.errors import (
+    AcquireTimeoutError,
+    ChatDBError,
+    CommandTimeoutError,
+    ConfigurationError,
+    ConflictError,
+    ConversationNotFoundError,
+    InvalidInputError,
+    MessageNotFoundError,
+    NotFoundError,
+    SchemaError,
+    UnavailableError,
+)
+from chatdb.messages import (
+    append_message,
+    append_messages,
+    delete_message,
+    delete_messages_after,
+    get_history,
+    get_message,
+    get_message_by_key,
+    iter_messages,
+    list_messages,
+    update_message,
+)
+from chatdb.pool import create_pool, transaction
+from chatdb.records import UNSET, Conversation, Deleted, JsonText, Message, NewMessage, Role
+from chatdb.schema import check_schema
+
+__all__ = [
+    "UNSET",
+    "AcquireTimeoutError",
+    "ChatDBError",
+    "CommandTimeoutError",
+    "ConfigurationError",
+    "ConflictError",
+    "Conversation",
+    "ConversationNotFoundError",
+    "Deleted",
+    "InvalidInputError",
+    "JsonText",
+    "Message",
+    "MessageNotFoundError",
+    "NewMessage",
+    "NotFoundError",
+    "Role",
+    "SchemaError",
+    "UnavailableError",
+    "append_message",
+    "append_messages",
+    "check_schema",
+    "create_conversation",
+    "create_pool",
+    "delete_conversation",
+    "delete_message",
+    "delete_messages_after",
+    "delete_user",
+    "get_conversation",
+    "get_conversation_by_key",
+    "get_history",
+    "get_message",
+    "get_message_by_key",
+    "iter_messages",
+    "list_conversations",
+    "list_messages",
+    # "open_embedded",
+    "transaction",
+    "update_conversation",
+    "update_message",
+]

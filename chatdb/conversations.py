@@ -1,0 +1,142 @@
+"""The functions on conversations: one SQL file each, of the same name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chatdb import _input
+from chatdb._query import Database, Query
+from chatdb.errors import InvalidInputError, UnavailableError
+from chatdb.records import UNSET, Conversation, Deleted, Unset
+
+_create_conversation = Query("create_conversation", Conversation)
+_create_conversation_keyed = Query("create_conversation_keyed", Conversation, repeatable=True)
+_get_conversation = Query("get_conversation", Conversation, repeatable=True)
+_get_conversation_by_key = Query("get_conversation_by_key", Conversation, repeatable=True)
+_list_conversations = Query("list_conversations", Conversation, repeatable=True)
+_list_conversations_before = Query("list_conversations_before", Conversation, repeatable=True)
+_update_conversation = Query("update_conversation", Conversation)
+_delete_conversation = Query("delete_conversation", Deleted)
+_delete_user = Query("delete_user", Deleted)
+
+
+async def create_conversation(
+    db: Database,
+    *,
+    user_id: str,
+    title: str | None = None,
+    key: str | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> Conversation:
+    """
+    Create a conversation of a user, or return the one that already has this `key`.
+
+    With a `key` (1 to 255 characters, unique per user) the call can be repeated: the stored conversation comes back
+    unchanged, whatever the other arguments say, and nothing is written. `title` has at most 1,000 characters,
+    `metadata` at most 64 KiB as JSON.
+
+    Raises InvalidInputError.
+    """
+    user = _input.user(user_id)
+    title = _input.title(title)
+    data = _input.metadata("metadata", metadata)
+    key = _input.key("key", key)
+    if key is None:
+        return await _create_conversation.fetch_one(db, user, title, data)
+    for _ in range(3):
+        # empty if another caller stored the key between the statement's look and its insertion
+        stored = await _create_conversation_keyed.fetch_all(db, user, title, data, key)
+        if stored:
+            return stored[0]
+    raise UnavailableError("other callers create and delete this key all the time: try again", sent=True)
+
+
+async def get_conversation(db: Database, *, user_id: str, conversation_id: int) -> Conversation:
+    """
+    Return one conversation of a user.
+
+    Raises ConversationNotFoundError when the user has no such conversation, whoever else may have it.
+    """
+    return await _get_conversation.fetch_one(db, _input.user(user_id), _input.identifier(conversation_id))
+
+
+async def get_conversation_by_key(db: Database, *, user_id: str, key: str) -> Conversation:
+    """
+    Return the conversation of a user that was created with this `key`.
+
+    Raises ConversationNotFoundError when the user has none.
+    """
+    name = _input.text("key", key, least=1, most=_input.MAX_NAME)
+    return await _get_conversation_by_key.fetch_one(db, _input.user(user_id), name)
+
+
+async def list_conversations(
+    db: Database, *, user_id: str, limit: int = 20, before: Conversation | None = None
+) -> list[Conversation]:
+    """
+    Return a page of a user's conversations, latest activity first; empty for an unknown user.
+
+    `before` is the last conversation of the previous page. The next page starts after the place that it had when it
+    was read, so nothing comes twice, and what became active meanwhile stands on page one. `limit` is 1 to 10,000.
+
+    Raises InvalidInputError. The first page is `list_conversations.sql`, later ones `list_conversations_before.sql`.
+    """
+    user = _input.user(user_id)
+    limit = _input.limit("limit", limit)
+    if before is None:
+        return await _list_conversations.fetch_all(db, user, limit)
+    if not isinstance(before, Conversation):  # pyright: ignore[reportUnnecessaryIsInstance] - callers without types
+        raise InvalidInputError("before", "must be the last Conversation of the previous page")
+    return await _list_conversations_before.fetch_all(db, user, before.updated_at, before.id, limit)
+
+
+async def update_conversation(
+    db: Database,
+    *,
+    user_id: str,
+    conversation_id: int,
+    title: str | Unset | None = UNSET,
+    metadata: dict[str, Any] | Unset | None = UNSET,
+) -> Conversation:
+    """
+    Replace the title or the metadata of a conversation; None clears them, what is not given stays.
+
+    The conversation keeps its place in the list: `updated_at` is the time of the last append.
+
+    Raises ConversationNotFoundError, InvalidInputError.
+    """
+    user, conversation = _input.user(user_id), _input.identifier(conversation_id)
+    if title is UNSET and metadata is UNSET:
+        return await _get_conversation.fetch_one(db, user, conversation)
+    return await _update_conversation.fetch_one(
+        db,
+        user,
+        conversation,
+        title is not UNSET,
+        None if title is UNSET else _input.title(title),
+        metadata is not UNSET,
+        None if metadata is UNSET else _input.metadata("metadata", metadata),
+    )
+
+
+async def delete_conversation(db: Database, *, user_id: str, conversation_id: int) -> Deleted:
+    """
+    Delete a conversation with all its messages, and return how many rows went.
+
+    A message that another caller appends at this very moment goes too, uncounted.
+
+    Raises ConversationNotFoundError.
+    """
+    return await _delete_conversation.fetch_one(db, _input.user(user_id), _input.identifier(conversation_id))
+
+
+async def delete_user(db: Database, *, user_id: str, timeout: float | None = None) -> Deleted:
+    """
+    Delete every conversation of a user with all messages, and return how many rows went, 0 for an unknown user.
+
+    One statement, all or nothing. `timeout` in seconds replaces the pool's command timeout for a user with very many
+    messages.
+
+    Raises CommandTimeoutError when it takes longer.
+    """
+    return await _delete_user.fetch_one(db, _input.user(user_id), timeout=timeout)

@@ -1,0 +1,185 @@
+"""
+Reads a DSN as libpq users write it, into arguments for asyncpg.
+
+asyncpg sends every option that it does not know to the server as a setting, so that Neon's own string
+(`channel_binding=require`) fails; and without `sslmode` it connects in plain text where the server has no TLS.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+from collections.abc import Callable
+from typing import Any, Final
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+
+from chatdb.errors import ConfigurationError
+
+SCHEMES: Final = frozenset({"postgresql", "postgres", "postgresql+psycopg"})
+
+# what libpq knows and asyncpg cannot do or needs no word for
+_IGNORED: Final = frozenset({
+    "channel_binding",  # asyncpg has no SCRAM-SHA-256-PLUS; the verified certificate is what binds
+    "client_encoding",  # always UTF-8
+    "fallback_application_name",
+    "gssencmode",
+    "keepalives",
+    "keepalives_count",
+    "keepalives_idle",
+    "keepalives_interval",
+    "sslcompression",
+    "tcp_user_timeout",
+})  # fmt: skip
+_SSLMODES: Final = frozenset({"disable", "allow", "prefer", "require", "verify-ca", "verify-full"})
+
+
+def connect_arguments(dsn: str) -> dict[str, Any]:
+    """
+    Return the arguments of `asyncpg.connect` for a DSN.
+
+    Hosts that are not local are reached by TLS with a verified certificate, unless the DSN says `sslmode=disable`.
+
+    Raises ConfigurationError, which never quotes the DSN: it holds a password.
+    """
+    scheme, separator, _ = dsn.partition("://")
+    if not separator or scheme not in SCHEMES:
+        raise ConfigurationError("the DSN must start with postgresql://, postgres:// or postgresql+psycopg://")
+    try:
+        parts = urlsplit(dsn)
+        query = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=True) if parts.query else []
+    except ValueError:
+        query, parts = [], urlsplit("")
+    if not parts.scheme or parts.fragment:
+        raise ConfigurationError(
+            "the DSN cannot be read: write special characters of the user and password in percent-encoding (# is %23)"
+        )
+    login, _, address = parts.netloc.rpartition("@")
+    user, _, password = login.partition(":")
+    hosts, ports = _hosts(address)
+    found = _Options(query)
+    hosts = found.take("host", _comma, hosts)
+    ports = found.take("port", lambda value: [_port(port) for port in value.split(",")], ports)
+    arguments: dict[str, Any] = {
+        "host": hosts or None,
+        "port": _ports(hosts, ports),
+        "user": found.take("user", str, unquote(user) or None),
+        "password": found.take("password", str, unquote(password) or None),
+        "database": found.take("dbname", str, unquote(parts.path.removeprefix("/")) or None),
+        "passfile": found.take("passfile", str),
+        "timeout": found.take("connect_timeout", float),
+        "target_session_attrs": found.take("target_session_attrs", str),
+        "direct_tls": found.take("sslnegotiation", lambda value: value == "direct"),
+        "ssl": _tls(found, local=all(map(_is_local, hosts))),
+        "server_settings": found.settings(),
+    }
+    found.refuse_rest()
+    return {name: value for name, value in arguments.items() if value not in (None, {})}
+
+
+def libpq_dsn(dsn: str, *, scheme: str) -> str:
+    """Return the DSN for libpq's drivers, with the same demand of TLS as `connect_arguments` makes."""
+    arguments = connect_arguments(dsn)
+    parts = urlsplit(dsn)
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if isinstance(arguments.get("ssl"), ssl.SSLContext) and arguments["ssl"].check_hostname:
+        options = {"sslrootcert": "system"} | options | {"sslmode": "verify-full"}
+    return urlunsplit(parts._replace(scheme=scheme, query=urlencode(options)))
+
+
+class _Options:
+    """The options of a DSN, each taken once; what nobody took is refused."""
+
+    def __init__(self, query: list[tuple[str, str]]) -> None:
+        self._left = {name: value for name, value in query if name not in _IGNORED}
+
+    def take(self, name: str, read: Callable[[str], Any], default: Any = None) -> Any:  # noqa: ANN401
+        value = self._left.pop(name, None)
+        if value is None:
+            return default
+        try:
+            return read(value)
+        except ValueError:
+            problem = f"the DSN's option {name} has a value that cannot be read"
+        raise ConfigurationError(problem)
+
+    def settings(self) -> dict[str, str]:
+        named = {name: self.take(name, str) for name in ("application_name", "options", "timezone", "search_path")}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def refuse_rest(self) -> None:
+        if self._left:
+            raise ConfigurationError(f"the DSN has options that chatdb does not know: {', '.join(sorted(self._left))}")
+
+
+def _comma(value: str) -> list[str]:
+    return value.split(",")
+
+
+def _port(value: str) -> int:
+    port = int(value) if value else 5432
+    if not 0 < port < 65536:
+        raise ValueError
+    return port
+
+
+def _hosts(address: str) -> tuple[list[str], list[int]]:
+    hosts: list[str] = []
+    ports: list[int] = []
+    for part in address.split(",") if address else []:
+        name, bracket, rest = part.partition("]")
+        if bracket:  # [::1]:5432
+            host, port = name.removeprefix("["), rest.removeprefix(":")
+        else:
+            host, _, port = part.partition(":")
+        hosts.append(unquote(host) or "localhost")
+        try:
+            ports.append(_port(port))
+        except ValueError:
+            problem = (
+                "the DSN's port must be a number of 1 to 65535: is a special character of the password not encoded?"
+            )
+        else:
+            continue
+        raise ConfigurationError(problem)
+    return hosts, ports
+
+
+def _ports(hosts: list[str], ports: list[int]) -> int | list[int] | None:
+    if len(ports) <= 1 or len(set(ports)) == 1:
+        return ports[0] if ports else None
+    if len(ports) != len(hosts):
+        raise ConfigurationError("the DSN must have one port for all hosts, or one for each")
+    return ports
+
+
+def _is_local(host: str) -> bool:
+    if host.startswith(("/", "@")) or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _tls(found: _Options, *, local: bool) -> ssl.SSLContext | str | None:
+    mode = found.take("sslmode", str)
+    root, certificate = found.take("sslrootcert", str), found.take("sslcert", str)
+    key, passphrase = found.take("sslkey", str), found.take("sslpassword", str)
+    if mode is not None and mode not in _SSLMODES:
+        raise ConfigurationError(f"the DSN's sslmode must be one of {', '.join(sorted(_SSLMODES))}")
+    if mode == "disable":
+        return "disable"
+    if local and mode in {None, "allow", "prefer"} and not root:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=None if root in {None, "system"} else root)
+        if certificate:
+            context.load_cert_chain(certificate, key, passphrase)
+    except (OSError, ssl.SSLError):
+        problem = "the DSN's sslrootcert, sslcert or sslkey names a file that cannot be read as such"
+    else:
+        context.check_hostname = mode != "verify-ca"
+        if local and mode == "require" and not root:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        return context
+    raise ConfigurationError(problem)

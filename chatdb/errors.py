@@ -1,0 +1,196 @@
+"""
+The errors that chatdb raises.
+
+    ChatDBError
+      NotFoundError               ConversationNotFoundError, MessageNotFoundError
+      ConflictError               a key used with another body
+      InvalidInputError           also a ValueError; .parameter names the argument
+      UnavailableError            may be retried; .sent is False, True, or None for unknown
+        AcquireTimeoutError       no connection became free in time
+        CommandTimeoutError       the server did not answer in time
+      SchemaError                 migrations are missing: run yoyo apply
+      ConfigurationError          DSN, TLS, pooler, privileges
+
+No message holds a text of a conversation, a password or a key. The driver's own error, which may, is `__cause__`.
+Misuse, such as two operations at once on one connection, stays the driver's own error: it is a bug to be seen.
+"""
+
+import socket
+import ssl
+
+import asyncpg
+
+
+class ChatDBError(Exception):
+    """The base of all errors that chatdb raises."""
+
+
+class NotFoundError(ChatDBError):
+    """The user has no such thing. Another user may have it: the two cases look the same."""
+
+
+class ConversationNotFoundError(NotFoundError):
+    """The user has no such conversation, whoever else may have it."""
+
+
+class MessageNotFoundError(NotFoundError):
+    """The user's conversation has no such message."""
+
+
+class ConflictError(ChatDBError):
+    """A key that is already used came again with another body. Nothing was written."""
+
+
+class InvalidInputError(ChatDBError, ValueError):
+    """
+    An argument that chatdb does not take. Nothing was written.
+
+    `parameter` is the name of the argument, like `"content"` or `"messages[3].role"`.
+    """
+
+    parameter: str
+
+    def __init__(self, parameter: str, problem: str) -> None:
+        super().__init__(f"{parameter}: {problem}")
+        self.parameter = parameter
+
+
+class UnavailableError(ChatDBError):
+    """
+    The database could not be reached, or went away, or rolled the statement back for a reason that passes.
+
+    `sent` says what is known of the statement: `False`, it was not sent; `True`, it was; `None`, it may have been.
+    A read and a keyed write can be repeated in every case, a write without a key only if `sent` is `False`.
+    """
+
+    sent: bool | None
+
+    def __init__(self, message: str, *, sent: bool | None) -> None:
+        super().__init__(message)
+        self.sent = sent
+
+
+class AcquireTimeoutError(UnavailableError):
+    """No connection became free, or could be made, within the pool's acquire timeout. Nothing was sent."""
+
+
+class CommandTimeoutError(UnavailableError):
+    """The server did not answer within the command timeout. The statement was sent and may have been carried out."""
+
+
+class SchemaError(ChatDBError):
+    """The database lacks chatdb's tables, or has them older than this release needs: run `yoyo apply`."""
+
+
+class ConfigurationError(ChatDBError):
+    """The DSN, its TLS settings, a pooler or the role's privileges do not fit; the message says what to change."""
+
+
+CONSTRAINTS: dict[str, tuple[str, str]] = {
+    "ck_conversations_user_id": ("user_id", "must have 1 to 255 characters"),
+    "ck_conversations_key": ("key", "must have 1 to 255 characters"),
+    "ck_conversations_title": ("title", "must have at most 1,000 characters"),
+    "ck_conversations_metadata": ("metadata", "must be a dict of at most 64 KiB as JSON"),
+    "ck_messages_seq": ("seq", "must be 1 or more"),
+    "ck_messages_role": ("role", "must be user, assistant, system, developer or tool"),
+    "ck_messages_key": ("key", "must have 1 to 255 characters"),
+    "ck_messages_content": ("content", "must have at most 4 MiB as UTF-8"),
+    "ck_messages_payload": ("payload", "must have at most 16 MiB as JSON"),
+    "ck_messages_metadata": ("metadata", "must be a dict of at most 64 KiB as JSON"),
+    "ck_messages_token_count": ("token_count", "must be 0 or more"),
+}
+"""The CHECK constraints, each with the parameter and the sentence of its InvalidInputError."""
+
+CONFLICTS: dict[str, str] = {
+    "ck_conversations_last_seq": "some of these keys are stored and some are new: send only the new ones, or all again",
+    "uq_conversations_user_id_key": "the user has another conversation of this key",
+    "uq_messages_user_id_conversation_id_key": "the conversation has another message of this key",
+    "pk_conversations": "the user has another conversation of this id",
+    "pk_messages": "the conversation has another message of this seq",
+}
+"""The other constraints, each with the sentence of its ConflictError."""
+
+_SCHEMA_HINT = "the database lacks chatdb's tables or has older ones than this release needs: run yoyo apply"
+_POOLER_HINT = (
+    "a transaction pooler without support for prepared statements stands in front of the database: "
+    "pass statement_cache_size=0 to create_pool, or use PgBouncer 1.21 or later"
+)
+
+
+def translated(error: Exception) -> ChatDBError | None:
+    """Return chatdb's own error for a driver's, or None for misuse, which is to be seen as it is."""
+    if isinstance(error, asyncpg.PostgresError):
+        # what the server adds quotes the row ("Failing row contains (1, my secret message)"), and a traceback shows it
+        vars(error).update(detail=None, context=None)
+        return _of_server(error)
+    if isinstance(error, asyncpg.DataError):
+        return InvalidInputError("argument", "the driver cannot send a value of this type or range")
+    if isinstance(error, asyncpg.ClientConfigurationError | ssl.SSLCertVerificationError):
+        return ConfigurationError(
+            f"the connection cannot be made as configured ({type(error).__name__}): check the DSN"
+        )
+    if isinstance(error, TimeoutError):
+        return CommandTimeoutError(
+            "the server did not answer within the command timeout, and may still have carried the statement out",
+            sent=True,
+        )
+    if isinstance(error, OSError):
+        refused = isinstance(error, ConnectionRefusedError | FileNotFoundError | socket.gaierror)
+        return UnavailableError(
+            f"the database server cannot be reached ({type(error).__name__}): check that it runs and that the DSN "
+            "names its host and port",
+            sent=False if refused else None,
+        )
+    if isinstance(error, asyncpg.InternalClientError) or "connection is closed" in str(error):
+        # asyncpg raises these over the loss of a connection, which then stands in the context
+        return _lost(error)
+    return None
+
+
+def _lost(error: Exception) -> UnavailableError:
+    return UnavailableError(
+        f"the connection to the database was lost ({type(error).__name__}): a read or a keyed write can be repeated",
+        sent=None,
+    )
+
+
+def _of_server(error: asyncpg.PostgresError) -> ChatDBError | None:
+    state = str(getattr(error, "sqlstate", None) or "")
+    name = getattr(error, "constraint_name", None)
+    if name in CONSTRAINTS:
+        return InvalidInputError(*CONSTRAINTS[name])
+    if name in CONFLICTS:
+        return ConflictError(CONFLICTS[name])
+    match state:
+        case "25P02":  # a statement in a transaction that has failed: misuse
+            return None
+        case "23503":
+            return ConversationNotFoundError("the user has no such conversation: it was deleted meanwhile")
+        case "42P01" | "42703" | "3F000" | "42P10" | "42883":
+            return SchemaError(_SCHEMA_HINT)
+        case "42501":
+            return ConfigurationError("the database role lacks a privilege on chatdb's tables: grant it to the role")
+        case "26000" | "42P05" | "08P01":
+            return ConfigurationError(_POOLER_HINT)
+        case "57014":
+            return CommandTimeoutError(
+                "the server cancelled the statement, by its statement_timeout or a request", sent=True
+            )
+        case "57P03" | "53300":
+            return UnavailableError("the server takes no connections at the moment: try again", sent=False)
+        case "40001" | "40P01" | "55P03" | "25006":
+            return UnavailableError(f"the server rolled the statement back (SQLSTATE {state}): try again", sent=True)
+        case _:
+            return _of_class(error, state[:2], state)
+
+
+def _of_class(error: asyncpg.PostgresError, kind: str, state: str) -> ChatDBError | None:
+    if kind in {"08", "57", "53", "58", "XX"}:
+        return _lost(error)
+    if kind in {"28", "3D"}:
+        return ConfigurationError(
+            f"the server refused the user, the password or the database name (SQLSTATE {state}): check the DSN"
+        )
+    if kind in {"22", "23", "54"}:
+        return InvalidInputError("argument", f"the server refused a value (SQLSTATE {state})")
+    return None

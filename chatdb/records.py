@@ -1,0 +1,146 @@
+"""The records: what chatdb returns, field by field as the SQL files name them, and what it takes."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, SkipValidation
+from pydantic_core import CoreSchema, core_schema
+
+Role = Literal["user", "assistant", "system", "developer", "tool"]
+"""Who speaks. The same set as the CHECK `ck_messages_role`."""
+
+
+class JsonText(str):
+    """
+    JSON as its text, kept byte for byte: the order of keys, the writing of numbers and escapes, the white space.
+
+    A `str` in every respect, so it can be passed on to a model provider or an HTTP response as it is.
+    """
+
+    __slots__ = ()
+
+    def parsed(self) -> Any:  # noqa: ANN401 - any JSON value
+        """Return the value that the text stands for."""
+        return json.loads(self)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(cls, core_schema.str_schema())
+
+
+class Unset:
+    """The type of `UNSET`."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "UNSET"
+
+
+UNSET: Final = Unset()
+"""Stands for an argument that was not given, where `None` has a meaning of its own: it clears the value."""
+
+
+def _metadata_from_text(value: object) -> object:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+Metadata = Annotated[dict[str, Any], BeforeValidator(_metadata_from_text)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - as pydantic declares it
+        # pydantic gives a frozen model a hash, which then fails on the dict in metadata, for some rows only
+        cls.__hash__ = None  # type: ignore[assignment] # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Conversation(_Record):
+    """
+    A conversation of a user, as it is stored.
+
+    `last_seq` is the `seq` of the newest message ever appended, 0 if there was none. `updated_at` is the time of the
+    last append, or of creation. Times are aware, in UTC.
+    """
+
+    id: int
+    user_id: str
+    key: str | None
+    title: str | None
+    metadata: Metadata | None
+    last_seq: int
+    created_at: datetime
+    updated_at: datetime
+
+
+class Message(_Record):
+    """
+    A message, as it is stored.
+
+    `seq` is its place in the conversation: from 1, in commit order. `id` is a global handle and no order.
+    """
+
+    id: int
+    conversation_id: int
+    user_id: str
+    seq: int
+    role: Role
+    content: str
+    payload: JsonText | None
+    metadata: Metadata | None
+    token_count: int | None
+    key: str | None
+    created_at: datetime
+
+
+class NewMessage(_Record):
+    """
+    A message to be appended; a dict of the same fields will do.
+
+    `content` is the readable text. `payload` is any JSON value, or `JsonText` to be kept byte for byte. Values are
+    checked by the function that appends the message, which raises `InvalidInputError`.
+    """
+
+    role: SkipValidation[Role]
+    content: SkipValidation[str]
+    payload: SkipValidation[Any] = None
+    metadata: SkipValidation[dict[str, Any] | None] = None
+    token_count: SkipValidation[int | None] = None
+    key: SkipValidation[str | None] = None
+
+
+class Deleted(_Record):
+    """How many rows a deletion took."""
+
+    conversations: int
+    messages: int
+
+
+class SchemaPart(_Record):
+    """A column or an index that a database has; `type` is the column's type or `"index"`."""
+
+    relation: str
+    name: str
+    type: str
+
+
+class ImportedConversation(_Record):
+    """A conversation that an import has stored or extended."""
+
+    id: int
+
+
+class StoredConversation(_Record):
+    """A conversation of a file that the user has already, at `place` in the arrays, with its last message."""
+
+    place: int
+    id: int
+    last_seq: int
+    created_at: datetime
+    last_key: str | None
+    last_created_at: datetime | None

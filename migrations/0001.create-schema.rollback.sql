@@ -1,0 +1,7 @@
+-- Refuses, and so keeps the data, while anything is left in the schema.
+
+set local lock_timeout = '2s';
+set local statement_timeout = '1min';
+
+-- squawk-ignore ban-drop-schema
+drop schema if exists chatdb restrict;

@@ -1,0 +1,28 @@
+-- append_message
+-- A message at the end of a conversation. Raising last_seq locks the row, so that seq is dense and in commit order.
+--
+-- $1 user_id text
+-- $2 conversation_id int8
+-- $3 role text
+-- $4 content text
+-- $5 payload text null
+-- $6 metadata text null
+-- $7 token_count int4 null
+--
+-- returns one Message
+-- served by pk_conversations
+
+with conversation as (
+    update chatdb.conversations
+    -- now() is the transaction's start, which may be before the last append's
+    set last_seq = last_seq + 1, updated_at = greatest(updated_at, now())
+    where user_id = $1 and id = $2
+    returning user_id, id, last_seq, updated_at
+)
+
+insert into chatdb.messages (user_id, conversation_id, seq, role, content, payload, metadata, token_count, created_at)
+select user_id, id, last_seq, $3, $4, $5::text::json, $6::text::jsonb, $7, updated_at
+from conversation
+returning
+    id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
+    token_count, key, created_at

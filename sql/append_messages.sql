@@ -1,0 +1,31 @@
+-- append_messages
+-- Messages at the end of a conversation, all or nothing.
+--
+-- $1 user_id text
+-- $2 conversation_id int8
+-- $3 roles text[]
+-- $4 contents text[]
+-- $5 payloads text[]    null where a message has none
+-- $6 metadatas text[]    null where a message has none
+-- $7 token_counts int4[]    null where a message has none
+--
+-- returns many Message
+-- served by pk_conversations
+
+with conversation as (
+    update chatdb.conversations
+    set last_seq = last_seq + cardinality($3::text[]), updated_at = greatest(updated_at, now())
+    where user_id = $1 and id = $2
+    returning user_id, id, last_seq - cardinality($3::text[]) as previous_seq, updated_at
+)
+
+insert into chatdb.messages (user_id, conversation_id, seq, role, content, payload, metadata, token_count, created_at)
+select
+    c.user_id, c.id, c.previous_seq + m.place, m.role, m.content, m.payload::json, m.metadata::jsonb,
+    m.token_count, c.updated_at
+from conversation as c
+cross join unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::int4[])
+    with ordinality as m (role, content, payload, metadata, token_count, place)
+returning
+    id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
+    token_count, key, created_at

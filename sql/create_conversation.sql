@@ -1,0 +1,12 @@
+-- create_conversation
+-- A new conversation of a user.
+--
+-- $1 user_id text
+-- $2 title text null
+-- $3 metadata text null
+--
+-- returns one Conversation
+
+insert into chatdb.conversations (user_id, title, metadata)
+values ($1, $2, $3::text::jsonb)
+returning id, user_id, key, title, metadata::text as metadata, last_seq, created_at, updated_at

@@ -1,0 +1,31 @@
+-- create_conversation_keyed
+-- The user's conversation of this key: the stored one as it is, else a new one.
+-- No row where another caller stored the key since this statement began: run it again.
+--
+-- $1 user_id text
+-- $2 title text null
+-- $3 metadata text null
+-- $4 key text
+--
+-- returns many Conversation
+-- served by uq_conversations_user_id_key
+
+with stored as (
+    select id, user_id, key, title, metadata, last_seq, created_at, updated_at
+    from chatdb.conversations
+    where user_id = $1 and key = $4
+),
+
+created as (
+    insert into chatdb.conversations (user_id, title, metadata, key)
+    select $1, $2, $3::text::jsonb, $4
+    where not exists (select from stored)
+    on conflict (user_id, key) where key is not null do nothing
+    returning id, user_id, key, title, metadata, last_seq, created_at, updated_at
+)
+
+select id, user_id, key, title, metadata::text as metadata, last_seq, created_at, updated_at
+from stored
+union all
+select id, user_id, key, title, metadata::text as metadata, last_seq, created_at, updated_at
+from created

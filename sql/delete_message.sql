@@ -1,0 +1,19 @@
+-- delete_message
+-- One message, counted. Its place stays empty: last_seq is not lowered.
+--
+-- $1 user_id text
+-- $2 conversation_id int8
+-- $3 seq int8
+--
+-- returns one Deleted
+-- served by pk_messages, pk_conversations
+
+with message as (
+    delete from chatdb.messages
+    where user_id = $1 and conversation_id = $2 and seq = $3
+    returning seq
+)
+
+select 0::int8 as conversations, (select count(*) from message) as messages
+from chatdb.conversations
+where user_id = $1 and id = $2

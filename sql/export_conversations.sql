@@ -1,0 +1,12 @@
+-- export_conversations
+-- Every conversation of a user.
+--
+-- $1 user_id text
+--
+-- returns many Conversation
+-- served by pk_conversations
+
+select id, user_id, key, title, metadata::text as metadata, last_seq, created_at, updated_at
+from chatdb.conversations
+where user_id = $1
+order by id

@@ -1,0 +1,14 @@
+-- export_conversations_messages
+-- Every message of a user, conversation by conversation.
+--
+-- $1 user_id text
+--
+-- returns many Message
+-- served by pk_messages
+
+select
+    id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
+    token_count, key, created_at
+from chatdb.messages
+where user_id = $1
+order by conversation_id, seq

@@ -1,0 +1,24 @@
+-- get_message
+-- One message of a conversation by its place.
+--
+-- $1 user_id text
+-- $2 conversation_id int8
+-- $3 seq int8
+--
+-- returns one Message, or an existence row: the conversation has no such message
+-- served by pk_messages
+
+with message as (
+    select id, conversation_id, user_id, seq, role, content, payload, metadata, token_count, key, created_at
+    from chatdb.messages
+    where user_id = $1 and conversation_id = $2 and seq = $3
+)
+
+select
+    id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
+    token_count, key, created_at
+from message
+union all
+select null, null, null, null, null, null, null, null, null, null, null
+from chatdb.conversations
+where user_id = $1 and id = $2 and not exists (select from message)

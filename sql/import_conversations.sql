@@ -1,0 +1,19 @@
+-- import_conversations
+-- New conversations, as a file has them. Their ids ascend in the order of the arrays.
+--
+-- $1 user_id text
+-- $2 keys text[]    null where a conversation has none
+-- $3 titles text[]    null where a conversation has none
+-- $4 metadatas text[]    null where a conversation has none
+-- $5 last_seqs int8[]
+-- $6 created_ats timestamptz[]
+-- $7 updated_ats timestamptz[]
+--
+-- returns many ImportedConversation
+
+insert into chatdb.conversations (user_id, key, title, metadata, last_seq, created_at, updated_at)
+select $1, key, title, metadata::jsonb, last_seq, created_at, updated_at
+from unnest($2::text[], $3::text[], $4::text[], $5::int8[], $6::timestamptz[], $7::timestamptz[])
+    with ordinality as c (key, title, metadata, last_seq, created_at, updated_at, place)
+order by place
+returning id

@@ -1,0 +1,184 @@
+"""A real PostgreSQL for all tests: one server a run, one migrated template, a clone of it where a test commits."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import psycopg
+import pytest
+import uvloop
+
+import chatdb
+from chatdb.embedded import EmbeddedServer
+from chatdb.migrate import apply_migrations
+
+SERVERS = ("auto", "dsn", "container", "embedded", "local")
+_serial = itertools.count()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what the nox sessions choose by."""
+    group = parser.getgroup("chatdb")
+    group.addoption("--server", choices=SERVERS, default="auto", help="where the PostgreSQL for the tests comes from")
+    group.addoption("--uvloop", action="store_true", help="run the coroutines on uvloop instead of asyncio's own loop")
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config) -> dict[str, object]:
+    """Choose the event loop."""
+    if config.getoption("--uvloop"):
+        return {"uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.new_event_loop}
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say in the head of the report what the run stands on."""
+    return f"chatdb: server {config.getoption('--server')}, {'uvloop' if config.getoption('--uvloop') else 'asyncio'}"
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest) -> Iterator[str]:
+    """
+    Give the DSN of a server on which databases can be made.
+
+    In this order: the one that CHATDB_TEST_DSN names, a container where a Docker engine answers, the embedded one, a
+    PostgreSQL that the machine has.
+    """
+    wanted = request.config.getoption("--server")
+    starts = {"dsn": _named, "container": _container, "embedded": _embedded, "local": _local}
+    with ExitStack() as stack:
+        for name, start in starts.items():
+            if wanted not in ("auto", name):
+                continue
+            dsn = start(stack)
+            if dsn:
+                reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+                with psycopg.connect(dsn) as connection:
+                    version = connection.info.server_version
+                if reporter is not None:
+                    reporter.ensure_newline()
+                    reporter.write_line(f"chatdb: {name} PostgreSQL {version // 10000}.{version % 100}")
+                yield dsn
+                return
+        pytest.exit(f"no PostgreSQL for the tests: --server={wanted} gives none", returncode=3)
+
+
+def _named(stack: ExitStack) -> str | None:
+    return os.environ.get("CHATDB_TEST_DSN")
+
+
+def _container(stack: ExitStack) -> str | None:
+    if "DOCKER_HOST" not in os.environ and not Path("/var/run/docker.sock").exists():
+        return None  # docker's client would leak the socket by which it finds that out
+    import docker
+    from testcontainers.community.postgres import PostgresContainer
+
+    try:
+        client = docker.from_env()
+        client.ping()
+        client.close()
+    except docker.errors.DockerException:
+        return None
+    image = os.environ.get("CHATDB_TEST_IMAGE", "postgres:18")
+    container = stack.enter_context(PostgresContainer(image, driver=None))
+    return f"{container.get_connection_url()}?sslmode=disable"
+
+
+def _embedded(stack: ExitStack) -> str:
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chatdb-test-", ignore_cleanup_errors=True))
+    return stack.enter_context(EmbeddedServer(Path(folder) / "server")).dsn
+
+
+def _local(stack: ExitStack) -> str | None:
+    found = shutil.which("initdb") or max(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), default=None)
+    if found is None:
+        return None
+    programs = Path(found).resolve().parent
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chatdb-test-")))
+    namespace = ["unshare", "--user", "--map-user=1000", "--map-group=1000"] if os.geteuid() == 0 else []
+
+    def run(program: str, *arguments: str) -> None:
+        with (folder / "log").open("ab") as log:
+            command = [*namespace, str(programs / program), "-D", str(folder / "data"), *arguments]
+            subprocess.run(command, check=True, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    run("initdb", "-U", "chatdb", "--auth=trust", "--encoding=UTF8", "--locale=C")
+    run("pg_ctl", "start", "-w", "-o", f"-k {folder} -c listen_addresses=''")
+    stack.callback(run, "pg_ctl", "stop", "-m", "immediate")
+    return f"postgresql://chatdb@/postgres?host={folder}"
+
+
+def database_of(server: str, name: str) -> str:
+    """Return the DSN of another database on the server."""
+    return urlunsplit(urlsplit(server)._replace(path=f"/{name}"))
+
+
+def execute(dsn: str, *statements: str) -> None:
+    """Run statements on their own, outside a transaction."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+@pytest.fixture(scope="session")
+def template(server: str) -> Iterator[str]:
+    """Give the name of a migrated database that tests clone."""
+    name = f"chatdb_test_{os.getpid()}"
+    execute(server, f"create database {name}")
+    apply_migrations(database_of(server, name))
+    yield name
+    execute(server, f"drop database {name}")
+
+
+@pytest.fixture
+def empty_dsn(server: str) -> Iterator[str]:
+    """Give the DSN of an empty database of the test's own."""
+    name = f"chatdb_test_{os.getpid()}_{next(_serial)}"
+    execute(server, f"create database {name} template template0")
+    yield database_of(server, name)
+    execute(server, f"drop database {name} with (force)")
+
+
+@pytest.fixture
+def dsn(server: str, template: str) -> Iterator[str]:
+    """Give the DSN of a migrated database of the test's own, whose commits nobody else sees."""
+    name = f"chatdb_test_{os.getpid()}_{next(_serial)}"
+    execute(server, f"create database {name} template {template}")
+    yield database_of(server, name)
+    execute(server, f"drop database {name} with (force)")
+
+
+@pytest.fixture
+async def db(dsn: str) -> AsyncIterator[chatdb.pool.Pool]:
+    """Give a pool on a migrated database of the test's own."""
+    async with chatdb.create_pool(dsn) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def shared_dsn(server: str, template: str) -> Iterator[str]:
+    """Give the DSN of a migrated database that stays empty, because nobody commits there."""
+    name = f"{template}_shared"
+    execute(server, f"create database {name} template {template}")
+    yield database_of(server, name)
+    execute(server, f"drop database {name} with (force)")
+
+
+@pytest.fixture
+async def tx(shared_dsn: str) -> AsyncIterator[asyncpg.Connection]:
+    """Give a connection inside a transaction that is rolled back after the test: the quickest database there is."""
+    connection = await asyncpg.connect(**chatdb.dsn.connect_arguments(shared_dsn))
+    block = connection.transaction()
+    await block.start()
+    yield connection
+    await block.rollback()
+    await connection.close()
