@@ -42,7 +42,7 @@ def uvloop(session: nox.Session) -> None:
 
 @nox.session
 def container(session: nox.Session) -> None:
-    """Run the whole suite on a PostgreSQL that testcontainers starts; needs a Docker engine, CHATDB_TEST_IMAGE names the image."""
+    """Run the whole suite on a PostgreSQL that testcontainers starts; CHATDB_TEST_IMAGE names its image."""
     install(session, "test")
     session.run("pytest", "--server", "container", *session.posargs)
 
@@ -76,7 +76,9 @@ def types(session: nox.Session) -> None:
     """Check the types by mypy and pyright, and those that users see."""
     install(session, "lint")
     session.run("mypy")
+    session.run("mypy", "--strict", "tests/typing_example.py")
     session.run("pyright")
+    session.run("pyright", "tests/typing_example.py")
 
 
 @nox.session

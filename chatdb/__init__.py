@@ -9,8 +9,7 @@ from chatdb.conversations import (
     list_conversations,
     update_conversation,
 )
-
-# from chatdb.embedded import open_embedded
+from chatdb.embedded import open_embedded
 from chatdb.errors import (
     AcquireTimeoutError,
     ChatDBError,
@@ -76,7 +75,7 @@ __all__ = [
     "iter_messages",
     "list_conversations",
     "list_messages",
-    # "open_embedded",
+    "open_embedded",
     "transaction",
     "update_conversation",
     "update_message",

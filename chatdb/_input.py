@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, get_args
+from typing import Any, Final, cast, get_args
 
 from pydantic import ValidationError
 
@@ -113,9 +113,9 @@ def metadata(parameter: str, value: object) -> str | None:
         return None
     if not isinstance(value, dict):
         raise InvalidInputError(parameter, f"must be a dict or None, not {type(value).__name__}")
-    _walk(parameter, value, for_jsonb=True)
+    _walk(parameter, cast("object", value), for_jsonb=True)
     # the separators are those of jsonb's own text, by which the CHECK measures
-    encoded = _dumps(parameter, value, ascii_only=False)
+    encoded = _dumps(parameter, cast("object", value), ascii_only=False)
     if utf8_length(parameter, encoded) > MAX_METADATA:
         raise InvalidInputError(parameter, "must have at most 64 KiB as JSON")
     return encoded
@@ -200,14 +200,15 @@ def _walk(parameter: str, value: object, *, for_jsonb: bool) -> None:
         below: list[Any] = []
         for item in level:
             if isinstance(item, dict):
-                for name in item:
+                mapping: dict[Any, Any] = item
+                for name in mapping:
                     if not isinstance(name, str):
                         raise InvalidInputError(parameter, f"must have strings as keys, not {type(name).__name__}")
                     if for_jsonb:
                         utf8_length(parameter, name)
-                below.extend(item.values())
+                below.extend(mapping.values())
             elif isinstance(item, list | tuple):
-                below.extend(item)
+                below.extend(cast("list[Any]", item))
             elif for_jsonb and isinstance(item, str):
                 utf8_length(parameter, item)
         if not below:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -69,8 +69,8 @@ class Query(Generic[RecordT]):
         rows = await self._found(db, args, None)
         return [] if _is_existence(rows) else self._decode(rows)
 
-    async def iterate(self, connection: Connection, *args: object) -> AsyncIterator[RecordT]:
-        """Iterate over a record per row, by a cursor in the connection's transaction that fetches 100 rows at a time."""
+    async def iterate(self, connection: Connection, *args: object) -> AsyncGenerator[RecordT, None]:
+        """Iterate over a record per row, 100 fetched at a time by a cursor in the connection's transaction."""
         try:
             cursor = await connection.cursor(self.sql, *args)
             while rows := await cursor.fetch(100):

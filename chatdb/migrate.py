@@ -25,6 +25,11 @@ def apply_migrations(dsn: str) -> list[str]:
     except ImportError:
         raise ConfigurationError(MISSING) from None
     try:
+        with psycopg.connect(libpq_dsn(dsn, scheme="postgresql")) as connection:
+            # yoyo would take the lack of it for a lock, wait ten seconds, and then miss its tables
+            row = connection.execute("select has_database_privilege(current_database(), 'create')").fetchone()
+        if not row or not row[0]:
+            raise _explained("42501")
         backend = yoyo.get_backend(libpq_dsn(dsn, scheme="postgresql+psycopg"))
         try:
             with backend.lock():
@@ -44,7 +49,7 @@ def apply_migrations(dsn: str) -> list[str]:
 
 def _explained(state: str) -> ChatDBError:
     if state == "42501":
-        return ConfigurationError("the database role may not create what the migrations create: migrate as the owner")
+        return ConfigurationError("the database role may not create a schema: migrate as the database's owner")
     if state[:2] in {"28", "3D"}:
         return ConfigurationError("the server refused the user, the password or the database name: check the DSN")
     if state:

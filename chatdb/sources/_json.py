@@ -1,0 +1,127 @@
+"""Reads the objects of a JSON file of any size one by one: the memory it takes is that of the largest object."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO, Final, cast
+
+from chatdb.errors import InvalidInputError
+from chatdb.sources.items import Skipped
+
+MAX_OBJECT: Final = 32 * 1024 * 1024
+"""The characters that one object may have."""
+
+_CHUNK = 1024 * 1024
+_SPACE = re.compile(r"[ \t\n\r]*")
+_BEGUN = re.compile(r"[-+.0-9A-Za-z]{0,8}")  # the start of a word, a number or an escape, up to "-Infinit"
+_decode = json.JSONDecoder().raw_decode
+
+
+def objects(file: BinaryIO) -> Iterator[dict[str, Any] | Skipped]:
+    """
+    Yield the objects of an array, or of a file that holds them one after another, and a Skipped if it is cut off.
+
+    Raises InvalidInputError with the position when the file is no UTF-8 or no JSON, holds something else than objects
+    or an object of over 32 Mi characters.
+    """
+    chunks = _decoded(file)
+    text, place, dropped = "", 0, 0
+    expected, in_array = "[{", False
+    while True:
+        place = cast("re.Match[str]", _SPACE.match(text, place)).end()
+        if place == len(text):
+            dropped += place
+            text, place = next(chunks, ""), 0
+            if text:
+                continue
+            break
+        mark = text[place]
+        if mark not in expected:
+            raise _broken("is broken JSON, or holds something else than objects,", dropped + place)
+        if mark != "{":
+            in_array = True
+            expected = {"[": "{]", ",": "{", "]": ""}[mark]
+            place += 1
+            continue
+        while (found := _object(text, place, dropped)) is None:
+            dropped += place
+            text, place = text[place:], 0
+            size = len(text)
+            enough = min(2 * size, MAX_OBJECT + 1)  # twice as much each time keeps the work linear
+            while len(text) < enough and (more := next(chunks, "")):
+                text += more
+            if len(text) == size:
+                yield Skipped("the file is cut off inside its last conversation", conversations=1)
+                return
+        value, place = found
+        expected = ",]" if in_array else "{"
+        if place > _CHUNK:  # the text of a large object goes before it is used, and the object before the next is read
+            dropped += place
+            text, place = text[place:], 0
+        yield value
+        del value, found
+    if expected == "[{":
+        raise InvalidInputError("file", "is empty")
+    if in_array and expected:
+        yield Skipped("the file is cut off: its closing bracket is missing")
+
+
+def _decoded(file: BinaryIO) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    size = 0
+    while chunk := file.read(_CHUNK):
+        size += len(chunk)
+        try:
+            text = decoder.decode(chunk)
+        except UnicodeDecodeError as error:
+            position = size - len(error.object) + error.start
+        else:
+            if text:
+                yield text
+            continue
+        raise InvalidInputError("file", f"is not UTF-8 at byte {position:,}")
+    if decoder.getstate()[0]:
+        yield "\ufffd"  # the file ends inside a character: no JSON outside a text, and inside one it is cut off anyway
+
+
+def _object(text: str, place: int, dropped: int) -> tuple[dict[str, Any], int] | None:
+    """Return the object at a place and the place behind it, or None if it goes on behind the text."""
+    try:
+        value, end = _decode(text, place)
+    except json.JSONDecodeError as error:
+        unfinished = error.msg.startswith("Unterminated string") or bool(_BEGUN.fullmatch(text, error.pos))
+        problem, position = "is broken JSON", error.pos
+    except RecursionError:
+        unfinished, problem, position = False, "is nested too deeply in the object", place
+    except ValueError:
+        unfinished, problem, position = False, "has a number of over 4,300 digits in the object", place
+    else:
+        if end - place > MAX_OBJECT:
+            raise _too_large(dropped + place)
+        return value, end
+    if not unfinished:
+        raise _broken(problem, dropped + position)
+    if len(text) - place > MAX_OBJECT:
+        raise _too_large(dropped + place)
+    return None
+
+
+def _broken(problem: str, position: int) -> InvalidInputError:
+    return InvalidInputError("file", f"{problem} at character {position:,}")
+
+
+def _too_large(position: int) -> InvalidInputError:
+    return InvalidInputError("file", f"has an object of over {MAX_OBJECT:,} characters at character {position:,}")
+
+
+def as_object(value: object) -> dict[str, Any] | None:
+    """Return a JSON object, or None if the value is none."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
+
+
+def as_list(value: object) -> list[Any] | None:
+    """Return a JSON array, or None if the value is none."""
+    return value if isinstance(value, list) else None  # pyright: ignore[reportUnknownVariableType]

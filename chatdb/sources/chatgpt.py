@@ -1,0 +1,149 @@
+"""ChatGPT's own export, conversations.json: conversations as trees, of which the current branch is taken."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+from chatdb import _input
+from chatdb.sources._json import as_list, as_object
+from chatdb.sources.items import (
+    REPLACED,
+    Changed,
+    Item,
+    Skipped,
+    SourceConversation,
+    SourceMessage,
+    UnfitError,
+    body,
+    fingerprint,
+    name_of,
+    role,
+    storable,
+)
+
+_Object: TypeAlias = dict[str, Any]
+
+_TEXTS = ("text", "result", "content", "user_profile", "user_instructions", "model_set_context")
+"""The fields that hold the text of a content without parts: code, output, web pages, reasoning, instructions."""
+
+_NEVER = datetime.min.replace(tzinfo=UTC)
+
+
+def conversation(source: _Object) -> list[Item]:
+    """
+    Return a conversation, the messages of its current branch, and how many are on others.
+
+    A message that is more than a text keeps its original in `payload`. Where a time is missing, that of the message
+    before it is taken, or of the conversation.
+
+    Raises UnfitError when there is a message that cannot be taken, or none on the branch.
+    """
+    mapping = as_object(source.get("mapping"))
+    if mapping is None:
+        raise UnfitError("it has no tree of messages")
+    nodes = {name: node for name, value in mapping.items() if (node := as_object(value))}
+    branch = _messages([nodes[name] for name in _branch(nodes, source.get("current_node"))])
+    if not branch:
+        raise UnfitError("no messages")
+    elsewhere = len(_messages(list(nodes.values()))) - len(branch)
+
+    updated_at = _time(source.get("update_time"))
+    times = [time for message in branch if (time := _time(message.get("create_time")))]
+    created_at = _time(source.get("create_time")) or next(iter(times), updated_at)
+
+    said: list[tuple[str, str]] = []
+    messages: list[SourceMessage] = []
+    keys: set[str | None] = set()
+    latest, replaced = created_at, 0
+    for seq, message in enumerate(branch, 1):
+        author = as_object(message.get("author")) or {}
+        known = role(author.get("role"))
+        text, is_all = _text(as_object(message.get("content")) or {})
+        content, payload = body(text, None if is_all else message)
+        replaced += content != text
+        key = _short(message.get("id"))
+        key = None if key in keys else key
+        keys.add(key)
+        latest = _time(message.get("create_time")) or latest
+        model = _short((as_object(message.get("metadata")) or {}).get("model_slug"))
+        metadata = _metadata(model, _short(author.get("name")))
+        messages.append(SourceMessage(seq, known, content, payload, metadata, None, key, latest))
+        said.append((known, text))
+
+    name = name_of(source.get("conversation_id") or source.get("id"))
+    key = f"chatgpt:{name}" if name else f"chatgpt::{fingerprint(said)}"
+    title, is_cut = _title(source.get("title"))
+    items: list[Item] = [
+        SourceConversation(key, title, None, len(messages), created_at, updated_at or latest),
+        *messages,
+    ]
+    if is_cut:
+        items.append(Changed("a title of over 1,000 characters cut", conversations=1))
+    if replaced:
+        items.append(Changed(REPLACED, messages=replaced))
+    if elsewhere:
+        items.append(Skipped("on another branch than the current one", messages=elsewhere))
+    return items
+
+
+def _branch(nodes: dict[str, _Object], current: object) -> list[str]:
+    """Return the names of the nodes from the root to the current one, or else to the newest leaf."""
+    if not isinstance(current, str) or current not in nodes:
+        parents = {parent for node in nodes.values() if isinstance(parent := node.get("parent"), str)}
+        leaves = [name for name in nodes if name not in parents] or list(nodes)
+        current = max(reversed(leaves), key=lambda name: _written(nodes[name]), default=None)
+    path: dict[str, None] = {}
+    while isinstance(current, str) and current in nodes and current not in path:
+        path[current] = None
+        current = nodes[current].get("parent")
+    return list(reversed(path))
+
+
+def _messages(nodes: list[_Object]) -> list[_Object]:
+    return [message for node in nodes if (message := as_object(node.get("message"))) is not None]
+
+
+def _written(node: _Object) -> datetime:
+    return _time((as_object(node.get("message")) or {}).get("create_time")) or _NEVER
+
+
+def _time(seconds: object) -> datetime | None:
+    """Return a time that is given in seconds since 1970, or None if it is absurd."""
+    if not isinstance(seconds, int | float) or seconds <= 0:
+        return None
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (ValueError, OverflowError, OSError):  # in milliseconds, not a number, infinite
+        return None
+
+
+def _text(content: _Object) -> tuple[str, bool]:
+    """Return a content's readable text, and whether that is all of it."""
+    parts = as_list(content.get("parts"))
+    if parts is not None:
+        texts = [part if isinstance(part, str) else (as_object(part) or {}).get("text") for part in parts]
+        is_all = content.get("content_type") == "text" and all(isinstance(part, str) for part in parts)
+        return "\n".join(text for text in texts if isinstance(text, str)), is_all
+    texts = [content.get(name) for name in _TEXTS]
+    texts += [(as_object(thought) or {}).get("content") for thought in as_list(content.get("thoughts")) or ()]
+    return "\n".join(text for text in texts if text and isinstance(text, str)), False
+
+
+def _short(value: object) -> str | None:
+    """Return a short text such as an id or a name, or None."""
+    return storable(value) if isinstance(value, str) and 1 <= len(value) <= _input.MAX_NAME else None
+
+
+@lru_cache
+def _metadata(model: str | None, name: str | None) -> str | None:
+    named = {"model": model, "name": name}
+    return _input.metadata("metadata", {key: value for key, value in named.items() if value} or None)
+
+
+def _title(value: object) -> tuple[str | None, bool]:
+    """Return a conversation's title, and whether it was cut."""
+    if not isinstance(value, str):
+        return None, False
+    return storable(value[: _input.MAX_TITLE]), len(value) > _input.MAX_TITLE

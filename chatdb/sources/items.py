@@ -1,0 +1,122 @@
+"""What the readers give: a flat stream of conversations, each followed by its messages, and of what was not taken."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from datetime import datetime
+from typing import NamedTuple, TypeAlias
+
+from chatdb import _input
+from chatdb.errors import InvalidInputError
+
+
+class SourceMessage(NamedTuple):
+    """A message, its fields in the order of the COPY; `payload` and `metadata` are JSON as text."""
+
+    seq: int
+    role: str
+    content: str
+    payload: str | None
+    metadata: str | None
+    token_count: int | None
+    key: str | None
+    created_at: datetime | None
+    """None where the source has no times: that of the import."""
+
+
+class SourceConversation(NamedTuple):
+    """A conversation, which is followed in the stream by its messages."""
+
+    key: str | None
+    title: str | None
+    metadata: str | None
+    last_seq: int
+    created_at: datetime | None
+    updated_at: datetime | None
+
+
+class Skipped(NamedTuple):
+    """Something that was not taken. The reason is one of a few fixed sentences, so that they can be summed up."""
+
+    reason: str
+    conversations: int = 0
+    messages: int = 0
+
+
+class Changed(NamedTuple):
+    """Something of the conversation before it that could not be taken as it is."""
+
+    reason: str
+    conversations: int = 0
+    messages: int = 0
+
+
+Item: TypeAlias = SourceConversation | SourceMessage | Skipped | Changed
+
+REPLACED = "NUL or a lone surrogate replaced by U+FFFD, the original kept in the payload"
+
+ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "claude", "gemini", "model", "bot"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+    "system": "system",
+    "developer": "developer",
+}
+"""What the sources call the roles, in lower case."""
+
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+
+
+class UnfitError(Exception):
+    """A conversation cannot be taken, for the reason that is the message; it is skipped as a whole."""
+
+
+def role(word: object) -> str:
+    """Return the role that a source's word stands for."""
+    known = ROLES.get(word.lower()) if isinstance(word, str) else None
+    if known is None:
+        raise UnfitError("it has a role that chatdb does not know")
+    return known
+
+
+def storable(text: str) -> str:
+    """Return the text with U+FFFD for each NUL and lone surrogate, which PostgreSQL cannot hold."""
+    try:
+        _input.utf8_length("text", text)
+    except InvalidInputError:
+        return _UNSTORABLE.sub("\ufffd", text)
+    return text
+
+
+def body(text: str, original: object = None) -> tuple[str, str | None]:
+    """Return the content and the payload that keep a text, and the original if there is more to it."""
+    content = storable(text)
+    if original is None and content != text:
+        original = {"content": text}
+    try:
+        return _input.content("content", content), _input.payload("payload", original)
+    except InvalidInputError as error:
+        parameter = error.parameter
+    if parameter == "content":
+        raise UnfitError("it has a text of over 4 MiB")
+    raise UnfitError("it has a message whose original is over 16 MiB or nested deeper than 200 levels")
+
+
+def name_of(identifier: object) -> str:
+    """Return a source's id as a part of a key: a long or strange one by its hash, one that is no id as none."""
+    name = str(identifier) if isinstance(identifier, str | int) else ""
+    if len(name) > 200 or storable(name) != name:
+        return "sha256-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return name
+
+
+def fingerprint(messages: Iterable[tuple[str, str]]) -> str:
+    """Return what tells conversations apart: a hash of the roles and texts."""
+    digest = hashlib.sha256()
+    for word, text in messages:
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(f"{word} {len(encoded)} ".encode())
+        digest.update(encoded)
+    return digest.hexdigest()[:16]

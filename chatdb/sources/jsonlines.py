@@ -1,0 +1,176 @@
+"""
+chatdb's own JSON lines, version 1: what `chatdb export` writes and `chatdb import` reads, without a loss.
+
+    {"type":"chatdb","version":1}
+    {"type":"conversation","key":..,"title":..,"metadata":{..},"last_seq":2,"created_at":..,"updated_at":..,..}
+    {"type":"message","seq":1,"role":..,"content":..,"payload":"{..}","metadata":{..},"token_count":..,"key":..,..}
+    {"type":"message","seq":2,..}
+    {"type":"end","conversations":1,"messages":2}
+
+The messages of a conversation follow it in order of `seq`. `payload` is JSON as a text, to keep it byte for byte. The
+`id` and `user_id` of a conversation are information only; a reader ignores them and all fields that it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from itertools import count
+from typing import Any, BinaryIO, Final
+
+from chatdb import _input
+from chatdb.errors import InvalidInputError
+from chatdb.records import Conversation, JsonText, Message
+from chatdb.sources._json import as_object
+from chatdb.sources.items import Item, Skipped, SourceConversation, SourceMessage
+
+VERSION: Final = 1
+MAX_LINE: Final = 128 * 1024 * 1024
+"""The bytes that a line may have: 20 MiB of content and payload, of which escapes make up to six times as much."""
+
+_encode = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=datetime.isoformat
+).encode
+
+
+def header() -> bytes:
+    """Return the first line."""
+    return _line(type="chatdb", version=VERSION)
+
+
+def conversation_line(conversation: Conversation) -> bytes:
+    """Return the line of a conversation, which those of its messages follow in order of `seq`."""
+    return _line(type="conversation", **conversation.model_dump())
+
+
+def message_line(message: Message) -> bytes:
+    """Return the line of a message."""
+    return _line(type="message", **message.model_dump(exclude={"id", "conversation_id", "user_id"}))
+
+
+def end_line(conversations: int, messages: int) -> bytes:
+    """Return the last line, by whose counts a reader knows that nothing is missing."""
+    return _line(type="end", conversations=conversations, messages=messages)
+
+
+def _line(**fields: Any) -> bytes:  # noqa: ANN401 - any JSON value
+    return _encode(fields).encode() + b"\n"
+
+
+def read(file: BinaryIO) -> Iterator[Item]:
+    """
+    Yield what the lines hold, and a Skipped if some are missing.
+
+    Raises InvalidInputError, which names the line and the field, for anything that is not as it was written.
+    """
+    lines = _lines(file)
+    nothing: tuple[str, dict[str, Any]] = ("line 1", {})
+    line, fields = next(lines, nothing)
+    if fields.get("type") != "chatdb":
+        raise InvalidInputError(line, "must be the header of chatdb's JSON lines")
+    if _taken(line, fields, {"version": _number})["version"] != VERSION:
+        raise InvalidInputError(f"{line}, version", f"must be {VERSION}: upgrade chatdb to read a newer file")
+    conversations = messages = seq = last_seq = 0
+    for line, fields in lines:
+        match fields.get("type"):
+            case "conversation":
+                conversation = SourceConversation(**_taken(line, fields, _CONVERSATION))
+                conversations += 1
+                seq, last_seq = 0, conversation.last_seq
+                yield conversation
+            case "message":
+                message = SourceMessage(**_taken(line, fields, _MESSAGE))
+                if not seq < message.seq <= last_seq:
+                    problem = "must be above that of the message before it, up to its conversation's last_seq"
+                    raise InvalidInputError(f"{line}, seq", problem)
+                messages += 1
+                seq = message.seq
+                yield message
+            case "end":
+                said = _taken(line, fields, {"conversations": _number, "messages": _number})
+                if file.read(1):
+                    raise InvalidInputError(f"{line}, type", "is an end before the end of the file")
+                missing = (said["conversations"] - conversations, said["messages"] - messages)
+                if missing != (0, 0):
+                    reason = "the file's end line counts other conversations or messages than the file has"
+                    yield Skipped(reason, *(max(0, number) for number in missing))
+                return
+            case _:
+                raise InvalidInputError(f"{line}, type", "must be conversation, message or end")
+    yield Skipped("the file is cut off: its end line is missing")
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each line's name and fields, up to the end or where the file is cut off."""
+    for number in count(1):
+        line = file.readline(MAX_LINE + 1)
+        if len(line) > MAX_LINE:
+            raise InvalidInputError(f"line {number}", f"must have at most {MAX_LINE:,} bytes")
+        try:
+            fields = as_object(json.loads(line.decode()))
+        except (ValueError, RecursionError):
+            fields = None
+        if fields is not None:
+            del line
+            yield f"line {number}", fields
+        elif line.endswith(b"\n"):
+            raise InvalidInputError(f"line {number}", "must be a JSON object in UTF-8")
+        else:
+            return
+
+
+def _taken(line: str, fields: dict[str, Any], checks: dict[str, Callable[[str, Any], Any]]) -> dict[str, Any]:
+    """Take the fields out of a line's, so that a large one is not held longer than its message."""
+    for field in checks:
+        if field not in fields:
+            raise InvalidInputError(f"{line}, {field}", "is missing")
+    try:
+        return {field: check(field, fields.pop(field)) for field, check in checks.items()}
+    except InvalidInputError as error:
+        field, problem = error.parameter, str(error).removeprefix(f"{error.parameter}: ")
+    raise InvalidInputError(f"{line}, {field}", problem)
+
+
+def _number(name: str, value: object) -> int:
+    return _input.integer(name, value, least=0)
+
+
+def _title(name: str, value: object) -> str | None:
+    return None if value is None else _input.text(name, value, least=0, most=_input.MAX_TITLE)
+
+
+def _payload(name: str, value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise InvalidInputError(name, "must be JSON as a text, or null")
+    return None if value is None else _input.payload(name, JsonText(value))
+
+
+def _time(name: str, value: object) -> datetime:
+    try:
+        time = datetime.fromisoformat(value) if isinstance(value, str) else None
+        if time is not None and time.tzinfo is not None:
+            return time.astimezone(UTC)
+    except (ValueError, OverflowError):
+        pass
+    raise InvalidInputError(name, "must be a time in ISO 8601 with its offset")
+
+
+_CONVERSATION: dict[str, Callable[[str, Any], Any]] = {
+    "key": _input.key,
+    "title": _title,
+    "metadata": _input.metadata,
+    "last_seq": _number,
+    "created_at": _time,
+    "updated_at": _time,
+}
+_MESSAGE: dict[str, Callable[[str, Any], Any]] = {
+    "seq": _number,
+    "role": _input.role,
+    "content": _input.content,
+    "payload": _payload,
+    "metadata": _input.metadata,
+    "token_count": _input.token_count,
+    "key": _input.key,
+    "created_at": _time,
+}

@@ -1,0 +1,317 @@
+"""Import and export of a user's conversations: streamed, in bulk, each in one transaction."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from chatdb import _input
+from chatdb._query import Query
+from chatdb.errors import ConfigurationError, ConflictError, translated
+from chatdb.pool import Pool, transaction
+from chatdb.records import Conversation, ImportedConversation, Message, StoredConversation
+from chatdb.sources import Changed, Item, Skipped, SourceConversation, SourceMessage
+
+if TYPE_CHECKING:
+    from chatdb.pool import Connection
+
+_import_conversations = Query("import_conversations", ImportedConversation)
+_import_conversations_find = Query("import_conversations_find", StoredConversation)
+_import_conversations_extend = Query("import_conversations_extend", ImportedConversation)
+_export_conversations = Query("export_conversations", Conversation)
+_export_conversations_messages = Query("export_conversations_messages", Message)
+
+OTHER_OF_KEY = "the user has another conversation of this key"
+CHANGED_SINCE = "the stored conversation is not the beginning of the file's"
+
+# a batch is what the server stores while the next one is read: large enough to be worth its three statements
+_BATCH_MESSAGES = 5_000
+_BATCH_CONVERSATIONS = 1_000
+_BATCH_CHARACTERS = 8 * 1024 * 1024
+_COLUMNS = ("user_id", "conversation_id", *SourceMessage._fields)
+
+
+@dataclass
+class ImportReport:
+    """
+    What became of a file, in numbers of conversations and messages.
+
+    `conversations` are new ones, `extended_conversations` had grown in the file, `stored` is what the user had already.
+    `skipped` and `changed` have a sentence for each reason.
+    """
+
+    conversations: int = 0
+    extended_conversations: int = 0
+    messages: int = 0
+    stored_conversations: int = 0
+    stored_messages: int = 0
+    skipped: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    changed: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+
+    def skip(self, reason: str, *, conversations: int = 0, messages: int = 0) -> None:
+        """Count what is left out for a reason."""
+        _count(self.skipped, reason, conversations, messages)
+
+    def change(self, reason: str, *, conversations: int = 0, messages: int = 0) -> None:
+        """Count what could not be taken as it is, for a reason."""
+        _count(self.changed, reason, conversations, messages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the numbers and reasons as JSON has them."""
+        return asdict(self) | {"skipped": _listed(self.skipped), "changed": _listed(self.changed)}
+
+    def described(self, seconds: float) -> str:
+        """Return the numbers and reasons in lines for a person."""
+        lines = [f"imported {self.conversations:,} conversations, {self.messages:,} messages"]
+        if self.messages:
+            lines[0] += f" in {seconds:.1f} s ({self.messages / seconds:,.0f} messages/s)"
+        if self.extended_conversations:
+            lines.append(f"extended {self.extended_conversations:,} conversations that had grown in the file")
+        if self.stored_conversations or self.stored_messages:
+            lines.append(
+                f"stored already: {self.stored_conversations:,} conversations, {self.stored_messages:,} messages"
+            )
+        for verb, reasons in (("skipped", self.skipped), ("changed", self.changed)):
+            for reason, (conversations, messages) in reasons.items():
+                lines.append(f"{verb} {conversations:,} conversations, {messages:,} messages: {reason}")
+        return "\n".join(lines)
+
+
+def _count(reasons: dict[str, tuple[int, int]], reason: str, conversations: int, messages: int) -> None:
+    before = reasons.get(reason, (0, 0))
+    reasons[reason] = (before[0] + conversations, before[1] + messages)
+
+
+def _listed(reasons: dict[str, tuple[int, int]]) -> list[dict[str, str | int]]:
+    return [{"reason": reason, "conversations": some, "messages": few} for reason, (some, few) in reasons.items()]
+
+
+@dataclass(slots=True)
+class _Target:
+    """A conversation of the file, and what is known of its place in the table."""
+
+    source: SourceConversation
+    occurrence: int
+    placed: bool = False
+    id: int | None = None
+    """Where its messages go; None while that is not known, or if they go nowhere."""
+    stored: StoredConversation | None = None
+    """What the user has of it already."""
+    refused: str | None = None
+    ends_at: int | None = None
+    """Its last message where the file is cut off before the conversation's end: a later import can go on there."""
+
+
+_Batch = list[tuple[_Target, list[SourceMessage]]]
+
+
+async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item]) -> ImportReport:
+    """
+    Store what a reader of `chatdb.sources` yields as conversations of a user, and report what became of it.
+
+    One transaction: an error, a lost connection or a cancellation leaves nothing behind. A conversation that the user
+    has already is not stored again; one that has grown since gets its new messages. The items are read in a thread,
+    a batch ahead of what the server stores, so memory does not grow with the file.
+
+    Raises InvalidInputError when the source is broken, ConflictError when another caller writes the same conversations
+    at the same time.
+    """
+    user = _input.user(user_id)
+    report = ImportReport()
+    batches = _batches(items, report)
+    ahead = asyncio.create_task(asyncio.to_thread(next, batches, None))
+    try:
+        async with transaction(pool) as connection:
+            started_at = await _started_at(connection)
+            while (batch := await ahead) is not None:
+                ahead = asyncio.create_task(asyncio.to_thread(next, batches, None))
+                await _store(connection, user, batch, started_at, report)
+    finally:
+        await asyncio.wait([ahead])  # its thread reads the caller's file
+    return report
+
+
+async def export_conversations(pool: Pool, *, user_id: str) -> AsyncGenerator[Conversation | Message, None]:
+    """
+    Iterate over all conversations of a user as they are at one moment, each followed by its messages in order.
+
+    Two server-side cursors in one read-only transaction: memory does not grow with the history.
+    """
+    user = _input.user(user_id)
+    async with pool.acquire() as connection, connection.transaction(isolation="repeatable_read", readonly=True):
+        messages = _export_conversations_messages.iterate(connection, user)
+        message = await anext(messages, None)
+        async for conversation in _export_conversations.iterate(connection, user):
+            yield conversation
+            while message is not None and message.conversation_id == conversation.id:
+                yield message
+                message = await anext(messages, None)
+
+
+def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
+    """Cut the stream where a batch is large enough, be it within a conversation, or where a key comes again."""
+    batch: _Batch = []
+    size = characters = seq = 0
+    keys: set[str] = set()
+    occurrences: Counter[datetime | None] = Counter()
+    for item in items:
+        match item:
+            case SourceMessage():
+                if size >= _BATCH_MESSAGES or characters >= _BATCH_CHARACTERS:
+                    yield batch
+                    batch = [(batch[-1][0], [])]
+                    size = characters = 0
+                batch[-1][1].append(item)
+                seq = item.seq
+                size += 1
+                characters += len(item.content) + len(item.payload or "")
+            case SourceConversation(key=key):
+                if len(batch) >= _BATCH_CONVERSATIONS or key in keys:
+                    yield batch
+                    batch, size, characters, keys = [], 0, 0, set[str]()
+                if key is None:
+                    occurrence = occurrences[item.created_at]
+                    occurrences[item.created_at] += 1
+                else:
+                    occurrence = 0
+                    keys.add(key)
+                batch.append((_Target(item, occurrence), []))
+                seq = 0
+            case Skipped():
+                if batch and seq < batch[-1][0].source.last_seq:
+                    batch[-1][0].ends_at = seq
+                report.skip(item.reason, conversations=item.conversations, messages=item.messages)
+            case Changed():
+                report.change(item.reason, conversations=item.conversations, messages=item.messages)
+    yield batch
+
+
+async def _started_at(connection: Connection) -> datetime:
+    """Return the transaction's time, which is that of all that has none in the file."""
+    row = await connection.fetchrow("select now() as started_at, '[]'::json as sent")
+    if row is None or row["sent"] != "[]":
+        raise ConfigurationError("the pool's connections have a codec for json: import with a pool that sets none")
+    started_at: datetime = row["started_at"]
+    return started_at
+
+
+async def _store(connection: Connection, user: str, batch: _Batch, started_at: datetime, report: ImportReport) -> None:
+    await _place(connection, user, [target for target, _ in batch if not target.placed], started_at, report)
+    grown: list[_Target] = []
+    rows: list[tuple[Any, ...]] = []
+    for target, messages in batch:
+        new = messages if target.stored is None else _new_messages(target, target.stored, messages, grown, report)
+        rows.extend((user, target.id, *message[:-1], message.created_at or started_at) for message in new)
+    await _set_last_seq(
+        connection, user, [(t, t.stored.last_seq, t.source.last_seq) for t in grown if t.stored], started_at
+    )
+    report.extended_conversations += len(grown)
+    try:
+        await connection.copy_records_to_table("messages", schema_name="chatdb", columns=_COLUMNS, records=rows)
+    except Exception as error:
+        raise translated(error) or error from error
+    report.messages += len(rows)
+    cut_off = [
+        (target, target.source.last_seq, target.ends_at)
+        for target, _ in batch
+        if target.ends_at is not None and target.id is not None
+    ]
+    await _set_last_seq(connection, user, cut_off, started_at)
+
+
+async def _place(
+    connection: Connection, user: str, targets: list[_Target], started_at: datetime, report: ImportReport
+) -> None:
+    """Find which of the conversations are stored, and store the others."""
+    sources = [target.source for target in targets]
+    found = await _import_conversations_find.fetch_all(
+        connection,
+        user,
+        [source.key for source in sources],
+        [source.created_at for source in sources],
+        [target.occurrence for target in targets],
+    )
+    for stored in found:
+        target = targets[stored.place - 1]
+        target.stored = stored
+        if target.source.created_at not in (None, stored.created_at):
+            target.refused = OTHER_OF_KEY
+            report.skip(OTHER_OF_KEY, conversations=1)
+        elif target.source.last_seq <= stored.last_seq:
+            report.stored_conversations += 1
+    new = [target for target in targets if target.stored is None]
+    ids = await _import_conversations.fetch_all(
+        connection,
+        user,
+        [target.source.key for target in new],
+        [target.source.title for target in new],
+        [target.source.metadata for target in new],
+        [target.source.last_seq for target in new],
+        [target.source.created_at or started_at for target in new],
+        [target.source.updated_at or started_at for target in new],
+    )
+    for target, imported in zip(new, sorted(ids, key=attrgetter("id")), strict=True):
+        target.id = imported.id
+    for target in targets:
+        target.placed = True
+    report.conversations += len(new)
+
+
+def _new_messages(
+    target: _Target,
+    stored: StoredConversation,
+    messages: list[SourceMessage],
+    grown: list[_Target],
+    report: ImportReport,
+) -> list[SourceMessage]:
+    """Return those that come after the stored ones, once the last stored one was seen to be the file's at its place."""
+    new: list[SourceMessage] = []
+    for message in messages:
+        if target.refused is not None:
+            report.skip(target.refused, messages=1)
+            continue
+        if target.id is None and target.source.last_seq > stored.last_seq and message.seq >= stored.last_seq:
+            if stored.last_seq == 0 or _is_last(message, stored):
+                target.id = stored.id
+                grown.append(target)
+            else:
+                target.refused = CHANGED_SINCE
+                report.skip(CHANGED_SINCE, conversations=1, messages=1)
+                continue
+        if message.seq > stored.last_seq:
+            new.append(message)
+        else:
+            report.stored_messages += 1
+    return new
+
+
+def _is_last(message: SourceMessage, stored: StoredConversation) -> bool:
+    if message.seq != stored.last_seq:
+        return False
+    if message.key is None and stored.last_key is None:
+        return message.created_at == stored.last_created_at
+    return message.key == stored.last_key
+
+
+async def _set_last_seq(
+    connection: Connection, user: str, changes: list[tuple[_Target, int, int]], started_at: datetime
+) -> None:
+    """Change each target's last_seq from a value to another."""
+    if not changes:
+        return
+    targets, old, new = zip(*changes, strict=True)
+    changed = await _import_conversations_extend.fetch_all(
+        connection,
+        user,
+        [target.id for target in targets],
+        old,
+        new,
+        [target.source.updated_at or started_at for target in targets],
+    )
+    if len(changed) < len(changes):
+        raise ConflictError("another caller appended to one of the conversations meanwhile: import again")

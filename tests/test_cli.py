@@ -1,0 +1,203 @@
+"""The command line, run as its users run it: as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chatdb.cli import Format
+from chatdb.sources import FORMATS
+from tests.conftest import execute
+
+SHAREGPT = [
+    {"id": "a", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Hello! 👋\x1b[31m"}]},
+    {"id": "b", "conversations": []},
+]
+
+
+def chatdb(*arguments: str | Path, env: dict[str, str], code: int = 0, cwd: Path | None = None) -> str:
+    """Run `chatdb`, and return what it says: its standard output, or where it fails its standard error."""
+    command = [Path(sys.executable).with_name("chatdb"), *arguments]
+    base = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "CHATDB_HOME")}
+    done = subprocess.run(command, env=base | env, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr if code else done.stdout
+
+
+@pytest.fixture
+def env(dsn: str) -> dict[str, str]:
+    """Give the environment of a service with a migrated database."""
+    return {"DATABASE_URL": dsn}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Give a file of ShareGPT's form."""
+    path = tmp_path / "sharegpt.json"
+    path.write_text(json.dumps(SHAREGPT), encoding="utf-8")
+    return path
+
+
+def test_import_list_show_export(env: dict[str, str], file: Path, tmp_path: Path) -> None:
+    """What is imported is listed, shown, exported, and read back for another user as it was."""
+    said = chatdb("import", file, "--user", "alice", env=env)
+    assert "imported 1 conversations, 2 messages" in said
+    assert "skipped 1 conversations, 0 messages: no messages" in said
+    (listed,) = json.loads(chatdb("list", "--user", "alice", "--json", env=env))
+    assert listed["last_seq"] == 2
+    assert chatdb("list", "--user", "alice", env=env).splitlines()[1].startswith(f"{listed['id']}\t")
+    shown = chatdb("show", str(listed["id"]), "--user", "alice", env=env)
+    assert "#1 user" in shown
+    assert "Hello! 👋\x1b[31m" in shown, "what is no terminal gets the text as it is"
+    last = chatdb("show", str(listed["id"]), "--user", "alice", "--last", "1", "--json", env=env)
+    assert [json.loads(line)["type"] for line in last.splitlines()] == ["conversation", "message"]
+
+    lines = chatdb("export", "--user", "alice", env=env)
+    out = tmp_path / "alice.jsonl"
+    chatdb("export", "--user", "alice", "--output", out, env=env)
+    assert out.read_text(encoding="utf-8") == lines
+    assert list(tmp_path.iterdir()) == [file, out] or set(tmp_path.iterdir()) == {file, out}
+    report = json.loads(chatdb("import", out, "--user", "bob", "--json", env=env))
+    assert (report["conversations"], report["messages"], report["skipped"]) == (1, 2, [])
+    report = json.loads(chatdb("import", out, "--user", "bob", "--json", env=env))
+    assert (report["stored_conversations"], report["messages"]) == (1, 0)
+
+
+def test_migrate(empty_dsn: str) -> None:
+    """`chatdb migrate` makes the tables, and says what it did."""
+    assert "0001.create-schema" in chatdb("migrate", env={"DATABASE_URL": empty_dsn})
+    assert chatdb("migrate", env={"DATABASE_URL": empty_dsn}) == "nothing to apply\n"
+    assert json.loads(chatdb("migrate", "--json", env={"DATABASE_URL": empty_dsn})) == {"applied": []}
+
+
+def test_dotenv(dsn: str, tmp_path: Path) -> None:
+    """DATABASE_URL may stand in a file .env of the folder or one above, and the environment has the last word."""
+    (tmp_path / ".env").write_text(f"DATABASE_URL={dsn}\n")
+    below = tmp_path / "below"
+    below.mkdir()
+    assert chatdb("list", "--user", "alice", "--json", env={}, cwd=below) == "[]\n"
+    said = chatdb("list", "--user", "alice", env={"DATABASE_URL": "nonsense"}, cwd=below, code=1)
+    assert "postgresql://" in said
+
+
+def test_embedded_by_default(tmp_path: Path, file: Path) -> None:
+    """Without DATABASE_URL the data stay in an embedded server, which is stopped after each command."""
+    env = {"CHATDB_HOME": str(tmp_path / "home")}
+    chatdb("import", file, "--user", "alice", env=env, cwd=tmp_path)
+    assert len(json.loads(chatdb("list", "--user", "alice", "--json", env=env, cwd=tmp_path))) == 1
+    assert chatdb("migrate", env=env, cwd=tmp_path) == "nothing to apply\n"
+    assert not (tmp_path / "home" / "data" / "postmaster.pid").exists()
+
+
+def test_demo(env: dict[str, str], file: Path) -> None:
+    """The demonstration does the five things and meets the target; a second one too."""
+    for _ in range(2):
+        said = chatdb("demo", "--file", file, env=env)
+        for number in range(1, 6):
+            assert f"\n{number}. " in said
+        assert "ConversationNotFoundError" in said
+        assert "target met" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["show", "1", "--user", "alice"], "no such conversation"),
+        (["list", "--user", ""], "user_id: must have 1 to 255 characters"),
+        (["list", "--user", "a" * 256], "user_id: must have 1 to 255 characters"),
+        (["import", "missing.json", "--user", "alice"], "No such file or directory: missing.json"),
+        (["export", "--user", "alice", "--output", "missing/folder.jsonl"], "No such file or directory"),
+    ],
+)
+def test_refused(env: dict[str, str], tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    """What is refused is said in one sentence, with exit status 1."""
+    said = chatdb(*arguments, env=env, cwd=tmp_path, code=1)
+    assert sentence in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "empty"),
+        (b"[1]", "something else than objects"),
+        (b'[{"id": "a", "conversations": [}]', "broken JSON"),
+        (b'{"some": "thing"}', "--format"),
+        (b'[{"conversations": [{"from": "human", "value": "\xff"}]}]', "not UTF-8"),
+    ],
+)
+def test_broken_files(env: dict[str, str], tmp_path: Path, content: bytes, sentence: str) -> None:
+    """A file that cannot be read is refused with its place, and nothing is stored."""
+    path = tmp_path / "file.json"
+    path.write_bytes(content)
+    assert sentence in chatdb("import", path, "--user", "alice", env=env, code=1)
+    assert chatdb("list", "--user", "alice", "--json", env=env) == "[]\n"
+
+
+def test_a_database_without_the_tables(empty_dsn: str, file: Path) -> None:
+    """A database without the migrations, or with too old ones, is an error that says what to run."""
+    env = {"DATABASE_URL": empty_dsn}
+    for arguments in (["list"], ["import", str(file)], ["export"]):
+        assert "run yoyo apply" in chatdb(*arguments, "--user", "alice", env=env, code=1)
+    assert "run yoyo apply" in chatdb("demo", "--file", file, env=env, code=1)
+    chatdb("migrate", env=env)
+    execute(empty_dsn, "alter table chatdb.messages drop column token_count")
+    assert "run yoyo apply" in chatdb("import", file, "--user", "alice", env=env, code=1)
+    assert json.loads(chatdb("list", "--user", "alice", "--json", env=env)) == []
+
+
+def test_a_server_that_is_not_there() -> None:
+    """An unreachable server is one sentence without the password."""
+    said = chatdb("list", "--user", "a", env={"DATABASE_URL": "postgresql://a:secret@127.0.0.1:1/x"}, code=1)
+    assert "cannot be reached" in said
+    assert "secret" not in said
+
+
+def test_wrong_usage(env: dict[str, str]) -> None:
+    """Wrong usage is exit status 2."""
+    assert "--user" in chatdb("list", env=env, code=2)
+
+
+def test_a_reader_that_has_had_enough(env: dict[str, str], file: Path) -> None:
+    """`chatdb export | head` ends without a traceback."""
+    chatdb("import", file, "--user", "alice", env=env)
+    program = Path(sys.executable).with_name("chatdb")
+    done = subprocess.run(
+        f"{program} export --user alice | head -c 1", shell=True, env=os.environ | env, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_interrupted(tmp_path: Path) -> None:
+    """An interrupted command stores nothing, stops its embedded server and ends with status 130."""
+    big = tmp_path / "big.json"
+    one = {"conversations": [{"from": "human", "value": "x" * 500}] * 10}
+    big.write_text(json.dumps([one | {"id": str(n)} for n in range(30_000)]))
+    env = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+    env |= {"CHATDB_HOME": str(tmp_path / "home")}
+    command = [Path(sys.executable).with_name("chatdb"), "import", big, "--user", "alice"]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(
+            command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        assert "embedded" in process.stderr.readline()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert "Traceback" not in said
+        assert process.returncode == 130
+        assert not (tmp_path / "home" / "data" / "postmaster.pid").exists()
+    assert chatdb("list", "--user", "alice", "--json", env={"CHATDB_HOME": str(tmp_path / "home")}) == "[]\n"
+
+
+def test_version_and_formats() -> None:
+    """The version is the package's, and the formats are those that there are readers for."""
+    assert chatdb("--version", env={}).startswith("chatdb 0.")
+    assert [str(each) for each in Format] == ["auto", *FORMATS]

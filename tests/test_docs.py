@@ -1,0 +1,95 @@
+"""The commands and programs in the documents do what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from chatdb import _input, errors
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+
+
+def block(section: str, language: str) -> str:
+    """Return the block of code in a section of README.md."""
+    found = re.search(rf"^## {section}\n.*?^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert found, section
+    return found[1]
+
+
+def shell(script: str, dsn: str, folder: Path) -> str:
+    """Run a block as a person would who has the environment's programs on his path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "DATABASE_URL": dsn}
+    done = subprocess.run(["bash", "-euc", script], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_program(dsn: str) -> None:
+    """README's program runs as it stands."""
+    done = subprocess.run(
+        [sys.executable, "-c", block("Use", "python")],
+        env=os.environ | {"DATABASE_URL": dsn},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1 user Add milk, please.\n2 assistant Milk is on your list.\n"
+
+
+def test_the_migrations(empty_dsn: str) -> None:
+    """README's commands for the migrations run in the checkout."""
+    script = block("Migrations", "sh")
+    assert script.count("postgresql://localhost/chat") == 1
+    shell(script.replace("postgresql://localhost/chat", f"'{empty_dsn}'"), empty_dsn, ROOT)
+    with psycopg.connect(empty_dsn) as connection:
+        assert connection.execute("select count(*) from chatdb.messages").fetchone() == (0,)
+
+
+def test_the_command_line(dsn: str, tmp_path: Path) -> None:
+    """README's commands of the command line run one after another."""
+    conversation = {"id": "a", "conversations": [{"from": "human", "value": "hello from the file"}]}
+    (tmp_path / "conversations.json").write_text(json.dumps([conversation]))
+    assert "hello from the file" in shell(block("Command line", "sh"), dsn, tmp_path)
+    assert "hello from the file" in (tmp_path / "alice.jsonl").read_text()
+
+
+@pytest.mark.parametrize("section", ["Quick start", "Tests"])
+def test_one_command(section: str) -> None:
+    """The two sections have one command each, which .ci/run runs."""
+    assert len(block(section, "sh").splitlines()) == 1
+    assert f'"{section}"' in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_limits_and_errors() -> None:
+    """The guide has the limits and errors of the code."""
+    assert {_input.MAX_CONTENT, _input.MAX_PAYLOAD, _input.MAX_METADATA} == {4 << 20, 16 << 20, 64 << 10}
+    for words in (
+        "4 MiB",
+        "16 MiB",
+        "64 KiB",
+        f"1 to {_input.MAX_NAME}",
+        f"{_input.MAX_TITLE:,}",
+        f"{_input.MAX_LIMIT:,}",
+    ):
+        assert words in GUIDE
+    for error in vars(errors).values():
+        if isinstance(error, type) and error.__module__ == errors.__name__ and not error.__subclasses__():
+            assert f"`{error.__name__}`" in GUIDE, error
+
+
+def test_every_link_leads_somewhere() -> None:
+    """Links between the documents lead to files that there are."""
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"

