@@ -200,7 +200,7 @@ def _walk(parameter: str, value: object, *, for_jsonb: bool) -> None:
         below: list[Any] = []
         for item in level:
             if isinstance(item, dict):
-                mapping: dict[Any, Any] = item
+                mapping: dict[Any, Any] = item  # pyright: ignore[reportUnknownVariableType]
                 for name in mapping:
                     if not isinstance(name, str):
                         raise InvalidInputError(parameter, f"must have strings as keys, not {type(name).__name__}")

@@ -48,8 +48,8 @@ app = typer.Typer(
     Exit status: 0 done, 1 an error, which is said on standard error, 2 wrong usage, 130 interrupted.
     """,
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, emoji=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversations.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]

@@ -111,15 +111,21 @@ def _local(stack: ExitStack) -> str | None:
             command = [*namespace, str(programs / program), "-D", str(folder / "data"), *arguments]
             subprocess.run(command, check=True, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
-    run("initdb", "-U", "chatdb", "--auth=trust", "--encoding=UTF8", "--locale=C")
+    run("initdb", "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--locale=C")
     run("pg_ctl", "start", "-w", "-o", f"-k {folder} -c listen_addresses=''")
     stack.callback(run, "pg_ctl", "stop", "-m", "immediate")
-    return f"postgresql://chatdb@/postgres?host={folder}"
+    return f"postgresql://postgres@/postgres?host={folder}"
 
 
 def database_of(server: str, name: str) -> str:
     """Return the DSN of another database on the server."""
     return urlunsplit(urlsplit(server)._replace(path=f"/{name}"))
+
+
+def as_role(dsn: str, role: str) -> str:
+    """Return the DSN for another role, whose password is its name."""
+    parts = urlsplit(dsn)
+    return urlunsplit(parts._replace(netloc=f"{role}:{role}@{parts.netloc.rpartition('@')[2]}"))
 
 
 def execute(dsn: str, *statements: str) -> None:

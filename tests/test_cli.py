@@ -16,7 +16,13 @@ from chatdb.sources import FORMATS
 from tests.conftest import execute
 
 SHAREGPT = [
-    {"id": "a", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Hello! 👋\x1b[31m"}]},
+    {
+        "id": "a",
+        "conversations": [
+            {"from": "human", "value": "hi"},
+            {"from": "gpt", "value": "Hello! 👋 :smile: [bold]\x1b[31m"},
+        ],
+    },
     {"id": "b", "conversations": []},
 ]
 
@@ -55,7 +61,7 @@ def test_import_list_show_export(env: dict[str, str], file: Path, tmp_path: Path
     assert chatdb("list", "--user", "alice", env=env).splitlines()[1].startswith(f"{listed['id']}\t")
     shown = chatdb("show", str(listed["id"]), "--user", "alice", env=env)
     assert "#1 user" in shown
-    assert "Hello! 👋\x1b[31m" in shown, "what is no terminal gets the text as it is"
+    assert "Hello! 👋 :smile: [bold]\x1b[31m" in shown, "what is no terminal gets the text as it is"
     last = chatdb("show", str(listed["id"]), "--user", "alice", "--last", "1", "--json", env=env)
     assert [json.loads(line)["type"] for line in last.splitlines()] == ["conversation", "message"]
 

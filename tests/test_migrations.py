@@ -13,7 +13,7 @@ import pytest
 
 import chatdb
 from chatdb.migrate import apply_migrations
-from tests.conftest import execute
+from tests.conftest import as_role, execute
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "migrations").glob("*.sql"))
@@ -111,8 +111,8 @@ def test_a_host_with_tables_of_the_same_names(empty_dsn: str) -> None:
 
 def test_a_role_named_chatdb(empty_dsn: str) -> None:
     """Yoyo finds its own tables again when the role is called like the schema."""
-    execute(empty_dsn, "drop role if exists chatdb", "create role chatdb login superuser")
-    dsn = re.sub(r"//[^@/]*@", "//chatdb@", empty_dsn, count=1)
+    execute(empty_dsn, "drop role if exists chatdb", "create role chatdb login superuser password 'chatdb'")
+    dsn = as_role(empty_dsn, "chatdb")
     try:
         yoyo(dsn, "apply", "--batch")
         assert "U " not in yoyo(dsn, "list")
@@ -134,10 +134,14 @@ def test_an_unreachable_server() -> None:
 
 def test_a_role_that_may_not_create(empty_dsn: str) -> None:
     """A role without the privilege to create is a ConfigurationError that says so, and leaves nothing behind."""
-    execute(empty_dsn, "drop role if exists chatdb_test_reader", "create role chatdb_test_reader login")
+    execute(
+        empty_dsn,
+        "drop role if exists chatdb_test_reader",
+        "create role chatdb_test_reader login password 'chatdb_test_reader'",
+    )
     try:
         with pytest.raises(chatdb.ConfigurationError, match="owner"):
-            apply_migrations(re.sub(r"//[^@/]*@", "//chatdb_test_reader@", empty_dsn, count=1))
+            apply_migrations(as_role(empty_dsn, "chatdb_test_reader"))
         assert objects(empty_dsn) == []
     finally:
         execute(empty_dsn, "drop role chatdb_test_reader")
