@@ -30,22 +30,22 @@ with (fillfactor = 80);
 comment on table chatdb.conversations is 'One row per conversation of a user.';
 comment on column chatdb.conversations.user_id is 'The host''s own id of the user.';
 comment on column chatdb.conversations.key is 'The caller''s own name of the conversation, unique per user; makes its creation idempotent.';
-comment on column chatdb.conversations.last_seq is 'The seq of the newest message ever appended; never lowered.';
+comment on column chatdb.conversations.last_seq is 'The seq of the newest message ever appended; a deletion does not lower it.';
 comment on column chatdb.conversations.updated_at is 'The time of the last append, or of creation.';
 comment on column chatdb.conversations.active_on is
 'The day (UTC) of updated_at: it is what the list is indexed by, so that the appends of a day leave the index alone (HOT).';
 comment on index chatdb.pk_conversations is
-'Serves get_conversation, update_conversation, delete_conversation, delete_user, every append, and the foreign key of messages.';
+'Serves every statement on one conversation and its messages, export_conversations, and the foreign key of messages.';
 
 create unique index if not exists uq_conversations_user_id_key
 on chatdb.conversations (user_id, key)
 where key is not null;
 
 comment on index chatdb.uq_conversations_user_id_key is
-'Serves get_conversation_by_key and create_conversation_keyed; one conversation per key of a user.';
+'Serves get_conversation_by_key, create_conversation_keyed and imports; one conversation per key of a user.';
 
 create index if not exists ix_conversations_user_id_active_on
 on chatdb.conversations (user_id, active_on desc);
 
 comment on index chatdb.ix_conversations_user_id_active_on is
-'Serves list_conversations and list_conversations_before: the newest days first, sorted within the day.';
+'Serves list_conversations and list_conversations_before, the newest days first, sorted within the day; delete_user, imports.';

@@ -39,7 +39,7 @@ comment on column chatdb.messages.content is 'The readable text.';
 comment on column chatdb.messages.payload is 'A framework''s own item, kept byte for byte (json, not jsonb).';
 comment on column chatdb.messages.key is 'The caller''s own name of the message, unique per conversation; makes its append idempotent.';
 comment on index chatdb.pk_messages is
-'Serves get_history, list_messages, iter_messages, get_message, update_message, delete_message, delete_messages_after, delete_user, and the cascade.';
+'Serves every statement on messages by their place, the whole of a conversation or of a user, and the cascade.';
 
 create unique index if not exists uq_messages_user_id_conversation_id_key
 on chatdb.messages (user_id, conversation_id, key)

@@ -4,7 +4,7 @@
 -- $1 user_id text
 --
 -- returns one Deleted
--- served by pk_conversations, pk_messages
+-- served by ix_conversations_user_id_active_on, pk_messages
 
 with conversation as (
     delete from chatdb.conversations

@@ -1,5 +1,6 @@
 -- import_conversations_extend
--- Makes room at the end of conversations that have grown in the file; none for one to which was appended meanwhile.
+-- Moves the end of conversations that have grown in the file, or of one that the file has in part; not of one to which
+-- was appended meanwhile.
 --
 -- $1 user_id text
 -- $2 ids int8[]

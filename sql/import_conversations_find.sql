@@ -5,11 +5,11 @@
 --
 -- $1 user_id text
 -- $2 keys text[]    null where a conversation has none
--- $3 created_ats timestamptz[]
+-- $3 created_ats timestamptz[]    null where the file has no times
 -- $4 occurrences int8[]    how many conversations before it in the file have no key and this time
 --
 -- returns many StoredConversation
--- served by uq_conversations_user_id_key, pk_conversations, pk_messages
+-- served by uq_conversations_user_id_key, ix_conversations_user_id_active_on, pk_messages
 
 with wanted as (
     select key, created_at, occurrence, place

@@ -1,0 +1,51 @@
+"""Makers of mutations, which the drift checks must find."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+
+
+def without_user(text):
+    """Yield a text with each condition on the user loosened, and each inserted user replaced, in several ways."""
+    for found in re.finditer(r"((?:\w+\.)?user_id) = \$1", text):
+        column = found[1]
+        for condition in ("true", f"{column} = $2", f"{column} >= $1", f"{column} = {column}", f"({found[0]} or true)"):
+            yield f"{text[: found.start()]}{condition}{text[found.end() :]}"
+    if "insert into chatdb." in text:
+        for found in re.finditer(r"\b((?:select|returning|values \()\s*)((?:\w+\.)?user_id|\$1)(?=,)", text):
+            for user in ("'ann'", "$2", "lower($1)"):
+                yield f"{text[: found.start()]}{found[1]}{user}{text[found.end() :]}"
+
+
+def less(parts):
+    """Yield a dict without each of its parts in turn."""
+    for name in parts:
+        yield {key: value for key, value in parts.items() if key != name}
+
+
+def neighbours(tree):
+    """Yield the lists of what is sent, each with every place in it that has a next."""
+    for node in ast.walk(ast.Module(tree.body[0].body, [])):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "").startswith(("fetch_", "iterate")):
+            yield from ((node.args, place) for place in range(1, len(node.args) - 1))
+        elif isinstance(node, ast.Tuple) and len(node.elts) > 2:
+            yield from ((node.elts, place) for place in range(len(node.elts) - 1))
+
+
+def swaps(module):
+    """Yield each function that sends something with two neighbours among what it sends swapped."""
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        if (
+            function.__module__ == module.__name__
+            and {"db", "connection"} & inspect.signature(function).parameters.keys()
+        ):
+            source = inspect.getsource(function)
+            for number, _ in enumerate(neighbours(ast.parse(source))):
+                tree = ast.parse(source)
+                items, place = list(neighbours(tree))[number]
+                items[place : place + 2] = reversed(items[place : place + 2])
+                found = {}
+                exec(compile(tree, module.__file__, "exec"), vars(module), found)
+                yield name, found[name]

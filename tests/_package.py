@@ -1,0 +1,41 @@
+"""The package as the drift checks see it: its Query objects and the fields of its records."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import typing
+from functools import cache
+from pathlib import Path
+from types import NoneType
+from typing import Literal
+
+import chatdb
+from chatdb._query import Query
+
+
+@cache
+def bindings():
+    """Return every Query of the package with its module and its variable."""
+    package = Path(chatdb.__file__).parent
+    paths = [path for path in package.rglob("*.py") if re.search(r"^\w+ = Query\(", path.read_text("utf-8"), re.M)]
+    names = [".".join(path.relative_to(package.parent).with_suffix("").parts) for path in paths]
+    variables = [(module, *item) for module in map(importlib.import_module, names) for item in vars(module).items()]
+    return [(module, name, value) for module, name, value in variables if isinstance(value, Query)]
+
+
+def record_of(stem):
+    """Return the record that a file is bound with."""
+    return next(query.record for _, _, query in bindings() if query.name == stem)
+
+
+def fields_of(record):
+    """Return a record's fields, each with the type that the driver gives and whether it may be None."""
+    hints = {name: hint for name, hint in typing.get_type_hints(record).items() if name in record.model_fields}
+    fields = []
+    for name, hint in hints.items():
+        optional = NoneType in typing.get_args(hint)
+        (kind,) = {*(typing.get_args(hint) if optional else [hint])} - {NoneType}
+        is_text = typing.get_origin(kind) in (Literal, dict) or issubclass(kind, str)
+        fields.append((name, str if is_text else kind, optional))
+    return fields

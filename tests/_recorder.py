@@ -1,0 +1,241 @@
+"""A database that writes down what it is sent, and the calls by which every statement is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+
+import chatdb
+from chatdb.records import UNSET, Conversation, SchemaPart
+from chatdb.schema import NEEDED
+from chatdb.sources import Skipped, SourceConversation, SourceMessage
+
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+STORED = {
+    "id": 41,
+    "conversation_id": 42,
+    "user_id": "ann",
+    "key": "k",
+    "title": "T",
+    "metadata": '{"m": 2}',
+    "last_seq": 8,
+    "created_at": NOW,
+    "updated_at": NOW + timedelta(hours=1),
+    "seq": 9,
+    "role": "user",
+    "content": "hello",
+    "payload": '{"p": 1}',
+    "token_count": 5,
+    "conversations": 1,
+    "messages": 2,
+}
+"""What the server answers, by the names of columns."""
+
+USER = {"user_id": "ann"}
+CHAT = USER | {"conversation_id": 6}
+PLACE = CHAT | {"seq": 9}
+KEY = {"key": "k"}
+TITLED = {"title": "T", "metadata": {"m": 2}}
+EMPTY = {"role": "user", "content": ""}
+FULL = {"role": "tool", "content": "hello", "payload": {"p": 1}, "metadata": {"m": 2}, "token_count": 5}
+BEFORE = Conversation(**{name: STORED[name] for name in Conversation.model_fields})
+EDITS = [("title", "T"), ("title", None), ("metadata", {"m": 2}), ("metadata", None)]
+MESSAGE_EDITS = [
+    ("content", "new"),
+    ("payload", {"p": 1}),
+    ("payload", None),
+    ("token_count", 5),
+    ("token_count", None),
+]
+CALLS = [
+    ("create_conversation", "create_conversation", USER),
+    ("create_conversation", "create_conversation", USER | TITLED),
+    ("create_conversation", "create_conversation_keyed", USER | KEY),
+    ("create_conversation", "create_conversation_keyed", USER | TITLED | KEY),
+    ("get_conversation", "get_conversation", CHAT),
+    ("get_conversation_by_key", "get_conversation_by_key", USER | KEY),
+    ("list_conversations", "list_conversations", USER | {"limit": 7}),
+    ("list_conversations", "list_conversations_before", USER | {"limit": 7, "before": BEFORE}),
+    ("update_conversation", "get_conversation", CHAT),
+    *[("update_conversation", "update_conversation", CHAT | {name: value}) for name, value in EDITS],
+    ("delete_conversation", "delete_conversation", CHAT),
+    ("delete_user", "delete_user", USER | {"timeout": 3.5}),
+    ("append_message", "append_message", CHAT | EMPTY),
+    ("append_message", "append_message", CHAT | FULL),
+    ("append_message", "append_message_keyed", CHAT | EMPTY | KEY),
+    ("append_message", "append_message_keyed", CHAT | FULL | KEY),
+    ("append_messages", "get_conversation", CHAT | {"messages": []}),
+    ("append_messages", "append_messages", CHAT | {"messages": [EMPTY, FULL]}),
+    ("append_messages", "append_messages_keyed", CHAT | {"messages": [EMPTY, FULL | KEY]}),
+    ("get_history", "get_history", CHAT | {"limit": 7}),
+    ("get_history", "get_history", CHAT | {"limit": 7, "before_seq": 9}),
+    ("list_messages", "list_messages", CHAT | {"limit": 7, "after_seq": 9}),
+    ("iter_messages", "list_messages", CHAT | {"batch": 7, "after_seq": 9}),
+    ("get_message", "get_message", PLACE),
+    ("get_message_by_key", "get_message_by_key", CHAT | KEY),
+    ("update_message", "get_message", PLACE),
+    *[("update_message", "update_message", PLACE | {name: value}) for name, value in EDITS[2:] + MESSAGE_EDITS],
+    ("delete_message", "delete_message", PLACE),
+    ("delete_messages_after", "delete_messages_after", PLACE),
+    ("check_schema", "check_schema", {}),
+]
+"""A function, the file that it sends, and arguments, which differ from one another."""
+
+
+def expected(parameter, given):
+    """Return what a statement is to get under a name of its header."""
+    match parameter.split("_", 1):
+        case ["set", name]:
+            return given[name] is not UNSET
+        case ["row", "limit"]:
+            return given.get("limit", given.get("batch"))
+        case ["before", name] if "before" in given:
+            return getattr(given["before"], name)
+    if "messages" in given and parameter not in given:
+        return [_as_sent(message.get(parameter[:-1])) for message in given["messages"]]
+    if parameter == "before_seq" and given[parameter] is None:
+        return 2**63 - 1
+    return _as_sent(given[parameter])
+
+
+def _as_sent(value):
+    return json.dumps(value) if isinstance(value, dict) else None if value is UNSET else value
+
+
+def module_of(function):
+    """Return the module that has a public function."""
+    return inspect.getmodule(getattr(chatdb, function))
+
+
+async def call(function, db, given):
+    """Call a public function, or exhaust its iterator."""
+    result = getattr(module_of(function), function)(db, **given)
+    return [item async for item in result] if inspect.isasyncgen(result) else await result
+
+
+def stored(record):
+    """Return rows as the server might answer."""
+    if record is SchemaPart:
+        parts = [(table, name, kind) for table, columns in NEEDED.items() for name, kind in columns.items()]
+        return [dict(zip(record.model_fields, part, strict=True)) for part in parts]
+    return [{name: STORED[name] for name in record.model_fields}]
+
+
+def name_of(query):
+    """Return what the name line of a statement says."""
+    return query.partition("\n")[0].removeprefix("-- ")
+
+
+class Recorder:
+    """A database that answers every statement with the same rows, once the real one, if any, has taken it too."""
+
+    def __init__(self, rows, real=None):
+        self.rows = rows
+        self.real = real
+        self.sent = []
+        self.timeout = None
+
+    async def fetch(self, query, /, *args, timeout=None):
+        """Answer a statement."""
+        self.sent.append((query, tuple(list(value) if isinstance(value, tuple) else value for value in args)))
+        self.timeout = timeout
+        if self.real is not None:
+            await self.real.fetch(query, *args)
+        return self.rows
+
+
+class Transfer(Recorder):
+    """The same as a pool and its one connection, for an import and an export; each file has rows of its own."""
+
+    copied = ()
+
+    async def fetch(self, query, /, *args, timeout=None):
+        """Answer a statement."""
+        return (await super().fetch(query, *args, timeout=timeout))[name_of(query)]
+
+    async def fetchrow(self, query):
+        """Answer what the import asks first."""
+        return {"started_at": NOW, "sent": "[]"}
+
+    async def cursor(self, query, *args):
+        """Answer a statement by a cursor."""
+        pages = [[], await self.fetch(query, *args)]
+        return SimpleNamespace(fetch=lambda _: asyncio.sleep(0, pages.pop()))
+
+    async def copy_records_to_table(self, table, *, schema_name, columns, records):
+        """Keep what is copied, by the names of the columns."""
+        self.copied = [dict(zip(columns, record, strict=True)) for record in records]
+
+    def acquire(self):
+        """Give itself as the connection."""
+        return nullcontext(self)
+
+    def transaction(self, **options):
+        """Begin nothing."""
+        return nullcontext()
+
+    def is_in_transaction(self):
+        """Say that a transaction has begun, so that nobody commits one."""
+        return True
+
+
+def _days(number):
+    return NOW + timedelta(days=number)
+
+
+def _message(seq, key):
+    return SourceMessage(seq, "tool", f"content {key}", '{"p": 1}', '{"m": 2}', 5, key, _days(10 + seq))
+
+
+IMPORT = [
+    SourceConversation("a", "A", '{"m": 1}', 1, None, _days(1)),
+    _message(1, "a1"),
+    SourceConversation(None, None, None, 4, _days(2), _days(3)),
+    _message(1, "b1"),
+    Skipped("it is broken", messages=3),
+    SourceConversation(None, "C", None, 3, _days(2), _days(4)),
+    _message(2, "c2"),
+    _message(3, "c3"),
+]
+"""A file, of whose conversations the second ends early and the third is stored but for its last message."""
+
+TRANSFERRED = {
+    "import_conversations_find": [
+        {"place": 3, "id": 53, "last_seq": 2, "created_at": _days(2), "last_key": "c2", "last_created_at": _days(12)}
+    ],
+    "import_conversations": [{"id": 51}, {"id": 52}],
+    "import_conversations_extend": [{"id": 53}],
+    "export_conversations": [],
+    "export_conversations_messages": [],
+}
+IMPORTED = [
+    (
+        "import_conversations_find",
+        USER | {"keys": ["a", None, None], "created_ats": [None, _days(2), _days(2)], "occurrences": [0, 0, 1]},
+    ),
+    (
+        "import_conversations",
+        USER
+        | {"keys": ["a", None], "titles": ["A", None], "metadatas": ['{"m": 1}', None], "last_seqs": [1, 4]}
+        | {"created_ats": [NOW, _days(2)], "updated_ats": [_days(1), _days(3)]},
+    ),
+    (
+        "import_conversations_extend",
+        USER | {"ids": [53], "old_last_seqs": [2], "new_last_seqs": [3], "updated_ats": [_days(4)]},
+    ),
+    (
+        "import_conversations_extend",
+        USER | {"ids": [52], "old_last_seqs": [4], "new_last_seqs": [1], "updated_ats": [_days(3)]},
+    ),
+]
+"""What is to be sent for that file, by the names of the headers."""
+
+COPIED = [
+    USER | {"conversation_id": conversation} | _message(seq, key)._asdict()
+    for conversation, seq, key in [(51, 1, "a1"), (52, 1, "b1"), (53, 3, "c3")]
+]
+"""What is to be copied, by the names of the columns."""

@@ -1,0 +1,577 @@
+"""
+The SQL files, the schema, the records and the functions are one thing.
+
+Each check is a plain function that raises AssertionError. The tests run it on what is there; those at the end run it
+on mutations, every one of which it must find.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections import defaultdict
+from contextlib import suppress
+from datetime import datetime
+from types import SimpleNamespace
+from typing import Literal
+
+import asyncpg
+import pglast
+import psycopg
+import pytest
+from _catalog import DATA, Live
+from _mutants import less, swaps, without_user
+from _package import bindings, fields_of, record_of
+from _recorder import (
+    CALLS,
+    COPIED,
+    IMPORT,
+    IMPORTED,
+    TRANSFERRED,
+    Recorder,
+    Transfer,
+    call,
+    expected,
+    module_of,
+    name_of,
+    stored,
+)
+from _sqlfiles import TEXTS, branches, file_of, is_existence, isolation_gaps, meetings, nullable, outputs, parse
+from conftest import database_of, execute
+from pglast.parser import scan
+from pydantic import create_model
+
+import chatdb
+from chatdb import ConflictError, ConversationNotFoundError, MessageNotFoundError, _input, transfer
+from chatdb.errors import CONFLICTS, CONSTRAINTS, translated
+from chatdb.records import Message, Role
+from chatdb.schema import NEEDED
+
+FOREIGN_KEY = "fk_messages_conversation"
+
+every_file = pytest.mark.parametrize("stem", TEXTS)
+
+
+@pytest.fixture(scope="module")
+def live(server, template):
+    """Give a database with enough in it for the planner's choices to be real ones."""
+    name = f"{template}_drift"
+    execute(server, f"create database {name} template {template}")
+    with psycopg.connect(database_of(server, name), autocommit=True, prepare_threshold=None) as connection:
+        connection.execute(DATA)
+        yield Live(connection)
+    execute(server, f"drop database {name}")
+
+
+# 1. Every file is bound once, every binding has its file.
+
+
+def check_bindings(texts, bound):
+    """Raise unless files and Query objects are pairs, beside a function of their name."""
+    assert sorted(query.name for _, _, query in bound) == sorted(texts)
+    for module, variable, query in bound:
+        functions = [name for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"]
+        assert variable == f"_{query.name}"
+        assert any(query.name == name or query.name.startswith(f"{name}_") for name in functions), query.name
+        assert query.sql == parse(texts[query.name]).sql, f"{query.name} is not sent as name line and body"
+
+
+def test_files_and_queries_are_pairs():
+    """Every file is bound by one Query, under its own name, beside a function of that name, and sent without header."""
+    check_bindings(TEXTS, bindings())
+
+
+VERBS = {"one": {"fetch_one"}, "many": {"fetch_all", "fetch_page", "iterate"}}
+VERBS_OF_EXISTENCE = {"one": {"fetch_optional"}, "many": {"fetch_page"}}
+
+
+def check_verbs(file, module):
+    """Raise unless the rows are read in the way of the header's `returns`."""
+    verbs = set(re.findall(rf"\b_{file.name}\.(\w+)\(", inspect.getsource(module)))
+    assert verbs
+    assert verbs <= (VERBS_OF_EXISTENCE if file.existence else VERBS)[file.number]
+
+
+@pytest.mark.parametrize(("module", "query"), [(module, query) for module, _, query in bindings()])
+def test_rows_are_read_as_the_header_says(module, query):
+    """One row is read as one, many as many, and an existence row as such."""
+    check_verbs(file_of(query.name), module)
+
+
+# 2. It prepares. 3. Its parameters are those of the header.
+
+
+def check_prepares(live, file):
+    """Raise unless the server takes the statement."""
+    live.described(file.sql)
+
+
+def check_parameters(live, file):
+    """Raise unless the header's parameters are the server's, and named like the columns that they meet."""
+    types, _ = live.described(file.sql)
+    assert [(parameter.number, parameter.type) for parameter in file.parameters] == list(enumerate(types, 1))
+    met = meetings(file)
+    for number, name in [(parameter.number, parameter.name) for parameter in file.parameters]:
+        assert met[number], f"${number} {name} meets no column"
+        for column in met[number]:
+            names = {column, f"{column}s", f"set_{column}", f"before_{column}", f"after_{column}"}
+            assert name in names or (name, column) == ("conversation_id", "id"), f"${number} {name} meets {column}"
+
+
+@every_file
+def test_the_statement_prepares(live, stem):
+    """The server takes every statement on the migrated schema."""
+    check_prepares(live, file_of(stem))
+
+
+@every_file
+def test_the_header_has_the_parameters(live, stem):
+    """The header's parameters have the statement's numbers and types, and the names of the columns that they meet."""
+    check_parameters(live, file_of(stem))
+
+
+# 4. Columns = record fields. 5. Nullability.
+
+
+def check_columns(live, file, record=None):
+    """Raise unless the result's columns are the record's fields: name, order and type."""
+    record = record or record_of(file.name)
+    python = {"int8": int, "int4": int, "text": str, "timestamptz": datetime}
+    _, columns = live.described(file.sql)
+    assert file.record == record.__name__
+    assert [(name, python.get(kind)) for name, kind, _ in columns] == [field[:2] for field in fields_of(record)]
+
+
+def check_nullability(live, file, record=None):
+    """Raise unless fields are Optional exactly where columns may be null, and the header tells of an existence row."""
+    found = nullable(file, live.columns)
+    assert found == [optional for _, _, optional in fields_of(record or record_of(file.name))]
+    assert any(map(is_existence, branches(file.statement))) == bool(file.existence)
+    for (name, _, not_null), may_be_null in zip(live.described(file.sql)[1], found, strict=True):
+        is_known = not_null is not None and "left join" not in file.sql
+        assert not is_known or not_null != may_be_null, f"the server knows better of {name}"
+
+
+@every_file
+def test_the_columns_are_the_fields(live, stem):
+    """The result's columns have the names, the order and the types of the record's fields."""
+    check_columns(live, file_of(stem))
+
+
+@every_file
+def test_the_columns_are_as_nullable_as_the_fields(live, stem):
+    """A field is Optional exactly if its column may be null."""
+    check_nullability(live, file_of(stem))
+
+
+# 6. Arguments reach the statement in order.
+
+
+async def check_call(function, stem, given, real=None):
+    """Raise unless a call is one statement whose arguments stand where the header names them; return them."""
+    db = Recorder(stored(record_of(stem)), real)
+    await call(function, db, given)
+    bound = inspect.signature(getattr(chatdb, function)).bind(db, **given)
+    bound.apply_defaults()
+    args = tuple(expected(parameter.name, bound.arguments) for parameter in file_of(stem).parameters)
+    assert db.sent == [(file_of(stem).sql, args)]
+    assert db.timeout == given.get("timeout")
+    return args
+
+
+async def check_import(real=None):
+    """Raise unless an import's statements and its COPY get everything where headers and columns name it."""
+    db = Transfer(TRANSFERRED, real)
+    await transfer.import_conversations(db, user_id="ann", items=IMPORT)
+    sent = [(file_of(name_of(query)), args) for query, args in db.sent]
+    named = [dict(zip([parameter.name for parameter in file.parameters], args, strict=True)) for file, args in sent]
+    assert [(file.name, args) for (file, _), args in zip(sent, named, strict=True)] == IMPORTED
+    assert db.copied == COPIED
+    for file, args in sent:
+        check_null_arguments(file, [args])
+
+
+def check_null_arguments(file, calls):
+    """Raise unless a parameter, or an element of it, is null in some call exactly if its header says so."""
+    for parameter, *values in zip(file.parameters, *calls, strict=True):
+        is_null = any(value is None or (isinstance(value, list) and None in value) for value in values)
+        assert is_null == parameter.nullable, f"{file.name}: {parameter.name}"
+
+
+async def test_arguments_reach_their_parameters(tx):
+    """Every call sends one statement, with its arguments where the header names them, and the server takes them."""
+    calls = defaultdict(list)
+    for function, stem, given in CALLS:
+        calls[stem].append(await check_call(function, stem, given, tx))
+    for stem, found in calls.items():
+        check_null_arguments(file_of(stem), found)
+
+
+async def test_an_imports_arguments_reach_their_parameters(tx):
+    """An import sends everything to where the headers, and for the COPY the columns, name it."""
+    await check_import(tx)
+
+
+async def test_an_exports_arguments_reach_their_parameters(tx):
+    """An export sends its two statements with the user."""
+    db = Transfer(TRANSFERRED, tx)
+    assert [item async for item in transfer.export_conversations(db, user_id="ann")] == []
+    found = {name_of(query): args for query, args in db.sent}
+    assert found == {"export_conversations": ("ann",), "export_conversations_messages": ("ann",)}
+
+
+def test_every_function_is_called():
+    """Every public function on a database, and every file, is among the calls above."""
+    functions = {name for name in chatdb.__all__ if inspect.isfunction(getattr(chatdb, name))} - {"transaction"}
+    with_db = {name for name in functions if "db" in inspect.signature(getattr(chatdb, name)).parameters}
+    assert {function for function, _, _ in CALLS} == with_db
+    assert {stem for _, stem, _ in CALLS} | TRANSFERRED.keys() == TEXTS.keys()
+
+
+@pytest.mark.parametrize(("function", "stem", "given"), [item for item in CALLS if file_of(item[1]).existence])
+async def test_an_existence_row_is_no_record(function, stem, given):
+    """Where a header promises an existence row, the function makes nothing of it, or an error of its own."""
+    db = Recorder([dict.fromkeys(record_of(stem).model_fields)])
+    with suppress(ConflictError, MessageNotFoundError):
+        assert await call(function, db, given) == []
+
+
+# 7. Literal sets and limits = CHECK constraints.
+
+
+def check_limits(live, limits=_input, role=Role):
+    """Raise unless the CHECKs hold the numbers and the roles that the package does, and no others."""
+    name = f"char_length {{0}} >= 1 AND char_length {{0}} <= {limits.MAX_NAME}"
+    metadata = f"jsonb_typeof metadata = 'object' AND octet_length metadata <= {limits.MAX_METADATA}"
+    checks = {key: definition for key, (_, definition) in live.constraints.items() if key.startswith("ck_")}
+    roles = re.findall(r"'(\w+)'", checks.pop("ck_messages_role"))
+    assert set(roles) == set(typing.get_args(role)) == limits.ROLES
+    assert all(word in CONSTRAINTS["ck_messages_role"][1] for word in roles)
+    assert checks == {
+        "ck_conversations_user_id": name.format("user_id"),
+        "ck_conversations_key": name.format("key"),
+        "ck_conversations_title": f"char_length title <= {limits.MAX_TITLE}",
+        "ck_conversations_metadata": metadata,
+        "ck_conversations_last_seq": "last_seq >= 0",
+        "ck_messages_seq": "seq >= 1",
+        "ck_messages_key": name.format("key"),
+        "ck_messages_content": f"octet_length content <= {limits.MAX_CONTENT}",
+        "ck_messages_payload": f"octet_length payload <= {limits.MAX_PAYLOAD}",
+        "ck_messages_metadata": metadata,
+        "ck_messages_token_count": "token_count >= 0",
+    }
+
+
+def test_the_limits_are_the_checks(live):
+    """The roles and the limits in Python are those of the CHECK constraints."""
+    check_limits(live)
+
+
+# 8. The indexes under `served by` are those of the generic plan.
+
+WHOLE = {("Seq Scan", "conversations"), ("Seq Scan", "messages")}
+SORTS = {"get_history": {"Sort", "Incremental Sort"}, "list_messages": {"Sort", "Incremental Sort"}}
+SORTS |= {"list_conversations": {"Sort"}, "list_conversations_before": {"Sort"}}
+
+
+def check_plan(live, file):
+    """Raise unless the plan has the header's indexes, that of the existence row apart, and reads no table whole."""
+    plan = live.plan(file)
+    used = {node["Index Name"] for node in plan if "Index Name" in node}
+    used |= {index for node in plan for index in node.get("Conflict Arbiter Indexes", ())}
+    untold = {"pk_conversations"} - file.indexes if file.existence else set()
+    assert (used & live.indexes.keys()) - untold == file.indexes
+    assert not WHOLE & {(node["Node Type"], node.get("Relation Name")) for node in plan}
+    assert not {node["Node Type"] for node in plan} & SORTS.get(file.name, set())
+
+
+def check_comments(live, files):
+    """Raise unless every table and index has a comment, and the files that an index's names are served by it."""
+    assert all(live.comments.values()), live.comments
+    for index in live.indexes:
+        for word in re.findall(r"\w+", live.comments[index]):
+            assert word not in files or index in files[word].indexes, f"{index} names {word}"
+
+
+@every_file
+def test_the_plan_has_the_indexes(live, stem):
+    """The generic plan uses the indexes under `served by`, reads no table whole, and sorts no messages."""
+    check_plan(live, file_of(stem))
+
+
+def test_tables_and_indexes_say_what_they_serve(live):
+    """Every table and index has a comment, and an index names no file that does not name it."""
+    check_comments(live, {stem: file_of(stem) for stem in TEXTS})
+
+
+# 9. The schema's constraints = the error map, its columns and indexes = what check_schema needs.
+
+
+def check_errors(live, constraints=CONSTRAINTS, conflicts=CONFLICTS):
+    """Raise unless every constraint and unique index is mapped once, a CHECK to the parameter of its column's name."""
+    unique = {name for name, (_, is_unique) in live.indexes.items() if is_unique}
+    assert sorted([*constraints, *conflicts, FOREIGN_KEY]) == sorted(live.constraints.keys() | unique)
+    for name, (parameter, _) in constraints.items():
+        assert live.constraints[name][0] == [parameter]
+
+
+def check_needed(live, needed=NEEDED):
+    """Raise unless check_schema needs what the migrations make."""
+    found = {
+        table: {name: kind for name, (kind, _) in columns.items()}
+        for (schema, table), columns in live.columns.items()
+        if schema == "chatdb"
+    }
+    for name, (table, _) in live.indexes.items():
+        found[table][name] = "index"
+    assert needed == found
+
+
+def test_the_constraints_are_mapped(live):
+    """Every constraint and unique index of the schema has its error, and every error's constraint is there."""
+    check_errors(live)
+
+
+def test_the_foreign_key_is_mapped():
+    """The foreign key, which only a race with a deletion violates, means that the conversation is not there."""
+    assert isinstance(translated(asyncpg.ForeignKeyViolationError("")), ConversationNotFoundError)
+
+
+def test_the_schema_check_needs_the_schema(live):
+    """check_schema needs every column and index that the migrations make, and no others."""
+    check_needed(live)
+
+
+# 10. No statement reaches another user's rows; and the house rules.
+
+
+def check_isolation(live, file):
+    """Raise unless every table reference has `user_id = $1` and every row inserted `$1` as its user."""
+    is_on_users_data = any(getattr(node, "schemaname", None) == "chatdb" for node in file.nodes)
+    assert not is_on_users_data or file.parameters[0].name == "user_id"
+    assert isolation_gaps(file) == []
+
+
+def check_style(live, file):
+    """Raise unless the statement names its columns, gives back rows, and is in lower case."""
+    assert isinstance(file.statement, pglast.ast.SelectStmt) or outputs(file.statement), "a write without returning"
+    assert not any(isinstance(node, pglast.ast.A_Star) for node in file.nodes), "a star"
+    tokens = [token for token in scan(file.sql) if token.name not in ("SQL_COMMENT", "SCONST")]
+    words = [file.sql[token.start : token.end + 1] for token in tokens]
+    assert words == [word.lower() for word in words]
+
+
+@every_file
+def test_the_statement_stays_with_the_user(stem):
+    """Every table of users' data that a statement names is compared with the user, or gets a row of the user."""
+    check_isolation(None, file_of(stem))
+
+
+@every_file
+def test_the_file_follows_the_house_rules(stem):
+    """A file has its own name, a header with prose, and one statement in lower case that names what it gives."""
+    assert file_of(stem).name == stem
+    check_style(None, file_of(stem))
+
+
+# The mutations: each is found by the check that it is for.
+
+CONTENT = "drop constraint ck_messages_content, add constraint ck_messages_content check"
+ROLE = "drop constraint ck_messages_role, add constraint ck_messages_role check (role in"
+
+
+@pytest.mark.parametrize(
+    ("check", "stem", "change"),
+    [
+        (check_prepares, "get_history", "rename column content to body"),
+        (check_parameters, "append_message", "alter token_count type int8"),
+        (check_columns, "get_message", "alter token_count type int2"),
+        (check_nullability, "get_message", "alter content drop not null"),
+        (check_nullability, "append_message", "alter content drop not null"),
+        (check_nullability, "list_messages", "alter key set not null"),
+        (check_plan, "get_history", "drop constraint pk_messages"),
+        (check_plan, "append_message_keyed", "add constraint uq_messages_new unique (user_id, conversation_id, key)"),
+        (check_comments, None, "add unique (id)"),
+        (check_limits, None, f"{CONTENT} (octet_length(content) <= 8388608)"),
+        (check_limits, None, f"{CONTENT} (octet_length(content) < 4194304)"),
+        (check_limits, None, f"{CONTENT} (char_length(content) <= 4194304)"),
+        (check_limits, None, f"{ROLE} ('user', 'assistant', 'system', 'developer', 'tool', 'critic'))"),
+        (check_limits, None, "drop constraint ck_messages_token_count"),
+        (check_errors, None, "drop constraint ck_messages_seq"),
+        (check_errors, None, "drop constraint fk_messages_conversation"),
+        (check_errors, None, "add constraint ck_messages_new check (seq > -1)"),
+        (check_errors, None, "add constraint uq_messages_id unique (id)"),
+        (check_needed, None, "drop constraint pk_messages"),
+        (check_needed, None, "drop column metadata"),
+        (check_needed, None, "add extra text"),
+    ],
+)
+def test_a_changed_table_is_found(live, check, stem, change):
+    """Every change of the table of messages is found."""
+    arguments = [file_of(stem)] if stem else [{}] if check is check_comments else []
+    with live.connection.transaction(force_rollback=True):
+        live.connection.execute(f"alter table chatdb.messages {change}")
+        with pytest.raises(AssertionError):
+            check(Live(live.connection), *arguments)
+
+
+HERE = ", or an existence row: the conversation has none there"
+FIND = "import_conversations_find"
+
+
+@pytest.mark.parametrize(
+    ("check", "stem", "old", "new"),
+    [
+        (check_prepares, "get_history", "where user_id", "where owner_id"),
+        (check_parameters, "get_message", "$2 conversation_id int8\n-- $3 seq", "$3 seq int8\n-- $2 conversation_id"),
+        (check_parameters, "append_message", "-- $5 payload text", "-- $5 metadata text"),
+        (check_parameters, "append_message", "$5::text::json, $6", "$6::text::json, $5"),
+        (check_parameters, "update_conversation", "then $4 else", "then $6 else"),
+        (check_parameters, "append_messages", "$5::text[], $6", "$6::text[], $5"),
+        (check_parameters, "get_message", "seq int8", "seq int4"),
+        (check_parameters, "get_message", "-- $3 seq int8\n", ""),
+        (check_columns, "get_history", "payload::text as payload", "payload::text as body"),
+        (check_columns, "get_conversation", "key, title", "title, key"),
+        (check_columns, "get_conversation", " last_seq,", ""),
+        (check_columns, "get_conversation", "metadata::text as metadata", "metadata"),
+        (check_columns, "get_conversation", "one Conversation", "one Message"),
+        (check_nullability, "get_conversation", "last_seq,", "nullif(last_seq, 0) as last_seq,"),
+        (check_nullability, FIND, "inner join chatdb.conversations", "left join chatdb.conversations"),
+        (check_nullability, FIND, "left join chatdb.messages", "inner join chatdb.messages"),
+        (check_nullability, "get_history", HERE, ""),
+        (check_nullability, "get_conversation", "one Conversation", f"one Conversation{HERE}"),
+        (check_plan, "get_history", "by pk_messages", "by pk_conversations"),
+        (check_plan, "delete_conversation", "by pk_conversations, pk_messages", "by pk_messages"),
+        (check_plan, "get_conversation_by_key", "-- served by uq_conversations_user_id_key\n", ""),
+        (check_plan, "export_conversations_messages", "where user_id = $1", "where user_id || '' = $1"),
+        (check_plan, "get_history", "order by seq desc", "order by created_at desc"),
+        (check_plan, "list_conversations", "order by active_on desc, ", "order by "),
+        (check_style, "get_conversation", "id, user_id, key, title", "*, title"),
+        (check_style, "update_conversation", "returning id", "returning *, id"),
+        (check_style, "create_conversation", "returning id, user_id, key", "-- "),
+        (check_style, "get_conversation", "select", "SELECT"),
+        (check_style, "get_conversation", "where", "; select 1 where"),
+        (check_isolation, "get_conversation", "chatdb.conversations", "conversations"),
+        (check_isolation, "get_conversation", "chatdb.conversations", "public.conversations"),
+        (check_isolation, "get_conversation", "where user_id", ", chatdb.messages as m where conversations.user_id"),
+        (check_isolation, "get_conversation", "last_seq", "(select max(seq) from chatdb.messages) as last_seq"),
+        (check_isolation, "get_conversation", "and id", "or id"),
+        (check_isolation, "get_conversation", "$1 user_id", "$1 owner"),
+        (
+            check_isolation,
+            FIND,
+            "found as f\nleft join chatdb.messages as m",
+            "chatdb.messages as m\nleft join found as f",
+        ),
+        (check_isolation, "append_message_keyed", "on conflict (user_id, ", "on conflict ("),
+        (check_isolation, "append_message_keyed", "set key = excluded.key", "set user_id = $8"),
+        (check_isolation, "append_message", "conversation as (", "conversation (id, user_id) as ("),
+        (check_isolation, "append_message", "select user_id, id, last_seq, $3", "select $3, id, last_seq, $3"),
+        (check_isolation, "create_conversation", "(user_id, title", "(id, title"),
+        (check_isolation, "update_conversation", "set title", "set user_id = $4, title"),
+    ],
+)
+def test_a_changed_file_is_found(live, check, stem, old, new):
+    """Every change of a file is found."""
+    assert old in TEXTS[stem]
+    file = parse(TEXTS[stem].replace(old, new, 1))
+    with pytest.raises(AssertionError), live.connection.transaction(force_rollback=True):
+        check(live, file)
+
+
+@pytest.mark.parametrize(("old", "new"), [("-- One", "One"), ("-- returns", "-- gives"), ("seq int8", "seq")])
+def test_a_header_out_of_form_is_found(old, new):
+    """A header that does not follow the grammar is found."""
+    with pytest.raises(AssertionError):
+        parse(TEXTS["get_message"].replace(old, new, 1))
+
+
+@pytest.mark.parametrize("stem", [stem for stem in TEXTS if "chatdb." in file_of(stem).sql])
+def test_a_statement_without_its_user_is_found(stem):
+    """Every loosened condition on the user and every other user inserted is found, wherever in a file it stands."""
+    mutants = list(without_user(TEXTS[stem]))
+    assert mutants
+    for mutant in mutants:
+        with pytest.raises(AssertionError):
+            check_isolation(None, parse(mutant))
+
+
+@pytest.mark.parametrize(
+    ("stem", "old", "new"),
+    [
+        ("get_message", "returns one", "returns many"),
+        ("list_messages", "returns many", "returns one"),
+        ("get_conversation", "one Conversation", f"one Conversation{HERE}"),
+    ],
+)
+def test_rows_read_in_another_way_are_found(stem, old, new):
+    """A header that says one for many, or promises an existence row where none is looked for, is found."""
+    file = parse(TEXTS[stem].replace(old, new, 1))
+    with pytest.raises(AssertionError):
+        check_verbs(file, module_of(stem))
+
+
+def test_a_file_without_its_query_is_found():
+    """A file that nobody binds, and a Query without a file, bound twice, misnamed or beside no function, is found."""
+    (module, name, query), *others = bindings()
+    for texts, bound in [
+        (TEXTS | {"get_nothing": TEXTS["get_message"]}, bindings()),
+        ({stem: text for stem, text in TEXTS.items() if stem != query.name}, bindings()),
+        (TEXTS, [*bindings(), (module, name, query)]),
+        (TEXTS, [(module, "_other", query), *others]),
+        (TEXTS, [(SimpleNamespace(), name, query), *others]),
+    ]:
+        with pytest.raises(AssertionError):
+            check_bindings(texts, bound)
+
+
+@pytest.mark.parametrize(
+    ("check", "change"),
+    [
+        (check_columns, {"seq": str}),
+        (check_columns, {"payload": int | None}),
+        (check_columns, {"extra": int}),
+        (check_nullability, {"seq": int | None}),
+        (check_nullability, {"key": str}),
+    ],
+)
+def test_a_changed_record_is_found(live, check, change):
+    """A record with a field of another type, more or less Optional, or one too many is found."""
+    hints = typing.get_type_hints(Message) | change
+    record = create_model("Message", **{name: (hints[name], ...) for name in {**Message.model_fields, **change}})
+    with pytest.raises(AssertionError):
+        check(live, file_of("get_message"), record)
+
+
+def test_a_changed_map_or_limit_is_found(live):
+    """A role, a limit, an error or a needed part too many, too few or changed is found."""
+    for check, changes in [
+        (check_limits, [{"role": Literal[Role, "critic"]}]),
+        (check_limits, [{"limits": SimpleNamespace(**vars(_input) | {"MAX_TITLE": 999})}]),
+        (check_errors, [{"constraints": part} for part in less(CONSTRAINTS)]),
+        (check_errors, [{"constraints": CONSTRAINTS | {"ck_messages_key": ("role", "")}}]),
+        (check_errors, [{"conflicts": part} for part in less(CONFLICTS)]),
+        (check_errors, [{"conflicts": CONFLICTS | {"ck_messages_key": ""}}]),
+        (check_needed, [{"needed": NEEDED | {table: part}} for table in NEEDED for part in less(NEEDED[table])]),
+        (check_needed, [{"needed": NEEDED | {"messages": NEEDED["messages"] | {"seq": "integer"}}}]),
+    ]:
+        for change in changes:
+            with pytest.raises(AssertionError):
+                check(live, **change)
+
+
+@pytest.mark.parametrize("module", [chatdb.conversations, chatdb.messages, transfer])
+async def test_swapped_arguments_are_found(monkeypatch, module):
+    """Every swap of two neighbours among what is sent is found."""
+    mutants = list(swaps(module))
+    assert mutants
+    for name, mutant in mutants:
+        # a mutant may also fail by itself
+        with monkeypatch.context() as patch, pytest.raises((AssertionError, AttributeError)):  # noqa: PT012 - whichever
+            patch.setattr(module, name, mutant)
+            for function, stem, given in CALLS:
+                if module_of(function) is module:
+                    await check_call(function, stem, given)
+            if module is transfer:
+                await check_import()
