@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any, Final, cast, get_args
 
 from pydantic import ValidationError
@@ -71,9 +72,9 @@ def integer(parameter: str, value: object, *, least: int, most: int = MAX_BIGINT
     return value
 
 
-def identifier(value: object) -> int:
-    """Return a `conversation_id`: any bigint, for an adopted database may have ids below 1."""
-    return integer("conversation_id", value, least=-MAX_BIGINT - 1)
+def identifier(value: object, *, parameter: str = "conversation_id") -> int:
+    """Return a conversation's id: any bigint, for an adopted database may have ids below 1."""
+    return integer(parameter, value, least=-MAX_BIGINT - 1)
 
 
 def place(parameter: str, value: object) -> int:
@@ -113,10 +114,10 @@ def metadata(parameter: str, value: object) -> str | None:
         return None
     if not isinstance(value, dict):
         raise InvalidInputError(parameter, f"must be a dict or None, not {type(value).__name__}")
-    _walk(parameter, cast("object", value), for_jsonb=True)
+    longer = _walk(parameter, cast("object", value), for_jsonb=True)
     # the separators are those of jsonb's own text, by which the CHECK measures
     encoded = _dumps(parameter, cast("object", value), ascii_only=False)
-    if utf8_length(parameter, encoded) > MAX_METADATA:
+    if utf8_length(parameter, encoded) + longer > MAX_METADATA:
         raise InvalidInputError(parameter, "must have at most 64 KiB as JSON")
     return encoded
 
@@ -146,11 +147,25 @@ def messages(values: object) -> list[NewMessage]:
     """Return the messages of a batch, each a `NewMessage` or a dict of its fields, their keys distinct."""
     if isinstance(values, str | bytes | Mapping | NewMessage) or not isinstance(values, Iterable):
         raise InvalidInputError("messages", "must be a list of NewMessage or dict")
-    batch = [_message(f"messages[{index}]", value) for index, value in enumerate(values)]  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
-    keys = [message.key for message in batch if message.key is not None]
-    if len(set(keys)) < len(keys):
+    return [_message(f"messages[{index}]", value) for index, value in enumerate(values)]  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
+
+
+def keys(names: list[str], values: list[object]) -> list[str | None]:
+    """Return the keys of a batch, which are distinct, None where a message has none."""
+    found = [key(f"{name}key", value) for name, value in zip(names, values, strict=True)]
+    given = [each for each in found if each is not None]
+    if len(set(given)) < len(given):
         raise InvalidInputError("messages", "must have distinct keys")
-    return batch
+    return found
+
+
+def timeout(value: object) -> float | None:
+    """Return a time limit in seconds, or None for the pool's."""
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise InvalidInputError("timeout", "must be a number of seconds above 0, or None")
+    return float(value)
 
 
 def _message(parameter: str, value: object) -> NewMessage:
@@ -193,25 +208,34 @@ def _dumps(parameter: str, value: object, *, ascii_only: bool) -> str:
     raise InvalidInputError(parameter, problem)
 
 
-def _walk(parameter: str, value: object, *, for_jsonb: bool) -> None:
-    """Refuse nesting deeper than 200, keys that are no strings, and in jsonb strings that it cannot hold."""
+def _walk(parameter: str, value: object, *, for_jsonb: bool) -> int:
+    """
+    Refuse nesting deeper than 200, keys that are no strings, and in jsonb strings that it cannot hold.
+
+    Returns how many characters jsonb's text has more than Python's: it writes 1e22 with all its zeros.
+    """
     level: list[Any] = [value]
-    for _ in range(MAX_DEPTH + 1):
-        below: list[Any] = []
+    longer = 0
+    for depth in range(MAX_DEPTH + 1):
+        inner: dict[int, Any] = {}  # by id, or a list that holds itself twice would double at each level
         for item in level:
-            if isinstance(item, dict):
-                mapping: dict[Any, Any] = item  # pyright: ignore[reportUnknownVariableType]
-                for name in mapping:
-                    if not isinstance(name, str):
-                        raise InvalidInputError(parameter, f"must have strings as keys, not {type(name).__name__}")
-                    if for_jsonb:
-                        utf8_length(parameter, name)
-                below.extend(mapping.values())
-            elif isinstance(item, list | tuple):
-                below.extend(cast("list[Any]", item))
+            if isinstance(item, dict | list | tuple):
+                inner[id(item)] = item  # pyright: ignore[reportUnknownArgumentType]
             elif for_jsonb and isinstance(item, str):
                 utf8_length(parameter, item)
-        if not below:
-            return
-        level = below
+            elif for_jsonb and isinstance(item, float) and "e" in repr(item):
+                longer += len(f"{Decimal(repr(item)):f}") - len(repr(item))
+        if not inner:
+            return longer
+        if depth == MAX_DEPTH:
+            break
+        level = []
+        for item in inner.values():
+            if isinstance(item, dict):
+                for name in item:  # pyright: ignore[reportUnknownVariableType]
+                    if not isinstance(name, str):
+                        raise InvalidInputError(parameter, f"must have strings as keys, not {type(name).__name__}")  # pyright: ignore[reportUnknownArgumentType]
+                    if for_jsonb:
+                        utf8_length(parameter, name)
+            level.extend(item.values() if isinstance(item, dict) else item)  # pyright: ignore[reportUnknownArgumentType]
     raise InvalidInputError(parameter, f"must not be nested deeper than {MAX_DEPTH} levels")

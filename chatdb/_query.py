@@ -92,7 +92,8 @@ class Query(Generic[RecordT]):
         try:
             return await self._send(db, args, timeout)
         except UnavailableError as error:
-            if not (self.repeatable and error.sent is not True and getattr(db, "retries_lost_connections", False)):
+            was_lost = error.sent is None  # neither refused nor timed out
+            if not (was_lost and self.repeatable and getattr(db, "retries_lost_connections", False)):
                 raise
         return await self._send(db, args, timeout)
 

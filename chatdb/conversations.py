@@ -87,7 +87,9 @@ async def list_conversations(
         return await _list_conversations.fetch_all(db, user, limit)
     if not isinstance(before, Conversation):  # pyright: ignore[reportUnnecessaryIsInstance] - callers without types
         raise InvalidInputError("before", "must be the last Conversation of the previous page")
-    return await _list_conversations_before.fetch_all(db, user, before.updated_at, before.id, limit)
+    return await _list_conversations_before.fetch_all(
+        db, user, before.updated_at, _input.identifier(before.id, parameter="before"), limit
+    )
 
 
 async def update_conversation(
@@ -139,4 +141,4 @@ async def delete_user(db: Database, *, user_id: str, timeout: float | None = Non
 
     Raises CommandTimeoutError when it takes longer.
     """
-    return await _delete_user.fetch_one(db, _input.user(user_id), timeout=timeout)
+    return await _delete_user.fetch_one(db, _input.user(user_id), timeout=_input.timeout(timeout))

@@ -8,10 +8,11 @@ asyncpg sends every option that it does not know to the server as a setting, so 
 from __future__ import annotations
 
 import ipaddress
+import os
 import ssl
 from collections.abc import Callable
 from typing import Any, Final
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from chatdb.errors import ConfigurationError
 
@@ -46,18 +47,21 @@ def connect_arguments(dsn: str) -> dict[str, Any]:
         raise ConfigurationError("the DSN must start with postgresql://, postgres:// or postgresql+psycopg://")
     try:
         parts = urlsplit(dsn)
-        query = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=True) if parts.query else []
+        query = _query_of(parts)
     except ValueError:
         query, parts = [], urlsplit("")
-    if not parts.scheme or parts.fragment:
+    # an @ behind the host's place is that of a password with an unencoded / or ?
+    astray = "@" in parts.path or ("@" in parts.query and not parts.path and "@" not in parts.netloc)
+    if not parts.scheme or parts.fragment or astray:
         raise ConfigurationError(
-            "the DSN cannot be read: write special characters of the user and password in percent-encoding (# is %23)"
+            "the DSN cannot be read: write special characters of the user and password in percent-encoding (# is "
+            "%23, / is %2F, ? is %3F)"
         )
     login, _, address = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")
     hosts, ports = _hosts(address)
     found = _Options(query)
-    hosts = found.take("host", _comma, hosts)
+    hosts = found.take("host", _comma, hosts) or _comma(os.environ.get("PGHOST", ""))
     ports = found.take("port", lambda value: [_port(port) for port in value.split(",")], ports)
     arguments: dict[str, Any] = {
         "host": hosts or None,
@@ -66,7 +70,7 @@ def connect_arguments(dsn: str) -> dict[str, Any]:
         "password": found.take("password", str, unquote(password) or None),
         "database": found.take("dbname", str, unquote(parts.path.removeprefix("/")) or None),
         "passfile": found.take("passfile", str),
-        "timeout": found.take("connect_timeout", float),
+        "timeout": found.take("connect_timeout", float) or None,  # 0 is libpq's for none
         "target_session_attrs": found.take("target_session_attrs", str),
         "direct_tls": found.take("sslnegotiation", lambda value: value == "direct"),
         "ssl": _tls(found, local=all(map(_is_local, hosts))),
@@ -80,10 +84,11 @@ def libpq_dsn(dsn: str, *, scheme: str) -> str:
     """Return the DSN for libpq's drivers, with the same demand of TLS as `connect_arguments` makes."""
     arguments = connect_arguments(dsn)
     parts = urlsplit(dsn)
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    options = dict(_query_of(parts))
     if isinstance(arguments.get("ssl"), ssl.SSLContext) and arguments["ssl"].check_hostname:
         options = {"sslrootcert": "system"} | options | {"sslmode": "verify-full"}
-    return urlunsplit(parts._replace(scheme=scheme, query=urlencode(options)))
+    # not urlunsplit, which leaves out the // before an empty host
+    return f"{scheme}://{parts.netloc}{parts.path}?{urlencode(options, quote_via=quote)}".rstrip("?")
 
 
 class _Options:
@@ -103,7 +108,7 @@ class _Options:
         raise ConfigurationError(problem)
 
     def settings(self) -> dict[str, str]:
-        named = {name: self.take(name, str) for name in ("application_name", "options", "timezone", "search_path")}
+        named = {name: self.take(name, str) for name in ("application_name", "options")}
         return {name: value for name, value in named.items() if value is not None}
 
     def refuse_rest(self) -> None:
@@ -111,8 +116,14 @@ class _Options:
             raise ConfigurationError(f"the DSN has options that chatdb does not know: {', '.join(sorted(self._left))}")
 
 
+def _query_of(parts: SplitResult) -> list[tuple[str, str]]:
+    """Return the options of a DSN, in which unlike in a web address + is +."""
+    query = parts.query.replace("+", "%2B")
+    return parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
+
+
 def _comma(value: str) -> list[str]:
-    return value.split(",")
+    return value.split(",") if value else []
 
 
 def _port(value: str) -> int:

@@ -284,7 +284,7 @@ class EmbeddedServer:
                 self.path.chmod(0o711)  # to go through: the locks and the log stay our own
             if self._run(way, lock, "/bin/sh", "-c", 'cd "$0"', self.path):
                 return way
-        problem = "PostgreSQL refuses root and users without a name, namespaces are forbidden, and nobody cannot reach"
+        problem = "PostgreSQL refuses root and nameless users, namespaces are forbidden, and user nobody cannot reach"
         raise ConfigurationError(f"{problem} {self.path}: {_ELSE}")
 
     def _programs(self, way: _Way, lock: int) -> Path:

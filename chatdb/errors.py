@@ -134,6 +134,10 @@ def translated(error: Exception) -> ChatDBError | None:
             "the server did not answer within the command timeout, and may still have carried the statement out",
             sent=True,
         )
+    if isinstance(error, ConnectionError) and "rejected SSL upgrade" in str(error):
+        return ConfigurationError(
+            "the server offers no TLS: for a network that you trust, add sslmode=disable to the DSN"
+        )
     if isinstance(error, OSError):
         refused = isinstance(error, ConnectionRefusedError | FileNotFoundError | socket.gaierror)
         return UnavailableError(
@@ -144,6 +148,8 @@ def translated(error: Exception) -> ChatDBError | None:
     if isinstance(error, asyncpg.InternalClientError) or "connection is closed" in str(error):
         # asyncpg raises these over the loss of a connection, which then stands in the context
         return _lost(error)
+    if isinstance(error, asyncpg.InterfaceError) and "released back to the pool" in str(error):
+        return UnavailableError("the connection was lost, or given back to the pool, before this statement", sent=False)
     return None
 
 

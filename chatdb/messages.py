@@ -96,7 +96,7 @@ async def append_messages(
             for name, message in zip(names, batch, strict=True)
         ],
     )
-    keys = [_input.key(f"{name}key", message.key) for name, message in zip(names, batch, strict=True)]
+    keys = _input.keys(names, [message.key for message in batch])
     if not batch:
         await get_conversation(db, user_id=user, conversation_id=conversation)
         return []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
-from asyncpg.transaction import TransactionState
+from asyncpg.transaction import Transaction, TransactionState
 
 from chatdb.dsn import connect_arguments
 from chatdb.errors import AcquireTimeoutError, ChatDBError, ConfigurationError, UnavailableError, translated
@@ -166,27 +166,44 @@ async def _committed(connection: Connection) -> AsyncGenerator[None, None]:
             yield
         return
     block = connection.transaction()
-    await block.start()
+    try:
+        await block.start()
+    except BaseException as error:
+        await _abandon(connection, block)  # cancelled, it may have begun all the same
+        raise _found(error) from error
     try:
         yield
     except BaseException:
-        with contextlib.suppress(
-            asyncpg.PostgresError, asyncpg.InterfaceError, OSError
-        ):  # the block's error is the cause
-            await block.rollback()
+        await _abandon(connection, block)
         raise
     # asyncpg's own commit() does the same and throws the answer away
-    block._connection._top_xact = None  # type: ignore[attr-defined]
-    block._state = TransactionState.COMMITTED  # type: ignore[attr-defined]
+    _forget(block)
     try:
         answer = await connection.execute("commit")
     except Exception as error:
-        raise translated(error) or error from error
+        raise _found(error) from error
     if answer != "COMMIT":
         raise ChatDBError(
             "the transaction was rolled back, nothing of it is stored: a statement in it had failed, and its error was "
             "swallowed; let the error leave the block, or put the statement into a transaction() of its own inside"
         )
+
+
+async def _abandon(connection: Connection, block: Transaction) -> None:
+    """Roll back, and let the error that led here be the one that is seen."""
+    _forget(block)
+    with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+        await connection.execute("rollback")
+
+
+def _forget(block: Transaction) -> None:
+    """Let asyncpg take its transaction for ended."""
+    block._connection._top_xact = None  # type: ignore[attr-defined]
+    block._state = TransactionState.ROLLEDBACK  # type: ignore[attr-defined]
+
+
+def _found(error: BaseException) -> BaseException:
+    return (translated(error) if isinstance(error, Exception) else None) or error
 
 
 async def _keep(connection: object) -> None:

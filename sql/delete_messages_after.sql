@@ -6,14 +6,22 @@
 -- $3 seq int8
 --
 -- returns one Deleted
--- served by pk_messages, pk_conversations
+-- served by pk_conversations, pk_messages
 
-with message as (
-    delete from chatdb.messages
-    where user_id = $1 and conversation_id = $2 and seq > $3
-    returning seq
+-- an append locks this row before it locks messages, those of its keys: who locks in the same order meets no deadlock
+with conversation as (
+    select id
+    from chatdb.conversations
+    where user_id = $1 and id = $2
+    for no key update
+),
+
+message as (
+    delete from chatdb.messages as m
+    using conversation as c
+    where m.user_id = $1 and m.conversation_id = $2 and m.conversation_id = c.id and m.seq > $3
+    returning m.seq
 )
 
 select 0::int8 as conversations, (select count(*) from message) as messages
-from chatdb.conversations
-where user_id = $1 and id = $2
+from conversation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import pwd
 import shutil
 import subprocess
 import tempfile
@@ -95,6 +96,7 @@ def _container(stack: ExitStack) -> str | None:
 
 def _embedded(stack: ExitStack) -> str:
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chatdb-test-", ignore_cleanup_errors=True))
+    Path(folder).chmod(0o711)  # where user namespaces are forbidden, root's server runs as nobody
     return stack.enter_context(EmbeddedServer(Path(folder) / "server")).dsn
 
 
@@ -104,7 +106,9 @@ def _local(stack: ExitStack) -> str | None:
         return None
     programs = Path(found).resolve().parent
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chatdb-test-")))
-    namespace = ["unshare", "--user", "--map-user=1000", "--map-group=1000"] if os.geteuid() == 0 else []
+    nobody = pwd.getpwnam("nobody")  # initdb refuses a user without a name
+    namespace = ["unshare", "--user", f"--map-user={nobody.pw_uid}", f"--map-group={nobody.pw_gid}"]
+    namespace = namespace if os.geteuid() == 0 else []
 
     def run(program: str, *arguments: str) -> None:
         with (folder / "log").open("ab") as log:

