@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -128,11 +129,12 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
     try:
         async with transaction(pool) as connection:
             started_at = await _started_at(connection)
-            while (batch := await ahead) is not None:
+            while (batch := await asyncio.shield(ahead)) is not None:
                 ahead = asyncio.create_task(asyncio.to_thread(next, batches, None))
                 await _store(connection, user, batch, started_at, report)
     finally:
-        await asyncio.wait([ahead])  # its thread reads the caller's file
+        with contextlib.suppress(Exception):  # the first error is the one to be seen
+            await ahead  # its thread reads the caller's file
     return report
 
 

@@ -208,6 +208,7 @@ REFUSED = {
     f"postgresql://alice:{PASSWORD}?x@localhost/chat": r"encod",
     f"postgresql://alice:{PASSWORD}?x=1@localhost/chat": r"encod",
     f"postgresql://alice:12?{PASSWORD}=@localhost/chat": r"encod",
+    f"postgresql://alice:12/?{PASSWORD}=@localhost/chat": r"encod",
     f"postgresql://alice:[{PASSWORD}@localhost/chat": r"encod",
     f"postgresql://alice:{PASSWORD}]@localhost/chat": r"encod",
     # ports

@@ -112,6 +112,7 @@ WRONG_METADATA = WRONG_JSON | {
     "64 KiB and one": json_of(65_537),
     "64 KiB and one of wide characters": {"a": WIDE * 16_382},
     "64 KiB and one of numbers": {"a": [1e300] * 220},  # jsonb writes each with 301 digits
+    "64 KiB and one of the same numbers": {"a": [[1e300] * 110] * 2},
     "NUL": {"a": f"{MARK}\0"},
     "NUL in a key": {"a": [{f"{MARK}\0": 1}]},
     "lone surrogate": {"a": {"b": [f"{MARK}\udc00"]}},

@@ -11,6 +11,7 @@ import inspect
 import itertools
 import json
 from collections.abc import Callable, Coroutine, Iterator
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,8 @@ from chatdb import (
     MessageNotFoundError,
     NewMessage,
 )
+from chatdb.sources import Item, SourceConversation, SourceMessage
+from chatdb.transfer import export_conversations, import_conversations
 
 MISSING = 2**62
 """An id that no conversation ever has."""
@@ -583,3 +586,50 @@ async def test_the_other_users_cursor_pages_ones_own_list(db):
     assert await chatdb.list_conversations(db, user_id="ada", before=other) == own[::-1]
     assert await chatdb.list_conversations(db, user_id="bob", before=last) == [other]
     assert await chatdb.list_conversations(db, user_id="bob", before=other) == []
+
+
+async def test_import_and_export_keep_to_the_user(db):
+    """A file is told from what its user has, extends only that, and is exported without what others have."""
+    time = datetime(2026, 1, 1, tzinfo=UTC)
+    others = ["aaron", "zed"]
+
+    def file(length: int) -> Iterator[Item]:
+        for key in ("k", None):
+            yield SourceConversation(key, None, None, length, time, time)
+            for seq in range(1, length + 1):
+                yield SourceMessage(seq, "user", "ada's", None, None, None, None, time)
+
+    async def adopt(user: str) -> None:
+        """Store conversations of the same ids, keys, times and lengths, in which other things were said."""
+        await db.executemany(
+            """
+            insert into chatdb.conversations (id, user_id, key, last_seq, created_at, updated_at)
+            values ($1, $2, $3, 1, $4, $4)
+            """,
+            [(1, user, "k", time), (2, user, None, time)],
+        )
+        await db.executemany(
+            """
+            insert into chatdb.messages (conversation_id, user_id, seq, role, content, created_at)
+            values ($1, $2, 1, 'user', 'theirs', $3)
+            """,
+            [(number, user, time + timedelta(hours=1)) for number in (1, 2)],
+        )
+
+    await adopt(others[0])
+    first = await import_conversations(db, user_id="ada", items=file(1))
+    assert (first.conversations, first.stored_conversations, first.messages) == (2, 0, 2)
+    await adopt(others[1])
+    snapshots = (SNAPSHOT_CONVERSATIONS, SNAPSHOT_MESSAGES)
+    before = [await db.fetch(sql, others) for sql in snapshots]
+
+    again = await import_conversations(db, user_id="ada", items=file(1))
+    assert (again.conversations, again.stored_conversations, again.messages) == (0, 2, 0)
+    grown = await import_conversations(db, user_id="ada", items=file(3))
+    assert (grown.conversations, grown.extended_conversations, grown.messages) == (0, 2, 4)
+    assert [await db.fetch(sql, others) for sql in snapshots] == before
+
+    records = [record async for record in export_conversations(db, user_id="ada")]
+    assert {record.user_id for record in records} == {"ada"}
+    assert [record.content for record in records if isinstance(record, Message)] == ["ada's"] * 6
+    assert {record.id for record in records if isinstance(record, Conversation)} == {1, 2}

@@ -917,10 +917,11 @@ async def test_a_cancelled_begin_or_commit_leaves_the_handle_clean(handle, conve
         if statement == "begin":
             await asyncio.sleep(0)
             task.cancel()
-        with pytest.raises(asyncio.CancelledError):
+        with pytest.raises(asyncio.CancelledError) as caught:
             await task
         await assert_clean(handle, conversation, dsn)
     assert errors == []
+    assert caught.value.__cause__ is None
 
 
 @pytest.mark.parametrize("kind", [chatdb.create_pool, asyncpg.create_pool], ids=["chatdb", "asyncpg"])
@@ -934,8 +935,9 @@ async def test_a_transaction_on_a_lost_connection(dsn, conversation, kind):
     arguments = {"dsn": dsn} if kind is chatdb.create_pool else connect_arguments(dsn)
     async with kind(**arguments, min_size=1, max_size=1) as pool:
         kill_sessions(dsn)
-        with pytest.raises(UnavailableError):
+        with pytest.raises(UnavailableError) as caught:
             await run(pool)
+        assert caught.value.__cause__ is not caught.value
         await run(pool)
     assert contents(dsn) == ["x"]
 
@@ -951,6 +953,25 @@ async def test_a_connection_lost_inside_a_transaction(handle, dsn, conversation,
             if noticed:
                 await asyncio.sleep(0.1)
             await append(connection, conversation, key="never repeated on a connection")
+
+    with pytest.raises(UnavailableError):
+        await run()
+    assert contents(dsn) == []
+    if isinstance(handle, asyncpg.Pool):
+        await assert_whole(handle)
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+async def test_a_connection_lost_inside_a_savepoint(handle, dsn, conversation, noticed):
+    """The inner block hides the error no more than the outer one does."""
+
+    async def run() -> None:
+        async with chatdb.transaction(handle) as outer, chatdb.transaction(outer) as connection:
+            await append(connection, conversation)
+            kill_sessions(dsn)
+            if noticed:
+                await asyncio.sleep(0.1)
+            await append(connection, conversation)
 
     with pytest.raises(UnavailableError):
         await run()
