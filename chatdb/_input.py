@@ -217,10 +217,13 @@ def _walk(parameter: str, value: object, *, for_jsonb: bool) -> int:
     level: list[Any] = [value]
     longer = 0
     for depth in range(MAX_DEPTH + 1):
-        inner: dict[int, Any] = {}  # by id, or a list that holds itself twice would double at each level
+        if for_jsonb and len(level) > MAX_METADATA:  # a value takes a byte: so one that holds itself ends here
+            raise InvalidInputError(parameter, "must have at most 64 KiB as JSON")
+        inner: dict[int, Any] = {}
         for item in level:
             if isinstance(item, dict | list | tuple):
-                inner[id(item)] = item  # pyright: ignore[reportUnknownArgumentType]
+                # each counts in jsonb; else once, or a list that holds itself twice would double at each level
+                inner[len(inner) if for_jsonb else id(item)] = item  # pyright: ignore[reportUnknownArgumentType]
             elif for_jsonb and isinstance(item, str):
                 utf8_length(parameter, item)
             elif for_jsonb and isinstance(item, float) and "e" in repr(item):

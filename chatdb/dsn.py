@@ -31,6 +31,10 @@ _IGNORED: Final = frozenset({
     "sslcompression",
     "tcp_user_timeout",
 })  # fmt: skip
+_UNENCODED: Final = (
+    "the DSN cannot be read: write special characters of the user and password in percent-encoding (# is %23, "
+    "/ is %2F, ? is %3F)"
+)
 _SSLMODES: Final = frozenset({"disable", "allow", "prefer", "require", "verify-ca", "verify-full"})
 
 
@@ -53,10 +57,7 @@ def connect_arguments(dsn: str) -> dict[str, Any]:
     # an @ behind the host's place is that of a password with an unencoded / or ?
     astray = "@" in parts.path or ("@" in parts.query and not parts.path and "@" not in parts.netloc)
     if not parts.scheme or parts.fragment or astray:
-        raise ConfigurationError(
-            "the DSN cannot be read: write special characters of the user and password in percent-encoding (# is "
-            "%23, / is %2F, ? is %3F)"
-        )
+        raise ConfigurationError(_UNENCODED)
     login, _, address = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")
     hosts, ports = _hosts(address)
@@ -112,6 +113,8 @@ class _Options:
         return {name: value for name, value in named.items() if value is not None}
 
     def refuse_rest(self) -> None:
+        if any("@" in value for value in self._left.values()):
+            raise ConfigurationError(_UNENCODED)
         if self._left:
             raise ConfigurationError(f"the DSN has options that chatdb does not know: {', '.join(sorted(self._left))}")
 

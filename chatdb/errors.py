@@ -170,8 +170,10 @@ def _of_server(error: asyncpg.PostgresError) -> ChatDBError | None:
     match state:
         case "25P02":  # a statement in a transaction that has failed: misuse
             return None
-        case "23503":
+        case "23503" if name in {None, "fk_messages_conversation"}:  # Citus names no constraint
             return ConversationNotFoundError("the user has no such conversation: it was deleted meanwhile")
+        case "23503":
+            return InvalidInputError("user_id", "is none of the host's users, to whom the database links conversations")
         case "42P01" | "42703" | "3F000" | "42P10" | "42883":
             return SchemaError(_SCHEMA_HINT)
         case "42501":
@@ -182,7 +184,7 @@ def _of_server(error: asyncpg.PostgresError) -> ChatDBError | None:
             return CommandTimeoutError(
                 "the server cancelled the statement, by its statement_timeout or a request", sent=True
             )
-        case "57P03" | "53300":
+        case "57P03" | "53300" | "55000":
             return UnavailableError("the server takes no connections at the moment: try again", sent=False)
         case "40001" | "40P01" | "55P03" | "25006":
             return UnavailableError(f"the server rolled the statement back (SQLSTATE {state}): try again", sent=True)
