@@ -6,10 +6,15 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-import asyncpg
 from pydantic import BaseModel, TypeAdapter
 
-from chatdb.errors import ChatDBError, ConversationNotFoundError, UnavailableError, translated
+from chatdb.errors import (
+    AcquireTimeoutError,
+    CommandTimeoutError,
+    ConversationNotFoundError,
+    UnavailableError,
+    translating,
+)
 
 if TYPE_CHECKING:
     from chatdb.pool import Connection
@@ -45,8 +50,7 @@ class Query(Generic[RecordT]):
         self.name = name
         self.record = record
         self.repeatable = repeatable
-        self.text = (data_folder("sql") / f"{name}.sql").read_text(encoding="utf-8")
-        header, _, body = self.text.partition("\n\n")
+        header, _, body = (data_folder("sql") / f"{name}.sql").read_text(encoding="utf-8").partition("\n\n")
         # the server shows the first 1,023 bytes of a statement: its name and itself, not its description
         self.sql = f"{header.partition(chr(10))[0]}\n{body.strip()}"
         self._records: TypeAdapter[list[RecordT]] = TypeAdapter(list[record])  # type: ignore[valid-type]
@@ -71,13 +75,11 @@ class Query(Generic[RecordT]):
 
     async def iterate(self, connection: Connection, *args: object) -> AsyncGenerator[RecordT, None]:
         """Iterate over a record per row, 100 fetched at a time by a cursor in the connection's transaction."""
-        try:
+        with translating():
             cursor = await connection.cursor(self.sql, *args)
             while rows := await cursor.fetch(100):
                 for record in self._decode(rows):
                     yield record
-        except Exception as error:
-            raise translated(error) or error from error
 
     def _decode(self, rows: list[Any]) -> list[RecordT]:
         return self._records.validate_python([dict(row) for row in rows])
@@ -92,24 +94,25 @@ class Query(Generic[RecordT]):
         try:
             return await self._send(db, args, timeout)
         except UnavailableError as error:
-            was_lost = error.sent is None  # neither refused nor timed out
-            if not (was_lost and self.repeatable and getattr(db, "retries_lost_connections", False)):
+            timed_out = isinstance(error, AcquireTimeoutError | CommandTimeoutError)
+            if timed_out or error.sent or not self.repeatable or not _is_chatdbs(db):
                 raise
         return await self._send(db, args, timeout)
 
     async def _send(self, db: Database, args: tuple[object, ...], timeout: float | None) -> list[Any]:
         try:
-            if timeout is None:
-                return await db.fetch(self.sql, *args)
-            return await db.fetch(self.sql, *args, timeout=timeout)
-        except ChatDBError:
+            with translating():
+                if timeout is None:
+                    return await db.fetch(self.sql, *args)
+                return await db.fetch(self.sql, *args, timeout=timeout)
+        except CommandTimeoutError as error:
+            if not _is_chatdbs(db) and hasattr(db, "acquire"):
+                error.sent = None  # another pool's time limit may have ended the connecting
             raise
-        except Exception as error:
-            found = translated(error)
-            if found is None:
-                raise
-            # the driver's own complaint about an argument quotes it
-            raise found from (None if isinstance(error, asyncpg.DataError) else error)
+
+
+def _is_chatdbs(db: object) -> bool:
+    return getattr(db, "retries_lost_connections", False)
 
 
 def _is_existence(rows: list[Any]) -> bool:

@@ -10,17 +10,19 @@ except ImportError:
     sys.exit("chatdb: the command line is not installed: pip install 'chatdb[cli]'")
 
 import asyncio
+import errno
+import io
 import json
 import os
 import signal
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, Annotated, NoReturn
 
 from dotenv import find_dotenv, load_dotenv
 from rich.console import Console
@@ -29,7 +31,7 @@ from rich.table import Table
 
 import chatdb
 from chatdb import sources
-from chatdb.errors import ChatDBError
+from chatdb.errors import ChatDBError, ConfigurationError
 from chatdb.migrate import apply_migrations
 from chatdb.pool import Pool
 from chatdb.records import Conversation, Message
@@ -48,8 +50,8 @@ app = typer.Typer(
     Exit status: 0 done, 1 an error, which is said on standard error, 2 wrong usage, 130 interrupted.
     """,
 )
-out = Console(highlight=False, emoji=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+out = Console(highlight=False, emoji=False, markup=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, emoji=False, markup=False, soft_wrap=True)
 
 User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversations.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -64,29 +66,39 @@ class Format(StrEnum):
     chatdb = "chatdb"
 
 
-# what a terminal would obey: a message must not move the cursor or set the title
-_CONTROLS = {
-    code: "\N{REPLACEMENT CHARACTER}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"
-}
+# what a terminal would obey: a message must not move the cursor, set the title or turn the direction of writing
+_CONTROLS = dict.fromkeys(
+    {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {ord("\n"), ord("\t")},
+    "\N{REPLACEMENT CHARACTER}",
+)
+_IN_A_LINE = _CONTROLS | {ord("\n"): " ", ord("\t"): " "}
 
 
 def main() -> None:
     """Run the command line; what chatdb refuses is said in one sentence, without a traceback."""
-    with suppress(AttributeError):  # not on Windows
-        signal.signal(signal.SIGTERM, _interrupt)  # so that the embedded server is stopped
+    for name in ("SIGTERM", "SIGHUP"):  # so that the embedded server is stopped
+        if hasattr(signal, name):  # not all are on Windows
+            signal.signal(getattr(signal, name), _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a closed one is None
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except ChatDBError as error:
-        err.print(f"chatdb: {error}", style="red", markup=False)
-        sys.exit(1)
+        _fail(str(error))
     except (KeyboardInterrupt, asyncio.CancelledError):
+        err.print("chatdb: interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader, like head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        err.print(f"chatdb: {error.strerror}: {error.filename}", style="red", markup=False)
-        sys.exit(1)
+        _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror or error))
+
+
+def _fail(sentence: str) -> NoReturn:
+    err.print(f"chatdb: {sentence}", style="red")
+    sys.exit(1)
 
 
 def _interrupt(*_: object) -> None:
@@ -95,7 +107,7 @@ def _interrupt(*_: object) -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        out.print(f"chatdb {version('chatdb')}", markup=False)
+        out.print(f"chatdb {version('chatdb')}")
         raise typer.Exit
 
 
@@ -105,7 +117,10 @@ def _environment(
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    load_dotenv(find_dotenv(usecwd=True))
+    try:
+        load_dotenv(find_dotenv(usecwd=True))
+    except UnicodeDecodeError:
+        raise ConfigurationError("the file .env is not UTF-8") from None
 
 
 @app.command()
@@ -140,7 +155,7 @@ def migrate(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps({"applied": applied}))
     else:
-        out.print("\n".join(f"applied {name}" for name in applied) or "nothing to apply", markup=False)
+        out.print("\n".join(f"applied {name}" for name in applied) or "nothing to apply")
 
 
 @app.command("import")
@@ -168,7 +183,9 @@ def import_(
     if as_json:
         print(json.dumps(report.as_dict()))
     else:
-        out.print(report.described(time.monotonic() - start), markup=False)
+        out.print(report.described(time.monotonic() - start))
+    if report.took_nothing:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -179,7 +196,9 @@ def export(
     ] = None,
 ) -> None:
     """Write all conversations of a user as JSON lines, which chatdb import reads back without loss."""
-    if output is None:
+    if output is None or str(output) == "-":
+        if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison] - where it was closed
+            _fail("standard output is closed")
         conversations, messages = asyncio.run(_export(user, sys.stdout.buffer))
     else:
         with _replacing(output) as file:
@@ -208,13 +227,13 @@ def list_(
             str(each.id),
             f"{each.updated_at:%Y-%m-%d %H:%M:%S}",
             str(each.last_seq),
-            _printable(each.title or each.key or ""),
+            _heading(each),
         )
         for each in found
     ]
     heads = ("id", "last activity (UTC)", "last seq", "title or key")
     if not out.is_terminal:
-        print("\n".join("\t".join(cell.replace("\t", " ") for cell in row) for row in (heads, *rows)))
+        print("\n".join("\t".join(row) for row in (heads, *rows)))
         return
     table = Table(*heads)
     for row in rows:
@@ -237,15 +256,15 @@ def show(
             if as_json:
                 sys.stdout.buffer.write(sources.conversation_line(head))
             else:
-                title = _printable(head.title or head.key or "")
-                out.print(f"conversation {head.id}: {title}", style="bold", markup=False)
+                title = _heading(head)
+                out.print(f"conversation {head.id}: {title}", style="bold")
             async for message in _messages(pool, user, conversation, last):
                 if as_json:
                     sys.stdout.buffer.write(sources.message_line(message))
                 else:
                     moment = f"{message.created_at:%Y-%m-%d %H:%M:%S}"
-                    out.print(f"\n#{message.seq} {message.role} {moment}", style="bold cyan", markup=False)
-                    out.print(_printable(message.content), markup=False)
+                    out.print(f"\n#{message.seq} {message.role} {moment}", style="bold cyan")
+                    out.print(_printable(message.content))
 
     asyncio.run(run())
 
@@ -289,13 +308,20 @@ async def _export(user: str, file: IO[bytes]) -> tuple[int, int]:
 @contextmanager
 def _replacing(path: Path) -> Generator[IO[bytes], None, None]:
     """Give a file that gets the path's name when all is written: never half a file under this name."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    if path.exists() and not path.is_file():  # a device or a pipe; a folder is refused
+        with path.open("wb") as file:
+            yield file
+        return
+    target = path.resolve()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
         try:
             yield file
+            Path(file.name).replace(target)
         except BaseException:
             Path(file.name).unlink()
             raise
-    Path(file.name).replace(path)
 
 
 async def _messages(pool: Pool, user: str, conversation: int, last: int | None) -> AsyncIterator[Message]:
@@ -320,14 +346,14 @@ async def _database() -> AsyncGenerator[Pool, None]:
 
 
 def _say_embedded(path: Path) -> None:
-    err.print(f"no DATABASE_URL: embedded PostgreSQL, data in {path}", style="dim", markup=False)
+    err.print(f"no DATABASE_URL: embedded PostgreSQL, data in {path}", style="dim")
 
 
 def _progress(what: str) -> Progress:
     """Make a progress bar, which shows nothing where standard error is no terminal."""
     return Progress(
         SpinnerColumn(),
-        TextColumn(what + " {task.description}", markup=False),
+        TextColumn(what + " {task.description}"),
         BarColumn(),
         TaskProgressColumn(show_speed=False),
         TimeElapsedColumn(),
@@ -335,6 +361,10 @@ def _progress(what: str) -> Progress:
         transient=True,
         disable=not err.is_terminal,
     )
+
+
+def _heading(conversation: Conversation) -> str:
+    return (conversation.title or conversation.key or "").translate(_IN_A_LINE)
 
 
 def _printable(text: str) -> str:

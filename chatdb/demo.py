@@ -34,13 +34,13 @@ async def run_demo(
     await chatdb.check_schema(pool)
     async with pool.acquire() as connection:
         version = await connection.fetchval("show server_version")
-    out.print(f"PostgreSQL {version}, with the tables that this release needs", markup=False)
+    out.print(f"PostgreSQL {version}, with the tables that this release needs")
 
     _head(out, "Import of real conversations")
     with _real_conversations(file) as path:
         start = time.perf_counter()
         report = await import_file(pool, USER, path)
-    out.print(report.described(time.perf_counter() - start), markup=False)
+    out.print(report.described(time.perf_counter() - start))
 
     await _five_things(pool, out)
     return await _time_history(pool, out)
@@ -69,7 +69,7 @@ async def _five_things(pool: Pool, out: Console) -> None:
 
     _head(out, "3. Read the history, oldest first")
     for message in await chatdb.get_history(pool, user_id=USER, conversation_id=at):
-        out.print(f"{message.seq}  {message.role:<9}  {message.content}", markup=False)
+        out.print(f"{message.seq}  {message.role:<9}  {message.content}")
 
     _head(out, "4. List the user's conversations, latest activity first")
     for each in await chatdb.list_conversations(pool, user_id=USER, limit=3):
@@ -81,7 +81,7 @@ async def _five_things(pool: Pool, out: Console) -> None:
     try:
         await chatdb.get_history(pool, user_id=USER, conversation_id=at)
     except ConversationNotFoundError as error:
-        out.print(f"its history now: {type(error).__name__}: {error}", markup=False)
+        out.print(f"its history now: {type(error).__name__}: {error}")
 
 
 async def _time_history(pool: Pool, out: Console) -> bool:
@@ -148,7 +148,7 @@ def _real_conversations(file: Path | None) -> Generator[Path, None, None]:
 
 
 def _head(out: Console, text: str) -> None:
-    out.print(f"\n{text}", style="bold", markup=False)
+    out.print(f"\n{text}", style="bold")
 
 
 def _print_conversation(out: Console, conversation: Conversation) -> None:
@@ -156,5 +156,4 @@ def _print_conversation(out: Console, conversation: Conversation) -> None:
     out.print(
         f"id {conversation.id}, {conversation.title or conversation.key}, last_seq {conversation.last_seq}, "
         f"created {created}, updated {updated}",
-        markup=False,
     )

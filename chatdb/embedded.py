@@ -124,6 +124,7 @@ class EmbeddedServer:
     path: Path
     dsn: str
     _timeout: float = 60.0  # a crash recovery may have 2 GB of WAL to replay
+    _patience: float = 20.0  # and a stop as much to write
 
     def __init__(self, path: Path | str | None = None) -> None:
         if sys.platform == "win32":
@@ -178,7 +179,9 @@ class EmbeddedServer:
                 if _try_lock(users) and (pid := self._postmaster()):
                     os.kill(pid, signal.SIGINT)  # "fast": closes the connections, writes everything
                     with self._opened("server.lock") as lock:
+                        hung_at = time.monotonic() + self._patience
                         while not _try_lock(lock):
+                            self._end_if_hung(hung_at)
                             self._pause()
         finally:
             os.close(users)
@@ -248,13 +251,23 @@ class EmbeddedServer:
 
     def _answers(self, lock: int) -> bool:
         """Wait until the server takes connections and return True, or until none is alive, and lock that state."""
+        hung_at = time.monotonic() + self._patience
         while not _try_lock(lock):
+            self._end_if_hung(hung_at)
             with suppress(OSError):
                 ready = (self._data / "postmaster.pid").read_text().split()[-1:] == ["ready"]
                 if ready and self._postmaster() is not None:
                     return True
             self._pause()
         return False
+
+    def _end_if_hung(self, hung_at: float) -> None:
+        """End a server at once that was told to stop and cannot, as after a backend was killed; its WAL has all."""
+        if time.monotonic() > hung_at:
+            with suppress(OSError):
+                number, *_, state = (self._data / "postmaster.pid").read_text().split()
+                if state == "stopping":
+                    os.kill(int(number), signal.SIGQUIT)
 
     def _launch(self, lock: int) -> None:
         """Start the server, which inherits the lock. No server is alive, because the caller has it."""
@@ -284,7 +297,7 @@ class EmbeddedServer:
                 self.path.chmod(0o711)  # to go through: the locks and the log stay our own
             if self._run(way, lock, "/bin/sh", "-c", 'cd "$0"', self.path):
                 return way
-        problem = "PostgreSQL refuses root and nameless users, namespaces are forbidden, and user nobody cannot reach"
+        problem = "PostgreSQL refuses root and nameless users, namespaces are forbidden, and no user nobody can reach"
         raise ConfigurationError(f"{problem} {self.path}: {_ELSE}")
 
     def _programs(self, way: _Way, lock: int) -> Path:
@@ -374,7 +387,7 @@ class EmbeddedPool(Pool):
             await asyncio.to_thread(self._server.stop)
 
     def terminate(self) -> None:
-        """Drop all connections, and stop the server if nobody else uses it."""
+        """Drop all connections, and stop the server if nobody else uses it, which blocks until it has stopped."""
         super().terminate()
         self._server.stop()
 

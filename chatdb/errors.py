@@ -15,8 +15,11 @@ No message holds a text of a conversation, a password or a key. The driver's own
 Misuse, such as two operations at once on one connection, stays the driver's own error: it is a bug to be seen.
 """
 
+import re
 import socket
 import ssl
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import asyncpg
 
@@ -110,7 +113,10 @@ CONFLICTS: dict[str, str] = {
 }
 """The other constraints, each with the sentence of its ConflictError."""
 
-_SCHEMA_HINT = "the database lacks chatdb's tables or has older ones than this release needs: run yoyo apply"
+_SCHEMA_HINT = (
+    "the database lacks chatdb's tables or has older ones than this release needs: run yoyo apply, or chatdb migrate"
+)
+_GONE = re.compile("connection is closed|released back to the pool")
 _POOLER_HINT = (
     "a transaction pooler without support for prepared statements stands in front of the database: "
     "pass statement_cache_size=0 to create_pool, or use PgBouncer 1.21 or later"
@@ -145,12 +151,26 @@ def translated(error: Exception) -> ChatDBError | None:
             "names its host and port",
             sent=False if refused else None,
         )
-    if isinstance(error, asyncpg.InternalClientError) or "connection is closed" in str(error):
-        # asyncpg raises these over the loss of a connection, which then stands in the context
+    if isinstance(error, asyncpg.InternalClientError):  # raised over the loss of a connection, which is its context
         return _lost(error)
-    if isinstance(error, asyncpg.InterfaceError) and "released back to the pool" in str(error):
+    if isinstance(error, asyncpg.InterfaceError) and _GONE.search(str(error)):
         return UnavailableError("the connection was lost, or given back to the pool, before this statement", sent=False)
     return None
+
+
+@contextmanager
+def translating() -> Generator[None, None, None]:
+    """Raise chatdb's own errors for the driver's."""
+    try:
+        yield
+    except ChatDBError:
+        raise
+    except Exception as error:
+        found = translated(error)
+        if found is None:
+            raise
+        # the driver's own complaint about an argument quotes it
+        raise found from (None if isinstance(error, asyncpg.DataError) else error)
 
 
 def _lost(error: Exception) -> UnavailableError:
@@ -186,15 +206,21 @@ def _of_server(error: asyncpg.PostgresError) -> ChatDBError | None:
             )
         case "57P03" | "53300" | "55000":
             return UnavailableError("the server takes no connections at the moment: try again", sent=False)
-        case "40001" | "40P01" | "55P03" | "25006":
+        case "25006":
+            return UnavailableError("the server takes no writes: is it a standby? connect to the primary", sent=True)
+        case "40001" | "40P01" | "55P03":
             return UnavailableError(f"the server rolled the statement back (SQLSTATE {state}): try again", sent=True)
         case _:
             return _of_class(error, state[:2], state)
 
 
 def _of_class(error: asyncpg.PostgresError, kind: str, state: str) -> ChatDBError | None:
-    if kind in {"08", "57", "53", "58", "XX"}:
+    if kind in {"08", "57"}:
         return _lost(error)
+    if kind in {"53", "58", "XX"}:
+        return UnavailableError(
+            f"the server failed, and undid the statement (SQLSTATE {state}): see its log", sent=True
+        )
     if kind in {"28", "3D"}:
         return ConfigurationError(
             f"the server refused the user, the password or the database name (SQLSTATE {state}): check the DSN"

@@ -6,14 +6,21 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 from asyncpg.transaction import Transaction, TransactionState
 
 from chatdb.dsn import connect_arguments
-from chatdb.errors import AcquireTimeoutError, ChatDBError, ConfigurationError, UnavailableError, translated
+from chatdb.errors import (
+    AcquireTimeoutError,
+    ChatDBError,
+    ConfigurationError,
+    UnavailableError,
+    translated,
+    translating,
+)
 
 if TYPE_CHECKING:
     AsyncpgPool = asyncpg.Pool[asyncpg.Record]
@@ -77,8 +84,8 @@ class Pool(_Base):
         try:
             async with asyncio.timeout(self._acquire_timeout):
                 await super()._async__init__()
-        except Exception as error:
-            raise _unreachable(error, self._acquire_timeout) from error
+        except Exception as error:  # noqa: BLE001 - raised again, as what it means
+            _raise_unreachable(error, self._acquire_timeout)
         return self
 
     async def _acquire(self, timeout: float | None) -> PoolConnectionProxy[asyncpg.Record]:
@@ -87,8 +94,9 @@ class Pool(_Base):
             raise asyncpg.InterfaceError("pool is closing")
         self._check_init()
         timeout = self._acquire_timeout if timeout is None else timeout
+        deadline = asyncio.get_running_loop().time() + timeout
         try:
-            async with asyncio.timeout(timeout), self._turn:
+            async with asyncio.timeout_at(deadline), self._turn:
                 holder = await self._queue.get()
         except TimeoutError as error:
             raise AcquireTimeoutError(
@@ -96,13 +104,13 @@ class Pool(_Base):
                 sent=False,
             ) from error
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout_at(deadline):
                 connection: PoolConnectionProxy[asyncpg.Record] = await holder.acquire()
         except BaseException as error:
             self._queue.put_nowait(holder)
             self._schedule_min_size_maintenance()
             if isinstance(error, Exception):
-                raise _unreachable(error, timeout) from error
+                _raise_unreachable(error, timeout)
             raise
         holder._timeout = timeout
         return connection
@@ -129,7 +137,7 @@ def create_pool(
     Raises ConfigurationError at once; when awaited, also UnavailableError.
     """
     dsn = dsn or os.environ.get("DATABASE_URL")
-    if not dsn:
+    if not isinstance(dsn, str):
         raise ConfigurationError("no database is named: pass a dsn, or set DATABASE_URL=postgresql://...")
     return Pool(
         dsn,
@@ -152,8 +160,13 @@ async def transaction(db: AsyncpgPool | Connection) -> AsyncGenerator[Connection
     swallowed; asyncpg's own `connection.transaction()` says nothing then, and the writes are gone.
     """
     if isinstance(db, asyncpg.Pool):
-        async with db.acquire() as connection, _committed(connection):
-            yield connection
+        with translating():
+            connection = await db.acquire()
+        try:
+            async with _committed(connection):
+                yield connection
+        finally:
+            await db.release(connection)
     else:
         async with _committed(db):
             yield db
@@ -161,27 +174,22 @@ async def transaction(db: AsyncpgPool | Connection) -> AsyncGenerator[Connection
 
 @contextlib.asynccontextmanager
 async def _committed(connection: Connection) -> AsyncGenerator[None, None]:
-    if connection.is_in_transaction():
-        async with connection.transaction():  # to release the savepoint of a failed one is an error by itself
-            yield
-        return
+    is_savepoint = connection.is_in_transaction()
     block = connection.transaction()
     try:
-        await block.start()
-    except BaseException as error:
-        await _abandon(connection, block)  # cancelled, it may have begun all the same
-        raise _found(error) from error
-    try:
+        with translating():
+            await block.start()
         yield
     except BaseException:
-        await _abandon(connection, block)
+        await _roll_back(connection, block, is_savepoint)
         raise
-    # asyncpg's own commit() does the same and throws the answer away
-    _forget(block)
-    try:
+    with translating():
+        if is_savepoint:
+            await block.commit()  # to release that of a failed transaction is an error by itself
+            return
+        # asyncpg's own commit() does the same and throws the answer away
+        _forget(block)
         answer = await connection.execute("commit")
-    except Exception as error:
-        raise _found(error) from error
     if answer != "COMMIT":
         raise ChatDBError(
             "the transaction was rolled back, nothing of it is stored: a statement in it had failed, and its error was "
@@ -189,32 +197,33 @@ async def _committed(connection: Connection) -> AsyncGenerator[None, None]:
         )
 
 
-async def _abandon(connection: Connection, block: Transaction) -> None:
-    """Roll back, and let the error that led here be the one that is seen."""
-    _forget(block)
+async def _roll_back(connection: Connection, block: Transaction, is_savepoint: bool) -> None:
+    """Undo the block, and let the error that led here be the one that is seen."""
     with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
-        await connection.execute("rollback")
+        if is_savepoint:
+            await block.rollback()
+        else:
+            _forget(block)
+            await connection.execute("rollback")  # even if BEGIN was cancelled: it may have come through
 
 
 def _forget(block: Transaction) -> None:
-    """Let asyncpg take its transaction for ended."""
+    """Let asyncpg take its transaction for ended, or it would begin the next one inside it."""
     block._connection._top_xact = None  # type: ignore[attr-defined]
     block._state = TransactionState.ROLLEDBACK  # type: ignore[attr-defined]
-
-
-def _found(error: BaseException) -> BaseException:
-    return (translated(error) if isinstance(error, Exception) else None) or error
 
 
 async def _keep(connection: object) -> None:
     """Reset nothing: asyncpg's default sends a query, one more round trip a call."""
 
 
-def _unreachable(error: Exception, timeout: float) -> Exception:
-    """Return the error of a connection that could not be made: of its statement, nothing was sent."""
+def _raise_unreachable(error: Exception, timeout: float) -> NoReturn:
+    """Raise the error of a connection that could not be made: of its statement, nothing was sent."""
     if isinstance(error, TimeoutError):
-        return AcquireTimeoutError(
+        raise AcquireTimeoutError(
             f"no connection could be made within {timeout:g} s: check that the server answers", sent=False
-        )
-    found = translated(error) or error
-    return UnavailableError(str(found), sent=False) if isinstance(found, UnavailableError) else found
+        ) from error
+    found = translated(error)
+    if found is None:
+        raise error
+    raise (UnavailableError(str(found), sent=False) if isinstance(found, UnavailableError) else found) from error

@@ -136,11 +136,12 @@ class ImportedConversation(_Record):
 
 
 class StoredConversation(_Record):
-    """A conversation of a file that the user has already, at `place` in the arrays, with its last message."""
+    """What the user has of a conversation at `place` in the arrays, with its last message in the file's range."""
 
     place: int
     id: int
     last_seq: int
     created_at: datetime
-    last_key: str | None
-    last_created_at: datetime | None
+    final_seq: int | None
+    final_key: str | None
+    final_created_at: datetime | None

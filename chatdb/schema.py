@@ -50,7 +50,7 @@ async def check_schema(db: Database) -> None:
     """
     found = {(part.relation, part.name): part.type for part in await _check_schema.fetch_all(db)}
     if not found:
-        raise SchemaError("the database has no chatdb tables: run yoyo apply")
+        raise SchemaError("the database has no chatdb tables: run yoyo apply, or chatdb migrate")
     missing = [
         f"{table}.{name} ({kind})"
         for table, parts in NEEDED.items()
@@ -58,4 +58,4 @@ async def check_schema(db: Database) -> None:
         if found.get((table, name)) != kind
     ]
     if missing:
-        raise SchemaError(f"the database's chatdb tables lack {', '.join(missing)}: run yoyo apply")
+        raise SchemaError(f"the database's chatdb tables lack {', '.join(missing)}: run yoyo apply, or chatdb migrate")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatdb import _input
 from chatdb._query import Query
-from chatdb.errors import ConfigurationError, ConflictError, translated
+from chatdb.errors import ConfigurationError, ConflictError, translating
 from chatdb.pool import Pool, transaction
 from chatdb.records import Conversation, ImportedConversation, Message, StoredConversation
 from chatdb.sources import Changed, Item, Skipped, SourceConversation, SourceMessage
@@ -62,6 +62,12 @@ class ImportReport:
         """Count what could not be taken as it is, for a reason."""
         _count(self.changed, reason, conversations, messages)
 
+    @property
+    def took_nothing(self) -> bool:
+        """Whether conversations were left out, and none was stored, then or before."""
+        taken = self.conversations + self.extended_conversations + self.stored_conversations
+        return taken == 0 and any(conversations for conversations, _ in self.skipped.values())
+
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers and reasons as JSON has them."""
         return asdict(self) | {"skipped": _listed(self.skipped), "changed": _listed(self.changed)}
@@ -103,6 +109,7 @@ class _Target:
     """Where its messages go; None while that is not known, or if they go nowhere."""
     stored: StoredConversation | None = None
     """What the user has of it already."""
+    compared: bool = False
     refused: str | None = None
     ends_at: int | None = None
     """Its last message where the file is cut off before the conversation's end: a later import can go on there."""
@@ -195,7 +202,8 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
 
 async def _started_at(connection: Connection) -> datetime:
     """Return the transaction's time, which is that of all that has none in the file."""
-    row = await connection.fetchrow("select now() as started_at, '[]'::json as sent")
+    with translating():
+        row = await connection.fetchrow("select now() as started_at, '[]'::json as sent")
     if row is None or row["sent"] != "[]":
         raise ConfigurationError("the pool's connections have a codec for json: import with a pool that sets none")
     started_at: datetime = row["started_at"]
@@ -213,10 +221,8 @@ async def _store(connection: Connection, user: str, batch: _Batch, started_at: d
         connection, user, [(t, t.stored.last_seq, t.source.last_seq) for t in grown if t.stored], started_at
     )
     report.extended_conversations += len(grown)
-    try:
+    with translating():
         await connection.copy_records_to_table("messages", schema_name="chatdb", columns=_COLUMNS, records=rows)
-    except Exception as error:
-        raise translated(error) or error from error
     report.messages += len(rows)
     cut_off = [
         (target, target.source.last_seq, target.ends_at)
@@ -237,6 +243,7 @@ async def _place(
         [source.key for source in sources],
         [source.created_at for source in sources],
         [target.occurrence for target in targets],
+        [source.last_seq for source in sources],
     )
     for stored in found:
         target = targets[stored.place - 1]
@@ -247,16 +254,19 @@ async def _place(
         elif target.source.last_seq <= stored.last_seq:
             report.stored_conversations += 1
     new = [target for target in targets if target.stored is None]
-    ids = await _import_conversations.fetch_all(
-        connection,
-        user,
-        [target.source.key for target in new],
-        [target.source.title for target in new],
-        [target.source.metadata for target in new],
-        [target.source.last_seq for target in new],
-        [target.source.created_at or started_at for target in new],
-        [target.source.updated_at or started_at for target in new],
-    )
+    try:
+        ids = await _import_conversations.fetch_all(
+            connection,
+            user,
+            [target.source.key for target in new],
+            [target.source.title for target in new],
+            [target.source.metadata for target in new],
+            [target.source.last_seq for target in new],
+            [target.source.created_at or started_at for target in new],
+            [target.source.updated_at or started_at for target in new],
+        )
+    except ConflictError as error:
+        raise ConflictError("another caller stores the same conversations at this moment: import again") from error
     for target, imported in zip(new, sorted(ids, key=attrgetter("id")), strict=True):
         target.id = imported.id
     for target in targets:
@@ -271,33 +281,35 @@ def _new_messages(
     grown: list[_Target],
     report: ImportReport,
 ) -> list[SourceMessage]:
-    """Return those that come after the stored ones, once the last stored one was seen to be the file's at its place."""
+    """Return those behind the stored ones, once the last of these was seen to be the file's at its place."""
     new: list[SourceMessage] = []
     for message in messages:
-        if target.refused is not None:
-            report.skip(target.refused, messages=1)
-            continue
-        if target.id is None and target.source.last_seq > stored.last_seq and message.seq >= stored.last_seq:
-            if stored.last_seq == 0 or _is_last(message, stored):
+        if target.refused is None and not target.compared and message.seq >= (stored.final_seq or 0):
+            target.compared = True
+            if stored.final_seq is not None and not _is_final(message, stored):
+                target.refused = CHANGED_SINCE
+                report.skip(CHANGED_SINCE, conversations=1)
+                report.stored_conversations -= target.source.last_seq <= stored.last_seq
+            elif target.source.last_seq > stored.last_seq:
                 target.id = stored.id
                 grown.append(target)
-            else:
-                target.refused = CHANGED_SINCE
-                report.skip(CHANGED_SINCE, conversations=1, messages=1)
-                continue
-        if message.seq > stored.last_seq:
+        if target.refused is not None:
+            report.skip(target.refused, messages=1)
+        elif message.seq > stored.last_seq:
             new.append(message)
         else:
             report.stored_messages += 1
     return new
 
 
-def _is_last(message: SourceMessage, stored: StoredConversation) -> bool:
-    if message.seq != stored.last_seq:
+def _is_final(message: SourceMessage, stored: StoredConversation) -> bool:
+    if message.seq != stored.final_seq:
         return False
-    if message.key is None and stored.last_key is None:
-        return message.created_at == stored.last_created_at
-    return message.key == stored.last_key
+    if message.key is None and message.created_at is None:
+        return True  # a source without either, whose conversation's key has a hash of the texts
+    if message.key is None and stored.final_key is None:
+        return message.created_at == stored.final_created_at
+    return message.key == stored.final_key
 
 
 async def _set_last_seq(

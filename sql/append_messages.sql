@@ -14,7 +14,7 @@
 
 with conversation as (
     update chatdb.conversations
-    set last_seq = last_seq + cardinality($3::text[]), updated_at = greatest(updated_at, now())
+    set last_seq = last_seq + cardinality($3::text[]), updated_at = greatest(updated_at, statement_timestamp())
     where user_id = $1 and id = $2
     returning user_id, id, last_seq - cardinality($3::text[]) as previous_seq, updated_at
 )

@@ -21,7 +21,7 @@ with batch as (
 ),
 
 conversation as (
-    select user_id, id, last_seq, greatest(updated_at, now()) as appended_at
+    select user_id, id, last_seq, greatest(updated_at, statement_timestamp()) as appended_at
     from chatdb.conversations
     where user_id = $1 and id = $2
     for no key update

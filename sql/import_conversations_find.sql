@@ -1,20 +1,21 @@
 -- import_conversations_find
 -- Which of a file's conversations the user has already: by key, or where there is none by the time of creation, of
--- which the first in the file is the first in the table, and so on. With each the last message, by which to tell
--- whether the file's is the same conversation, only longer.
+-- which the first in the file is the first in the table, and so on. With each the last of its messages that the file
+-- can have, by which to tell whether the file's is the same conversation, as long or longer.
 --
 -- $1 user_id text
 -- $2 keys text[]    null where a conversation has none
 -- $3 created_ats timestamptz[]    null where the file has no times
 -- $4 occurrences int8[]    how many conversations before it in the file have no key and this time
+-- $5 last_seqs int8[]
 --
 -- returns many StoredConversation
 -- served by uq_conversations_user_id_key, ix_conversations_user_id_active_on, pk_messages
 
 with wanted as (
-    select key, created_at, occurrence, place
-    from unnest($2::text[], $3::timestamptz[], $4::int8[])
-        with ordinality as w (key, created_at, occurrence, place)
+    select key, created_at, occurrence, last_seq, place
+    from unnest($2::text[], $3::timestamptz[], $4::int8[], $5::int8[])
+        with ordinality as w (key, created_at, occurrence, last_seq, place)
 ),
 
 unkeyed as (
@@ -30,16 +31,23 @@ unkeyed as (
 ),
 
 found as (
-    select w.place, c.id, c.last_seq, c.created_at
+    select w.place, w.last_seq as file_last_seq, c.id, c.last_seq, c.created_at
     from wanted as w
     inner join chatdb.conversations as c on c.user_id = $1 and c.key = w.key
     union all
-    select w.place, u.id, u.last_seq, u.created_at
+    select w.place, w.last_seq as file_last_seq, u.id, u.last_seq, u.created_at
     from wanted as w
     inner join unkeyed as u on u.created_at = w.created_at and u.occurrence = w.occurrence
     where w.key is null
 )
 
-select f.place, f.id, f.last_seq, f.created_at, m.key as last_key, m.created_at as last_created_at
+select
+    f.place, f.id, f.last_seq, f.created_at, m.seq as final_seq, m.key as final_key, m.created_at as final_created_at
 from found as f
-left join chatdb.messages as m on m.user_id = $1 and m.conversation_id = f.id and m.seq = f.last_seq
+left join lateral (
+    select seq, key, created_at
+    from chatdb.messages
+    where user_id = $1 and conversation_id = f.id and seq <= f.file_last_seq
+    order by seq desc
+    limit 1
+) as m on true

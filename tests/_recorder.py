@@ -148,6 +148,15 @@ class Recorder:
         return self.rows
 
 
+class Block(nullcontext):
+    """A transaction that does nothing."""
+
+    async def start(self):
+        """Begin nothing."""
+
+    commit = rollback = start
+
+
 class Transfer(Recorder):
     """The same as a pool and its one connection, for an import and an export; each file has rows of its own."""
 
@@ -176,7 +185,7 @@ class Transfer(Recorder):
 
     def transaction(self, **options):
         """Begin nothing."""
-        return nullcontext()
+        return Block()
 
     def is_in_transaction(self):
         """Say that a transaction has begun, so that nobody commits one."""
@@ -205,7 +214,8 @@ IMPORT = [
 
 TRANSFERRED = {
     "import_conversations_find": [
-        {"place": 3, "id": 53, "last_seq": 2, "created_at": _days(2), "last_key": "c2", "last_created_at": _days(12)}
+        {"place": 3, "id": 53, "last_seq": 2, "created_at": _days(2), "final_seq": 2}
+        | {"final_key": "c2", "final_created_at": _days(12)}
     ],
     "import_conversations": [{"id": 51}, {"id": 52}],
     "import_conversations_extend": [{"id": 53}],
@@ -215,7 +225,13 @@ TRANSFERRED = {
 IMPORTED = [
     (
         "import_conversations_find",
-        USER | {"keys": ["a", None, None], "created_ats": [None, _days(2), _days(2)], "occurrences": [0, 0, 1]},
+        USER
+        | {
+            "keys": ["a", None, None],
+            "created_ats": [None, _days(2), _days(2)],
+            "occurrences": [0, 0, 1],
+            "last_seqs": [1, 4, 3],
+        },
     ),
     (
         "import_conversations",

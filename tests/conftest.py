@@ -7,6 +7,7 @@ import itertools
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -25,6 +26,11 @@ from chatdb.migrate import apply_migrations
 
 SERVERS = ("auto", "dsn", "container", "embedded", "local")
 _serial = itertools.count()
+
+
+def pytest_configure() -> None:
+    """Have Ctrl-C in the processes that tests start, also where a shell runs the tests in the background without it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

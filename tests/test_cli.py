@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from chatdb import append_message, create_conversation, create_pool
 from chatdb.cli import Format
 from chatdb.sources import FORMATS
 from tests.conftest import execute
@@ -74,6 +78,38 @@ def test_import_list_show_export(env: dict[str, str], file: Path, tmp_path: Path
     assert (report["conversations"], report["messages"], report["skipped"]) == (1, 2, [])
     report = json.loads(chatdb("import", out, "--user", "bob", "--json", env=env))
     assert (report["stored_conversations"], report["messages"]) == (1, 0)
+
+
+def on_a_terminal(*arguments: str, env: dict[str, str]) -> str:
+    """Run `chatdb` with a terminal as its output, and return what it shows there."""
+    ours, theirs = pty.openpty()
+    command = [Path(sys.executable).with_name("chatdb"), *arguments]
+    with subprocess.Popen(command, env=os.environ | env | {"COLUMNS": "200"}, stdout=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # the end of a terminal
+            while more := os.read(ours, 1024):
+                shown += more
+    os.close(ours)
+    assert process.returncode == 0
+    return shown.decode()
+
+
+def test_a_terminal_shows_texts_as_they_are(env: dict[str, str]) -> None:
+    """A title or a text that looks like markup, or would move the cursor, is shown and not obeyed."""
+    title, text = "[red]x[/red] [/y] :a:", "[bold]text[/z]\x1b[31m"
+
+    async def store() -> int:
+        async with create_pool(env["DATABASE_URL"]) as db:
+            made = await create_conversation(db, user_id="alice", title=title)
+            await append_message(db, user_id="alice", conversation_id=made.id, role="user", content=text)
+            return made.id
+
+    made = asyncio.run(store())
+    assert title in on_a_terminal("list", "--user", "alice", env=env)
+    shown = on_a_terminal("show", str(made), "--user", "alice", env=env)
+    assert title in shown
+    assert "[bold]text[/z]\N{REPLACEMENT CHARACTER}[31m" in shown
 
 
 def test_migrate(empty_dsn: str) -> None:
@@ -164,6 +200,35 @@ def test_a_server_that_is_not_there() -> None:
     said = chatdb("list", "--user", "a", env={"DATABASE_URL": "postgresql://a:secret@127.0.0.1:1/x"}, code=1)
     assert "cannot be reached" in said
     assert "secret" not in said
+
+
+def test_nothing_taken(env: dict[str, str], file: Path) -> None:
+    """A file of which nothing could be taken, as with a wrong --format, is exit status 1, with the reason."""
+    chatdb("import", file, "--user", "alice", "--format", "chatgpt", env=env, code=1)
+    chatdb("import", file, "--user", "alice", env=env)
+    chatdb("import", file, "--user", "alice", env=env)
+
+
+def test_export_to_what_is_no_file(env: dict[str, str], tmp_path: Path) -> None:
+    """A device is written to and stays one, a link keeps its place, and a folder is refused with nothing left in it."""
+    link, target, folder = tmp_path / "link", tmp_path / "target", tmp_path / "folder"
+    link.symlink_to(target)
+    folder.mkdir()
+    chatdb("export", "--user", "alice", "--output", "/dev/null", env=env)
+    assert Path("/dev/null").is_char_device()
+    chatdb("export", "--user", "alice", "--output", link, env=env)
+    assert link.is_symlink()
+    assert target.read_bytes().count(b"\n") == 2
+    assert "folder" in chatdb("export", "--user", "alice", "--output", folder, env=env, code=1)
+    assert set(tmp_path.iterdir()) == {link, target, folder}
+    assert chatdb("export", "--user", "alice", "--output", "-", env=env).count("\n") == 2
+
+
+def test_an_output_that_has_few_characters(env: dict[str, str], file: Path) -> None:
+    """Where the output's encoding lacks a character, it is escaped."""
+    chatdb("import", file, "--user", "alice", env=env)
+    made = json.loads(chatdb("list", "--user", "alice", "--json", env=env))[0]["id"]
+    assert "\\U0001f44b" in chatdb("show", str(made), "--user", "alice", env=env | {"PYTHONIOENCODING": "ascii"})
 
 
 def test_wrong_usage(env: dict[str, str]) -> None:

@@ -84,7 +84,7 @@ async def result(answer):
 
 async def test_create(tx):
     """A new conversation has the given values, no messages, and one time for creation and activity."""
-    start = await tx.fetchval("select now()")
+    start = await tx.fetchval("select clock_timestamp()")
 
     conversation = await create(tx, title="Plans", key="thread-1", metadata={"model": "small", "tags": ["a", None]})
 
@@ -95,9 +95,10 @@ async def test_create(tx):
         title="Plans",
         metadata={"model": "small", "tags": ["a", None]},
         last_seq=0,
-        created_at=start,
-        updated_at=start,
+        created_at=conversation.created_at,
+        updated_at=conversation.created_at,
     )
+    assert start <= conversation.created_at <= await tx.fetchval("select clock_timestamp()")
 
 
 async def test_create_with_nothing_but_a_user(tx):
@@ -208,7 +209,7 @@ async def test_foreign_is_missing(tx, name, arguments):
     assert len(said) == 1
     assert await chatdb.list_messages(tx, user_id="alice", conversation_id=conversation.id) == [message]
     assert await chatdb.list_conversations(tx, user_id="alice") == [
-        conversation.model_copy(update={"last_seq": 1}),
+        conversation.model_copy(update={"last_seq": 1, "updated_at": message.created_at}),
     ]
 
 
@@ -273,9 +274,9 @@ async def test_list_limit(tx):
 async def test_list_pages_of_equal_times(tx, limit):
     """Pages of conversations that were active at the same moment leave none out and repeat none."""
     made = [await create(tx) for _ in range(7)]
-    assert len({conversation.updated_at for conversation in made}) == 1
+    await tx.execute("update chatdb.conversations set updated_at = $1", made[0].updated_at)
 
-    assert await paged(tx, limit) == made[::-1]
+    assert [each.id for each in await paged(tx, limit)] == [each.id for each in made[::-1]]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
@@ -426,3 +427,13 @@ async def test_delete_user_takes_a_timeout(db, dsn):
             patient = asyncio.create_task(chatdb.delete_user(hurried, user_id="alice", timeout=30))
             await asyncio.sleep(0.7)
         assert await patient == Deleted(conversations=1, messages=0)
+
+
+async def test_the_list_within_a_transaction(db):
+    """Of two conversations the one appended to later stands first, however long ago its transaction began."""
+    first = await chatdb.create_conversation(db, user_id="alice")
+    async with chatdb.transaction(db) as connection:
+        await connection.execute("select")
+        second = await chatdb.create_conversation(db, user_id="alice")
+        await chatdb.append_message(connection, user_id="alice", conversation_id=first.id, role="user", content="later")
+    assert [c.id for c in await chatdb.list_conversations(db, user_id="alice")] == [first.id, second.id]

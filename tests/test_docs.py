@@ -35,11 +35,11 @@ def shell(script: str, dsn: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_program(dsn: str) -> None:
+def test_the_program(tmp_path: Path) -> None:
     """README's program runs as it stands."""
     done = subprocess.run(
         [sys.executable, "-c", block("Use", "python")],
-        env=os.environ | {"DATABASE_URL": dsn},
+        env=os.environ | {"CHATDB_HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,
     )

@@ -670,3 +670,18 @@ def test_a_start_does_not_wait_forever(folder: Path) -> None:
     waiting._timeout = 0.1
     with EmbeddedServer(folder)._alone(), pytest.raises(UnavailableError, match=r"not ready within 0.1 s.*server\.log"):
         waiting.start()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the state of a process from /proc")
+def test_a_server_that_cannot_stop(folder, monkeypatch):
+    """A server that hangs in its shutdown is ended at once after a while, and the next start finds every row."""
+    monkeypatch.setattr(EmbeddedServer, "_patience", 0.5)
+    server = EmbeddedServer(folder)
+    server.start()
+    connection = psycopg.connect(server.dsn, autocommit=True)
+    connection.execute("create table kept as select 1 as n")
+    os.kill(connection.info.backend_pid, signal.SIGSTOP)
+    server.stop()
+    connection.close()
+    with EmbeddedServer(folder) as server, psycopg.connect(server.dsn) as again:
+        assert again.execute("select n from kept").fetchall() == [(1,)]

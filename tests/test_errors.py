@@ -84,7 +84,7 @@ def test_the_tree_is_as_drawn():
     found = {
         name: [base.__name__ for base in value.__bases__]
         for name, value in vars(errors).items()
-        if inspect.isclass(value)
+        if inspect.isclass(value) and value.__module__ == errors.__name__
     }
 
     assert found == drawn()
@@ -657,3 +657,13 @@ async def test_a_pooler_that_loses_prepared_statements(tx):
 
     with raises(ConfigurationError, match="statement_cache_size=0"):
         await chatdb.list_conversations(tx, user_id="alice")
+
+
+async def test_a_transaction_on_a_server_that_went(dsn):
+    """A transaction that gets no connection from asyncpg's own pool is an UnavailableError of chatdb's."""
+    async with asyncpg.create_pool(**connect_arguments(dsn), min_size=0) as pool:
+        pool.set_connect_args(dsn="postgresql://alice@127.0.0.1:1/chat")
+        with pytest.raises(chatdb.UnavailableError) as caught:
+            async with chatdb.transaction(pool):
+                pass
+    assert caught.value.sent is False

@@ -380,6 +380,21 @@ async def test_cancelled_waiters_leave_the_queue(dsn):
         await assert_whole(pool)
 
 
+async def test_a_cancelled_connect_gives_its_place_back(proxy):
+    """Tasks cancelled while the server lets them wait for a new connection leave a whole pool."""
+    async with chatdb.create_pool(proxy.dsn, max_size=3) as pool:
+        async with pool.acquire():
+            proxy.answering.clear()
+            tasks = [asyncio.create_task(pool.fetchval("select 1")) for _ in range(3)]
+            await asyncio.sleep(0.05)
+            for task in tasks:
+                task.cancel()
+            answers = await asyncio.gather(*tasks, return_exceptions=True)
+            proxy.answering.set()
+        assert [type(answer) for answer in answers] == [asyncio.CancelledError] * 3
+        await assert_whole(pool)
+
+
 async def test_cancelled_calls_hurt_nobody_else(dsn, conversation):
     """After each of 500 calls that were cancelled at any of their awaits, another task's call is answered rightly."""
     chance = random.Random(1)
@@ -685,7 +700,7 @@ async def test_a_pool_under_load_survives_lost_connections(dsn, conversation):
         async with asyncio.timeout(HANG), asyncio.TaskGroup() as group:
             for writer in range(8):
                 group.create_task(write(pool, writer))
-            for _ in range(10):
+            for _ in range(6):
                 await asyncio.sleep(0.05)
                 await asyncio.to_thread(kill_sessions, dsn)
             stop.set()
@@ -842,6 +857,22 @@ async def test_a_transaction_in_a_transaction_is_a_savepoint(handle, conversatio
             await append(inner, conversation, "b")
         assert contents(dsn) == []
     assert contents(dsn) == ["a", "b"]
+    await assert_clean(handle, conversation, dsn)
+
+
+async def test_an_error_swallowed_in_a_savepoint_does_not_stay_hidden(handle, conversation, dsn):
+    """The end of the inner block raises the server's own complaint, and nothing of the outer one is stored."""
+
+    async def run() -> None:
+        async with chatdb.transaction(handle) as outer:
+            await append(outer, conversation)
+            async with chatdb.transaction(outer) as inner:
+                with contextlib.suppress(asyncpg.DivisionByZeroError):
+                    await inner.execute("select 1 / 0")
+
+    with pytest.raises(asyncpg.InFailedSQLTransactionError):
+        await run()
+    assert contents(dsn) == []
     await assert_clean(handle, conversation, dsn)
 
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatdb import _input, sources
@@ -220,6 +220,7 @@ def test_json_beyond_what_python_reads_is_refused(value, problem):
     ("data", "position"),
     [
         (b'[{"a": "\xff"}]', 8),
+        (b'[{"a": "ab\xff"}]', 10),
         (b'\xef\xbb\xbf[{"a": "\xff"}]', 11),
         (b'[{"a": "\xc3\xa4\xed\xa0\x80"}]', 10),
         ("[]".encode("utf-16"), 0),
@@ -242,6 +243,24 @@ def test_an_object_may_have_so_many_characters_and_no_more(monkeypatch, extra, s
         assert str(error) == "file: has an object of over 1,000 characters at character 2"
     else:
         assert len(messages(read(f" [{data}]", step=step))) == 1
+
+
+@pytest.mark.parametrize("step", [1, 64, 2**20])
+def test_a_cut_off_object_is_too_large_only_above_the_limit(monkeypatch, step):
+    """A text without an end counts as the characters that there are of it."""
+    monkeypatch.setattr(_json, "MAX_OBJECT", 1000)
+    cut_off = b' [{"value": "'.ljust(1002, b"a")
+    assert read(cut_off, step=step) == [CUT_INSIDE]
+    assert str(refusal(cut_off + b"a", step=step)[1]).endswith("over 1,000 characters at character 2")
+
+
+def test_positions_are_right_behind_large_objects():
+    """Objects of several megabytes count in full, also when the fault comes in the same chunk as their end."""
+    large = json.dumps(said("a" * 3_000_000))
+    for text in (f"[{large},\n{large}, ^5]", f"[{large}, {large}] ^{large}"):
+        items, error = refusal(text.replace("^", "").encode())
+        assert len(messages(items)) == 2
+        assert str(error).endswith(f" at character {text.index('^'):,}")
 
 
 def test_an_object_over_the_limit_is_not_read_to_its_end():
@@ -279,6 +298,11 @@ def test_a_conversation_is_followed_by_its_messages():
     assert second == SourceMessage(2, "assistant", "", None, None, None, None, None)
 
 
+def test_what_is_not_counted_is_none():
+    """A Skipped and a Changed count only what they name."""
+    assert (Skipped("a"), Changed("a")) == (("a", 0, 0), ("a", 0, 0))
+
+
 def test_the_fields_stand_in_the_order_of_the_copy():
     """The names are those of the columns."""
     names = ("seq", "role", "content", "payload", "metadata", "token_count", "key", "created_at")
@@ -288,8 +312,11 @@ def test_the_fields_stand_in_the_order_of_the_copy():
 @pytest.mark.parametrize(
     ("word", "role"),
     [
-        *[(word, "user") for word in ("human", "user", "Human")],
-        *[(word, "assistant") for word in ("gpt", "chatgpt", "bing", "bard", "assistant", "model", "claude", "GPT")],
+        *[(word, "user") for word in ("human", "user", "Human", "USER")],
+        *[
+            (word, "assistant")
+            for word in ("gpt", "chatgpt", "bing", "bard", "assistant", "model", "claude", "gemini", "bot")
+        ],
         *[(word, "tool") for word in ("tool", "function", "observation")],
         ("system", "system"),
         ("developer", "developer"),
@@ -374,6 +401,14 @@ def test_conversations_that_differ_have_different_keys():
     assert key_of(said("ab")) == key_of({"id": "x", "conversations": turns, "more": 1})
 
 
+def test_keys_are_the_same_in_every_release():
+    """A file that was imported by an older release adds nothing."""
+    conversation = {"id": "x", "conversations": [{"from": "human", "value": "ä"}, {"from": "bing", "value": ""}]}
+    assert key_of(conversation) == "sharegpt:x:88d91eb42862b1de"
+    without_id = chatgpt(turn("user", "ä"), turn("assistant", "b"), id=None, conversation_id=None)
+    assert heads(read([without_id], "chatgpt"))[0].key == "chatgpt::f869afb67300e65a"
+
+
 def test_strange_ids_make_keys_that_can_be_stored():
     """A long id, one with NUL or a lone surrogate, or one that is no text gives a key of its own."""
     strange = ["a" * 300, "a" * 301, "\0", "\ud800", "a\0b", 7, 7.5, [1], {"a": 1}, True, "", None, "ä" * 200]
@@ -427,6 +462,7 @@ some_chatgpt = st.builds(
 
 @pytest.mark.parametrize("in_array", [True, False])
 @pytest.mark.parametrize("name", ["sharegpt", "chatgpt"])
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_file_cut_anywhere_gives_its_complete_conversations(name, in_array, data):
     """Whatever byte is the last one, all complete objects come, and the cut is said."""
@@ -448,6 +484,14 @@ def test_a_file_cut_anywhere_gives_its_complete_conversations(name, in_array, da
     elif in_array and cut < len(whole):
         expected.append(CUT_BETWEEN)
     assert read(whole[:cut], name, data.draw(st.sampled_from([1, 5, 2**20]))) == expected
+
+
+@pytest.mark.parametrize("step", [1, 2**20])
+def test_half_a_character_is_only_a_cut_inside_a_text(step):
+    """Between objects it can't be the beginning of anything."""
+    assert read(b'[{"value": "\xc3', step=step) == [CUT_INSIDE]
+    for data in (b"[{}\xc3", b"{}\n\xf0\x9f", b"[{}]\xc3", b'{"a"\xc3'):
+        assert "broken JSON" in str(refusal(data, step=step)[1])
 
 
 def test_every_kind_of_token_can_be_cut():
@@ -554,6 +598,14 @@ def test_the_current_node_may_be_on_any_branch():
     assert items[-1] == Skipped("on another branch than the current one", messages=2)
 
 
+def test_an_empty_leaf_is_not_the_newest():
+    """A leaf without a message counts only where no leaf has a time."""
+    conversation = branched() | {"current_node": None}
+    assert messages(read([conversation], "chatgpt"))[-1].content == "Thanks"
+    conversation["mapping"]["node-4"]["message"]["create_time"] = None
+    assert messages(read([conversation], "chatgpt"))[-1].content == "Oh"
+
+
 @pytest.mark.parametrize(
     "current", [{}, {"current_node": None}, {"current_node": "gone"}, {"current_node": ["node-1"]}]
 )
@@ -581,18 +633,26 @@ def test_without_any_time_the_last_leaf_is_taken():
     assert messages(read([conversation], "chatgpt"))[-1].content == "Oh"
 
 
-def test_a_ring_or_a_missing_parent_ends_the_branch():
+def test_a_ring_ends_the_branch():
     """A damaged tree gives what hangs together, and comes to an end."""
     conversation = chatgpt(turn("user", "a"), turn("user", "b"), turn("user", "c"))
     conversation["mapping"]["node-2"]["parent"] = "node-3"
     for current in ("node-3", None):
         items = read([conversation | {"current_node": current}], "chatgpt")
         assert {message.content for message in messages(items)} >= ({"b", "c"} if current else {"a"})
-    for parent in ("gone", ["node-1"], 5):
-        conversation["mapping"]["node-2"]["parent"] = parent
-        items = read([conversation], "chatgpt")
-        assert [message.content for message in messages(items)] == ["b", "c"]
-        assert items[-1] == Skipped("on another branch than the current one", messages=1)
+    conversation["mapping"] = {name: conversation["mapping"][name] for name in ("node-2", "node-3")}
+    items = read([conversation | {"current_node": None}], "chatgpt")
+    assert {message.content for message in messages(items)} == {"b", "c"}
+
+
+@pytest.mark.parametrize("parent", ["gone", ["node-1"], 5])
+def test_a_missing_parent_ends_the_branch(parent):
+    """What is below it arrives, and what is not is counted."""
+    conversation = chatgpt(turn("user", "a"), turn("user", "b"), turn("user", "c"))
+    conversation["mapping"]["node-2"]["parent"] = parent
+    items = read([conversation], "chatgpt")
+    assert [message.content for message in messages(items)] == ["b", "c"]
+    assert items[-1] == Skipped("on another branch than the current one", messages=1)
 
 
 def test_damaged_nodes_are_no_messages():
@@ -605,7 +665,7 @@ def test_damaged_nodes_are_no_messages():
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ({"content_type": "text", "parts": ["a", {"text": "b"}]}, "a\nb"),
+        ({"content_type": "text", "parts": ["a", {"text": "b"}, None, 5, {"text": 5}]}, "a\nb"),
         ({"content_type": "code", "language": "python", "text": "print(1)\n"}, "print(1)\n"),
         ({"content_type": "execution_output", "text": "1"}, "1"),
         (
@@ -627,6 +687,7 @@ def test_damaged_nodes_are_no_messages():
         ({"content_type": "user_editable_context", "user_profile": "I am", "user_instructions": "Do"}, "I am\nDo"),
         ({"content_type": "model_editable_context", "model_set_context": "m", "repository": None}, "m"),
         ({"content_type": "system_error", "name": "E", "text": "failed"}, "failed"),
+        ({"content_type": "of the future", "text": "", "result": "a", "content": ["b"]}, "a"),
         ({"content_type": "of the future", "widget": 1}, ""),
         ({"content_type": "text", "parts": None}, ""),
         ("a text", ""),
@@ -704,6 +765,7 @@ def test_message_keys_are_distinct_and_short():
         ({"conversation_id": "a" * 201, "id": None}, "chatgpt:sha256-"),
         ({"conversation_id": "a\0", "id": None}, "chatgpt:sha256-"),
         ({"conversation_id": None, "id": None}, "chatgpt::"),
+        ({"conversation_id": ["a"], "id": "i"}, "chatgpt:i"),
         ({"conversation_id": ["a"], "id": None}, "chatgpt::"),
     ],
 )
@@ -864,6 +926,7 @@ def fields_of(record, item_type):
     return fields | {"metadata": json.dumps(fields["metadata"], sort_keys=True)}
 
 
+@settings(deadline=None)
 @given(export=some_exports())
 def test_what_is_written_is_read_without_a_loss(export):
     """Every field of every record comes back as it was, each on a line of its own."""
@@ -877,6 +940,7 @@ def test_what_is_written_is_read_without_a_loss(export):
         assert fields_of(item, type(item)) == fields_of(record, type(item))
 
 
+@settings(deadline=None)
 @given(export=some_exports(), data=st.data())
 def test_lines_cut_anywhere_give_their_complete_messages(export, data):
     """Whatever byte is the last one, all complete lines come, and the missing end is said."""
@@ -927,6 +991,23 @@ def test_a_file_of_another_writer_is_read():
         SourceMessage(1, "user", SECRET, None, None, None, None, NOW),
     ]
     assert items[1].created_at.tzinfo is UTC
+
+
+def test_lines_are_as_they_are_documented():
+    """Texts are UTF-8, ids are written with the conversation only, and a number that JSON cannot hold is refused."""
+    written = {"created_at": "2026-02-03T04:05:06.000007+00:00"}
+    head = {"id": 1, "user_id": "ü", "key": "ä", "title": None, "metadata": {"a": 1}, "last_seq": 2}
+    body = {"seq": 1, "role": "user", "content": "ö", "payload": "[ ]", "metadata": None, "token_count": 3, "key": None}
+    conversation = Conversation(**head, created_at=NOW, updated_at=NOW)
+    line = sources.message_line(Message(**body, id=2, conversation_id=1, user_id="ü", created_at=NOW))
+    assert sources.header() == b'{"type":"chatdb","version":1}\n'
+    assert sources.end_line(1, 2) == b'{"type":"end","conversations":1,"messages":2}\n'
+    assert json.loads(line) == {"type": "message"} | body | written
+    assert "ö".encode() in line
+    written["updated_at"] = written["created_at"]
+    assert json.loads(sources.conversation_line(conversation)) == {"type": "conversation"} | head | written
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        sources.conversation_line(conversation.model_copy(update={"metadata": {"a": float("inf")}}))
 
 
 BAD_TIMES = [None, 5, "", "yesterday", "2026-02-03", "2026-02-03T04:05:06", "0001-01-01T00:00:00+14:00"]

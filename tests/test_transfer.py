@@ -144,6 +144,20 @@ async def test_a_conversation_that_has_grown(db: Pool) -> None:
     assert [m.key for m in history] == ["n1", "n2", "n3", "n4"]
 
 
+async def test_a_conversation_that_has_grown_behind_a_hole(db: Pool) -> None:
+    """It grows also where its last message had been deleted before the first export."""
+    made = await chatdb.create_conversation(db, user_id="alice")
+    at = {"user_id": "alice", "conversation_id": made.id}
+    for text in ["one", "two"]:
+        await chatdb.append_message(db, **at, role="user", content=text)
+    await chatdb.delete_message(db, **at, seq=2)
+    await import_text(db, await exported(db), user="bob", kind="chatdb")
+    await chatdb.append_message(db, **at, role="user", content="three")
+    report = await import_text(db, await exported(db), user="bob", kind="chatdb")
+    assert (report.extended_conversations, report.messages) == (1, 1)
+    assert portable(await exported(db, "bob")) == portable(await exported(db))
+
+
 async def test_a_conversation_that_went_another_way(db: Pool) -> None:
     """If the stored messages are not the beginning of the file's, nothing is added, and the report says so."""
     await import_text(db, chatgpt("n1", "n2"), kind="chatgpt")
@@ -152,6 +166,17 @@ async def test_a_conversation_that_went_another_way(db: Pool) -> None:
     assert report.messages == report.extended_conversations == 0
     assert report.skipped == {CHANGED_SINCE: (1, 2)}
     assert await exported(db) == before
+
+
+@pytest.mark.parametrize("nodes", [["n1", "n2", "x3"], ["n1", "x2"]])
+async def test_an_edited_conversation(db: Pool, nodes: list[str]) -> None:
+    """A branch that is no longer than the stored one, but another, is reported and not taken for stored."""
+    await import_text(db, chatgpt("n1", "n2", "n3"), kind="chatgpt")
+    report = await import_text(db, chatgpt(*nodes), kind="chatgpt")
+    assert report.stored_conversations == report.messages == 0
+    assert report.skipped == {CHANGED_SINCE: (1, 1)}
+    shorter = await import_text(db, chatgpt("n1", "n2"), kind="chatgpt")
+    assert (shorter.stored_conversations, shorter.stored_messages) == (1, 2)
 
 
 async def test_a_key_that_is_another_conversations(db: Pool) -> None:

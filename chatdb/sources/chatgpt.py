@@ -72,7 +72,7 @@ def conversation(source: _Object) -> list[Item]:
         messages.append(SourceMessage(seq, known, content, payload, metadata, None, key, latest))
         said.append((known, text))
 
-    name = name_of(source.get("conversation_id") or source.get("id"))
+    name = name_of(source.get("conversation_id")) or name_of(source.get("id"))
     key = f"chatgpt:{name}" if name else f"chatgpt::{fingerprint(said)}"
     title, is_cut = _title(source.get("title"))
     items: list[Item] = [
