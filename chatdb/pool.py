@@ -98,6 +98,9 @@ class Pool(_Base):
         try:
             async with asyncio.timeout_at(deadline), self._turn:
                 holder = await self._queue.get()
+                if self._closing:
+                    self._queue.put_nowait(holder)
+                    raise asyncpg.InterfaceError("pool is closing")
         except TimeoutError as error:
             raise AcquireTimeoutError(
                 f"no connection became free within {timeout:g} s: all {self.get_max_size()} of the pool are in use",
@@ -177,8 +180,7 @@ async def _committed(connection: Connection) -> AsyncGenerator[None, None]:
     is_savepoint = connection.is_in_transaction()
     block = connection.transaction()
     try:
-        with translating():
-            await block.start()
+        await _begin(block)
         yield
     except BaseException:
         await _roll_back(connection, block, is_savepoint)
@@ -189,7 +191,11 @@ async def _committed(connection: Connection) -> AsyncGenerator[None, None]:
             return
         # asyncpg's own commit() does the same and throws the answer away
         _forget(block)
-        answer = await connection.execute("commit")
+        try:
+            answer = await connection.execute("commit")
+        except BaseException:  # cancelled before it came through, it has left the transaction open
+            await _roll_back(connection, block, is_savepoint)
+            raise
     if answer != "COMMIT":
         raise ChatDBError(
             "the transaction was rolled back, nothing of it is stored: a statement in it had failed, and its error was "
@@ -197,9 +203,18 @@ async def _committed(connection: Connection) -> AsyncGenerator[None, None]:
         )
 
 
+async def _begin(block: Transaction) -> None:
+    try:
+        with translating():
+            await block.start()
+    except UnavailableError as error:
+        error.sent = False  # nothing of the block was
+        raise
+
+
 async def _roll_back(connection: Connection, block: Transaction, is_savepoint: bool) -> None:
     """Undo the block, and let the error that led here be the one that is seen."""
-    with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+    with contextlib.suppress(Exception):
         if is_savepoint:
             await block.rollback()
         else:

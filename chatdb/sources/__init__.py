@@ -99,10 +99,12 @@ def opened(path: Path) -> Generator[list[Part]]:
     """
     Open a file, or of a zip archive, as ChatGPT's export is one, the files of conversations, by their numbers.
 
-    Raises InvalidInputError when the archive cannot be read or has no conversations.
+    Raises InvalidInputError for a pipe, and when the archive cannot be read or has no conversations.
     """
     with ExitStack() as stack:
         file = stack.enter_context(path.open("rb"))
+        if not file.seekable():
+            raise InvalidInputError("file", "must be a file and not a pipe: save it first")
         is_archive = file.peek(2).startswith(b"PK")
         yield _members(file, stack) if is_archive else [Part(path.name, file, path.stat().st_size)]
 
