@@ -140,7 +140,7 @@ def create_pool(
     Raises ConfigurationError at once; when awaited, also UnavailableError.
     """
     dsn = dsn or os.environ.get("DATABASE_URL")
-    if not isinstance(dsn, str):
+    if not dsn or not isinstance(dsn, str):  # pyright: ignore[reportUnnecessaryIsInstance] - callers without types
         raise ConfigurationError("no database is named: pass a dsn, or set DATABASE_URL=postgresql://...")
     return Pool(
         dsn,

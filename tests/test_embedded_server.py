@@ -515,7 +515,7 @@ def test_a_folder_that_nobody_can_reach(place: Path, as_nobody: None, monkeypatc
     ways = embedded._ways()
     monkeypatch.setattr(embedded, "_ways", ways[:1].copy)
     place.chmod(0o700)
-    with pytest.raises(ConfigurationError, match=r"nobody cannot reach .*/db: choose another folder"):
+    with pytest.raises(ConfigurationError, match=r"no user nobody can reach .*/db: choose another folder"):
         EmbeddedServer(place / "db").start()
 
 
