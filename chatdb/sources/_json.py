@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, Final, cast
 from chatdb.errors import InvalidInputError
 from chatdb.sources.items import Skipped
 
-MAX_OBJECT: Final = 32 * 1024 * 1024
-"""The characters that one object may have."""
+MAX_OBJECT: Final = 26 * 1024 * 1024
+"""The characters that one object may have: a text of 4 MiB fits, even if each character is an escape of six."""
 
 _CHUNK = 1024 * 1024
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -25,7 +25,7 @@ def objects(file: BinaryIO) -> Iterator[dict[str, Any] | Skipped]:
     Yield the objects of an array, or of a file that holds them one after another, and a Skipped if it is cut off.
 
     Raises InvalidInputError with the position when the file is no UTF-8 or no JSON, holds something else than objects
-    or an object of over 32 Mi characters.
+    or an object of over 26 Mi characters.
     """
     chunks = _decoded(file)
     text, place, dropped = "", 0, 0
