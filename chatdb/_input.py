@@ -23,6 +23,9 @@ MAX_DEPTH: Final = 200
 MAX_BIGINT: Final = 2**63 - 1
 MAX_INT: Final = 2**31 - 1
 
+MessageRow = tuple[str, str, str | None, str | None, int | None, str | None]
+"""A message's role, content, payload, metadata, token count and key."""
+
 
 def text(parameter: str, value: object, *, least: int, most: int) -> str:
     """Return a text of `least` to `most` characters that PostgreSQL can hold."""
@@ -143,20 +146,28 @@ def payload(parameter: str, value: object) -> str | None:
     return encoded
 
 
-def messages(values: object) -> list[NewMessage]:
-    """Return the messages of a batch, each a `NewMessage` or a dict of its fields, their keys distinct."""
+def messages(values: object) -> list[MessageRow]:
+    """Return the messages of a batch, each a `NewMessage` or a dict of its fields, as rows; their keys are distinct."""
     if isinstance(values, str | bytes | Mapping | NewMessage) or not isinstance(values, Iterable):
         raise InvalidInputError("messages", "must be a list of NewMessage or dict")
-    return [_message(f"messages[{index}]", value) for index, value in enumerate(values)]  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
-
-
-def keys(names: list[str], values: list[object]) -> list[str | None]:
-    """Return the keys of a batch, which are distinct, None where a message has none."""
-    found = [key(f"{name}key", value) for name, value in zip(names, values, strict=True)]
-    given = [each for each in found if each is not None]
-    if len(set(given)) < len(given):
+    rows: list[MessageRow] = []
+    for index, value in enumerate(values):  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
+        at = f"messages[{index}]"
+        message = _message(at, value)  # pyright: ignore[reportUnknownArgumentType]
+        rows.append(
+            (
+                role(f"{at}.role", message.role),
+                content(f"{at}.content", message.content),
+                payload(f"{at}.payload", message.payload),
+                metadata(f"{at}.metadata", message.metadata),
+                token_count(f"{at}.token_count", message.token_count),
+                key(f"{at}.key", message.key),
+            )
+        )
+    keys = [row[-1] for row in rows if row[-1] is not None]
+    if len(set(keys)) < len(keys):
         raise InvalidInputError("messages", "must have distinct keys")
-    return found
+    return rows
 
 
 def timeout(value: object) -> float | None:

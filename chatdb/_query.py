@@ -6,13 +6,16 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
+from chatdb._decode import decoder
 from chatdb.errors import (
     AcquireTimeoutError,
+    ChatDBError,
     CommandTimeoutError,
     ConversationNotFoundError,
     UnavailableError,
+    own,
     translating,
 )
 
@@ -41,79 +44,86 @@ class Query(Generic[RecordT]):
     """
     The statement of one SQL file and the record that its rows become.
 
-    An *existence row*, all null, is how a statement says that the conversation is there but the message is not; no
-    row at all says that the user has no such conversation.
+    An *existence row*, all null, is how a statement says that the conversation is there though the message is not, or
+    though there are no more messages; no row at all says that the user has no such conversation.
     """
 
-    def __init__(self, name: str, record: type[RecordT], *, repeatable: bool = False) -> None:
-        """Read `sql/<name>.sql`; `repeatable` statements may be sent again by chatdb's pool after a lost connection."""
+    def __init__(
+        self, name: str, record: type[RecordT], *, given: tuple[str, ...] = (), repeatable: bool = False
+    ) -> None:
+        """
+        Read `sql/<name>.sql`.
+
+        `given` are fields that the first arguments give, and the statement does not send back with every row.
+        `repeatable` statements may be sent again by chatdb's pool after a lost connection.
+        """
         self.name = name
         self.record = record
+        self.given = given
         self.repeatable = repeatable
         header, _, body = (data_folder("sql") / f"{name}.sql").read_text(encoding="utf-8").partition("\n\n")
         # the server shows the first 1,023 bytes of a statement: its name and itself, not its description
         self.sql = f"{header.partition(chr(10))[0]}\n{body.strip()}"
-        self._records: TypeAdapter[list[RecordT]] = TypeAdapter(list[record])  # type: ignore[valid-type]
+        self._decode = decoder(record, given)
 
     async def fetch_all(self, db: Database, *args: object) -> list[RecordT]:
         """Return a record per row."""
-        return self._decode(await self._rows(db, args, None))
+        return self._decode(await self._rows(db, args), args)
 
     async def fetch_one(self, db: Database, *args: object, timeout: float | None = None) -> RecordT:
         """Return the one record; no row raises ConversationNotFoundError."""
-        return self._decode(await self._found(db, args, timeout))[0]
+        rows = await self._rows(db, args, timeout)
+        if not rows:
+            raise _not_found()
+        return self._decode(rows, args)[0]
 
     async def fetch_optional(self, db: Database, *args: object) -> RecordT | None:
         """Return the one record, None for an existence row; no row raises ConversationNotFoundError."""
-        rows = await self._found(db, args, None)
-        return None if _is_existence(rows) else self._decode(rows)[0]
+        page = await self.fetch_page(db, *args)
+        return page[0] if page else None
 
     async def fetch_page(self, db: Database, *args: object) -> list[RecordT]:
-        """Return a record per row, none for an existence row; no row raises ConversationNotFoundError."""
-        rows = await self._found(db, args, None)
-        return [] if _is_existence(rows) else self._decode(rows)
+        """Return a record per row but for an existence row at the end; no row raises ConversationNotFoundError."""
+        rows = await self._rows(db, args)
+        if not rows:
+            raise _not_found()
+        if rows[-1]["id"] is None:
+            rows.pop()
+        return self._decode(rows, args)
 
     async def iterate(self, connection: Connection, *args: object) -> AsyncGenerator[RecordT, None]:
         """Iterate over a record per row, 100 fetched at a time by a cursor in the connection's transaction."""
         with translating():
             cursor = await connection.cursor(self.sql, *args)
             while rows := await cursor.fetch(100):
-                for record in self._decode(rows):
+                for record in self._decode(rows, args):
                     yield record
 
-    def _decode(self, rows: list[Any]) -> list[RecordT]:
-        return self._records.validate_python([dict(row) for row in rows])
-
-    async def _found(self, db: Database, args: tuple[object, ...], timeout: float | None) -> list[Any]:
-        rows = await self._rows(db, args, timeout)
-        if not rows:
-            raise ConversationNotFoundError("the user has no such conversation: check user_id and the id or key")
-        return rows
-
-    async def _rows(self, db: Database, args: tuple[object, ...], timeout: float | None) -> list[Any]:
+    async def _rows(
+        self, db: Database, args: tuple[object, ...], timeout: float | None = None, *, again: bool = True
+    ) -> list[Any]:
         try:
-            return await self._send(db, args, timeout)
-        except UnavailableError as error:
-            timed_out = isinstance(error, AcquireTimeoutError | CommandTimeoutError)
-            if timed_out or error.sent or not self.repeatable or not _is_chatdbs(db):
+            return await db.fetch(self.sql, *args, timeout=timeout)
+        except Exception as error:
+            ours = own(error)
+            if ours is None:
                 raise
-        return await self._send(db, args, timeout)
+            if isinstance(ours, CommandTimeoutError) and not _is_chatdbs(db) and hasattr(db, "acquire"):
+                ours.sent = None  # another pool's time limit may have ended the connecting
+            if not (again and self.repeatable and _is_chatdbs(db) and _is_loss(ours)):
+                raise ours from ours.__cause__
+        return await self._rows(db, args, timeout, again=False)
 
-    async def _send(self, db: Database, args: tuple[object, ...], timeout: float | None) -> list[Any]:
-        try:
-            with translating():
-                if timeout is None:
-                    return await db.fetch(self.sql, *args)
-                return await db.fetch(self.sql, *args, timeout=timeout)
-        except CommandTimeoutError as error:
-            if not _is_chatdbs(db) and hasattr(db, "acquire"):
-                error.sent = None  # another pool's time limit may have ended the connecting
-            raise
+
+def _not_found() -> ConversationNotFoundError:
+    return ConversationNotFoundError("the user has no such conversation: check user_id and the id or key")
+
+
+def _is_loss(error: ChatDBError) -> bool:
+    """Whether a connection was lost, before or after the statement was sent, for all that is known."""
+    timed_out = isinstance(error, AcquireTimeoutError | CommandTimeoutError)
+    return isinstance(error, UnavailableError) and not timed_out and not error.sent
 
 
 def _is_chatdbs(db: object) -> bool:
     return getattr(db, "retries_lost_connections", False)
-
-
-def _is_existence(rows: list[Any]) -> bool:
-    return rows[0]["id"] is None

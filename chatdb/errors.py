@@ -163,14 +163,21 @@ def translating() -> Generator[None, None, None]:
     """Raise chatdb's own errors for the driver's."""
     try:
         yield
-    except ChatDBError:
-        raise
     except Exception as error:
-        found = translated(error)
+        found = own(error)
         if found is None:
             raise
-        # the driver's own complaint about an argument quotes it
-        raise found from (None if isinstance(error, asyncpg.DataError) else error)
+        raise found from found.__cause__
+
+
+def own(error: Exception) -> ChatDBError | None:
+    """Return the error if it is chatdb's own, else as `translated`, with the driver's as its cause."""
+    if isinstance(error, ChatDBError):
+        return error
+    found = translated(error)
+    if found is not None and not isinstance(error, asyncpg.DataError):  # whose complaint quotes the argument
+        found.__cause__ = error
+    return found
 
 
 def _lost(error: Exception) -> UnavailableError:

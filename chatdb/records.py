@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, SkipValidation
 from pydantic_core import CoreSchema, core_schema
@@ -58,6 +58,16 @@ class _Record(BaseModel):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - as pydantic declares it
         # pydantic gives a frozen model a hash, which then fails on the dict in metadata, for some rows only
         cls.__hash__ = None  # type: ignore[assignment] # pyright: ignore[reportAttributeAccessIssue]
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> object:
+            # a record that was filled from a row has none of pydantic's own slots until one is asked for
+            if name == "__pydantic_fields_set__":
+                return set(type(self).model_fields)
+            if name in {"__pydantic_extra__", "__pydantic_private__"}:
+                return None
+            return super().__getattr__(name)
 
 
 class Conversation(_Record):

@@ -5,20 +5,21 @@
 -- $2 conversation_id int8
 -- $3 key text
 --
--- returns one Message, or an existence row: the conversation has no such message
+-- returns one Message, or an existence row: if there is no such message
 -- served by uq_messages_user_id_conversation_id_key
 
-with message as (
-    select id, conversation_id, user_id, seq, role, content, payload, metadata, token_count, key, created_at
+(
+    select
+        id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
+        token_count, key, created_at
     from chatdb.messages
     where user_id = $1 and conversation_id = $2 and key = $3
+    -- without a limit of its own this branch could be read in parallel to the other, and come after it
+    limit 1 -- noqa: AM09
 )
-
-select
-    id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
-    token_count, key, created_at
-from message
 union all
 select null, null, null, null, null, null, null, null, null, null, null
 from chatdb.conversations
-where user_id = $1 and id = $2 and not exists (select from message)
+where user_id = $1 and id = $2
+-- a message found ends the statement before this branch is read
+limit 1

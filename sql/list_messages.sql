@@ -6,22 +6,22 @@
 -- $3 after_seq int8
 -- $4 row_limit int8
 --
--- returns many Message, or an existence row: the conversation has none there
+-- returns many Message without user_id and conversation_id, then an existence row: where the page is not full
 -- served by pk_messages
 
-with page as (
-    select id, conversation_id, user_id, seq, role, content, payload, metadata, token_count, key, created_at
+(
+    select
+        id, seq, role, content, payload::text as payload, metadata::text as metadata,
+        -- int8 as the id is: so the first row of a page shows every codec that the caller has set
+        token_count::int8 as token_count, key, created_at
     from chatdb.messages
     where user_id = $1 and conversation_id = $2 and seq > $3
     order by seq
     limit $4
 )
-
-select
-    id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
-    token_count, key, created_at
-from page
 union all
-select null, null, null, null, null, null, null, null, null, null, null
+select null, null, null, null, null, null, null, null, null
 from chatdb.conversations
-where user_id = $1 and id = $2 and not exists (select from page)
+where user_id = $1 and id = $2
+-- a full page ends before this branch is read, so that it costs nothing there
+limit $4

@@ -24,14 +24,20 @@ def bindings():
     return [(module, name, value) for module, name, value in variables if isinstance(value, Query)]
 
 
+def query_of(stem):
+    """Return the Query that a file is bound by."""
+    return next(query for _, _, query in bindings() if query.name == stem)
+
+
 def record_of(stem):
     """Return the record that a file is bound with."""
-    return next(query.record for _, _, query in bindings() if query.name == stem)
+    return query_of(stem).record
 
 
-def fields_of(record):
+def fields_of(record, without=()):
     """Return a record's fields, each with the type that the driver gives and whether it may be None."""
-    hints = {name: hint for name, hint in typing.get_type_hints(record).items() if name in record.model_fields}
+    names = [name for name in record.model_fields if name not in without]
+    hints = {name: hint for name, hint in typing.get_type_hints(record).items() if name in names}
     fields = []
     for name, hint in hints.items():
         optional = NoneType in typing.get_args(hint)

@@ -117,12 +117,12 @@ async def call(function, db, given):
     return [item async for item in result] if inspect.isasyncgen(result) else await result
 
 
-def stored(record):
+def stored(record, without=()):
     """Return rows as the server might answer."""
     if record is SchemaPart:
         parts = [(table, name, kind) for table, columns in NEEDED.items() for name, kind in columns.items()]
         return [dict(zip(record.model_fields, part, strict=True)) for part in parts]
-    return [{name: STORED[name] for name in record.model_fields}]
+    return [{name: STORED[name] for name in record.model_fields if name not in without}]
 
 
 def name_of(query):
@@ -145,7 +145,7 @@ class Recorder:
         self.timeout = timeout
         if self.real is not None:
             await self.real.fetch(query, *args)
-        return self.rows
+        return self.rows.copy()
 
 
 class Block(nullcontext):

@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from pglast import ast, parse_sql
-from pglast.enums import A_Expr_Kind, BoolExprType, JoinType, SetOperation
+from pglast.enums import A_Expr_Kind, BoolExprType, JoinType, SetOperation, SubLinkType
 
 from chatdb._query import data_folder
 
@@ -19,7 +19,8 @@ HEADER = re.compile(
     r"(?P<prose>(?:-- \S.*\n)+)"
     r"--\n"
     r"(?:(?P<parameters>(?:-- \$.*\n)+)--\n)?"
-    r"-- returns (?P<number>one|many) (?P<record>\w+)(?:, or an existence row: (?P<existence>\S.*))?\n"
+    r"-- returns (?P<number>one|many) (?P<record>\w+)(?: without (?P<given>\w+(?:(?:, | and )\w+)*))?"
+    r"(?:, (?P<relation>or|then) an existence row: (?P<existence>\S.*))?\n"
     r"(?:-- served by (?P<indexes>\w+(?:, \w+)*)\n)?"
     r"\n"
     r"(?P<body>[^\n][\s\S]*\S)\n"
@@ -50,6 +51,8 @@ class SqlFile:
     parameters: tuple[Parameter, ...]
     number: str
     record: str
+    given: tuple[str, ...]
+    relation: str | None
     existence: str | None
     indexes: frozenset[str]
     sql: str
@@ -94,6 +97,8 @@ def parse(text: str) -> SqlFile:
         ),
         number=header["number"],
         record=header["record"],
+        given=tuple(re.split(", | and ", header["given"])) if header["given"] else (),
+        relation=header["relation"],
         existence=header["existence"],
         indexes=frozenset((header["indexes"] or "").split(", ")) - {""},
         sql=f"-- {header['name']}\n{header['body']}",
@@ -133,6 +138,68 @@ def outputs(query: Any) -> list[Any]:
 def is_existence(query: Any) -> bool:
     """Return whether a statement gives nothing but nulls."""
     return all(isinstance(target.val, ast.A_Const) and target.val.isnull for target in outputs(query))
+
+
+def existence_gaps(file: SqlFile) -> list[str]:
+    """
+    Return what could let an existence row stand where the header does not say, or keep it away.
+
+    It may be left out by a condition, where there is any record; or stand at the end, before a limit that the records
+    alone may reach. The limit then is theirs too, which also keeps the server from reading both branches in parallel.
+    """
+    kinds = [is_existence(query) for query in branches(file.statement)]
+    if file.existence is None:
+        return ["an existence row that the header does not tell of"] if any(kinds) else []
+    top, [records, *rest] = file.statement, branches(file.statement)
+    is_append = kinds == [False, True] and top.op == SetOperation.SETOP_UNION and top.all
+    if not is_append or top.sortClause or top.limitOffset:
+        return ["not one UNION ALL of the records and, at the end, the existence row"]
+    [existence] = rest
+    if top.limitCount is None:
+        is_fit = file.relation == "or" and _excludes(existence, records) and existence.limitCount is None
+        return [] if is_fit else ["an existence row that may stand beside records"]
+    if existence.limitCount or existence.whereClause is None or top.limitCount != records.limitCount:
+        return ["a limit that is not that of the records"]
+    is_one = isinstance(top.limitCount, ast.A_Const) and top.limitCount.val.ival == 1
+    is_parameter = isinstance(top.limitCount, ast.ParamRef)
+    if (file.number, file.relation) not in [("one", "or")] * is_one + [("many", "then")] * is_parameter:
+        return ["a limit that the header does not tell of"]
+    return []
+
+
+def _excludes(existence: Any, records: Any) -> bool:
+    """Return whether a condition of an existence row says that there are no records."""
+    for condition in _conjuncts(existence.whereClause):
+        match condition:
+            case ast.BoolExpr(
+                boolop=BoolExprType.NOT_EXPR, args=[ast.SubLink(subLinkType=SubLinkType.EXISTS_SUBLINK) as sub]
+            ):
+                if sub.subselect.fromClause == records.fromClause and not sub.subselect.whereClause:
+                    return records.whereClause is None and len(records.fromClause) == 1
+            case ast.A_Expr(kind=A_Expr_Kind.AEXPR_OP) if names(condition) == ["<>"]:
+                opposite = [
+                    [part.lexpr, part.rexpr] for part in _conjuncts(records.whereClause) if names(part) == ["="]
+                ]
+                if [condition.lexpr, condition.rexpr] in opposite:
+                    return True
+    return False
+
+
+def ungiven(file: SqlFile) -> list[str]:
+    """Return the columns, of those that the header has the rows do without, that are not those of the arguments."""
+    numbers = {parameter.name: parameter.number for parameter in file.parameters}
+    gaps: list[str] = []
+    for query in branches(file.statement) if file.given else ():
+        if not is_existence(query):
+            assert len(Level(query).sources) == 1, "columns of several tables"
+            equal = {
+                (names(part.lexpr)[-1], part.rexpr.number)
+                for part in _conjuncts(query.whereClause)
+                if isinstance(part, ast.A_Expr) and part.kind == A_Expr_Kind.AEXPR_OP and names(part) == ["="]
+                if isinstance(part.lexpr, ast.ColumnRef) and isinstance(part.rexpr, ast.ParamRef)
+            }
+            gaps += [name for name in file.given if (name, numbers.get(name)) not in equal]
+    return gaps
 
 
 def uncast(node: Any) -> Any:

@@ -13,7 +13,8 @@ import typing
 from collections import defaultdict
 from contextlib import suppress
 from datetime import datetime
-from types import SimpleNamespace
+from itertools import product
+from types import NoneType, SimpleNamespace
 from typing import Literal
 
 import asyncpg
@@ -21,8 +22,8 @@ import pglast
 import psycopg
 import pytest
 from _catalog import DATA, Live
-from _mutants import less, swaps, without_user
-from _package import bindings, fields_of, record_of
+from _mutants import less, misfilled, swaps, without_user
+from _package import bindings, fields_of, query_of, record_of
 from _recorder import (
     CALLS,
     COPIED,
@@ -37,15 +38,27 @@ from _recorder import (
     name_of,
     stored,
 )
-from _sqlfiles import TEXTS, branches, file_of, is_existence, isolation_gaps, meetings, nullable, outputs, parse
+from _sqlfiles import (
+    TEXTS,
+    branches,
+    existence_gaps,
+    file_of,
+    is_existence,
+    isolation_gaps,
+    meetings,
+    nullable,
+    outputs,
+    parse,
+    ungiven,
+)
 from conftest import database_of, execute
 from pglast.parser import scan
-from pydantic import create_model
+from pydantic import ValidationError, create_model
 
 import chatdb
-from chatdb import ConflictError, ConversationNotFoundError, MessageNotFoundError, _input, transfer
+from chatdb import ConflictError, ConversationNotFoundError, MessageNotFoundError, _decode, _input, transfer
 from chatdb.errors import CONFLICTS, CONSTRAINTS, translated
-from chatdb.records import Message, Role
+from chatdb.records import Conversation, Message, Role
 from chatdb.schema import NEEDED
 
 FOREIGN_KEY = "fk_messages_conversation"
@@ -140,17 +153,36 @@ def check_columns(live, file, record=None):
     python = {"int8": int, "int4": int, "text": str, "timestamptz": datetime}
     _, columns = live.described(file.sql)
     assert file.record == record.__name__
-    assert [(name, python.get(kind)) for name, kind, _ in columns] == [field[:2] for field in fields_of(record)]
+    assert file.given == query_of(file.name).given
+    fields = fields_of(record, without=file.given)
+    assert [(name, python.get(kind)) for name, kind, _ in columns] == [field[:2] for field in fields]
 
 
 def check_nullability(live, file, record=None):
     """Raise unless fields are Optional exactly where columns may be null, and the header tells of an existence row."""
     found = nullable(file, live.columns)
-    assert found == [optional for _, _, optional in fields_of(record or record_of(file.name))]
+    fields = fields_of(record or record_of(file.name), without=file.given)
+    assert found == [optional for _, _, optional in fields]
     assert any(map(is_existence, branches(file.statement))) == bool(file.existence)
     for (name, _, not_null), may_be_null in zip(live.described(file.sql)[1], found, strict=True):
         is_known = not_null is not None and "left join" not in file.sql
         assert not is_known or not_null != may_be_null, f"the server knows better of {name}"
+
+
+def check_given(live, file):
+    """Raise unless the columns that a row does without are the first parameters, and compared with them in each row."""
+    assert [parameter.name for parameter in file.parameters][: len(file.given)] == [*file.given]
+    types, _ = live.described(file.sql)
+    kinds = {name: kind for name, kind, _ in fields_of(record_of(file.name))}
+    for name, kind in zip(file.given, types, strict=False):
+        assert {"text": str, "int8": int}[kind] == kinds[name]
+    assert ungiven(file) == []
+
+
+@every_file
+def test_what_the_rows_do_without_is_given(live, stem):
+    """A field that has no column is that of an argument, with which every row's is compared."""
+    check_given(live, file_of(stem))
 
 
 @every_file
@@ -165,12 +197,87 @@ def test_the_columns_are_as_nullable_as_the_fields(live, stem):
     check_nullability(live, file_of(stem))
 
 
+def check_existence(live, file):
+    """Raise unless an existence row is alone, or at the end, as the header says, however the server reads it."""
+    assert existence_gaps(file) == []
+    if file.existence and file.statement.limitCount:
+        with live.connection.transaction(force_rollback=True):
+            live.connection.execute(PARALLEL)
+            plan = live.plan(file)
+        assert [node["Node Type"] for node in plan[:2]] == ["Limit", "Append"]
+        assert [node["Relation Name"] for node in plan if "Relation Name" in node] == ["messages", "conversations"]
+
+
+PARALLEL = """
+    set local parallel_setup_cost = 0;
+    set local parallel_tuple_cost = 0;
+    set local min_parallel_table_scan_size = 0;
+    set local min_parallel_index_scan_size = 0;
+"""
+"""With these the server reads branches in parallel wherever it can, and in any order."""
+
+
+@every_file
+def test_an_existence_row_stands_where_the_header_says(live, stem):
+    """An existence row comes instead of records, or after them where their page is not full, and nowhere else."""
+    check_existence(live, file_of(stem))
+
+
+def check_filled(record, given, fields_of_rows):
+    """Raise unless a row's values become what validation makes of them, each under the name of its column."""
+    [full] = stored(record)
+    optional = {name for name, _, may_be_null in fields_of(record) if may_be_null}
+    for row in [full, *(full | {name: None} for name in optional), full | dict.fromkeys(optional)]:
+        values = tuple(value for name, value in row.items() if name not in given)
+        [filled] = fields_of_rows([values], *(row[name] for name in given))
+        validated = vars(record(**row))
+        assert [*filled.items()] == [*validated.items()]
+        assert [type(value) for value in filled.values()] == [type(value) for value in validated.values()]
+
+
+def check_plain(record, given, plain):
+    """Raise unless a row is taken as the driver's own exactly if its types are those of the fields."""
+    kinds = {name: [kind, NoneType] if optional else [kind] for name, kind, optional in fields_of(record)}
+    assert plain == {*product(*(kinds.pop(name) for name in given), *kinds.values())}
+
+
+def check_telling(live, file, telling):
+    """Raise unless every codec that there might be shows in a column that is NOT NULL or in the telling one."""
+    kinds = {name: kind for name, kind, _ in live.described(file.sql)[1]}
+    optional = {name for name, _, may_be_null in fields_of(record_of(file.name), without=file.given) if may_be_null}
+    shown = {kinds[name] for name in kinds.keys() - optional}
+    hidden = {kinds[name] for name in optional} - shown
+    assert hidden == ({kinds[telling]} if telling in optional else set())
+
+
+FILLED = pytest.mark.parametrize(("record", "given"), _decode._FILLED)
+
+
+def test_the_filled_records():
+    """Whatever is a conversation or a message is filled unvalidated, and others are not."""
+    queries = {(query.record, query.given) for _, _, query in bindings() if query.record in (Conversation, Message)}
+    assert _decode._FILLED.keys() == queries
+
+
+@FILLED
+def test_rows_are_filled_in_the_order_of_the_fields(record, given):
+    """What is filled without validation is what validation gives, in the order that the statements' columns have."""
+    check_filled(record, given, _decode._FILLED[record, given][0])
+    check_plain(record, given, _decode._plain(record, given))
+
+
+@pytest.mark.parametrize("stem", [stem for stem in TEXTS if record_of(stem) in (Conversation, Message)])
+def test_a_codec_shows(live, stem):
+    """The types of the columns that may be null are told by others, or by the one that is looked at."""
+    check_telling(live, file_of(stem), _decode._FILLED[record_of(stem), query_of(stem).given][1])
+
+
 # 6. Arguments reach the statement in order.
 
 
 async def check_call(function, stem, given, real=None):
     """Raise unless a call is one statement whose arguments stand where the header names them; return them."""
-    db = Recorder(stored(record_of(stem)), real)
+    db = Recorder(stored(record_of(stem), without=query_of(stem).given), real)
     await call(function, db, given)
     bound = inspect.signature(getattr(chatdb, function)).bind(db, **given)
     bound.apply_defaults()
@@ -232,9 +339,14 @@ def test_every_function_is_called():
 @pytest.mark.parametrize(("function", "stem", "given"), [item for item in CALLS if file_of(item[1]).existence])
 async def test_an_existence_row_is_no_record(function, stem, given):
     """Where a header promises an existence row, the function makes nothing of it, or an error of its own."""
-    db = Recorder([dict.fromkeys(record_of(stem).model_fields)])
+    record, without = record_of(stem), query_of(stem).given
+    existence = dict.fromkeys(record.model_fields)
     with suppress(ConflictError, MessageNotFoundError):
-        assert await call(function, db, given) == []
+        assert await call(function, Recorder([existence]), given) == []
+    if file_of(stem).relation == "then":
+        rows = stored(record, without=without)
+        known = {name: given[name] for name in without}
+        assert await call(function, Recorder([*rows, existence]), given) == [record(**known, **row) for row in rows]
 
 
 # 7. Literal sets and limits = CHECK constraints.
@@ -417,6 +529,9 @@ def test_a_changed_table_is_found(live, check, stem, change):
 
 
 HERE = ", or an existence row: the conversation has none there"
+THEN = ", then an existence row: where the page is not full"
+PAGE = "costs nothing there\nlimit $4"
+NONE = f"select {', '.join(['null'] * 9)} from chatdb.conversations where user_id = $1 and id = $2 union all"
 FIND = "import_conversations_find"
 
 
@@ -432,6 +547,21 @@ FIND = "import_conversations_find"
         (check_parameters, "get_message", "seq int8", "seq int4"),
         (check_parameters, "get_message", "-- $3 seq int8\n", ""),
         (check_columns, "get_history", "payload::text as payload", "payload::text as body"),
+        (check_columns, "get_history", " without user_id and conversation_id", ""),
+        (
+            check_columns,
+            "list_messages",
+            " without user_id and conversation_id",
+            " without conversation_id and user_id",
+        ),
+        (check_columns, "list_messages", " without user_id and conversation_id", " without user_id"),
+        (check_columns, "list_messages", "id, seq, role", "id, user_id, seq, role"),
+        (check_given, "get_history", " without user_id and", " without seq and"),
+        (check_given, "get_history", " without user_id and conversation_id", " without conversation_id and user_id"),
+        (check_given, "get_history", "conversation_id = $2 and seq", "conversation_id >= $2 and seq"),
+        (check_given, "get_history", "conversation_id = $2 and seq", "conversation_id = $3 and seq"),
+        (check_given, "list_messages", "conversation_id = $2 and seq", "seq"),
+        (check_given, "list_messages", "conversation_id = $2 and seq", "(conversation_id = $2 or true) and seq"),
         (check_columns, "get_conversation", "key, title", "title, key"),
         (check_columns, "get_conversation", " last_seq,", ""),
         (check_columns, "get_conversation", "metadata::text as metadata", "metadata"),
@@ -439,8 +569,40 @@ FIND = "import_conversations_find"
         (check_nullability, "get_conversation", "last_seq,", "nullif(last_seq, 0) as last_seq,"),
         (check_nullability, FIND, "inner join chatdb.conversations", "left join chatdb.conversations"),
         (check_nullability, FIND, "left join lateral", "inner join lateral"),
-        (check_nullability, "get_history", HERE, ""),
+        (check_nullability, "get_history", THEN, ""),
+        (
+            check_nullability,
+            "append_message_keyed",
+            ", or an existence row: the key has come before with another body",
+            "",
+        ),
         (check_nullability, "get_conversation", "one Conversation", f"one Conversation{HERE}"),
+        (check_existence, "get_history", THEN, HERE),
+        (check_existence, "get_history", THEN, ""),
+        (check_existence, "get_history", "many Message", "one Message"),
+        (check_existence, "get_history", PAGE, "costs nothing there"),
+        (check_existence, "get_history", PAGE, "costs nothing there\nlimit 1"),
+        (check_existence, "get_history", PAGE, "costs nothing there\nlimit $3"),
+        (check_existence, "get_history", PAGE, "costs nothing there\norder by seq desc nulls last\nlimit $4"),
+        (check_existence, "get_history", PAGE, "costs nothing there\noffset 1\nlimit $4"),
+        (check_existence, "list_messages", "    limit $4\n)", ")"),
+        (check_existence, "list_messages", "union all", "union"),
+        (check_existence, "list_messages", "union all", "except all"),
+        (check_existence, "list_messages", "\n(\n", f"\n{NONE}\n(\n"),
+        (check_existence, "list_messages", "\nwhere user_id = $1 and id = $2", ""),
+        (check_existence, "get_message", ", or an existence row: if there is no such message", THEN),
+        (check_existence, "get_message", "    limit 1 -- noqa: AM09\n", ""),
+        (check_existence, "get_message", "branch is read\nlimit 1", "branch is read"),
+        (check_existence, "get_message", "branch is read\nlimit 1", "branch is read\nlimit 2"),
+        (check_existence, "get_message_by_key", "    limit 1 -- noqa: AM09\n", ""),
+        (check_existence, "update_message", " and not exists (select from message)", ""),
+        (check_existence, "update_message", "and not exists (select from message)", "and exists (select from message)"),
+        (check_existence, "update_message", "(select from message)", "(select from message where seq = 1)"),
+        (check_existence, "update_message", "from message\nunion", "from message\nwhere seq = 1\nunion"),
+        (check_existence, "append_message_keyed", "where not exists (select from same)", "where true"),
+        (check_existence, "append_message_keyed", "(select from same)", "(select from message)"),
+        (check_existence, "append_messages_keyed", "<>", "="),
+        (check_existence, "append_messages_keyed", "same) = card", "same) >= card"),
         (check_plan, "get_history", "by pk_messages", "by pk_conversations"),
         (check_plan, "delete_conversation", "by pk_conversations, pk_messages", "by pk_messages"),
         (check_plan, "get_conversation_by_key", "-- served by uq_conversations_user_id_key\n", ""),
@@ -539,6 +701,29 @@ def test_a_changed_record_is_found(live, check, change):
         check(live, file_of("get_message"), record)
 
 
+@FILLED
+def test_a_changed_filling_is_found(live, record, given):
+    """Two columns or fields swapped, a value not decoded, other types and another telling column are found."""
+    function, telling = _decode._FILLED[record, given]
+    mutants = list(misfilled(function))
+    fields = len(record.model_fields)
+    assert len(mutants) == 3 * (fields - 1) - len(given)
+    columns = [name for name in record.model_fields if name not in given]
+    mutants.append(lambda rows, *args: [dict(zip([*given, *columns], [*args, *row], strict=True)) for row in rows])
+    for mutant in mutants:
+        with pytest.raises((AssertionError, TypeError, ValueError)):  # or it fails by itself
+            check_filled(record, given, mutant)
+    plain = _decode._plain(record, given)
+    for changed in [plain - {next(iter(plain))}, plain | {(str,) * fields}]:
+        with pytest.raises(AssertionError):
+            check_plain(record, given, changed)
+    stem = next(query.name for _, _, query in bindings() if (query.record, query.given) == (record, given))
+    optional = {name for name, _, may_be_null in fields_of(record) if may_be_null}
+    for name in optional - {telling} | ({"id"} - {telling}):
+        with pytest.raises(AssertionError):
+            check_telling(live, file_of(stem), name)
+
+
 def test_a_changed_map_or_limit_is_found(live):
     """A role, a limit, an error or a needed part too many, too few or changed is found."""
     for check, changes in [
@@ -563,7 +748,8 @@ async def test_swapped_arguments_are_found(monkeypatch, module):
     assert mutants
     for name, mutant in mutants:
         # a mutant may also fail by itself
-        with monkeypatch.context() as patch, pytest.raises((AssertionError, AttributeError)):  # noqa: PT012 - whichever
+        found = (AssertionError, AttributeError, ValidationError)
+        with monkeypatch.context() as patch, pytest.raises(found):  # noqa: PT012 - whichever
             patch.setattr(module, name, mutant)
             for function, stem, given in CALLS:
                 if module_of(function) is module:

@@ -522,6 +522,67 @@ async def test_list_without_messages(talk):
     assert await talk.list_messages() == []
 
 
+@pytest.mark.parametrize("there", range(6))
+async def test_pages_full_and_not(talk, there):
+    """A page has as many messages as there are up to its limit, and an existence row behind them if it is not full."""
+    messages = await talk.fill(there)
+    at = (talk.conversation.user_id, talk.conversation.id)
+    for limit in range(1, 7):
+        found = min(there, limit)
+        assert await talk.list_messages(limit=limit) == messages[:limit]
+        assert await talk.get_history(limit=limit) == messages[there - found :]
+        assert await talk.get_history(limit=limit, before_seq=there + 1) == messages[there - found :]
+        assert await talk.list_messages(limit=limit, after_seq=there) == []
+        assert await talk.get_history(limit=limit, before_seq=1) == []
+        assert [message async for message in talk.iter_messages(batch=limit)] == messages
+        for query, place in ((chatdb.messages._list_messages, 0), (chatdb.messages._get_history, there + 1)):
+            rows = await talk.db.fetch(query.sql, *at, place, limit)
+            assert [row["id"] is None for row in rows] == [False] * found + [True] * (there < limit)
+            assert not any(rows[-1].values()) or there >= limit
+
+
+@pytest.mark.parametrize("limit", [1, 2, 10_000])
+async def test_pages_of_no_conversation(talk, limit):
+    """Whatever its limit, a page of a conversation that the user does not have is an error, not an empty page."""
+    await talk.fill(2)
+    for place in (
+        {"user_id": "bob", "conversation_id": talk.conversation.id},
+        {"user_id": "alice", "conversation_id": -1},
+    ):
+        for call in (chatdb.list_messages, chatdb.get_history):
+            with pytest.raises(ConversationNotFoundError):
+                await call(talk.db, **place, limit=limit)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "read"),
+    [
+        ("list_messages", (0, 3), 0),
+        ("list_messages", (0, 4), 1),
+        ("list_messages", (3, 1), 1),
+        ("get_history", (4, 3), 0),
+        ("get_history", (4, 4), 1),
+        ("get_message", (3,), 0),
+        ("get_message", (4,), 1),
+        ("get_message_by_key", ("key-3",), 0),
+        ("get_message_by_key", ("key-4",), 1),
+    ],
+)
+async def test_the_conversation_is_looked_for_if_need_be(talk, name, args, read):
+    """Where the page is full or the message found, the server does not read the conversation."""
+    await talk.append_messages(messages=[said(key=f"key-{number}") for number in (1, 2, 3)])
+    sql = getattr(chatdb.messages, f"_{name}").sql
+    at = (talk.conversation.user_id, talk.conversation.id)
+    plan = json.loads(await talk.db.fetchval(f"explain (analyze, format json) {sql}", *at, *args))
+    reads = {}
+    nodes = [plan[0]["Plan"]]
+    for node in nodes:
+        nodes += node.get("Plans", [])
+        if "Relation Name" in node:
+            reads[node["Relation Name"]] = node["Actual Loops"]
+    assert reads == {"messages": 1, "conversations": read}
+
+
 async def test_list_follows_what_is_appended(talk):
     """A reader that goes on from the last place finds what came since, after a deletion of the newest too."""
     await talk.fill(3)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from datetime import UTC, datetime, timedelta, timezone
-from typing import get_args
+from decimal import Decimal
+from enum import StrEnum
+from typing import Any, NamedTuple, get_args
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 import chatdb
 from chatdb import UNSET, Conversation, Deleted, JsonText, Message, NewMessage, Role
@@ -137,6 +140,274 @@ def test_refusals_quote_no_value(record):
         record(**RECORDS[record], other="XYZZY")
 
     assert "XYZZY" not in str(raised.value)
+
+
+# --- records that are filled from rows without validation ------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """A record as chatdb returns it, and what validation makes of the same row."""
+
+    filled: Conversation | Message
+    validated: Conversation | Message
+
+
+@pytest.fixture
+async def pairs(tx):
+    """Give conversations and messages with all that they may have, and with nothing of it."""
+    plain = await chatdb.create_conversation(tx, user_id="alice")
+    full = await chatdb.create_conversation(tx, user_id="alice", key="k", title="Plans", metadata={"a": [1, {}]})
+    for fields in (
+        {"payload": JsonText(' {"b" :1e5}'), "metadata": {"a": [1.5, None]}, "token_count": 2, "key": "turn-1"},
+        {},
+    ):
+        await chatdb.append_message(
+            tx, user_id="alice", conversation_id=full.id, role="tool", content="Grüße 👋", **fields
+        )
+    conversations = await chatdb.list_conversations(tx, user_id="alice")
+    messages = await chatdb.list_messages(tx, user_id="alice", conversation_id=full.id)
+    assert {record.id for record in conversations} == {plain.id, full.id}
+    at = {"user_id": "alice", "conversation_id": full.id}
+    rows = [
+        *await tx.fetch(chatdb.conversations._list_conversations.sql, "alice", 20),
+        *(await tx.fetch(chatdb.messages._list_messages.sql, *at.values(), 0, 20))[:2],
+    ]
+    return [
+        Pair(record, type(record)(**(at if type(record) is Message else {}), **row))
+        for record, row in zip([*conversations, *messages], rows, strict=True)
+    ]
+
+
+def is_filled(record):
+    """Return whether a record has not gone through validation, which sets what pydantic keeps in a slot."""
+    try:
+        object.__getattribute__(record, "__pydantic_fields_set__")
+    except AttributeError:
+        return True
+    return False
+
+
+async def test_filled_records_are_as_validated_ones(pairs):
+    """They are equal from either side, value by value of the same type, and look the same."""
+    assert len(pairs) == 4
+    for filled, validated in pairs:
+        assert (is_filled(filled), is_filled(validated)) == (True, False)
+        assert filled == validated
+        assert validated == filled
+        assert [*vars(filled).items()] == [*vars(validated).items()]
+        assert [*map(type, vars(filled).values())] == [*map(type, vars(validated).values())]
+        assert (repr(filled), str(filled)) == (repr(validated), str(validated))
+        assert [*filled] == [*validated]
+    assert {type(filled.metadata) for filled, _ in pairs} == {dict, type(None)}
+    assert {type(filled.payload) for filled, _ in pairs[2:]} == {JsonText, type(None)}
+    assert len({repr(filled) for filled, _ in pairs}) == 4
+    for one, other in itertools.combinations([filled for filled, _ in pairs], 2):
+        assert one != other
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mode": "json"},
+        {"include": {"id", "metadata"}},
+        {"exclude": {"metadata": {"a"}}},
+        {"exclude_unset": True},
+        {"exclude_defaults": True},
+        {"exclude_none": True},
+        {"round_trip": True},
+    ],
+    ids=repr,
+)
+async def test_filled_records_are_dumped_as_validated_ones(pairs, options):
+    """They become the same dict and the same JSON, by themselves, in a list and in another model."""
+
+    class Answer(BaseModel):
+        items: list[Conversation | Message]
+
+    dumped = [filled.model_dump(**options) for filled, _ in pairs]
+    assert dumped == [validated.model_dump(**options) for _, validated in pairs]
+    options = {name: value for name, value in options.items() if name != "mode"}
+    for filled, validated in pairs:
+        assert filled.model_dump_json(**options) == validated.model_dump_json(**options)
+    filled, validated = ([*part] for part in zip(*pairs, strict=True))
+    for kind in (list[Conversation | Message], list[Any]):
+        assert TypeAdapter(kind).dump_json(filled, **options) == TypeAdapter(kind).dump_json(validated, **options)
+    if "include" not in options and "exclude" not in options:
+        assert Answer(items=filled).model_dump_json(**options) == Answer(items=validated).model_dump_json(**options)
+    assert all(is_filled(record) for record in filled)
+
+
+async def test_filled_records_are_taken_by_validation(pairs):
+    """Their dump gives an equal record, and so do they themselves, in a model that trusts none as in one that does."""
+
+    class Strict(BaseModel):
+        model_config = ConfigDict(revalidate_instances="always")
+        record: Conversation | Message
+
+    class Trusting(BaseModel):
+        record: Conversation | Message
+
+    for filled, validated in pairs:
+        record = type(filled)
+        assert record.model_validate(filled.model_dump()) == validated
+        assert record.model_validate_json(filled.model_dump_json()) == validated
+        assert record.model_validate(filled) is filled
+        assert Trusting(record=filled).record is filled
+        assert Strict(record=filled).record == validated
+
+
+async def test_filled_records_are_copied_as_validated_ones(pairs):
+    """Copies and pickles are equal, of the same types, and independent where they go deep; an update is in a copy."""
+    for filled, validated in pairs:
+        copies = [pickle.loads(pickle.dumps(filled, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+        copies += [copy.deepcopy(filled), filled.model_copy(deep=True)]
+        for back in [*copies, copy.copy(filled), filled.model_copy(), filled.model_construct(**vars(filled))]:
+            assert back is not filled
+            assert back == validated
+            assert [*map(type, vars(back).values())] == [*map(type, vars(validated).values())]
+            assert (back.model_fields_set, back.model_extra) == (validated.model_fields_set, None)
+        for back in copies:
+            if back.metadata is not None:
+                back.metadata["other"] = 1
+        assert filled == validated
+
+        renamed = filled.model_copy(update={"id": 99, "metadata": None})
+        assert renamed == validated.model_copy(update={"id": 99, "metadata": None})
+        assert (renamed.id, renamed.metadata, filled == validated) == (99, None, True)
+        if hasattr(copy, "replace"):
+            assert copy.replace(filled, id=99) == validated.model_copy(update={"id": 99})
+
+
+async def test_filled_records_are_records(pairs):
+    """They have their fields and no others, cannot be changed and not be hashed."""
+    for filled, validated in pairs:
+        record = type(filled)
+        assert filled.model_fields_set == validated.model_fields_set == set(record.model_fields)
+        assert filled.model_extra is validated.model_extra is None
+        for field in [*record.model_fields, "other"]:
+            with pytest.raises(ValidationError):
+                setattr(filled, field, None)
+        for field in record.model_fields:
+            with pytest.raises(ValidationError):
+                delattr(filled, field)
+        with pytest.raises(TypeError, match="unhashable"):
+            hash(filled)
+        assert filled == validated
+
+
+@pytest.mark.parametrize("name", ["other", "_private", "__pydantic_other__", "__other__"])
+async def test_filled_records_have_no_other_attribute(pairs, name):
+    """An attribute that there is not is an AttributeError that names the record and it, as of a validated one."""
+    for record in itertools.chain(*pairs):
+        assert not hasattr(record, name)
+        with pytest.raises(AttributeError, match=f"'{type(record).__name__}' object has no attribute '{name}'"):
+            getattr(record, name)
+
+
+async def test_what_every_function_returns_is_filled(tx):
+    """Whichever statement a conversation or a message comes from, it is filled and not validated."""
+    user = {"user_id": "alice"}
+    at = user | {"conversation_id": (await chatdb.create_conversation(tx, **user)).id}
+    said = {"role": "user", "content": "hello"}
+    records = [
+        await chatdb.create_conversation(tx, **user),
+        await chatdb.create_conversation(tx, **user, key="k"),
+        await chatdb.get_conversation(tx, **at),
+        await chatdb.get_conversation_by_key(tx, **user, key="k"),
+        *(page := await chatdb.list_conversations(tx, **user)),
+        *await chatdb.list_conversations(tx, **user, before=page[0]),
+        await chatdb.update_conversation(tx, **at, title="Plans"),
+        await chatdb.append_message(tx, **at, **said),
+        await chatdb.append_message(tx, **at, **said, key="k"),
+        *await chatdb.append_messages(tx, **at, messages=[said, said]),
+        *await chatdb.append_messages(tx, **at, messages=[said | {"key": "k2"}]),
+        *await chatdb.get_history(tx, **at),
+        *await chatdb.list_messages(tx, **at),
+        *[message async for message in chatdb.iter_messages(tx, **at, batch=2)],
+        await chatdb.get_message(tx, **at, seq=1),
+        await chatdb.get_message_by_key(tx, **at, key="k"),
+        await chatdb.update_message(tx, **at, seq=1, content="goodbye"),
+    ]
+    assert [record for record in records if not is_filled(record)] == []
+
+
+class Word(str):
+    """A text of the caller's own."""
+
+
+class Name(StrEnum):
+    """Users by name."""
+
+    ALICE = "alice"
+
+
+class Number(int):
+    """A number of the caller's own."""
+
+
+async def test_arguments_of_other_types(tx):
+    """A user and a conversation that are named by a str and an int of other classes do not get into the records."""
+    at = {"user_id": Name.ALICE, "conversation_id": Number((await chatdb.create_conversation(tx, user_id="alice")).id)}
+    written = await chatdb.append_message(tx, **at, role="user", content="hello")
+
+    for page in (await chatdb.get_history(tx, **at), await chatdb.list_messages(tx, **at)):
+        assert page == [written]
+        assert [*map(type, vars(page[0]).values())] == [*map(type, vars(written).values())]
+        assert (type(page[0].user_id), type(page[0].conversation_id)) == (str, int)
+
+
+CODECS = {
+    "no codec": {},
+    "times as texts": {"timestamptz": (datetime.isoformat, lambda text: f"{text.replace(' ', 'T')}:00")},
+    "large numbers as texts": {"int8": (str, str)},
+    "large numbers as decimals": {"int8": (str, Decimal)},
+    "numbers as texts": {"int4": (str, str)},
+    "texts as words": {"text": (str, Word)},
+    "all of them": {
+        "timestamptz": (datetime.isoformat, lambda text: f"{text.replace(' ', 'T')}:00"),
+        "int8": (str, str),
+        "int4": (str, str),
+        "text": (str, Word),
+    },
+}
+
+
+@pytest.mark.parametrize("codecs", CODECS)
+async def test_codecs_of_the_caller(tx, codecs):
+    """On a connection whose codecs give other types, or the same in other places, the records are the same."""
+    user = {"user_id": "alice"}
+    at = user | {"conversation_id": (await chatdb.create_conversation(tx, **user, key="k", metadata={"a": 1})).id}
+    await chatdb.create_conversation(tx, **user)
+
+    async def read():
+        conversations = await chatdb.list_conversations(tx, **user)
+        return [
+            *conversations,
+            *await chatdb.list_conversations(tx, **user, before=conversations[0]),
+            *await chatdb.list_messages(tx, **at),
+            *await chatdb.get_history(tx, **at, limit=2),
+            *await chatdb.list_messages(tx, **at, after_seq=2),
+            await chatdb.get_message(tx, **at, seq=2),
+            await chatdb.update_message(tx, **at, seq=2, content="full"),
+        ]
+
+    # the first row of a page has nothing of what may be null
+    for fields in ({}, {"payload": JsonText("[ 1 ]"), "metadata": {"b": 2}, "token_count": 3, "key": "k"}, {}):
+        await chatdb.append_message(tx, **at, role="user", content="full" if fields else "", **fields)
+    before = await read()
+    for name, (encoder, decoder) in CODECS[codecs].items():
+        await tx.set_type_codec(name, schema="pg_catalog", encoder=encoder, decoder=decoder)
+    after = await read()
+
+    assert after == before
+    for one, other in zip(after, before, strict=True):
+        assert [*map(type, vars(one).values())] == [*map(type, vars(other).values())]
+    said = {"role": "user", "content": "new"}
+    for message in await chatdb.append_messages(tx, **at, messages=[said, said | {"token_count": 3}]):
+        assert type(message).model_validate(message.model_dump(), strict=True) == message
+    assert all(map(is_filled, after)) == (codecs == "no codec")
+    assert await chatdb.delete_conversation(tx, **at) == Deleted(conversations=1, messages=5)
 
 
 async def test_stored_records_travel(tx):
