@@ -1,5 +1,166 @@
-"""The benchmarks run on the same servers as the tests."""
+"""The fixtures of the benchmarks, and the judgement at the end: `pytest benchmarks` fails if a gate falls."""
 
-from tests.conftest import pytest_addoption, pytest_report_header, server, template
+from __future__ import annotations
 
-__all__ = ["pytest_addoption", "pytest_report_header", "server", "template"]
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from benchmarks import sabotage
+from benchmarks.figures import Figures
+from benchmarks.gates import GATES
+from benchmarks.report import write
+from benchmarks.server import BenchServer
+from benchmarks.workload import SIZES, Size
+
+ORDER = ("test_counts", "test_operations", "test_load", "test_bulk", "test_target", "test_growth")
+"""The suites in their order: those that restart the server come last."""
+
+SUITES = {
+    "counts": "test_counts",
+    "ratios": "test_operations",
+    "bulk": "test_bulk",
+    "target": "test_target",
+    "growth": "test_growth",
+}
+"""Where the figures of each group of gates come from."""
+
+FIGURES = pytest.StashKey[Figures]()
+
+RESULTS = Path(__file__).parent.parent / ".benchmarks"
+"""Where a run leaves its figures and its report."""
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what the nox sessions choose by."""
+    group = parser.getgroup("chatdb")
+    group.addoption("--quick", action="store_true", help="100 k messages: counts, plans and the 100 ms target only")
+    group.addoption("--size", choices=SIZES, default="1m", help="the database of the side-by-side suites (1m)")
+    group.addoption("--largest", choices=("1m", "10m"), default="10m", help="the end of the growth curve (10m)")
+    group.addoption("--report", type=Path, help="the folder of the report (.benchmarks/report)")
+    group.addoption("--sabotage", choices=sabotage.ALL, help="break something, to see a gate fall")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin a run."""
+    config.addinivalue_line("markers", "full: not in a quick run")
+    config.addinivalue_line("filterwarnings", "default::pytest_benchmark.logger.PytestBenchmarkWarning")
+    config.stash[FIGURES] = Figures(quick=config.getoption("--quick"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the suites in order, leave out what a quick run has no time for, and note which gates are judged."""
+    quick = config.getoption("--quick")
+    left_out = [item for item in items if quick and item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = sorted((item for item in items if item not in left_out), key=lambda item: ORDER.index(_suite(item)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Note which gates this run judges: those of the suites that run."""
+    config = session.config
+    suites = {_suite(item) for item in session.items}
+    judged = {gate.name for gate in GATES if SUITES[gate.group] in suites}
+    if config.getoption("--quick"):
+        judged &= {gate.name for gate in GATES if gate.quick}
+    elif config.getoption("--size") != "1m":
+        judged -= {gate.name for gate in GATES if gate.group == "ratios"}
+    if config.getoption("--largest") != "10m":
+        judged -= {gate.name for gate in GATES if gate.group == "growth" or gate.name.startswith("large")}
+    config.stash[FIGURES].expected = judged
+
+
+def _suite(item: pytest.Item) -> str:
+    return item.path.stem
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Keep the figures, write the report, and fail if a gate fell."""
+    config = session.config
+    figures = config.stash[FIGURES]
+    if config.getoption("collectonly") or not session.testscollected:
+        return
+    RESULTS.mkdir(exist_ok=True)
+    sabotaged = config.getoption("--sabotage")
+    figures.save(RESULTS / (f"sabotage-{sabotaged}.json" if sabotaged else "run.json"))
+    if not sabotaged:
+        write(figures.run, config.getoption("--report") or RESULTS / "report")
+    if exitstatus == 0 and any(figures.judge(gate)[1] is False for gate in GATES):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say of each gate what came of it, those that fell last."""
+    figures = config.stash[FIGURES]
+    judged = [(gate, *figures.judge(gate)) for gate in GATES]
+    terminalreporter.section("gates")
+    for gate, value, passed in judged:
+        if passed:
+            terminalreporter.write_line(f"passed  {gate.judged(value)}")
+    for gate, value, passed in judged:
+        if passed is False:
+            told = f"{gate.title}: not measured" if value is None else gate.judged(value)
+            terminalreporter.write_line(f"FELL    {told}", red=True)
+    if not config.getoption("--sabotage"):
+        report = config.getoption("--report") or RESULTS / "report"
+        terminalreporter.write_line(f"figures: {RESULTS / 'run.json'}, report: {report / 'benchmarks.html'}")
+
+
+@pytest.fixture(scope="session")
+def figures(pytestconfig: pytest.Config) -> Figures:
+    """Give what collects the run's figures."""
+    return pytestconfig.stash[FIGURES]
+
+
+@pytest.fixture(scope="session")
+def server(figures: Figures) -> Iterator[BenchServer]:
+    """Give the benchmarks' own server."""
+    server = BenchServer()
+    server.start()
+    with server.connect() as connection:
+        figures.run["versions"]["PostgreSQL"] = connection.info.parameter_status("server_version")
+        names = ("shared_buffers", "fsync", "synchronous_commit", "max_wal_size", "random_page_cost", "jit")
+        figures.run["settings"] = {name: connection.execute(f"show {name}").fetchone()[0] for name in names}
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def size(pytestconfig: pytest.Config, figures: Figures) -> Size:
+    """Give the size of the side-by-side suites."""
+    size = SIZES["100k" if figures.quick else pytestconfig.getoption("--size")]
+    figures.run["sizes"].append(size.name)
+    return size
+
+
+@pytest.fixture(scope="session")
+def copy(server: BenchServer, size: Size, pytestconfig: pytest.Config) -> Iterator[str]:
+    """Give the DSN of a copy of the data, which the run may change."""
+    name = "bench_run"
+    with server.copied(size, name) as dsn, sabotage.applied(pytestconfig.getoption("--sabotage"), server, name):
+        yield dsn
+
+
+@pytest.fixture(scope="module", params=LOOPS)
+def loop(request: pytest.FixtureRequest) -> str:
+    """Give the name of an event loop."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def runner(loop: str) -> Iterator[asyncio.Runner]:
+    """Give one event loop for all calls of a suite: making one is not what is measured."""
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[asyncio.Runner]:
+    """Give asyncio's own loop, where the other one would say nothing new."""
+    with asyncio.Runner() as runner:
+        yield runner

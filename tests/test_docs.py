@@ -93,3 +93,15 @@ def test_every_link_leads_somewhere() -> None:
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_every_session_exists() -> None:
+    """Each `nox -s` in the documents names a session, and the quick benchmarks run with every submission."""
+    sessions = set(
+        re.findall(r"^def (\w+)\(session: nox", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    documents = [README, GUIDE, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")]
+    named = {name for text in documents for name in re.findall(r"nox -s (\w+)", text)}
+    assert {"bench", "bench_selftest", "tests"} <= named <= sessions
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert all(f"{command}\n" in ci for command in block("Benchmarks", "sh").splitlines() if "--quick" in command)

@@ -1,0 +1,72 @@
+"""Ways to break chatdb on purpose: `nox -s bench_selftest` shows for each the gate that falls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import chatdb
+from benchmarks.server import BenchServer
+
+
+@dataclass(frozen=True)
+class Sabotage:
+    """What is done, and the gates of which at least these must fall."""
+
+    what: str
+    falls: tuple[str, ...]
+    sql: str = ""
+    target: str = ""
+    replacement: Any = None
+
+
+async def _looks_first(db: Any, *, user_id: str, conversation_id: int, **rest: Any) -> list[chatdb.Message]:
+    await chatdb.get_conversation(db, user_id=user_id, conversation_id=conversation_id)
+    return await _get_history(db, user_id=user_id, conversation_id=conversation_id, **rest)
+
+
+_get_history = chatdb.get_history
+_create_pool = chatdb.create_pool
+
+ALL = {
+    "nothing": Sabotage("leaves all as it is", ()),
+    "drop_index": Sabotage(
+        "drops the index of the list",
+        ("plans.unexpected", "list_20_spread.buffers"),
+        sql="drop index chatdb.ix_conversations_user_id_active_on",
+    ),
+    "reset_query": Sabotage(
+        "has the pool send asyncpg's reset query again",
+        ("history_100.round_trips", "history_100.statements", "append.round_trips"),
+        target="chatdb.create_pool",
+        replacement=lambda *args, **options: _create_pool(*args, reset=None, **options),
+    ),
+    "two_statements": Sabotage(
+        "looks the conversation up before its history is read",
+        ("history_100.statements", "history_100.round_trips", "last_20.statements"),
+        target="chatdb.get_history",
+        replacement=_looks_first,
+    ),
+    "index_on_updated_at": Sabotage(
+        "adds an index on updated_at",
+        ("hot.single", "hot.turns"),
+        sql="create index on chatdb.conversations (user_id, updated_at desc)",
+    ),
+}
+
+
+@contextmanager
+def applied(name: str | None, server: BenchServer, database: str) -> Iterator[None]:
+    """Have a sabotage in force, if one is named."""
+    chosen = ALL.get(name or "", Sabotage("", ()))
+    if chosen.sql:
+        with server.connect(database) as connection:
+            connection.execute(chosen.sql)
+    if chosen.target:
+        with patch(chosen.target, chosen.replacement):
+            yield
+    else:
+        yield

@@ -1,0 +1,58 @@
+"""Sees each gate fall that a sabotage is to bring down, and none without one: `nox -s bench_selftest`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.conftest import RESULTS
+from benchmarks.sabotage import ALL
+
+COUNTS = Path(__file__).with_name("test_counts.py")
+
+
+def fallen(name: str) -> tuple[dict[str, str], int]:
+    """Return the gates that fell under a sabotage, each with what was said of it, and pytest's exit status."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(COUNTS),
+        "-q",
+        "--quick",
+        "--benchmark-disable",
+        f"--sabotage={name}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    path = RESULTS / f"sabotage-{name}.json"
+    if done.returncode not in {0, 1} or not path.exists():
+        sys.exit(f"the run under {name} did not come to its end:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    gates = json.loads(path.read_text(encoding="utf-8"))["gates"]
+    path.unlink()
+    return {
+        gate["name"]: f"{gate['value']:.4g}, limit {gate['limit']:g}" for gate in gates if gate["passed"] is False
+    }, (done.returncode)
+
+
+def main() -> int:
+    """Run all, and return 1 if a gate stood that was to fall, or fell that was to stand."""
+    wrong = 0
+    for name, sabotage in ALL.items():
+        down, status = fallen(name)
+        stood = [gate for gate in sabotage.falls if gate not in down]
+        wrong += bool(stood) or (status == 0) != (not sabotage.falls) or (not sabotage.falls and bool(down))
+        print(f"{name}: {sabotage.what}")
+        for gate, told in down.items():
+            print(f"    FELL   {gate}: {told}")
+        for gate in stood:
+            print(f"    STOOD  {gate}, which was to fall")
+        if not down and not sabotage.falls:
+            print("    all stand")
+    print(f"{len(ALL) - wrong} passed, {wrong} failed")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

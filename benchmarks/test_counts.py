@@ -1,0 +1,172 @@
+"""What can be counted: statements, round trips, buffers, WAL, plans, HOT updates. No clock, so no noise."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import tracemalloc
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import pytest
+
+from benchmarks.contenders import Chatdb
+from benchmarks.figures import Figures
+from benchmarks.gates import COUNTED
+from benchmarks.operations import call_of
+from benchmarks.proxy import Proxy
+from benchmarks.server import BenchServer
+from benchmarks.workload import START, YEAR, Size
+from chatdb._query import Query
+from chatdb.conversations import _list_conversations
+from chatdb.messages import _append_message, _append_messages, _get_history, _list_messages
+
+CALLS = 100
+
+
+@pytest.fixture(scope="module")
+def counter(server: BenchServer, copy: str) -> Iterator[psycopg.Connection]:
+    """Give a connection that counts, apart from those that are counted."""
+    with psycopg.connect(copy, autocommit=True) as connection:
+        connection.execute("create extension if not exists pg_stat_statements")
+        # a whole page is written for the first change after a checkpoint: how many, is a matter of chance
+        with server.setting("full_page_writes", "off"):
+            yield connection
+
+
+@pytest.fixture(scope="module")
+def proxied(copy: str, plain: asyncio.Runner) -> Iterator[tuple[Proxy, Chatdb]]:
+    """Give chatdb with one connection, through a proxy that counts."""
+    proxy = Proxy(copy)
+    contender = Chatdb(proxy.dsn)
+    plain.run(contender.open())
+    yield proxy, contender
+    plain.run(contender.close())
+    proxy.close()
+
+
+@pytest.mark.parametrize("operation", COUNTED)
+def test_counts(
+    operation: str,
+    size: Size,
+    plain: asyncio.Runner,
+    proxied: tuple[Proxy, Chatdb],
+    counter: psycopg.Connection,
+    figures: Figures,
+) -> None:
+    """
+    Each operation is one statement and one round trip, and touches as few blocks as its gate says.
+    """
+    proxy, contender = proxied
+    call = call_of(operation, contender, size)
+
+    async def repeat(times: int) -> None:
+        for _ in range(times):
+            await call()
+
+    plain.run(repeat(CALLS // 5))  # the statement is prepared, its plan generic, and most pages have been written since
+    counter.execute("select pg_stat_statements_reset()")
+    before = proxy.round_trips
+    plain.run(repeat(CALLS))
+    trips = (proxy.round_trips - before) / CALLS
+    statements, buffers, wal = counter.execute(
+        "select sum(calls)::float8, sum(shared_blks_hit + shared_blks_read)::float8, "
+        "sum(wal_bytes)::float8 from pg_stat_statements "
+        "where dbid = (select oid from pg_database where datname = current_database()) "
+        "and query not like '%pg_stat_statements%'"
+    ).fetchone()
+    figures.counted(operation, statements / CALLS, trips, buffers / CALLS, wal / CALLS if wal > 0 else None)
+
+
+# the statements that must stay quick, each with the index and the kinds of node that its plan may have
+_SCANS = {"Index Scan", "Index Only Scan", "Limit", "Append", "Result", "ModifyTable", "CTE Scan", "Subquery Scan"}
+PLANS: list[tuple[Query, str, set[str]]] = [
+    (_get_history, "pk_messages", _SCANS),
+    (_list_messages, "pk_messages", _SCANS),
+    (_list_conversations, "ix_conversations_user_id_active_on", _SCANS | {"Incremental Sort"}),
+    (_append_message, "pk_conversations", _SCANS | {"Nested Loop"}),
+    (_append_messages, "pk_conversations", _SCANS | {"Nested Loop", "Function Scan"}),
+]
+
+
+def test_plans(counter: psycopg.Connection, figures: Figures) -> None:
+    """
+    The generic plan of each hot statement has its index, and neither a full sort nor a sequential scan.
+    """
+    wrong = []
+    for query, index, allowed in PLANS:
+        plan = psycopg.RawCursor(counter).execute(f"explain (generic_plan, format json) {query.sql}").fetchone()[0]
+        kinds, indexes = _nodes(plan[0]["Plan"])
+        if index not in indexes or kinds - allowed:
+            wrong.append(f"{query.name}: {', '.join(sorted(kinds))} on {', '.join(sorted(indexes))}")
+    print(*wrong, sep="\n")
+    figures.worst("plans.unexpected", len(wrong))
+
+
+def _nodes(plan: dict[str, Any]) -> tuple[set[str], set[str]]:
+    """Return the kinds of node in a plan, and the indexes."""
+    kinds, indexes = {plan["Node Type"]}, {plan["Index Name"]} if "Index Name" in plan else set()
+    for each in plan.get("Plans", []):
+        more, others = _nodes(each)
+        kinds, indexes = kinds | more, indexes | others
+    return kinds, indexes
+
+
+HOT_DAYS = 5
+HOT_CONVERSATIONS = 300
+
+
+@pytest.mark.parametrize(("kind", "query", "times"), [("single", _append_message, 10), ("turns", _append_messages, 5)])
+def test_hot(
+    kind: str, query: Query, times: int, size: Size, copy: str, counter: psycopg.Connection, figures: Figures
+) -> None:
+    """
+    Most appends leave the index of the list alone: ten of a conversation on each of five days, or five turns.
+    """
+    clock = "statement_timestamp()"
+    assert query.sql.count(clock) == 1
+    text = query.sql.replace(clock, "current_setting('bench.now')::timestamptz")  # days pass without waiting
+    chance = random.Random(kind)
+    first = 0 if kind == "single" else HOT_CONVERSATIONS
+    places = [size.place(first + number) for number in range(HOT_CONVERSATIONS)]
+    body = ["user", "A short message.", None, None, None]
+    if kind == "turns":
+        body = [[each, each] for each in body]
+    before = _updates(counter)
+    with psycopg.connect(copy, autocommit=True) as writer:
+        writer.execute("set synchronous_commit = off")
+        cursor = psycopg.RawCursor(writer)
+        for day in range(HOT_DAYS):
+            for at in range(times):
+                now = START + 2 * YEAR + timedelta(days=day, hours=2 * at)
+                writer.execute("select set_config('bench.now', %s, false)", [now.isoformat()])
+                for place in chance.sample(places, len(places)):
+                    cursor.execute(text, [place.user_id, place.id, *body], prepare=True)
+        writer.execute("select pg_stat_force_next_flush()")
+    updates, hot = (after - first for after, first in zip(_updates(counter), before, strict=True))
+    assert updates == HOT_DAYS * times * HOT_CONVERSATIONS
+    figures.worst(f"hot.{kind}", 100 * hot / updates)
+
+
+def _updates(counter: psycopg.Connection) -> tuple[int, int]:
+    counter.execute("select pg_stat_clear_snapshot()")
+    return counter.execute(
+        "select n_tup_upd, n_tup_hot_upd from pg_stat_user_tables "
+        "where schemaname = 'chatdb' and relname = 'conversations'"
+    ).fetchone()
+
+
+def test_memory(size: Size, plain: asyncio.Runner, proxied: tuple[Proxy, Chatdb], figures: Figures) -> None:
+    """
+    A whole conversation of 10,000 messages goes by in bounded memory.
+    """
+    _, contender = proxied
+    plain.run(contender.whole(size.long))
+    tracemalloc.start()
+    try:
+        assert plain.run(contender.whole(size.long)) == 10_000
+        figures.worst("whole_10000.memory", tracemalloc.get_traced_memory()[1] / 2**20)
+    finally:
+        tracemalloc.stop()

@@ -1,0 +1,145 @@
+"""The operations side by side, in one run, by chatdb and by what its users would write or take instead."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.contenders import HISTORY, Chatdb, Contender, Keyed, Original, Psycopg, RawAsyncpg
+from benchmarks.figures import Figures
+from benchmarks.gates import OPERATIONS
+from benchmarks.operations import call_of, mixed_of
+from benchmarks.proxy import far
+from benchmarks.rounds import interleave
+from benchmarks.server import BenchServer
+from benchmarks.workload import Size
+
+pytestmark = pytest.mark.full
+
+ROUNDS = {
+    "history_100": (80, 25),
+    "last_20": (60, 25),
+    "turn": (60, 25),
+    "whole_10000": (15, 1),
+    "delete": (20, 3),
+    "list_20_busy": (20, 10),
+}
+"""Rounds and calls in each, where it is not 40 of 25: more where a gate is near."""
+
+KEYED = {"append_keyed", "append_again", "get_or_create"}
+"""Operations that only chatdb has; beside them stands what a bare statement would take."""
+
+
+@pytest.fixture(scope="module")
+def everyone(copy: str, runner: asyncio.Runner, size: Size) -> Iterator[list[Contender]]:
+    """Give all clients, each with one connection."""
+    kinds = [RawAsyncpg, Chatdb, Psycopg, *([Original] if size.has_original else [])]
+    made = [kind(copy) for kind in kinds]
+    for each in made:
+        runner.run(each.open())
+    yield made
+    for each in made:
+        runner.run(each.close())
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operation(
+    benchmark: Any,
+    operation: str,
+    everyone: list[Contender],
+    size: Size,
+    loop: str,
+    runner: asyncio.Runner,
+    figures: Figures,
+) -> None:
+    """
+    Each operation by all clients, their rounds interleaved.
+    """
+    able = [each for each in everyone if isinstance(each, Keyed) or operation not in KEYED]
+    if operation == "page_middle":
+        able = [each for each in able if not isinstance(each, Original)]  # it has no pages
+    calls = {each.name: call_of(operation, each, size) for each in able}
+    rounds, each = ROUNDS.get(operation, (40, 25))
+    figures.timed(operation, loop, interleave(benchmark, runner, calls, rounds=rounds, each=each))
+
+
+@pytest.mark.parametrize("operation", ["append", "turn"])
+def test_operation_far(
+    benchmark: Any, operation: str, copy: str, size: Size, loop: str, runner: asyncio.Runner, figures: Figures
+) -> None:
+    """
+    An append on a network of 1 ms, where each round trip counts.
+    """
+    with far(copy, 0.001) as dsn:
+        made = [Chatdb(dsn), Original(dsn)]
+        for each in made:
+            runner.run(each.open())
+        calls = {each.name: call_of(operation, each, size) for each in made}
+        figures.timed(f"{operation}_far", loop, interleave(benchmark, runner, calls, rounds=10, each=10))
+        for each in made:
+            runner.run(each.close())
+
+
+@pytest.mark.parametrize("tasks", [16, 64])
+def test_mixed_load(
+    benchmark: Any, tasks: int, copy: str, size: Size, loop: str, runner: asyncio.Runner, figures: Figures
+) -> None:
+    """
+    Tasks that read histories four times of five, and else append; 16 connections for each client but raw asyncpg.
+    """
+    made: list[Contender] = [RawAsyncpg(copy, tasks), Chatdb(copy, 16), Original(copy, 16)]
+    rates: dict[str, list[float]] = {each.name: [] for each in made}
+    works = {each.name: mixed_of(each, size) for each in made}
+    each_task = 480 // tasks
+
+    def round_of(client: Contender) -> None:
+        async def together() -> None:
+            await asyncio.gather(*(works[client.name](lane, each_task) for lane in range(tasks)))
+
+        start = time.perf_counter()
+        runner.run(together())
+        rates[client.name].append(tasks * each_task / (time.perf_counter() - start))
+
+    for client in made:
+        runner.run(client.open())
+    raw, ours, theirs = made
+    turns = iter(range(100))
+
+    def others() -> None:
+        for client in (raw, theirs) if next(turns) % 2 else (theirs, raw):
+            round_of(client)
+
+    benchmark.pedantic(lambda: round_of(ours), setup=others, rounds=12, warmup_rounds=2)
+    for client in made:
+        runner.run(client.close())
+    figures.throughput(f"mixed_{tasks}", loop, {name: series[2:] for name, series in rates.items()})
+
+
+def test_floor(server: BenchServer, copy: str, size: Size, tmp_path: Path, figures: Figures) -> None:
+    """
+    The server's own floor: the same prepared statement by pgbench, which makes no rows into objects.
+    """
+    with server.connect("bench_run") as connection:
+        connection.execute("create table public.places (n int primary key, u text, i bigint)")
+        with connection.cursor().copy("copy public.places from stdin") as rows:
+            for number in range(size.conversations * 2 // 3):
+                rows.write_row((number, size.place(number).user_id, size.place(number).id))
+    statement = (
+        HISTORY.replace("$1", ":u").replace("$2", ":i").replace("$3", "9223372036854775807").replace("$4", "100")
+    )
+    script = tmp_path / "history.sql"
+    script.write_text(
+        f"\\set n random(0, {size.conversations * 2 // 3 - 1})\n"
+        f"select u, i from public.places where n = :n \\gset\n{statement};\n"
+    )
+    command = [server.programs / "pgbench", "-n", "-M", "prepared", "-r", "-t", "3000", "-f", script, copy]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (mean,) = map(float, re.findall(r"^ +([\d.]+) +\d+ +select id,", done.stdout, re.MULTILINE))
+    figures.run["floor"] = {"mean_us": mean * 1000, "text": "pgbench, the statement of raw asyncpg, 1 client, prepared"}
