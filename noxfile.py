@@ -109,7 +109,7 @@ def types(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Run the benchmarks; fails and says which gate fell. `-- --quick`: counts, plans and the 100 ms target only."""
     install(session, "bench")
-    session.run("pytest", "benchmarks", "-q", "--benchmark-columns=min,median,max,rounds", *session.posargs)
+    session.run("pytest", "benchmarks", "-q", "-s", "--benchmark-columns=min,median,max,rounds", *session.posargs)
 
 
 @nox.session

@@ -13,7 +13,7 @@ from benchmarks import sabotage
 from benchmarks.figures import Figures
 from benchmarks.gates import GATES
 from benchmarks.report import write
-from benchmarks.server import BenchServer
+from benchmarks.server import LARGE_BUFFERS, BenchServer
 from benchmarks.workload import SIZES, Size
 
 ORDER = ("test_counts", "test_operations", "test_load", "test_bulk", "test_target", "test_growth")
@@ -126,6 +126,7 @@ def server(figures: Figures) -> Iterator[BenchServer]:
         figures.run["versions"]["PostgreSQL"] = connection.info.parameter_status("server_version")
         names = ("shared_buffers", "fsync", "synchronous_commit", "max_wal_size", "random_page_cost", "jit")
         figures.run["settings"] = {name: connection.execute(f"show {name}").fetchone()[0] for name in names}
+        figures.run["settings"]["shared_buffers for 10 M and the growth"] = LARGE_BUFFERS["shared_buffers"]
     yield server
     server.stop()
 

@@ -455,10 +455,11 @@ def surroundings(run: Run) -> list[Block]:
         rows = [(key.replace("_gib", ", GiB"), str(value)) for key, value in run[field].items()]
         blocks += [Heading(title), Table(("What", "Value"), rows, left=2)] if rows else []
     how = (
-        "`nox -s bench` repeats the run and writes this report; `nox -s bench -- --quick` takes under 4 minutes and "
-        "judges counts, plans and the target. Ratios come from one run in which the contenders take turns in rounds, "
-        "so they carry over to other machines. Absolute times do not. On a shared machine a p99 is an upper bound: "
-        "other work is in it. Counts have no noise."
+        "`nox -s bench -- --report docs` repeats the run and writes this report; `nox -s bench -- --quick` "
+        "takes under 4 minutes and judges counts, plans and the target. Ratios come from one run in which the "
+        "contenders take turns in rounds, so they carry over to other machines. Absolute times do not. The "
+        "p99s against the target are those of the best of five rounds: what chatdb costs is in each of them, "
+        "other work on a shared machine is not. The other p99s are upper bounds. Counts have no noise."
     )
     return [*blocks, Heading("How to read it, how to repeat it"), Paragraph(how)]
 

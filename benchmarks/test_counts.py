@@ -101,7 +101,8 @@ def test_plans(counter: psycopg.Connection, figures: Figures) -> None:
         kinds, indexes = _nodes(plan[0]["Plan"])
         if index not in indexes or kinds - allowed:
             wrong.append(f"{query.name}: {', '.join(sorted(kinds))} on {', '.join(sorted(indexes))}")
-    print(*wrong, sep="\n")
+    if wrong:
+        print(*wrong, sep="\n")
     figures.worst("plans.unexpected", len(wrong))
 
 

@@ -58,7 +58,7 @@ def _measured(benchmark: Any, runner: asyncio.Runner, dsn: str, size: Size, *, t
         rounds.append([time for times in series for time in times])
 
     runner.run(client.open())
-    benchmark.pedantic(lambda: runner.run(together()), rounds=3, warmup_rounds=1)
+    benchmark.pedantic(lambda: runner.run(together()), rounds=5, warmup_rounds=1)
     runner.run(client.close())
     return rounds[1:]
 
@@ -85,14 +85,17 @@ def test_tasks(benchmark: Any, server: BenchServer, at: Size, plain: asyncio.Run
     figures.place(name, f"{where}64 tasks on a pool of 16", times)
 
 
-def test_far(benchmark: Any, server: BenchServer, at: Size, plain: asyncio.Runner, figures: Figures) -> None:
+@pytest.mark.parametrize(("place", "away"), [("near", 1), ("far", 10)])
+def test_far(
+    benchmark: Any, place: str, away: int, server: BenchServer, at: Size, plain: asyncio.Runner, figures: Figures
+) -> None:
     """
-    A server 10 ms away.
+    A server 1 ms and 10 ms away.
     """
-    name, where = _name(at, "far")
-    with far(server.dsn(at.database), 0.010) as dsn:
+    name, where = _name(at, place)
+    with far(server.dsn(at.database), away / 1000) as dsn:
         times = _measured(benchmark, plain, dsn, at)
-    figures.place(name, f"{where}10 ms away", times)
+    figures.place(name, f"{where}{away} ms away", times)
 
 
 def test_cold(benchmark: Any, server: BenchServer, at: Size, plain: asyncio.Runner, figures: Figures) -> None:
