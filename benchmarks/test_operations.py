@@ -24,9 +24,9 @@ from benchmarks.workload import Size
 pytestmark = pytest.mark.full
 
 ROUNDS = {
-    "history_100": (80, 25),
-    "last_20": (60, 25),
-    "turn": (60, 25),
+    "history_100": (120, 20),
+    "last_20": (80, 25),
+    "turn": (120, 15),
     "whole_10000": (15, 1),
     "delete": (20, 3),
     "list_20_busy": (20, 10),

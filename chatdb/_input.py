@@ -23,6 +23,9 @@ MAX_DEPTH: Final = 200
 MAX_BIGINT: Final = 2**63 - 1
 MAX_INT: Final = 2**31 - 1
 
+_NAMES: Final = dict.fromkeys(NewMessage.model_fields)
+_REQUIRED: Final = {name for name, field in NewMessage.model_fields.items() if field.is_required()}
+
 MessageRow = tuple[str, str, str | None, str | None, int | None, str | None]
 """A message's role, content, payload, metadata, token count and key."""
 
@@ -153,17 +156,16 @@ def messages(values: object) -> list[MessageRow]:
     rows: list[MessageRow] = []
     for index, value in enumerate(values):  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
         at = f"messages[{index}]"
-        message = _message(at, value)  # pyright: ignore[reportUnknownArgumentType]
-        rows.append(
-            (
-                role(f"{at}.role", message.role),
-                content(f"{at}.content", message.content),
-                payload(f"{at}.payload", message.payload),
-                metadata(f"{at}.metadata", message.metadata),
-                token_count(f"{at}.token_count", message.token_count),
-                key(f"{at}.key", message.key),
-            )
+        of_role, of_content, of_payload, of_metadata, of_token_count, of_key = _fields(at, value)  # pyright: ignore[reportUnknownArgumentType]
+        row = (
+            role(f"{at}.role", of_role),
+            content(f"{at}.content", of_content),
+            None if of_payload is None else payload(f"{at}.payload", of_payload),
+            None if of_metadata is None else metadata(f"{at}.metadata", of_metadata),
+            None if of_token_count is None else token_count(f"{at}.token_count", of_token_count),
+            None if of_key is None else key(f"{at}.key", of_key),
         )
+        rows.append(row)
     keys = [row[-1] for row in rows if row[-1] is not None]
     if len(set(keys)) < len(keys):
         raise InvalidInputError("messages", "must have distinct keys")
@@ -179,13 +181,16 @@ def timeout(value: object) -> float | None:
     return float(value)
 
 
-def _message(parameter: str, value: object) -> NewMessage:
+def _fields(parameter: str, value: object) -> tuple[Any, ...]:
+    """Return the fields of a `NewMessage`, or of a dict that has none but these."""
+    if isinstance(value, dict) and _REQUIRED <= value.keys() <= _NAMES.keys():
+        return tuple(map(cast("dict[str, Any]", value).get, _NAMES))
     if isinstance(value, NewMessage):
-        return value
+        return tuple(vars(value).values())
     if not isinstance(value, Mapping):
         raise InvalidInputError(parameter, f"must be a NewMessage or a dict, not {type(value).__name__}")
     try:
-        return NewMessage.model_validate(dict(value))  # pyright: ignore[reportUnknownArgumentType]
+        return tuple(vars(NewMessage.model_validate(dict(value))).values())  # pyright: ignore[reportUnknownArgumentType]
     except ValidationError as error:
         problem = error.errors(include_input=False, include_url=False)[0]
     field = ".".join(str(part) for part in problem["loc"])
