@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Awaitable, Callable
 from itertools import count
@@ -43,5 +44,8 @@ def interleave(
         for name in others[turn:] + others[:turn]:
             runner.run(block(name))
 
+    gc.collect()
+    gc.freeze()  # what the suites before have left is not collected again and again at this one's cost
     benchmark.pedantic(lambda: runner.run(block("chatdb")), setup=before, rounds=rounds, warmup_rounds=WARMUP)
+    gc.unfreeze()
     return {name: series[WARMUP * each :] for name, series in times.items()}
