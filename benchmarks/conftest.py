@@ -16,7 +16,7 @@ from benchmarks.report import write
 from benchmarks.server import LARGE_BUFFERS, BenchServer
 from benchmarks.workload import SIZES, Size
 
-ORDER = ("test_counts", "test_operations", "test_load", "test_bulk", "test_target", "test_growth")
+ORDER = ("test_counts", "test_operations", "test_bulk", "test_target", "test_growth")
 """The suites in their order: those that restart the server come last."""
 
 SUITES = {
@@ -54,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the suites in order, leave out what a quick run has no time for, and note which gates are judged."""
+    """Put the suites in order, and leave out what a quick run has no time for."""
     quick = config.getoption("--quick")
     left_out = [item for item in items if quick and item.get_closest_marker("full")]
     config.hook.pytest_deselected(items=left_out)
