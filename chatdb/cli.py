@@ -22,17 +22,15 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Annotated, NoReturn
+from typing import IO, Annotated
 
 from dotenv import find_dotenv, load_dotenv
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import chatdb
-from chatdb import sources
+from chatdb import cli_operators, sources
+from chatdb.cli_shared import AsJson, err, fail, out, progress, say_embedded
 from chatdb.errors import ChatDBError, ConfigurationError
-from chatdb.migrate import apply_migrations
 from chatdb.pool import Pool
 from chatdb.records import Conversation, Message
 from chatdb.transfer import ImportReport, export_conversations, import_conversations
@@ -47,14 +45,16 @@ app = typer.Typer(
     The database is the one that DATABASE_URL names, in the environment or in a file .env; without it an embedded
     PostgreSQL that chatdb starts and stops, with its data in CHATDB_HOME or the user's data folder.
 
+    migrate, rollback, check, adopt and link-users take CHATDB_MIGRATE_URL first: they need a direct connection.
+
     Exit status: 0 done, 1 an error, which is said on standard error, 2 wrong usage, 130 interrupted.
     """,
 )
-out = Console(highlight=False, emoji=False, markup=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, emoji=False, markup=False, soft_wrap=True)
+
+app.command()(cli_operators.migrate)
+app.command()(cli_operators.rollback)
 
 User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversations.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 class Format(StrEnum):
@@ -85,7 +85,7 @@ def main() -> None:
     try:
         app()
     except ChatDBError as error:
-        _fail(str(error))
+        fail(str(error))
     except (KeyboardInterrupt, asyncio.CancelledError):
         err.print("chatdb: interrupted")
         sys.exit(130)
@@ -93,12 +93,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror or error))
-
-
-def _fail(sentence: str) -> NoReturn:
-    err.print(f"chatdb: {sentence}", style="red")
-    sys.exit(1)
+        fail(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror or error))
 
 
 def _interrupt(*_: object) -> None:
@@ -138,24 +133,6 @@ def demo(
 
     if not asyncio.run(run()):
         raise typer.Exit(1)
-
-
-@app.command()
-def migrate(as_json: AsJson = False) -> None:
-    """Create chatdb's tables, or bring them up to this release; does nothing if they are."""
-    dsn = os.environ.get("DATABASE_URL")
-    if dsn:
-        applied = apply_migrations(dsn)
-    else:
-        from chatdb.embedded import EmbeddedServer
-
-        with EmbeddedServer() as server:
-            _say_embedded(server.path)
-            applied = apply_migrations(server.dsn)
-    if as_json:
-        print(json.dumps({"applied": applied}))
-    else:
-        out.print("\n".join(f"applied {name}" for name in applied) or "nothing to apply")
 
 
 @app.command("import")
@@ -198,7 +175,7 @@ def export(
     """Write all conversations of a user as JSON lines, which chatdb import reads back without loss."""
     if output is None or str(output) == "-":
         if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison] - where it was closed
-            _fail("standard output is closed")
+            fail("standard output is closed")
         conversations, messages = asyncio.run(_export(user, sys.stdout.buffer))
     else:
         with _replacing(output) as file:
@@ -271,17 +248,17 @@ def show(
 
 async def import_file(pool: Pool, user: str, path: Path, format: str = "auto") -> ImportReport:  # noqa: A002
     """Import a file, with a progress bar on a terminal."""
-    with _progress("importing") as progress, sources.opened(path) as parts:
+    with progress("importing") as bar, sources.opened(path) as parts:
 
         def items() -> Iterator[sources.Item]:  # runs in import_conversations' thread
             for part in parts:
-                task = progress.add_task(part.name, total=part.size)
+                task = bar.add_task(part.name, total=part.size)
                 chosen = sources.detect(part.file) if format == "auto" else format
                 for count, item in enumerate(sources.read(part.file, chosen)):
                     if count % 1_000 == 0:
-                        progress.update(task, completed=part.file.tell())
+                        bar.update(task, completed=part.file.tell())
                     yield item
-                progress.update(task, completed=part.size)
+                bar.update(task, completed=part.size)
 
         return await import_conversations(pool, user_id=user, items=items())
 
@@ -289,14 +266,14 @@ async def import_file(pool: Pool, user: str, path: Path, format: str = "auto") -
 async def _export(user: str, file: IO[bytes]) -> tuple[int, int]:
     conversations = messages = 0
     async with _database() as pool, aclosing(export_conversations(pool, user_id=user)) as records:
-        with _progress("exporting") as progress:
-            task = progress.add_task("conversations", total=None)
+        with progress("exporting") as bar:
+            task = bar.add_task("conversations", total=None)
             file.write(sources.header())
             async for record in records:
                 if isinstance(record, Conversation):
                     conversations += 1
                     file.write(sources.conversation_line(record))
-                    progress.update(task, completed=conversations)
+                    bar.update(task, completed=conversations)
                 else:
                     messages += 1
                     file.write(sources.message_line(record))
@@ -341,26 +318,8 @@ async def _database() -> AsyncGenerator[Pool, None]:
             yield pool
     else:
         async with chatdb.open_embedded() as pool:
-            _say_embedded(pool.path)
+            say_embedded(pool.path)
             yield pool
-
-
-def _say_embedded(path: Path) -> None:
-    err.print(f"no DATABASE_URL: embedded PostgreSQL, data in {path}", style="dim")
-
-
-def _progress(what: str) -> Progress:
-    """Make a progress bar, which shows nothing where standard error is no terminal."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn(what + " {task.description}"),
-        BarColumn(),
-        TaskProgressColumn(show_speed=False),
-        TimeElapsedColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )
 
 
 def _heading(conversation: Conversation) -> str:

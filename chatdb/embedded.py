@@ -41,7 +41,6 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from chatdb.errors import ConfigurationError, UnavailableError
-from chatdb.migrate import apply_migrations
 from chatdb.pool import Pool
 
 if sys.platform != "win32":
@@ -370,6 +369,8 @@ class EmbeddedPool(Pool):
         return self._server.path
 
     async def _async__init__(self) -> EmbeddedPool:
+        from chatdb.migrate import apply_migrations
+
         try:
             await asyncio.to_thread(self._server.start)
             await asyncio.to_thread(apply_migrations, self._server.dsn)

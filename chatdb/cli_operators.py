@@ -1,0 +1,84 @@
+"""The commands for whoever runs the database: migrate and rollback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from chatdb.cli_shared import AsJson, DryRun, Yes, confirm, err, operators_dsn, out
+
+Wait = Annotated[
+    float,
+    typer.Option(min=0, metavar="SECONDS", help="How long another process may be at it, and tables may be busy."),
+]
+
+
+def migrate(
+    to: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The last migration to apply, by its name or number.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the SQL that would be run, and run none.")] = False,
+    wait: Wait = 60,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Create chatdb's tables, or bring them up to this release; does nothing if they are.
+
+    The files and the bookkeeping are those of yoyo apply, and either may follow the other. Many may run at once. One
+    that was killed is taken up where it was; an invalid index is rebuilt.
+    """
+    from chatdb.migrate import apply_migrations, missing_migrations
+
+    with operators_dsn() as dsn:
+        if dry_run:
+            missing = missing_migrations(dsn, to=to)
+            if as_json:
+                print(json.dumps({"would_apply": [file.name for file in missing]}))
+            for file in missing if not as_json else ():
+                print(f"-- {file.path.name}\n\n{file.sql}")
+            if not missing and not as_json:
+                out.print("nothing to apply")
+            return
+        applied = apply_migrations(dsn, to=to, wait=wait, report=None if as_json else _say("applied"))
+    if as_json:
+        print(json.dumps({"applied": applied}))
+    elif not applied:
+        out.print("nothing to apply")
+
+
+def rollback(
+    to: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The last migration to keep, by its name or number; 0 takes all back."),
+    ] = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    wait: Wait = 60,
+    as_json: AsJson = False,
+) -> None:
+    """Take the last migration back, or all after --to. This deletes the data of the tables that it drops."""
+    from chatdb.migrate import last_migrations, rollback_migrations
+
+    with operators_dsn() as dsn:
+        last = last_migrations(dsn, to=to)
+        if not as_json or not yes:
+            for file, tables in last:
+                counted = ", ".join(f"{rows:,} rows of {table}" for table, rows in tables.items())
+                err.print(f"{file.name}: {file.warning}" + (f" Deletes {counted}." if counted else ""), style="yellow")
+        taken_back: list[str] = []
+        if last and not dry_run:
+            confirm(f"Take back {len(last)} migrations, with all data that they hold?", yes=yes)
+            taken_back = rollback_migrations(dsn, to=to, wait=wait, report=None if as_json else _say("took back"))
+    if as_json:
+        rows = {table: count for _, tables in last for table, count in tables.items()}
+        names = [file.name for file, _ in last] if dry_run else taken_back
+        print(json.dumps({"would_take_back" if dry_run else "taken_back": names, "rows": rows}))
+    elif not last:
+        out.print("nothing to take back")
+
+
+def _say(what: str) -> Callable[[str, float], None]:
+    return lambda name, seconds: out.print(f"{what} {name} in {seconds:.2f} s")

@@ -1,0 +1,125 @@
+"""
+A direct connection to the database, for the operators' commands: migrate, rollback, adopt and link-users.
+
+They change tables, so one at a time does: by an advisory lock of the session, which a transaction pooler would lose.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from chatdb.dsn import libpq_dsn
+from chatdb.errors import ChatDBError, ConfigurationError, UnavailableError
+
+try:
+    import psycopg
+except ImportError:
+    raise ConfigurationError("the drivers for migrations are not installed: pip install 'chatdb[migrate]'") from None
+
+APPLICATION = "chatdb operator"
+_LOCK = 0x636861746462  # "chatdb"
+_NO_ROUTE = "set CHATDB_MIGRATE_URL to the direct connection (on Neon the host without -pooler)"
+
+
+@contextmanager
+def connected(dsn: str) -> Generator[psycopg.Connection]:
+    """Give a connection in autocommit mode; the driver's errors become chatdb's."""
+    try:
+        with psycopg.connect(
+            libpq_dsn(dsn, scheme="postgresql"), autocommit=True, fallback_application_name=APPLICATION
+        ) as connection:
+            yield connection
+    except psycopg.Error as error:
+        raise explained(error) from error
+
+
+@contextmanager
+def locked(dsn: str, *, wait: float) -> Generator[psycopg.Connection]:
+    """
+    Give a connection that holds the lock of the operators' commands on this database until the end of the block.
+
+    The lock is polled for: who waits in `pg_advisory_lock` keeps a snapshot, for whose end CREATE INDEX CONCURRENTLY
+    waits, and both would wait for ever.
+
+    Raises ConfigurationError behind a transaction pooler, UnavailableError when the lock is not free within `wait`
+    seconds.
+    """
+    with connected(dsn) as connection:
+        if is_pooled(dsn, connection):
+            raise ConfigurationError(
+                f"a transaction pooler stands in front of the database, through which no lock lasts: {_NO_ROUTE}"
+            )
+        deadline = time.monotonic() + wait
+        while not one(connection, "select pg_try_advisory_lock(%s)", _LOCK):
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"another process has worked on this database's tables for {wait:g} s{_holder(connection)}: "
+                    "wait for its end, and run this again",
+                    sent=False,
+                )
+            time.sleep(random.uniform(0.05, 0.15))  # noqa: S311 - so that many do not ask in step
+        yield connection
+
+
+def is_pooled(dsn: str, connection: psycopg.Connection) -> bool:
+    """
+    Whether what answers this connection is a pooler in transaction mode.
+
+    A pooler announces a process number of its own. If so, a second connection opens a transaction, and gets the server
+    process that the idle first one believes to have.
+    """
+    if one(connection, "select pg_backend_pid()") == connection.info.backend_pid:
+        return False
+    for _ in range(3):  # others may be quicker to take the process
+        with connected(dsn) as second:
+            before = one(connection, "select pg_backend_pid()")
+            with second.transaction():
+                if one(second, "select pg_backend_pid()") == before:
+                    return True
+                if one(connection, "select pg_backend_pid()") != before:
+                    return True
+    return False
+
+
+def one(connection: psycopg.Connection, statement: str, *arguments: object) -> object:
+    """Return the first value of a statement's first row, None without a row."""
+    row = connection.execute(statement.encode(), arguments or None).fetchone()
+    return row[0] if row else None
+
+
+def explained(error: psycopg.Error) -> ChatDBError:
+    """Return chatdb's own error for the driver's, whose text may hold rows, or a password."""
+    state = error.sqlstate or ""
+    if state == "42501":
+        return ConfigurationError("the database role lacks a privilege for this: run it as the database's owner")
+    if state[:2] in {"28", "3D"}:
+        return ConfigurationError("the server refused the user, the password or the database name: check the DSN")
+    if state in {"55P03", "40P01", "57014"}:
+        return UnavailableError(
+            f"the server gave up waiting for a lock or for time (SQLSTATE {state}), and undid the statement: run this "
+            "again when fewer long transactions are open",
+            sent=True,
+        )
+    if state[:2] in {"08", "57"} or (isinstance(error, psycopg.OperationalError) and not state):
+        return UnavailableError(
+            "the database server cannot be reached, went away, or refused the user, the password or the database name: "
+            "check that it runs, and the DSN; then run this again",
+            sent=False,
+        )
+    names = [name for name in (error.diag.table_name, error.diag.constraint_name) if name]
+    place = f" at {', '.join(names)}" if names else ""
+    return ChatDBError(f"the server refused a statement (SQLSTATE {state}){place}; run this again once that is mended")
+
+
+def _holder(connection: psycopg.Connection) -> str:
+    found = one(
+        connection,
+        "select pid from pg_catalog.pg_locks where locktype = 'advisory' and granted and database = "
+        "(select oid from pg_catalog.pg_database where datname = current_database()) "
+        "and (classid::bigint << 32 | objid::bigint) = %s",
+        _LOCK,
+    )
+    return f" (server process {found})" if found else ""
