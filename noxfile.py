@@ -72,6 +72,13 @@ def container(session: nox.Session) -> None:
 
 
 @nox.session
+def chaos(session: nox.Session) -> None:
+    """Kill processes and servers at every statement of the migrations. `-- --quick`: at a sample of them."""
+    install(session, "test")
+    session.run("pytest", "-m", "chaos", *session.posargs)
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Build the wheel, install it alone into a clean environment, and use it from another folder."""
     session.install("build>=1.2,<2")

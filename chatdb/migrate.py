@@ -130,6 +130,8 @@ def rollback_migrations(
     with locked(dsn, wait=wait) as connection:
         last = _last(connection, files, to)
         if not last:
+            if one(connection, "select to_regclass('_chatdb_migration')") is not None:
+                _remember(connection, files)
             return []
         with _yoyo(dsn, connection, last, time.monotonic() + wait) as yoyos:
             for file in last:
@@ -326,9 +328,9 @@ def _yoyos_lock(connection: psycopg.Connection, *, held: bool, deadline: float) 
     which the next process knows it for the row of one that was killed.
     """
     while True:
+        connection.execute(_FREE_YOYOS_LOCK, {"application": APPLICATION})
         connection.execute("begin")
         connection.execute("set local idle_in_transaction_session_timeout = 0")
-        connection.execute(_FREE_YOYOS_LOCK, {"application": APPLICATION})
         if one(connection, _TAKE_YOYOS_LOCK) is not None:
             break
         connection.execute("rollback")
@@ -369,7 +371,7 @@ _FREE_YOYOS_LOCK = """
 def _yoyos(files: list[MigrationFile]) -> Any:  # noqa: ANN401 - yoyo is untyped
     """Return yoyo's own objects of these migrations, read."""
     names = {file.name for file in files}
-    found: Any = yoyo.read_migrations(str(files[0].path.parent) if files else ())
+    found: Any = yoyo.read_migrations(*{str(file.path.parent) for file in files})
     for each in found:
         each.load()
     return found.filter(lambda each: each.id in names)  # pyright: ignore[reportUnknownLambdaType]

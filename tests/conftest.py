@@ -37,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what the nox sessions choose by."""
     group = parser.getgroup("chatdb")
     group.addoption("--server", choices=SERVERS, default="auto", help="where the PostgreSQL for the tests comes from")
+    group.addoption("--quick", action="store_true", help="of what -m chaos runs, a sample")
     group.addoption("--uvloop", action="store_true", help="run the coroutines on uvloop instead of asyncio's own loop")
 
 
@@ -71,6 +72,8 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
                 reporter = request.config.pluginmanager.get_plugin("terminalreporter")
                 with psycopg.connect(dsn) as connection:
                     version = connection.info.server_version
+                if name != "dsn":
+                    not_durable(dsn)
                 if reporter is not None:
                     reporter.ensure_newline()
                     reporter.write_line(f"chatdb: {name} PostgreSQL {version // 10000}.{version % 100}")
@@ -125,6 +128,11 @@ def _local(stack: ExitStack) -> str | None:
     run("pg_ctl", "start", "-w", "-o", f"-k {folder} -c listen_addresses=''")
     stack.callback(run, "pg_ctl", "stop", "-m", "immediate")
     return f"postgresql://postgres@/postgres?host={folder}"
+
+
+def not_durable(dsn: str) -> None:
+    """Spare a server that goes with the tests its waiting for the disk; a killed process loses nothing by it."""
+    execute(dsn, "alter system set fsync = off", "alter system set full_page_writes = off", "select pg_reload_conf()")
 
 
 def database_of(server: str, name: str) -> str:

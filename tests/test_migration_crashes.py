@@ -1,0 +1,156 @@
+"""Migrations that are killed before and after each of their statements, by the process and by the server."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import count
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import psycopg
+import pytest
+import yoyo
+
+from chatdb.dsn import libpq_dsn
+from chatdb.embedded import EmbeddedServer
+from chatdb.migrate import apply_migrations, migration_files, rollback_migrations
+from tests._wire import Statement, Wire
+from tests.conftest import database_of, execute, not_durable
+from tests.test_migrations import NAMES, objects
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["chatdb.migrate", "tests.test_migration_crashes"])
+_serial = count()
+
+
+def yoyos_apply(dsn: str) -> None:
+    """Apply as `yoyo apply` does."""
+    backend = yoyo.get_backend(libpq_dsn(dsn, scheme="postgresql"))
+    with backend.lock():
+        backend.apply_migrations(backend.to_apply(yoyo.read_migrations(str(migration_files()[0].path.parent))))
+
+
+def up(dsn: str, place: int) -> None:
+    """Apply the migration of this place, the last that is wanted."""
+    apply_migrations(dsn, to=NAMES[place])
+
+
+def down(dsn: str, place: int) -> None:
+    """Take the migration of this place back."""
+    rollback_migrations(dsn, to=NAMES[place - 1] if place else "0")
+
+
+def by_yoyo(dsn: str, place: int) -> None:
+    """Apply all by yoyo itself."""
+    yoyos_apply(dsn)
+
+
+def state(dsn: str) -> list[object]:
+    """Return all that a migration changes: the schema, what yoyo takes for applied, and what chatdb remembers."""
+    with psycopg.connect(dsn) as connection:
+        applied = connection.execute("select migration_id from _yoyo_migration order by 1").fetchall()
+        remembered = connection.execute("select migration_id, sha256 from _chatdb_migration order by 1").fetchall()
+        locked = connection.execute("select from yoyo_lock").fetchall()
+        return [objects(dsn), applied, remembered, locked]
+
+
+def prepared(server: str, applied: int) -> str:
+    """Return the name of a new database with so many migrations."""
+    name = f"chatdb_crash_{os.getpid()}_{next(_serial)}"
+    execute(server, f"create database {name} template template0")
+    if applied:
+        apply_migrations(database_of(server, name), to=NAMES[applied - 1])
+    return name
+
+
+def writes(statement: Statement) -> bool:
+    """Whether a statement may change what the next run finds."""
+    return not statement.sql.lower().startswith(("select", "savepoint"))
+
+
+@pytest.fixture(scope="module")
+def own_server() -> Iterator[EmbeddedServer]:
+    """Give a server that may be killed."""
+    with tempfile.TemporaryDirectory(prefix="chatdb-test-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o711)
+        with EmbeddedServer(Path(folder) / "server") as server:
+            not_durable(server.dsn)
+            yield server
+
+
+def kill_server(server: EmbeddedServer) -> None:
+    """Kill all processes of the server at once."""
+    postmaster = int((server.path / "data" / "postmaster.pid").read_text().split()[0])
+    children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
+    for pid in (postmaster, *map(int, children)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+WORK = [(up, place) for place in range(len(NAMES))] + [(down, place) for place in range(len(NAMES))] + [(by_yoyo, 0)]
+
+
+@pytest.mark.parametrize(("work", "place"), WORK, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize("victim", ["process", "server"])
+def test_killed(request: pytest.FixtureRequest, victim: str, work: Callable[[str, int], None], place: int) -> None:
+    """Killed before or after any statement that writes, the next run brings the same as one that was not killed."""
+    own = request.getfixturevalue("own_server") if victim == "server" else None
+    server = own.dsn if own else request.getfixturevalue("server")
+    step = 11 if request.config.getoption("--quick") else 1
+    before, after = {up: (place, place + 1), down: (place + 1, place), by_yoyo: (0, len(NAMES))}[work]
+    again = partial(up, place=len(NAMES) - 1) if work is by_yoyo else partial(work, place=place)
+    template, wanted = prepared(server, before), prepared(server, after)
+    expected = state(database_of(server, wanted)) if after else None
+    points = 0
+    for answered in (False, True):
+        for number in count(step // 2, step):
+            name = f"{template}_now"
+            execute(server, f"create database {name} template {template}")
+            dsn = database_of(server, name)
+            process, struck = _run_until(dsn, work, place, number, answered=answered, own=own)
+            if struck:
+                points += 1
+                if own:
+                    own.stop()
+                    own.start()
+                again(dsn)
+                assert expected is None or state(dsn) == expected, (number, answered)
+                assert after or objects(dsn) == []
+            execute(server, f"drop database {name} with (force)")
+            if not struck:
+                assert process.exitcode == 0
+                break
+    execute(server, f"drop database {template}", f"drop database {wanted}")
+    assert points > 20 // step
+
+
+def _run_until(
+    dsn: str, work: Callable[[str, int], None], place: int, number: int, *, answered: bool, own: EmbeddedServer | None
+) -> tuple[ForkServerProcess, bool]:
+    """Run the work in a process, and kill this or the server at a statement; tell whether there was so many a one."""
+    struck = threading.Event()
+    places = count()
+
+    def watch(statement: Statement) -> bool:
+        if writes(statement) and statement.answered == answered and next(places) == number:
+            struck.set()
+            if own:
+                kill_server(own)
+            elif process.pid:
+                os.kill(process.pid, signal.SIGKILL)
+        return struck.is_set()
+
+    with tempfile.TemporaryDirectory() as folder, Wire(dsn, Path(folder), watch) as wire:
+        process = _processes.Process(target=work, args=(wire.dsn, place))
+        process.start()
+        process.join()
+    return process, struck.is_set()
