@@ -75,7 +75,7 @@ def container(session: nox.Session) -> None:
 def chaos(session: nox.Session) -> None:
     """Kill processes and servers at every statement of the migrations. `-- --quick`: at a sample of them."""
     install(session, "test")
-    session.run("pytest", "-m", "chaos", *session.posargs)
+    session.run("pytest", "-m", "chaos", "-rP", *session.posargs)
 
 
 @nox.session
