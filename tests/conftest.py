@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import pwd
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,7 @@ import pytest
 import uvloop
 
 import chatdb
-from chatdb.embedded import EmbeddedServer
+from chatdb import embedded
 from chatdb.migrate import apply_migrations
 
 SERVERS = ("auto", "dsn", "container", "embedded", "local")
@@ -69,17 +68,23 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
                 continue
             dsn = start(stack)
             if dsn:
-                reporter = request.config.pluginmanager.get_plugin("terminalreporter")
                 with psycopg.connect(dsn) as connection:
                     version = connection.info.server_version
                 if name != "dsn":
                     not_durable(dsn)
-                if reporter is not None:
-                    reporter.ensure_newline()
-                    reporter.write_line(f"chatdb: {name} PostgreSQL {version // 10000}.{version % 100}")
+                _say(request.config, f"chatdb: {name} PostgreSQL {version // 10000}.{version % 100}")
                 yield dsn
                 return
         pytest.exit(f"no PostgreSQL for the tests: --server={wanted} gives none", returncode=3)
+
+
+def _say(config: pytest.Config, line: str) -> None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    if reporter is not None and capture is not None:
+        with capture.global_and_fixture_disabled():  # or pytest would take it for the first test's output
+            reporter.ensure_newline()
+            reporter.write_line(line)
 
 
 def _named(stack: ExitStack) -> str | None:
@@ -106,27 +111,44 @@ def _container(stack: ExitStack) -> str | None:
 def _embedded(stack: ExitStack) -> str:
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chatdb-test-", ignore_cleanup_errors=True))
     Path(folder).chmod(0o711)  # where user namespaces are forbidden, root's server runs as nobody
-    return stack.enter_context(EmbeddedServer(Path(folder) / "server")).dsn
+    return stack.enter_context(embedded.EmbeddedServer(Path(folder) / "server")).dsn
 
 
 def _local(stack: ExitStack) -> str | None:
-    found = shutil.which("initdb") or max(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), default=None)
+    named = os.environ.get("CHATDB_TEST_POSTGRES")
+    found = shutil.which("initdb", path=named)
+    if found is None and named is None:
+        found = max(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), default=None)
     if found is None:
         return None
     programs = Path(found).resolve().parent
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chatdb-test-")))
-    nobody = pwd.getpwnam("nobody")  # initdb refuses a user without a name
-    namespace = ["unshare", "--user", f"--map-user={nobody.pw_uid}", f"--map-group={nobody.pw_gid}"]
-    namespace = namespace if os.geteuid() == 0 else []
+    log = folder / "log"
 
-    def run(program: str, *arguments: str) -> None:
-        with (folder / "log").open("ab") as log:
-            command = [*namespace, str(programs / program), "-D", str(folder / "data"), *arguments]
-            subprocess.run(command, check=True, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    def run(way: embedded._Way, program: str, *arguments: str) -> bool:
+        drop = way.uid != os.geteuid()
+        with log.open("ab") as output:
+            done = subprocess.run(
+                [*way.prefix, "env", programs / program, "-D", folder / "data", *arguments],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                user=way.uid if drop else None,
+                group=way.gid if drop else None,
+                extra_groups=[] if drop else None,
+            )
+        return done.returncode == 0
 
-    run("initdb", "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--locale=C")
-    run("pg_ctl", "start", "-w", "-o", f"-k {folder} -c listen_addresses=''")
-    stack.callback(run, "pg_ctl", "stop", "-m", "immediate")
+    def start(way: embedded._Way) -> bool:
+        os.chown(folder, way.uid, way.gid)
+        initdb = run(way, "initdb", "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--locale=C")
+        return initdb and run(way, "pg_ctl", "start", "-w", "-o", f"-k {folder} -c listen_addresses=''")
+
+    way = next(filter(start, embedded._ways()), None)
+    if way is None:
+        pytest.exit(f"the PostgreSQL in {programs} does not start:\n{log.read_text()}", returncode=3)
+    stack.callback(run, way, "pg_ctl", "stop", "-m", "immediate")
     return f"postgresql://postgres@/postgres?host={folder}"
 
 
