@@ -18,7 +18,7 @@ import signal
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -30,9 +30,10 @@ from rich.table import Table
 import chatdb
 from chatdb import cli_operators, sources
 from chatdb.cli_shared import AsJson, err, fail, out, progress, say_embedded
-from chatdb.errors import ChatDBError, ConfigurationError
+from chatdb.errors import ChatDBError, ConfigurationError, InvalidInputError
 from chatdb.pool import Pool
 from chatdb.records import Conversation, Message
+from chatdb.sources import tables
 from chatdb.transfer import ImportReport, export_conversations, import_conversations
 
 app = typer.Typer(
@@ -58,12 +59,14 @@ User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversat
 
 
 class Format(StrEnum):
-    """What a file is."""
+    """What a file is, or whose a database's tables are."""
 
     auto = "auto"
     sharegpt = "sharegpt"
     chatgpt = "chatgpt"
     chatdb = "chatdb"
+    openai_agents = "openai-agents"
+    langchain = "langchain"
 
 
 # what a terminal would obey: a message must not move the cursor, set the title or turn the direction of writing
@@ -137,24 +140,45 @@ def demo(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON, JSON lines, or ChatGPT's export as a .zip.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="JSON, JSON lines, or ChatGPT's export as a .zip; or the DSN of a database with the tables of "
+            "openai-agents' SQLAlchemySession or langchain-postgres' PostgresChatMessageHistory.",
+        ),
+    ],
     user: User,
     format: Annotated[  # noqa: A002 - the option's name
-        Format, typer.Option(help="What the file is; auto looks at its first object.")
+        Format, typer.Option(help="What the source is; auto looks at a file's first object, or which tables are there.")
     ] = Format.auto,
+    table: Annotated[
+        str | None, typer.Option(metavar="NAME", help="langchain's table, or SCHEMA.NAME, as the database spells it.")
+    ] = None,
+    session: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID", help="Only this session of the tables; can be given several times."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """
-    Import conversations: ShareGPT's JSON, ChatGPT's conversations.json, or what chatdb export writes.
+    Import conversations: ShareGPT's JSON, ChatGPT's export, what chatdb export writes, or other frameworks' tables.
 
     All or nothing, and again without effect: what the user has already is not stored twice. Of a ChatGPT conversation
-    the current branch is imported.
+    the current branch is imported. The tables know no user: without --session all that they hold becomes this user's.
     """
 
     async def run() -> ImportReport:
         async with _database() as pool:
-            return await import_file(pool, user, file, str(format))
+            if "://" in source:
+                found = tables.read(source, str(format), table=table, sessions=session or ())
+                return await _import_tables(pool, user, found)
+            return await import_file(pool, user, Path(source), str(format))
 
+    if "://" not in source:
+        for name, is_given in (("table", table), ("session", session), ("format", str(format) in tables.FORMATS)):
+            if is_given:
+                raise InvalidInputError(name, "is for a database's tables: give its DSN (postgresql://...), not a file")
     start = time.monotonic()
     report = asyncio.run(run())
     if as_json:
@@ -259,6 +283,19 @@ async def import_file(pool: Pool, user: str, path: Path, format: str = "auto") -
                         bar.update(task, completed=part.file.tell())
                     yield item
                 bar.update(task, completed=part.size)
+
+        return await import_conversations(pool, user_id=user, items=items())
+
+
+async def _import_tables(pool: Pool, user: str, found: Generator[sources.Item, None, None]) -> ImportReport:
+    with progress("importing") as bar, closing(found):
+        task = bar.add_task("tables", total=None)
+
+        def items() -> Iterator[sources.Item]:  # runs in import_conversations' thread
+            for count, item in enumerate(found):
+                if count % 1_000 == 0:
+                    bar.update(task, completed=count)
+                yield item
 
         return await import_conversations(pool, user_id=user, items=items())
 

@@ -192,7 +192,9 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
                 batch.append((_Target(item, occurrence), []))
                 seq = 0
             case Skipped():
-                if batch and seq < batch[-1][0].source.last_seq:
+                if item.seq:
+                    seq = item.seq
+                elif batch and seq < batch[-1][0].source.last_seq:
                     batch[-1][0].ends_at = seq
                 report.skip(item.reason, conversations=item.conversations, messages=item.messages)
             case Changed():

@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 
 from chatdb import append_message, create_conversation, create_pool
 from chatdb.cli import Format
-from chatdb.sources import FORMATS
+from chatdb.sources import FORMATS, tables
 from tests.conftest import execute
 
 SHAREGPT = [
@@ -183,6 +184,56 @@ def test_broken_files(env: dict[str, str], tmp_path: Path, content: bytes, sente
     assert chatdb("list", "--user", "alice", "--json", env=env) == "[]\n"
 
 
+def test_import_of_tables(env: dict[str, str], empty_dsn: str) -> None:
+    """A DSN is a source as a file is; --format, --table and --session choose among what its database holds."""
+    execute(
+        empty_dsn,
+        "create table messages (id serial, session_id uuid, message jsonb, created_at timestamptz default now())",
+        *(
+            f"insert into messages (session_id, message) select '{uuid.UUID(int=number)}', "
+            """'{"type": "human", "data": {"content": "hi"}}' from generate_series(1, 2)"""
+            for number in range(3)
+        ),
+    )
+    first, second, third = (str(uuid.UUID(int=number)) for number in range(3))
+    some = ("--session", first, "--session", third, "--user", "alice", "--json")
+    report = json.loads(chatdb("import", empty_dsn, "--table", "public.messages", *some, env=env))
+    assert (report["conversations"], report["messages"]) == (2, 4)
+    said = chatdb("import", empty_dsn.replace("postgresql:", "postgres:"), "--user", "alice", env=env)
+    assert "imported 1 conversations, 2 messages" in said
+    assert "stored already: 2 conversations, 4 messages" in said
+    listed = json.loads(chatdb("list", "--user", "alice", "--json", env=env))
+    assert {each["key"] for each in listed} == {first, second, third}
+    said = chatdb("import", empty_dsn, "--format", "openai-agents", "--user", "alice", env=env, code=1)
+    assert "looked for were agent_sessions and agent_messages" in said
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "postgresql://alice:secret@127.0.0.1:1/x",
+        "postgresql+psycopg://alice:secret@127.0.0.1:1/x",
+        "postgresql+asyncpg://alice:secret@127.0.0.1:1/x",
+        "mysql://alice:secret@127.0.0.1/x",
+        "postgresql://alice:secret@127.0.0.1:1/x?nonsense=secret",
+    ],
+)
+def test_a_source_that_does_not_fit(env: dict[str, str], source: str) -> None:
+    """A DSN that cannot be used is one sentence, which does not quote it."""
+    said = chatdb("import", source, "--user", "alice", env=env, code=1)
+    assert len(said.splitlines()) == 1
+    assert "secret" not in said
+    assert "alice" not in said
+
+
+@pytest.mark.parametrize("options", [["--table", "t"], ["--session", "s"], ["--format", "langchain"]])
+def test_options_of_tables_with_a_file(env: dict[str, str], file: Path, options: list[str]) -> None:
+    """What is only for tables is refused with a file, and a file's format with a DSN."""
+    assert "is for a database's tables" in chatdb("import", file, "--user", "alice", *options, env=env, code=1)
+    said = chatdb("import", env["DATABASE_URL"], "--format", "chatgpt", "--user", "alice", env=env, code=1)
+    assert "must be one of auto, openai-agents, langchain" in said
+
+
 def test_a_database_without_the_tables(empty_dsn: str, file: Path) -> None:
     """A database without the migrations, or with too old ones, is an error that says what to run."""
     env = {"DATABASE_URL": empty_dsn}
@@ -271,4 +322,4 @@ def test_interrupted(tmp_path: Path) -> None:
 def test_version_and_formats() -> None:
     """The version is the package's, and the formats are those that there are readers for."""
     assert chatdb("--version", env={}).startswith("chatdb 0.")
-    assert [str(each) for each in Format] == ["auto", *FORMATS]
+    assert [str(each) for each in Format] == ["auto", *FORMATS, *tables.FORMATS]

@@ -300,7 +300,7 @@ def test_a_conversation_is_followed_by_its_messages():
 
 def test_what_is_not_counted_is_none():
     """A Skipped and a Changed count only what they name."""
-    assert (Skipped("a"), Changed("a")) == (("a", 0, 0), ("a", 0, 0))
+    assert (Skipped("a"), Changed("a")) == (("a", 0, 0, 0), ("a", 0, 0))
 
 
 def test_the_fields_stand_in_the_order_of_the_copy():

@@ -43,6 +43,8 @@ class Skipped(NamedTuple):
     reason: str
     conversations: int = 0
     messages: int = 0
+    seq: int = 0
+    """The place of a message in the conversation before it, which stays empty; 0 for anything else."""
 
 
 class Changed(NamedTuple):

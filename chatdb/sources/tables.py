@@ -1,0 +1,415 @@
+"""
+Reads the tables in which other frameworks keep their conversations: lazily, in bounded memory, as they are at one time.
+
+    openai-agents   SQLAlchemySession: agent_sessions and agent_messages
+    langchain       langchain-postgres' PostgresChatMessageHistory: one table, whose name its user chose
+
+Blocks, so it is for a thread. psycopg comes with the extra `migrate`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import lru_cache
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from uuid import UUID
+
+from chatdb import _input
+from chatdb.dsn import libpq_dsn
+from chatdb.errors import (
+    ChatDBError,
+    CommandTimeoutError,
+    ConfigurationError,
+    InvalidInputError,
+    UnavailableError,
+)
+from chatdb.records import JsonText
+from chatdb.sources._json import as_list, as_object
+from chatdb.sources.items import (
+    REPLACED,
+    Changed,
+    Item,
+    Skipped,
+    SourceConversation,
+    SourceMessage,
+    UnfitError,
+    name_of,
+    role,
+    storable,
+)
+
+if TYPE_CHECKING:
+    import psycopg
+    from psycopg import sql
+
+FORMATS: Final = ("openai-agents", "langchain")
+
+MISSING = "psycopg, which reads other tables, is not installed: pip install 'chatdb[migrate]'"
+
+_PAGE = 1_000
+_BYTES = 4 * 1024 * 1024
+"""How much text is fetched at once, unless one message has more."""
+
+_COLUMNS = "id, session_id uuid, message jsonb, created_at"
+_LOOKED_FOR = f"agent_sessions and agent_messages on the search_path, and tables with the columns {_COLUMNS}"
+
+# The texts are fetched by their ids, so that what the server sorts is narrow, and what it sends is bounded. A time
+# without a zone is that of the connection's TimeZone, as CURRENT_TIMESTAMP wrote it.
+_OPENAI_ROWS: Final = """
+with sessions as (
+    select
+        session_id,
+        created_at::timestamptz at time zone 'UTC' as began_at,
+        updated_at::timestamptz at time zone 'UTC' as ended_at
+    from agent_sessions
+    where %(sessions)s::text[] is null or session_id = any(%(sessions)s::text[])
+),
+
+messages as materialized (
+    select
+        session_id, id, created_at,
+        created_at::timestamptz at time zone 'UTC' as written_at,
+        octet_length(message_data::text) as size
+    from agent_messages
+    where %(sessions)s::text[] is null or session_id = any(%(sessions)s::text[])
+)
+
+select
+    session_id,
+    coalesce(s.began_at, min(m.written_at) over whole) as began_at,
+    coalesce(s.ended_at, max(m.written_at) over whole) as ended_at,
+    count(m.id) over whole,
+    m.id, m.written_at, m.size
+from sessions as s
+full join messages as m using (session_id)
+window whole as (partition by session_id)
+order by began_at, session_id, m.created_at, m.id
+"""
+_OPENAI_TEXTS: Final = "select id, message_data::text from agent_messages where id = any(%s)"
+
+_LANGCHAIN_ROWS: Final = """
+with messages as materialized (
+    select
+        session_id, id,
+        created_at::timestamptz at time zone 'UTC' as written_at,
+        octet_length(message::text) as size
+    from {table}
+    where %(sessions)s::uuid[] is null or session_id = any(%(sessions)s::uuid[])
+)
+
+select
+    session_id::text,
+    min(written_at) over whole as began_at,
+    max(written_at) over whole as ended_at,
+    count(*) over whole,
+    id, written_at, size
+from messages
+window whole as (partition by session_id)
+order by began_at, session_id, id
+"""
+_LANGCHAIN_TEXTS: Final = "select id, message::text from {table} where id = any(%s)"
+
+_HAS_OPENAI: Final = "select to_regclass('agent_sessions') is not null and to_regclass('agent_messages') is not null"
+_LANGCHAIN_TABLES: Final = """
+select table_schema::text, table_name::text
+from information_schema.columns
+where (column_name = 'session_id' and data_type = 'uuid') or (column_name = 'message' and data_type = 'jsonb')
+   or column_name in ('id', 'created_at')
+group by table_schema, table_name
+having count(*) = 4
+order by table_schema, table_name
+"""
+
+
+class _Row(NamedTuple):
+    """A message without its text, or a session that has none."""
+
+    session: str
+    began_at: datetime | None
+    ended_at: datetime | None
+    messages: int
+    id: Any
+    written_at: datetime | None
+    size: int | None
+
+
+_Said: TypeAlias = tuple[str, str, str | None, object]
+"""A message's role and text, what the framework calls its kind where that says more, and the author's name."""
+
+
+class _Tables(NamedTuple):
+    """How a framework's tables are read."""
+
+    rows: sql.Composed
+    texts: sql.Composed
+    convert: Callable[[dict[str, Any]], _Said]
+
+
+def read(
+    dsn: str,
+    format: str = "auto",  # noqa: A002 - as the command line's option is called
+    *,
+    table: str | None = None,
+    sessions: Sequence[str] = (),
+) -> Generator[Item, None, None]:
+    """
+    Yield each session as a conversation, and its messages in the framework's order, with its own item as the payload.
+
+    `table` is that of langchain, as it is spelled in the database, after a point where it has a schema. `sessions` are
+    the ids of those to be read; without any, all are. A message that cannot be taken leaves its place empty.
+
+    Raises InvalidInputError when there are no such tables or several, ConfigurationError when psycopg is missing or the
+    DSN does not fit, UnavailableError when the server cannot be reached. None quotes the DSN or a text.
+    """
+    if format not in ("auto", *FORMATS):
+        raise InvalidInputError("format", f"must be one of auto, {', '.join(FORMATS)} for a database")
+    if table is not None and format == "openai-agents":
+        raise InvalidInputError("table", "is for langchain's table: those of openai-agents have fixed names")
+    for parameter, value in (("table", table), *(("session", session) for session in sessions)):
+        if value is not None:
+            _input.utf8_length(parameter, value)
+    try:
+        import psycopg
+    except ImportError:
+        raise ConfigurationError(MISSING) from None
+    with (
+        _translating(),
+        psycopg.connect(libpq_dsn(dsn, scheme="postgresql"), client_encoding="utf8", prepare_threshold=None) as source,
+    ):
+        source.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        source.read_only = True
+        yield from _read(source, format, table, sessions)
+
+
+def _read(source: psycopg.Connection, chosen: str, table: str | None, sessions: Sequence[str]) -> Iterator[Item]:
+    name = _found(source, chosen) if table is None else tuple(table.rsplit(".", 1))
+    tables = _tables(name)
+    wanted = {session if not name else _uuid(session) for session in sessions}
+    for session, messages in groupby(_messages(source, tables, sorted(wanted) or None), lambda pair: pair[0].session):
+        wanted.discard(session)
+        yield from _conversation(messages, tables.convert)
+    if wanted:
+        yield Skipped("there is no session of this id", conversations=len(wanted))
+
+
+def _found(source: psycopg.Connection, chosen: str) -> tuple[str, ...]:
+    """Return the schema and the name of langchain's table, or nothing for openai-agents'."""
+    found: dict[str, tuple[str, ...]] = {}
+    if chosen != "langchain" and source.execute(_HAS_OPENAI).fetchone() == (True,):
+        found["agent_messages"] = ()
+    if chosen != "openai-agents":
+        found |= {".".join(name): name for name in source.execute(_LANGCHAIN_TABLES)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if not found:
+        raise InvalidInputError("table", f"the database has none that can be read; looked for were {_LOOKED_FOR}")
+    raise InvalidInputError("table", f"there are several: choose by --table or --format among {', '.join(found)}")
+
+
+def _tables(name: Sequence[str]) -> _Tables:
+    from psycopg import sql
+
+    if not name:
+        return _Tables(sql.SQL(_OPENAI_ROWS).format(), sql.SQL(_OPENAI_TEXTS).format(), _openai)
+    table = sql.Identifier(*(part.replace("%", "%%") for part in name))  # which psycopg would take for parameters
+    return _Tables(
+        sql.SQL(_LANGCHAIN_ROWS).format(table=table), sql.SQL(_LANGCHAIN_TEXTS).format(table=table), _langchain
+    )
+
+
+def _uuid(session: str) -> str:
+    try:
+        return str(UUID(session))
+    except ValueError:
+        problem = "must be a UUID, as all of langchain's are"
+    raise InvalidInputError("session", problem)
+
+
+def _messages(
+    source: psycopg.Connection, tables: _Tables, sessions: list[str] | None
+) -> Iterator[tuple[_Row, str | None]]:
+    """Yield each message and its text, or None if that is too long to be fetched."""
+    with source.cursor("chatdb") as cursor:
+        cursor.execute(tables.rows, {"sessions": sessions})
+        while page := [_Row(*row) for row in cursor.fetchmany(_PAGE)]:
+            start = size = 0
+            for place, row in enumerate(page):
+                if place > start and size + _size(row) > _BYTES:
+                    yield from _with_texts(source, tables, page[start:place])
+                    start, size = place, 0
+                size += _size(row)
+            yield from _with_texts(source, tables, page[start:])
+
+
+def _size(row: _Row) -> int:
+    """Return the bytes of the text that is to be fetched."""
+    return row.size if row.size is not None and row.size <= _input.MAX_PAYLOAD else 0
+
+
+def _with_texts(source: psycopg.Connection, tables: _Tables, rows: list[_Row]) -> Iterator[tuple[_Row, str | None]]:
+    ids = [row.id for row in rows if _size(row)]
+    texts: dict[Any, str] = dict(source.execute(tables.texts, [ids]).fetchall()) if ids else {}
+    for row in rows:
+        yield row, texts.pop(row.id, None)
+
+
+def _conversation(
+    messages: Iterator[tuple[_Row, str | None]], convert: Callable[[dict[str, Any]], _Said]
+) -> Iterator[Item]:
+    begun = False
+    for seq, (row, text) in enumerate(messages, 1):
+        key = name_of(row.session)
+        if row.messages == 0 or not key:
+            yield Skipped("its session has no id" if row.messages else "no messages", 1, row.messages)
+            return
+        try:
+            message, is_replaced = _message(seq, row, text, convert)
+        except UnfitError as error:
+            yield Skipped(str(error), messages=1, seq=seq if begun else 0)
+            continue
+        if not begun:
+            yield SourceConversation(key, None, None, row.messages, _utc(row.began_at), _utc(row.ended_at))
+            begun = True
+        yield message
+        if is_replaced:
+            yield Changed(REPLACED, messages=1)
+    if not begun:
+        yield Skipped("none of its messages can be taken", conversations=1)
+
+
+def _message(
+    seq: int, row: _Row, text: str | None, convert: Callable[[dict[str, Any]], _Said]
+) -> tuple[SourceMessage, bool]:
+    """Return a message, whose key is the number of its row, and whether characters of its text were replaced."""
+    if (row.size or 0) > _input.MAX_PAYLOAD:
+        raise UnfitError("it has over 16 MiB as JSON")
+    try:
+        payload = _input.payload("payload", JsonText(text or ""))
+    except InvalidInputError:
+        payload = None
+    if payload is None:
+        raise UnfitError("it is no JSON, or has NaN, numbers of over 4,300 digits or nesting deeper than 200 levels")
+    item = as_object(json.loads(payload))
+    if item is None:
+        raise UnfitError("it is no JSON object")
+    author, said, kind, name = convert(item)
+    content = storable(said)
+    if len(content.encode()) > _input.MAX_CONTENT:
+        raise UnfitError("it has a text of over 4 MiB")
+    metadata = _metadata(_short(kind), _short(name))
+    key = str(row.id)
+    return SourceMessage(seq, author, content, payload, metadata, None, key, _utc(row.written_at)), content != said
+
+
+_AUTHORS = {
+    **dict.fromkeys(("reasoning", "compaction", "program", "item_reference"), "assistant"),
+    **dict.fromkeys(("mcp_list_tools", "mcp_approval_request"), "assistant"),
+    **dict.fromkeys(("configuration_update", "compaction_trigger"), "developer"),
+    "mcp_approval_response": "user",
+}
+"""Who makes the items of the Responses API that have no role, besides calls and outputs."""
+
+_UNKNOWN = "it is of a type that chatdb does not know"
+
+
+def _openai(item: dict[str, Any]) -> _Said:
+    """Return what an item of the Responses API says; a call is the assistant's, its output the tool's."""
+    if "__enc__" in item:
+        raise UnfitError("it is encrypted, by openai-agents' EncryptedSession")
+    kind = item.get("type")
+    if item.get("role") is not None:
+        return role(item["role"]), "".join(_texts(item.get("content"))), None if kind == "message" else kind, None
+    if not isinstance(kind, str):
+        raise UnfitError(_UNKNOWN)
+    author, fields = _AUTHORS.get(kind), ["summary", "content"]
+    if kind.endswith("_output"):
+        author, fields = "tool", ["output", "result"]
+    elif kind.endswith("_call"):
+        author, fields = "assistant", []
+    if author is None:
+        raise UnfitError(_UNKNOWN)
+    return author, "\n".join(text for field in fields for text in _texts(item.get(field))), kind, item.get("name")
+
+
+_LANGCHAIN_ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
+
+
+def _langchain(item: dict[str, Any]) -> _Said:
+    """Return what one of LangChain's messages says; a chunk is as its message."""
+    kind, data = item.get("type"), as_object(item.get("data"))
+    if not isinstance(kind, str) or data is None:
+        raise UnfitError(_UNKNOWN)
+    whole = kind.removesuffix("MessageChunk").lower() if kind.endswith("MessageChunk") else kind
+    if whole == "remove":
+        raise UnfitError("it is an instruction to remove a message")
+    author = role(data.get("role")) if whole == "chat" else _LANGCHAIN_ROLES.get(whole)
+    if author is None:
+        raise UnfitError(_UNKNOWN)
+    usual = kind in {"human", "ai", "system", "tool"}
+    return author, "".join(_texts(data.get("content"))), None if usual else kind, data.get("name")
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield the texts of a content, which is one or a list of parts."""
+    for part in [value] if isinstance(value, str) else as_list(value) or ():
+        if isinstance(part, str):
+            yield part
+        elif (fields := as_object(part)) is not None:
+            texts = map(fields.get, ("text", "refusal", "stdout", "stderr"))
+            yield from (text for text in texts if isinstance(text, str))
+
+
+def _short(value: object) -> str | None:
+    return storable(value) if isinstance(value, str) and 1 <= len(value) <= _input.MAX_NAME else None
+
+
+@lru_cache
+def _metadata(kind: str | None, name: str | None) -> str | None:
+    named = {"type": kind, "name": name}
+    return _input.metadata("metadata", {key: value for key, value in named.items() if value} or None)
+
+
+def _utc(time: datetime | None) -> datetime | None:
+    return None if time is None else time.replace(tzinfo=UTC)
+
+
+@contextmanager
+def _translating() -> Generator[None, None, None]:
+    import psycopg
+
+    try:
+        yield
+    except psycopg.Error as error:
+        raise _explained(error.sqlstate or "", isinstance(error, psycopg.DataError)) from error
+    except UnicodeDecodeError:  # of a database without an encoding; it quotes the text
+        problem = "has a text that is not UTF-8"
+    else:
+        return
+    raise InvalidInputError("table", problem)
+
+
+def _explained(state: str, is_value: bool) -> ChatDBError:
+    match state:
+        case "42P01" | "3F000" | "42703" | "42601" | "42883" | "42804" | "42846" | "42809":
+            return InvalidInputError("table", f"is not there, or not of the framework's form; looked for {_LOOKED_FOR}")
+        case "42501":
+            return ConfigurationError("the role may not read the tables: grant it select on them")
+        case "57014":
+            return CommandTimeoutError("the server of the tables cancelled the reading, by its time limit", sent=True)
+        case _ if state[:2] in {"28", "3D"}:
+            return ConfigurationError("the server of the tables refused the user, the password or the database name")
+        case _ if state[:2] in {"08", "53", "57", "58"}:
+            return UnavailableError("the server of the tables went away, or takes no connections: try again", sent=None)
+        case "" if not is_value:
+            return UnavailableError(
+                "the server of the tables cannot be reached, went away, or refused the user, password or database name",
+                sent=None,
+            )
+        case "":
+            return InvalidInputError("table", "has a value that cannot be read")
+        case _:
+            return ChatDBError(f"the tables cannot be read (SQLSTATE {state})")
