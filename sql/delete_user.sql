@@ -4,11 +4,20 @@
 -- $1 user_id text
 --
 -- returns one Deleted
--- served by ix_conversations_user_id_active_on, pk_messages
+-- served by ix_conversations_user_id_active_on, pk_conversations, pk_messages
 
-with conversation as (
-    delete from chatdb.conversations
+with locked as (
+    -- in one order, or two deletions of a user could each wait for the other
+    select id
+    from chatdb.conversations
     where user_id = $1
+    order by id
+    for update
+),
+
+conversation as (
+    delete from chatdb.conversations
+    where user_id = $1 and id in (select id from locked)
     returning id
 ),
 
