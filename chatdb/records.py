@@ -132,11 +132,11 @@ class Deleted(_Record):
 
 
 class SchemaPart(_Record):
-    """A column or an index that a database has; `type` is the column's type or `"index"`."""
+    """A column, a constraint or an index that a database has; `definition` is the server's own."""
 
     relation: str
     name: str
-    type: str
+    definition: str
 
 
 class ImportedConversation(_Record):

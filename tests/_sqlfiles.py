@@ -28,7 +28,7 @@ HEADER = re.compile(
 PARAMETER = re.compile(
     r"-- \$(?P<number>\d+) (?P<name>\w+) (?P<type>\w+(?:\[\])?)(?P<null> null)?(?: {4}(?P<remark>\S.*))?"
 )
-NEVER_NULL = {"count", "row_number", "format_type"}  # the last: of a type that the catalog itself names
+NEVER_NULL = {"count", "row_number", "concat_ws"}  # the last with a separator that is not null
 TEXTS = {path.stem: path.read_text(encoding="utf-8") for path in sorted(data_folder("sql").glob("*.sql"))}
 Columns = dict[tuple[str, str], dict[str, tuple[str, bool]]]
 

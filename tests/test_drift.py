@@ -417,7 +417,7 @@ def test_tables_and_indexes_say_what_they_serve(live):
     check_comments(live, {stem: file_of(stem) for stem in TEXTS})
 
 
-# 9. The schema's constraints = the error map, its columns and indexes = what check_schema needs.
+# 9. The schema's constraints = the error map, and all that it has = what check_schema needs.
 
 
 def check_errors(live, constraints=CONSTRAINTS, conflicts=CONFLICTS):
@@ -429,15 +429,15 @@ def check_errors(live, constraints=CONSTRAINTS, conflicts=CONFLICTS):
 
 
 def check_needed(live, needed=NEEDED):
-    """Raise unless check_schema needs what the migrations make."""
-    found = {
-        table: {name: kind for name, (kind, _) in columns.items()}
-        for (schema, table), columns in live.columns.items()
-        if schema == "chatdb"
-    }
-    for name, (table, _) in live.indexes.items():
-        found[table][name] = "index"
+    """Raise unless check_schema needs what the migrations make, all of it."""
+    found = defaultdict(dict)
+    for table, name, definition in live.rows(file_of("check_schema").sql):
+        found[table][name] = definition
     assert needed == found
+    columns = [name for (schema, _), names in live.columns.items() if schema == "chatdb" for name in names]
+    assert sorted(name for parts in found.values() for name in parts) == sorted(
+        [*columns, *(live.indexes.keys() | live.constraints.keys())]
+    )
 
 
 def test_the_constraints_are_mapped(live):
@@ -451,7 +451,7 @@ def test_the_foreign_key_is_mapped():
 
 
 def test_the_schema_check_needs_the_schema(live):
-    """check_schema needs every column and index that the migrations make, and no others."""
+    """check_schema needs every column, constraint and index as the migrations make it, and no others."""
     check_needed(live)
 
 
@@ -490,6 +490,10 @@ def test_the_file_follows_the_house_rules(stem):
 # The mutations: each is found by the check that it is for.
 
 CONTENT = "drop constraint ck_messages_content, add constraint ck_messages_content check"
+CASCADE = (
+    "drop constraint fk_messages_conversation, add constraint fk_messages_conversation "
+    "foreign key (user_id, conversation_id) references chatdb.conversations (user_id, id)"
+)
 ROLE = "drop constraint ck_messages_role, add constraint ck_messages_role check (role in"
 
 
@@ -517,6 +521,17 @@ ROLE = "drop constraint ck_messages_role, add constraint ck_messages_role check 
         (check_needed, None, "drop constraint pk_messages"),
         (check_needed, None, "drop column metadata"),
         (check_needed, None, "add extra text"),
+        (check_needed, None, "alter column role drop not null"),
+        (check_needed, None, "alter column id drop identity"),
+        (check_needed, None, "alter column token_count set default 0"),
+        (check_needed, None, "alter column key type text"),
+        (check_needed, None, "alter column token_count type bigint"),
+        (check_needed, None, "drop constraint ck_messages_seq"),
+        (check_needed, None, f"{CONTENT} (octet_length(content) < 4194304)"),
+        (check_needed, None, f"{CASCADE} on delete restrict"),
+        (check_needed, None, f"{CASCADE} on delete cascade not valid"),
+        (check_needed, None, "disable trigger all"),
+        (check_needed, None, "add constraint uq_messages_id unique (id)"),
     ],
 )
 def test_a_changed_table_is_found(live, check, stem, change):

@@ -36,7 +36,7 @@ from chatdb import (
 )
 from chatdb._query import Query
 from chatdb.dsn import connect_arguments
-from chatdb.schema import NEEDED
+from chatdb.schema import NEEDED, kind_of
 
 MARK = "XYZZY"  # a text, a key or a password that no error may tell
 DSN = f"postgresql://alice:{MARK}@127.0.0.1:{{}}/chat?{{}}"
@@ -433,17 +433,19 @@ async def test_a_database_with_older_migrations(tx, older, missing, name, argume
 
 @pytest.mark.parametrize("table", NEEDED)
 async def test_check_schema_misses_every_part(tx, table):
-    """Whatever column or index is dropped, the check names it."""
-    for part, kind in NEEDED[table].items():
+    """Whatever column, constraint or index is dropped, the check names it."""
+    for part, definition in NEEDED[table].items():
+        kind = kind_of(part)
         if kind == "index":
-            constraint = f"alter table chatdb.{table} drop constraint {part} cascade"
-            statement = constraint if part.startswith("pk_") else f"drop index chatdb.{part}"
+            statement = f"drop index chatdb.{part}"
         else:
-            statement = f"alter table chatdb.{table} drop column {part} cascade"
+            what = "column" if kind == "column" else "constraint"
+            statement = f"alter table chatdb.{table} drop {what} {part} cascade"
+        shown = re.escape(definition if kind == "column" else kind)
         block = tx.transaction()
         await block.start()
         await tx.execute(statement)
-        with raises(SchemaError, match=rf"\b{table}\.{part} \({kind}\).*: run yoyo apply"):
+        with raises(SchemaError, match=rf"\b{table}\.{part} \({shown}\).*: run yoyo apply"):
             await chatdb.check_schema(tx)
         await block.rollback()
     await chatdb.check_schema(tx)
