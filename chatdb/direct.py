@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from chatdb.dsn import libpq_dsn
@@ -29,7 +29,10 @@ def connected(dsn: str) -> Generator[psycopg.Connection]:
     """Give a connection in autocommit mode; the driver's errors become chatdb's."""
     try:
         with psycopg.connect(
-            libpq_dsn(dsn, scheme="postgresql"), autocommit=True, fallback_application_name=APPLICATION
+            libpq_dsn(dsn, scheme="postgresql"),
+            autocommit=True,
+            fallback_application_name=APPLICATION,
+            client_encoding="UTF8",  # else names come as bytes from a database without an encoding
         ) as connection:
             yield connection
     except psycopg.Error as error:
@@ -82,6 +85,19 @@ def is_pooled(dsn: str, connection: psycopg.Connection) -> bool:
                 if one(connection, "select pg_backend_pid()") != before:
                     return True
     return False
+
+
+def patiently(work: Callable[[], object], deadline: float) -> None:
+    """Do something, again while a lock_timeout or a deadlock ends it and the deadline is not over."""
+    while True:
+        try:
+            work()
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)  # lets those through who queued behind the waiting lock
+        else:
+            return
 
 
 def one(connection: psycopg.Connection, statement: str, *arguments: object) -> object:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chatdb._query import data_folder
-from chatdb.direct import APPLICATION, connected, locked, one
+from chatdb.direct import APPLICATION, connected, locked, one, patiently
 from chatdb.dsn import libpq_dsn
 from chatdb.errors import ConfigurationError, InvalidInputError, SchemaError, UnavailableError
 
@@ -256,7 +256,7 @@ def _rebuild_indexes(connection: psycopg.Connection, deadline: float) -> None:
     for name, identifier in found:
         leftover = re.search(r"_cc(new|old)\d*$", name)  # of a REINDEX CONCURRENTLY, whose own index is there
         action = "drop index concurrently if exists" if leftover else "reindex index concurrently"
-        _patiently(lambda: connection.execute(f"{action} {identifier}".encode()), deadline)  # noqa: B023 - called at once
+        patiently(lambda: connection.execute(f"{action} {identifier}".encode()), deadline)  # noqa: B023 - called at once
 
 
 def _dropped(file: MigrationFile) -> list[str]:
@@ -267,19 +267,6 @@ def _count(connection: psycopg.Connection, table: str) -> int | None:
     if one(connection, "select to_regclass(%s)", table) is None:
         return None
     return int(str(one(connection, f"select count(*) from {table}")))  # noqa: S608 - a name in a released file
-
-
-def _patiently(work: Callable[[], object], deadline: float) -> None:
-    """Do something, again while a lock_timeout or a deadlock ends it and the deadline is not over."""
-    while True:
-        try:
-            work()
-        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)  # lets those through who queued behind the waiting lock
-        else:
-            return
 
 
 class _Yoyo:
@@ -295,7 +282,7 @@ class _Yoyo:
         start = time.monotonic()
         migrations = _yoyos([file])
         work = self._backend.apply_migrations if direction == "apply" else self._backend.rollback_migrations
-        _patiently(lambda: work(migrations), self._deadline)
+        patiently(lambda: work(migrations), self._deadline)
         if report is not None:
             report(file.name, time.monotonic() - start)
 
@@ -311,7 +298,7 @@ def _yoyo(dsn: str, connection: psycopg.Connection, files: list[MigrationFile], 
     try:
         backend.connection.execute("select set_config('application_name', %s, false)", [APPLICATION])
         backend._is_locked = True  # by this module's locks; its own would outlive a killed process
-        _patiently(backend.ensure_internal_schema_updated, deadline)
+        patiently(backend.ensure_internal_schema_updated, deadline)
         with _yoyos_lock(connection, held=all(each.use_transactions for each in _yoyos(files)), deadline=deadline):
             yield _Yoyo(backend, deadline)
     finally:
