@@ -54,6 +54,7 @@ app = typer.Typer(
 
 app.command()(cli_operators.migrate)
 app.command()(cli_operators.rollback)
+app.command()(cli_operators.check)
 
 User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversations.")]
 

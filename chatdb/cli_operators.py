@@ -1,4 +1,4 @@
-"""The commands for whoever runs the database: migrate and rollback."""
+"""The commands for whoever runs the database: migrate, rollback and check."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from chatdb.cli_shared import AsJson, DryRun, Yes, confirm, err, operators_dsn, out
 
@@ -78,6 +79,37 @@ def rollback(
         print(json.dumps({"would_take_back" if dry_run else "taken_back": names, "rows": rows}))
     elif not last:
         out.print("nothing to take back")
+
+
+_COLORS = {"ok": "green", "note": "cyan", "missing": "red", "different": "red"}
+
+
+def check(
+    role: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A role whose privileges to check, such as the service's.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Look whether the database has what this release needs, and say how to mend what is wrong.
+
+    Nothing is changed. What is missing or different comes last, and exit status 1 says that there is such a thing.
+    """
+    from chatdb.inspection import inspect, is_wrong
+
+    with operators_dsn() as dsn:
+        found = inspect(dsn, role=role)
+    if as_json:
+        print(json.dumps([each._asdict() for each in found], ensure_ascii=False))
+    elif not out.is_terminal:
+        print("\n".join("\t".join(row) for row in (("what", "state", "detail", "remedy"), *found)))
+    else:
+        table = Table("what", "state", "detail", "remedy", show_lines=True)
+        for each in found:
+            table.add_row(*each, style=_COLORS[each.state] if is_wrong(each) else None)
+        out.print(table, soft_wrap=False)
+    if any(map(is_wrong, found)):
+        raise typer.Exit(1)
 
 
 def _say(what: str) -> Callable[[str, float], None]:

@@ -10,6 +10,8 @@ from chatdb.errors import SchemaError
 from chatdb.records import SchemaPart
 
 _check_schema = Query("check_schema", SchemaPart, repeatable=True)
+STATEMENT = _check_schema.sql
+"""What `check_schema` sends, for another driver."""
 
 NEEDED = {
     "conversations": {
@@ -17,7 +19,7 @@ NEEDED = {
         "last_seq": "bigint not null default 0",
         "created_at": "timestamp with time zone not null default statement_timestamp()",
         "updated_at": "timestamp with time zone not null default statement_timestamp()",
-        "active_on": "date not null generated always as ((updated_at AT TIME ZONE 'UTC'::text))::date stored",
+        "active_on": "date not null generated always as (((updated_at AT TIME ZONE 'UTC'::text))::date) stored",
         "user_id": 'text collate "C" not null',
         "key": 'text collate "C"',
         "title": "text",

@@ -18,8 +18,8 @@ select
         end,
         case a.attgenerated
             when '' then 'default ' || pg_get_expr(d.adbin, d.adrelid)
-            when 's' then 'generated always as ' || pg_get_expr(d.adbin, d.adrelid) || ' stored'
-            else 'generated always as ' || pg_get_expr(d.adbin, d.adrelid) || ' virtual'
+            when 's' then 'generated always as (' || pg_get_expr(d.adbin, d.adrelid) || ') stored'
+            else 'generated always as (' || pg_get_expr(d.adbin, d.adrelid) || ') virtual'
         end
     ) as definition
 from pg_catalog.pg_namespace as n

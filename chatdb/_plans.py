@@ -1,0 +1,139 @@
+"""Asks the planner by which index it would run each statement under `sql/`."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import psycopg
+
+from chatdb._query import data_folder
+from chatdb._remedies import DIFFERENT, NOTE, OK, Finding
+from chatdb.direct import one
+from chatdb.schema import NEEDED
+
+SMALL = 1 << 16
+"""Bytes of a table up to which the planner rightly reads it whole."""
+
+
+class _Statement(NamedTuple):
+    name: str
+    sql: str
+    parameters: int
+    indexes: set[str]
+
+
+class _Plan(NamedTuple):
+    indexes: set[str]
+    whole: set[str]
+
+
+def served() -> dict[str, list[str]]:
+    """Return the indexes, each with the statements that it serves, as their files say."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for statement in _statements():
+        for index in statement.indexes:
+            found[index].append(statement.name)
+    return found
+
+
+def planned(connection: psycopg.Connection) -> list[Finding]:
+    """
+    Return what there is to say of the plans, which are the generic ones, as a service gets them.
+
+    The planner reads a small table whole, or by any index, which says nothing: then a statement is planned once more
+    with `enable_seqscan = off`, and with some index it is well.
+    """
+    small = _small(connection)
+    found: list[Finding] = []
+    forced_off: list[str] = []
+    others: list[str] = []
+    unseen: list[str] = []
+    for statement in _statements():
+        try:
+            plan = _plan(connection, statement)
+            forced = _plan(connection, statement, whole=False) if plan.whole else plan
+        except psycopg.errors.InsufficientPrivilege:
+            unseen.append(statement.name)
+        except psycopg.ProgrammingError as error:
+            detail = f"the server refuses it (SQLSTATE {error.sqlstate})"
+            found.append(Finding(f"statement {statement.name}", DIFFERENT, detail, "mend the tables and indexes"))
+        else:
+            if forced.whole:
+                found.append(_served_by_none(statement, forced))
+            elif plan.whole - small:
+                found.append(_reads_whole(statement, plan.whole - small))
+            elif plan.whole:
+                forced_off.append(statement.name)
+            elif not small and not statement.indexes <= plan.indexes:
+                others.append(f"{statement.name} ({', '.join(sorted(plan.indexes))})")
+    if unseen:
+        found.append(Finding("statements", NOTE, f"{len(unseen)} are not planned, for lack of privileges", ""))
+    if not found:
+        detail = "each is planned with an index"
+        detail += ", though the tables are too small to tell" if small else ""
+        detail += f" ({len(forced_off)} with enable_seqscan = off)" if forced_off else ""
+        detail += f"; not with that of its file at present: {', '.join(others)}" if others else ""
+        found.append(Finding("statements", OK, detail, ""))
+    return found
+
+
+def _served_by_none(statement: _Statement, plan: _Plan) -> Finding:
+    detail = f"no index serves it: it reads the whole of {', '.join(sorted(plan.whole))}"
+    return Finding(
+        f"statement {statement.name}", DIFFERENT, detail, f"mend {', '.join(sorted(statement.indexes)) or 'the tables'}"
+    )
+
+
+def _reads_whole(statement: _Statement, tables: set[str]) -> Finding:
+    """Return a note: of a user who has most of a table, the planner may be right."""
+    detail = f"is planned to read the whole of {', '.join(sorted(tables))}"
+    remedy = "analyze chatdb.conversations, chatdb.messages; on an SSD also set random_page_cost = 1.1"
+    return Finding(f"statement {statement.name}", NOTE, detail, remedy)
+
+
+def _statements() -> Iterator[_Statement]:
+    for path in sorted(data_folder("sql").glob("*.sql")):
+        header, _, body = path.read_text(encoding="utf-8").partition("\n\n")
+        if "chatdb." in body:
+            served = re.search(r"^-- served by (.*)$", header, re.MULTILINE)
+            parameters = len(re.findall(r"^-- \$", header, re.MULTILINE))
+            yield _Statement(path.stem, body, parameters, set(served[1].split(", ")) if served else set())
+
+
+def _plan(connection: psycopg.Connection, statement: _Statement, *, whole: bool = True) -> _Plan:
+    name = f"chatdb_check_{statement.name}"
+    nulls = f"({', '.join(['null'] * statement.parameters)})" if statement.parameters else ""
+    with connection.transaction(force_rollback=True):
+        connection.execute("set local plan_cache_mode = force_generic_plan")
+        connection.execute("set local lock_timeout = '2s'")
+        if not whole:
+            connection.execute("set local enable_seqscan = off")
+        connection.execute(f"prepare {name} as {statement.sql}".encode())
+        try:
+            with connection.transaction():
+                plan: Any = one(connection, f"explain (format json) execute {name}{nulls}")
+        finally:  # here, because a pooler may have another server process for the next transaction
+            connection.execute(f"deallocate {name}".encode())
+    nodes = list(_nodes(plan[0]["Plan"]))
+    indexes = {node["Index Name"] for node in nodes if "Index Name" in node}
+    indexes |= {index for node in nodes for index in node.get("Conflict Arbiter Indexes", ())}
+    tables = {node["Relation Name"] for node in nodes if node["Node Type"] == "Seq Scan"}
+    return _Plan(indexes, tables)
+
+
+def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for part in plan.get("Plans", ()):
+        yield from _nodes(part)
+
+
+def _small(connection: psycopg.Connection) -> set[str]:
+    rows = connection.execute(
+        "select relname from pg_catalog.pg_class where relnamespace = 'chatdb'::regnamespace and relname = any(%s) "
+        "and pg_relation_size(oid) <= %s",
+        [[*NEEDED], SMALL],
+    )
+    return {name for (name,) in rows}

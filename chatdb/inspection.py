@@ -1,0 +1,161 @@
+"""
+Looks at a database as `chatdb check` shows it: what this release needs of it, piece by piece, and how to mend the rest.
+
+The catalog is compared as `check_schema` does it. What needs more statements is here: the server, the privileges of
+roles, the migrations, and the indexes that the planner takes for the statements under `sql/`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import psycopg
+
+from chatdb._plans import planned, served
+from chatdb._remedies import DIFFERENT, MISSING, NOTE, OK, Finding, catalog
+from chatdb.direct import connected, is_pooled, one
+from chatdb.errors import ConfigurationError
+from chatdb.migrate import applied_migrations, migration_files
+from chatdb.records import SchemaPart
+from chatdb.schema import NEEDED, STATEMENT
+
+OLDEST, NEWEST = 14, 18
+"""The major versions of PostgreSQL that this release is made for."""
+
+PRIVILEGES = ["select", "insert", "update", "delete"]
+
+
+def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) -> list[Finding]:
+    """
+    Return what was looked at, with what is wrong at the end. Blocks; in a coroutine call it by `asyncio.to_thread`.
+
+    `role` is another role than the connecting one whose privileges are looked at, such as the service's. Nothing is
+    written: statements are planned, not run, in transactions that are rolled back.
+
+    Raises ConfigurationError and UnavailableError where no connection can be made.
+    """
+    with connected(dsn) as connection:
+        found = [*_server(connection), _pooler(dsn, connection)]
+        migrations = _migrations(dsn, folder)
+        found += migrations
+        rows = connection.execute(STATEMENT.encode()).fetchall()
+        parts = [SchemaPart(relation=relation, name=name, definition=text) for relation, name, text in rows]
+        if parts:
+            unapplied = any(each.state == MISSING for each in migrations)
+            of_catalog = catalog(parts, served=served(), unapplied=unapplied)
+            found += of_catalog
+            found += _privileges(connection, None)
+            if role is not None:
+                found += _privileges(connection, role)
+            found += _statements(connection, suffer=any(map(is_wrong, of_catalog)))
+        else:
+            found.append(Finding("schema chatdb", MISSING, "the database has no chatdb tables", "chatdb migrate"))
+    return sorted(found, key=is_wrong)
+
+
+def is_wrong(finding: Finding) -> bool:
+    """Whether something is to be mended."""
+    return finding.state in {MISSING, DIFFERENT}
+
+
+def _server(connection: psycopg.Connection) -> list[Finding]:
+    major = connection.info.server_version // 10_000
+    version = f"PostgreSQL {one(connection, 'show server_version')}"
+    encoding = one(connection, "show server_encoding")
+    if major < OLDEST:
+        server = Finding("server", DIFFERENT, version, f"upgrade the server to PostgreSQL {OLDEST} or later")
+    elif major > NEWEST:
+        server = Finding("server", NOTE, f"{version}, with which this release was not tried", "")
+    else:
+        server = Finding("server", OK, version, "")
+    found = [server, Finding("extensions", OK, "none is needed", "")]
+    if encoding == "UTF8":
+        found.append(Finding("encoding", OK, "UTF8", ""))
+    else:
+        remedy = "create database ... encoding 'UTF8' template template0, and move the tables there"
+        found.append(Finding("encoding", DIFFERENT, f"{encoding}, which cannot hold every text", remedy))
+    if one(connection, "select pg_is_in_recovery()"):
+        found.append(Finding("standby", NOTE, "the server is a standby, which takes no writes", ""))
+    return found
+
+
+def _pooler(dsn: str, connection: psycopg.Connection) -> Finding:
+    if is_pooled(dsn, connection):
+        return Finding(
+            "pooler",
+            NOTE,
+            "a transaction pooler stands in front of the database: a service can work through it",
+            "for chatdb migrate set CHATDB_MIGRATE_URL to the direct connection",
+        )
+    return Finding("pooler", OK, "none in transaction mode", "")
+
+
+def _migrations(dsn: str, folder: Path | None) -> list[Finding]:
+    try:
+        files = migration_files(folder)
+    except ConfigurationError as error:
+        return [Finding("migration files", DIFFERENT, str(error), "restore the file, or install chatdb again")]
+    try:
+        applied = applied_migrations(dsn)
+    except ConfigurationError:
+        return [Finding("migrations", NOTE, "this role may not read which were applied: ask the database's owner", "")]
+    found: list[Finding] = []
+    for file in files:
+        what = f"migration {file.name}"
+        if file.name not in applied:
+            found.append(Finding(what, MISSING, "is not applied", "chatdb migrate"))
+        elif applied[file.name] is None:
+            found.append(Finding(what, OK, "applied by yoyo, which keeps no checksum", ""))
+        elif applied[file.name] == file.checksum:
+            found.append(Finding(what, OK, "applied as it was released", ""))
+        else:
+            remedy = "use the release that applied it, or take it back by that release's chatdb rollback"
+            found.append(Finding(what, DIFFERENT, "was applied with another content than this release's", remedy))
+    newer = sorted(applied.keys() - {file.name for file in files})
+    detail = "applied by another release, probably a newer one"
+    return found + [Finding(f"migration {name}", NOTE, detail, "") for name in newer]
+
+
+def _statements(connection: psycopg.Connection, *, suffer: bool) -> list[Finding]:
+    """Return what there is to say of the statements; what they `suffer` from wrong tables is these tables' finding."""
+    found = planned(connection)
+    hurt = [each.what.removeprefix("statement ") for each in found if is_wrong(each)]
+    if not suffer or not hurt:
+        return found
+    detail = f"{len(hurt)} suffer from what is wrong with the tables: {', '.join(hurt)}"
+    return [each for each in found if not is_wrong(each)] + [Finding("statements", NOTE, detail, "")]
+
+
+def _privileges(connection: psycopg.Connection, role: str | None) -> list[Finding]:
+    name = one(connection, "select current_user") if role is None else role
+    what = f"privileges of {name}"
+    grantee = one(connection, "select quote_ident(%s)", name)
+    if one(connection, "select 1 from pg_catalog.pg_roles where rolname = %s", name) is None:
+        return [Finding(what, MISSING, "there is no such role", f"create role {grantee} login")]
+    rows = connection.execute(
+        """
+        select c.relname, p.privilege, has_table_privilege(%(role)s, c.oid, p.privilege)
+        from pg_catalog.pg_class as c, unnest(%(privileges)s::text[]) with ordinality as p (privilege, place)
+        where c.relnamespace = 'chatdb'::regnamespace and c.relname = any(%(tables)s)
+        union all
+        select null, 'usage', has_schema_privilege(%(role)s, 'chatdb', 'usage')
+        """,
+        {"role": name, "privileges": PRIVILEGES, "tables": [*NEEDED]},
+    )
+    lacking: dict[str | None, list[str]] = defaultdict(list)
+    for table, privilege, is_granted in rows:
+        if not is_granted:
+            lacking[table].append(privilege)
+    if not lacking:
+        detail = f"usage of the schema, {', '.join(PRIVILEGES)} on {' and '.join(NEEDED)}"
+        return [Finding(what, OK, detail, "")]
+    return [
+        Finding(
+            what,
+            MISSING,
+            f"{', '.join(privileges)} on {table or 'the schema'}",
+            f"grant {', '.join(privileges)} on {f'chatdb.{table}' if table else 'schema chatdb'} to {grantee}",
+        )
+        for table, privileges in lacking.items()
+    ]
