@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from chatdb.link import LINK
 from chatdb.records import SchemaPart
 from chatdb.schema import NEEDED, Difference, differences, kind_of
 
@@ -49,7 +50,7 @@ def catalog(parts: Sequence[SchemaPart], *, served: Mapping[str, Sequence[str]],
                 found.append(Finding(f"cascade {name}", OK, "a deleted conversation takes its messages along", ""))
             elif kind in {"primary key", "index"}:
                 found.append(Finding(f"{kind} {name}", OK, f"valid; serves {', '.join(served[name])}", ""))
-    return [*found, *_leftovers(parts)]
+    return [*found, *_leftovers(parts), *_link(parts)]
 
 
 def _mend(difference: Difference, *, unapplied: bool) -> Finding:
@@ -137,3 +138,17 @@ def _leftovers(parts: Sequence[SchemaPart]) -> list[Finding]:
         for part in parts
         if part.definition.endswith(" INVALID") and part.name not in NEEDED.get(part.relation, ())
     ]
+
+
+def _link(parts: Sequence[SchemaPart]) -> list[Finding]:
+    link = next((part.definition for part in parts if (part.relation, part.name) == ("conversations", LINK)), None)
+    if link is None:
+        return [Finding("users", NOTE, "not linked to a table of the host's, which is optional: chatdb link-users", "")]
+    users = link.partition(" REFERENCES ")[2]
+    if users.endswith(" ON DELETE CASCADE"):
+        detail = f"linked to {users.removesuffix(' ON DELETE CASCADE')}, whose deletion takes the conversations along"
+        return [Finding("users", OK, detail, "")]
+    if users.endswith(" ON DELETE CASCADE NOT VALID"):
+        remedy = "chatdb link-users, with the same --table and --column"
+        return [Finding("users", DIFFERENT, f"the link is not validated: {users}", remedy)]
+    return [Finding("users", DIFFERENT, f"the link is another: {users}", "chatdb link-users --unlink, and link anew")]

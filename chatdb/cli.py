@@ -55,6 +55,7 @@ app = typer.Typer(
 app.command()(cli_operators.migrate)
 app.command()(cli_operators.rollback)
 app.command()(cli_operators.check)
+app.command()(cli_operators.link_users)
 
 User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversations.")]
 

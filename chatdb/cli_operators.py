@@ -1,4 +1,4 @@
-"""The commands for whoever runs the database: migrate, rollback and check."""
+"""The commands for whoever runs the database: migrate, rollback, check and link-users."""
 
 from __future__ import annotations
 
@@ -110,6 +110,53 @@ def check(
         out.print(table, soft_wrap=False)
     if any(map(is_wrong, found)):
         raise typer.Exit(1)
+
+
+def link_users(
+    table: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The host's own table of users, as in SQL: public.users.")
+    ] = None,
+    column: Annotated[str, typer.Option(metavar="NAME", help="Its column that has what chatdb calls user_id.")] = "id",
+    unlink: Annotated[bool, typer.Option("--unlink", help="Take the link back. Deletes no rows.")] = False,
+    dry_run: DryRun = False,
+    wait: Wait = 60,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Link conversations to the host's users, so that deleting a user there deletes his conversations.
+
+    It is optional. The column must be unique, of a type like text, and have all users who have conversations. Writers
+    go on meanwhile. One that was killed is taken up where it was.
+    """
+    from chatdb.link import UsersMissingError, link_users, unlink_users
+
+    if unlink:
+        with operators_dsn() as dsn:
+            was_linked = unlink_users(dsn, wait=wait, dry_run=dry_run)
+        if as_json:
+            print(json.dumps({"would_unlink" if dry_run else "unlinked": was_linked}))
+        elif was_linked:
+            out.print("would unlink conversations from users" if dry_run else "unlinked conversations from users")
+        else:
+            out.print("nothing to unlink")
+        return
+    if table is None:
+        raise typer.BadParameter("name the host's table of users, or --unlink", param_hint="--table")
+    try:
+        with operators_dsn() as dsn:
+            link = link_users(dsn, table=table, column=column, wait=wait, dry_run=dry_run)
+    except UsersMissingError as error:
+        if not as_json:
+            raise
+        print(json.dumps({"missing": error.users, "total": error.total}, ensure_ascii=False))
+        raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps({"table": link.table, "column": link.column, "would_do" if dry_run else "done": link.steps}))
+    elif not link.steps:
+        out.print(f"conversations are linked to {link.table}({link.column}) already")
+    else:
+        said = "would link" if dry_run else "linked"
+        out.print(f"{said} conversations to {link.table}({link.column}): {', '.join(link.steps)} the foreign key")
 
 
 def _say(what: str) -> Callable[[str, float], None]:
