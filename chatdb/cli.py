@@ -56,6 +56,7 @@ app.command()(cli_operators.migrate)
 app.command()(cli_operators.rollback)
 app.command()(cli_operators.check)
 app.command()(cli_operators.link_users)
+app.command()(cli_operators.adopt)
 
 User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversations.")]
 

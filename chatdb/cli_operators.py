@@ -1,15 +1,16 @@
-"""The commands for whoever runs the database: migrate, rollback, check and link-users."""
+"""The commands for whoever runs the database: migrate, rollback, check, adopt and link-users."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from chatdb.cli_shared import AsJson, DryRun, Yes, confirm, err, operators_dsn, out
+from chatdb.cli_shared import AsJson, DryRun, Yes, confirm, err, fail, operators_dsn, out, progress
 
 Wait = Annotated[
     float,
@@ -110,6 +111,47 @@ def check(
         out.print(table, soft_wrap=False)
     if any(map(is_wrong, found)):
         raise typer.Exit(1)
+
+
+def adopt(
+    dry_run: DryRun = False,
+    delete_gone: Annotated[
+        bool,
+        typer.Option(
+            "--delete-gone", help="Delete from chatdb what was adopted and is gone from the older tables since; asks."
+        ),
+    ] = False,
+    yes: Yes = False,
+    wait: Wait = 60,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Bring conversations and messages of an older system over, from its tables in public, which stay as they are.
+
+    The older system can go on writing, and the next run brings what came since. What does not fit is kept aside, with
+    the reason. One that was killed is taken up where it was.
+    """
+    from chatdb.adopt import Counts
+    from chatdb.adopt import adopt as run
+
+    if delete_gone and not (dry_run or yes or sys.stdin.isatty()):
+        fail("--delete-gone asks before it deletes. Say so with --yes")
+
+    def asked(gone: Counts) -> bool:
+        bar.stop()
+        question = f"Delete {gone} from chatdb, as far as nobody has appended there?"
+        return yes or typer.confirm(question, err=True)
+
+    with operators_dsn() as dsn, progress("adopting") as bar:
+        task = bar.add_task("messages", total=None)
+        report = run(
+            dsn,
+            dry_run=dry_run,
+            delete_gone=asked if delete_gone else None,
+            wait=wait,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(json.dumps(report.as_dict())) if as_json else out.print(report.described())
 
 
 def link_users(

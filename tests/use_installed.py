@@ -29,7 +29,7 @@ async def use(home: Path) -> None:
 with tempfile.TemporaryDirectory() as folder:
     home, file = Path(folder) / "home", Path(folder) / "sharegpt.json"
     package = Path(chatdb.__file__).parent
-    assert (package / "sql").is_dir() and (package / "migrations").is_dir(), "the wheel lacks its SQL"
+    assert (package / "sql" / "adopt").is_dir() and (package / "migrations").is_dir(), "the wheel lacks its SQL"
     file.write_text(json.dumps(SHAREGPT))
     asyncio.run(use(home))
     run = [str(Path(sys.executable).with_name("chatdb")), "demo", "--file", str(file)]

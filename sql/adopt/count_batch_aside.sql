@@ -1,0 +1,15 @@
+-- count_batch_aside
+-- Why conversations and messages of the batch do not fit, each with how many.
+
+select reason, sum(conversations)::int8 as conversations, sum(messages)::int8 as messages
+from (
+    select reason, 1 as conversations, 0 as messages
+    from pg_temp.batch_conversations
+    where reason is not null
+    union all
+    select reason, 0 as conversations, 1 as messages
+    from pg_temp.batch_messages
+    where reason is not null
+) as aside
+group by reason
+order by reason

@@ -1,0 +1,21 @@
+-- verify_chatdb
+-- How many of the conversations and messages that have been adopted are not in chatdb any more.
+
+select
+    (
+        select count(*)
+        from chatdb_adopt.conversations as a
+        where not exists (
+            select from chatdb.conversations as d
+            where d.user_id = a.user_id and d.id = a.id
+        )
+    ) as conversations,
+    (
+        select count(*)
+        from chatdb_adopt.messages as a
+        inner join chatdb_adopt.conversations as c on c.id = a.conversation_id
+        where not exists (
+            select from chatdb.messages as d
+            where d.user_id = c.user_id and d.conversation_id = a.conversation_id and d.seq = a.seq
+        )
+    ) as messages

@@ -1,0 +1,11 @@
+-- view_no_messages
+-- Stands for the older system's messages where that table is not there.
+
+create temporary table original_messages (
+    id bigint,
+    conversation_id bigint,
+    user_id text collate "C",
+    role text,
+    content text,
+    created_at timestamptz
+)
