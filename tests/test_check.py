@@ -16,6 +16,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from _catalog import DATA
+from _pgbouncer import pgbouncer
 from conftest import as_role, database_of, execute
 from test_cli import on_a_terminal
 
