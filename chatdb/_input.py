@@ -176,8 +176,8 @@ def timeout(value: object) -> float | None:
     """Return a time limit in seconds, or None for the pool's."""
     if value is None:
         return None
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise InvalidInputError("timeout", "must be a number of seconds above 0, or None")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= MAX_INT:
+        raise InvalidInputError("timeout", f"must be a number of seconds above 0, to {MAX_INT:,}, or None")
     return float(value)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import ssl
 from collections.abc import Callable
 from typing import Any, Final
@@ -35,6 +36,7 @@ _UNENCODED: Final = (
     "the DSN cannot be read: write special characters of the user and password in percent-encoding (# is %23, "
     "/ is %2F, ? is %3F)"
 )
+_PLAIN: Final = re.compile("[A-Za-z_]+")
 _SSLMODES: Final = frozenset({"disable", "allow", "prefer", "require", "verify-ca", "verify-full"})
 
 
@@ -113,8 +115,8 @@ class _Options:
         return {name: value for name, value in named.items() if value is not None}
 
     def refuse_rest(self) -> None:
-        if any("@" in value for value in self._left.values()):
-            raise ConfigurationError(_UNENCODED)
+        if any("@" in value for value in self._left.values()) or not all(map(_PLAIN.fullmatch, self._left)):
+            raise ConfigurationError(_UNENCODED)  # it may be a part of the password that looks like an option
         if self._left:
             raise ConfigurationError(f"the DSN has options that chatdb does not know: {', '.join(sorted(self._left))}")
 

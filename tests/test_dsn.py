@@ -327,3 +327,10 @@ def test_for_libpq(dsn, scheme, root):
 
     expected = {name: value.format(root=root) for name, value in LIBPQ[dsn].items()}
     assert {name: found.get(name) for name in expected} == expected
+
+
+def test_a_part_of_a_password_that_looks_like_an_option():
+    """A password with an unencoded ? and & is not quoted as the name of an unknown option."""
+    with pytest.raises(ConfigurationError, match="percent-encoding") as caught:
+        connect_arguments("postgresql://alice@localhost/chat?password=p&s3cr3t-rest=1")
+    assert "s3cr3t" not in str(caught.value)

@@ -177,7 +177,7 @@ WRONG = {
         "one dict": {"role": "user", "content": MARK},
         "the same key twice": [{"role": "user", "content": MARK, "key": MARK}] * 2,
     },
-    "timeout": {"str": "1", "bool": True, "list": [], "negative": -1.0, "NaN": float("nan")},
+    "timeout": {"str": "1", "bool": True, "list": [], "negative": -1.0, "NaN": float("nan"), "huge": 10**400},
 }
 """The wrong values of each parameter."""
 
