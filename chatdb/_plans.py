@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-import psycopg
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatdb._query import data_folder
 from chatdb._remedies import DIFFERENT, NOTE, OK, Finding
-from chatdb.direct import one
+from chatdb.direct import errors, one
 from chatdb.schema import NEEDED
+
+if TYPE_CHECKING:
+    import psycopg
 
 SMALL = 1 << 16
 """Bytes of a table up to which the planner rightly reads it whole."""
@@ -55,9 +56,9 @@ def planned(connection: psycopg.Connection) -> list[Finding]:
         try:
             plan = _plan(connection, statement)
             forced = _plan(connection, statement, whole=False) if plan.whole else plan
-        except psycopg.errors.InsufficientPrivilege:
+        except errors.InsufficientPrivilege:
             unseen.append(statement.name)
-        except psycopg.ProgrammingError as error:
+        except errors.ProgrammingError as error:
             detail = f"the server refuses it (SQLSTATE {error.sqlstate})"
             found.append(Finding(f"statement {statement.name}", DIFFERENT, detail, "mend the tables and indexes"))
         else:

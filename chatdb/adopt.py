@@ -322,6 +322,11 @@ class _Run:
         if report.dry_run:
             self._run("create_state")
         report.adopted_before = Counts(*self._row("count_adopted"))
+        if report.adopted_before.messages and not self._one("select exists (select from chatdb.messages)"):
+            raise SchemaError(
+                f"chatdb's tables are empty, though {report.adopted_before} were adopted: they were made anew since. "
+                "To adopt all again: chatdb rollback --to 0001, chatdb migrate, drop schema chatdb_adopt cascade"
+            )
         self._run("find_todo", batch)
         self._analyze("todo")
         total = int(str(self._one("select coalesce(sum(messages), 0)::int8 from pg_temp.todo where batch is not null")))

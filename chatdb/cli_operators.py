@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -14,7 +15,9 @@ from chatdb.cli_shared import AsJson, DryRun, Yes, confirm, err, fail, operators
 
 Wait = Annotated[
     float,
-    typer.Option(min=0, metavar="SECONDS", help="How long another process may be at it, and tables may be busy."),
+    typer.Option(
+        min=0, max=86_400, metavar="SECONDS", help="How long another process may be at it, and tables may be busy."
+    ),
 ]
 
 
@@ -73,7 +76,10 @@ def rollback(
         taken_back: list[str] = []
         if last and not dry_run:
             confirm(f"Take back {len(last)} migrations, with all data that they hold?", yes=yes)
-            taken_back = rollback_migrations(dsn, to=to, wait=wait, report=None if as_json else _say("took back"))
+            names = [file.name for file, _ in last]
+            taken_back = rollback_migrations(
+                dsn, to=to, expected=names, wait=wait, report=None if as_json else _say("took back")
+            )
     if as_json:
         rows = {table: count for _, tables in last for table, count in tables.items()}
         names = [file.name for file, _ in last] if dry_run else taken_back
@@ -140,7 +146,9 @@ def adopt(
     def asked(gone: Counts) -> bool:
         bar.stop()
         question = f"Delete {gone} from chatdb, as far as nobody has appended there?"
-        return yes or typer.confirm(question, err=True)
+        with suppress(typer.Abort):  # what was adopted is to be reported all the same
+            return yes or typer.confirm(question, err=True)
+        return False
 
     with operators_dsn() as dsn, progress("adopting") as bar:
         task = bar.add_task("messages", total=None)

@@ -19,6 +19,9 @@ try:
 except ImportError:
     raise ConfigurationError("the drivers for migrations are not installed: pip install 'chatdb[migrate]'") from None
 
+errors = psycopg.errors
+"""The driver's, for modules that import this one first, because it says what to install."""
+
 APPLICATION = "chatdb operator"
 _LOCK = 0x636861746462  # "chatdb"
 _NO_ROUTE = "set CHATDB_MIGRATE_URL to the direct connection (on Neon the host without -pooler)"
@@ -34,9 +37,18 @@ def connected(dsn: str) -> Generator[psycopg.Connection]:
             fallback_application_name=APPLICATION,
             client_encoding="UTF8",  # else names come as bytes from a database without an encoding
         ) as connection:
+            without_timeouts(connection)
             yield connection
     except psycopg.Error as error:
-        raise explained(error) from error
+        raise explained(error) from None  # whose text may quote a row, and a traceback would show it
+
+
+def without_timeouts(connection: psycopg.Connection) -> None:
+    """Have a session live as long as its command, whatever a role's settings say, for its lock goes with it."""
+    connection.execute(
+        "select set_config(name, '0', false) from pg_catalog.pg_settings where name in "
+        "('idle_session_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')"
+    )
 
 
 @contextmanager
@@ -109,8 +121,18 @@ def one(connection: psycopg.Connection, statement: str, *arguments: object) -> o
 def explained(error: psycopg.Error) -> ChatDBError:
     """Return chatdb's own error for the driver's, whose text may hold rows, or a password."""
     state = error.sqlstate or ""
-    if state == "42501":
-        return ConfigurationError("the database role lacks a privilege for this: run it as the database's owner")
+    if state == "42501":  # the message has names of objects only
+        return ConfigurationError(
+            f"the database role lacks a privilege ({error.diag.message_primary}): grant it, or run this as the "
+            "owner of the database and of what is named"
+        )
+    if state == "25006":
+        return ConfigurationError("the server takes no writes: is it a standby? connect to the primary")
+    if state == "3F000":
+        return ConfigurationError(
+            "the role's search_path has no schema that there is: set one, such as public, for the tables of yoyo's "
+            "bookkeeping"
+        )
     if state[:2] in {"28", "3D"}:
         return ConfigurationError("the server refused the user, the password or the database name: check the DSN")
     if state in {"55P03", "40P01", "57014"}:

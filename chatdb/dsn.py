@@ -90,6 +90,11 @@ def libpq_dsn(dsn: str, *, scheme: str) -> str:
     options = dict(_query_of(parts))
     if isinstance(arguments.get("ssl"), ssl.SSLContext) and arguments["ssl"].check_hostname:
         options = {"sslrootcert": "system"} | options | {"sslmode": "verify-full"}
+    elif options.get("sslmode") == "verify-ca" and options.get("sslrootcert", "system") == "system":
+        found = ssl.get_default_verify_paths().cafile  # libpq takes "system" with verify-full only
+        if not found:
+            raise ConfigurationError("the DSN's sslmode=verify-ca needs an sslrootcert: name the authority's file")
+        options["sslrootcert"] = found
     # not urlunsplit, which leaves out the // before an empty host
     return f"{scheme}://{parts.netloc}{parts.path}?{urlencode(options, quote_via=quote)}".rstrip("?")
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-
-import psycopg
+from typing import TYPE_CHECKING
 
 from chatdb._plans import planned, served
 from chatdb._remedies import DIFFERENT, MISSING, NOTE, OK, Finding, catalog
@@ -19,6 +18,9 @@ from chatdb.errors import ConfigurationError
 from chatdb.migrate import applied_migrations, migration_files
 from chatdb.records import SchemaPart
 from chatdb.schema import NEEDED, STATEMENT
+
+if TYPE_CHECKING:
+    import psycopg
 
 OLDEST, NEWEST = 14, 18
 """The major versions of PostgreSQL that this release is made for."""
@@ -97,7 +99,7 @@ def _migrations(dsn: str, folder: Path | None) -> list[Finding]:
     except ConfigurationError as error:
         return [Finding("migration files", DIFFERENT, str(error), "restore the file, or install chatdb again")]
     try:
-        applied = applied_migrations(dsn)
+        applied = applied_migrations(dsn, folder=folder)
     except ConfigurationError:
         return [Finding("migrations", NOTE, "this role may not read which were applied: ask the database's owner", "")]
     found: list[Finding] = []

@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import cycle
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import psycopg
-
-from chatdb.direct import connected, locked, one, patiently
+from chatdb.direct import connected, errors, locked, one, patiently
 from chatdb.errors import InvalidInputError, SchemaError
+
+if TYPE_CHECKING:
+    import psycopg
 
 LINK = "fk_conversations_user"
 WAIT = 60.0
@@ -89,7 +90,7 @@ def link_users(dsn: str, *, table: str, column: str = "id", wait: float = WAIT, 
         if "validate" in steps:
             try:
                 patiently(lambda: _validate(connection), deadline)
-            except psycopg.errors.ForeignKeyViolation:
+            except errors.ForeignKeyViolation:
                 _drop(connection, target.oid, deadline)
                 _refuse_missing(connection, target)
                 raise
@@ -110,7 +111,7 @@ def _target(connection: psycopg.Connection, table: str, column: str) -> _Target:
     """Return the host's column, if a foreign key can reference it."""
     try:
         oid = one(connection, "select to_regclass(%s)::oid", table)
-    except (psycopg.errors.SyntaxError, psycopg.errors.InvalidName, psycopg.errors.FeatureNotSupported):
+    except (errors.SyntaxError, errors.InvalidName, errors.FeatureNotSupported):
         raise InvalidInputError("table", "is no name of a table: write it as in SQL, like public.users") from None
     row = connection.execute(
         """
@@ -185,7 +186,7 @@ def _refuse_missing(connection: psycopg.Connection, target: _Target) -> None:
         f"""
         select user_id, count(*) over ()
         from (select distinct user_id from chatdb.conversations) as c
-        where not exists (select from {target.table} as u where u.{target.column} = c.user_id)
+        where not exists (select from {target.table} as u where u.{target.column} collate "C" = c.user_id)
         order by user_id
         limit {SHOWN}
         """.encode()  # noqa: S608 - names that the server has quoted

@@ -17,14 +17,16 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote, urlencode
 
 from chatdb._query import data_folder
-from chatdb.direct import APPLICATION, connected, locked, one, patiently
+from chatdb.direct import APPLICATION, connected, locked, one, patiently, without_timeouts
 from chatdb.dsn import libpq_dsn
 from chatdb.errors import ConfigurationError, InvalidInputError, SchemaError, UnavailableError
 
 try:
     import psycopg
+    import psycopg.conninfo
     import yoyo
 except ImportError:
     raise ConfigurationError("yoyo is not installed: pip install 'chatdb[migrate]'") from None
@@ -100,9 +102,16 @@ def apply_migrations(
     files = migration_files(folder)
     deadline = time.monotonic() + wait
     with locked(dsn, wait=wait) as connection:
+        _settle(connection, files)
         missing = _missing(connection, files, to)
         _compare(connection, files)
         _rebuild_indexes(connection, deadline)
+        if not missing and to is None and one(connection, _TABLES) is None:
+            raise SchemaError(
+                "yoyo's tables say that all migrations are applied, and chatdb's tables are not there: either another "
+                "project's migrations have the same names, and chatdb's need yoyo's tables in a schema of their own (a "
+                "role with another search_path), or the tables were dropped by hand (yoyo unmark, and run this again)"
+            )
         if not missing and _applied(connection) & {file.name for file in files} <= _remembered(connection).keys():
             return []
         if not one(connection, "select has_database_privilege(current_database(), 'create')"):
@@ -119,16 +128,30 @@ def apply_migrations(
 
 
 def rollback_migrations(
-    dsn: str, *, to: str | None = None, wait: float = WAIT, report: Report | None = None, folder: Path | None = None
+    dsn: str,
+    *,
+    to: str | None = None,
+    expected: list[str] | None = None,
+    wait: float = WAIT,
+    report: Report | None = None,
+    folder: Path | None = None,
 ) -> list[str]:
     """
     Take back the last migration, or all after `to` ("0": all), and return their names. Their data are deleted.
 
-    Blocks, and raises, as `apply_migrations` does.
+    `expected` are the names that somebody has agreed to; nothing is done if it would be others by now.
+
+    Blocks, and raises, as `apply_migrations` does; SchemaError also when a newer release has migrated the database,
+    whose own migrations have to go first.
     """
     files = migration_files(folder)
     with locked(dsn, wait=wait) as connection:
+        _settle(connection, files)
         last = _last(connection, files, to)
+        if expected is not None and [file.name for file in last] != expected:
+            raise SchemaError(
+                "another process has migrated this database meanwhile: nothing was taken back, look again"
+            )
         if not last:
             if one(connection, "select to_regclass('_chatdb_migration')") is not None:
                 _remember(connection, files)
@@ -142,8 +165,9 @@ def rollback_migrations(
 
 def missing_migrations(dsn: str, *, to: str | None = None, folder: Path | None = None) -> list[MigrationFile]:
     """Return what `apply_migrations` would apply, without writing anything."""
+    files = migration_files(folder)
     with connected(dsn) as connection:
-        files = migration_files(folder)
+        _settle(connection, files)
         _compare(connection, files)
         return _missing(connection, files, to)
 
@@ -152,22 +176,57 @@ def last_migrations(
     dsn: str, *, to: str | None = None, folder: Path | None = None
 ) -> list[tuple[MigrationFile, dict[str, int]]]:
     """Return what `rollback_migrations` would take back, each with the tables that go and their numbers of rows."""
+    files = migration_files(folder)
     with connected(dsn) as connection:
+        _settle(connection, files)
         return [
             (file, {table: rows for table in _dropped(file) if (rows := _count(connection, table)) is not None})
-            for file in _last(connection, migration_files(folder), to)
+            for file in _last(connection, files, to)
         ]
 
 
-def applied_migrations(dsn: str) -> dict[str, str | None]:
+def applied_migrations(dsn: str, *, folder: Path | None = None) -> dict[str, str | None]:
     """Return the names of what yoyo has applied, each with the checksum that chatdb remembers of it."""
     with connected(dsn) as connection:
+        _settle(connection, migration_files(folder))
         remembered = _remembered(connection)
         return {name: remembered.get(name) for name in sorted(_applied(connection))}
 
 
 def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _settle(connection: psycopg.Connection, files: list[MigrationFile]) -> None:
+    """Have the session see one schema, that of yoyo's tables: where these migrations are, else the first there is."""
+    found = connection.execute(
+        """
+        select quote_ident(n.nspname), has_schema_privilege(n.oid, 'usage') and has_table_privilege(c.oid, 'select')
+        from pg_catalog.pg_class as c
+        inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
+        inner join pg_catalog.pg_attribute as a on a.attrelid = c.oid and a.attname = 'migration_id'
+        where c.relname = '_yoyo_migration' and c.relkind = 'r'
+        order by n.nspname is distinct from current_schema(), n.nspname <> 'public', n.nspname
+        """
+    ).fetchall()
+    names = [file.name for file in files]
+    statement = "select true from {}._yoyo_migration where migration_id = any(%s) limit 1"
+    readable = [schema for schema, is_readable in found if is_readable]
+    if found and not readable:
+        raise ConfigurationError("the database role may not read which migrations were applied: ask the owner")
+    having = [schema for schema in readable if one(connection, statement.format(schema), names)]
+    schema = having[0] if having else one(connection, "select quote_ident(current_schema())")
+    if schema is None:
+        raise ConfigurationError(
+            "the role's search_path has no schema that there is: set one, such as public, for yoyo's tables"
+        )
+    connection.execute("select set_config('search_path', %s, false)", [schema])
+
+
+_TABLES = """
+    select c.oid from pg_catalog.pg_class as c inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
+    where n.nspname = 'chatdb' and c.relname = 'conversations'
+"""
 
 
 def _named(files: list[MigrationFile], to: str) -> int:
@@ -187,6 +246,11 @@ def _missing(connection: psycopg.Connection, files: list[MigrationFile], to: str
 
 
 def _last(connection: psycopg.Connection, files: list[MigrationFile], to: str | None) -> list[MigrationFile]:
+    newer = sorted(_remembered(connection).keys() - {file.name for file in files})
+    if newer:
+        raise SchemaError(
+            f"a newer release has applied {', '.join(newer)}: take that back first, by that release's chatdb rollback"
+        )
     applied = _applied(connection)
     last = [file for file in reversed(files) if file.name in applied]
     if to is None:
@@ -243,20 +307,32 @@ def _remember(connection: psycopg.Connection, files: list[MigrationFile]) -> Non
 
 def _rebuild_indexes(connection: psycopg.Connection, deadline: float) -> None:
     """Rebuild the indexes that CREATE INDEX CONCURRENTLY left invalid when it failed or was killed."""
-    found = connection.execute(
-        """
-        select c.relname, quote_ident(n.nspname) || '.' || quote_ident(c.relname)
-        from pg_catalog.pg_index as i
-        inner join pg_catalog.pg_class as c on c.oid = i.indexrelid
-        inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
-        where n.nspname = 'chatdb' and not i.indisvalid
-          and not exists (select from pg_catalog.pg_stat_progress_create_index as p where p.index_relid = i.indexrelid)
-        """
-    ).fetchall()
-    for name, identifier in found:
-        leftover = re.search(r"_cc(new|old)\d*$", name)  # of a REINDEX CONCURRENTLY, whose own index is there
-        action = "drop index concurrently if exists" if leftover else "reindex index concurrently"
-        patiently(lambda: connection.execute(f"{action} {identifier}".encode()), deadline)  # noqa: B023 - called at once
+
+    def rebuild() -> None:
+        connection.execute("set lock_timeout = '2s'")  # CONCURRENTLY is for no transaction
+        for name, identifier in connection.execute(_INVALID).fetchall():
+            leftover = re.search(r"_cc(new|old)\d*$", name)  # of a REINDEX CONCURRENTLY, whose own index is there
+            action = "drop index concurrently if exists" if leftover else "reindex index concurrently"
+            connection.execute(f"{action} {identifier}".encode())
+
+    patiently(rebuild, deadline)
+    connection.execute("reset lock_timeout")
+
+
+# not those that are being built; which one another role builds is not to be seen
+_INVALID = """
+    select c.relname, quote_ident(n.nspname) || '.' || quote_ident(c.relname)
+    from pg_catalog.pg_index as i
+    inner join pg_catalog.pg_class as c on c.oid = i.indexrelid
+    inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
+    where n.nspname = 'chatdb'
+      and not i.indisvalid
+      and not exists (
+          select from pg_catalog.pg_stat_progress_create_index as p
+          where p.datname = current_database() and coalesce(p.index_relid = i.indexrelid, true)
+      )
+    order by c.relname !~ '_cc(new|old)[0-9]*$', c.relname
+"""
 
 
 def _dropped(file: MigrationFile) -> list[str]:
@@ -272,14 +348,16 @@ def _count(connection: psycopg.Connection, table: str) -> int | None:
 class _Yoyo:
     """yoyo on a database whose locks are held."""
 
-    def __init__(self, backend: Any, deadline: float) -> None:  # noqa: ANN401 - yoyo is untyped
+    def __init__(self, backend: Any, lock: psycopg.Connection, deadline: float) -> None:  # noqa: ANN401 - untyped
         self.connection: psycopg.Connection = backend.connection
         self._backend = backend
+        self._lock = lock
         self._deadline = deadline
 
     def carry_out(self, direction: str, file: MigrationFile, report: Report | None) -> None:
         """Apply a migration, or take it back."""
         start = time.monotonic()
+        self._lock.execute("select 1")  # or another may be at it by now
         migrations = _yoyos([file])
         work = self._backend.apply_migrations if direction == "apply" else self._backend.rollback_migrations
         patiently(lambda: work(migrations), self._deadline)
@@ -294,13 +372,19 @@ def _yoyo(dsn: str, connection: psycopg.Connection, files: list[MigrationFile], 
         getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name, and yoyo writes it into its log
         os.environ["LOGNAME"] = str(os.geteuid())
-    backend = yoyo.get_backend(libpq_dsn(dsn, scheme="postgresql+psycopg"))
+    # its keywords, because yoyo reads a DSN in another way than libpq; the schema is for each of yoyo's connections
+    options = psycopg.conninfo.conninfo_to_dict(libpq_dsn(dsn, scheme="postgresql")) | {
+        "schema": one(connection, "select quote_ident(current_schema())"),
+        "client_encoding": "UTF8",
+        "fallback_application_name": APPLICATION,
+    }
+    backend = yoyo.get_backend(f"postgresql+psycopg:///?{urlencode(options, quote_via=quote)}")
     try:
-        backend.connection.execute("select set_config('application_name', %s, false)", [APPLICATION])
+        without_timeouts(backend.connection)
         backend._is_locked = True  # by this module's locks; its own would outlive a killed process
         patiently(backend.ensure_internal_schema_updated, deadline)
         with _yoyos_lock(connection, held=all(each.use_transactions for each in _yoyos(files)), deadline=deadline):
-            yield _Yoyo(backend, deadline)
+            yield _Yoyo(backend, connection, deadline)
     finally:
         backend.connection.close()
 
@@ -348,8 +432,8 @@ _FREE_YOYOS_LOCK = """
     where l.pid < 0 or not exists (
         select from pg_catalog.pg_stat_activity as a
         where a.datname = current_database()
-          and a.backend_type = 'client backend'
-          and a.application_name <> %(application)s
+          and coalesce(a.backend_type, 'client backend') = 'client backend'
+          and coalesce(a.application_name, '') <> %(application)s
           and coalesce(a.backend_start < l.ctime at time zone 'UTC' + interval '1 minute', true)
     )
 """

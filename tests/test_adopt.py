@@ -23,6 +23,7 @@ import chatdb
 from benchmarks.original import Conversation, Message
 from chatdb.adopt import AdoptReport, Counts, adopt
 from chatdb.errors import ConfigurationError, SchemaError, UnavailableError
+from chatdb.migrate import apply_migrations, rollback_migrations
 from tests import _older as older_system
 from tests._older import START, Writers, add, fill, rows, untouched
 from tests.conftest import as_role, database_of, execute
@@ -799,3 +800,19 @@ def test_the_command(older: str) -> None:
     assert report["complete"] is True
     assert "secret" not in said + json.dumps(report)
     assert set(report) == {*vars(AdoptReport()), "complete"}
+
+
+async def test_tables_made_anew_since(older: str) -> None:
+    """Where chatdb's tables were taken back and made anew, an adoption says so, and does not take itself for done."""
+    fill(older)
+    adopt(older)
+    before = await stored(older)
+    rollback_migrations(older)
+    apply_migrations(older)
+    with pytest.raises(SchemaError, match="made anew since"):
+        adopt(older)
+    rollback_migrations(older, to="0001")
+    apply_migrations(older)
+    execute(older, "drop schema chatdb_adopt cascade")
+    adopt(older)
+    assert await stored(older) == before

@@ -11,18 +11,27 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import psycopg
 import pytest
 
 import chatdb
 from chatdb import migrate
-from chatdb.direct import is_pooled, locked
-from chatdb.migrate import apply_migrations, migration_files, missing_migrations, rollback_migrations
+from chatdb.direct import connected, is_pooled, locked
+from chatdb.dsn import connect_arguments
+from chatdb.migrate import (
+    apply_migrations,
+    last_migrations,
+    migration_files,
+    missing_migrations,
+    rollback_migrations,
+)
 from tests._pgbouncer import pgbouncer
 from tests.conftest import as_role, execute
 from tests.test_cli import chatdb as command
@@ -328,6 +337,161 @@ def test_invalid_indexes(dsn: str, folder: Path) -> None:
 def make_invalid(dsn: str, index: str) -> None:
     """Make an index invalid, as a CREATE INDEX CONCURRENTLY leaves it that failed."""
     execute(dsn, f"update pg_index set indisvalid = false where indexrelid = 'chatdb.{index}'::regclass")
+
+
+def test_a_newer_releases_migrations(dsn: str, folder: Path) -> None:
+    """An older release does not take back what stands below a newer one's migrations."""
+    add(folder, "0004.later", "create table if not exists chatdb.later (id int);", "drop table if exists chatdb.later;")
+    assert apply_migrations(dsn, folder=folder) == ["0004.later"]
+    for call in (rollback_migrations, last_migrations):
+        with pytest.raises(chatdb.SchemaError, match=r"a newer release has applied 0004\.later"):
+            call(dsn)
+    assert rollback_migrations(dsn, folder=folder) == ["0004.later"]
+    assert rollback_migrations(dsn) == [NAMES[2]]
+
+
+def test_what_was_agreed_to(dsn: str) -> None:
+    """A rollback that would take back another migration than the one that was agreed to does nothing."""
+    assert rollback_migrations(dsn, expected=[NAMES[2]]) == [NAMES[2]]
+    with pytest.raises(chatdb.SchemaError, match="migrated this database meanwhile"):
+        rollback_migrations(dsn, expected=[NAMES[2]])
+    assert value(dsn, "select to_regclass('chatdb.conversations') is not null")
+
+
+@pytest.fixture
+def owner(empty_dsn: str) -> Iterator[str]:
+    """Give the DSN of a role that is no superuser and owns the database."""
+    name = f"owner_{os.getpid()}"
+    execute(
+        empty_dsn,
+        f"create role {name} login password '{name}'",
+        f"grant {name} to current_user",
+        "do $$ begin execute format('alter database %I owner to " + name + "', current_database()); end $$",
+        f"grant create, usage on schema public to {name}",
+    )
+    yield as_role(empty_dsn, name)
+    execute(
+        empty_dsn,
+        "do $$ begin execute format('alter database %I owner to %I', current_database(), session_user); end $$",
+        f"drop owned by {name}",
+        f"drop role {name}",
+    )
+
+
+def test_a_role_named_chatdb(empty_dsn: str) -> None:
+    """The bookkeeping stays in one schema, although the first migration makes one of the role's name."""
+    execute(empty_dsn, "drop role if exists chatdb", "create role chatdb login superuser password 'chatdb'")
+    dsn = as_role(empty_dsn, "chatdb")
+    try:
+        assert apply_migrations(dsn) == NAMES
+        assert None not in migrate.applied_migrations(empty_dsn).values()
+        assert value(dsn, "select count(*) from pg_class where relname = '_chatdb_migration'") == 1
+        assert rollback_migrations(dsn, to="0") == NAMES[::-1]
+    finally:
+        execute(empty_dsn, "drop owned by chatdb", "drop role chatdb")
+
+
+def test_another_search_path(empty_dsn: str) -> None:
+    """Whatever a role's search_path is, the bookkeeping is where it was begun; without a schema an error says so."""
+    execute(empty_dsn, "create schema app")
+    joint = "&" if "?" in empty_dsn else "?"
+    other = f"{empty_dsn}{joint}options=-csearch_path%3Dapp,public"
+    assert apply_migrations(empty_dsn, to="0002") == NAMES[:2]
+    assert apply_migrations(other) == NAMES[2:]
+    assert rollback_migrations(other) == [NAMES[2]]
+    assert apply_migrations(empty_dsn) == NAMES[2:]
+    assert value(empty_dsn, "select count(*) from pg_class where relnamespace = 'app'::regnamespace") == 0
+    rollback_migrations(other, to="0")
+    execute(empty_dsn, "drop table _yoyo_migration, _chatdb_migration")
+    with pytest.raises(chatdb.ConfigurationError, match="search_path"):
+        apply_migrations(f"{empty_dsn}{joint}options=-csearch_path%3Dnowhere")
+    assert apply_migrations(other) == NAMES
+    assert value(empty_dsn, "select count(*) from app._chatdb_migration") == len(NAMES)
+    assert apply_migrations(empty_dsn) == []
+
+
+def test_another_roles_session(owner: str, empty_dsn: str) -> None:
+    """A yoyo and a CREATE INDEX of another role are respected, though the owner sees little of their sessions."""
+    assert apply_migrations(owner) == NAMES
+    with psycopg.connect(empty_dsn) as yoyos:
+        yoyos.execute("insert into yoyo_lock (locked, ctime, pid) values (1, now() at time zone 'UTC', 4711)")
+        yoyos.commit()
+        with pytest.raises(chatdb.UnavailableError, match="break-lock"):
+            rollback_migrations(owner, wait=0)
+        yoyos.execute("delete from yoyo_lock")
+    with (
+        transaction(empty_dsn, "insert into chatdb.conversations (user_id) values ('a')") as writer,
+        ThreadPoolExecutor() as threads,
+    ):
+        building = threads.submit(execute, empty_dsn, CONCURRENTLY.splitlines()[2].replace("messages", "conversations"))
+        while value(empty_dsn, "select count(*) from pg_index where not indisvalid") != 1:
+            time.sleep(0.01)
+        assert apply_migrations(owner, wait=0) == []
+        writer.rollback()
+        building.result()
+
+
+def test_an_index_that_cannot_be_rebuilt_now(dsn: str) -> None:
+    """The rebuilding of an index waits no longer than it was told to, and leaves nothing of its tries."""
+    make_invalid(dsn, "uq_messages_user_id_conversation_id_key")
+    with (
+        transaction(dsn, "select from chatdb.messages"),
+        pytest.raises(chatdb.UnavailableError, match="55P03"),
+    ):
+        apply_migrations(dsn, wait=0)
+    assert apply_migrations(dsn) == []
+    assert value(dsn, "select count(*) from pg_index where not indisvalid") == 0
+    assert value(dsn, "select count(*) from pg_class where relname ~ '_cc(new|old)'") == 0
+
+
+def test_timeouts_of_a_role(owner: str, empty_dsn: str) -> None:
+    """Timeouts that a role has for its service do not end the session that holds the locks."""
+    role = f"owner_{os.getpid()}"
+    for name in ("idle_session_timeout", "idle_in_transaction_session_timeout", "transaction_timeout"):
+        if value(empty_dsn, f"select count(*) from pg_settings where name = '{name}'"):
+            execute(empty_dsn, f"alter role {role} set {name} = '300ms'")
+    with locked(owner, wait=0) as connection:
+        connection.execute("begin")
+        time.sleep(0.6)
+        connection.execute("commit")
+        time.sleep(0.6)
+        connection.execute("select 1")
+
+
+def test_tables_that_are_not_there(dsn: str) -> None:
+    """Marks of migrations without their tables, as another project's of the same names leave them, are an error."""
+    execute(dsn, "drop schema chatdb cascade")
+    with pytest.raises(chatdb.SchemaError, match="another project's migrations"):
+        apply_migrations(dsn)
+
+
+def test_a_dsn_of_several_hosts(empty_dsn: str) -> None:
+    """A DSN is read as libpq reads it: with several hosts, and with names in percent-encoding."""
+    arguments = connect_arguments(empty_dsn)
+    host, port = arguments["host"][0], arguments.get("port", 5432)
+    user, password = arguments["user"], arguments.get("password", "")
+    execute(empty_dsn, 'drop database if exists "we ird%"', 'create database "we ird%" template template0')
+    try:
+        place = f"{quote(host, safe='')}:{port}"
+        dsn = f"postgresql://{user}:{password}@127.0.0.1:1,{place}/we%20ird%25?sslmode=disable"
+        assert apply_migrations(dsn) == NAMES
+        assert rollback_migrations(dsn, to="0") == NAMES[::-1]
+    finally:
+        execute(empty_dsn, 'drop database "we ird%" with (force)')
+
+
+def test_no_row_in_a_traceback(dsn: str) -> None:
+    """What the server quotes of a row does not come out, not even as the cause of chatdb's error."""
+    secret = "a private word"
+    execute(dsn, f"alter table chatdb.conversations add check (title <> '{secret}')")
+
+    def insert() -> None:
+        with connected(dsn) as connection:
+            connection.execute("insert into chatdb.conversations (user_id, title) values ('a', %s)", [secret])
+
+    with pytest.raises(chatdb.ChatDBError) as caught:
+        insert()
+    assert secret not in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_role_without_privileges(dsn: str) -> None:
