@@ -95,8 +95,11 @@ def libpq_dsn(dsn: str, *, scheme: str) -> str:
         if not found:
             raise ConfigurationError("the DSN's sslmode=verify-ca needs an sslrootcert: name the authority's file")
         options["sslrootcert"] = found
+    # libpq ends the password at its first @, would look for a host of the rest's name, and tell it in its errors
+    login, at, address = parts.netloc.rpartition("@")
+    encoded = ":".join(quote(unquote(part), safe="") for part in login.split(":", 1))
     # not urlunsplit, which leaves out the // before an empty host
-    return f"{scheme}://{parts.netloc}{parts.path}?{urlencode(options, quote_via=quote)}".rstrip("?")
+    return f"{scheme}://{encoded}{at}{address}{parts.path}?{urlencode(options, quote_via=quote)}".rstrip("?")
 
 
 class _Options:

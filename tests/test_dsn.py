@@ -334,3 +334,10 @@ def test_a_part_of_a_password_that_looks_like_an_option():
     with pytest.raises(ConfigurationError, match="percent-encoding") as caught:
         connect_arguments("postgresql://alice@localhost/chat?password=p&s3cr3t-rest=1")
     assert "s3cr3t" not in str(caught.value)
+
+
+def test_libpq_gets_the_whole_password():
+    """libpq, which ends a password at its first @ or :, gets what asyncpg gets."""
+    for dsn in ("postgresql://ann:a@b:c@localhost/chat", "postgresql://ann:a%40b%3Ac@localhost/chat"):
+        assert connect_arguments(dsn)["password"] == "a@b:c"
+        assert libpq_dsn(dsn, scheme="postgresql") == "postgresql://ann:a%40b%3Ac@localhost/chat"
