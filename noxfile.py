@@ -68,6 +68,14 @@ def uvloop(session: nox.Session) -> None:
 
 
 @nox.session
+def least_privilege(session: nox.Session) -> None:
+    """Run the tests of the functions as the application's role of docs/security.md, which can change no tables."""
+    install(session, "test")
+    files = ("messages", "conversations", "isolation", "concurrency", "transfer", "input", "errors", "pool", "records")
+    session.run("pytest", "--role", "app", *(f"tests/test_{name}.py" for name in files), *session.posargs)
+
+
+@nox.session
 def container(session: nox.Session) -> None:
     """Run the whole suite on a PostgreSQL that testcontainers starts; CHATDB_TEST_IMAGE names its image."""
     install(session, "test")

@@ -9,8 +9,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
@@ -22,8 +22,10 @@ import uvloop
 import chatdb
 from chatdb import embedded
 from chatdb.migrate import apply_migrations
+from tests._roles import Roles
 
 SERVERS = ("auto", "dsn", "container", "embedded", "local")
+AppOf = Callable[[str, pytest.FixtureRequest], str]
 _serial = itertools.count()
 
 
@@ -36,6 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what the nox sessions choose by."""
     group = parser.getgroup("chatdb")
     group.addoption("--server", choices=SERVERS, default="auto", help="where the PostgreSQL for the tests comes from")
+    group.addoption(
+        "--role", choices=("owner", "app"), default="owner", help="as which role of docs/security.md the tests connect"
+    )
     group.addoption("--quick", action="store_true", help="of what -m chaos runs, a sample")
     group.addoption("--uvloop", action="store_true", help="run the coroutines on uvloop instead of asyncio's own loop")
 
@@ -176,8 +181,49 @@ def execute(dsn: str, *statements: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def template(server: str) -> Iterator[str]:
+def roles(server: str) -> Iterator[Roles]:
+    """Give the roles of docs/security.md, which can log in by their names, and a migrated database of the owner's."""
+    name = f"chatdb_test_{os.getpid()}"
+    made = Roles(f"{name}_owner", f"{name}_app", f"{name}_reader", f"{name}_chat")
+    as_superuser, there, as_owner = made.blocks()
+    dsn = database_of(server, made.database)
+    names = (made.owner, made.app, made.reader)
+    execute(server, *as_superuser, *(f"alter role {role} password '{role}'" for role in names))
+    execute(dsn, *there)
+    apply_migrations(as_role(dsn, made.owner))
+    execute(as_role(dsn, made.owner), *as_owner)
+    yield made
+    execute(server, f"drop database {made.database} with (force)", *(f"drop role {role}" for role in names))
+
+
+@contextmanager
+def cloned(server: str, roles: Roles, name: str) -> Iterator[str]:
+    """Give the DSN, for the server's own role, of a clone of the roles' database."""
+    execute(server, f"create database {name} template {roles.database} owner {roles.owner}", *roles.on_database(name))
+    yield database_of(server, name)
+    execute(server, f"drop database {name} with (force)")
+
+
+@pytest.fixture(scope="session")
+def app_of(request: pytest.FixtureRequest) -> AppOf:
+    """Give the function that makes of the server's DSN the one by which a test connects."""
+
+    def of(dsn: str, test: pytest.FixtureRequest) -> str:
+        if request.config.getoption("--role") == "owner" or test.node.get_closest_marker("owner"):
+            return dsn
+        roles: Roles = request.getfixturevalue("roles")
+        execute(dsn, *roles.on_database(urlsplit(dsn).path[1:]))
+        return as_role(dsn, roles.app)
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def template(server: str, request: pytest.FixtureRequest) -> Iterator[str]:
     """Give the name of a migrated database that tests clone."""
+    if request.config.getoption("--role") == "app":
+        yield request.getfixturevalue("roles").database
+        return
     name = f"chatdb_test_{os.getpid()}"
     execute(server, f"create database {name}")
     apply_migrations(database_of(server, name))
@@ -195,11 +241,11 @@ def empty_dsn(server: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def dsn(server: str, template: str) -> Iterator[str]:
+def dsn(server: str, template: str, app_of: AppOf, request: pytest.FixtureRequest) -> Iterator[str]:
     """Give the DSN of a migrated database of the test's own, whose commits nobody else sees."""
     name = f"chatdb_test_{os.getpid()}_{next(_serial)}"
     execute(server, f"create database {name} template {template}")
-    yield database_of(server, name)
+    yield app_of(database_of(server, name), request)
     execute(server, f"drop database {name} with (force)")
 
 
@@ -220,9 +266,9 @@ def shared_dsn(server: str, template: str) -> Iterator[str]:
 
 
 @pytest.fixture
-async def tx(shared_dsn: str) -> AsyncIterator[asyncpg.Connection]:
+async def tx(shared_dsn: str, app_of: AppOf, request: pytest.FixtureRequest) -> AsyncIterator[asyncpg.Connection]:
     """Give a connection inside a transaction that is rolled back after the test: the quickest database there is."""
-    connection = await asyncpg.connect(**chatdb.dsn.connect_arguments(shared_dsn))
+    connection = await asyncpg.connect(**chatdb.dsn.connect_arguments(app_of(shared_dsn, request)))
     block = connection.transaction()
     await block.start()
     yield connection

@@ -120,6 +120,7 @@ async def test_create_with_a_stored_key(tx):
     assert await create(tx, key="thread-1", title="Other plans", metadata={"model": "large"}) == first
 
 
+@pytest.mark.owner
 async def test_create_with_a_stored_key_writes_nothing(tx):
     """A stored key costs no row version and no number of the identity, and shows what has happened since."""
     first = await create(tx, key="thread-1")

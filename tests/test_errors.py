@@ -398,6 +398,7 @@ async def test_a_database_without_migrations(empty_dsn):
     assert said == dict.fromkeys(said, True)
 
 
+@pytest.mark.owner
 @pytest.mark.parametrize(
     ("older", "missing", "name", "arguments"),
     [
@@ -431,6 +432,7 @@ async def test_a_database_with_older_migrations(tx, older, missing, name, argume
         await call(tx, name, arguments, conversation)
 
 
+@pytest.mark.owner
 @pytest.mark.parametrize("table", NEEDED)
 async def test_check_schema_misses_every_part(tx, table):
     """Whatever column, constraint or index is dropped, the check names it."""
@@ -451,6 +453,7 @@ async def test_check_schema_misses_every_part(tx, table):
     await chatdb.check_schema(tx)
 
 
+@pytest.mark.owner
 async def test_check_schema_knows_types(tx):
     """A column of another type is not the one that is needed."""
     await tx.execute("alter table chatdb.messages alter column payload type jsonb")
@@ -459,6 +462,7 @@ async def test_check_schema_knows_types(tx):
         await chatdb.check_schema(tx)
 
 
+@pytest.mark.owner
 async def test_check_schema_knows_invalid_indexes(db):
     """An index that was left invalid by a failed build is not the one that is needed."""
     index = "uq_conversations_user_id_key"
@@ -474,6 +478,7 @@ async def test_check_schema_knows_invalid_indexes(db):
         await chatdb.check_schema(db)
 
 
+@pytest.mark.owner
 async def test_a_database_with_newer_migrations(db):
     """A database that has more columns, tables and indexes is served, also by statements that were prepared before."""
 
@@ -514,6 +519,7 @@ def role_dsn(dsn, role):
     return urlunsplit(parts._replace(netloc=f"{role}:{MARK}@{parts.netloc.rpartition('@')[2]}"))
 
 
+@pytest.mark.owner
 async def test_a_role_without_privileges(role_dsn):
     """A role that may not use chatdb's tables is told to be granted that."""
     async with chatdb.create_pool(role_dsn) as db:
@@ -522,6 +528,7 @@ async def test_a_role_without_privileges(role_dsn):
                 await call(db, name, arguments, NOBODYS)
 
 
+@pytest.mark.owner
 async def test_a_role_with_some_privileges(role_dsn, role, db):
     """A role that may read only is told of the privilege that a write lacks."""
     conversation = await chatdb.create_conversation(db, user_id="alice")
@@ -533,6 +540,7 @@ async def test_a_role_with_some_privileges(role_dsn, role, db):
     await db.execute(f"drop owned by {role}")
 
 
+@pytest.mark.owner
 async def test_a_role_that_may_not_log_in(role_dsn, role, db):
     """A role that the server does not let in is a matter of configuration."""
     await db.execute(f"alter role {role} nologin")
@@ -541,6 +549,7 @@ async def test_a_role_that_may_not_log_in(role_dsn, role, db):
         await chatdb.create_pool(role_dsn)
 
 
+@pytest.mark.owner
 async def test_a_role_with_too_many_connections(role_dsn, role, db):
     """A server that has no connection left can be tried again: nothing was sent."""
     await db.execute(f"alter role {role} connection limit 1")

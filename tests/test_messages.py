@@ -353,6 +353,7 @@ async def test_append_messages_is_all_or_nothing(talk, key):
     assert (await talk.get_conversation()).last_seq == 0
 
 
+@pytest.mark.owner
 @pytest.mark.parametrize("key", [None, "k"], ids=["unkeyed", "keyed"])
 async def test_append_messages_that_the_database_refuses(talk, key):
     """A batch of which the database refuses one message leaves nothing behind."""

@@ -825,6 +825,7 @@ async def test_asyncpgs_own_transaction_says_nothing(conversation, dsn):
     assert contents(dsn) == []
 
 
+@pytest.mark.owner
 async def test_an_error_at_the_commit_is_told(handle, conversation, dsn):
     """A constraint that is checked at COMMIT makes that an error of chatdb's, and nothing is stored."""
     with psycopg.connect(dsn, autocommit=True) as admin:
