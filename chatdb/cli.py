@@ -29,6 +29,7 @@ from rich.table import Table
 
 import chatdb
 from chatdb import cli_operators, sources
+from chatdb._query import Database
 from chatdb.cli_shared import AsJson, err, fail, out, progress, say_embedded
 from chatdb.errors import ChatDBError, ConfigurationError, InvalidInputError
 from chatdb.pool import Pool
@@ -46,7 +47,8 @@ app = typer.Typer(
     The database is the one that DATABASE_URL names, in the environment or in a file .env; without it an embedded
     PostgreSQL that chatdb starts and stops, with its data in CHATDB_HOME or the user's data folder.
 
-    migrate, rollback, check, adopt and link-users take CHATDB_MIGRATE_URL first: they need a direct connection.
+    migrate, rollback, protect, check, adopt and link-users take CHATDB_MIGRATE_URL first: they need a direct
+    connection.
 
     Exit status: 0 done, 1 an error, which is said on standard error, 2 wrong usage, 130 interrupted.
     """,
@@ -57,6 +59,7 @@ app.command()(cli_operators.rollback)
 app.command()(cli_operators.check)
 app.command()(cli_operators.link_users)
 app.command()(cli_operators.adopt)
+app.command()(cli_operators.protect)
 
 User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversations.")]
 
@@ -219,8 +222,8 @@ def list_(
     """List a user's conversations, latest activity first."""
 
     async def run() -> list[Conversation]:
-        async with _database() as pool:
-            return await chatdb.list_conversations(pool, user_id=user, limit=limit)
+        async with _database() as pool, chatdb.transaction(pool, user_id=user) as connection:
+            return await chatdb.list_conversations(connection, user_id=user, limit=limit)
 
     found = asyncio.run(run())
     if as_json:
@@ -255,14 +258,14 @@ def show(
     """Show a conversation's messages, oldest first; as JSON in the lines that chatdb export writes."""
 
     async def run() -> None:
-        async with _database() as pool:
-            head = await chatdb.get_conversation(pool, user_id=user, conversation_id=conversation)
+        async with _database() as pool, chatdb.transaction(pool, user_id=user) as connection:
+            head = await chatdb.get_conversation(connection, user_id=user, conversation_id=conversation)
             if as_json:
                 sys.stdout.buffer.write(sources.conversation_line(head))
             else:
                 title = _heading(head)
                 out.print(f"conversation {head.id}: {title}", style="bold")
-            async for message in _messages(pool, user, conversation, last):
+            async for message in _messages(connection, user, conversation, last):
                 if as_json:
                     sys.stdout.buffer.write(sources.message_line(message))
                 else:
@@ -341,12 +344,12 @@ def _replacing(path: Path) -> Generator[IO[bytes], None, None]:
             raise
 
 
-async def _messages(pool: Pool, user: str, conversation: int, last: int | None) -> AsyncIterator[Message]:
+async def _messages(db: Database, user: str, conversation: int, last: int | None) -> AsyncIterator[Message]:
     if last is None:
-        async for message in chatdb.iter_messages(pool, user_id=user, conversation_id=conversation):
+        async for message in chatdb.iter_messages(db, user_id=user, conversation_id=conversation):
             yield message
     else:
-        for message in await chatdb.get_history(pool, user_id=user, conversation_id=conversation, limit=last):
+        for message in await chatdb.get_history(db, user_id=user, conversation_id=conversation, limit=last):
             yield message
 
 

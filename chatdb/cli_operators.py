@@ -1,4 +1,4 @@
-"""The commands for whoever runs the database: migrate, rollback, check, adopt and link-users."""
+"""The commands for whoever runs the database: migrate, rollback, check, adopt, link-users and protect."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def rollback(
         last = last_migrations(dsn, to=to)
         if not as_json or not yes:
             for file, tables in last:
-                counted = ", ".join(f"{rows:,} rows of {table}" for table, rows in tables.items())
+                counted = ", ".join(f"{_rows(count)} of {table}" for table, count in tables.items())
                 err.print(f"{file.name}: {file.warning}" + (f" Deletes {counted}." if counted else ""), style="yellow")
         taken_back: list[str] = []
         if last and not dry_run:
@@ -207,6 +207,37 @@ def link_users(
     else:
         said = "would link" if dry_run else "linked"
         out.print(f"{said} conversations to {link.table}({link.column}): {', '.join(link.steps)} the foreign key")
+
+
+def protect(
+    off: Annotated[bool, typer.Option("--off", help="Switch it off again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the SQL that would be run, and run none.")] = False,
+    wait: Wait = 60,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Switch row-level security on: a statement reaches only rows of the user whom its transaction names.
+
+    From then on the service has to work inside chatdb.transaction(db, user_id=...): without it there are no rows.
+    Superusers and roles with BYPASSRLS are not held back. Does nothing if all is as it should be.
+    """
+    from chatdb.protect import missing_protection, protect_tables
+
+    with operators_dsn() as dsn:
+        statements = missing_protection(dsn, off=off) if dry_run else protect_tables(dsn, off=off, wait=wait)
+    if as_json:
+        print(json.dumps({"would_run" if dry_run else "ran": statements}))
+        return
+    for statement in statements:
+        print(f"{statement};")
+    if not statements:
+        out.print("nothing to do")
+    elif not dry_run:
+        out.print(f"row-level security is {'off' if off else 'on'}")
+
+
+def _rows(count: int | None) -> str:
+    return "all rows, which row-level security hides from this role," if count is None else f"{count:,} rows"
 
 
 def _say(what: str) -> Callable[[str, float], None]:

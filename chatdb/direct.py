@@ -1,5 +1,5 @@
 """
-A direct connection to the database, for the operators' commands: migrate, rollback, adopt and link-users.
+A direct connection to the database, for the operators' commands: migrate, rollback, protect, adopt and link-users.
 
 They change tables, so one at a time does: by an advisory lock of the session, which a transaction pooler would lose.
 """

@@ -116,6 +116,8 @@ CONFLICTS: dict[str, str] = {
 _SCHEMA_HINT = (
     "the database lacks chatdb's tables or has older ones than this release needs: run yoyo apply, or chatdb migrate"
 )
+# the server's functions, for its words may be those of another language
+_WALL = frozenset({"ExecWithCheckOptions", "check_enable_rls"})
 _GONE = re.compile("connection is closed|released back to the pool")
 _POOLER_HINT = (
     "a transaction pooler without support for prepared statements stands in front of the database: "
@@ -203,6 +205,11 @@ def _of_server(error: asyncpg.PostgresError) -> ChatDBError | None:
             return InvalidInputError("user_id", "is none of the host's users, to whom the database links conversations")
         case "42P01" | "42703" | "3F000" | "42P10" | "42883":
             return SchemaError(_SCHEMA_HINT)
+        case "42501" if getattr(error, "server_source_function", None) in _WALL:
+            return ConfigurationError(
+                "row-level security is on (chatdb protect), and the row is not that of the transaction's user: write "
+                "inside transaction(db, user_id=...) of the same user"
+            )
         case "42501":
             return ConfigurationError("the database role lacks a privilege on chatdb's tables: grant it to the role")
         case "26000" | "42P05" | "08P01":

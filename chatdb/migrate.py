@@ -174,13 +174,17 @@ def missing_migrations(dsn: str, *, to: str | None = None, folder: Path | None =
 
 def last_migrations(
     dsn: str, *, to: str | None = None, folder: Path | None = None
-) -> list[tuple[MigrationFile, dict[str, int]]]:
-    """Return what `rollback_migrations` would take back, each with the tables that go and their numbers of rows."""
+) -> list[tuple[MigrationFile, dict[str, int | None]]]:
+    """
+    Return what `rollback_migrations` would take back, each with the tables that go and their numbers of rows.
+
+    A number is None where row-level security hides rows from the role, as FORCEd it does from the tables' owner.
+    """
     files = migration_files(folder)
     with connected(dsn) as connection:
         _settle(connection, files)
         return [
-            (file, {table: rows for table in _dropped(file) if (rows := _count(connection, table)) is not None})
+            (file, {table: _count(connection, table) for table in _dropped(file) if _exists(connection, table)})
             for file in _last(connection, files, to)
         ]
 
@@ -339,8 +343,12 @@ def _dropped(file: MigrationFile) -> list[str]:
     return re.findall(r"^drop table if exists (chatdb\.\w+)", file.rollback, re.MULTILINE)
 
 
+def _exists(connection: psycopg.Connection, table: str) -> bool:
+    return one(connection, "select to_regclass(%s)", table) is not None
+
+
 def _count(connection: psycopg.Connection, table: str) -> int | None:
-    if one(connection, "select to_regclass(%s)", table) is None:
+    if one(connection, "select row_security_active(%s)", table):
         return None
     return int(str(one(connection, f"select count(*) from {table}")))  # noqa: S608 - a name in a released file
 

@@ -13,6 +13,7 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 from asyncpg.transaction import Transaction, TransactionState
 
+from chatdb import _input
 from chatdb.dsn import connect_arguments
 from chatdb.errors import (
     AcquireTimeoutError,
@@ -274,35 +275,43 @@ def create_pool(
 
 
 @contextlib.asynccontextmanager
-async def transaction(db: AsyncpgPool | Connection) -> AsyncGenerator[Connection, None]:
+async def transaction(db: AsyncpgPool | Connection, *, user_id: str | None = None) -> AsyncGenerator[Connection, None]:
     """
     Run a block in a transaction, on a connection of the pool or on the given one, and yield that connection.
 
     The block's end commits, an exception rolls back. Inside another transaction it is a savepoint. Nothing is retried.
 
+    With `user_id` the rows of this user are the only ones that the block can reach, whatever its statements say, where
+    `chatdb protect` has switched row-level security on. It costs a round trip, ends with the transaction, and is
+    therefore safe behind a pooler; after a savepoint, the user of the transaction around it is back.
+
     Raises ChatDBError when the server answers COMMIT with ROLLBACK, as it does after an error that the block has
     swallowed; asyncpg's own `connection.transaction()` says nothing then, and the writes are gone.
     """
+    user = None if user_id is None else _input.user(user_id)
     if isinstance(db, asyncpg.Pool):
         with translating():
             connection = await db.acquire()
         try:
-            async with _committed(connection):
+            async with _committed(connection, user):
                 yield connection
         finally:
             await db.release(connection)
     else:
-        async with _committed(db):
+        async with _committed(db, user):
             yield db
 
 
 @contextlib.asynccontextmanager
-async def _committed(connection: Connection) -> AsyncGenerator[None, None]:
+async def _committed(connection: Connection, user: str | None) -> AsyncGenerator[None, None]:
     is_savepoint = connection.is_in_transaction()
     block = connection.transaction()
     try:
         await _begin(block)
+        before = None if user is None else await set_user(connection, user)
         yield
+        if is_savepoint and user is not None:  # its end would leave the setting to the transaction around it
+            await set_user(connection, before or "")
     except BaseException:
         await _roll_back(connection, block, is_savepoint)
         raise
@@ -322,6 +331,19 @@ async def _committed(connection: Connection) -> AsyncGenerator[None, None]:
             "the transaction was rolled back, nothing of it is stored: a statement in it had failed, and its error was "
             "swallowed; let the error leave the block, or put the statement into a transaction() of its own inside"
         )
+
+
+async def set_user(connection: Connection, user: str) -> str | None:
+    """Have row-level security show the rows of a user until the transaction ends, and return whose it showed before."""
+    with translating():
+        before: str | None = await connection.fetchval(_SET_USER, user)
+    return before
+
+
+_SET_USER: Final = """
+    select before.user_id, set_config('chatdb.user_id', $1, true)
+    from (select current_setting('chatdb.user_id', true) as user_id offset 0) as before
+"""
 
 
 async def _begin(block: Transaction) -> None:

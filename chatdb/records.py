@@ -145,6 +145,12 @@ class ImportedConversation(_Record):
     id: int
 
 
+class ImportedMessages(_Record):
+    """How many messages an import has stored."""
+
+    messages: int
+
+
 class StoredConversation(_Record):
     """What the user has of a conversation at `place` in the arrays, with its last message in the file's range."""
 

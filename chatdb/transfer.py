@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from chatdb import _input
 from chatdb._query import Query
 from chatdb.errors import ConfigurationError, ConflictError, translating
-from chatdb.pool import Pool, transaction
-from chatdb.records import Conversation, ImportedConversation, Message, StoredConversation
+from chatdb.pool import Pool, set_user, transaction
+from chatdb.records import Conversation, ImportedConversation, ImportedMessages, Message, StoredConversation
 from chatdb.sources import Changed, Item, Skipped, SourceConversation, SourceMessage
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _import_conversations = Query("import_conversations", ImportedConversation)
 _import_conversations_find = Query("import_conversations_find", StoredConversation)
 _import_conversations_extend = Query("import_conversations_extend", ImportedConversation)
+_import_conversations_messages = Query("import_conversations_messages", ImportedMessages)
 _export_conversations = Query("export_conversations", Conversation)
 _export_conversations_messages = Query("export_conversations_messages", Message)
 
@@ -134,11 +135,11 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
     batches = _batches(items, report)
     ahead = asyncio.create_task(asyncio.to_thread(next, batches, None))
     try:
-        async with transaction(pool) as connection:
-            started_at = await _started_at(connection)
+        async with transaction(pool, user_id=user) as connection:
+            started_at, is_walled = await _started_at(connection)
             while (batch := await asyncio.shield(ahead)) is not None:
                 ahead = asyncio.create_task(asyncio.to_thread(next, batches, None))
-                await _store(connection, user, batch, started_at, report)
+                await _store(connection, user, batch, started_at, report, is_walled=is_walled)
     finally:
         with contextlib.suppress(Exception):  # the first error is the one to be seen
             await ahead  # its thread reads the caller's file
@@ -153,6 +154,7 @@ async def export_conversations(pool: Pool, *, user_id: str) -> AsyncGenerator[Co
     """
     user = _input.user(user_id)
     async with pool.acquire() as connection, connection.transaction(isolation="repeatable_read", readonly=True):
+        await set_user(connection, user)
         messages = _export_conversations_messages.iterate(connection, user)
         message = await anext(messages, None)
         async for conversation in _export_conversations.iterate(connection, user):
@@ -202,17 +204,26 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
     yield batch
 
 
-async def _started_at(connection: Connection) -> datetime:
-    """Return the transaction's time, which is that of all that has none in the file."""
+async def _started_at(connection: Connection) -> tuple[datetime, bool]:
+    """Return the transaction's time, which is that of all that has none in the file, and whether security is on."""
     with translating():
-        row = await connection.fetchrow("select now() as started_at, '[]'::json as sent")
+        row = await connection.fetchrow(
+            "select now() as started_at, '[]'::json as sent, row_security_active('chatdb.messages') as is_walled"
+        )
     if row is None or row["sent"] != "[]":
         raise ConfigurationError("the pool's connections have a codec for json: import with a pool that sets none")
-    started_at: datetime = row["started_at"]
-    return started_at
+    return row["started_at"], row["is_walled"]
 
 
-async def _store(connection: Connection, user: str, batch: _Batch, started_at: datetime, report: ImportReport) -> None:
+async def _store(
+    connection: Connection,
+    user: str,
+    batch: _Batch,
+    started_at: datetime,
+    report: ImportReport,
+    *,
+    is_walled: bool,
+) -> None:
     await _place(connection, user, [target for target, _ in batch if not target.placed], started_at, report)
     grown: list[_Target] = []
     rows: list[tuple[Any, ...]] = []
@@ -223,8 +234,12 @@ async def _store(connection: Connection, user: str, batch: _Batch, started_at: d
         connection, user, [(t, t.stored.last_seq, t.source.last_seq) for t in grown if t.stored], started_at
     )
     report.extended_conversations += len(grown)
-    with translating():
-        await connection.copy_records_to_table("messages", schema_name="chatdb", columns=_COLUMNS, records=rows)
+    if not is_walled:
+        with translating():
+            await connection.copy_records_to_table("messages", schema_name="chatdb", columns=_COLUMNS, records=rows)
+    elif rows:  # the server takes no COPY where row-level security is on
+        _, *columns = map(list, zip(*rows, strict=True))
+        await _import_conversations_messages.fetch_one(connection, user, *columns)
     report.messages += len(rows)
     cut_off = [
         (target, target.source.last_seq, target.ends_at)

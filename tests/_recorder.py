@@ -160,7 +160,15 @@ class Block(nullcontext):
 class Transfer(Recorder):
     """The same as a pool and its one connection, for an import and an export; each file has rows of its own."""
 
-    copied = ()
+    def __init__(self, rows, real=None, *, is_walled=False):
+        super().__init__(rows, real)
+        self.is_walled = is_walled
+        self.copied = ()
+        self.users = []
+
+    async def fetchval(self, query, user):
+        """Take the user whose rows are to be seen, and say that there was none before."""
+        self.users.append(user)
 
     async def fetch(self, query, /, *args, timeout=None):
         """Answer a statement."""
@@ -168,7 +176,7 @@ class Transfer(Recorder):
 
     async def fetchrow(self, query):
         """Answer what the import asks first."""
-        return {"started_at": NOW, "sent": "[]"}
+        return {"started_at": NOW, "sent": "[]", "is_walled": self.is_walled}
 
     async def cursor(self, query, *args):
         """Answer a statement by a cursor."""
@@ -197,7 +205,8 @@ def _days(number):
 
 
 def _message(seq, key):
-    return SourceMessage(seq, "tool", f"content {key}", '{"p": 1}', '{"m": 2}', 5, key, _days(10 + seq))
+    full = SourceMessage(seq, "tool", f"content {key}", '{"p": 1}', '{"m": 2}', 5, key, _days(10 + seq))
+    return full._replace(payload=None, metadata=None, token_count=None, key=None) if key == "b1" else full
 
 
 IMPORT = [
@@ -219,6 +228,7 @@ TRANSFERRED = {
     ],
     "import_conversations": [{"id": 51}, {"id": 52}],
     "import_conversations_extend": [{"id": 53}],
+    "import_conversations_messages": [{"messages": 3}],
     "export_conversations": [],
     "export_conversations_messages": [],
 }
@@ -255,3 +265,13 @@ COPIED = [
     for conversation, seq, key in [(51, 1, "a1"), (52, 1, "b1"), (53, 3, "c3")]
 ]
 """What is to be copied, by the names of the columns."""
+
+INSERTED = [
+    *IMPORTED[:3],
+    (
+        "import_conversations_messages",
+        USER | {f"{name}s": [row[name] for row in COPIED] for name in COPIED[0] if name != "user_id"},
+    ),
+    *IMPORTED[3:],
+]
+"""What is to be sent instead of IMPORTED and COPIED where row-level security is on."""

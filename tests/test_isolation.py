@@ -11,8 +11,10 @@ import inspect
 import itertools
 import json
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,8 +36,12 @@ from chatdb import (
     MessageNotFoundError,
     NewMessage,
 )
+from chatdb.protect import protect_tables
 from chatdb.sources import Item, SourceConversation, SourceMessage
 from chatdb.transfer import export_conversations, import_conversations
+from tests._pgbouncer import pgbouncer
+from tests._roles import Roles
+from tests.conftest import as_role, cloned
 
 MISSING = 2**62
 """An id that no conversation ever has."""
@@ -44,7 +50,7 @@ OF_USERS = {
     name
     for name in chatdb.__all__
     if inspect.isfunction(function := getattr(chatdb, name)) and "user_id" in inspect.signature(function).parameters
-}
+} - {"transaction"}
 """The public functions on what users own."""
 
 _example = itertools.count(1)
@@ -210,10 +216,13 @@ class Isolation(RuleBasedStateMachine):
     A third user, who calls nothing, has the same ids and keys.
     """
 
-    def __init__(self, run: Callable[[Coroutine[Any, Any, Any]], Any], db: chatdb.pool.Pool, called: set[str]) -> None:
+    def __init__(
+        self, run: Callable[[Coroutine[Any, Any, Any]], Any], db: Any, admin: chatdb.pool.Pool, called: set[str]
+    ) -> None:
         super().__init__()
         self.run = run
         self.db = db
+        self.admin = admin
         self.called = called
         number = next(_example)
         self.shared = -number
@@ -233,7 +242,7 @@ class Isolation(RuleBasedStateMachine):
     def adopt(self, model: Model) -> Conversation:
         """Store a conversation under an id that other users have too, as an adoption of old tables may."""
         sql = "insert into chatdb.conversations (id, user_id) values ($1, $2)"
-        self.run(self.db.execute(sql, self.shared, model.user))
+        self.run(self.admin.execute(sql, self.shared, model.user))
         get = chatdb.get_conversation(self.db, user_id=model.user, conversation_id=self.shared)
         model.add(self.run(get))
         self.content = self.snapshot()
@@ -274,8 +283,8 @@ class Isolation(RuleBasedStateMachine):
     def snapshot(self) -> list[Any]:
         """Return what the tables hold of each user, down to the version of each row."""
         names = [model.user for model in self.models]
-        conversations = self.run(self.db.fetch(SNAPSHOT_CONVERSATIONS, names))
-        messages = self.run(self.db.fetch(SNAPSHOT_MESSAGES, names))
+        conversations = self.run(self.admin.fetch(SNAPSHOT_CONVERSATIONS, names))
+        messages = self.run(self.admin.fetch(SNAPSHOT_MESSAGES, names))
         return [
             tuple([row for row in rows if row["user_id"] == name] for rows in (conversations, messages))
             for name in names
@@ -498,16 +507,29 @@ def runner(pytestconfig: pytest.Config) -> Iterator[asyncio.Runner]:
 @pytest.mark.timeout(600)  # hypothesis takes up to five minutes to find the shortest sequence that fails
 def test_users_share_nothing(dsn: str, runner: asyncio.Runner) -> None:
     """Any sequence of calls answers as the model says, and leaves every other user's rows byte for byte."""
-    called: set[str] = set()
+    with started(runner, dsn) as db:
+        run_isolation(runner, db, db, examples=60)
+
+
+@contextmanager
+def started(runner: asyncio.Runner, dsn: str) -> Iterator[chatdb.pool.Pool]:
+    """Give a pool of one connection on the runner's loop."""
 
     async def start() -> chatdb.pool.Pool:
         return await chatdb.create_pool(dsn, max_size=1)
 
     db = runner.run(start())
+    yield db
+    runner.run(db.close())
+
+
+def run_isolation(runner: asyncio.Runner, db: Any, admin: chatdb.pool.Pool, *, examples: int) -> None:
+    """Run sequences of calls on a database, which a pool that sees all of it looks into."""
+    called: set[str] = set()
     run_state_machine_as_test(
-        partial(Isolation, runner.run, db, called),
+        partial(Isolation, runner.run, db, admin, called),
         settings=settings(
-            max_examples=60,
+            max_examples=examples,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
@@ -515,8 +537,37 @@ def test_users_share_nothing(dsn: str, runner: asyncio.Runner) -> None:
             phases=(Phase.generate, Phase.shrink),
         ),
     )
-    runner.run(db.close())
     assert called == OF_USERS
+
+
+class InTransactions:
+    """A database that runs each statement in a transaction of its user's."""
+
+    def __init__(self, pool: chatdb.pool.Pool) -> None:
+        self._pool = pool
+
+    async def fetch(self, query: str, /, *args: Any, timeout: float | None = None) -> list[Any]:
+        """Run a statement, whose first argument is the user."""
+        async with chatdb.transaction(self._pool, user_id=args[0]) as connection:
+            return await connection.fetch(query, *args, timeout=timeout)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_users_share_nothing_behind_both_walls(
+    server: str, roles: Roles, tmp_path: Path, runner: asyncio.Runner, pytestconfig: pytest.Config
+) -> None:
+    """Nor do they as a role without privileges, in transactions, with row-level security, on one pooled connection."""
+    examples = 6 if pytestconfig.getoption("--quick") else 60
+    with cloned(server, roles, f"{roles.database}_isolation") as dsn:
+        protect_tables(as_role(dsn, roles.owner))
+        with (
+            pgbouncer(as_role(dsn, roles.app), tmp_path, default_pool_size=1) as pooled,
+            started(runner, pooled) as db,
+            started(runner, dsn) as admin,
+        ):
+            run_isolation(runner, InTransactions(db), admin, examples=examples)
+    print(f"figure: {examples} sequences of 40 calls by 2 users, behind both walls and one pooled connection: 0 shared")
 
 
 CALLS: dict[str, dict[str, Any]] = {

@@ -165,7 +165,7 @@ def test_handles_can_be_called_without_arguments():
         assert first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
         assert first.default is None
     assert list(inspect.signature(chatdb.check_schema).parameters) == ["db"]
-    assert list(inspect.signature(chatdb.transaction).parameters) == ["db"]
+    assert list(inspect.signature(chatdb.transaction).parameters) == ["db", "user_id"]
 
 
 def test_everything_public_is_documented():

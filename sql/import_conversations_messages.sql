@@ -1,0 +1,31 @@
+-- import_conversations_messages
+-- Messages of a file, where row-level security keeps COPY away.
+--
+-- $1 user_id text
+-- $2 conversation_ids int8[]
+-- $3 seqs int8[]
+-- $4 roles text[]
+-- $5 contents text[]
+-- $6 payloads text[]    null where a message has none
+-- $7 metadatas text[]    null where a message has none
+-- $8 token_counts int4[]    null where a message has none
+-- $9 keys text[]    null where a message has none
+-- $10 created_ats timestamptz[]
+--
+-- returns one ImportedMessages
+
+with message as (
+    insert into chatdb.messages (
+        user_id, conversation_id, seq, role, content, payload, metadata, token_count, key, created_at
+    )
+    select
+        $1, conversation_id, seq, role, content, payload::json, metadata::jsonb, token_count, key, created_at
+    from unnest(
+        $2::int8[], $3::int8[], $4::text[], $5::text[], $6::text[], $7::text[], $8::int4[], $9::text[],
+        $10::timestamptz[]
+    ) as m (conversation_id, seq, role, content, payload, metadata, token_count, key, created_at)
+    returning seq
+)
+
+select count(*) as messages
+from message
