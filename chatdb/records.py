@@ -1,4 +1,8 @@
-"""The records: what chatdb returns, field by field as the SQL files name them, and what it takes."""
+"""
+The records: what chatdb returns, field by field as the SQL files name them, and what it takes.
+
+Their `repr` has no text, title, key, payload or metadata, so that a log of a record tells none.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import json
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, SkipValidation
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, SkipValidation
 from pydantic_core import CoreSchema, core_schema
 
 Role = Literal["user", "assistant", "system", "developer", "tool"]
@@ -80,9 +84,9 @@ class Conversation(_Record):
 
     id: int
     user_id: str
-    key: str | None
-    title: str | None
-    metadata: Metadata | None
+    key: str | None = Field(repr=False)
+    title: str | None = Field(repr=False)
+    metadata: Metadata | None = Field(repr=False)
     last_seq: int
     created_at: datetime
     updated_at: datetime
@@ -100,11 +104,11 @@ class Message(_Record):
     user_id: str
     seq: int
     role: Role
-    content: str
-    payload: JsonText | None
-    metadata: Metadata | None
+    content: str = Field(repr=False)
+    payload: JsonText | None = Field(repr=False)
+    metadata: Metadata | None = Field(repr=False)
     token_count: int | None
-    key: str | None
+    key: str | None = Field(repr=False)
     created_at: datetime
 
 
@@ -117,11 +121,11 @@ class NewMessage(_Record):
     """
 
     role: SkipValidation[Role]
-    content: SkipValidation[str]
-    payload: SkipValidation[Any] = None
-    metadata: SkipValidation[dict[str, Any] | None] = None
+    content: SkipValidation[str] = Field(repr=False)
+    payload: SkipValidation[Any] = Field(default=None, repr=False)
+    metadata: SkipValidation[dict[str, Any] | None] = Field(default=None, repr=False)
     token_count: SkipValidation[int | None] = None
-    key: SkipValidation[str | None] = None
+    key: SkipValidation[str | None] = Field(default=None, repr=False)
 
 
 class Deleted(_Record):
@@ -159,5 +163,5 @@ class StoredConversation(_Record):
     last_seq: int
     created_at: datetime
     final_seq: int | None
-    final_key: str | None
+    final_key: str | None = Field(repr=False)
     final_created_at: datetime | None

@@ -25,6 +25,9 @@ class SourceMessage(NamedTuple):
     created_at: datetime | None
     """None where the source has no times: that of the import."""
 
+    def __repr__(self) -> str:  # as those of the records, without what was said
+        return f"SourceMessage(seq={self.seq})"
+
 
 class SourceConversation(NamedTuple):
     """A conversation, which is followed in the stream by its messages."""
@@ -35,6 +38,9 @@ class SourceConversation(NamedTuple):
     last_seq: int
     created_at: datetime | None
     updated_at: datetime | None
+
+    def __repr__(self) -> str:
+        return f"SourceConversation(last_seq={self.last_seq})"
 
 
 class Skipped(NamedTuple):
