@@ -71,5 +71,5 @@ async def test_nobody_notices(request: pytest.FixtureRequest, dsn: str, folder: 
             assert applied == [name]
             assert len(waits) > 100
             longest[name] = max(waits)
-    print("longest stall in seconds:", longest)  # noqa: T201 - a figure, which nox -s chaos shows
+    print("longest stall in seconds:", longest)
     assert max(longest.values()) < LOCK_TIMEOUT, longest
