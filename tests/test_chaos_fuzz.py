@@ -186,7 +186,7 @@ async def test_every_parameter(request: pytest.FixtureRequest, db: chatdb.pool.P
             outcomes[type(error).__name__] += 1
         if count % 1_000 == 0:
             assert (await chatdb.get_conversation(db, user_id="alice", conversation_id=made.id)).id == made.id
-    print(f"figure: hostile arguments: {sum(outcomes.values()):,}, {dict(outcomes)}")  # noqa: T201
+    print(f"figure: hostile arguments: {sum(outcomes.values()):,}, {dict(outcomes)}")
     assert set(outcomes) <= {"taken", "refused", "ConversationNotFoundError", "MessageNotFoundError", "ConflictError"}
     assert min(outcomes["taken"], outcomes["refused"]) > 1_000
     async for message in chatdb.iter_messages(db, user_id="alice", conversation_id=made.id):
@@ -231,7 +231,7 @@ def test_every_dsn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
             if SECRET[:6] in str(error):
                 pytest.fail(f"seed {seed}: {dsn!r}: {error}")
             outcomes["refused"] += 1
-    print(f"figure: hostile DSNs: {sum(outcomes.values()):,}, {dict(outcomes)}")  # noqa: T201
+    print(f"figure: hostile DSNs: {sum(outcomes.values()):,}, {dict(outcomes)}")
     assert min(outcomes.values()) > 20
 
 
@@ -296,5 +296,5 @@ def test_every_file(request: pytest.FixtureRequest) -> None:
             outcomes["refused"] += 1
         except Exception as error:
             raise AssertionError(f"seed {seed}: {data!r}") from error
-    print(f"figure: hostile files: {sum(outcomes.values()):,}, {dict(outcomes)}")  # noqa: T201
+    print(f"figure: hostile files: {sum(outcomes.values()):,}, {dict(outcomes)}")
     assert min(outcomes.values()) > 20
