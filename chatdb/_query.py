@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel
 
@@ -23,6 +27,14 @@ if TYPE_CHECKING:
     from chatdb.pool import Connection
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
+
+_PAUSE: Final = (0.01, 0.1)
+"""The shortest and the longest wait before a statement is sent again, in seconds."""
+
+_PATIENCE: Final = 1.0
+"""Seconds after its first loss in which a statement may be sent again."""
+
+_log = logging.getLogger("chatdb")
 
 
 class Database(Protocol):
@@ -55,7 +67,7 @@ class Query(Generic[RecordT]):
         Read `sql/<name>.sql`.
 
         `given` are fields that the first arguments give, and the statement does not send back with every row.
-        `repeatable` statements may be sent again by chatdb's pool after a lost connection.
+        `repeatable` statements, which do nothing more the second time, may be sent again after a lost connection.
         """
         self.name = name
         self.record = record
@@ -82,9 +94,13 @@ class Query(Generic[RecordT]):
         page = await self.fetch_page(db, *args)
         return page[0] if page else None
 
-    async def fetch_page(self, db: Database, *args: object) -> list[RecordT]:
-        """Return a record per row but for an existence row at the end; no row raises ConversationNotFoundError."""
-        rows = await self._rows(db, args)
+    async def fetch_page(self, db: Database, *args: object, repeatable: bool = False) -> list[RecordT]:
+        """
+        Return a record per row but for an existence row at the end; no row raises ConversationNotFoundError.
+
+        `repeatable` says that with these arguments the statement is so.
+        """
+        rows = await self._rows(db, args, None, repeatable)
         if not rows:
             raise _not_found()
         if rows[-1]["id"] is None:
@@ -100,23 +116,46 @@ class Query(Generic[RecordT]):
                     yield record
 
     async def _rows(
-        self, db: Database, args: tuple[object, ...], timeout: float | None = None, *, again: bool = True
+        self,
+        db: Database,
+        args: tuple[object, ...],
+        timeout: float | None = None,
+        repeatable: bool = False,
     ) -> list[Any]:
-        try:
-            return await db.fetch(self.sql, *args, timeout=timeout)
-        except Exception as error:
-            ours = own(error)
-            if ours is None:
-                raise
-            if isinstance(ours, CommandTimeoutError) and not _is_chatdbs(db) and hasattr(db, "acquire"):
-                ours.sent = None  # another pool's time limit may have ended the connecting
-            if not (again and self.repeatable and _is_chatdbs(db) and _is_loss(ours)):
-                raise ours from ours.__cause__
-        return await self._rows(db, args, timeout, again=False)
+        pauses, maybe_sent = None, False
+        while True:
+            try:
+                return await db.fetch(self.sql, *args, timeout=timeout)
+            except Exception as error:
+                ours = own(error)
+                if ours is None:
+                    raise
+                retries = getattr(db, "retries", None)  # only chatdb's pool has the word
+                if isinstance(ours, CommandTimeoutError) and retries is None and hasattr(db, "acquire"):
+                    ours.sent = None  # another pool's time limit may have ended the connecting
+                if isinstance(ours, UnavailableError):
+                    if maybe_sent and ours.sent is False:
+                        ours.sent = None  # not this time, but before
+                    maybe_sent = ours.sent is not False
+                pauses = pauses or _pauses(retries or 0)
+                pause = next(pauses, None) if (repeatable or self.repeatable) and _is_loss(ours) else None
+                if pause is None:
+                    raise ours from ours.__cause__
+                _log.warning("%s is sent again in %.0f ms: %s", self.name, 1000 * pause, _kind(ours))
+            await asyncio.sleep(pause)
 
 
 def _not_found() -> ConversationNotFoundError:
     return ConversationNotFoundError("the user has no such conversation: check user_id and the id or key")
+
+
+def _pauses(retries: int) -> Iterator[float]:
+    """Iterate over the waits before each repetition, until there were so many or the time for them is over."""
+    end = time.monotonic() + _PATIENCE
+    for _ in range(retries):
+        if time.monotonic() > end:
+            return
+        yield random.uniform(*_PAUSE)  # noqa: S311 - only to keep callers apart
 
 
 def _is_loss(error: ChatDBError) -> bool:
@@ -125,5 +164,7 @@ def _is_loss(error: ChatDBError) -> bool:
     return isinstance(error, UnavailableError) and not timed_out and not error.sent
 
 
-def _is_chatdbs(db: object) -> bool:
-    return getattr(db, "retries_lost_connections", False)
+def _kind(error: ChatDBError) -> str:
+    """Return the class of an error, and of the driver's below it; their messages may quote."""
+    cause = error.__cause__
+    return type(error).__name__ + (f" ({type(cause).__name__})" if cause else "")

@@ -92,7 +92,7 @@ async def append_messages(
     *columns, keys = map(list, zip(*batch, strict=True))
     if not any(keys):
         return sorted(await _append_messages.fetch_page(db, user, conversation, *columns), key=_in_order)
-    stored = await _append_messages_keyed.fetch_page(db, user, conversation, *columns, keys)
+    stored = await _append_messages_keyed.fetch_page(db, user, conversation, *columns, keys, repeatable=all(keys))
     if not stored:
         raise ConflictError(
             "some keys of the batch are stored and some are not, or a stored message has another body: nothing was "

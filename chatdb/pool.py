@@ -86,9 +86,11 @@ class Pool(_Base):
     It does all that asyncpg's does. Besides, tasks get their connections in the order in which they asked; waiting
     and connecting end after the acquire timeout with AcquireTimeoutError; and no query is sent to reset a connection
     that comes back, because chatdb keeps no session state (an open transaction is still rolled back).
+
+    `retries` is how often a read or a keyed write is sent again after a lost connection.
     """
 
-    retries_lost_connections = True
+    retries: int
 
     def __init__(
         self,
@@ -98,12 +100,15 @@ class Pool(_Base):
         max_size: int = 10,
         acquire_timeout: float = 10.0,
         command_timeout: float = 30.0,
+        retries: int = 2,
         # below the five minutes after which a serverless database closes idle connections
         max_inactive_connection_lifetime: float = 240.0,
         **options: Any,  # noqa: ANN401 - asyncpg's own
     ) -> None:
         if max_inactive_connection_lifetime < 0:
             raise ConfigurationError("max_inactive_connection_lifetime must be 0, for no limit, or a number of seconds")
+        if retries < 0:
+            raise ConfigurationError("retries must be 0, for none, or how often a statement may be sent again")
         own: dict[str, Any] = {
             "init_size": max(min_size, 1),
             "max_queries": 50_000,
@@ -119,6 +124,7 @@ class Pool(_Base):
             command_timeout=command_timeout,
             **(own | connect_arguments(dsn) | options),
         )
+        self.retries = retries
         self._acquire_timeout = acquire_timeout
         self._turn = asyncio.Lock()
         self._waiting = 0  # tasks that have asked for a connection and have none yet
@@ -248,6 +254,7 @@ def create_pool(
     max_size: int = 10,
     acquire_timeout: float = 10.0,
     command_timeout: float = 30.0,
+    retries: int = 2,
     **options: Any,  # noqa: ANN401 - asyncpg's own
 ) -> Pool:
     """
@@ -256,8 +263,9 @@ def create_pool(
     `dsn` is that of PostgreSQL's own tools, else the environment's `DATABASE_URL`; `postgresql+psycopg://` is taken
     too. Hosts that are not local are reached by verified TLS, unless the DSN says `sslmode=disable`. `acquire_timeout`
     bounds the wait for a connection and `command_timeout` each statement, in seconds. Connections are opened as they
-    are needed, from `min_size` to `max_size`, and one at once, to see that the server is there. Further options are
-    those of `asyncpg.create_pool`; `statement_cache_size=0` is what a PgBouncer before 1.21 needs.
+    are needed, from `min_size` to `max_size`, and one at once, to see that the server is there. After a lost connection
+    a read or a keyed write is sent again up to `retries` times, 0 for never. Further options are those of
+    `asyncpg.create_pool`; `statement_cache_size=0` is what a PgBouncer before 1.21 needs.
 
     Raises ConfigurationError at once; when awaited, also UnavailableError.
     """
@@ -270,6 +278,7 @@ def create_pool(
         max_size=max_size,
         acquire_timeout=acquire_timeout,
         command_timeout=command_timeout,
+        retries=retries,
         **options,
     )
 

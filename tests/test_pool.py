@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import itertools
 import random
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -717,6 +718,108 @@ async def test_a_floor_of_connections_comes_back(dsn):
         assert kill_sessions(dsn) == 2
         await until(lambda: len(seen_by_the_server(dsn)) == 2)
         await assert_whole(pool)
+
+
+# --- repetitions -----------------------------------------------------------------------------------------------------
+
+
+def repetitions(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what the logger of chatdb was told, at level WARNING."""
+    return [
+        record.getMessage() for record in caplog.records if (record.name, record.levelname) == ("chatdb", "WARNING")
+    ]
+
+
+async def refuse(proxy: Proxy) -> None:
+    """End the proxy's connections, and take no more."""
+    await proxy.__aexit__()
+
+
+async def test_a_repetition_is_logged_without_anything_of_the_caller(dsn, conversation, caplog):
+    """One record for each, with the statement's name and the errors' classes, and no text, key or DSN."""
+    async with chatdb.create_pool(dsn, max_size=1) as pool:
+        await append(pool, conversation, "nothing is logged", key="calm")
+        kill_sessions(dsn)
+        await append(pool, conversation, "SECRET", key="SECRET KEY")
+    (line,) = repetitions(caplog)
+    assert re.fullmatch(r"append_message_keyed is sent again in \d+ ms: UnavailableError \(\w+\)", line)
+
+
+async def test_repetitions_are_switched_off(dsn, conversation, caplog):
+    """With retries=0 the loss is raised as what it is."""
+    async with chatdb.create_pool(dsn, max_size=1, retries=0) as pool:
+        kill_sessions(dsn)
+        with pytest.raises(UnavailableError) as caught:
+            await chatdb.get_conversation(pool, user_id=USER, conversation_id=conversation.id)
+    assert caught.value.sent is None
+    assert repetitions(caplog) == []
+
+
+def test_a_negative_number_of_repetitions(dsn):
+    """It is a ConfigurationError."""
+    with pytest.raises(ConfigurationError, match="retries"):
+        chatdb.create_pool(dsn, retries=-1)
+
+
+@pytest.mark.parametrize(("retries", "least", "most"), [(0, 0, 0), (1, 1, 1), (2, 2, 2), (1000, 10, 101)])
+async def test_repetitions_end(proxy, conversation, caplog, retries, least, most):
+    """There are as many as were asked for, with waits between them, and none later than a second after the loss."""
+    clock = asyncio.get_running_loop().time
+    async with chatdb.create_pool(proxy.dsn, max_size=1, retries=retries) as pool:
+        await refuse(proxy)
+        await until(lambda: pool.get_size() == 0)
+        begun = clock()
+        with pytest.raises(UnavailableError) as caught:
+            await chatdb.get_conversation(pool, user_id=USER, conversation_id=conversation.id)
+        assert min(retries, 100) * 0.01 <= clock() - begun < 2
+    assert caught.value.sent is False  # no time, and that is known
+    assert least <= len(repetitions(caplog)) <= most
+
+
+async def test_what_is_known_of_all_attempts_is_told(proxy, dsn, conversation, caplog):
+    """When the first attempt may have been carried out, a refused repetition does not say that none was sent."""
+    async with chatdb.create_pool(proxy.dsn, max_size=1) as pool, chatdb.create_pool(dsn, max_size=1) as other:
+        async with chatdb.transaction(other) as connection:
+            await append(connection, conversation, "first")
+            call = asyncio.create_task(append(pool, conversation, "carried out", key="key"))
+            await until(lambda: _waiting(dsn) == 1)
+            await refuse(proxy)
+        with pytest.raises(UnavailableError) as caught:
+            await call
+        assert caught.value.sent is None
+        assert isinstance(caught.value.__cause__, ConnectionRefusedError)
+    assert len(repetitions(caplog)) == 2
+    await until(lambda: contents(dsn) == ["first", "carried out"])
+
+
+@pytest.mark.parametrize("keys", [("a", "b"), ("a", None)])
+async def test_a_batch_is_repeated_if_all_have_keys(dsn, conversation, keys):
+    """A message without a key would be stored twice."""
+    batch = [{"role": "user", "content": "x", "key": key} for key in keys]
+    async with chatdb.create_pool(dsn, max_size=1) as pool:
+        kill_sessions(dsn)
+        call = chatdb.append_messages(pool, user_id=USER, conversation_id=conversation.id, messages=batch)
+        answer = await outcome(call, UnavailableError)
+    assert len(contents(dsn)) == (2 if all(keys) else 0)
+    assert isinstance(answer, list if all(keys) else UnavailableError)
+
+
+async def test_no_change_or_deletion_is_repeated(dsn, conversation, caplog):
+    """Only what has a key and what reads is."""
+    at = {"user_id": USER, "conversation_id": conversation.id}
+    async with chatdb.create_pool(dsn, max_size=1) as pool:
+        for call in (
+            lambda: append(pool, conversation),
+            lambda: chatdb.update_conversation(pool, title="x", **at),
+            lambda: chatdb.delete_message(pool, seq=1, **at),
+            lambda: chatdb.delete_conversation(pool, **at),
+            lambda: chatdb.delete_user(pool, user_id=USER),
+        ):
+            await pool.fetchval("select 1")
+            kill_sessions(dsn)
+            with pytest.raises(UnavailableError):
+                await call()
+    assert repetitions(caplog) == []
 
 
 # --- transactions ----------------------------------------------------------------------------------------------------
