@@ -8,7 +8,6 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from itertools import count
 from multiprocessing.context import ForkServerProcess
@@ -21,6 +20,7 @@ import yoyo
 from chatdb.dsn import libpq_dsn
 from chatdb.embedded import EmbeddedServer
 from chatdb.migrate import apply_migrations, migration_files, rollback_migrations
+from tests._chaos import kill_server
 from tests._wire import Statement, Wire
 from tests.conftest import database_of, execute, not_durable
 from tests.test_migrations import NAMES, objects
@@ -87,15 +87,6 @@ def own_server() -> Iterator[EmbeddedServer]:
             yield server
 
 
-def kill_server(server: EmbeddedServer) -> None:
-    """Kill all processes of the server at once."""
-    postmaster = int((server.path / "data" / "postmaster.pid").read_text().split()[0])
-    children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
-    for pid in (postmaster, *map(int, children)):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
 WORK = [(up, place) for place in range(len(NAMES))] + [(down, place) for place in range(len(NAMES))] + [(by_yoyo, 0)]
 
 
@@ -144,7 +135,7 @@ def _run_until(
         if writes(statement) and statement.answered == answered and next(places) == number:
             struck.set()
             if own:
-                kill_server(own)
+                kill_server(own.path / "data")
             elif process.pid:
                 os.kill(process.pid, signal.SIGKILL)
         return struck.is_set()
