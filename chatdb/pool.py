@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import weakref
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import asyncpg
@@ -56,6 +56,9 @@ if TYPE_CHECKING:
 else:
     _Base = asyncpg.Pool
     _BaseConnection = asyncpg.Connection
+
+_GRACE: Final = 0.75
+"""Seconds that a caller waits until the server has stopped a statement that was cancelled or ran into its limit."""
 
 _LOOKS: Final = 8
 """How often the pool looks at its idle connections in the time that they may be idle."""
@@ -163,8 +166,19 @@ class Pool(_Base):
             rows: list[Any] = await connection.fetch(query, *args, timeout=timeout, record_class=record_class)
         finally:
             if not self._give_back(holder, connection):
-                await asyncio.shield(holder.release(self._acquire_timeout))
+                await _briefly(holder.release(self._acquire_timeout))
         return rows
+
+    async def release(self, connection: Any, *, timeout: float | None = None) -> None:  # noqa: ANN401 - asyncpg's proxy
+        """Give a connection back, or leave it to do so by itself when the server has stopped what was cancelled."""
+        giving = super().release(connection, timeout=timeout)
+        inner = getattr(connection, "_con", None)
+        await (_briefly(giving) if inner is not None and inner._protocol._is_cancelling() else giving)
+
+    async def close(self) -> None:
+        """Close all connections when they are given back; those that a silent server does not close are dropped."""
+        with contextlib.suppress(TimeoutError):  # asyncpg has dropped them by then
+            await super().close()
 
     def _take_idle(self) -> Private | None:
         """Take a connection that is ready, if there is one and nobody waits for it."""
@@ -367,6 +381,8 @@ async def _begin(block: Transaction) -> None:
 async def _roll_back(connection: Connection, block: Transaction, is_savepoint: bool) -> None:
     """Undo the block, and let the error that led here be the one that is seen."""
     with contextlib.suppress(Exception):
+        # asyncpg ends the connection of a server that has not stopped a cancelled statement by then
+        await connection._protocol._wait_for_cancellation(_GRACE)  # type: ignore[union-attr]
         if is_savepoint:
             await block.rollback()
         else:
@@ -386,6 +402,14 @@ def _look_at(reference: weakref.ref[Pool]) -> None:
     if pool is not None and not pool.is_closing():
         pool._close_idle()  # pyright: ignore[reportPrivateUsage] - the pool's own timer
         pool._watch_idle()  # pyright: ignore[reportPrivateUsage]
+
+
+async def _briefly(release: Coroutine[Any, Any, None]) -> None:
+    """Have a connection given back, and wait for it, but not long: a silent server would draw the error out."""
+    releasing = asyncio.ensure_future(release)
+    releasing.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, if nobody waits any more
+    if (await asyncio.wait([releasing], timeout=_GRACE))[0]:
+        releasing.result()
 
 
 async def _keep(connection: object) -> None:

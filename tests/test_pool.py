@@ -19,6 +19,7 @@ import pytest
 import chatdb
 from chatdb import AcquireTimeoutError, ChatDBError, ConfigurationError, Conversation, UnavailableError
 from chatdb.dsn import connect_arguments
+from tests._chaos import Gate
 
 USER = "ada"
 HANG = 30
@@ -342,6 +343,39 @@ async def test_a_statement_that_takes_too_long(dsn, conversation):
         await append(pool, conversation, "next")
         await assert_whole(pool)
     assert contents(dsn) == ["held", "next"]
+
+
+@pytest.fixture
+async def gate(dsn: str) -> AsyncIterator[Gate]:
+    """Give a proxy before the test's own database that can go silent."""
+    async with Gate(dsn) as found:
+        yield found
+
+
+async def _in_savepoint(pool: chatdb.pool.Pool, conversation: Conversation) -> None:
+    async with chatdb.transaction(pool) as outer, chatdb.transaction(outer) as inner:
+        await append(inner, conversation)
+
+
+@pytest.mark.parametrize("call", [append, _in_savepoint], ids=["call", "transaction"])
+async def test_a_silent_server_does_not_draw_an_error_out(gate, conversation, call):
+    """The error comes after the limit and a moment, and not when the statement is known to be cancelled."""
+    clock = asyncio.get_running_loop().time
+    async with chatdb.create_pool(gate.dsn, max_size=1, acquire_timeout=HANG, command_timeout=1.5) as pool:
+        gate.open.clear()
+        begun = clock()
+        with pytest.raises(chatdb.CommandTimeoutError):
+            await call(pool, conversation)
+        assert clock() - begun < 1.5 + 1
+        gate.open.set()
+        await assert_whole(pool)
+
+
+async def test_closing_a_pool_on_a_silent_server(gate):
+    """It ends without an error: the connections are dropped when the server has not closed them in time."""
+    async with asyncio.timeout(HANG), chatdb.create_pool(gate.dsn, command_timeout=0.1) as pool:
+        gate.open.clear()
+    assert pool.get_size() == 0
 
 
 # --- cancellation ----------------------------------------------------------------------------------------------------
