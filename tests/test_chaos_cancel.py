@@ -63,7 +63,7 @@ async def cancel_at_random(dsn: str, direct: str, rounds: int) -> tuple[int, int
 
         async def look(number: int) -> None:
             content = f"after {number}"
-            found = await chatdb.get_history(pool, **beside)
+            found = await chatdb.list_messages(pool, **beside)
             assert "mine" in {message.content for message in found}
             assert {message.user_id for message in found} == {"bystander"}
             if number % 10 == 0:

@@ -28,7 +28,7 @@ TASKS, SIZE = 500, 4
 
 async def test_slow_callers_starve_nobody(request, dsn):
     """Of 500 tasks on 4 connections, some in a slow model call, nobody overtakes, and none waits more than a round."""
-    rounds, slow, model = sized(request, 4, 1), 40, 0.2
+    rounds, slow, model = sized(request, 4, 2), 40, 0.2
     tickets, overtakes, waits = itertools.count(), 0, []
     last = -1
     async with chatdb.create_pool(dsn, min_size=SIZE, max_size=SIZE, acquire_timeout=60) as pool:
