@@ -109,7 +109,7 @@ def postgres(session: nox.Session, major: str) -> None:
 
 @nox.session
 def chaos(session: nox.Session) -> None:
-    """Kill processes and servers at every statement of the migrations. `-- --quick`: at a sample of them."""
+    """Kill migrations at every statement, and prove what is promised under faults. `-- --quick`: a sample of both."""
     install(session, "test")
     session.run("pytest", "-m", "chaos", "-rP", *session.posargs)
 
