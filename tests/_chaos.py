@@ -34,7 +34,7 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 
 def figure(text: str) -> None:
     """Print what a proof has found."""
-    print(f"figure: {text}")  # noqa: T201 - it is what the run is for
+    print(f"figure: {text}")
 
 
 def sized(request: pytest.FixtureRequest, full: int, quick: int) -> int:
