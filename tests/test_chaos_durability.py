@@ -60,6 +60,7 @@ async def write_under_kills(
 
     async with chatdb.create_pool(dsn, max_size=16, acquire_timeout=10, command_timeout=10) as pool:
         conversations = [await chatdb.create_conversation(pool, user_id=USER) for _ in range(WRITERS // 2)]
+        await pool.execute("checkpoint")  # without synchronous_commit they could be lost too
         async with asyncio.timeout(HANG), asyncio.TaskGroup() as group:
             group.create_task(kill())
             for writer in range(WRITERS):
