@@ -16,6 +16,8 @@ nox.options.sessions = ["tests", "lint", "types"]
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 POSTGRESQLS = ["14", "15", "16", "17", "18"]
+PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal", "-p", "no:benchmark")
+"""Runs the tests in as many processes as there are cores, each with a server of its own; `-- -n 0` in one."""
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
@@ -50,21 +52,21 @@ def install(session: nox.Session, group: str) -> None:
 def tests(session: nox.Session) -> None:
     """Run the whole suite on the Python that runs nox."""
     install(session, "test")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *PARALLEL, *session.posargs)
 
 
 @nox.session(python=PYTHONS)
 def pythons(session: nox.Session) -> None:
     """Run the whole suite on each Python that the machine has."""
     install(session, "test")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *PARALLEL, *session.posargs)
 
 
 @nox.session
 def uvloop(session: nox.Session) -> None:
     """Run the whole suite on uvloop."""
     install(session, "test")
-    session.run("pytest", "--uvloop", *session.posargs)
+    session.run("pytest", *PARALLEL, "--uvloop", *session.posargs)
 
 
 @nox.session
@@ -104,7 +106,7 @@ def postgres(session: nox.Session, major: str) -> None:
         Path(folder).chmod(0o755)  # where user namespaces are forbidden, root's server runs as nobody
         programs = unpack_postgresql(session, major, Path(folder))
         environment = {"CHATDB_TEST_POSTGRES": str(programs)}
-        session.run("pytest", "--server", "local", *session.posargs, env=environment)
+        session.run("pytest", *PARALLEL, "--server", "local", *session.posargs, env=environment)
 
 
 @nox.session

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -30,23 +31,32 @@ def program() -> tuple[str, dict[str, str]]:
     if found:
         return found, {}
     folder = CACHE / "pgbouncer"
-    unpacked = folder / "usr" / "sbin" / "pgbouncer"
-    if not unpacked.exists():
-        if shutil.which("apt-get") is None:
-            pytest.skip("no pgbouncer on this machine, and no apt-get to fetch it with")
-        folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        _fetch(folder)
+    libraries = ":".join(map(str, folder.glob("usr/lib/*-linux-gnu")))
+    return str(folder / "usr" / "sbin" / "pgbouncer"), {"LD_LIBRARY_PATH": libraries}
+
+
+def _fetch(folder: Path) -> None:
+    """Unpack Debian's packages into a folder, which has its name when all is there: others may be at it, too."""
+    if shutil.which("apt-get") is None:
+        pytest.skip("no pgbouncer on this machine, and no apt-get to fetch it with")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        new = Path(name) / "new"
+        new.mkdir()
         for package in PACKAGES:
             fetch = ["apt-get", "-q", "download", package]
-            done = subprocess.run(fetch, cwd=folder, capture_output=True, text=True)
+            done = subprocess.run(fetch, cwd=name, capture_output=True, text=True)
             if done.returncode and package == "pgbouncer":  # the lists of a new machine are empty
                 subprocess.run(["apt-get", "-q", "update"], capture_output=True)
-                done = subprocess.run(fetch, cwd=folder, capture_output=True, text=True)
+                done = subprocess.run(fetch, cwd=name, capture_output=True, text=True)
             if done.returncode:
                 pytest.skip(f"no pgbouncer on this machine, and apt-get does not fetch it: {done.stderr[-200:]}")
-        for archive in folder.glob("*.deb"):
-            subprocess.run(["dpkg-deb", "-x", str(archive), str(folder)], check=True)
-    libraries = ":".join(map(str, folder.glob("usr/lib/*-linux-gnu")))
-    return str(unpacked), {"LD_LIBRARY_PATH": libraries}
+        for archive in Path(name).glob("*.deb"):
+            subprocess.run(["dpkg-deb", "-x", str(archive), str(new)], check=True)
+        with contextlib.suppress(OSError):  # another was first
+            new.rename(folder)
 
 
 @contextlib.contextmanager
