@@ -110,6 +110,15 @@ def postgres(session: nox.Session, major: str) -> None:
 
 
 @nox.session
+def pooler(session: nox.Session) -> None:
+    """Run the tests of the functions, of isolation and of imports through a PgBouncer in transaction mode."""
+    install(session, "test")
+    files = ("messages", "conversations", "input", "isolation", "concurrency", "transfer")
+    names = [f"tests/test_{name}.py" for name in files]
+    session.run("pytest", *PARALLEL, "--pooler", *names, *session.posargs)
+
+
+@nox.session
 def chaos(session: nox.Session) -> None:
     """Kill migrations at every statement, and prove what is promised under faults. `-- --quick`: a sample of both."""
     install(session, "test")

@@ -22,6 +22,7 @@ import uvloop
 import chatdb
 from chatdb import embedded
 from chatdb.migrate import apply_migrations
+from tests._pgbouncer import pgbouncer
 from tests._roles import Roles
 
 SERVERS = ("auto", "dsn", "container", "embedded", "local")
@@ -41,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--role", choices=("owner", "app"), default="owner", help="as which role of docs/security.md the tests connect"
     )
+    group.addoption("--pooler", action="store_true", help="have db and tx connect through PgBouncer's transactions")
     group.addoption("--quick", action="store_true", help="of what -m chaos runs, a sample")
     group.addoption("--uvloop", action="store_true", help="run the coroutines on uvloop instead of asyncio's own loop")
 
@@ -249,10 +251,27 @@ def dsn(server: str, template: str, app_of: AppOf, request: pytest.FixtureReques
     execute(server, f"drop database {name} with (force)")
 
 
+@pytest.fixture(scope="session")
+def arguments_of(request: pytest.FixtureRequest) -> Iterator[Callable[[str], dict[str, object]]]:
+    """Give the function that makes of a DSN the arguments of a pool: with --pooler, on a PgBouncer in front."""
+    if not request.config.getoption("--pooler"):
+        yield lambda dsn: {"dsn": dsn}
+        return
+    server = request.getfixturevalue("server")
+    folder = request.getfixturevalue("tmp_path_factory").mktemp("pgbouncer")
+    with pgbouncer(server, folder) as pooled:
+
+        def of(dsn: str) -> dict[str, object]:
+            name = urlsplit(dsn).path.removeprefix("/")
+            return {"dsn": database_of(pooled, name), "statement_cache_size": 0}  # what Debian's needs
+
+        yield of
+
+
 @pytest.fixture
-async def db(dsn: str) -> AsyncIterator[chatdb.pool.Pool]:
+async def db(dsn: str, arguments_of: Callable[[str], dict[str, object]]) -> AsyncIterator[chatdb.pool.Pool]:
     """Give a pool on a migrated database of the test's own."""
-    async with chatdb.create_pool(dsn) as pool:
+    async with chatdb.create_pool(**arguments_of(dsn)) as pool:
         yield pool
 
 
@@ -266,9 +285,15 @@ def shared_dsn(server: str, template: str) -> Iterator[str]:
 
 
 @pytest.fixture
-async def tx(shared_dsn: str, app_of: AppOf, request: pytest.FixtureRequest) -> AsyncIterator[asyncpg.Connection]:
+async def tx(
+    shared_dsn: str,
+    app_of: AppOf,
+    arguments_of: Callable[[str], dict[str, object]],
+    request: pytest.FixtureRequest,
+) -> AsyncIterator[asyncpg.Connection]:
     """Give a connection inside a transaction that is rolled back after the test: the quickest database there is."""
-    connection = await asyncpg.connect(**chatdb.dsn.connect_arguments(app_of(shared_dsn, request)))
+    arguments = arguments_of(app_of(shared_dsn, request))
+    connection = await asyncpg.connect(**chatdb.dsn.connect_arguments(arguments.pop("dsn")), **arguments)
     block = connection.transaction()
     await block.start()
     yield connection

@@ -210,7 +210,7 @@ async def test_filled_records_are_as_validated_ones(pairs):
     [
         {},
         {"mode": "json"},
-        {"include": {"id", "metadata"}},
+        {"include": {"id": True, "metadata": True}},
         {"exclude": {"metadata": {"a"}}},
         {"exclude_unset": True},
         {"exclude_defaults": True},
