@@ -128,11 +128,6 @@ def explained(error: psycopg.Error) -> ChatDBError:
         )
     if state == "25006":
         return ConfigurationError("the server takes no writes: is it a standby? connect to the primary")
-    if state == "3F000":
-        return ConfigurationError(
-            "the role's search_path has no schema that there is: set one, such as public, for the tables of yoyo's "
-            "bookkeeping"
-        )
     if state[:2] in {"28", "3D"}:
         return ConfigurationError("the server refused the user, the password or the database name: check the DSN")
     if state in {"55P03", "40P01", "57014"}:

@@ -20,6 +20,7 @@ from chatdb.sources.items import (
     fingerprint,
     name_of,
     role,
+    short,
     storable,
 )
 
@@ -63,12 +64,12 @@ def conversation(source: _Object) -> list[Item]:
         text, is_all = _text(as_object(message.get("content")) or {})
         content, payload = body(text, None if is_all else message)
         replaced += content != text
-        key = _short(message.get("id"))
+        key = short(message.get("id"))
         key = None if key in keys else key
         keys.add(key)
         latest = _time(message.get("create_time")) or latest
-        model = _short((as_object(message.get("metadata")) or {}).get("model_slug"))
-        metadata = _metadata(model, _short(author.get("name")))
+        model = short((as_object(message.get("metadata")) or {}).get("model_slug"))
+        metadata = _metadata(model, short(author.get("name")))
         messages.append(SourceMessage(seq, known, content, payload, metadata, None, key, latest))
         said.append((known, text))
 
@@ -129,11 +130,6 @@ def _text(content: _Object) -> tuple[str, bool]:
     texts = [content.get(name) for name in _TEXTS]
     texts += [(as_object(thought) or {}).get("content") for thought in as_list(content.get("thoughts")) or ()]
     return "\n".join(text for text in texts if text and isinstance(text, str)), False
-
-
-def _short(value: object) -> str | None:
-    """Return a short text such as an id or a name, or None."""
-    return storable(value) if isinstance(value, str) and 1 <= len(value) <= _input.MAX_NAME else None
 
 
 @lru_cache

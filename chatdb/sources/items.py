@@ -98,6 +98,11 @@ def storable(text: str) -> str:
     return text
 
 
+def short(value: object) -> str | None:
+    """Return a short text such as an id or a name, or None."""
+    return storable(value) if isinstance(value, str) and 1 <= len(value) <= _input.MAX_NAME else None
+
+
 def body(text: str, original: object = None) -> tuple[str, str | None]:
     """Return the content and the payload that keep a text, and the original if there is more to it."""
     content = storable(text)

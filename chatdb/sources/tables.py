@@ -39,6 +39,7 @@ from chatdb.sources.items import (
     UnfitError,
     name_of,
     role,
+    short,
     storable,
 )
 
@@ -300,7 +301,7 @@ def _message(
     content = storable(said)
     if len(content.encode()) > _input.MAX_CONTENT:
         raise UnfitError("it has a text of over 4 MiB")
-    metadata = _metadata(_short(kind), _short(name))
+    metadata = _metadata(short(kind), short(name))
     key = str(row.id)
     return SourceMessage(seq, author, content, payload, metadata, None, key, _utc(row.written_at)), content != said
 
@@ -361,10 +362,6 @@ def _texts(value: object) -> Iterator[str]:
         elif (fields := as_object(part)) is not None:
             texts = map(fields.get, ("text", "refusal", "stdout", "stderr"))
             yield from (text for text in texts if isinstance(text, str))
-
-
-def _short(value: object) -> str | None:
-    return storable(value) if isinstance(value, str) and 1 <= len(value) <= _input.MAX_NAME else None
 
 
 @lru_cache
