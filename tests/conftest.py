@@ -94,6 +94,16 @@ def _say(config: pytest.Config, line: str) -> None:
             reporter.write_line(line)
 
 
+def _memory() -> str | None:
+    """Return a folder that is kept in memory, if there is one with room: a third of the work is making files."""
+    folder = "/dev/shm"
+    if not os.path.ismount(folder):
+        return None
+    there = os.statvfs(folder)
+    room = there.f_bavail * there.f_frsize > 6 * 1024**3
+    return folder if room and not there.f_flag & os.ST_NOEXEC else None
+
+
 def _named(stack: ExitStack) -> str | None:
     return os.environ.get("CHATDB_TEST_DSN")
 
@@ -116,7 +126,8 @@ def _container(stack: ExitStack) -> str | None:
 
 
 def _embedded(stack: ExitStack) -> str:
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chatdb-test-", ignore_cleanup_errors=True))
+    place = tempfile.TemporaryDirectory(prefix="chatdb-test-", dir=_memory(), ignore_cleanup_errors=True)
+    folder = stack.enter_context(place)
     Path(folder).chmod(0o711)  # where user namespaces are forbidden, root's server runs as nobody
     return stack.enter_context(embedded.EmbeddedServer(Path(folder) / "server")).dsn
 
@@ -129,7 +140,7 @@ def _local(stack: ExitStack) -> str | None:
     if found is None:
         return None
     programs = Path(found).resolve().parent
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chatdb-test-")))
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chatdb-test-", dir=_memory())))
     log = folder / "log"
 
     def run(way: embedded._Way, program: str, *arguments: str) -> bool:
@@ -182,6 +193,19 @@ def execute(dsn: str, *statements: str) -> None:
             connection.execute(statement)
 
 
+@contextmanager
+def new_database(server: str, name: str, template: str = "template0", options: str = "") -> Iterator[str]:
+    """Give the DSN of a copy of a database; of its files, which takes a third of the time of the server's own way."""
+    with psycopg.connect(server, autocommit=True) as connection:
+        if connection.info.server_version >= 150_000:  # older ones know no other way
+            options += " strategy file_copy"
+        connection.execute(f"create database {name} template {template} {options}")
+    try:
+        yield database_of(server, name)
+    finally:
+        execute(server, f"drop database {name} with (force)")
+
+
 @pytest.fixture(scope="session")
 def roles(server: str) -> Iterator[Roles]:
     """Give the roles of docs/security.md, which can log in by their names, and a migrated database of the owner's."""
@@ -201,9 +225,9 @@ def roles(server: str) -> Iterator[Roles]:
 @contextmanager
 def cloned(server: str, roles: Roles, name: str) -> Iterator[str]:
     """Give the DSN, for the server's own role, of a clone of the roles' database."""
-    execute(server, f"create database {name} template {roles.database} owner {roles.owner}", *roles.on_database(name))
-    yield database_of(server, name)
-    execute(server, f"drop database {name} with (force)")
+    with new_database(server, name, roles.database, f"owner {roles.owner}") as dsn:
+        execute(server, *roles.on_database(name))
+        yield dsn
 
 
 @pytest.fixture(scope="session")
@@ -227,28 +251,23 @@ def template(server: str, request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.getfixturevalue("roles").database
         return
     name = f"chatdb_test_{os.getpid()}"
-    execute(server, f"create database {name}")
-    apply_migrations(database_of(server, name))
-    yield name
-    execute(server, f"drop database {name}")
+    with new_database(server, name) as dsn:
+        apply_migrations(dsn)
+        yield name
 
 
 @pytest.fixture
 def empty_dsn(server: str) -> Iterator[str]:
     """Give the DSN of an empty database of the test's own."""
-    name = f"chatdb_test_{os.getpid()}_{next(_serial)}"
-    execute(server, f"create database {name} template template0")
-    yield database_of(server, name)
-    execute(server, f"drop database {name} with (force)")
+    with new_database(server, f"chatdb_test_{os.getpid()}_{next(_serial)}") as dsn:
+        yield dsn
 
 
 @pytest.fixture
 def dsn(server: str, template: str, app_of: AppOf, request: pytest.FixtureRequest) -> Iterator[str]:
     """Give the DSN of a migrated database of the test's own, whose commits nobody else sees."""
-    name = f"chatdb_test_{os.getpid()}_{next(_serial)}"
-    execute(server, f"create database {name} template {template}")
-    yield app_of(database_of(server, name), request)
-    execute(server, f"drop database {name} with (force)")
+    with new_database(server, f"chatdb_test_{os.getpid()}_{next(_serial)}", template) as made:
+        yield app_of(made, request)
 
 
 @pytest.fixture(scope="session")
@@ -278,10 +297,8 @@ async def db(dsn: str, arguments_of: Callable[[str], dict[str, object]]) -> Asyn
 @pytest.fixture(scope="session")
 def shared_dsn(server: str, template: str) -> Iterator[str]:
     """Give the DSN of a migrated database that stays empty, because nobody commits there."""
-    name = f"{template}_shared"
-    execute(server, f"create database {name} template {template}")
-    yield database_of(server, name)
-    execute(server, f"drop database {name} with (force)")
+    with new_database(server, f"{template}_shared", template) as dsn:
+        yield dsn
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ from chatdb.adopt import AdoptReport, Counts, adopt
 from chatdb.errors import ConfigurationError, SchemaError, UnavailableError
 from chatdb.migrate import apply_migrations, rollback_migrations
 from tests import _older as older_system
+from tests._command import chatdb as command
 from tests._older import START, Writers, add, fill, rows, untouched
-from tests.conftest import as_role, database_of, execute
-from tests.test_cli import chatdb as command
+from tests.conftest import as_role, execute, new_database
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = (ROOT / "docs" / "adoption.md").read_text(encoding="utf-8")
@@ -48,19 +48,16 @@ Stored = dict[int, tuple[object, ...]]
 def older_template(server: str, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Give the name of a migrated database that has the older system's tables, too."""
     name = f"{template}_older"
-    execute(server, f"create database {name} template {template}")
-    older_system.migrate(database_of(server, name), tmp_path_factory.mktemp("alembic"))
-    yield name
-    execute(server, f"drop database {name}")
+    with new_database(server, name, template) as dsn:
+        older_system.migrate(dsn, tmp_path_factory.mktemp("alembic"))
+        yield name
 
 
 @pytest.fixture
 def older(server: str, older_template: str) -> Iterator[str]:
     """Give the DSN of a database with the older system's empty tables, beside chatdb's."""
-    name = f"{older_template}_{next(_serial)}"
-    execute(server, f"create database {name} template {older_template}")
-    yield database_of(server, name)
-    execute(server, f"drop database {name} with (force)")
+    with new_database(server, f"{older_template}_{next(_serial)}", older_template) as dsn:
+        yield dsn
 
 
 async def stored(dsn: str) -> Stored:

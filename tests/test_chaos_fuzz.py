@@ -158,7 +158,7 @@ async def test_every_parameter(request: pytest.FixtureRequest, db: chatdb.pool.P
     outcomes: Counter[str] = Counter()
     functions = [(name, getattr(chatdb, name)) for name in SIGNATURES]
     huge = "x" * (100 * MIB)
-    for count in range(calls(request, 700_000)):
+    for count in range(calls(request, 250_000)):
         name, function = chance.choice(functions)
         parameters = SIGNATURES[name]
         arguments = {each: valid[each] for each, default in parameters.items() if default is required}
@@ -166,7 +166,7 @@ async def test_every_parameter(request: pytest.FixtureRequest, db: chatdb.pool.P
             arguments["user_id"] = "nobody"
         tried = chance.sample(list(parameters), min(len(parameters), chance.choice([1, 1, 2])))
         arguments |= {each: HOSTILE[each](chance) for each in tried}
-        if count % 70_000 == 0 and "content" in parameters:
+        if count % 25_000 == 0 and "content" in parameters:
             arguments["content"] = huge
         before = counting.sent
         try:
@@ -222,7 +222,7 @@ def test_every_dsn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     outcomes: Counter[str] = Counter()
-    for _ in range(calls(request, 200_000)):
+    for _ in range(calls(request, 450_000)):
         dsn = mutated(chance, chance.choice(DSNS), PIECES)
         try:
             connect_arguments(dsn)
@@ -282,7 +282,7 @@ def test_every_file(request: pytest.FixtureRequest) -> None:
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     outcomes: Counter[str] = Counter()
-    for _ in range(calls(request, 100_000)):
+    for _ in range(calls(request, 300_000)):
         data = mutated(chance, chance.choice(FILES), BITS).encode(errors="surrogatepass")
         if chance.random() < 0.2:
             place = chance.randrange(len(data) + 1)

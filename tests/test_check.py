@@ -16,9 +16,9 @@ from pathlib import Path
 import psycopg
 import pytest
 from _catalog import DATA
+from _command import PROGRAM, on_a_terminal
 from _pgbouncer import pgbouncer
-from conftest import as_role, database_of, execute
-from test_cli import on_a_terminal
+from conftest import as_role, execute, new_database
 
 import chatdb
 from chatdb import inspection
@@ -29,7 +29,6 @@ from chatdb.inspection import inspect, is_wrong
 from chatdb.migrate import apply_migrations, migration_files
 
 ROOT = Path(__file__).parent.parent
-PROGRAM = (str(Path(sys.executable).with_name("chatdb")),)
 CASCADE = (
     "alter table chatdb.messages drop constraint fk_messages_conversation, add constraint fk_messages_conversation "
     "foreign key (user_id, conversation_id) references chatdb.conversations (user_id, id)"
@@ -91,7 +90,7 @@ def mend(dsn: str, remedy: str) -> None:
 
 def test_a_healthy_database(dsn: str) -> None:
     """All that is looked at is listed, and all of it is well."""
-    found = {each["what"]: each["state"] for each in json.loads(run(dsn, "--json", code=0, program=PROGRAM))}
+    found = {each["what"]: each["state"] for each in json.loads(run(dsn, "--json", code=0, program=(str(PROGRAM),)))}
     listed = ["server", "extensions", "encoding", "pooler", "table conversations", "table messages"]
     listed += ["checks of messages", "primary key pk_messages", f"index {KEY}", "cascade fk_messages_conversation"]
     listed += ["migration 0001.create-schema", "statements"]
@@ -341,12 +340,9 @@ def test_an_encoding_that_lacks_characters(server: str) -> None:
     name = f"chatdb_test_{os.getpid()}_latin1"
     with psycopg.connect(server) as connection:
         provider = "locale_provider libc" if connection.info.server_version >= 150_000 else ""
-    execute(server, f"create database {name} template template0 encoding 'LATIN1' {provider} locale 'C'")
-    try:
-        apply_migrations(database_of(server, name))
-        assert [*wrong(database_of(server, name))] == ["encoding"]
-    finally:
-        execute(server, f"drop database {name}")
+    with new_database(server, name, options=f"encoding 'LATIN1' {provider} locale 'C'") as dsn:
+        apply_migrations(dsn)
+        assert [*wrong(dsn)] == ["encoding"]
 
 
 @pytest.mark.parametrize(("oldest", "newest", "state"), [(99, 99, "different"), (1, 2, "note")])
@@ -439,7 +435,7 @@ def test_through_poolers(dsn: str, tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_there() -> None:
     """An unreachable server is one sentence without the password."""
-    command = [Path(sys.executable).with_name("chatdb"), "check", "--json"]
+    command = [PROGRAM, "check", "--json"]
     env = os.environ | {"DATABASE_URL": "postgresql://a:secret@127.0.0.1:1/x"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1

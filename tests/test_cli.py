@@ -1,16 +1,13 @@
-"""The command line, run as its users run it: as a process."""
+"""What the commands do and say; as a process where a terminal, a signal, a pipe or the encoding matters."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
-import pty
 import signal
 import subprocess
-import sys
 import uuid
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ import pytest
 from chatdb import append_message, create_conversation, create_pool
 from chatdb.cli import Format
 from chatdb.sources import FORMATS, tables
+from tests._command import PROGRAM, chatdb, chatdb_process, on_a_terminal
 from tests.conftest import execute
 
 SHAREGPT = [
@@ -30,16 +28,6 @@ SHAREGPT = [
     },
     {"id": "b", "conversations": []},
 ]
-
-
-def chatdb(*arguments: str | Path, env: dict[str, str], code: int = 0, cwd: Path | None = None) -> str:
-    """Run `chatdb`, and return what it says: its standard output, or where it fails its standard error."""
-    command = [Path(sys.executable).with_name("chatdb"), *arguments]
-    base = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "CHATDB_HOME")}
-    done = subprocess.run(command, env=base | env, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr if code else done.stdout
 
 
 @pytest.fixture
@@ -58,7 +46,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_import_list_show_export(env: dict[str, str], file: Path, tmp_path: Path) -> None:
     """What is imported is listed, shown, exported, and read back for another user as it was."""
-    said = chatdb("import", file, "--user", "alice", env=env)
+    said = chatdb_process("import", file, "--user", "alice", env=env)
     assert "imported 1 conversations, 2 messages" in said
     assert "skipped 1 conversations, 0 messages: no messages" in said
     (listed,) = json.loads(chatdb("list", "--user", "alice", "--json", env=env))
@@ -79,21 +67,6 @@ def test_import_list_show_export(env: dict[str, str], file: Path, tmp_path: Path
     assert (report["conversations"], report["messages"], report["skipped"]) == (1, 2, [])
     report = json.loads(chatdb("import", out, "--user", "bob", "--json", env=env))
     assert (report["stored_conversations"], report["messages"]) == (1, 0)
-
-
-def on_a_terminal(*arguments: str, env: dict[str, str]) -> str:
-    """Run `chatdb` with a terminal as its output, and return what it shows there."""
-    ours, theirs = pty.openpty()
-    command = [Path(sys.executable).with_name("chatdb"), *arguments]
-    with subprocess.Popen(command, env=os.environ | env | {"COLUMNS": "200"}, stdout=theirs) as process:
-        os.close(theirs)
-        shown = b""
-        with suppress(OSError):  # the end of a terminal
-            while more := os.read(ours, 1024):
-                shown += more
-    os.close(ours)
-    assert process.returncode == 0
-    return shown.decode()
 
 
 def test_a_terminal_shows_texts_as_they_are(env: dict[str, str]) -> None:
@@ -248,7 +221,7 @@ def test_a_database_without_the_tables(empty_dsn: str, file: Path) -> None:
 
 def test_a_server_that_is_not_there() -> None:
     """An unreachable server is one sentence without the password."""
-    said = chatdb("list", "--user", "a", env={"DATABASE_URL": "postgresql://a:secret@127.0.0.1:1/x"}, code=1)
+    said = chatdb_process("list", "--user", "a", env={"DATABASE_URL": "postgresql://a:secret@127.0.0.1:1/x"}, code=1)
     assert "cannot be reached" in said
     assert "secret" not in said
 
@@ -279,20 +252,21 @@ def test_an_output_that_has_few_characters(env: dict[str, str], file: Path) -> N
     """Where the output's encoding lacks a character, it is escaped."""
     chatdb("import", file, "--user", "alice", env=env)
     made = json.loads(chatdb("list", "--user", "alice", "--json", env=env))[0]["id"]
-    assert "\\U0001f44b" in chatdb("show", str(made), "--user", "alice", env=env | {"PYTHONIOENCODING": "ascii"})
+    assert "\\U0001f44b" in chatdb_process(
+        "show", str(made), "--user", "alice", env=env | {"PYTHONIOENCODING": "ascii"}
+    )
 
 
 def test_wrong_usage(env: dict[str, str]) -> None:
     """Wrong usage is exit status 2."""
-    assert "--user" in chatdb("list", env=env, code=2)
+    assert "--user" in chatdb_process("list", env=env, code=2)
 
 
 def test_a_reader_that_has_had_enough(env: dict[str, str], file: Path) -> None:
     """`chatdb export | head` ends without a traceback."""
     chatdb("import", file, "--user", "alice", env=env)
-    program = Path(sys.executable).with_name("chatdb")
     done = subprocess.run(
-        f"{program} export --user alice | head -c 1", shell=True, env=os.environ | env, capture_output=True, text=True
+        f"{PROGRAM} export --user alice | head -c 1", shell=True, env=os.environ | env, capture_output=True, text=True
     )
     assert "Traceback" not in done.stderr
 
@@ -301,10 +275,10 @@ def test_interrupted(tmp_path: Path) -> None:
     """An interrupted command stores nothing, stops its embedded server and ends with status 130."""
     big = tmp_path / "big.json"
     one = {"conversations": [{"from": "human", "value": "x" * 500}] * 10}
-    big.write_text(json.dumps([one | {"id": str(n)} for n in range(30_000)]))
+    big.write_text(json.dumps([one | {"id": str(n)} for n in range(6_000)]))
     env = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
     env |= {"CHATDB_HOME": str(tmp_path / "home")}
-    command = [Path(sys.executable).with_name("chatdb"), "import", big, "--user", "alice"]
+    command = [PROGRAM, "import", big, "--user", "alice"]
     for number in (signal.SIGINT, signal.SIGTERM):
         process = subprocess.Popen(
             command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True

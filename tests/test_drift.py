@@ -52,7 +52,7 @@ from _sqlfiles import (
     parse,
     ungiven,
 )
-from conftest import database_of, execute
+from conftest import new_database
 from pglast.parser import scan
 from pydantic import ValidationError, create_model
 
@@ -70,12 +70,12 @@ every_file = pytest.mark.parametrize("stem", TEXTS)
 @pytest.fixture(scope="module")
 def live(server, template):
     """Give a database with enough in it for the planner's choices to be real ones."""
-    name = f"{template}_drift"
-    execute(server, f"create database {name} template {template}")
-    with psycopg.connect(database_of(server, name), autocommit=True, prepare_threshold=None) as connection:
+    with (
+        new_database(server, f"{template}_drift", template) as dsn,
+        psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as connection,
+    ):
         connection.execute(DATA)
         yield Live(connection)
-    execute(server, f"drop database {name}")
 
 
 # 1. Every file is bound once, every binding has its file.

@@ -8,8 +8,8 @@ import time
 
 import psycopg
 import pytest
+from _command import chatdb as command
 from conftest import as_role, execute
-from test_cli import chatdb as command
 
 import chatdb
 from chatdb.inspection import inspect

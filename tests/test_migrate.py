@@ -32,9 +32,10 @@ from chatdb.migrate import (
     missing_migrations,
     rollback_migrations,
 )
+from tests._command import PROGRAM
+from tests._command import chatdb as command
 from tests._pgbouncer import pgbouncer
 from tests.conftest import as_role, execute
-from tests.test_cli import chatdb as command
 from tests.test_migrations import NAMES, ROOT, objects, yoyo
 
 CONCURRENTLY = """-- transactional: false
@@ -241,7 +242,7 @@ def answered(answer: str, *arguments: str, env: dict[str, str]) -> str:
     ours, theirs = pty.openpty()
     os.write(ours, answer.encode())
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("chatdb")), *arguments],
+        [PROGRAM, *arguments],
         env=os.environ | env,
         stdin=theirs,
         stdout=subprocess.PIPE,

@@ -8,6 +8,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from multiprocessing.context import ForkServerProcess
@@ -22,7 +23,7 @@ from chatdb.embedded import EmbeddedServer
 from chatdb.migrate import apply_migrations, migration_files, rollback_migrations
 from tests._chaos import kill_server
 from tests._wire import Statement, Wire
-from tests.conftest import database_of, execute, not_durable
+from tests.conftest import database_of, new_database, not_durable
 from tests.test_migrations import NAMES, objects
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
@@ -63,13 +64,14 @@ def state(dsn: str) -> list[object]:
         return [objects(dsn), applied, remembered, locked]
 
 
-def prepared(server: str, applied: int) -> str:
-    """Return the name of a new database with so many migrations."""
+@contextmanager
+def prepared(server: str, applied: int) -> Iterator[str]:
+    """Give the name of a new database with so many migrations."""
     name = f"chatdb_crash_{os.getpid()}_{next(_serial)}"
-    execute(server, f"create database {name} template template0")
-    if applied:
-        apply_migrations(database_of(server, name), to=NAMES[applied - 1])
-    return name
+    with new_database(server, name) as dsn:
+        if applied:
+            apply_migrations(dsn, to=NAMES[applied - 1])
+        yield name
 
 
 def writes(statement: Statement) -> bool:
@@ -99,28 +101,24 @@ def test_killed(request: pytest.FixtureRequest, victim: str, work: Callable[[str
     step = 29 if request.config.getoption("--quick") else 1
     before, after = {up: (place, place + 1), down: (place + 1, place), by_yoyo: (0, len(NAMES))}[work]
     again = partial(up, place=len(NAMES) - 1) if work is by_yoyo else partial(work, place=place)
-    template, wanted = prepared(server, before), prepared(server, after)
-    expected = state(database_of(server, wanted)) if after else None
+    with prepared(server, after) as name:
+        expected = state(database_of(server, name)) if after else None
     points = 0
-    for answered in (False, True):
-        for number in count(step // 2, step):
-            name = f"{template}_now"
-            execute(server, f"create database {name} template {template}")
-            dsn = database_of(server, name)
-            process, struck = _run_until(dsn, work, place, number, answered=answered, own=own)
-            if struck:
-                points += 1
-                if own:
-                    own.stop()
-                    own.start()
-                again(dsn)
-                assert expected is None or state(dsn) == expected, (number, answered)
-                assert after or objects(dsn) == []
-            execute(server, f"drop database {name} with (force)")
-            if not struck:
-                assert process.exitcode == 0
-                break
-    execute(server, f"drop database {template}", f"drop database {wanted}")
+    with prepared(server, before) as template:
+        for answered in (False, True):
+            for number in count(step // 2, step):
+                with new_database(server, f"{template}_now", template) as dsn:
+                    process, struck = _run_until(dsn, work, place, number, answered=answered, own=own)
+                    if not struck:
+                        assert process.exitcode == 0
+                        break
+                    points += 1
+                    if own:
+                        own.stop()
+                        own.start()
+                    again(dsn)
+                    assert expected is None or state(dsn) == expected, (number, answered)
+                    assert after or objects(dsn) == []
     assert points > 20 // step // 2
 
 

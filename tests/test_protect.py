@@ -29,10 +29,10 @@ from chatdb.migrate import last_migrations
 from chatdb.protect import TABLES, missing_protection, protect_tables
 from chatdb.sources import Item, SourceConversation, SourceMessage
 from chatdb.transfer import export_conversations, import_conversations
+from tests._command import chatdb as command
 from tests._pgbouncer import pgbouncer
 from tests._roles import Roles
 from tests.conftest import as_role, cloned, execute
-from tests.test_cli import chatdb as command
 from tests.test_migrate import transaction
 
 _serial = itertools.count()

@@ -369,15 +369,19 @@ async def test_the_real_file(db: Pool) -> None:
     assert roles == {"user", "assistant", "system"}
 
 
+@pytest.mark.chaos
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
-def test_memory_does_not_grow_with_the_file(dsn: str, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_file(request: pytest.FixtureRequest, dsn: str, tmp_path: Path) -> None:
     """A file of 250 MB is imported and exported in less than 300 MB of memory."""
+    copies = 1 if request.config.getoption("--quick") else 2
     big = tmp_path / "big.json"
     with dataset_path() as path, big.open("wb") as out:
         whole = path.read_bytes()
         body = whole[whole.index(b"{") : whole.rindex(b"\n  },") + 4]
         out.write(b"[" + body)
-        out.write(b"," + body.replace(b'"id": "', b'"id": "copy') + b"]")
+        if copies == 2:
+            out.write(b"," + body.replace(b'"id": "', b'"id": "copy'))
+        out.write(b"]")
     program = """
         import asyncio, sys
         from pathlib import Path
@@ -390,7 +394,7 @@ def test_memory_does_not_grow_with_the_file(dsn: str, tmp_path: Path) -> None:
                 count = 0
                 async for _ in transfer.export_conversations(db, user_id="alice"):
                     count += 1
-                assert count == report.conversations + report.messages > 290_000, count
+                assert count == report.conversations + report.messages > 145_000 * int(sys.argv[3]), count
 
         asyncio.run(main())
         # not getrusage, whose maximum a process takes over from the one that started it
@@ -398,7 +402,8 @@ def test_memory_does_not_grow_with_the_file(dsn: str, tmp_path: Path) -> None:
         print(int(peak.split()[1]) // 1024)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), dsn, str(big)], capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(program), dsn, str(big), str(copies)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 300, f"{int(done.stdout)} MB"
+    print(f"figure: import and export of {big.stat().st_size:,} bytes: {int(done.stdout)} MB of memory at the peak")
+    assert int(done.stdout) < 300
