@@ -16,6 +16,7 @@ nox.options.sessions = ["tests", "lint", "types"]
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 POSTGRESQLS = ["14", "15", "16", "17", "18"]
+POOLERS = ["1.18", "1.24"]
 PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal", "-p", "no:benchmark")
 """Runs the tests in as many processes as there are cores, each with a server of its own; `-- -n 0` in one."""
 PROJECT = nox.project.load_toml("pyproject.toml")
@@ -110,12 +111,11 @@ def postgres(session: nox.Session, major: str) -> None:
 
 
 @nox.session
-def pooler(session: nox.Session) -> None:
-    """Run the tests of the functions, of isolation and of imports through a PgBouncer in transaction mode."""
+@nox.parametrize("version", POOLERS, ids=POOLERS)
+def pooler(session: nox.Session, version: str) -> None:
+    """Run the tests of the functions, of transactions, isolation and imports through this PgBouncer's transactions."""
     install(session, "test")
-    files = ("messages", "conversations", "input", "isolation", "concurrency", "transfer")
-    names = [f"tests/test_{name}.py" for name in files]
-    session.run("pytest", *PARALLEL, "--pooler", *names, *session.posargs)
+    session.run("pytest", *PARALLEL, "--pooler", version, *session.posargs)
 
 
 @nox.session

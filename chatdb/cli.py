@@ -357,7 +357,8 @@ async def _messages(db: Database, user: str, conversation: int, last: int | None
 async def _database() -> AsyncGenerator[Pool, None]:
     dsn = os.environ.get("DATABASE_URL")
     if dsn:
-        async with chatdb.create_pool(dsn) as pool:
+        # a command runs few statements, and may do so through a pooler that keeps none for it
+        async with chatdb.create_pool(dsn, statement_cache_size=0) as pool:
             yield pool
     else:
         async with chatdb.open_embedded() as pool:

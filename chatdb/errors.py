@@ -121,8 +121,15 @@ _WALL = frozenset({"ExecWithCheckOptions", "check_enable_rls"})
 _GONE = re.compile("connection is closed|released back to the pool")
 _POOLER_HINT = (
     "a transaction pooler without support for prepared statements stands in front of the database: "
-    "pass statement_cache_size=0 to create_pool, or use PgBouncer 1.21 or later"
+    "pass statement_cache_size=0 to create_pool, or have it track them (PgBouncer from 1.21: max_prepared_statements)"
 )
+_SETTINGS_HINT = (
+    "a pooler stands in front of the database and takes no settings with a connection: instead of by the DSN's options "
+    "or server_settings, make them for the role, by ALTER ROLE ... SET"
+)
+_REFUSED_HINT = "the server refused the user, the password or the database name (SQLSTATE {}): check the DSN"
+_FULL_HINT = "the server takes no connections at the moment: try again"
+_REFUSED = re.compile("authentication|password|user|login rejected|no such database|database .*(exist|disabled)")
 
 
 def translated(error: Exception) -> ChatDBError | None:
@@ -212,6 +219,8 @@ def _of_server(error: asyncpg.PostgresError) -> ChatDBError | None:
             )
         case "42501":
             return ConfigurationError("the database role lacks a privilege on chatdb's tables: grant it to the role")
+        case "08P01" if getattr(error, "server_source_function", None) is None:
+            return _of_pooler(error)
         case "26000" | "42P05" | "08P01":
             return ConfigurationError(_POOLER_HINT)
         case "57014":
@@ -219,13 +228,27 @@ def _of_server(error: asyncpg.PostgresError) -> ChatDBError | None:
                 "the server cancelled the statement, by its statement_timeout or a request", sent=True
             )
         case "57P03" | "53300" | "55000":
-            return UnavailableError("the server takes no connections at the moment: try again", sent=False)
+            return UnavailableError(_FULL_HINT, sent=False)
         case "25006":
             return UnavailableError("the server takes no writes: is it a standby? connect to the primary", sent=True)
         case "40001" | "40P01" | "55P03":
             return UnavailableError(f"the server rolled the statement back (SQLSTATE {state}): try again", sent=True)
         case _:
             return _of_class(error, state[:2], state)
+
+
+def _of_pooler(error: asyncpg.PostgresError) -> ChatDBError:
+    """Tell by PgBouncer's words, always English, what its own errors are about: they have one SQLSTATE for all."""
+    words = str(error)
+    if "prepared statement" in words:
+        return ConfigurationError(_POOLER_HINT)
+    if "startup parameter" in words:
+        return ConfigurationError(_SETTINGS_HINT)
+    if "connections" in words:
+        return UnavailableError(_FULL_HINT, sent=False)
+    if _REFUSED.search(words):
+        return ConfigurationError(_REFUSED_HINT.format("08P01"))
+    return _lost(error)
 
 
 def _of_class(error: asyncpg.PostgresError, kind: str, state: str) -> ChatDBError | None:
@@ -236,9 +259,7 @@ def _of_class(error: asyncpg.PostgresError, kind: str, state: str) -> ChatDBErro
             f"the server failed, and undid the statement (SQLSTATE {state}): see its log", sent=True
         )
     if kind in {"28", "3D"}:
-        return ConfigurationError(
-            f"the server refused the user, the password or the database name (SQLSTATE {state}): check the DSN"
-        )
+        return ConfigurationError(_REFUSED_HINT.format(state))
     if kind in {"22", "23", "54"}:
         return InvalidInputError("argument", f"the server refused a value (SQLSTATE {state})")
     return None

@@ -279,7 +279,7 @@ def create_pool(
     bounds the wait for a connection and `command_timeout` each statement, in seconds. Connections are opened as they
     are needed, from `min_size` to `max_size`, and one at once, to see that the server is there. After a lost connection
     a read or a keyed write is sent again up to `retries` times, 0 for never. Further options are those of
-    `asyncpg.create_pool`; `statement_cache_size=0` is what a PgBouncer before 1.21 needs.
+    `asyncpg.create_pool`; `statement_cache_size=0` is what a pooler needs that does not track prepared statements.
 
     Raises ConfigurationError at once; when awaited, also UnavailableError.
     """

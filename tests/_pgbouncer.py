@@ -1,4 +1,4 @@
-"""A real PgBouncer for tests: the machine's, else Debian's package unpacked into a folder, without being installed."""
+"""Real PgBouncers for tests: the machine's, else Debian's packages unpacked into a folder, without being installed."""
 
 from __future__ import annotations
 
@@ -20,49 +20,73 @@ import pytest
 
 from chatdb.dsn import connect_arguments
 
-PACKAGES = ("pgbouncer", "libevent-2.1-7", "libc-ares2")
+VERSIONS = ("1.18", "1.24")
+"""The last before prepared statements were tracked that a Debian has, and the first that does so by default."""
+OPTIONS: dict[str, dict[str, int]] = {"1.18": {"statement_cache_size": 0}, "1.24": {}}
+"""What create_pool needs behind each."""
+SUITES = {
+    "1.18": ("bookworm", "libevent-2.1-7 libssl3 libc-ares2 libgcrypt20 libgpg-error0 liblz4-1 liblzma5"),
+    "1.24": ("trixie", "libevent-2.1-7t64 libssl3t64 libcares2 zlib1g"),
+}
+"""The Debian that has each, and the libraries that only this one needs."""
+PACKAGES = "pgbouncer libc6 libgcc-s1 libaudit1 libcap-ng0 libcap2 libpam0g libsystemd0 libzstd1"
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 CACHE = Path(os.environ.get("CHATDB_TEST_CACHE", Path(__file__).parent.parent / ".cache"))
 
 
 @cache
-def program() -> tuple[str, dict[str, str]]:
-    """Return the program and what its environment needs; skips the test where there is none to be had."""
+def program(version: str) -> list[str]:
+    """Return the command that runs a PgBouncer of this version; skips the test where there is none to be had."""
     found = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-    if found:
-        return found, {}
-    folder = CACHE / "pgbouncer"
+    if found and f"PgBouncer {version}." in subprocess.run([found, "--version"], capture_output=True, text=True).stdout:
+        return [found]
+    folder = CACHE / f"pgbouncer-{version}"
     if not folder.exists():
-        _fetch(folder)
-    libraries = ":".join(map(str, folder.glob("usr/lib/*-linux-gnu")))
-    return str(folder / "usr" / "sbin" / "pgbouncer"), {"LD_LIBRARY_PATH": libraries}
+        _fetch(version, folder)
+    # with its own C library, for the machine's may be older than it needs
+    libraries = [*folder.glob("lib/*-linux-gnu"), *folder.glob("usr/lib/*-linux-gnu")]
+    loader = next(path for library in libraries for path in library.glob("ld-linux*.so.*"))
+    return [str(loader), "--library-path", ":".join(map(str, libraries)), str(folder / "usr" / "sbin" / "pgbouncer")]
 
 
-def _fetch(folder: Path) -> None:
+def _fetch(version: str, folder: Path) -> None:
     """Unpack Debian's packages into a folder, which has its name when all is there: others may be at it, too."""
-    if shutil.which("apt-get") is None:
-        pytest.skip("no pgbouncer on this machine, and no apt-get to fetch it with")
+    if shutil.which("apt-get") is None or not KEYRING.exists():
+        pytest.skip(f"no PgBouncer {version} on this machine, and no apt-get with Debian's keys to fetch it with")
+    suite, libraries = SUITES[version]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
-        new = Path(name) / "new"
-        new.mkdir()
-        for package in PACKAGES:
-            fetch = ["apt-get", "-q", "download", package]
-            done = subprocess.run(fetch, cwd=name, capture_output=True, text=True)
-            if done.returncode and package == "pgbouncer":  # the lists of a new machine are empty
-                subprocess.run(["apt-get", "-q", "update"], capture_output=True)
-                done = subprocess.run(fetch, cwd=name, capture_output=True, text=True)
+        state, new = Path(name).resolve(), Path(name) / "new"
+        for part in ("lists/partial", "archives/partial", "new"):
+            (state / part).mkdir(parents=True)
+        (state / "status").touch()
+        (state / "sources.list").write_text(f"deb [signed-by={KEYRING}] http://deb.debian.org/debian {suite} main\n")
+        options = {
+            "Dir::Etc::sourcelist": state / "sources.list",
+            "Dir::Etc::sourceparts": "/dev/null",
+            "Dir::State": state,
+            "Dir::State::status": state / "status",
+            "Dir::Cache": state,
+            "Acquire::Languages": "none",
+            "APT::Sandbox::User": "root",  # the folder is the caller's own
+        }
+        apt = ["apt-get", "-q", *(f"-o{option}={value}" for option, value in options.items())]
+        for words in (["update", "--error-on=any"], ["download", *PACKAGES.split(), *libraries.split()]):
+            done = subprocess.run([*apt, *words], cwd=name, capture_output=True, text=True)
             if done.returncode:
-                pytest.skip(f"no pgbouncer on this machine, and apt-get does not fetch it: {done.stderr[-200:]}")
-        for archive in Path(name).glob("*.deb"):
+                pytest.skip(f"no PgBouncer {version} on this machine, and apt-get has none: {done.stderr[-200:]}")
+        for archive in state.glob("*.deb"):
             subprocess.run(["dpkg-deb", "-x", str(archive), str(new)], check=True)
         with contextlib.suppress(OSError):  # another was first
             new.rename(folder)
 
 
 @contextlib.contextmanager
-def pgbouncer(server: str, folder: Path, *, mode: str = "transaction", **settings: object) -> Iterator[str]:
+def pgbouncer(
+    server: str, folder: Path, version: str = "1.18", *, mode: str = "transaction", **settings: object
+) -> Iterator[str]:
     """Run a PgBouncer in front of a server, with its files in a folder, and give the DSN of the same database on it."""
-    executable, environment = program()
+    command = [*program(version), str(folder / "pgbouncer.ini")]
     arguments = connect_arguments(server)
     user, password = arguments.get("user", "postgres"), arguments.get("password", "")
     upstream = f"host={arguments['host'][0]} port={arguments.get('port', 5432)} user={user}"
@@ -80,14 +104,12 @@ def pgbouncer(server: str, folder: Path, *, mode: str = "transaction", **setting
         "max_client_conn": 2_000,
         "default_pool_size": 20,
     } | settings
-    file = folder / "pgbouncer.ini"
     lines = [f"{name} = {value}" for name, value in options.items()]
-    file.write_text("\n".join(["[databases]", f"* = {upstream}", "[pgbouncer]", *lines, ""]))
-    command = [executable, str(file)]
+    (folder / "pgbouncer.ini").write_text("\n".join(["[databases]", f"* = {upstream}", "[pgbouncer]", *lines, ""]))
     if os.geteuid() == 0:  # it refuses root, and must reach root's sockets
         nobody = pwd.getpwnam("nobody")
         command = ["unshare", "--user", f"--map-user={nobody.pw_uid}", f"--map-group={nobody.pw_gid}", *command]
-    with subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
             _wait_for(port, process, folder)
             parts = urlsplit(server)

@@ -22,7 +22,7 @@ import uvloop
 import chatdb
 from chatdb import embedded
 from chatdb.migrate import apply_migrations
-from tests._pgbouncer import pgbouncer
+from tests._pgbouncer import OPTIONS, VERSIONS, pgbouncer, program
 from tests._roles import Roles
 
 SERVERS = ("auto", "dsn", "container", "embedded", "local")
@@ -42,9 +42,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--role", choices=("owner", "app"), default="owner", help="as which role of docs/security.md the tests connect"
     )
-    group.addoption("--pooler", action="store_true", help="have db and tx connect through PgBouncer's transactions")
+    group.addoption("--pooler", choices=VERSIONS, help="run what connects by arguments_of, through this PgBouncer")
     group.addoption("--quick", action="store_true", help="of what -m chaos runs, a sample")
     group.addoption("--uvloop", action="store_true", help="run the coroutines on uvloop instead of asyncio's own loop")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out with --pooler what would not go through it."""
+    if config.getoption("--pooler"):
+        through = [item for item in items if "arguments_of" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in through])
+        items[:] = through
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config) -> dict[str, object]:
@@ -273,16 +281,20 @@ def dsn(server: str, template: str, app_of: AppOf, request: pytest.FixtureReques
 @pytest.fixture(scope="session")
 def arguments_of(request: pytest.FixtureRequest) -> Iterator[Callable[[str], dict[str, object]]]:
     """Give the function that makes of a DSN the arguments of a pool: with --pooler, on a PgBouncer in front."""
-    if not request.config.getoption("--pooler"):
+    version = request.config.getoption("--pooler")
+    if not version:
         yield lambda dsn: {"dsn": dsn}
         return
     server = request.getfixturevalue("server")
     folder = request.getfixturevalue("tmp_path_factory").mktemp("pgbouncer")
-    with pgbouncer(server, folder) as pooled:
+    try:
+        program(version)
+    except pytest.skip.Exception as error:  # it was asked for
+        pytest.fail(str(error))
+    with pgbouncer(server, folder, version, server_round_robin=1) as pooled:
 
         def of(dsn: str) -> dict[str, object]:
-            name = urlsplit(dsn).path.removeprefix("/")
-            return {"dsn": database_of(pooled, name), "statement_cache_size": 0}  # what Debian's needs
+            return {"dsn": database_of(pooled, urlsplit(dsn).path.removeprefix("/")), **OPTIONS[version]}
 
         yield of
 

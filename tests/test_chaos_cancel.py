@@ -13,7 +13,7 @@ import pytest
 
 import chatdb
 from tests._chaos import LOOPS, assert_whole, figure, sized
-from tests._pgbouncer import pgbouncer
+from tests._pgbouncer import OPTIONS, VERSIONS, pgbouncer
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
@@ -21,7 +21,7 @@ USER = "ada"
 HANG = 30
 
 
-async def cancel_at_random(dsn: str, direct: str, rounds: int) -> tuple[int, int]:
+async def cancel_at_random(dsn: str, direct: str, rounds: int, options: dict[str, int]) -> tuple[int, int]:
     """Cancel calls, and look after each at what another task gets; return how many there were of each."""
     chance = random.Random(rounds)
     cancelled = 0
@@ -29,7 +29,6 @@ async def cancel_at_random(dsn: str, direct: str, rounds: int) -> tuple[int, int
     errors: list[dict[str, Any]] = []
     returned: dict[int, str] = {}
     asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
-    options = {} if dsn == direct else {"statement_cache_size": 0}  # as a PgBouncer before 1.21 needs
     tested = chatdb.create_pool(dsn, min_size=2, max_size=2, **options)
     async with tested as pool, chatdb.create_pool(direct, max_size=1) as other:
         one = await chatdb.create_conversation(pool, user_id=USER)
@@ -104,14 +103,15 @@ async def cancel_at_random(dsn: str, direct: str, rounds: int) -> tuple[int, int
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("way", ["direct", "pgbouncer"])
+@pytest.mark.parametrize("way", ["direct", *VERSIONS])
 def test_a_cancelled_task_harms_nobody_else(request, dsn, tmp_path, loop, way):
     """Calls cancelled at any await leave no error, no open transaction and nobody else's answer behind."""
     rounds = sized(request, 3_000, 200)
     with contextlib.ExitStack() as stack:
-        through = stack.enter_context(pgbouncer(dsn, Path(tmp_path))) if way == "pgbouncer" else dsn
+        through = dsn if way == "direct" else stack.enter_context(pgbouncer(dsn, Path(tmp_path), way))
         with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
             limit = sized(request, 400, 60)
-            cancelled, looks = runner.run(asyncio.wait_for(cancel_at_random(through, dsn, rounds), limit))
+            work = cancel_at_random(through, dsn, rounds, OPTIONS.get(way, {}))
+            cancelled, looks = runner.run(asyncio.wait_for(work, limit))
     figure(f"victims of {cancelled:,} cancelled calls: 0 of {looks:,} calls of others ({loop}, {way})")
     assert cancelled > rounds / 2

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 from _catalog import DATA
 from _command import PROGRAM, on_a_terminal
-from _pgbouncer import pgbouncer
+from _pgbouncer import VERSIONS, pgbouncer
 from conftest import as_role, execute, new_database
 
 import chatdb
@@ -424,9 +424,10 @@ def test_how_it_is_shown(dsn: str) -> None:
     assert "─" in shown
 
 
-def test_through_poolers(dsn: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_through_poolers(dsn: str, tmp_path: Path, version: str) -> None:
     """A pooler in transaction mode is noted, and the check works through it."""
-    with pgbouncer(dsn, tmp_path) as pooled:
+    with pgbouncer(dsn, tmp_path, version) as pooled:
         found = {each.what: each for each in inspect(pooled)}
     assert found["pooler"].state == "note"
     assert not any(map(is_wrong, found.values()))

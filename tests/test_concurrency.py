@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from itertools import pairwise
 from typing import Any
 
@@ -20,9 +20,9 @@ CALLERS = 16
 
 
 @pytest.fixture
-async def db(dsn: str) -> AsyncIterator[chatdb.pool.Pool]:
+async def db(dsn: str, arguments_of: Callable[[str], dict[str, Any]]) -> AsyncIterator[chatdb.pool.Pool]:
     """Give a pool of sixteen connections, all open, so that sixteen callers are sixteen sessions."""
-    async with chatdb.create_pool(dsn, min_size=CALLERS, max_size=CALLERS) as pool:
+    async with chatdb.create_pool(**arguments_of(dsn), min_size=CALLERS, max_size=CALLERS) as pool:
         yield pool
 
 

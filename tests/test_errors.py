@@ -337,7 +337,8 @@ async def test_a_backend_that_goes_between_two_statements(db, goes_on):
     with raises(UnavailableError):
         async with chatdb.transaction(db) as connection:
             await append(connection, conversation)
-            assert await db.fetchval("select pg_terminate_backend($1, 20000)", connection.get_server_pid())
+            pid = await connection.fetchval("select pg_backend_pid()")  # a pooler would tell another one at the start
+            assert await db.fetchval("select pg_terminate_backend($1, 20000)", pid)
             await asyncio.sleep(0.05)  # by then the driver knows
             if goes_on:
                 await append(connection, conversation)
@@ -661,13 +662,14 @@ async def test_a_setting_that_the_driver_refuses(dsn):
         await chatdb.create_pool(f"{dsn}{'&' if '?' in dsn else '?'}target_session_attrs=sometimes")
 
 
-async def test_a_pooler_that_loses_prepared_statements(tx):
+async def test_a_pooler_that_loses_prepared_statements(dsn):
     """Behind a pooler that keeps no prepared statements the error says how to do without them."""
-    await chatdb.list_conversations(tx, user_id="alice")
-    await tx.execute("deallocate all")  # what the next session that such a pooler hands out looks like
+    async with chatdb.create_pool(dsn, max_size=1) as pool:
+        await chatdb.list_conversations(pool, user_id="alice")
+        await pool.execute("deallocate all")  # what the next session that such a pooler hands out looks like
 
-    with raises(ConfigurationError, match="statement_cache_size=0"):
-        await chatdb.list_conversations(tx, user_id="alice")
+        with raises(ConfigurationError, match="statement_cache_size=0"):
+            await chatdb.list_conversations(pool, user_id="alice")
 
 
 async def test_a_transaction_on_a_server_that_went(dsn):

@@ -505,18 +505,18 @@ def runner(pytestconfig: pytest.Config) -> Iterator[asyncio.Runner]:
 
 
 @pytest.mark.timeout(600)  # hypothesis takes up to five minutes to find the shortest sequence that fails
-def test_users_share_nothing(dsn: str, runner: asyncio.Runner) -> None:
+def test_users_share_nothing(dsn: str, runner: asyncio.Runner, arguments_of: Callable[[str], dict[str, Any]]) -> None:
     """Any sequence of calls answers as the model says, and leaves every other user's rows byte for byte."""
-    with started(runner, dsn) as db:
+    with started(runner, **arguments_of(dsn)) as db:
         run_isolation(runner, db, db, examples=60)
 
 
 @contextmanager
-def started(runner: asyncio.Runner, dsn: str) -> Iterator[chatdb.pool.Pool]:
+def started(runner: asyncio.Runner, dsn: str, **options: Any) -> Iterator[chatdb.pool.Pool]:
     """Give a pool of one connection on the runner's loop."""
 
     async def start() -> chatdb.pool.Pool:
-        return await chatdb.create_pool(dsn, max_size=1)
+        return await chatdb.create_pool(dsn, max_size=1, **options)
 
     db = runner.run(start())
     yield db
@@ -562,7 +562,7 @@ def test_users_share_nothing_behind_both_walls(
     with cloned(server, roles, f"{roles.database}_isolation") as dsn:
         protect_tables(as_role(dsn, roles.owner))
         with (
-            pgbouncer(as_role(dsn, roles.app), tmp_path, default_pool_size=1) as pooled,
+            pgbouncer(as_role(dsn, roles.app), tmp_path, "1.24", default_pool_size=1) as pooled,
             started(runner, pooled) as db,
             started(runner, dsn) as admin,
         ):

@@ -949,14 +949,14 @@ async def test_metadata_can_be_asked_for(talk):
 
 
 @contextlib.asynccontextmanager
-async def _asyncpg_pool(dsn):
-    async with asyncpg.create_pool(**connect_arguments(dsn), max_size=2, min_size=0) as pool:
+async def _asyncpg_pool(dsn, **options):
+    async with asyncpg.create_pool(**connect_arguments(dsn), **options, max_size=2, min_size=0) as pool:
         yield pool
 
 
 @contextlib.asynccontextmanager
-async def _connection(dsn):
-    connection = await asyncpg.connect(**connect_arguments(dsn))
+async def _connection(dsn, **options):
+    connection = await asyncpg.connect(**connect_arguments(dsn), **options)
     try:
         yield connection
     finally:
@@ -964,22 +964,22 @@ async def _connection(dsn):
 
 
 @contextlib.asynccontextmanager
-async def _in_transaction(dsn):
-    async with _connection(dsn) as connection, connection.transaction():
+async def _in_transaction(dsn, **options):
+    async with _connection(dsn, **options) as connection, connection.transaction():
         yield connection
 
 
 @contextlib.asynccontextmanager
-async def _with_codecs(dsn):
-    async with _connection(dsn) as connection:
+async def _with_codecs(dsn, **options):
+    async with _connection(dsn, **options) as connection:
         for name in ("json", "jsonb"):
             await connection.set_type_codec(name, schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
         yield connection
 
 
 @contextlib.asynccontextmanager
-async def _acquired(dsn):
-    async with chatdb.create_pool(dsn) as pool, pool.acquire() as connection:
+async def _acquired(dsn, **options):
+    async with chatdb.create_pool(dsn, **options) as pool, pool.acquire() as connection:
         yield connection
 
 
@@ -994,10 +994,10 @@ HANDLES = {
 
 
 @pytest.mark.parametrize("handle", HANDLES)
-async def test_every_handle_gives_the_same(dsn, handle):
+async def test_every_handle_gives_the_same(dsn, arguments_of, handle):
     """Pools and connections, in a transaction or with codecs of the host's own, give the same results and errors."""
     metadata = {"a": [1, None], "b": "text"}
-    async with HANDLES[handle](dsn) as db:
+    async with HANDLES[handle](**arguments_of(dsn)) as db:
         conversation = await chatdb.create_conversation(db, user_id="alice", key="c", metadata=metadata)
         assert conversation.metadata == metadata
         assert await chatdb.create_conversation(db, user_id="alice", key="c") == conversation

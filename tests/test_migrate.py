@@ -34,7 +34,7 @@ from chatdb.migrate import (
 )
 from tests._command import PROGRAM
 from tests._command import chatdb as command
-from tests._pgbouncer import pgbouncer
+from tests._pgbouncer import VERSIONS, pgbouncer
 from tests.conftest import as_role, execute
 from tests.test_migrations import NAMES, ROOT, objects, yoyo
 
@@ -89,7 +89,7 @@ def migrate_at(barrier: threading.Barrier, queue: multiprocessing.Queue[list[str
 def test_twenty_at_once(empty_dsn: str) -> None:
     """Of twenty processes that start at once on an empty database all end well, and each migration is applied once."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["chatdb.migrate"])
+    processes.set_forkserver_preload([__name__])  # not twenty times
     barrier, queue = processes.Barrier(20), processes.Queue()
     started = [processes.Process(target=migrate_at, args=(barrier, queue, empty_dsn)) for _ in range(20)]
     for process in started:
@@ -114,16 +114,17 @@ def test_one_that_waits(empty_dsn: str) -> None:
         timer.join()
 
 
-def test_through_poolers(empty_dsn: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_through_poolers(empty_dsn: str, tmp_path: Path, version: str) -> None:
     """A transaction pooler is refused, with the way out; a session pooler is not."""
-    with pgbouncer(empty_dsn, tmp_path) as dsn:
+    with pgbouncer(empty_dsn, tmp_path, version) as dsn:
         said = command("migrate", env={"DATABASE_URL": dsn}, code=1)
         assert "CHATDB_MIGRATE_URL" in said
         assert objects(empty_dsn) == []
         assert "applied" in command("migrate", env={"DATABASE_URL": dsn, "CHATDB_MIGRATE_URL": empty_dsn})
         with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as connection:
             assert is_pooled(dsn, connection)
-    with pgbouncer(empty_dsn, tmp_path, mode="session") as dsn:
+    with pgbouncer(empty_dsn, tmp_path, version, mode="session") as dsn:
         assert rollback_migrations(dsn, to="0") == NAMES[::-1]
         assert apply_migrations(dsn) == NAMES
 

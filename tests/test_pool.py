@@ -860,22 +860,25 @@ async def test_no_change_or_deletion_is_repeated(dsn, conversation, caplog):
 
 
 @pytest.fixture(params=["pool", "connection of a pool", "connection", "asyncpg pool"])
-async def handle(request: pytest.FixtureRequest, dsn: str) -> AsyncIterator[Any]:
+async def handle(
+    request: pytest.FixtureRequest, dsn: str, arguments_of: Callable[[str], dict[str, Any]]
+) -> AsyncIterator[Any]:
     """Give each kind of handle in turn."""
+    arguments = arguments_of(dsn)
+    driver = arguments | connect_arguments(arguments["dsn"]) | {"dsn": None}
     async with contextlib.AsyncExitStack() as stack:
         match request.param:
             case "pool":
-                yield await stack.enter_async_context(chatdb.create_pool(dsn, max_size=1))
+                yield await stack.enter_async_context(chatdb.create_pool(**arguments, max_size=1))
             case "connection of a pool":
-                pool = await stack.enter_async_context(chatdb.create_pool(dsn, max_size=1))
+                pool = await stack.enter_async_context(chatdb.create_pool(**arguments, max_size=1))
                 yield await stack.enter_async_context(pool.acquire())
             case "connection":
-                connection = await asyncpg.connect(**connect_arguments(dsn))
+                connection = await asyncpg.connect(**driver)
                 stack.push_async_callback(connection.close)
                 yield connection
             case "asyncpg pool":
-                arguments = connect_arguments(dsn)
-                yield await stack.enter_async_context(asyncpg.create_pool(**arguments, min_size=1, max_size=1))
+                yield await stack.enter_async_context(asyncpg.create_pool(**driver, min_size=1, max_size=1))
 
 
 async def assert_clean(handle: Any, conversation: Conversation, dsn: str) -> None:

@@ -30,7 +30,7 @@ from chatdb.protect import TABLES, missing_protection, protect_tables
 from chatdb.sources import Item, SourceConversation, SourceMessage
 from chatdb.transfer import export_conversations, import_conversations
 from tests._command import chatdb as command
-from tests._pgbouncer import pgbouncer
+from tests._pgbouncer import OPTIONS, VERSIONS, pgbouncer
 from tests._roles import Roles
 from tests.conftest import as_role, cloned, execute
 from tests.test_migrate import transaction
@@ -415,7 +415,10 @@ EVERYTHING = "select user_id from chatdb.messages union all select user_id from 
 
 
 @pytest.mark.chaos
-async def test_many_users_on_one_pooler(walled: Place, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_many_users_on_one_pooler(
+    walled: Place, tmp_path: Path, pytestconfig: pytest.Config, version: str
+) -> None:
     """Through PgBouncer in transaction mode, statements without a user see their transaction's own, and no others'."""
     per_user = 20 if pytestconfig.getoption("--quick") else 260
     names = [f"user {number}" for number in range(40)]
@@ -436,8 +439,8 @@ async def test_many_users_on_one_pooler(walled: Place, tmp_path: Path, pytestcon
                 own += user in whose
                 foreign += len(whose - {user})
 
-    with pgbouncer(walled.app, tmp_path, default_pool_size=4) as dsn:
-        options = {"max_size": 20, "statement_cache_size": 0}
+    with pgbouncer(walled.app, tmp_path, version, default_pool_size=4) as dsn:
+        options = {"max_size": 20} | OPTIONS[version]
         async with chatdb.create_pool(dsn, **options) as db, chatdb.create_pool(dsn, **options) as other:
             numbers: dict[str, int] = {}
             for user in names:
@@ -447,7 +450,7 @@ async def test_many_users_on_one_pooler(walled: Place, tmp_path: Path, pytestcon
     reads = len(names) * per_user
     assert (foreign, outside) == (0, 0)
     assert own == reads * 4 // 5
-    print(f"figure: {reads:,} reads of {len(names)} users over 4 pooled sessions: 0 foreign rows, 0 outside")
+    print(f"figure: {reads:,} reads of {len(names)} users over 4 sessions of PgBouncer {version}: 0 foreign, 0 outside")
 
 
 # import, export and the command line

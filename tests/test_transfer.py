@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -270,11 +271,13 @@ conversations = st.lists(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(data=conversations)
-def test_export_and_import_lose_nothing(dsn: str, data: list[Any]) -> None:
+def test_export_and_import_lose_nothing(
+    dsn: str, arguments_of: Callable[[str], dict[str, Any]], data: list[Any]
+) -> None:
     """What is exported and imported for another user is exported again line by line, and twice adds nothing."""
 
     async def check() -> None:
-        async with chatdb.create_pool(dsn) as db:
+        async with chatdb.create_pool(**arguments_of(dsn)) as db:
             for user in ("alice", "bob"):
                 await chatdb.delete_user(db, user_id=user)
             for key, title, metadata, messages in data:
