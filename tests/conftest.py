@@ -102,8 +102,8 @@ def _say(config: pytest.Config, line: str) -> None:
             reporter.write_line(line)
 
 
-def _memory() -> str | None:
-    """Return a folder that is kept in memory, if there is one with room: a third of the work is making files."""
+def in_memory() -> str | None:
+    """Return a folder that is kept in memory, if there is one with room: much of a server's work is making files."""
     folder = "/dev/shm"
     if not os.path.ismount(folder):
         return None
@@ -134,7 +134,7 @@ def _container(stack: ExitStack) -> str | None:
 
 
 def _embedded(stack: ExitStack) -> str:
-    place = tempfile.TemporaryDirectory(prefix="chatdb-test-", dir=_memory(), ignore_cleanup_errors=True)
+    place = tempfile.TemporaryDirectory(prefix="chatdb-test-", dir=in_memory(), ignore_cleanup_errors=True)
     folder = stack.enter_context(place)
     Path(folder).chmod(0o711)  # where user namespaces are forbidden, root's server runs as nobody
     return stack.enter_context(embedded.EmbeddedServer(Path(folder) / "server")).dsn
@@ -148,7 +148,7 @@ def _local(stack: ExitStack) -> str | None:
     if found is None:
         return None
     programs = Path(found).resolve().parent
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chatdb-test-", dir=_memory())))
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chatdb-test-", dir=in_memory())))
     log = folder / "log"
 
     def run(way: embedded._Way, program: str, *arguments: str) -> bool:

@@ -24,6 +24,7 @@ import chatdb
 from chatdb import embedded
 from chatdb.embedded import EmbeddedServer
 from chatdb.errors import ConfigurationError, UnavailableError
+from tests.conftest import in_memory
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="the embedded server does not run on Windows"),
@@ -100,7 +101,7 @@ def user() -> Iterator[Callable[..., User]]:
 
 def new_place() -> Iterator[Path]:
     """Make a folder that everyone may enter, with a path short enough for a socket, and remove it afterwards."""
-    path = Path(tempfile.mkdtemp(prefix="chatdb-", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="chatdb-", dir=in_memory() or "/tmp"))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)

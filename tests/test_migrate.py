@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import pty
 import shutil
@@ -34,6 +33,7 @@ from chatdb.migrate import (
 )
 from tests._command import PROGRAM
 from tests._command import chatdb as command
+from tests._migrating import migrate_at, processes
 from tests._pgbouncer import VERSIONS, pgbouncer
 from tests.conftest import as_role, execute
 from tests.test_migrations import NAMES, ROOT, objects, yoyo
@@ -80,16 +80,8 @@ def transaction(dsn: str, *statements: str) -> Iterator[psycopg.Connection]:
         connection.rollback()
 
 
-def migrate_at(barrier: threading.Barrier, queue: multiprocessing.Queue[list[str]], dsn: str) -> None:
-    """Migrate when all are there."""
-    barrier.wait()
-    queue.put(apply_migrations(dsn))
-
-
 def test_twenty_at_once(empty_dsn: str) -> None:
     """Of twenty processes that start at once on an empty database all end well, and each migration is applied once."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([__name__])  # not twenty times
     barrier, queue = processes.Barrier(20), processes.Queue()
     started = [processes.Process(target=migrate_at, args=(barrier, queue, empty_dsn)) for _ in range(20)]
     for process in started:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -16,43 +15,18 @@ from pathlib import Path
 
 import psycopg
 import pytest
-import yoyo
 
-from chatdb.dsn import libpq_dsn
 from chatdb.embedded import EmbeddedServer
-from chatdb.migrate import apply_migrations, migration_files, rollback_migrations
+from chatdb.migrate import apply_migrations
 from tests._chaos import kill_server
+from tests._migrating import NAMES, by_yoyo, down, processes, up
 from tests._wire import Statement, Wire
 from tests.conftest import database_of, new_database, not_durable
-from tests.test_migrations import NAMES, objects
+from tests.test_migrations import objects
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["chatdb.migrate", "tests.test_migration_crashes"])
 _serial = count()
-
-
-def yoyos_apply(dsn: str) -> None:
-    """Apply as `yoyo apply` does."""
-    backend = yoyo.get_backend(libpq_dsn(dsn, scheme="postgresql"))
-    with backend.lock():
-        backend.apply_migrations(backend.to_apply(yoyo.read_migrations(str(migration_files()[0].path.parent))))
-
-
-def up(dsn: str, place: int) -> None:
-    """Apply the migration of this place, the last that is wanted."""
-    apply_migrations(dsn, to=NAMES[place])
-
-
-def down(dsn: str, place: int) -> None:
-    """Take the migration of this place back."""
-    rollback_migrations(dsn, to=NAMES[place - 1] if place else "0")
-
-
-def by_yoyo(dsn: str, place: int) -> None:
-    """Apply all by yoyo itself."""
-    yoyos_apply(dsn)
 
 
 def state(dsn: str) -> list[object]:
@@ -139,7 +113,7 @@ def _run_until(
         return struck.is_set()
 
     with tempfile.TemporaryDirectory() as folder, Wire(dsn, Path(folder), watch) as wire:
-        process = _processes.Process(target=work, args=(wire.dsn, place))
+        process = processes.Process(target=work, args=(wire.dsn, place))
         process.start()
         process.join()
     return process, struck.is_set()

@@ -1,0 +1,39 @@
+"""What tests have other processes do with migrations; a module of its own, which these have imported beforehand."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+
+import yoyo
+
+from chatdb.dsn import libpq_dsn
+from chatdb.migrate import apply_migrations, migration_files, rollback_migrations
+
+NAMES = [file.name for file in migration_files()]
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload([__name__])
+
+
+def migrate_at(barrier: threading.Barrier, queue: multiprocessing.Queue[list[str]], dsn: str) -> None:
+    """Migrate when all are there."""
+    barrier.wait()
+    queue.put(apply_migrations(dsn))
+
+
+def up(dsn: str, place: int) -> None:
+    """Apply the migration of this place, the last that is wanted."""
+    apply_migrations(dsn, to=NAMES[place])
+
+
+def down(dsn: str, place: int) -> None:
+    """Take the migration of this place back."""
+    rollback_migrations(dsn, to=NAMES[place - 1] if place else "0")
+
+
+def by_yoyo(dsn: str, place: int) -> None:
+    """Apply all as `yoyo apply` does."""
+    backend = yoyo.get_backend(libpq_dsn(dsn, scheme="postgresql"))
+    with backend.lock():
+        backend.apply_migrations(backend.to_apply(yoyo.read_migrations(str(migration_files()[0].path.parent))))
