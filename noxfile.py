@@ -18,8 +18,8 @@ nox.options.sessions = ["tests", "lint", "types"]
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 POSTGRESQLS = ["14", "15", "16", "17", "18"]
 POOLERS = ["1.18", "1.24"]
-PARALLEL = ("-n", str(min(4, 1 + (os.cpu_count() or 1))), "--dist", "worksteal")
-"""Runs the tests in one process more than there are cores, for tests wait, each with a server; `-- -n 0` in one."""
+PARALLEL = ("-n", str(min(8, 2 * (os.cpu_count() or 1))), "--dist", "worksteal")
+"""Runs the tests in two processes a core, for tests wait, each with a server of its own; `-- -n 0` in one."""
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 

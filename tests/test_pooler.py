@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
@@ -20,6 +17,7 @@ import chatdb
 from chatdb import ConfigurationError, UnavailableError
 from chatdb.dsn import connect_arguments
 from chatdb.migrate import apply_migrations, rollback_migrations
+from tests._command import chatdb as command
 from tests._pgbouncer import OPTIONS, VERSIONS, pgbouncer
 from tests.test_pool import kill_sessions, until
 
@@ -200,12 +198,8 @@ def test_commands(pooled, tmp_path):
     """Commands work one after the other on the same connection of the server, without any option."""
     lines = tmp_path / "chat.json"
     lines.write_text('[{"id": "a title", "conversations": [{"from": "human", "value": "hello"}]}]')
-    environment = os.environ | {"DATABASE_URL": pooled(default_pool_size=1)}
-    out = []
-    for words in (["import", str(lines)], ["list"], ["export"], ["list"]):
-        command = [Path(sys.executable).with_name("chatdb"), *words, "--user", "ada"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        out.append(done.stdout)
+    env = {"DATABASE_URL": pooled(default_pool_size=1)}
+    commands = (["import", str(lines)], ["list"], ["export"], ["list"])
+    out = [command(*words, "--user", "ada", env=env) for words in commands]
     assert "a title" in out[1] == out[3]
     assert "hello" in out[2]
