@@ -78,10 +78,9 @@ def uvloop(session: nox.Session) -> None:
 
 @nox.session
 def least_privilege(session: nox.Session) -> None:
-    """Run the tests of the functions as the application's role of docs/security.md, which can change no tables."""
+    """Run the suite as the application's role of docs/security.md, which can change no tables."""
     install(session, "test")
-    files = ("messages", "conversations", "isolation", "concurrency", "transfer", "input", "errors", "pool", "records")
-    run_tests(session, "--role", "app", *(f"tests/test_{name}.py" for name in files), *session.posargs)
+    run_tests(session, *PARALLEL, "--role", "app", *session.posargs)
 
 
 @nox.session

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from chatdb._plans import planned, served
 from chatdb._remedies import DIFFERENT, MISSING, NOTE, OK, Finding, catalog
 from chatdb.direct import connected, is_pooled, one
-from chatdb.errors import ConfigurationError
+from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.migrate import applied_migrations, migration_files
+from chatdb.protect import wall_statements
 from chatdb.records import SchemaPart
 from chatdb.schema import NEEDED, STATEMENT
 
@@ -48,8 +49,10 @@ def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) ->
             of_catalog = catalog(parts, served=served(), unapplied=unapplied)
             found += of_catalog
             found += _privileges(connection, None)
+            found += _wall(connection, None)
             if role is not None:
                 found += _privileges(connection, role)
+                found += _wall(connection, role)
             found += _statements(connection, suffer=any(map(is_wrong, of_catalog)))
         else:
             found.append(Finding("schema chatdb", MISSING, "the database has no chatdb tables", "chatdb migrate"))
@@ -80,6 +83,30 @@ def _server(connection: psycopg.Connection) -> list[Finding]:
     if one(connection, "select pg_is_in_recovery()"):
         found.append(Finding("standby", NOTE, "the server is a standby, which takes no writes", ""))
     return found
+
+
+def _wall(connection: psycopg.Connection, role: str | None) -> list[Finding]:
+    """Return whether row-level security is up, as `chatdb protect` makes it, and holds the role back."""
+    what = "row-level security"
+    try:
+        there = wall_statements(connection, off=True)
+        if not there:
+            return [Finding(what, OK, "off", "")] if role is None else []
+        if not any(statement.startswith("drop policy") for statement in there):
+            return [Finding(what, NOTE, "on, without chatdb's policies", "")] if role is None else []
+        if wall_statements(connection, off=False):
+            return [Finding(what, DIFFERENT, "up in part", "chatdb protect")]
+    except SchemaError:  # a table is not there, which is its own finding
+        return []
+    except ConfigurationError as error:
+        return [Finding(what, DIFFERENT, str(error), "drop policy, or chatdb protect --off")]
+    name = one(connection, "select current_user") if role is None else role
+    above = one(connection, "select rolsuper or rolbypassrls from pg_catalog.pg_roles where rolname = %s", name)
+    if above is None:
+        return []
+    if above:
+        return [Finding(f"{what} for {name}", NOTE, "on, but a superuser, or one with BYPASSRLS, is above it", "")]
+    return [Finding(f"{what} for {name}", OK, "on: a transaction sees the rows of the user that it names", "")]
 
 
 def _pooler(dsn: str, connection: psycopg.Connection) -> Finding:

@@ -44,7 +44,7 @@ def protect_tables(dsn: str, *, off: bool = False, wait: float = WAIT) -> list[s
     """
     deadline = time.monotonic() + wait
     with locked(dsn, wait=wait) as connection:
-        statements = _statements(connection, off=off)
+        statements = wall_statements(connection, off=off)
 
         def carry_out() -> None:
             with connection.transaction():
@@ -60,10 +60,11 @@ def protect_tables(dsn: str, *, off: bool = False, wait: float = WAIT) -> list[s
 def missing_protection(dsn: str, *, off: bool = False) -> list[str]:
     """Return the statements that `protect_tables` would run, without changing anything."""
     with connected(dsn) as connection:
-        return _statements(connection, off=off)
+        return wall_statements(connection, off=off)
 
 
-def _statements(connection: psycopg.Connection, *, off: bool) -> list[str]:
+def wall_statements(connection: psycopg.Connection, *, off: bool) -> list[str]:
+    """Return what is still to be run on a connection for the wall to be up, or with `off` to be down."""
     return [statement for table in TABLES for statement in (_down if off else _up)(table, _wall(connection, table))]
 
 
@@ -95,7 +96,7 @@ def _down(table: str, wall: _Wall) -> list[str]:
 def _wall(connection: psycopg.Connection, table: str) -> _Wall:
     found = connection.execute(
         """
-        select relrowsecurity, relforcerowsecurity from pg_catalog.pg_class
+        select oid, relrowsecurity, relforcerowsecurity from pg_catalog.pg_class
         where relnamespace = to_regnamespace('chatdb') and relname = %s
         """,
         [table],
@@ -106,10 +107,10 @@ def _wall(connection: psycopg.Connection, table: str) -> _Wall:
         """
         select polname, polpermissive, polcmd, polroles = '{0}', pg_get_expr(polqual, polrelid),
             pg_get_expr(polwithcheck, polrelid)
-        from pg_catalog.pg_policy where polrelid = %s::regclass order by polname
+        from pg_catalog.pg_policy where polrelid = %s order by polname
         """,
-        [f"chatdb.{table}"],
+        [found[0]],
     ).fetchall()
     own = next((policy[1:] for policy in policies if policy[0] == f"rls_{table}"), None)
     others = [name for name, is_permissive, *_ in policies if is_permissive and name != f"rls_{table}"]
-    return _Wall(bool(found[0]), bool(found[1]), own, others)
+    return _Wall(bool(found[1]), bool(found[2]), own, others)

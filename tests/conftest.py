@@ -48,11 +48,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out with --pooler what would not go through it."""
-    if config.getoption("--pooler"):
-        through = [item for item in items if "arguments_of" in getattr(item, "fixturenames", ())]
-        config.hook.pytest_deselected(items=[item for item in items if item not in through])
-        items[:] = through
+    """Leave out with --pooler what would not go through it, and with --role app what the role would not run."""
+    needed = {"--pooler": "arguments_of", "--role": "app_of"}
+    fixtures = {needed[option] for option in needed if config.getoption(option) not in (None, "owner")}
+    chosen = {item for item in items if fixtures <= set(getattr(item, "fixturenames", ()))}
+    if "app_of" in fixtures:
+        chosen = {item for item in chosen if not item.get_closest_marker("owner")}
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config) -> dict[str, object]:
@@ -243,7 +246,7 @@ def app_of(request: pytest.FixtureRequest) -> AppOf:
     """Give the function that makes of the server's DSN the one by which a test connects."""
 
     def of(dsn: str, test: pytest.FixtureRequest) -> str:
-        if request.config.getoption("--role") == "owner" or test.node.get_closest_marker("owner"):
+        if request.config.getoption("--role") == "owner":
             return dsn
         roles: Roles = request.getfixturevalue("roles")
         execute(dsn, *roles.on_database(urlsplit(dsn).path[1:]))

@@ -28,6 +28,8 @@ from chatdb.direct import connected
 from chatdb.inspection import inspect, is_wrong
 from chatdb.migrate import apply_migrations, migration_files
 
+pytestmark = pytest.mark.owner
+
 ROOT = Path(__file__).parent.parent
 CASCADE = (
     "alter table chatdb.messages drop constraint fk_messages_conversation, add constraint fk_messages_conversation "
@@ -93,7 +95,7 @@ def test_a_healthy_database(dsn: str) -> None:
     found = {each["what"]: each["state"] for each in json.loads(run(dsn, "--json", code=0, program=(str(PROGRAM),)))}
     listed = ["server", "extensions", "encoding", "pooler", "table conversations", "table messages"]
     listed += ["checks of messages", "primary key pk_messages", f"index {KEY}", "cascade fk_messages_conversation"]
-    listed += ["migration 0001.create-schema", "statements"]
+    listed += ["migration 0001.create-schema", "statements", "row-level security"]
     assert {each: found[each] for each in listed} == dict.fromkeys(listed, "ok")
     assert found.pop("users") == "note", "the link to the host's users is optional"
     assert set(found.values()) == {"ok"}

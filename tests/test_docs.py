@@ -61,6 +61,7 @@ def test_the_migrations(empty_dsn: str) -> None:
         assert connection.execute("select count(*) from chatdb.messages").fetchone() == (0,)
 
 
+@pytest.mark.owner
 def test_the_command_line(dsn: str, tmp_path: Path) -> None:
     """README's commands of the command line run one after another."""
     conversation = {"id": "a", "conversations": [{"from": "human", "value": "hello from the file"}]}
@@ -160,6 +161,7 @@ async def serve(dsn: str) -> None:
         await chatdb.check_schema(db)
 
 
+@pytest.mark.owner
 def test_the_cascade_mended(dsn: str) -> None:
     """The troubleshooting page's statements bring a lost cascade back."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")

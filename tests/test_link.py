@@ -15,6 +15,8 @@ import chatdb
 from chatdb.inspection import inspect
 from chatdb.link import LINK, UsersMissingError, link_users, unlink_users
 
+pytestmark = pytest.mark.owner
+
 NOT_VALID = (
     f"alter table chatdb.conversations add constraint {LINK} foreign key (user_id) "
     "references public.users (id) on delete cascade not valid"

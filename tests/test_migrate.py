@@ -38,6 +38,8 @@ from tests._pgbouncer import VERSIONS, pgbouncer
 from tests.conftest import as_role, execute
 from tests.test_migrations import NAMES, ROOT, objects, yoyo
 
+pytestmark = pytest.mark.owner
+
 CONCURRENTLY = """-- transactional: false
 set lock_timeout = '2s';
 create index concurrently if not exists ix_messages_created_at on chatdb.messages (created_at);

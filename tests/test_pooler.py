@@ -110,6 +110,7 @@ async def test_idle_connections_are_closed(pooled, version):
         await use(db, "ada")
 
 
+@pytest.mark.owner
 async def test_tables_that_change(pooled, dsn, version):
     """Migrations while a pool is in use, and columns besides: no statement is outdated, and nothing is restarted."""
     async with pool_of(pooled(default_pool_size=3, server_round_robin=1), version, max_size=6) as db:

@@ -25,6 +25,7 @@ from test_public_api import CALLS, call, conversation_with_a_message
 
 import chatdb
 from chatdb import ConfigurationError, Conversation, ConversationNotFoundError, Deleted
+from chatdb.inspection import inspect
 from chatdb.migrate import last_migrations
 from chatdb.protect import TABLES, missing_protection, protect_tables
 from chatdb.sources import Item, SourceConversation, SourceMessage
@@ -107,8 +108,31 @@ def test_a_wall_with_a_hole_is_mended(walled: Place, change: str) -> None:
     """Whatever part of the wall is missing or was changed, the command puts it back."""
     execute(walled.owner, change)
     assert missing_protection(walled.owner)
+    assert checked(walled.owner) == {"row-level security": "different"}
     assert protect_tables(walled.owner)
     assert missing_protection(walled.owner) == []
+
+
+def checked(dsn: str, role: str | None = None) -> dict[str, str]:
+    """Return what `chatdb check` says of the wall."""
+    return {each.what: each.state for each in inspect(dsn, role=role) if "row-level security" in each.what}
+
+
+def test_what_the_check_says(place: Place, roles: Roles) -> None:
+    """It tells whether the wall is up, whether it holds a role back, and a wall of someone's own from chatdb's."""
+    assert checked(place.owner, roles.app) == {"row-level security": "ok"}
+    execute(place.owner, "alter table chatdb.messages enable row level security")
+    execute(place.owner, "create policy mine on chatdb.messages for select using (true)")
+    assert checked(place.owner, roles.app) == {"row-level security": "note"}
+    execute(place.owner, "drop policy mine on chatdb.messages")
+    protect_tables(place.owner)
+    assert checked(place.owner, roles.app) == {
+        f"row-level security for {roles.owner}": "ok",
+        f"row-level security for {roles.app}": "ok",
+    }
+    assert checked(place.superuser, "nobody_of_this_name").popitem()[1] == "note"
+    execute(place.owner, "create policy mine on chatdb.messages for select using (true)")
+    assert checked(place.owner) == {"row-level security": "different"}
 
 
 def test_another_policy(place: Place) -> None:
