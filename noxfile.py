@@ -130,6 +130,14 @@ def chaos(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Look for inputs that break the parsers of DSNs and of files, guided by coverage, a minute each."""
+    session.install("-e", ".[migrate]", "atheris>=2.3,<4")
+    for name in ("dsn", "file"):
+        session.run("python", "-m", "tests.fuzz_parsers", name, *(session.posargs or ["-max_total_time=60"]))
+
+
+@nox.session
 def schema_page(session: nox.Session) -> None:
     """Write docs/schema.md from a database to which all migrations were applied."""
     install(session, "test")

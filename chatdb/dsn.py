@@ -37,6 +37,7 @@ _UNENCODED: Final = (
     "/ is %2F, ? is %3F)"
 )
 _PLAIN: Final = re.compile("[A-Za-z_]+")
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _SSLMODES: Final = frozenset({"disable", "allow", "prefer", "require", "verify-ca", "verify-full"})
 
 
@@ -51,6 +52,8 @@ def connect_arguments(dsn: str) -> dict[str, Any]:
     scheme, separator, _ = dsn.partition("://")
     if not separator or scheme not in SCHEMES:
         raise ConfigurationError("the DSN must start with postgresql://, postgres:// or postgresql+psycopg://")
+    if _SURROGATE.search(dsn):  # what Python makes of an environment variable's other bytes
+        raise ConfigurationError("the DSN is not UTF-8: write what is outside ASCII as the percent-encoding of UTF-8")
     try:
         parts = urlsplit(dsn)
         query = _query_of(parts)

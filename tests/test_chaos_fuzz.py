@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import io
-import json
 import random
 import ssl
 from collections import Counter
@@ -13,15 +12,15 @@ from functools import cache
 from typing import Any
 
 import pytest
+from _seeds import DSNS, FILES, SECRET
 from test_public_api import SIGNATURES, required
 
 import chatdb
 from chatdb import UNSET, ChatDBError, ConfigurationError, InvalidInputError, JsonText, NewMessage, sources
-from chatdb.dsn import connect_arguments
+from chatdb.dsn import connect_arguments, libpq_dsn
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 
-SECRET = "s3cr3t-word"
 MIB = 1024 * 1024
 
 
@@ -197,11 +196,6 @@ async def test_every_parameter(request: pytest.FixtureRequest, db: chatdb.pool.P
 
 # --- DSNs and files ------------------------------------------------------------------------------------------------
 
-DSNS = (
-    f"postgresql://alice:{SECRET}@localhost:5432/chat?sslmode=prefer&channel_binding=require",
-    f"postgres://alice:{SECRET}@[::1]:5432,127.0.0.2:5433/chat?target_session_attrs=read-write",
-    f"postgresql+psycopg://alice@/chat?host=/var/run/postgresql&password={SECRET}&connect_timeout=5",
-)
 PIECES = ("#", "@", ":", "/", "%", "%zz", "?", "&", "=", "\0", "\ud800", "[", "]", ",", " ", "+", "é", "\n", "99999999")
 
 
@@ -226,6 +220,7 @@ def test_every_dsn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         dsn = mutated(chance, chance.choice(DSNS), PIECES)
         try:
             connect_arguments(dsn)
+            libpq_dsn(dsn, scheme="postgresql").encode()
             outcomes["taken"] += 1
         except ConfigurationError as error:
             if SECRET[:6] in str(error):
@@ -235,45 +230,6 @@ def test_every_dsn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     assert min(outcomes.values()) > 20
 
 
-FILES = (
-    json.dumps(
-        [
-            {"id": "a", "conversations": [{"from": "human", "value": "hi 👋"}, {"from": "gpt", "value": "ho"}]},
-            {"id": "b", "items": [{"from": "user", "value": "\ud800"}]},
-        ]
-    ),
-    json.dumps(
-        [
-            {
-                "id": "c",
-                "title": "t",
-                "create_time": 1.5,
-                "update_time": 2.5,
-                "current_node": "n",
-                "mapping": {
-                    "r": {"id": "r", "message": None, "parent": None, "children": ["n"]},
-                    "n": {
-                        "id": "n",
-                        "parent": "r",
-                        "children": [],
-                        "message": {
-                            "id": "n",
-                            "author": {"role": "user"},
-                            "create_time": 1.5,
-                            "content": {"content_type": "text", "parts": ["hi"]},
-                        },
-                    },
-                },
-            }
-        ]
-    ),
-    '{"type": "chatdb", "version": 1}\n'
-    '{"type": "conversation", "key": "k", "title": null, "metadata": null, "last_seq": 1, '
-    '"created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z"}\n'
-    '{"type": "message", "seq": 1, "role": "user", "content": "x", "payload": null, "metadata": null, '
-    '"token_count": null, "key": null, "created_at": "2026-01-01T00:00:00Z"}\n'
-    '{"type": "end", "conversations": 1, "messages": 1}\n',
-)
 BITS = ('"', "{", "}", "[", "]", ",", ":", "\\", "\\ud800", "\\u0000", "null", "NaN", "1e999", "1" * 5_000, "[" * 300)
 
 

@@ -211,6 +211,8 @@ REFUSED = {
     f"postgresql://alice:12/?{PASSWORD}=@localhost/chat": r"encod",
     f"postgresql://alice:[{PASSWORD}@localhost/chat": r"encod",
     f"postgresql://alice:{PASSWORD}]@localhost/chat": r"encod",
+    f"postgresql://alice:{PASSWORD}\udcff@localhost/chat": r"not UTF-8",
+    f"postgresql://alice:{PASSWORD}@localhost/ch\udcfft": r"not UTF-8",
     # ports
     f"postgresql://alice:{PASSWORD}@localhost:port/chat": r"port",
     f"postgresql://alice:{PASSWORD}@localhost:0/chat": r"port",

@@ -1,0 +1,52 @@
+"""DSNs and files that are as they should be, for the fuzzing to change."""
+
+from __future__ import annotations
+
+import json
+
+SECRET = "s3cr3t-word"
+
+DSNS = (
+    f"postgresql://alice:{SECRET}@localhost:5432/chat?sslmode=prefer&channel_binding=require",
+    f"postgres://alice:{SECRET}@[::1]:5432,127.0.0.2:5433/chat?target_session_attrs=read-write",
+    f"postgresql+psycopg://alice@/chat?host=/var/run/postgresql&password={SECRET}&connect_timeout=5",
+)
+FILES = (
+    json.dumps(
+        [
+            {"id": "a", "conversations": [{"from": "human", "value": "hi 👋"}, {"from": "gpt", "value": "ho"}]},
+            {"id": "b", "items": [{"from": "user", "value": "\ud800"}]},
+        ]
+    ),
+    json.dumps(
+        [
+            {
+                "id": "c",
+                "title": "t",
+                "create_time": 1.5,
+                "update_time": 2.5,
+                "current_node": "n",
+                "mapping": {
+                    "r": {"id": "r", "message": None, "parent": None, "children": ["n"]},
+                    "n": {
+                        "id": "n",
+                        "parent": "r",
+                        "children": [],
+                        "message": {
+                            "id": "n",
+                            "author": {"role": "user"},
+                            "create_time": 1.5,
+                            "content": {"content_type": "text", "parts": ["hi"]},
+                        },
+                    },
+                },
+            }
+        ]
+    ),
+    '{"type": "chatdb", "version": 1}\n'
+    '{"type": "conversation", "key": "k", "title": null, "metadata": null, "last_seq": 1, '
+    '"created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z"}\n'
+    '{"type": "message", "seq": 1, "role": "user", "content": "x", "payload": null, "metadata": null, '
+    '"token_count": null, "key": null, "created_at": "2026-01-01T00:00:00Z"}\n'
+    '{"type": "end", "conversations": 1, "messages": 1}\n',
+)
