@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pwd
 import shutil
@@ -41,8 +42,11 @@ def program(version: str) -> list[str]:
     if found and f"PgBouncer {version}." in subprocess.run([found, "--version"], capture_output=True, text=True).stdout:
         return [found]
     folder = CACHE / f"pgbouncer-{version}"
-    if not folder.exists():
-        _fetch(version, folder)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "pgbouncer.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches, and the others find it
+        if not folder.exists():
+            _fetch(version, folder)
     # with its own C library, for the machine's may be older than it needs
     libraries = [*folder.glob("lib/*-linux-gnu"), *folder.glob("usr/lib/*-linux-gnu")]
     loader = next(path for library in libraries for path in library.glob("ld-linux*.so.*"))
@@ -50,11 +54,10 @@ def program(version: str) -> list[str]:
 
 
 def _fetch(version: str, folder: Path) -> None:
-    """Unpack Debian's packages into a folder, which has its name when all is there: others may be at it, too."""
+    """Unpack Debian's packages into a folder, which has its name when all is there."""
     if shutil.which("apt-get") is None or not KEYRING.exists():
         pytest.skip(f"no PgBouncer {version} on this machine, and no apt-get with Debian's keys to fetch it with")
     suite, libraries = SUITES[version]
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         state, new = Path(name).resolve(), Path(name) / "new"
         for part in ("lists/partial", "archives/partial", "new"):
@@ -77,8 +80,7 @@ def _fetch(version: str, folder: Path) -> None:
                 pytest.skip(f"no PgBouncer {version} on this machine, and apt-get has none: {done.stderr[-200:]}")
         for archive in state.glob("*.deb"):
             subprocess.run(["dpkg-deb", "-x", str(archive), str(new)], check=True)
-        with contextlib.suppress(OSError):  # another was first
-            new.rename(folder)
+        new.rename(folder)
 
 
 @contextlib.contextmanager
