@@ -124,12 +124,15 @@ _POOLER_HINT = (
     "pass statement_cache_size=0 to create_pool, or have it track them (PgBouncer from 1.21: max_prepared_statements)"
 )
 _SETTINGS_HINT = (
-    "a pooler stands in front of the database and takes no settings with a connection: instead of by the DSN's options "
-    "or server_settings, make them for the role, by ALTER ROLE ... SET"
+    "a pooler stands in front of the database and does not take this setting with a connection: instead of by the "
+    "DSN's options or server_settings, make it for the role, by ALTER ROLE ... SET"
 )
 _REFUSED_HINT = "the server refused the user, the password or the database name (SQLSTATE {}): check the DSN"
 _FULL_HINT = "the server takes no connections at the moment: try again"
-_REFUSED = re.compile("authentication|password|user|login rejected|no such database|database .*(exist|disabled)")
+_REFUSED = re.compile("auth[a-z]* failed|password|no such (user|database)|login rejected|database .*(exist|disabled)")
+_FULL = re.compile("connections|connection slots|too many clients")
+_NAMES = re.compile('"[^"]*"|(?<=database: ).*')
+"""What of a pooler's words is a user's or a database's name."""
 
 
 def translated(error: Exception) -> ChatDBError | None:
@@ -239,17 +242,17 @@ def _of_server(error: asyncpg.PostgresError) -> ChatDBError | None:
 
 def _of_pooler(error: asyncpg.PostgresError) -> ChatDBError:
     """Tell by PgBouncer's words, always English, what its own errors are about: they have one SQLSTATE for all."""
-    words = str(error)
+    words = _NAMES.sub("", str(error))
     if "prepared statement" in words:
         return ConfigurationError(_POOLER_HINT)
     if "startup parameter" in words:
         return ConfigurationError(_SETTINGS_HINT)
     if "SSL required" in words:
         return ConfigurationError("a pooler stands in front of the database and takes TLS only: see the DSN's sslmode")
-    if "connections" in words:
-        return UnavailableError(_FULL_HINT, sent=False)
     if _REFUSED.search(words):
         return ConfigurationError(_REFUSED_HINT.format("08P01"))
+    if _FULL.search(words):
+        return UnavailableError(_FULL_HINT, sent=False)
     return _lost(error)
 
 

@@ -16,7 +16,7 @@ from chatdb._remedies import DIFFERENT, MISSING, NOTE, OK, Finding, catalog
 from chatdb.direct import connected, is_pooled, one
 from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.migrate import applied_migrations, migration_files
-from chatdb.protect import wall_statements
+from chatdb.protect import is_shut, wall_statements
 from chatdb.records import SchemaPart
 from chatdb.schema import NEEDED, STATEMENT
 
@@ -86,27 +86,39 @@ def _server(connection: psycopg.Connection) -> list[Finding]:
 
 
 def _wall(connection: psycopg.Connection, role: str | None) -> list[Finding]:
-    """Return whether row-level security is up, as `chatdb protect` makes it, and holds the role back."""
-    what = "row-level security"
+    """Return whether row-level security is up, as `chatdb protect` makes it, and holds the connecting role back."""
     try:
-        there = wall_statements(connection, off=True)
-        if not there:
-            return [Finding(what, OK, "off", "")] if role is None else []
-        if not any(statement.startswith("drop policy") for statement in there):
-            return [Finding(what, NOTE, "on, without chatdb's policies", "")] if role is None else []
-        if wall_statements(connection, off=False):
-            return [Finding(what, DIFFERENT, "up in part", "chatdb protect")]
+        found = _state_of_wall(connection)
     except SchemaError:  # a table is not there, which is its own finding
         return []
-    except ConfigurationError as error:
-        return [Finding(what, DIFFERENT, str(error), "drop policy, or chatdb protect --off")]
+    if found is not None:
+        return [found] if role is None else []
     name = one(connection, "select current_user") if role is None else role
+    what = f"row-level security for {name}"
     above = one(connection, "select rolsuper or rolbypassrls from pg_catalog.pg_roles where rolname = %s", name)
     if above is None:
         return []
     if above:
-        return [Finding(f"{what} for {name}", NOTE, "on, but a superuser, or one with BYPASSRLS, is above it", "")]
-    return [Finding(f"{what} for {name}", OK, "on: a transaction sees the rows of the user that it names", "")]
+        return [Finding(what, NOTE, "on, but a superuser, or one with BYPASSRLS, is above it", "")]
+    return [Finding(what, OK, "on: a transaction sees the rows of the user that it names", "")]
+
+
+def _state_of_wall(connection: psycopg.Connection) -> Finding | None:
+    """Return what there is to say of a wall that is not up as a whole; None if it is."""
+    what = "row-level security"
+    try:
+        there = wall_statements(connection, off=True)
+        if not there:
+            return Finding(what, OK, "off", "")
+        if is_shut(connection):
+            return Finding(what, DIFFERENT, "on without a policy: no row is seen", "chatdb protect")
+        if not any(statement.startswith("drop policy") for statement in there):
+            return Finding(what, NOTE, "on, without chatdb's policies", "")
+        if wall_statements(connection, off=False):
+            return Finding(what, DIFFERENT, "up in part", "chatdb protect")
+    except ConfigurationError as error:
+        return Finding(what, DIFFERENT, str(error), "drop policy, or chatdb protect --off")
+    return None
 
 
 def _pooler(dsn: str, connection: psycopg.Connection) -> Finding:

@@ -68,6 +68,12 @@ def wall_statements(connection: psycopg.Connection, *, off: bool) -> list[str]:
     return [statement for table in TABLES for statement in (_down if off else _up)(table, _wall(connection, table))]
 
 
+def is_shut(connection: psycopg.Connection) -> bool:
+    """Whether a table shows no row to anyone, being FORCEd without a policy."""
+    walls = [_wall(connection, table) for table in TABLES]
+    return any(each.is_on and each.is_forced and each.policy is None and not each.others for each in walls)
+
+
 def _up(table: str, wall: _Wall) -> list[str]:
     if wall.others:
         raise ConfigurationError(

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
-from io import BytesIO, TextIOWrapper
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from unittest import mock
 
@@ -34,6 +34,7 @@ def chatdb(*arguments: str | Path, env: dict[str, str], code: int = 0, cwd: Path
             mock.patch.dict(os.environ, environment(env), clear=True),
             mock.patch.object(sys, "argv", ["chatdb", *map(str, arguments)]),
             chdir(cwd or Path.cwd()),
+            mock.patch.object(sys, "stdin", StringIO()),  # a terminal would be asked
             redirect_stdout(output),
             redirect_stderr(errors),
             pytest.raises(SystemExit) as ended,

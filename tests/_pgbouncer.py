@@ -56,7 +56,7 @@ def program(version: str) -> list[str]:
 def _fetch(version: str, folder: Path) -> None:
     """Unpack Debian's packages into a folder, which has its name when all is there."""
     if shutil.which("apt-get") is None or not KEYRING.exists():
-        pytest.skip(f"no PgBouncer {version} on this machine, and no apt-get with Debian's keys to fetch it with")
+        pytest.skip(f"no PgBouncer {version} on this machine, and no apt-get with debian-archive-keyring to fetch it")
     suite, libraries = SUITES[version]
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         state, new = Path(name).resolve(), Path(name) / "new"

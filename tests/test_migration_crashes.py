@@ -93,6 +93,7 @@ def test_killed(request: pytest.FixtureRequest, victim: str, work: Callable[[str
                     again(dsn)
                     assert expected is None or state(dsn) == expected, (number, answered)
                     assert after or objects(dsn) == []
+    print(f"figure: {work.__name__} {place}: the {victim} killed at {points} places, and all came to the same end")
     assert points > 20 // step // 2
 
 

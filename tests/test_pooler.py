@@ -16,6 +16,7 @@ import pytest
 import chatdb
 from chatdb import ConfigurationError, UnavailableError
 from chatdb.dsn import connect_arguments
+from chatdb.errors import translated
 from chatdb.migrate import apply_migrations, rollback_migrations
 from tests._command import chatdb as command
 from tests._pgbouncer import OPTIONS, VERSIONS, pgbouncer
@@ -177,6 +178,7 @@ async def test_a_login_that_is_refused(pooled, tmp_path):
     await refused("ada:wrong")
     await refused("nobody:right-one")
     await refused("ada:right", "/missing")
+    await refused("ada:right", "/no_connections")
 
 
 async def test_a_pooler_that_is_full(pooled, version):
@@ -190,6 +192,29 @@ async def test_a_pooler_that_is_full(pooled, version):
         with pytest.raises(UnavailableError, match="takes no connections") as caught:
             await take(4)
     assert caught.value.sent is False
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "told"),
+    [
+        ("no such database: my_connections", ConfigurationError, "the user, the password or the database"),
+        ('password authentication failed for user "my_connections"', ConfigurationError, "the user, the password"),
+        ("no more connections allowed (max_client_conn)", UnavailableError, "takes no connections"),
+        ("remaining connection slots are reserved for superusers", UnavailableError, "takes no connections"),
+        ("sorry, too many clients already", UnavailableError, "takes no connections"),
+        ("no memory for authentication pool", UnavailableError, "lost"),
+        ("query_wait_timeout", UnavailableError, "lost"),
+        ("SSL required", ConfigurationError, "TLS"),
+        ("unsupported startup parameter: search_path", ConfigurationError, "ALTER ROLE"),
+        ('prepared statement "__asyncpg_stmt_1__" does not exist', ConfigurationError, "statement_cache_size=0"),
+    ],
+)
+def test_a_poolers_words(words, error, told):
+    """All of a pooler's own errors have one SQLSTATE; their words are told apart without the names in them."""
+    found = translated(asyncpg.PostgresError.new({"S": "FATAL", "C": "08P01", "M": words}))
+    assert type(found) is error
+    assert told in str(found)
+    assert "my_connections" not in str(found)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
