@@ -759,6 +759,7 @@ async def test_while_the_older_service_writes(older: str) -> None:
         execute(older, f"drop owned by {role}", f"drop role {role}")
 
 
+@pytest.mark.chaos
 async def test_a_large_table(older: str) -> None:
     """A hundred thousand messages, without an index on the older table, come in batches and in order."""
     execute(

@@ -313,6 +313,7 @@ def test_two_processes_share_the_server_and_the_last_stops_it(folder: Path, user
     assert not is_up(dsn)
 
 
+@pytest.mark.chaos
 def test_many_processes_at_once_start_one_new_server(place: Path, user: Callable[..., User]) -> None:
     """Whoever comes first makes the database, and the others wait for it."""
     users = [user(place / "db") for _ in range(4)]
@@ -395,6 +396,7 @@ def test_a_start_waits_for_what_is_left_of_a_killed_server(folder: Path) -> None
     server.stop()
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("seen", ["data.new", "data.new/base/5"])
 def test_a_start_killed_while_it_makes_the_data(seen: str, place: Path, user: Callable[..., User]) -> None:
     """A start that was killed half-way through initdb is repeated by the next, while initdb may still run."""

@@ -234,6 +234,7 @@ def test_a_busy_table(host: str, held: str) -> None:
     assert link_users(host, table="users").steps == ["add", "validate"]
 
 
+@pytest.mark.chaos
 async def test_writers_at_work(host: str) -> None:
     """Those who append, and who add a user and his conversation in either order of tables, get no errors meanwhile."""
     stop, made = asyncio.Event(), [0, 0]

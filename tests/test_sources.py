@@ -84,6 +84,7 @@ def real_file():
     return path
 
 
+@pytest.mark.chaos
 def test_all_complete_conversations_of_the_real_file_arrive_unchanged(real_file):
     """The reader gives what json.loads gives of the repaired file, in the same order, and says what is missing."""
     text = real_file.read_text(encoding="utf-8")
