@@ -51,7 +51,8 @@ def install(session: nox.Session, group: str) -> None:
 
 
 def run_tests(session: nox.Session, *arguments: str, **environment: str) -> None:
-    """Run pytest, with what Python compiles kept: the tests start hundreds of Pythons."""
+    """Fetch the PgBouncers and run pytest, with what Python compiles kept: the tests start hundreds of Pythons."""
+    session.run("python", "-m", "tests._pgbouncer")
     session.run("pytest", *arguments, env={"PYTHONDONTWRITEBYTECODE": None} | environment)
 
 

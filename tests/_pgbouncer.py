@@ -128,3 +128,9 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], folder: Path) -> None
         time.sleep(0.02)
     log = folder / "pgbouncer.log"
     sys.exit(f"pgbouncer does not start: {log.read_text()[-500:] if log.exists() else 'no log'}")
+
+
+if __name__ == "__main__":
+    for each in VERSIONS:
+        with contextlib.suppress(pytest.skip.Exception):  # the tests will say so
+            program(each)
