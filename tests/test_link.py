@@ -235,7 +235,7 @@ def test_a_busy_table(host: str, held: str) -> None:
 
 
 @pytest.mark.chaos
-async def test_writers_at_work(host: str) -> None:
+async def test_writers_at_work(request: pytest.FixtureRequest, host: str) -> None:
     """Those who append, and who add a user and his conversation in either order of tables, get no errors meanwhile."""
     stop, made = asyncio.Event(), [0, 0]
 
@@ -260,7 +260,7 @@ async def test_writers_at_work(host: str) -> None:
     async with chatdb.create_pool(host) as db, asyncio.TaskGroup() as group:
         writers = [group.create_task(append(db)) for _ in range(3)]
         writers += [group.create_task(register(db, f"u{n}", users_first=n > 0)) for n in range(4)]
-        for _ in range(2):
+        for _ in range(1 if request.config.getoption("--quick") else 2):
             await asyncio.sleep(0.2)
             before = list(made)
             assert (await asyncio.to_thread(link_users, host, table="users")).steps == ["add", "validate"]

@@ -349,6 +349,7 @@ async def test_a_service_that_writes_meanwhile(db: Pool, dsn: str) -> None:
     assert [m.content for m in history] == ["text of n1", "meanwhile"]
 
 
+@pytest.mark.chaos
 async def test_the_real_file(db: Pool) -> None:
     """Every complete conversation of the real file that has a message arrives in order, its texts unchanged."""
     with dataset_path() as path:
@@ -376,13 +377,13 @@ async def test_the_real_file(db: Pool) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 def test_memory_does_not_grow_with_the_file(request: pytest.FixtureRequest, dsn: str, tmp_path: Path) -> None:
     """A file of 250 MB is imported and exported in less than 300 MB of memory."""
-    copies = 1 if request.config.getoption("--quick") else 2
+    quick = request.config.getoption("--quick")
     big = tmp_path / "big.json"
     with dataset_path() as path, big.open("wb") as out:
         whole = path.read_bytes()
-        body = whole[whole.index(b"{") : whole.rindex(b"\n  },") + 4]
+        body = whole[whole.index(b"{") : whole.rindex(b"\n  },", 0, len(whole) // 4 if quick else None) + 4]
         out.write(b"[" + body)
-        if copies == 2:
+        if not quick:
             out.write(b"," + body.replace(b'"id": "', b'"id": "copy'))
         out.write(b"]")
     program = """
@@ -397,16 +398,16 @@ def test_memory_does_not_grow_with_the_file(request: pytest.FixtureRequest, dsn:
                 count = 0
                 async for _ in transfer.export_conversations(db, user_id="alice"):
                     count += 1
-                assert count == report.conversations + report.messages > 145_000 * int(sys.argv[3]), count
+                assert count == report.conversations + report.messages > int(sys.argv[3]), count
 
         asyncio.run(main())
         # not getrusage, whose maximum a process takes over from the one that started it
         (peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
         print(int(peak.split()[1]) // 1024)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), dsn, str(big), str(copies)], capture_output=True, text=True
-    )
+    least = "30000" if quick else "290000"
+    command = [sys.executable, "-c", textwrap.dedent(program), dsn, str(big), least]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(f"figure: import and export of {big.stat().st_size:,} bytes: {int(done.stdout)} MB of memory at the peak")
     assert int(done.stdout) < 300
