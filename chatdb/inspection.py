@@ -16,7 +16,7 @@ from chatdb._remedies import DIFFERENT, MISSING, NOTE, OK, Finding, catalog
 from chatdb.direct import connected, is_pooled, one
 from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.migrate import applied_migrations, migration_files
-from chatdb.protect import is_shut, wall_statements
+from chatdb.protect import missing, walls
 from chatdb.records import SchemaPart
 from chatdb.schema import NEEDED, STATEMENT
 
@@ -49,10 +49,10 @@ def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) ->
             of_catalog = catalog(parts, served=served(), unapplied=unapplied)
             found += of_catalog
             found += _privileges(connection, None)
-            found += _wall(connection, None)
             if role is not None:
                 found += _privileges(connection, role)
-                found += _wall(connection, role)
+            own = str(one(connection, "select current_user"))
+            found += _wall(connection, [own] if role is None else [own, role])
             found += _statements(connection, suffer=any(map(is_wrong, of_catalog)))
         else:
             found.append(Finding("schema chatdb", MISSING, "the database has no chatdb tables", "chatdb migrate"))
@@ -85,40 +85,30 @@ def _server(connection: psycopg.Connection) -> list[Finding]:
     return found
 
 
-def _wall(connection: psycopg.Connection, role: str | None) -> list[Finding]:
-    """Return whether row-level security is up, as `chatdb protect` makes it, and holds the connecting role back."""
-    try:
-        found = _state_of_wall(connection)
-    except SchemaError:  # a table is not there, which is its own finding
-        return []
-    if found is not None:
-        return [found] if role is None else []
-    name = one(connection, "select current_user") if role is None else role
-    what = f"row-level security for {name}"
-    above = one(connection, "select rolsuper or rolbypassrls from pg_catalog.pg_roles where rolname = %s", name)
-    if above is None:
-        return []
-    if above:
-        return [Finding(what, NOTE, "on, but a superuser, or one with BYPASSRLS, is above it", "")]
-    return [Finding(what, OK, "on: a transaction sees the rows of the user that it names", "")]
-
-
-def _state_of_wall(connection: psycopg.Connection) -> Finding | None:
-    """Return what there is to say of a wall that is not up as a whole; None if it is."""
+def _wall(connection: psycopg.Connection, roles: list[str]) -> list[Finding]:
+    """Return whether row-level security is up, as `chatdb protect` makes it, and if so for which of the roles."""
     what = "row-level security"
     try:
-        there = wall_statements(connection, off=True)
-        if not there:
-            return Finding(what, OK, "off", "")
-        if is_shut(connection):
-            return Finding(what, DIFFERENT, "on without a policy: no row is seen", "chatdb protect")
-        if not any(statement.startswith("drop policy") for statement in there):
-            return Finding(what, NOTE, "on, without chatdb's policies", "")
-        if wall_statements(connection, off=False):
-            return Finding(what, DIFFERENT, "up in part", "chatdb protect")
+        found = walls(connection)
+        if not any(each.is_on or each.is_forced or each.policy for each in found):
+            return [Finding(what, OK, "off", "")]
+        if any(each.is_on and each.is_forced and not each.policy and not each.others for each in found):
+            return [Finding(what, DIFFERENT, "on without a policy: no row is seen", "chatdb protect")]
+        if not any(each.policy for each in found):
+            return [Finding(what, NOTE, "on, without chatdb's policies", "")]
+        if any(map(missing, found)):
+            return [Finding(what, DIFFERENT, "up in part", "chatdb protect")]
+    except SchemaError:  # a table is not there, which is its own finding
+        return []
     except ConfigurationError as error:
-        return Finding(what, DIFFERENT, str(error), "drop policy, or chatdb protect --off")
-    return None
+        return [Finding(what, DIFFERENT, str(error), "drop policy, or chatdb protect --off")]
+    statement = "select rolname, rolsuper or rolbypassrls from pg_catalog.pg_roles where rolname = any(%s)"
+    return [
+        Finding(f"{what} for {name}", NOTE, "on, but a superuser, or one with BYPASSRLS, is above it", "")
+        if is_above
+        else Finding(f"{what} for {name}", OK, "on: a transaction sees the rows of the user that it names", "")
+        for name, is_above in connection.execute(statement, [roles])
+    ]
 
 
 def _pooler(dsn: str, connection: psycopg.Connection) -> Finding:

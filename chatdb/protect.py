@@ -23,9 +23,10 @@ _CONDITION = "user_id = nullif(current_setting('chatdb.user_id', true), '')"
 _AS_STORED = "(user_id = NULLIF(current_setting('chatdb.user_id'::text, true), ''::text))"
 
 
-class _Wall(NamedTuple):
+class Wall(NamedTuple):
     """What a table has of the wall."""
 
+    table: str
     is_on: bool
     is_forced: bool
     policy: tuple[bool, str, bool, str | None, str | None] | None
@@ -44,7 +45,7 @@ def protect_tables(dsn: str, *, off: bool = False, wait: float = WAIT) -> list[s
     """
     deadline = time.monotonic() + wait
     with locked(dsn, wait=wait) as connection:
-        statements = wall_statements(connection, off=off)
+        statements = _statements(connection, off=off)
 
         def carry_out() -> None:
             with connection.transaction():
@@ -60,21 +61,21 @@ def protect_tables(dsn: str, *, off: bool = False, wait: float = WAIT) -> list[s
 def missing_protection(dsn: str, *, off: bool = False) -> list[str]:
     """Return the statements that `protect_tables` would run, without changing anything."""
     with connected(dsn) as connection:
-        return wall_statements(connection, off=off)
+        return _statements(connection, off=off)
 
 
-def wall_statements(connection: psycopg.Connection, *, off: bool) -> list[str]:
-    """Return what is still to be run on a connection for the wall to be up, or with `off` to be down."""
-    return [statement for table in TABLES for statement in (_down if off else _up)(table, _wall(connection, table))]
+def _statements(connection: psycopg.Connection, *, off: bool) -> list[str]:
+    return [statement for wall in walls(connection) for statement in (_down if off else missing)(wall)]
 
 
-def is_shut(connection: psycopg.Connection) -> bool:
-    """Whether a table shows no row to anyone, being FORCEd without a policy."""
-    walls = [_wall(connection, table) for table in TABLES]
-    return any(each.is_on and each.is_forced and each.policy is None and not each.others for each in walls)
+def walls(connection: psycopg.Connection) -> list[Wall]:
+    """Return what each of chatdb's tables has of the wall. Raises SchemaError where one is not there."""
+    return [_wall(connection, table) for table in TABLES]
 
 
-def _up(table: str, wall: _Wall) -> list[str]:
+def missing(wall: Wall) -> list[str]:
+    """Return the statements by which a table gets what it lacks of the wall; ConfigurationError for another policy."""
+    table = wall.table
     if wall.others:
         raise ConfigurationError(
             f"chatdb.{table} has a policy of someone's own, {wall.others[0]}, which would let more rows through than "
@@ -90,7 +91,8 @@ def _up(table: str, wall: _Wall) -> list[str]:
     return statements
 
 
-def _down(table: str, wall: _Wall) -> list[str]:
+def _down(wall: Wall) -> list[str]:
+    table = wall.table
     statements: list[str] = []
     if wall.is_on or wall.is_forced:
         statements.append(f"alter table chatdb.{table} no force row level security, disable row level security")
@@ -99,7 +101,7 @@ def _down(table: str, wall: _Wall) -> list[str]:
     return statements
 
 
-def _wall(connection: psycopg.Connection, table: str) -> _Wall:
+def _wall(connection: psycopg.Connection, table: str) -> Wall:
     found = connection.execute(
         """
         select oid, relrowsecurity, relforcerowsecurity from pg_catalog.pg_class
@@ -119,4 +121,4 @@ def _wall(connection: psycopg.Connection, table: str) -> _Wall:
     ).fetchall()
     own = next((policy[1:] for policy in policies if policy[0] == f"rls_{table}"), None)
     others = [name for name, is_permissive, *_ in policies if is_permissive and name != f"rls_{table}"]
-    return _Wall(bool(found[1]), bool(found[2]), own, others)
+    return Wall(table, bool(found[1]), bool(found[2]), own, others)
