@@ -508,7 +508,7 @@ def runner(pytestconfig: pytest.Config) -> Iterator[asyncio.Runner]:
 def test_users_share_nothing(dsn: str, runner: asyncio.Runner, arguments_of: Callable[[str], dict[str, Any]]) -> None:
     """Any sequence of calls answers as the model says, and leaves every other user's rows byte for byte."""
     with started(runner, **arguments_of(dsn)) as db:
-        run_isolation(runner, db, db, examples=30)
+        run_isolation(runner, db, db, examples=60)
 
 
 @contextmanager
