@@ -18,7 +18,9 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import psycopg
 import pytest
+import trustme
 import uvloop
+from psycopg.rows import TupleRow
 
 import chatdb
 from chatdb import embedded
@@ -29,6 +31,8 @@ from tests._roles import Roles
 SERVERS = ("auto", "dsn", "container", "embedded", "local")
 AppOf = Callable[[str, pytest.FixtureRequest], str]
 _serial = itertools.count()
+_administrators: dict[str, psycopg.Connection[TupleRow]] = {}
+"""A session on the server of the tests, to make and drop a database for most of them."""
 
 
 def pytest_configure() -> None:
@@ -93,11 +97,12 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
                 continue
             dsn = start(stack)
             if dsn:
-                with psycopg.connect(dsn) as connection:
-                    version = connection.info.server_version
+                session = stack.enter_context(psycopg.connect(dsn, autocommit=True))
                 if name != "dsn":
                     not_durable(dsn)
+                version = session.info.server_version
                 _say(request.config, f"chatdb: {name} PostgreSQL {version // 10000}.{version % 100}")
+                _administrators[dsn] = session
                 yield dsn
                 return
         pytest.exit(f"no PostgreSQL for the tests: --server={wanted} gives none", returncode=3)
@@ -214,14 +219,15 @@ def execute(dsn: str, *statements: str) -> None:
 @contextmanager
 def new_database(server: str, name: str, template: str = "template0", options: str = "") -> Iterator[str]:
     """Give the DSN of a copy of a database; of its files, which takes a third of the time of the server's own way."""
-    with psycopg.connect(server, autocommit=True) as connection:
-        if connection.info.server_version >= 150_000:  # older ones know no other way
+    with ExitStack() as stack:
+        session = _administrators.get(server) or stack.enter_context(psycopg.connect(server, autocommit=True))
+        if session.info.server_version >= 150_000:  # older ones know no other way
             options += " strategy file_copy"
-        connection.execute(f"create database {name} template {template} {options}")
-    try:
-        yield database_of(server, name)
-    finally:
-        execute(server, f"drop database {name} with (force)")
+        session.execute(f"create database {name} template {template} {options}")
+        try:
+            yield database_of(server, name)
+        finally:
+            session.execute(f"drop database {name} with (force)")
 
 
 @pytest.fixture(scope="session")
@@ -272,6 +278,16 @@ def template(server: str, request: pytest.FixtureRequest) -> Iterator[str]:
     with new_database(server, name) as dsn:
         apply_migrations(dsn)
         yield name
+
+
+@pytest.fixture(scope="module")
+def one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Trust one authority instead of all that the system does, which take 30 ms of each reading of a DSN."""
+    file = tmp_path_factory.mktemp("authority") / "authority.pem"
+    trustme.CA().cert_pem.write_to_path(str(file))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SSL_CERT_FILE", str(file))
+        yield
 
 
 @pytest.fixture

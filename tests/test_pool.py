@@ -8,7 +8,7 @@ import inspect
 import itertools
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -119,13 +119,33 @@ async def proxy(dsn: str) -> AsyncIterator[Proxy]:
         yield found
 
 
-def seen_by_the_server(dsn: str) -> list[tuple[str, str, bool]]:
+Session = psycopg.Connection[tuple[Any, ...]]
+
+
+@pytest.fixture
+def watcher(dsn: str) -> Iterator[Session]:
+    """Give a session that sees what is committed in the test's own database, for a test that looks often."""
+    with psycopg.connect(dsn, autocommit=True) as session:
+        yield session
+
+
+def answered(where: str | Session, question: str) -> list[tuple[Any, ...]]:
+    """Have a question answered by a session, or by one made for it."""
+    if isinstance(where, str):
+        with psycopg.connect(where, autocommit=True) as session:
+            return session.execute(question).fetchall()
+    return where.execute(question).fetchall()
+
+
+def seen_by_the_server(where: str | Session) -> list[tuple[str, str, bool]]:
     """Return state, last statement, and whether a transaction is open, of each other session of the database."""
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        return connection.execute("""
-            select state, query, xact_start is not null from pg_stat_activity
-            where datname = current_database() and backend_type = 'client backend' and pid <> pg_backend_pid()
-        """).fetchall()
+    return answered(
+        where,
+        """
+        select state, query, xact_start is not null from pg_stat_activity
+        where datname = current_database() and backend_type = 'client backend' and pid <> pg_backend_pid()
+        """,
+    )
 
 
 def kill_sessions(dsn: str) -> int:
@@ -168,10 +188,9 @@ async def append(db: Any, conversation: Conversation, content: str = "x", key: s
     )
 
 
-def contents(dsn: str) -> list[str]:
-    """Return what all messages say, in their order, as a new session sees them."""
-    with psycopg.connect(dsn) as connection:
-        return [row[0] for row in connection.execute("select content from chatdb.messages order by seq")]
+def contents(where: str | Session) -> list[str]:
+    """Return what all messages say, in their order, as another session sees them."""
+    return [content for (content,) in answered(where, "select content from chatdb.messages order by seq")]
 
 
 @pytest.fixture
@@ -881,11 +900,11 @@ async def handle(
                 yield await stack.enter_async_context(asyncpg.create_pool(**driver, min_size=1, max_size=1))
 
 
-async def assert_clean(handle: Any, conversation: Conversation, dsn: str) -> None:
+async def assert_clean(handle: Any, conversation: Conversation, watcher: Session) -> None:
     """Prove that the handle's connection is outside a transaction, and that the next one on it is committed."""
     assert await handle.fetchval("select 1") == 1  # only the next statement awaits the end of a cancelled one
-    assert not any(in_transaction for _, _, in_transaction in seen_by_the_server(dsn))
-    before = contents(dsn)
+    assert not any(in_transaction for _, _, in_transaction in seen_by_the_server(watcher))
+    before = contents(watcher)
     if isinstance(handle, asyncpg.Pool):
         await assert_whole(handle)
     else:
@@ -895,21 +914,21 @@ async def assert_clean(handle: Any, conversation: Conversation, dsn: str) -> Non
         before.append("asyncpg's")
     async with chatdb.transaction(handle) as connection:
         await append(connection, conversation, "chatdb's")
-    assert contents(dsn) == [*before, "chatdb's"]
+    assert contents(watcher) == [*before, "chatdb's"]
 
 
-async def test_a_block_that_ends_commits(handle, conversation, dsn):
+async def test_a_block_that_ends_commits(handle, conversation, watcher):
     """What was written in the block is seen by others after it, and not before."""
     async with chatdb.transaction(handle) as connection:
         await append(connection, conversation, "a")
         await append(connection, conversation, "b")
-        assert contents(dsn) == []
-    assert contents(dsn) == ["a", "b"]
-    await assert_clean(handle, conversation, dsn)
+        assert contents(watcher) == []
+    assert contents(watcher) == ["a", "b"]
+    await assert_clean(handle, conversation, watcher)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("of the block"), KeyboardInterrupt()], ids=repr)
-async def test_an_exception_rolls_back(handle, conversation, dsn, error):
+async def test_an_exception_rolls_back(handle, conversation, watcher, error):
     """An exception leaves the block as it is, and nothing of the block is stored."""
 
     async def run() -> None:
@@ -920,11 +939,11 @@ async def test_an_exception_rolls_back(handle, conversation, dsn, error):
     with pytest.raises(type(error)) as caught:
         await run()
     assert caught.value is error
-    assert contents(dsn) == []
-    await assert_clean(handle, conversation, dsn)
+    assert contents(watcher) == []
+    await assert_clean(handle, conversation, watcher)
 
 
-async def test_an_error_of_the_server_rolls_back(handle, conversation, dsn):
+async def test_an_error_of_the_server_rolls_back(handle, conversation, watcher):
     """An error that leaves the block is raised as it is, and the connection can be used again."""
 
     async def run() -> None:
@@ -934,11 +953,11 @@ async def test_an_error_of_the_server_rolls_back(handle, conversation, dsn):
 
     with pytest.raises(asyncpg.DivisionByZeroError):
         await run()
-    assert contents(dsn) == []
-    await assert_clean(handle, conversation, dsn)
+    assert contents(watcher) == []
+    await assert_clean(handle, conversation, watcher)
 
 
-async def test_a_swallowed_error_is_told(handle, conversation, dsn):
+async def test_a_swallowed_error_is_told(handle, conversation, watcher):
     """When a block ends as if nothing had happened after an error in it, ChatDBError says that nothing is stored."""
 
     async def run() -> None:
@@ -950,8 +969,8 @@ async def test_a_swallowed_error_is_told(handle, conversation, dsn):
     with pytest.raises(ChatDBError, match="rolled back") as caught:
         await run()
     assert type(caught.value) is ChatDBError
-    assert contents(dsn) == []
-    await assert_clean(handle, conversation, dsn)
+    assert contents(watcher) == []
+    await assert_clean(handle, conversation, watcher)
 
 
 async def test_asyncpgs_own_transaction_says_nothing(conversation, dsn):
@@ -966,7 +985,7 @@ async def test_asyncpgs_own_transaction_says_nothing(conversation, dsn):
 
 
 @pytest.mark.owner
-async def test_an_error_at_the_commit_is_told(handle, conversation, dsn):
+async def test_an_error_at_the_commit_is_told(handle, conversation, dsn, watcher):
     """A constraint that is checked at COMMIT makes that an error of chatdb's, and nothing is stored."""
     with psycopg.connect(dsn, autocommit=True) as admin:
         admin.execute("create table late (a int unique deferrable initially deferred)")
@@ -978,11 +997,11 @@ async def test_an_error_at_the_commit_is_told(handle, conversation, dsn):
 
     with pytest.raises(ChatDBError):
         await run()
-    assert contents(dsn) == []
-    await assert_clean(handle, conversation, dsn)
+    assert contents(watcher) == []
+    await assert_clean(handle, conversation, watcher)
 
 
-async def test_a_transaction_in_a_transaction_is_a_savepoint(handle, conversation, dsn):
+async def test_a_transaction_in_a_transaction_is_a_savepoint(handle, conversation, watcher):
     """An inner block that fails loses its own writes only, and an inner block that ends is committed by the outer."""
 
     async def run_inside(outer: Any) -> None:
@@ -996,12 +1015,12 @@ async def test_a_transaction_in_a_transaction_is_a_savepoint(handle, conversatio
             await run_inside(outer)
         async with chatdb.transaction(outer) as inner:
             await append(inner, conversation, "b")
-        assert contents(dsn) == []
-    assert contents(dsn) == ["a", "b"]
-    await assert_clean(handle, conversation, dsn)
+        assert contents(watcher) == []
+    assert contents(watcher) == ["a", "b"]
+    await assert_clean(handle, conversation, watcher)
 
 
-async def test_an_error_swallowed_in_a_savepoint_does_not_stay_hidden(handle, conversation, dsn):
+async def test_an_error_swallowed_in_a_savepoint_does_not_stay_hidden(handle, conversation, watcher):
     """The end of the inner block raises the server's own complaint, and nothing of the outer one is stored."""
 
     async def run() -> None:
@@ -1013,11 +1032,11 @@ async def test_an_error_swallowed_in_a_savepoint_does_not_stay_hidden(handle, co
 
     with pytest.raises(asyncpg.InFailedSQLTransactionError):
         await run()
-    assert contents(dsn) == []
-    await assert_clean(handle, conversation, dsn)
+    assert contents(watcher) == []
+    await assert_clean(handle, conversation, watcher)
 
 
-async def test_asyncpgs_transaction_inside_and_outside(handle, conversation, dsn):
+async def test_asyncpgs_transaction_inside_and_outside(handle, conversation, watcher):
     """Blocks of asyncpg and of chatdb stand in each other."""
     async with chatdb.transaction(handle) as connection:
         async with connection.transaction():
@@ -1028,11 +1047,11 @@ async def test_asyncpgs_transaction_inside_and_outside(handle, conversation, dsn
             async with connection.transaction():
                 await append(connection, conversation, "lost")
                 raise ZeroDivisionError
-    assert contents(dsn) == ["a", "b"]
-    await assert_clean(handle, conversation, dsn)
+    assert contents(watcher) == ["a", "b"]
+    await assert_clean(handle, conversation, watcher)
 
 
-async def test_a_block_cancelled_inside_rolls_back(handle, conversation, dsn):
+async def test_a_block_cancelled_inside_rolls_back(handle, conversation, watcher):
     """A task cancelled in the block ends cancelled, and nothing of the block is stored."""
     inside = asyncio.Event()
 
@@ -1047,11 +1066,11 @@ async def test_a_block_cancelled_inside_rolls_back(handle, conversation, dsn):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert contents(dsn) == []
-    await assert_clean(handle, conversation, dsn)
+    assert contents(watcher) == []
+    await assert_clean(handle, conversation, watcher)
 
 
-async def test_a_block_cancelled_anywhere_is_all_or_nothing(handle, conversation, dsn):
+async def test_a_block_cancelled_anywhere_is_all_or_nothing(handle, conversation, watcher):
     """Wherever a transaction is cancelled, BEGIN and COMMIT included, both messages are stored or none is."""
 
     async def run(content: str) -> None:
@@ -1070,12 +1089,12 @@ async def test_a_block_cancelled_anywhere_is_all_or_nothing(handle, conversation
         task.cancel()
         async with asyncio.timeout(HANG):
             await asyncio.gather(task, return_exceptions=True)
-            await assert_clean(handle, conversation, dsn)
-        assert contents(dsn).count(f"{number}") in {0, 2}
+            await assert_clean(handle, conversation, watcher)
+        assert contents(watcher).count(f"{number}") in {0, 2}
 
 
 @pytest.mark.parametrize("statement", ["begin", "commit"])
-async def test_a_cancelled_begin_or_commit_leaves_the_handle_clean(handle, conversation, dsn, statement):
+async def test_a_cancelled_begin_or_commit_leaves_the_handle_clean(handle, conversation, watcher, statement):
     """The next transaction on the handle is one of its own, not a savepoint in one that nobody will commit."""
 
     async def run() -> None:
@@ -1091,7 +1110,7 @@ async def test_a_cancelled_begin_or_commit_leaves_the_handle_clean(handle, conve
             task.cancel()
         with pytest.raises(asyncio.CancelledError) as caught:
             await task
-        await assert_clean(handle, conversation, dsn)
+        await assert_clean(handle, conversation, watcher)
     assert errors == []
     assert caught.value.__cause__ is None
 

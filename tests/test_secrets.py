@@ -244,7 +244,7 @@ def connect(dsn: str) -> None:
         pass
 
 
-async def test_every_dsn(told: Told, dsn: str) -> None:
+async def test_every_dsn(told: Told, dsn: str, one_authority: None) -> None:
     """A password in a DSN, well or badly encoded, by every way to a server that is not there."""
     for password in PASSWORDS:
         for option in OPTIONS:
