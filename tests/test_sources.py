@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import json
 import re
 import struct
@@ -941,23 +942,23 @@ def test_what_is_written_is_read_without_a_loss(export):
         assert fields_of(item, type(item)) == fields_of(record, type(item))
 
 
-@settings(deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(export=some_exports(), data=st.data())
 def test_lines_cut_anywhere_give_their_complete_messages(export, data):
     """Whatever byte is the last one, all complete lines come, and the missing end is said."""
     lines = lines_of(export)
     whole = b"".join(lines)
-    cut = data.draw(st.integers(0, len(whole)))
-    complete, length = 0, 0
-    for line in lines:
-        length += len(line)
-        complete += length - 1 <= cut  # a line is complete without its line feed
-    if complete == 0:
-        refusal(whole[:cut], "chatdb")
-    elif complete == len(lines):
-        assert read(whole[:cut], "chatdb") == read(whole, "chatdb")
-    else:
-        assert read(whole[:cut], "chatdb") == [*read(whole, "chatdb")[: complete - 1], NO_END]
+    items = read(whole, "chatdb")
+    ends = list(itertools.accumulate(map(len, lines)))
+    cuts = {end + near for end in ends for near in (-2, -1, 0, 1) if 0 <= end + near <= len(whole)}
+    for cut in cuts | data.draw(st.sets(st.integers(0, len(whole)), min_size=3, max_size=6)):
+        complete = sum(end - 1 <= cut for end in ends)  # a line is complete without its line feed
+        if complete == 0:
+            refusal(whole[:cut], "chatdb")
+        elif complete == len(lines):
+            assert read(whole[:cut], "chatdb") == items
+        else:
+            assert read(whole[:cut], "chatdb") == [*items[: complete - 1], NO_END]
 
 
 def a_line(**changes):
