@@ -18,8 +18,8 @@ nox.options.sessions = ["tests", "lint", "types"]
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 POSTGRESQLS = ["14", "15", "16", "17", "18"]
 POOLERS = ["1.18", "1.24"]
-PARALLEL = ("-n", str(min(8, 2 * (os.cpu_count() or 1))), "--dist", "worksteal")
-"""Runs the tests in two processes a core, for tests wait, each with a server of its own; `-- -n 0` in one."""
+PARALLEL = ("-n", str(min(8, (3 * (os.cpu_count() or 1) + 1) // 2)), "--dist", "worksteal")
+"""Runs the tests in three processes for two cores, for tests wait, each with a server of its own; `-- -n 0` in one."""
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
