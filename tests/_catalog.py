@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import psycopg
-from _sqlfiles import Columns, SqlFile
 from psycopg.pq import ExecStatus
+
+from tests._sqlfiles import Columns, SqlFile
 
 DATA = """
     insert into chatdb.conversations (user_id, id, key, updated_at, last_seq)

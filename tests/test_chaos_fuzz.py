@@ -12,12 +12,12 @@ from functools import cache
 from typing import Any
 
 import pytest
-from _seeds import DSNS, FILES, SECRET
-from test_public_api import SIGNATURES, required
 
 import chatdb
 from chatdb import UNSET, ChatDBError, ConfigurationError, InvalidInputError, JsonText, NewMessage, sources
 from chatdb.dsn import connect_arguments, libpq_dsn
+from tests._seeds import DSNS, FILES, SECRET
+from tests.test_public_api import SIGNATURES, required
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 

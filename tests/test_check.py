@@ -15,10 +15,6 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from _catalog import DATA
-from _command import PROGRAM, on_a_terminal
-from _pgbouncer import VERSIONS, pgbouncer
-from conftest import as_role, execute, new_database
 
 import chatdb
 from chatdb import inspection
@@ -27,6 +23,10 @@ from chatdb.cli import app
 from chatdb.direct import connected
 from chatdb.inspection import inspect, is_wrong
 from chatdb.migrate import apply_migrations, migration_files
+from tests._catalog import DATA
+from tests._command import PROGRAM, on_a_terminal
+from tests._pgbouncer import VERSIONS, pgbouncer
+from tests.conftest import as_role, execute, new_database
 
 pytestmark = pytest.mark.owner
 

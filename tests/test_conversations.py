@@ -6,10 +6,10 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from test_public_api import SIGNATURES
 
 import chatdb
 from chatdb import Conversation, ConversationNotFoundError, Deleted
+from tests.test_public_api import SIGNATURES
 
 WRITTEN = "select xmin::text, ctid::text, last_seq, updated_at from chatdb.conversations where id = $1"
 IDENTITY = "select last_value from chatdb.conversations_id_seq"

@@ -21,10 +21,18 @@ import asyncpg
 import pglast
 import psycopg
 import pytest
-from _catalog import DATA, Live
-from _mutants import less, misfilled, swaps, without_user
-from _package import bindings, fields_of, query_of, record_of
-from _recorder import (
+from pglast.parser import scan
+from pydantic import ValidationError, create_model
+
+import chatdb
+from chatdb import ConflictError, ConversationNotFoundError, MessageNotFoundError, _decode, _input, transfer
+from chatdb.errors import CONFLICTS, CONSTRAINTS, translated
+from chatdb.records import Conversation, Message, Role
+from chatdb.schema import NEEDED
+from tests._catalog import DATA, Live
+from tests._mutants import less, misfilled, swaps, without_user
+from tests._package import bindings, fields_of, query_of, record_of
+from tests._recorder import (
     CALLS,
     COPIED,
     IMPORT,
@@ -39,7 +47,7 @@ from _recorder import (
     name_of,
     stored,
 )
-from _sqlfiles import (
+from tests._sqlfiles import (
     TEXTS,
     branches,
     existence_gaps,
@@ -52,15 +60,7 @@ from _sqlfiles import (
     parse,
     ungiven,
 )
-from conftest import new_database
-from pglast.parser import scan
-from pydantic import ValidationError, create_model
-
-import chatdb
-from chatdb import ConflictError, ConversationNotFoundError, MessageNotFoundError, _decode, _input, transfer
-from chatdb.errors import CONFLICTS, CONSTRAINTS, translated
-from chatdb.records import Conversation, Message, Role
-from chatdb.schema import NEEDED
+from tests.conftest import new_database
 
 FOREIGN_KEY = "fk_messages_conversation"
 

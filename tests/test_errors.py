@@ -17,7 +17,6 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
-from test_public_api import CALLS, NOBODYS, call, conversation_with_a_message
 
 import chatdb
 from chatdb import (
@@ -37,6 +36,7 @@ from chatdb import (
 from chatdb._query import Query
 from chatdb.dsn import connect_arguments
 from chatdb.schema import NEEDED, kind_of
+from tests.test_public_api import CALLS, NOBODYS, call, conversation_with_a_message
 
 MARK = "XYZZY"  # a text, a key or a password that no error may tell
 DSN = f"postgresql://alice:{MARK}@127.0.0.1:{{}}/chat?{{}}"

@@ -13,12 +13,12 @@ from typing import Any
 import asyncpg
 import psycopg
 import pytest
-from test_pool import HANG, Proxy, assert_whole, kill_sessions, loop_errors, seen_by_the_server, until
 
 import chatdb
 from chatdb import AcquireTimeoutError, ConfigurationError
 from chatdb.dsn import connect_arguments
 from chatdb.pool import Pool
+from tests.test_pool import HANG, Proxy, assert_whole, kill_sessions, loop_errors, seen_by_the_server, until
 
 PID = "select pg_backend_pid() as pid"
 SLEEP = "select pg_sleep(30)"

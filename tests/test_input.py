@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 
 import asyncpg
 import pytest
-from test_public_api import CALLS, NOBODYS, SIGNATURES, call
 
 import chatdb
 from chatdb import (
@@ -24,6 +23,7 @@ from chatdb import (
     NewMessage,
 )
 from chatdb.errors import CONSTRAINTS, translated
+from tests.test_public_api import CALLS, NOBODYS, SIGNATURES, call
 
 MIB = 1024 * 1024
 WIDE = "👋"  # one character, four bytes

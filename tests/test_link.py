@@ -8,12 +8,12 @@ import time
 
 import psycopg
 import pytest
-from _command import chatdb as command
-from conftest import as_role, execute
 
 import chatdb
 from chatdb.inspection import inspect
 from chatdb.link import LINK, UsersMissingError, link_users, unlink_users
+from tests._command import chatdb as command
+from tests.conftest import as_role, execute
 
 pytestmark = pytest.mark.owner
 

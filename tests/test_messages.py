@@ -8,7 +8,6 @@ from datetime import UTC, datetime, timedelta
 
 import asyncpg
 import pytest
-from test_public_api import Counting
 
 import chatdb
 from chatdb import (
@@ -21,6 +20,7 @@ from chatdb import (
     NewMessage,
 )
 from chatdb.dsn import connect_arguments
+from tests.test_public_api import Counting
 
 
 @pytest.fixture

@@ -17,11 +17,6 @@ from typing import Any, NamedTuple
 import asyncpg
 import psycopg
 import pytest
-from _catalog import DATA, Live
-from _sqlfiles import TEXTS, SqlFile, file_of
-from test_drift import check_plan
-from test_pool import Proxy
-from test_public_api import CALLS, call, conversation_with_a_message
 
 import chatdb
 from chatdb import ConfigurationError, Conversation, ConversationNotFoundError, Deleted
@@ -30,11 +25,16 @@ from chatdb.migrate import last_migrations
 from chatdb.protect import TABLES, missing_protection, protect_tables
 from chatdb.sources import Item, SourceConversation, SourceMessage
 from chatdb.transfer import export_conversations, import_conversations
+from tests._catalog import DATA, Live
 from tests._command import chatdb as command
 from tests._pgbouncer import OPTIONS, VERSIONS, pgbouncer
 from tests._roles import Roles
+from tests._sqlfiles import TEXTS, SqlFile, file_of
 from tests.conftest import as_role, cloned, execute
+from tests.test_drift import check_plan
 from tests.test_migrate import transaction
+from tests.test_pool import Proxy
+from tests.test_public_api import CALLS, call, conversation_with_a_message
 
 _serial = itertools.count()
 

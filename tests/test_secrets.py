@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
-from test_public_api import CALLS, NOBODYS, SIGNATURES, call
 
 import chatdb
 from chatdb import ChatDBError, JsonText, Message, NewMessage
@@ -29,6 +28,7 @@ from chatdb.records import StoredConversation
 from chatdb.sources import FORMATS, SourceConversation, SourceMessage, detect, read, tables
 from chatdb.transfer import export_conversations, import_conversations
 from tests._package import bindings
+from tests.test_public_api import CALLS, NOBODYS, SIGNATURES, call
 
 MARK = "XYZZY"
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import psycopg
 import pytest
-from _catalog import DATA
-from _sqlfiles import TEXTS, file_of
-from test_isolation import CALLS, MISSING, iterated
-from test_public_api import CALLS as EVERY_CALL
-from test_public_api import call, conversation_with_a_message
 
 import chatdb
 from chatdb.migrate import apply_migrations
+from tests._catalog import DATA
 from tests._roles import Roles
+from tests._sqlfiles import TEXTS, file_of
 from tests.conftest import as_role, cloned, execute
+from tests.test_isolation import CALLS, MISSING, iterated
+from tests.test_public_api import CALLS as EVERY_CALL
+from tests.test_public_api import call, conversation_with_a_message
 
 _serial = itertools.count()
 

@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 import trustme
-from _pgbouncer import pgbouncer
 
 import chatdb
 from chatdb import ConfigurationError
 from chatdb.dsn import libpq_dsn
+from tests._pgbouncer import pgbouncer
 
 
 @pytest.fixture(scope="module")
