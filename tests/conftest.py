@@ -32,7 +32,7 @@ SERVERS = ("auto", "dsn", "container", "embedded", "local")
 AppOf = Callable[[str, pytest.FixtureRequest], str]
 _serial = itertools.count()
 _administrators: dict[str, psycopg.Connection[TupleRow]] = {}
-"""A session on the server of the tests, to make and drop a database for most of them."""
+"""By its DSN, a session on the server of the tests, kept because most of them have a database made and dropped."""
 
 
 def pytest_configure() -> None:
@@ -97,13 +97,12 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
                 continue
             dsn = start(stack)
             if dsn:
-                session = stack.enter_context(psycopg.connect(dsn, autocommit=True))
                 if name != "dsn":
                     not_durable(dsn)
-                version = session.info.server_version
+                version = administrator(dsn).info.server_version
                 _say(request.config, f"chatdb: {name} PostgreSQL {version // 10000}.{version % 100}")
-                _administrators[dsn] = session
                 yield dsn
+                _administrators.pop(dsn).close()
                 return
         pytest.exit(f"no PostgreSQL for the tests: --server={wanted} gives none", returncode=3)
 
@@ -216,18 +215,29 @@ def execute(dsn: str, *statements: str) -> None:
             connection.execute(statement)
 
 
+def administrator(server: str) -> psycopg.Connection[TupleRow]:
+    """Return the session that is kept on a server, or a new one after a test killed the server."""
+    if server in _administrators:
+        try:
+            _administrators[server].execute("select")
+        except psycopg.OperationalError:
+            _administrators.pop(server).close()
+    if server not in _administrators:
+        _administrators[server] = psycopg.connect(server, autocommit=True)
+    return _administrators[server]
+
+
 @contextmanager
 def new_database(server: str, name: str, template: str = "template0", options: str = "") -> Iterator[str]:
     """Give the DSN of a copy of a database; of its files, which takes a third of the time of the server's own way."""
-    with ExitStack() as stack:
-        session = _administrators.get(server) or stack.enter_context(psycopg.connect(server, autocommit=True))
-        if session.info.server_version >= 150_000:  # older ones know no other way
-            options += " strategy file_copy"
-        session.execute(f"create database {name} template {template} {options}")
-        try:
-            yield database_of(server, name)
-        finally:
-            session.execute(f"drop database {name} with (force)")
+    session = administrator(server)
+    if session.info.server_version >= 150_000:  # older ones know no other way
+        options += " strategy file_copy"
+    session.execute(f"create database {name} template {template} {options}")
+    try:
+        yield database_of(server, name)
+    finally:
+        administrator(server).execute(f"drop database {name} with (force)")
 
 
 @pytest.fixture(scope="session")
