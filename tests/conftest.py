@@ -32,7 +32,7 @@ SERVERS = ("auto", "dsn", "container", "embedded", "local")
 AppOf = Callable[[str, pytest.FixtureRequest], str]
 _serial = itertools.count()
 _administrators: dict[str, psycopg.Connection[TupleRow]] = {}
-"""By its DSN, a session on the server of the tests, kept because most of them have a database made and dropped."""
+"""By its DSN, a session on each server of the tests, kept because most of them have a database made and dropped."""
 
 
 def pytest_configure() -> None:
@@ -69,6 +69,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Close what is kept for all tests."""
+    while _administrators:
+        _administrators.popitem()[1].close()
+
+
 def pytest_asyncio_loop_factories(config: pytest.Config) -> dict[str, object]:
     """Choose the event loop."""
     if config.getoption("--uvloop"):
@@ -102,7 +108,6 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
                 version = administrator(dsn).info.server_version
                 _say(request.config, f"chatdb: {name} PostgreSQL {version // 10000}.{version % 100}")
                 yield dsn
-                _administrators.pop(dsn).close()
                 return
         pytest.exit(f"no PostgreSQL for the tests: --server={wanted} gives none", returncode=3)
 
