@@ -10,9 +10,10 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -25,6 +26,7 @@ from psycopg.rows import TupleRow
 import chatdb
 from chatdb import embedded
 from chatdb.migrate import apply_migrations
+from tests._leaks import Leaks
 from tests._pgbouncer import OPTIONS, VERSIONS, pgbouncer, program
 from tests._roles import Roles
 
@@ -35,9 +37,21 @@ _administrators: dict[str, psycopg.Connection[TupleRow]] = {}
 """By its DSN, a session on each server of the tests, kept because most of them have a database made and dropped."""
 
 
+leaks = Leaks()
+
+
 def pytest_configure() -> None:
     """Have Ctrl-C in the processes that tests start, also where a shell runs the tests in the background without it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    leaks.watch()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Fail a test in which an error or a log record told what is private."""
+    result = yield
+    assert leaks.of_this_test() == []
+    return result
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -69,10 +83,25 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_sessionfinish() -> None:
-    """Close what is kept for all tests."""
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Close what is kept for all tests, and have the controller told what was searched."""
     while _administrators:
         _administrators.popitem()[1].close()
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["searched"] = leaks.errors, leaks.records
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add what a process of xdist's searched."""
+    errors, records = getattr(node, "workeroutput", {}).get("searched", (0, 0))
+    leaks.errors += errors
+    leaks.records += records
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how much was searched for leaks."""
+    terminalreporter.write_line(f"chatdb: {leaks.errors:,} errors and {leaks.records:,} log records searched for leaks")
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config) -> dict[str, object]:

@@ -28,6 +28,7 @@ from chatdb.records import StoredConversation
 from chatdb.sources import FORMATS, SourceConversation, SourceMessage, detect, read, tables
 from chatdb.transfer import export_conversations, import_conversations
 from tests._package import bindings
+from tests.conftest import leaks
 from tests.test_public_api import CALLS, NOBODYS, SIGNATURES, call
 
 MARK = "XYZZY"
@@ -346,3 +347,35 @@ async def test_a_leak_is_found(told: Told) -> None:
         logging.getLogger(name).warning("lost %s", MARK)
     await told.awaited(asyncio.sleep(0, MARK))
     assert len(told.leaks) == 3 + 4 + 3
+    assert len(leaks.of_this_test()) == 2 + 4
+
+
+@pytest.mark.parametrize("private", ["content", "payload", "metadata", "key"])
+async def test_a_leak_is_found_in_every_test(private: str) -> None:
+    """An error or a log record with what a function was told fails the test that it is made in."""
+    said = "wonderful weather"
+
+    class Telling:
+        async def fetch(self, *arguments: Any, timeout: float | None = None) -> list[Any]:
+            logging.getLogger("chatdb").debug("it says: %s", said)
+            raise ChatDBError(f"what is said of {said} is no statement")
+
+    value = {"a": [said]} if private in {"payload", "metadata"} else said
+    with pytest.raises(ChatDBError):
+        await call(Telling(), "append_message", {"role": "user", "content": "a text", private: value}, NOBODYS)
+    assert len(leaks.of_this_test()) == 2
+
+
+@pytest.mark.parametrize("dsn", ["//alice:rainy%20day@nowhere/chat", "///chat?host=nowhere&password=rainy%20day"])
+def test_a_leak_of_a_password_is_found(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor may they have the password of a DSN."""
+
+    class Telling:
+        @staticmethod
+        def search(dsn: str) -> None:
+            raise ChatDBError("there is no such password as rainy day")
+
+    monkeypatch.setattr(chatdb.dsn, "_SURROGATE", Telling)
+    with pytest.raises(ChatDBError):
+        connect_arguments(f"postgresql:{dsn}")
+    assert len(leaks.of_this_test()) == 1
