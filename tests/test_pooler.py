@@ -18,7 +18,7 @@ from chatdb import ConfigurationError, UnavailableError
 from chatdb.dsn import connect_arguments
 from chatdb.errors import translated
 from chatdb.migrate import apply_migrations, rollback_migrations
-from tests._command import chatdb as command
+from tests._command import chatdb_process as command
 from tests._pgbouncer import OPTIONS, VERSIONS, pgbouncer
 from tests.test_pool import kill_sessions, until
 
@@ -130,6 +130,32 @@ async def test_tables_that_change(pooled, dsn, version):
         await load("again")
 
 
+# --- listening -------------------------------------------------------------------------------------------------------
+
+
+async def test_listening(pooled, dsn, version):
+    """One who listens on a direct connection hears all; through the pooler one misses it, and disturbs nobody."""
+    heard: list[Any] = []
+
+    def hear(*said: Any) -> None:
+        heard.append(said[-1])
+
+    def overhear(*_: Any) -> None:
+        heard.append("through the pooler")
+
+    through = pool_of(pooled(default_pool_size=1), version, max_size=2)
+    async with through as db, chatdb.create_pool(dsn) as direct, direct.acquire() as ear, db.acquire() as deaf:
+        await ear.add_listener("news", hear)
+        await deaf.add_listener("news", overhear)
+        for number in range(20):
+            await direct.execute("select pg_notify('news', $1)", f"{number}")
+            await use(db, f"user {number}")
+        await until(lambda: len(heard) >= 20)
+        await ear.remove_listener("news", hear)
+        await deaf.remove_listener("news", overhear)
+    assert heard == [f"{number}" for number in range(20)]
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +247,11 @@ def test_a_poolers_words(words, error, told):
 
 
 def test_commands(pooled, tmp_path):
-    """Commands work one after the other on the same connection of the server, without any option."""
+    """
+    Commands work one after the other on the same connection of the server, without any option.
+
+    As processes, because each of them gives its prepared statements the same names.
+    """
     lines = tmp_path / "chat.json"
     lines.write_text('[{"id": "a title", "conversations": [{"from": "human", "value": "hello"}]}]')
     env = {"DATABASE_URL": pooled(default_pool_size=1)}
