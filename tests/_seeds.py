@@ -50,3 +50,8 @@ FILES = (
     '"token_count": null, "key": null, "created_at": "2026-01-01T00:00:00Z"}\n'
     '{"type": "end", "conversations": 1, "messages": 1}\n',
 )
+WORDS = {
+    "dsn": ("%zz", "%00", "%ff", "#", "@", "[", "]", ",", "port=", "sslmode=verify-full", "connect_timeout="),
+    "file": ("NaN", "Infinity", "1e999", "1e19", "-1", "null", "true", "{}", "[]", "[[[[[[[[", "\\ud800", "\\u0000"),
+}
+"""What the parsers may stumble over, for the fuzzing that goes by coverage, which makes up longer words seldom."""

@@ -7,6 +7,7 @@ Looks, guided by coverage, for a DSN or a file that a parser answers by anything
 from __future__ import annotations
 
 import io
+import json
 import ssl
 import sys
 from contextlib import suppress
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import atheris
 
-from tests._seeds import DSNS, FILES, SECRET
+from tests._seeds import DSNS, FILES, SECRET, WORDS
 
 with atheris.instrument_imports(include=["chatdb", "urllib", "json"]):
     from chatdb import ConfigurationError, InvalidInputError, sources
@@ -52,5 +53,8 @@ if __name__ == "__main__":
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(SEEDS[name]):
         (corpus / f"seed-{number}").write_text(seed, encoding="utf-8")
-    atheris.Setup([sys.argv[0], f"-artifact_prefix={corpus}-", *options, str(corpus)], {"dsn": dsn, "file": file}[name])
+    words = corpus.with_suffix(".dict")
+    words.write_text("".join(f"{json.dumps(word)}\n" for word in WORDS[name]), encoding="utf-8")
+    options += [f"-artifact_prefix={corpus}-", f"-dict={words}", str(corpus)]
+    atheris.Setup([sys.argv[0], *options], {"dsn": dsn, "file": file}[name])
     atheris.Fuzz()
