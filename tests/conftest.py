@@ -49,8 +49,11 @@ def pytest_configure() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, object, object]:
     """Fail a test in which an error or a log record told what is private."""
-    result = yield
-    assert leaks.of_this_test() == []
+    try:
+        result = yield
+    finally:
+        found = leaks.of_this_test()
+    assert found == []
     return result
 
 
