@@ -26,6 +26,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from chatdb.dsn import connect_arguments
+from tests.test_tables import SESSION
 
 __all__ = [
     "CHAT",
@@ -38,8 +39,6 @@ __all__ = [
     "agent_session",
     "chat",
 ]
-
-SESSION = "0190b1c0-0000-7000-8000-000000000001"
 
 CHAT: list[BaseMessage] = [
     SystemMessage("Be brief."),

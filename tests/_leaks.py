@@ -30,10 +30,8 @@ def words(value: object, depth: int = 9) -> Iterator[str]:
     if isinstance(value, str):
         if 4 <= len(value) <= 200 and value not in TERMS:
             yield value
-    elif isinstance(value, NewMessage | Message | Conversation):
-        yield from words(dict(value))
-    elif isinstance(value, dict) and "content" in value:
-        yield from words([each for name, each in value.items() if name in PRIVATE])
+    elif isinstance(value, NewMessage | Message | Conversation) or (isinstance(value, dict) and "content" in value):
+        yield from words([each for name, each in dict(value).items() if name in PRIVATE], depth)
     elif isinstance(value, dict):
         yield from words([*value, *value.values()], depth)
     elif isinstance(value, list | tuple | set) and depth:
@@ -72,9 +70,9 @@ class Leaks(logging.Handler):
         def __init__(self: ChatDBError, *args: Any) -> None:  # noqa: N807 - it takes the place of one
             super(ChatDBError, self).__init__(*args)
             leaks.errors += 1
-            words = [*said(sys._getframe(1))]
-            leaks._said.extend(words)
-            leaks._search(type(self).__name__, " ".join(map(str, args)), words)
+            private = [*said(sys._getframe(1))]
+            leaks._said.extend(private)
+            leaks._search(type(self).__name__, " ".join(map(str, args)), private)
 
         ChatDBError.__init__ = __init__  # type: ignore[method-assign]
         logging.getLogger().addHandler(self)
@@ -86,8 +84,8 @@ class Leaks(logging.Handler):
         self._said.extend(said(sys._getframe(1)))
         self._search(f"log of {record.name}", self.format(record), self._said)
 
-    def _search(self, what: str, told: str, said: Iterable[str]) -> None:
-        for word in {*said, *PLANTED}:
+    def _search(self, what: str, told: str, private: Iterable[str]) -> None:
+        for word in {*private, *PLANTED}:
             if word in told and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", told):
                 self._found.append(f"{what} tells {word!r}: {told[:300]}")
 

@@ -370,12 +370,10 @@ async def test_a_leak_is_found_in_every_test(private: str) -> None:
 def test_a_leak_of_a_password_is_found(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor may they have the password of a DSN."""
 
-    class Telling:
-        @staticmethod
-        def search(dsn: str) -> None:
-            raise ChatDBError("there is no such password as rainy day")
+    def telling(dsn: str) -> None:
+        raise ChatDBError("there is no such password as rainy day")
 
-    monkeypatch.setattr(chatdb.dsn, "_SURROGATE", Telling)
+    monkeypatch.setattr(chatdb.dsn, "urlsplit", telling)
     with pytest.raises(ChatDBError):
         connect_arguments(f"postgresql:{dsn}")
     assert len(leaks.of_this_test()) == 1

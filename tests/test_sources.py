@@ -942,7 +942,7 @@ def test_what_is_written_is_read_without_a_loss(export):
         assert fields_of(item, type(item)) == fields_of(record, type(item))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(deadline=None)
 @given(export=some_exports(), data=st.data())
 def test_lines_cut_anywhere_give_their_complete_messages(export, data):
     """Whatever byte is the last one, all complete lines come, and the missing end is said."""
