@@ -28,6 +28,10 @@ async def _looks_first(db: Any, *, user_id: str, conversation_id: int, **rest: A
     return await _get_history(db, user_id=user_id, conversation_id=conversation_id, **rest)
 
 
+async def _reset(connection: Any) -> None:
+    await connection.execute("select pg_advisory_unlock_all(); close all; unlisten *; reset all")
+
+
 _get_history = chatdb.get_history
 _create_pool = chatdb.create_pool
 
@@ -39,10 +43,10 @@ ALL = {
         sql="drop index chatdb.ix_conversations_user_id_active_on",
     ),
     "reset_query": Sabotage(
-        "has the pool send asyncpg's reset query again",
+        "has the pool send asyncpg's reset query after each call",
         ("history_100.round_trips", "history_100.statements", "append.round_trips"),
         target="chatdb.create_pool",
-        replacement=lambda *args, **options: _create_pool(*args, reset=None, **options),
+        replacement=lambda *args, **options: _create_pool(*args, reset=_reset, **options),
     ),
     "two_statements": Sabotage(
         "looks the conversation up before its history is read",

@@ -20,6 +20,7 @@ from chatdb.errors import (
     InvalidInputError,
     MessageNotFoundError,
     NotFoundError,
+    PoolClosedError,
     SchemaError,
     UnavailableError,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "MessageNotFoundError",
     "NewMessage",
     "NotFoundError",
+    "PoolClosedError",
     "Role",
     "SchemaError",
     "UnavailableError",

@@ -18,6 +18,7 @@ from chatdb.errors import (
     ChatDBError,
     CommandTimeoutError,
     ConversationNotFoundError,
+    PoolClosedError,
     UnavailableError,
     own,
     translating,
@@ -33,6 +34,9 @@ _PAUSE: Final = (0.01, 0.1)
 
 _PATIENCE: Final = 1.0
 """Seconds after its first loss in which a statement may be sent again."""
+
+STATEMENTS: Final[set[str]] = set()
+"""The statements of chatdb's own, which leave nothing in the session that they run in."""
 
 _log = logging.getLogger("chatdb")
 
@@ -76,6 +80,7 @@ class Query(Generic[RecordT]):
         header, _, body = (data_folder("sql") / f"{name}.sql").read_text(encoding="utf-8").partition("\n\n")
         # the server shows the first 1,023 bytes of a statement: its name and itself, not its description
         self.sql = f"{header.partition(chr(10))[0]}\n{body.strip()}"
+        STATEMENTS.add(self.sql)
         self._decode = decoder(record, given)
 
     async def fetch_all(self, db: Database, *args: object) -> list[RecordT]:
@@ -160,8 +165,8 @@ def _pauses(retries: int) -> Iterator[float]:
 
 def _is_loss(error: ChatDBError) -> bool:
     """Whether a connection was lost, before or after the statement was sent, for all that is known."""
-    timed_out = isinstance(error, AcquireTimeoutError | CommandTimeoutError)
-    return isinstance(error, UnavailableError) and not timed_out and not error.sent
+    other = isinstance(error, AcquireTimeoutError | CommandTimeoutError | PoolClosedError)
+    return isinstance(error, UnavailableError) and not other and not error.sent
 
 
 def _kind(error: ChatDBError) -> str:

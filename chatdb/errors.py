@@ -8,11 +8,13 @@ The errors that chatdb raises.
       UnavailableError            may be retried; .sent is False, True, or None for unknown
         AcquireTimeoutError       no connection became free in time
         CommandTimeoutError       the server did not answer in time
+        PoolClosedError           the pool is closed, or not open yet
       SchemaError                 migrations are missing: run yoyo apply
-      ConfigurationError          DSN, TLS, pooler, privileges
+      ConfigurationError          DSN, TLS, pooler, privileges, a pool in another process or event loop
 
 No message holds a text of a conversation, a password or a key. The driver's own error, which may, is `__cause__`.
 Misuse, such as two operations at once on one connection, stays the driver's own error: it is a bug to be seen.
+All errors can be pickled and copied, so they reach the parent of a worker process; `__cause__` stays behind.
 """
 
 import re
@@ -20,12 +22,21 @@ import socket
 import ssl
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import asyncpg
 
 
 class ChatDBError(Exception):
     """The base of all errors that chatdb raises."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own calls the class with `args`, which is the message alone
+        return _restore, (type(self), self.args), vars(self)
+
+
+def _restore(error_class: type[ChatDBError], args: tuple[object, ...]) -> ChatDBError:
+    return error_class.__new__(error_class, *args)
 
 
 class NotFoundError(ChatDBError):
@@ -81,12 +92,20 @@ class CommandTimeoutError(UnavailableError):
     """The server did not answer within the command timeout. The statement was sent and may have been carried out."""
 
 
+class PoolClosedError(UnavailableError):
+    """The pool is closed, is closing, or was not opened yet. Nothing was sent."""
+
+
 class SchemaError(ChatDBError):
     """The database lacks chatdb's tables, or has them older than this release needs: run `yoyo apply`."""
 
 
 class ConfigurationError(ChatDBError):
-    """The DSN, its TLS settings, a pooler or the role's privileges do not fit; the message says what to change."""
+    """
+    The DSN, its TLS settings, a pooler or the role's privileges do not fit; the message says what to change.
+
+    It is also raised where a pool is used outside the process or the event loop that opened it.
+    """
 
 
 CONSTRAINTS: dict[str, tuple[str, str]] = {
@@ -119,6 +138,7 @@ _SCHEMA_HINT = (
 # the server's functions, for its words may be those of another language
 _WALL = frozenset({"ExecWithCheckOptions", "check_enable_rls"})
 _GONE = re.compile("connection is closed|released back to the pool")
+_CLOSED = re.compile("pool is (clos|not initialized|being initialized)")
 _POOLER_HINT = (
     "a transaction pooler without support for prepared statements stands in front of the database: "
     "pass statement_cache_size=0 to create_pool, or have it track them (PgBouncer from 1.21: max_prepared_statements)"
@@ -165,6 +185,8 @@ def translated(error: Exception) -> ChatDBError | None:
         )
     if isinstance(error, asyncpg.InternalClientError):  # raised over the loss of a connection, which is its context
         return _lost(error)
+    if isinstance(error, asyncpg.InterfaceError) and _CLOSED.search(str(error)):
+        return PoolClosedError("the pool is closed, or not open yet", sent=False)
     if isinstance(error, asyncpg.InterfaceError) and _GONE.search(str(error)):
         return UnavailableError("the connection was lost, or given back to the pool, before this statement", sent=False)
     return None

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import logging
+import math
 import os
+import re
 import weakref
 from collections.abc import AsyncGenerator, Coroutine
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -14,11 +18,13 @@ from asyncpg.pool import PoolConnectionProxy
 from asyncpg.transaction import Transaction, TransactionState
 
 from chatdb import _input
+from chatdb._query import STATEMENTS
 from chatdb.dsn import connect_arguments
 from chatdb.errors import (
     AcquireTimeoutError,
     ChatDBError,
     ConfigurationError,
+    PoolClosedError,
     UnavailableError,
     translated,
     translating,
@@ -30,10 +36,12 @@ if TYPE_CHECKING:
     class _Base(AsyncpgPool):
         """asyncpg's pool, with those of its private parts that chatdb's uses."""
 
+        _closed: bool
         _closing: bool
         _generation: int
         _holders: list[Any]
         _initialized: bool
+        _initializing: bool
         _loop: asyncio.AbstractEventLoop
         _queue: asyncio.Queue[Any]
         _reset: object
@@ -46,8 +54,10 @@ if TYPE_CHECKING:
     class _BaseConnection(asyncpg.Connection[asyncpg.Record]):
         """asyncpg's connection, with those of its private parts that chatdb's uses."""
 
+        _loop: asyncio.AbstractEventLoop
         _pool_holder: Any
 
+        def _check_open(self) -> None: ...
         def _drop_local_statement_cache(self) -> None: ...
         def _drop_local_type_cache(self) -> None: ...
 
@@ -64,14 +74,80 @@ _LOOKS: Final = 8
 """How often the pool looks at its idle connections in the time that they may be idle."""
 
 
+_MAX_SECONDS: Final = 2**31 - 1
+"""The longest time limit: event loops refuse, or forget, timers that end later."""
+
+_MIN_LIFETIME: Final = 0.05
+"""The shortest time, in seconds, that connections may be allowed to be idle: the timer runs eight times in it."""
+
+_RESET: Final = (
+    "set session authorization default; reset all; close all; unlisten *; "
+    "select pg_catalog.pg_advisory_unlock_all(); discard temp; discard sequences"
+)
+"""What DISCARD ALL does but for prepared statements and plans, which the driver and the pool keep."""
+
+_TRANSACTION: Final = re.compile(r"(?:begin|commit|rollback|(?:savepoint|release savepoint|rollback to) \w+);?", re.I)
+
+_log = logging.getLogger("chatdb")
+
+_NO_LOOP: Final[Any] = object()
+"""What a pool has for its event loop until it is opened."""
+
+_KNOWN_STATE: Final = (asyncpg.PostgresError, asyncpg.DataError, asyncio.CancelledError, TimeoutError)
+"""The errors after which asyncpg knows whether the connection is ready, or is still cancelling its statement."""
+
+
 class _PoolsConnection(_BaseConnection):
     """
-    A connection that has its whole pool forget what one statement found outdated, as a changed table makes it.
+    A connection of chatdb's pool.
 
-    asyncpg's finds its pool by the proxy that it is used through, and `Pool.fetch` uses none.
+    In another process or event loop than its own it raises ConfigurationError before anything is sent. When it comes
+    back to the pool it is reset if statements ran on it that are not chatdb's own, which leave nothing in the session.
+
+    When one statement finds a table changed, the whole pool forgets what it cached of it: asyncpg finds the pool by the
+    proxy that a connection is used through, and `Pool.fetch` uses none.
     """
 
-    __slots__ = ()
+    __slots__ = ("_name", "_needs_reset", "_process")
+
+    def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - asyncpg's own
+        super().__init__(*args, **options)
+        self._process = os.getpid()
+        self._needs_reset = False
+        self._name = str(getattr(self.get_settings(), "application_name", ""))
+
+    def note(self, query: object) -> None:
+        """Record that a statement ran which may leave something in the session."""
+        if not self._needs_reset:
+            self._needs_reset = not isinstance(query, str) or _TRANSACTION.fullmatch(query) is None
+
+    def check(self) -> None:
+        """Raise ConfigurationError where the connection does not belong, and the driver's error if it is closed."""
+        self._check_open()
+
+    def _check_open(self) -> None:
+        # asyncpg calls it at the start of each operation
+        check_owner(self._process, self._loop, "connection")
+        super()._check_open()
+
+    async def close(self, *, timeout: float | None = None) -> None:
+        check_owner(self._process, self._loop, "connection")
+        await super().close(timeout=timeout)
+
+    def terminate(self) -> None:
+        check_owner(self._process, self._loop, "connection", may_be_stopped=True)
+        super().terminate()
+
+    def get_reset_query(self) -> str:
+        if not self._needs_reset:
+            return ""
+        # a pooler's server connection has the name of another client to go back to
+        name = self._name.replace("\\", "\\\\").replace("'", "''")
+        return f"{_RESET}; set application_name to E'{name}'"
+
+    async def reset(self, *, timeout: float | None = None) -> None:
+        await super().reset(timeout=timeout)
+        self._needs_reset = False  # the reset itself has set it again
 
     def _drop_global_statement_cache(self) -> None:
         holder = self._pool_holder and self._pool_holder()
@@ -82,18 +158,87 @@ class _PoolsConnection(_BaseConnection):
         (holder._pool._drop_type_cache if holder else self._drop_local_type_cache)()
 
 
+def _touching(name: str) -> Any:  # noqa: ANN401 - a method of any signature
+    """Return asyncpg's method, made to record that a statement ran that may leave something in the session."""
+    method = getattr(_BaseConnection, name)
+
+    @functools.wraps(method)
+    def call(self: _PoolsConnection, query: object, *args: object, **options: object) -> object:
+        if query not in STATEMENTS:
+            self.note(query)
+        return method(self, query, *args, **options)
+
+    return call
+
+
+def _checked(name: str) -> Any:  # noqa: ANN401 - a method of any signature
+    """Return asyncpg's method, made to check the connection first, which asyncpg does not do before a COPY."""
+    method = getattr(_BaseConnection, name)
+
+    @functools.wraps(method)
+    async def call(self: _PoolsConnection, *args: object, **options: object) -> object:
+        self.check()
+        return await method(self, *args, **options)
+
+    return call
+
+
+for _name in (
+    "add_listener",
+    "cursor",
+    "execute",
+    "executemany",
+    "fetch",
+    "fetchmany",
+    "fetchrow",
+    "fetchval",
+    "prepare",
+):
+    setattr(_PoolsConnection, _name, _touching(_name))
+for _name in ("_copy_in", "_copy_out"):
+    setattr(_PoolsConnection, _name, _checked(_name))
+
+
+def check_owner(process: int, loop: asyncio.AbstractEventLoop, what: str, *, may_be_stopped: bool = False) -> None:
+    """
+    Raise ConfigurationError unless this is the process and the running event loop that opened a pool or connection.
+
+    With `may_be_stopped` the loop need not run now.
+    """
+    if os.getpid() != process:
+        raise ConfigurationError(
+            f"this {what} belongs to another process: a forked process opens a pool of its own, after the fork"
+        )
+    running = asyncio._get_running_loop()
+    if running is loop or (may_be_stopped and running is None and not loop.is_running()):
+        return
+    if loop.is_closed():
+        raise ConfigurationError(
+            f"the event loop of this {what} has ended: open a pool in each event loop, such as in each asyncio.run()"
+        )
+    raise ConfigurationError(
+        f"this {what} belongs to another event loop: call it there (asyncio.run_coroutine_threadsafe), or open a pool "
+        "in this one"
+    )
+
+
 class Pool(_Base):
     """
     An asyncpg pool that is fair, bounded in time, and costs one round trip a call.
 
     It does all that asyncpg's does. Besides, tasks get their connections in the order in which they asked; waiting
-    and connecting end after the acquire timeout with AcquireTimeoutError; and no query is sent to reset a connection
-    that comes back, because chatdb keeps no session state (an open transaction is still rolled back).
+    and connecting end after the acquire timeout with AcquireTimeoutError; and chatdb's own calls send no query to reset
+    the connection, because they keep no session state. A connection lent by `acquire` or `chatdb.transaction` is reset
+    when it comes back if other statements ran on it. `fetch` resets nothing.
+
+    The pool belongs to the process and the event loop that open it. In another it raises ConfigurationError before
+    anything is sent.
 
     `retries` is how often a read or a keyed write is sent again after a lost connection.
     """
 
     retries: int
+    _process: int
 
     def __init__(
         self,
@@ -108,18 +253,24 @@ class Pool(_Base):
         max_inactive_connection_lifetime: float = 240.0,
         **options: Any,  # noqa: ANN401 - asyncpg's own
     ) -> None:
-        if max_inactive_connection_lifetime < 0:
-            raise ConfigurationError("max_inactive_connection_lifetime must be 0, for no limit, or a number of seconds")
-        if retries < 0:
+        for name, seconds in (("acquire_timeout", acquire_timeout), ("command_timeout", command_timeout)):
+            if not _is_seconds(seconds) or seconds <= 0:
+                raise ConfigurationError(f"{name} must be a number of seconds above 0, to {_MAX_SECONDS:,}")
+        lifetime = max_inactive_connection_lifetime
+        if not _is_seconds(lifetime) or (lifetime != 0 and lifetime < _MIN_LIFETIME):
+            raise ConfigurationError(
+                "max_inactive_connection_lifetime must be 0, for no limit, or a number of seconds of at least "
+                f"{_MIN_LIFETIME}"
+            )
+        if not isinstance(retries, int) or retries < 0:  # pyright: ignore[reportUnnecessaryIsInstance] - callers without types
             raise ConfigurationError("retries must be 0, for none, or how often a statement may be sent again")
         own: dict[str, Any] = {
             "init_size": max(min_size, 1),
             "max_queries": 50_000,
             "max_inactive_connection_lifetime": 0,  # asyncpg's is a timer set and cancelled a call: see _close_idle
-            "loop": None,
+            "loop": _NO_LOOP,  # that which opens the pool is its loop, so a module may make one when it is imported
             "connection_class": _PoolsConnection,
             "record_class": asyncpg.Record,
-            "reset": _keep,
         }
         super().__init__(
             min_size=min_size,
@@ -135,14 +286,19 @@ class Pool(_Base):
         self._seen: dict[Private, tuple[object, int]] = {}
 
     async def _async__init__(self) -> Pool:
-        is_new = not self._initialized
+        if self._initialized:
+            self._check_owner()
+            return self
+        if self._closed:
+            raise PoolClosedError("the pool is closed: make a new one", sent=False)
+        if not self._initializing:
+            self._process, self._loop = os.getpid(), asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._acquire_timeout):
                 await super()._async__init__()
         except Exception as error:  # noqa: BLE001 - raised again, as what it means
             _raise_unreachable(error, self._acquire_timeout)
-        if is_new:
-            self._watch_idle()
+        self._watch_idle()
         return self
 
     async def fetch(
@@ -158,27 +314,71 @@ class Pool(_Base):
         Where one is idle, that is all: asyncpg's way to and from it, by a context, a proxy, a timer and a task, costs
         more than half of what the statement does.
         """
-        holder = self._take_idle()
-        if holder is None:
-            return await super().fetch(query, *args, timeout=timeout, record_class=record_class)
-        connection = holder._con
+        self._check_owner()
+        holder: Private = self._take_idle() or (await self._acquire(None))._holder
+        connection: Private = holder._con
         try:
             rows: list[Any] = await connection.fetch(query, *args, timeout=timeout, record_class=record_class)
+        except _KNOWN_STATE:
+            raise
+        except BaseException:  # what the connection is in the middle of is unknown
+            with contextlib.suppress(Exception):
+                connection.terminate()
+            raise
         finally:
             if not self._give_back(holder, connection):
-                await _briefly(holder.release(self._acquire_timeout))
+                await _release_with_timeout(holder.release(self._acquire_timeout))
         return rows
 
     async def release(self, connection: Any, *, timeout: float | None = None) -> None:  # noqa: ANN401 - asyncpg's proxy
-        """Give a connection back, or leave it to do so by itself when the server has stopped what was cancelled."""
-        giving = super().release(connection, timeout=timeout)
+        """Reset a connection and give it back; if a cancelled statement is still running, that goes on by itself."""
+        self._check_owner()
         inner = getattr(connection, "_con", None)
-        await (_briefly(giving) if inner is not None and inner._protocol._is_cancelling() else giving)
+        releasing = super().release(connection, timeout=timeout)
+        is_cancelling = inner is not None and inner._protocol._is_cancelling()
+        await (_release_with_timeout(releasing) if is_cancelling else releasing)
 
     async def close(self) -> None:
-        """Close all connections when they are given back; those that a silent server does not close are dropped."""
-        with contextlib.suppress(TimeoutError):  # asyncpg has dropped them by then
-            await super().close()
+        """
+        Close the pool when the connections in use have come back, or after the acquire timeout, and drop those then.
+
+        A warning in the log says how many were dropped.
+        """
+        if self._closed or not self._initialized:
+            return
+        self._check_owner()
+        try:
+            async with asyncio.timeout(self._acquire_timeout):
+                await super().close()  # it drops the connections if it is cancelled
+        except TimeoutError:
+            _log.warning(
+                "the pool was closed after %g s with connections still in use: they were dropped", self._acquire_timeout
+            )
+
+    def terminate(self) -> None:
+        """Drop all connections at once."""
+        if not self._closed and self._initialized:
+            check_owner(self._process, self._loop, "pool", may_be_stopped=True)
+            super().terminate()
+
+    async def expire_connections(self) -> None:
+        """Replace each connection when it is next acquired."""
+        self._check_owner()
+        await super().expire_connections()
+
+    def _check_owner(self) -> None:
+        if self._initialized or self._initializing:
+            # written out, because a call costs: check_owner says what is wrong
+            if os.getpid() != self._process or asyncio._get_running_loop() is not self._loop:
+                check_owner(self._process, self._loop, "pool")
+        else:
+            self._check_init()
+
+    def _check_init(self) -> None:
+        if self._closed:
+            raise PoolClosedError("the pool is closed", sent=False)
+        if not self._initialized:
+            raise PoolClosedError("the pool is not open: await it, or enter it by async with, first", sent=False)
 
     def _take_idle(self) -> Private | None:
         """Take a connection that is ready, if there is one and nobody waits for it."""
@@ -202,7 +402,7 @@ class Pool(_Base):
             or protocol.is_in_transaction()
             or protocol.queries_count >= holder._max_queries
             or holder._generation != self._generation
-            or self._reset is not _keep
+            or self._reset is not None
         ):
             return False
         holder._release()
@@ -229,9 +429,10 @@ class Pool(_Base):
 
     async def _acquire(self, timeout: float | None) -> PoolConnectionProxy[asyncpg.Record]:
         """Do as asyncpg's method, but let one task at a time wait at its unfair queue, the others in order before."""
-        if self._closing:
-            raise asyncpg.InterfaceError("pool is closing")
+        self._check_owner()
         self._check_init()
+        if self._closing:
+            raise PoolClosedError("the pool is closed", sent=False)
         timeout = self._acquire_timeout if timeout is None else timeout
         deadline = asyncio.get_running_loop().time() + timeout
         self._waiting += 1
@@ -240,7 +441,7 @@ class Pool(_Base):
                 holder = await self._queue.get()
                 if self._closing:
                     self._queue.put_nowait(holder)
-                    raise asyncpg.InterfaceError("pool is closing")
+                    raise PoolClosedError("the pool is closed", sent=False)
         except TimeoutError as error:
             raise AcquireTimeoutError(
                 f"no connection became free within {timeout:g} s: all {self.get_max_size()} of the pool are in use",
@@ -364,9 +565,10 @@ async def set_user(connection: Connection, user: str) -> str | None:
 
 
 _SET_USER: Final = """
-    select before.user_id, set_config('chatdb.user_id', $1, true)
-    from (select current_setting('chatdb.user_id', true) as user_id offset 0) as before
+    select before.user_id, pg_catalog.set_config('chatdb.user_id', $1, true)
+    from (select pg_catalog.current_setting('chatdb.user_id', true) as user_id offset 0) as before
 """
+STATEMENTS.add(_SET_USER)
 
 
 async def _begin(block: Transaction) -> None:
@@ -404,7 +606,7 @@ def _look_at(reference: weakref.ref[Pool]) -> None:
         pool._watch_idle()  # pyright: ignore[reportPrivateUsage]
 
 
-async def _briefly(release: Coroutine[Any, Any, None]) -> None:
+async def _release_with_timeout(release: Coroutine[Any, Any, None]) -> None:
     """Have a connection given back, and wait for it, but not long: a silent server would draw the error out."""
     releasing = asyncio.ensure_future(release)
     releasing.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, if nobody waits any more
@@ -412,8 +614,10 @@ async def _briefly(release: Coroutine[Any, Any, None]) -> None:
         releasing.result()
 
 
-async def _keep(connection: object) -> None:
-    """Reset nothing: asyncpg's default sends a query, one more round trip a call."""
+def _is_seconds(value: object) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) and value <= _MAX_SECONDS
 
 
 def _raise_unreachable(error: Exception, timeout: float) -> NoReturn:

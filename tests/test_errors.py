@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import inspect
+import pickle
 import re
 import shutil
 import socket
@@ -35,6 +37,7 @@ from chatdb import (
 )
 from chatdb._query import Query
 from chatdb.dsn import connect_arguments
+from chatdb.link import UsersMissingError
 from chatdb.schema import NEEDED, kind_of
 from tests.test_public_api import CALLS, NOBODYS, call, conversation_with_a_message
 
@@ -102,6 +105,7 @@ def test_the_tree_is_that_of_the_contract():
         "UnavailableError": ["ChatDBError"],
         "AcquireTimeoutError": ["UnavailableError"],
         "CommandTimeoutError": ["UnavailableError"],
+        "PoolClosedError": ["UnavailableError"],
         "SchemaError": ["ChatDBError"],
         "ConfigurationError": ["ChatDBError"],
     }
@@ -176,14 +180,35 @@ async def test_an_aborted_transaction_stays_the_drivers_error(tx):
     assert not isinstance(raised.value, ChatDBError)
 
 
-async def test_a_closed_pool_stays_the_drivers_error(dsn):
-    """A pool that was closed, or not opened yet, is a bug, to be seen as it is."""
-    pool = chatdb.create_pool(dsn)
-    with pytest.raises(asyncpg.InterfaceError):
-        await chatdb.list_conversations(pool, user_id="alice")
-    await (await pool).close()
-    with pytest.raises(asyncpg.InterfaceError):
-        await chatdb.list_conversations(pool, user_id="alice")
+@pytest.mark.parametrize("make", [chatdb.create_pool, lambda dsn: asyncpg.create_pool(**connect_arguments(dsn))])
+async def test_a_pool_that_is_not_open(dsn, make):
+    """A pool that was closed or not opened yet, asyncpg's own too, is a PoolClosedError: nothing was sent."""
+    pool = make(dsn)
+    for _ in range(2):
+        with pytest.raises(chatdb.PoolClosedError) as raised:
+            await chatdb.list_conversations(pool, user_id="alice")
+        assert raised.value.sent is False
+        if not pool._initialized:
+            await (await pool).close()
+
+
+@pytest.mark.parametrize("again", [lambda error: pickle.loads(pickle.dumps(error)), copy.copy, copy.deepcopy])
+def test_errors_cross_processes(again):
+    """Every error can be pickled and copied with its attributes, so that a worker's error reaches its parent."""
+    made = [
+        InvalidInputError("content", "must be a str"),
+        UsersMissingError("public.users(id)", ["ada"], 3),
+        *(kind("gone", sent=None) for kind in (UnavailableError, *UnavailableError.__subclasses__())),
+        *(
+            kind("x")
+            for kind in (ChatDBError, ConversationNotFoundError, ConflictError, SchemaError, ConfigurationError)
+        ),
+    ]
+    for error in made:
+        error.add_note("a note")
+        found = again(error)
+        assert type(found) is type(error)
+        assert (found.args, str(found), vars(found)) == (error.args, str(error), vars(error))
 
 
 # a server that is not there, or does not answer

@@ -65,6 +65,7 @@ OTHERS = {
     *("ChatDBError", "NotFoundError", "ConversationNotFoundError", "MessageNotFoundError", "ConflictError"),
     *("InvalidInputError", "UnavailableError", "AcquireTimeoutError", "CommandTimeoutError", "SchemaError"),
     "ConfigurationError",
+    "PoolClosedError",
 }
 
 CALLS: list[tuple[str, dict[str, Any]]] = [

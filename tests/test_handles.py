@@ -1,0 +1,253 @@
+"""A pool belongs to the process and the event loop that open it, and a lent connection comes back clean."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import math
+import multiprocessing
+import threading
+import time
+
+import asyncpg
+import pytest
+
+import chatdb
+from chatdb import ConfigurationError
+
+FORK = multiprocessing.get_context("fork")
+HANG = 30
+
+
+async def opened(dsn, **options):
+    """Return a pool, with a conversation of alice's and one of bob's."""
+    pool = await chatdb.create_pool(dsn, **options)
+    ids = {}
+    for user in ("alice", "bob"):
+        ids[user] = (await chatdb.create_conversation(pool, user_id=user)).id
+        await chatdb.append_message(pool, user_id=user, conversation_id=ids[user], role="user", content=f"of {user}")
+    return pool, ids
+
+
+async def contents(pool, ids, user):
+    """Return what a user's conversation holds."""
+    return [m.content for m in await chatdb.get_history(pool, user_id=user, conversation_id=ids[user])]
+
+
+def uses(pool, ids, connection=None):
+    """Return the ways in which a pool, or a connection of it, can be used where it does not belong."""
+    at = {"user_id": "bob", "conversation_id": ids["bob"]}
+
+    async def in_transaction():
+        async with chatdb.transaction(pool) as inside:
+            await chatdb.get_history(inside, **at)
+
+    found = {
+        "read": lambda: chatdb.get_history(pool, **at),
+        "append": lambda: chatdb.append_message(pool, role="user", content="astray", **at),
+        "transaction": in_transaction,
+        "fetch": lambda: pool.fetch("select 1"),
+        "execute": lambda: pool.execute("select 1"),
+        "acquire": pool.acquire,
+        "await": lambda: pool,
+        "close": pool.close,
+        "expire": pool.expire_connections,
+    }
+    if connection is not None:
+        found |= {
+            "connection": lambda: chatdb.get_history(connection, **at),
+            "release": lambda: pool.release(connection),
+            "connection.close": connection.close,
+            "copy": lambda: connection.copy_from_query("select 1", output=lambda _: None),
+        }
+    return found
+
+
+def refused(make):
+    """Say in a few words how a use ended in an event loop of its own."""
+
+    async def run():
+        return await make()
+
+    try:
+        asyncio.run(run())
+    except ConfigurationError:
+        return "refused"
+    except BaseException as error:  # noqa: BLE001 - any other end is a failure, which the test shows
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+def report(pipe, ways):
+    """Send how each use ended, from a forked process."""
+    pipe.send({name: refused(make) for name, make in ways.items()})
+    pipe.close()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+async def test_a_forked_process_is_refused(dsn, size):
+    """Nothing is sent by a process forked from a coroutine, and its parent's calls and connections are undisturbed."""
+    pool, ids = await opened(dsn, max_size=size)
+    connection = await pool.acquire() if size > 1 else None
+    ways = uses(pool, ids, connection)
+    here, there = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=report, args=(there, ways))
+    process.start()
+    answers = await asyncio.to_thread(here.recv)
+    await asyncio.to_thread(process.join)
+    assert answers == dict.fromkeys(ways, "refused")
+    for _ in range(5):
+        assert await contents(pool, ids, "alice") == ["of alice"]
+    if connection is not None:
+        assert await connection.fetchval("select 1") == 1
+        await pool.release(connection)
+    await pool.close()
+
+
+async def test_terminating_in_a_forked_process_is_refused(dsn):
+    """`terminate`, which needs no loop, does not drop the parent's connections."""
+    pool, ids = await opened(dsn)
+
+    def terminate(pipe):
+        try:
+            pool.terminate()
+        except ConfigurationError:
+            pipe.send("refused")
+
+    here, there = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=terminate, args=(there,))
+    process.start()
+    assert await asyncio.to_thread(here.recv) == "refused"
+    process.join()
+    assert await contents(pool, ids, "alice") == ["of alice"]
+    await pool.close()
+
+
+async def test_another_threads_loop_is_refused(dsn):
+    """Nothing of another thread's calls is stored, and no call of the pool's own loop fails meanwhile."""
+    pool, ids = await opened(dsn, max_size=2)
+    connection = await pool.acquire()
+    answers = []
+
+    def others():
+        ways = uses(pool, ids, connection).items()
+        answers.extend({name: refused(make) for name, make in ways} for _ in range(5))
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    calls = 0
+    while thread.is_alive() or not calls:
+        assert await contents(pool, ids, "alice") == ["of alice"]
+        calls += 1
+    assert answers == [dict.fromkeys(uses(pool, ids, connection), "refused")] * 5
+    assert await contents(pool, ids, "bob") == ["of bob"]
+    await pool.release(connection)
+    await pool.close()
+
+
+def test_a_loop_that_has_ended(dsn):
+    """A pool of an earlier asyncio.run() says that its event loop has ended, each time."""
+    pool, ids = asyncio.run(opened(dsn))
+
+    async def run(make):
+        return await make()
+
+    for make in uses(pool, ids).values():
+        with pytest.raises(ConfigurationError, match="has ended"):
+            asyncio.run(run(make))
+    del pool, make
+    with pytest.warns(ResourceWarning):  # nothing can close the connections any more
+        gc.collect()
+
+
+def test_a_pool_made_outside_a_loop(dsn):
+    """A pool that a module makes when it is imported belongs to the loop that opens it."""
+    pool = chatdb.create_pool(dsn)
+
+    async def run():
+        async with pool:
+            return await chatdb.list_conversations(pool, user_id="alice")
+
+    assert asyncio.run(run()) == []
+
+
+@pytest.mark.owner
+async def test_a_lent_connection_comes_back_clean(dsn):
+    """What a borrower sets, locks or makes in its session is gone for the next one."""
+    pool, ids = await opened(dsn, max_size=1)
+    leave = (
+        "select set_config('app.tenant', 'A', false), set_config('statement_timeout', '1ms', false)",
+        "select pg_advisory_lock(42)",
+        "create temp table mine (a int)",
+        "set role pg_monitor",
+        "listen news",
+    )
+    seen = (
+        "select current_setting('app.tenant', true), current_setting('statement_timeout'), current_user, "
+        "(select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()), "
+        "to_regclass('pg_temp.mine'), array(select pg_listening_channels()), pg_backend_pid()"
+    )
+    async with pool.acquire() as connection:
+        before = await connection.fetchrow(seen)
+    for statement in leave:
+        async with pool.acquire() as connection:
+            await connection.execute(statement)
+        after = tuple((await pool.fetch(seen))[0])
+        assert [value or None for value in after] == [value or None for value in before]
+    for statement in leave:
+        async with chatdb.transaction(pool) as connection:
+            await connection.execute(statement)
+        after = tuple((await pool.fetch(seen))[0])
+        assert [value or None for value in after] == [value or None for value in before]
+    assert await contents(pool, ids, "alice") == ["of alice"]
+    await pool.close()
+
+
+async def test_a_busy_connection_is_not_handed_on(dsn):
+    """A connection that is given back while a statement runs on it is dropped, and nobody else meets that statement."""
+    pool, ids = await opened(dsn, max_size=1)
+    connection = await pool.acquire()
+    inner = connection._con
+    running = asyncio.create_task(inner.fetch("select pg_sleep(0.3)"))
+    await asyncio.sleep(0.05)
+    with pytest.raises(asyncpg.InterfaceError, match="in progress"):
+        await pool.release(connection)
+    assert await contents(pool, ids, "alice") == ["of alice"]
+    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, ConnectionError)):
+        await running
+    await pool.close()
+
+
+async def test_closing_is_bounded(dsn, caplog):
+    """A connection that nobody gives back does not keep a pool from closing, and the log says that it was dropped."""
+    pool, _ = await opened(dsn, acquire_timeout=0.3)
+    released = asyncio.Event()
+
+    async def hold():
+        async with pool.acquire():
+            await released.wait()
+
+    holding = asyncio.create_task(hold())
+    await asyncio.sleep(0.05)
+    begun = time.monotonic()
+    with caplog.at_level(logging.WARNING, "chatdb"):
+        async with asyncio.timeout(HANG):
+            await pool.close()
+    assert time.monotonic() - begun < HANG / 2
+    assert "still in use" in caplog.text
+    released.set()
+    await holding
+    with pytest.raises(chatdb.PoolClosedError) as raised:
+        await chatdb.list_conversations(pool, user_id="alice")
+    assert raised.value.sent is False
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1, 1e-6, 1e300, "10", True, None])
+@pytest.mark.parametrize("name", ["acquire_timeout", "command_timeout", "max_inactive_connection_lifetime"])
+def test_a_limit_that_is_none(name, wrong):
+    """NaN, infinity, what is no number, and a lifetime that would keep a core busy are refused by name."""
+    if wrong == 1e-6 and name != "max_inactive_connection_lifetime":
+        return
+    with pytest.raises(ConfigurationError, match=name):
+        chatdb.create_pool("postgresql://ada@127.0.0.1/none", **{name: wrong})
