@@ -58,7 +58,7 @@ def planned(connection: psycopg.Connection) -> list[Finding]:
             forced = _plan(connection, statement, whole=False) if plan.whole else plan
         except errors.InsufficientPrivilege:
             unseen.append(statement.name)
-        except errors.ProgrammingError as error:
+        except (errors.ProgrammingError, errors.NotSupportedError) as error:  # the latter by a host's rule
             detail = f"the server refuses it (SQLSTATE {error.sqlstate})"
             found.append(Finding(f"statement {statement.name}", DIFFERENT, detail, "mend the tables and indexes"))
         else:

@@ -16,6 +16,7 @@ from chatdb._remedies import DIFFERENT, MISSING, NOTE, OK, Finding, catalog
 from chatdb.direct import connected, is_pooled, one
 from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.migrate import applied_migrations, migration_files
+from chatdb.ownership import additions, foreign_objects, public_is_writable
 from chatdb.protect import missing, walls
 from chatdb.records import SchemaPart
 from chatdb.schema import NEEDED, STATEMENT
@@ -53,6 +54,7 @@ def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) ->
                 found += _privileges(connection, role)
             own = str(one(connection, "select current_user"))
             found += _wall(connection, [own] if role is None else [own, role])
+            found += _owners(connection)
             found += _statements(connection, suffer=any(map(is_wrong, of_catalog)))
         else:
             found.append(Finding("schema chatdb", MISSING, "the database has no chatdb tables", "chatdb migrate"))
@@ -109,6 +111,24 @@ def _wall(connection: psycopg.Connection, roles: list[str]) -> list[Finding]:
         else Finding(f"{what} for {name}", OK, "on: a transaction sees the rows of the user that it names", "")
         for name, is_above in connection.execute(statement, [roles])
     ]
+
+
+def _owners(connection: psycopg.Connection) -> list[Finding]:
+    """Return what belongs to other roles than it should, and what others have added to chatdb's tables."""
+    may_create = one(connection, "select pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create')")
+    found: list[Finding] = []
+    for what, owner in foreign_objects(connection):
+        # a service's role cannot tell whether the schema has the owner that it should have
+        state = DIFFERENT if may_create or not what.startswith("schema ") else NOTE
+        detail = f"the role {owner}, who can change it and run code of its own when others use it"
+        found.append(Finding(f"owner of {what}", state, detail, f"look at it, then: alter {what} owner to ..."))
+    if not found:
+        found.append(Finding("owners", OK, "the schema chatdb and everything in it belong to its owner", ""))
+    found += [Finding(each.what, NOTE, each.detail, "") for each in additions(connection)]
+    if public_is_writable(connection):
+        detail = "every role may create functions in it, which the statements of others can call by mistake"
+        found.append(Finding("schema public", NOTE, detail, "revoke create on schema public from public"))
+    return found
 
 
 def _pooler(dsn: str, connection: psycopg.Connection) -> Finding:
