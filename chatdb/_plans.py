@@ -134,7 +134,7 @@ def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _small(connection: psycopg.Connection) -> set[str]:
     rows = connection.execute(
         "select relname from pg_catalog.pg_class where relnamespace = 'chatdb'::regnamespace and relname = any(%s) "
-        "and pg_relation_size(oid) <= %s",
+        "and pg_catalog.pg_relation_size(oid) <= %s",
         [[*NEEDED], SMALL],
     )
     return {name for (name,) in rows}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from chatdb._plans import planned, served
 from chatdb._remedies import DIFFERENT, MISSING, NOTE, OK, Finding, catalog
-from chatdb.direct import connected, is_pooled, one
+from chatdb.direct import connected, is_pooled, one, pin_search_path
 from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.migrate import applied_migrations, migration_files
 from chatdb.ownership import additions, foreign_objects, public_is_writable
@@ -40,6 +40,7 @@ def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) ->
     Raises ConfigurationError and UnavailableError where no connection can be made.
     """
     with connected(dsn) as connection:
+        pin_search_path(connection)
         found = [*_server(connection), _pooler(dsn, connection)]
         migrations = _migrations(dsn, folder)
         found += migrations
@@ -82,7 +83,7 @@ def _server(connection: psycopg.Connection) -> list[Finding]:
     else:
         remedy = "create database ... encoding 'UTF8' template template0, and move the tables there"
         found.append(Finding("encoding", DIFFERENT, f"{encoding}, which cannot hold every text", remedy))
-    if one(connection, "select pg_is_in_recovery()"):
+    if one(connection, "select pg_catalog.pg_is_in_recovery()"):
         found.append(Finding("standby", NOTE, "the server is a standby, which takes no writes", ""))
     return found
 
@@ -181,16 +182,16 @@ def _statements(connection: psycopg.Connection, *, suffer: bool) -> list[Finding
 def _privileges(connection: psycopg.Connection, role: str | None) -> list[Finding]:
     name = one(connection, "select current_user") if role is None else role
     what = f"privileges of {name}"
-    grantee = one(connection, "select quote_ident(%s)", name)
+    grantee = one(connection, "select pg_catalog.quote_ident(%s::text)", name)
     if one(connection, "select 1 from pg_catalog.pg_roles where rolname = %s", name) is None:
         return [Finding(what, MISSING, "there is no such role", f"create role {grantee} login")]
     rows = connection.execute(
         """
-        select c.relname, p.privilege, has_table_privilege(%(role)s, c.oid, p.privilege)
-        from pg_catalog.pg_class as c, unnest(%(privileges)s::text[]) with ordinality as p (privilege, place)
+        select c.relname, p.privilege, pg_catalog.has_table_privilege(%(role)s, c.oid, p.privilege)
+        from pg_catalog.pg_class as c, pg_catalog.unnest(%(privileges)s::text[]) with ordinality as p (privilege, place)
         where c.relnamespace = 'chatdb'::regnamespace and c.relname = any(%(tables)s)
         union all
-        select null, 'usage', has_schema_privilege(%(role)s, 'chatdb', 'usage')
+        select null, 'usage', pg_catalog.has_schema_privilege(%(role)s, 'chatdb', 'usage')
         """,
         {"role": name, "privileges": PRIVILEGES, "tables": [*NEEDED]},
     )
