@@ -58,7 +58,7 @@ def planned(connection: psycopg.Connection) -> list[Finding]:
             forced = _plan(connection, statement, whole=False) if plan.whole else plan
         except errors.InsufficientPrivilege:
             unseen.append(statement.name)
-        except errors.ProgrammingError as error:
+        except (errors.ProgrammingError, errors.NotSupportedError) as error:  # the latter by a host's rule
             detail = f"the server refuses it (SQLSTATE {error.sqlstate})"
             found.append(Finding(f"statement {statement.name}", DIFFERENT, detail, "mend the tables and indexes"))
         else:
@@ -134,7 +134,7 @@ def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _small(connection: psycopg.Connection) -> set[str]:
     rows = connection.execute(
         "select relname from pg_catalog.pg_class where relnamespace = 'chatdb'::regnamespace and relname = any(%s) "
-        "and pg_relation_size(oid) <= %s",
+        "and pg_catalog.pg_relation_size(oid) <= %s",
         [[*NEEDED], SMALL],
     )
     return {name for (name,) in rows}

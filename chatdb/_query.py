@@ -77,9 +77,10 @@ class Query(Generic[RecordT]):
         self.record = record
         self.given = given
         self.repeatable = repeatable
-        header, _, body = (data_folder("sql") / f"{name}.sql").read_text(encoding="utf-8").partition("\n\n")
-        # the server shows the first 1,023 bytes of a statement: its name and itself, not its description
-        self.sql = f"{header.partition(chr(10))[0]}\n{body.strip()}"
+        _, _, body = (data_folder("sql") / f"{name}.sql").read_text(encoding="utf-8").partition("\n\n")
+        # The server shows the first 1,023 bytes of a statement, and OpenTelemetry names a span by the first word, so
+        # there is no space after the dashes; a leading /* comment */ would be cut off there.
+        self.sql = f"--chatdb.{name}\n{body.strip()}"
         STATEMENTS.add(self.sql)
         self._decode = decoder(record, given)
 

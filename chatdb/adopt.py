@@ -234,13 +234,13 @@ class _Run:
     def look(self) -> None:
         """Compare the tables with what is expected, and make the views and tables that the run works with."""
         for table in ("chatdb.conversations", "chatdb.messages"):
-            if not self._one("select to_regclass(%s) is not null", table):
+            if not self._one("select pg_catalog.to_regclass(%s) is not null", table):
                 raise SchemaError(f"the database lacks the table {table}: run chatdb migrate first")
         differences: list[str] = []
         extra: dict[str, list[str]] = {}
         for name, expected in _EXPECTED.items():
             table = f"public.{name}"
-            kind = self._one("select relkind from pg_class where oid = to_regclass(%s)", table)
+            kind = self._one("select relkind from pg_catalog.pg_class where oid = pg_catalog.to_regclass(%s)", table)
             if kind is None:
                 self.report.missing.append(table)
                 continue
@@ -329,7 +329,8 @@ class _Run:
             )
         self._run("find_todo", batch)
         self._analyze("todo")
-        total = int(str(self._one("select coalesce(sum(messages), 0)::int8 from pg_temp.todo where batch is not null")))
+        statement = "select coalesce(pg_catalog.sum(messages), 0)::int8 from pg_temp.todo where batch is not null"
+        total = int(str(self._one(statement)))
         rows = 0
         while self._one("select exists (select from pg_temp.todo where batch is not null)"):
             done = work()
@@ -356,10 +357,10 @@ class _Run:
             self._run("find_moves")
             self._analyze("batch_moves")
             self._run("place_moved")
-            renumbered = int(str(self._one("select count(*) from pg_temp.batch_moves where old_seq <> seq")))
+            renumbered = int(str(self._one("select pg_catalog.count(*) from pg_temp.batch_moves where old_seq <> seq")))
         self._run("place_messages")
         self._analyze("batch_places")
-        late = int(str(self._one("select count(*) from pg_temp.batch_places where is_late")))
+        late = int(str(self._one("select pg_catalog.count(*) from pg_temp.batch_places where is_late")))
         return _Done(Counts(conversations, messages), late, renumbered, rows)
 
     def _adopt_batch(self) -> _Done:
@@ -418,14 +419,15 @@ class _Run:
         return originals, remaining, adopted, sum(changed)
 
     def _doubtful_ids(self, table: str) -> list[str]:
-        found = int(str(self._one(f"select count(*) - count(distinct id) from {table}")))  # noqa: S608 - of _EXPECTED
+        statement = f"select pg_catalog.count(*) - pg_catalog.count(distinct id) from {table}"  # noqa: S608 - of _EXPECTED
+        found = int(str(self._one(statement)))
         return [f"{table} has no primary key, and {found:,} rows whose id is null or another row's"] if found else []
 
     def _count_values(self, table: str, columns: list[str]) -> None:
         if not columns:
             return
         identifiers = psycopg.sql.SQL(", ").join(
-            psycopg.sql.SQL("count({})").format(psycopg.sql.Identifier(column)) for column in columns
+            psycopg.sql.SQL("pg_catalog.count({})").format(psycopg.sql.Identifier(column)) for column in columns
         )
         source = psycopg.sql.Identifier(*table.split("."))
         counts = self._connection.execute(psycopg.sql.SQL("select {} from {}").format(identifiers, source)).fetchone()

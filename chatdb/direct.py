@@ -46,7 +46,7 @@ def connected(dsn: str) -> Generator[psycopg.Connection]:
 def without_timeouts(connection: psycopg.Connection) -> None:
     """Have a session live as long as its command, whatever a role's settings say, for its lock goes with it."""
     connection.execute(
-        "select set_config(name, '0', false) from pg_catalog.pg_settings where name in "
+        "select pg_catalog.set_config(name, '0', false) from pg_catalog.pg_settings where name in "
         "('idle_session_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')"
     )
 
@@ -68,7 +68,7 @@ def locked(dsn: str, *, wait: float) -> Generator[psycopg.Connection]:
                 f"a transaction pooler stands in front of the database, through which no lock lasts: {_NO_ROUTE}"
             )
         deadline = time.monotonic() + wait
-        while not one(connection, "select pg_try_advisory_lock(%s)", _LOCK):
+        while not one(connection, "select pg_catalog.pg_try_advisory_lock(%s)", _LOCK):
             if time.monotonic() > deadline:
                 raise UnavailableError(
                     f"another process has worked on this database's tables for {wait:g} s{_holder(connection)}: "
@@ -86,15 +86,15 @@ def is_pooled(dsn: str, connection: psycopg.Connection) -> bool:
     A pooler announces a process number of its own. If so, a second connection opens a transaction, and gets the server
     process that the idle first one believes to have.
     """
-    if one(connection, "select pg_backend_pid()") == connection.info.backend_pid:
+    if one(connection, "select pg_catalog.pg_backend_pid()") == connection.info.backend_pid:
         return False
     for _ in range(3):  # others may be quicker to take the process
         with connected(dsn) as second:
-            before = one(connection, "select pg_backend_pid()")
+            before = one(connection, "select pg_catalog.pg_backend_pid()")
             with second.transaction():
-                if one(second, "select pg_backend_pid()") == before:
+                if one(second, "select pg_catalog.pg_backend_pid()") == before:
                     return True
-                if one(connection, "select pg_backend_pid()") != before:
+                if one(connection, "select pg_catalog.pg_backend_pid()") != before:
                     return True
     return False
 
@@ -110,6 +110,23 @@ def patiently(work: Callable[[], object], deadline: float) -> None:
             time.sleep(0.2)  # lets those through who queued behind the waiting lock
         else:
             return
+
+
+def pin_search_path(connection: psycopg.Connection) -> None:
+    """
+    Have a session find functions, operators and types in pg_catalog only.
+
+    Otherwise an operator in `public` that fits the types better is taken, and anyone may have put one there.
+    """
+    connection.execute("set search_path to pg_catalog, pg_temp")
+
+
+@contextmanager
+def original_search_path(connection: psycopg.Connection) -> Generator[None]:
+    """Have a session find tables as its role does by default, until the end of the block."""
+    connection.execute("reset search_path")
+    yield
+    pin_search_path(connection)
 
 
 def one(connection: psycopg.Connection, statement: str, *arguments: object) -> object:
@@ -151,7 +168,7 @@ def _holder(connection: psycopg.Connection) -> str:
     found = one(
         connection,
         "select pid from pg_catalog.pg_locks where locktype = 'advisory' and granted and database = "
-        "(select oid from pg_catalog.pg_database where datname = current_database()) "
+        "(select oid from pg_catalog.pg_database where datname = pg_catalog.current_database()) "
         "and (classid::bigint << 32 | objid::bigint) = %s",
         _LOCK,
     )

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from chatdb._plans import planned, served
 from chatdb._remedies import DIFFERENT, MISSING, NOTE, OK, Finding, catalog
-from chatdb.direct import connected, is_pooled, one
+from chatdb.direct import connected, is_pooled, one, pin_search_path
 from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.migrate import applied_migrations, migration_files
+from chatdb.ownership import additions, foreign_objects, public_is_writable
 from chatdb.protect import missing, walls
 from chatdb.records import SchemaPart
 from chatdb.schema import NEEDED, STATEMENT
@@ -39,6 +40,7 @@ def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) ->
     Raises ConfigurationError and UnavailableError where no connection can be made.
     """
     with connected(dsn) as connection:
+        pin_search_path(connection)
         found = [*_server(connection), _pooler(dsn, connection)]
         migrations = _migrations(dsn, folder)
         found += migrations
@@ -53,6 +55,7 @@ def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) ->
                 found += _privileges(connection, role)
             own = str(one(connection, "select current_user"))
             found += _wall(connection, [own] if role is None else [own, role])
+            found += _owners(connection)
             found += _statements(connection, suffer=any(map(is_wrong, of_catalog)))
         else:
             found.append(Finding("schema chatdb", MISSING, "the database has no chatdb tables", "chatdb migrate"))
@@ -80,7 +83,7 @@ def _server(connection: psycopg.Connection) -> list[Finding]:
     else:
         remedy = "create database ... encoding 'UTF8' template template0, and move the tables there"
         found.append(Finding("encoding", DIFFERENT, f"{encoding}, which cannot hold every text", remedy))
-    if one(connection, "select pg_is_in_recovery()"):
+    if one(connection, "select pg_catalog.pg_is_in_recovery()"):
         found.append(Finding("standby", NOTE, "the server is a standby, which takes no writes", ""))
     return found
 
@@ -109,6 +112,24 @@ def _wall(connection: psycopg.Connection, roles: list[str]) -> list[Finding]:
         else Finding(f"{what} for {name}", OK, "on: a transaction sees the rows of the user that it names", "")
         for name, is_above in connection.execute(statement, [roles])
     ]
+
+
+def _owners(connection: psycopg.Connection) -> list[Finding]:
+    """Return what belongs to other roles than it should, and what others have added to chatdb's tables."""
+    may_create = one(connection, "select pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create')")
+    found: list[Finding] = []
+    for what, owner in foreign_objects(connection):
+        # a service's role cannot tell whether the schema has the owner that it should have
+        state = DIFFERENT if may_create or not what.startswith("schema ") else NOTE
+        detail = f"the role {owner}, who can change it and run code of its own when others use it"
+        found.append(Finding(f"owner of {what}", state, detail, f"look at it, then: alter {what} owner to ..."))
+    if not found:
+        found.append(Finding("owners", OK, "the schema chatdb and everything in it belong to its owner", ""))
+    found += [Finding(each.what, NOTE, each.detail, "") for each in additions(connection)]
+    if public_is_writable(connection):
+        detail = "every role may create functions in it, which the statements of others can call by mistake"
+        found.append(Finding("schema public", NOTE, detail, "revoke create on schema public from public"))
+    return found
 
 
 def _pooler(dsn: str, connection: psycopg.Connection) -> Finding:
@@ -161,16 +182,16 @@ def _statements(connection: psycopg.Connection, *, suffer: bool) -> list[Finding
 def _privileges(connection: psycopg.Connection, role: str | None) -> list[Finding]:
     name = one(connection, "select current_user") if role is None else role
     what = f"privileges of {name}"
-    grantee = one(connection, "select quote_ident(%s)", name)
+    grantee = one(connection, "select pg_catalog.quote_ident(%s::text)", name)
     if one(connection, "select 1 from pg_catalog.pg_roles where rolname = %s", name) is None:
         return [Finding(what, MISSING, "there is no such role", f"create role {grantee} login")]
     rows = connection.execute(
         """
-        select c.relname, p.privilege, has_table_privilege(%(role)s, c.oid, p.privilege)
-        from pg_catalog.pg_class as c, unnest(%(privileges)s::text[]) with ordinality as p (privilege, place)
+        select c.relname, p.privilege, pg_catalog.has_table_privilege(%(role)s, c.oid, p.privilege)
+        from pg_catalog.pg_class as c, pg_catalog.unnest(%(privileges)s::text[]) with ordinality as p (privilege, place)
         where c.relnamespace = 'chatdb'::regnamespace and c.relname = any(%(tables)s)
         union all
-        select null, 'usage', has_schema_privilege(%(role)s, 'chatdb', 'usage')
+        select null, 'usage', pg_catalog.has_schema_privilege(%(role)s, 'chatdb', 'usage')
         """,
         {"role": name, "privileges": PRIVILEGES, "tables": [*NEEDED]},
     )

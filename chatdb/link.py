@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, NamedTuple
 
-from chatdb.direct import connected, errors, locked, one, patiently
+from chatdb import _input
+from chatdb.direct import connected, errors, locked, one, original_search_path, patiently, pin_search_path
 from chatdb.errors import InvalidInputError, SchemaError
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def link_users(dsn: str, *, table: str, column: str = "id", wait: float = WAIT, 
     """
     if dry_run:
         with connected(dsn) as connection:
+            pin_search_path(connection)
             target = _target(connection, table, column)
             steps = _steps(connection, target)
             if "add" in steps:
@@ -82,6 +84,7 @@ def link_users(dsn: str, *, table: str, column: str = "id", wait: float = WAIT, 
             return Link(target.table, target.column, steps)
     deadline = time.monotonic() + wait
     with locked(dsn, wait=wait) as connection:
+        pin_search_path(connection)
         target = _target(connection, table, column)
         steps = _steps(connection, target)
         if "add" in steps:
@@ -101,6 +104,7 @@ def unlink_users(dsn: str, *, wait: float = WAIT, dry_run: bool = False) -> bool
     """Drop the foreign key to the host's users, and return whether there was one. Raises as `link_users` does."""
     deadline = time.monotonic() + wait
     with connected(dsn) if dry_run else locked(dsn, wait=wait) as connection:
+        pin_search_path(connection)
         link = _link(connection)
         if link is not None and not dry_run:
             _drop(connection, link[0], deadline)
@@ -109,15 +113,13 @@ def unlink_users(dsn: str, *, wait: float = WAIT, dry_run: bool = False) -> bool
 
 def _target(connection: psycopg.Connection, table: str, column: str) -> _Target:
     """Return the host's column, if a foreign key can reference it."""
-    try:
-        oid = one(connection, "select to_regclass(%s)::oid", table)
-    except (errors.SyntaxError, errors.InvalidName, errors.FeatureNotSupported):
-        raise InvalidInputError("table", "is no name of a table: write it as in SQL, like public.users") from None
+    oid = _table(connection, table)
+    name = _column(connection, oid, column)
     row = connection.execute(
         """
         select
-            format('%%I.%%I', n.nspname, c.relname), c.relkind in ('r', 'p') and c.relpersistence = 'p',
-            a.attnum, quote_ident(a.attname), format_type(a.atttypid, a.atttypmod),
+            pg_catalog.format('%%I.%%I', n.nspname, c.relname), c.relkind in ('r', 'p') and c.relpersistence = 'p',
+            a.attnum, pg_catalog.quote_ident(a.attname::text), pg_catalog.format_type(a.atttypid, a.atttypmod),
             b.typnamespace = 'pg_catalog'::regnamespace and b.typname = any(%(texts)s),
             exists (
                 select from pg_catalog.pg_index as i
@@ -132,15 +134,15 @@ def _target(connection: psycopg.Connection, table: str, column: str) -> _Target:
         left join pg_catalog.pg_type as b on b.oid = coalesce(nullif(t.typbasetype, 0), t.oid)
         where c.oid = %(oid)s
         """,
-        {"oid": oid, "column": column, "texts": [*_TEXTS]},
+        {"oid": oid, "column": name, "texts": [*_TEXTS]},
     ).fetchone()
     if row is None:
-        raise InvalidInputError("table", "the database has no such table")
+        raise InvalidInputError("table", "was dropped meanwhile")
     name, is_table, number, quoted, kind, is_text, is_unique = row
     if not is_table:
         raise InvalidInputError("table", f"{name} is no ordinary table, and cannot be referenced")
     if number is None:
-        raise InvalidInputError("column", f"{name} has no such column")
+        raise InvalidInputError("column", f'{name} has no column {column!r}: write it as in SQL, like id or "userId"')
     if not is_text:
         raise InvalidInputError(
             "column",
@@ -154,14 +156,50 @@ def _target(connection: psycopg.Connection, table: str, column: str) -> _Target:
             f"{name}.{quoted} is neither the primary key nor unique, so it cannot be referenced: alter table {name} "
             f"add unique ({quoted})",
         )
-    return _Target(int(str(oid)), number, name, quoted)
+    return _Target(oid, number, name, quoted)
+
+
+def _table(connection: psycopg.Connection, table: str) -> int:
+    """Return the table of a name as in SQL, or else the one that is spelled so, capital letters and all."""
+    _input.utf8_length("table", table)
+    schema, _, rest = table.partition(".")
+    spelled = [_quoted(table), f"{_quoted(schema)}.{_quoted(rest)}"]
+    problem = f'the database has no table {table!r}: write it as in SQL, like public.users or public."Users"'
+    with original_search_path(connection):
+        for name in (table, *spelled):
+            try:
+                oid = one(connection, "select pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid", name)
+            except (errors.SyntaxError, errors.InvalidName, errors.FeatureNotSupported):
+                continue  # it is no name in SQL; the server's later releases answer null
+            if oid is not None:
+                return int(str(oid))
+    raise InvalidInputError("table", problem)
+
+
+def _column(connection: psycopg.Connection, table: int, column: str) -> str:
+    """Return a column's name without quotes, by the same rule; as it is given where there is no such column."""
+    _input.utf8_length("column", column)
+    try:
+        folded = one(connection, "select pg_catalog.parse_ident(%s::text)", column)
+    except errors.InvalidParameterValue:  # it is no name in SQL, such as one with a space
+        return column
+    statement = (
+        "select attname::text from pg_catalog.pg_attribute "
+        "where attrelid = %s::oid and attnum > 0 and not attisdropped and attname = any(%s::name[])"
+    )
+    there = {name for (name,) in connection.execute(statement.encode(), [table, folded]).fetchall()}
+    return str(folded[0]) if isinstance(folded, list) and folded[0] in there and len(folded) == 1 else column
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
 def _link(connection: psycopg.Connection) -> tuple[int, list[int], str, bool, str] | None:
-    if one(connection, "select to_regclass('chatdb.conversations')") is None:
+    if one(connection, "select pg_catalog.to_regclass('chatdb.conversations')") is None:
         raise SchemaError("the database has no chatdb tables: run yoyo apply, or chatdb migrate")
     return connection.execute(
-        "select confrelid, confkey, confdeltype::text, convalidated, pg_get_constraintdef(oid) "
+        "select confrelid, confkey, confdeltype::text, convalidated, pg_catalog.pg_get_constraintdef(oid) "
         "from pg_catalog.pg_constraint where conrelid = 'chatdb.conversations'::regclass and conname = %s",
         [LINK],
     ).fetchone()
@@ -185,7 +223,7 @@ def _refuse_missing(connection: psycopg.Connection, target: _Target) -> None:
     connection.execute("set row_security to off")  # rows that chatdb protect hides are an error
     rows = connection.execute(
         f"""
-        select user_id, count(*) over ()
+        select user_id, pg_catalog.count(*) over ()
         from (select distinct user_id from chatdb.conversations) as c
         where not exists (select from {target.table} as u where u.{target.column} collate "C" = c.user_id)
         order by user_id
@@ -224,7 +262,7 @@ def _alter(connection: psycopg.Connection, users: int, mode: str, statement: str
     have, there is one that lets them end.
     """
     name = one(connection, "select %s::oid::regclass::text", users)
-    may_lock = one(connection, "select has_table_privilege(%s::oid, 'update, delete, truncate')", users)
+    may_lock = one(connection, "select pg_catalog.has_table_privilege(%s::oid, 'update, delete, truncate')", users)
     firsts = cycle([name, "chatdb.conversations"] if may_lock else ["chatdb.conversations"])
 
     def work() -> None:

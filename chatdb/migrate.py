@@ -114,7 +114,7 @@ def apply_migrations(
             )
         if not missing and _applied(connection) & {file.name for file in files} <= _remembered(connection).keys():
             return []
-        if not one(connection, "select has_database_privilege(current_database(), 'create')"):
+        if not one(connection, "select pg_catalog.has_database_privilege(current_database(), 'create')"):
             if not missing:
                 return []
             raise ConfigurationError("the database role may not create a schema: migrate as the database's owner")
@@ -153,7 +153,7 @@ def rollback_migrations(
                 "another process has migrated this database meanwhile: nothing was taken back, look again"
             )
         if not last:
-            if one(connection, "select to_regclass('_chatdb_migration')") is not None:
+            if one(connection, "select pg_catalog.to_regclass('_chatdb_migration')") is not None:
                 _remember(connection, files)
             return []
         with _yoyo(dsn, connection, files, last, time.monotonic() + wait) as yoyos:
@@ -205,12 +205,12 @@ def _settle(connection: psycopg.Connection, files: list[MigrationFile]) -> None:
     """Have the session see one schema, that of yoyo's tables: where these migrations are, else the first there is."""
     found = connection.execute(
         """
-        select quote_ident(n.nspname), has_schema_privilege(n.oid, 'usage') and has_table_privilege(c.oid, 'select')
+        select pg_catalog.quote_ident(n.nspname), pg_catalog.has_schema_privilege(n.oid, 'usage') and pg_catalog.has_table_privilege(c.oid, 'select')
         from pg_catalog.pg_class as c
         inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
         inner join pg_catalog.pg_attribute as a on a.attrelid = c.oid and a.attname = 'migration_id'
         where c.relname = '_yoyo_migration' and c.relkind = 'r'
-        order by n.nspname is distinct from current_schema(), n.nspname <> 'public', n.nspname
+        order by n.nspname is distinct from pg_catalog.current_schema(), n.nspname <> 'public', n.nspname
         """
     ).fetchall()
     names = [file.name for file in files]
@@ -219,12 +219,12 @@ def _settle(connection: psycopg.Connection, files: list[MigrationFile]) -> None:
     if found and not readable:
         raise ConfigurationError("the database role may not read which migrations were applied: ask the owner")
     having = [schema for schema in readable if one(connection, statement.format(schema), names)]
-    schema = having[0] if having else one(connection, "select quote_ident(current_schema())")
+    schema = having[0] if having else one(connection, "select pg_catalog.quote_ident(current_schema())")
     if schema is None:
         raise ConfigurationError(
             "the role's search_path has no schema that there is: set one, such as public, for yoyo's tables"
         )
-    connection.execute("select set_config('search_path', %s, false)", [schema])
+    connection.execute("select pg_catalog.set_config('search_path', %s, false)", [schema])
 
 
 _TABLES = """
@@ -264,14 +264,17 @@ def _last(connection: psycopg.Connection, files: list[MigrationFile], to: str | 
 
 
 def _applied(connection: psycopg.Connection) -> set[str]:
-    if one(connection, "select to_regclass('_yoyo_migration')") is None:
+    if one(connection, "select pg_catalog.to_regclass('_yoyo_migration')") is None:
         return set()
     return {row[0] for row in connection.execute("select migration_id from _yoyo_migration")}
 
 
 def _remembered(connection: psycopg.Connection) -> dict[str, str]:
     """Return the checksums of the applied contents; what yoyo alone has applied since is not among them."""
-    if one(connection, "select to_regclass('_yoyo_migration') is null or to_regclass('_chatdb_migration') is null"):
+    if one(
+        connection,
+        "select pg_catalog.to_regclass('_yoyo_migration') is null or pg_catalog.to_regclass('_chatdb_migration') is null",
+    ):
         return {}
     return dict(
         connection.execute(
@@ -325,7 +328,7 @@ def _rebuild_indexes(connection: psycopg.Connection, deadline: float) -> None:
 
 # not those that are being built; which one another role builds is not to be seen
 _INVALID = """
-    select c.relname, quote_ident(n.nspname) || '.' || quote_ident(c.relname)
+    select c.relname, pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname)
     from pg_catalog.pg_index as i
     inner join pg_catalog.pg_class as c on c.oid = i.indexrelid
     inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
@@ -333,7 +336,7 @@ _INVALID = """
       and not i.indisvalid
       and not exists (
           select from pg_catalog.pg_stat_progress_create_index as p
-          where p.datname = current_database() and coalesce(p.index_relid = i.indexrelid, true)
+          where p.datname = pg_catalog.current_database() and coalesce(p.index_relid = i.indexrelid, true)
       )
     order by c.relname !~ '_cc(new|old)[0-9]*$', c.relname
 """
@@ -344,13 +347,13 @@ def _dropped(file: MigrationFile) -> list[str]:
 
 
 def _exists(connection: psycopg.Connection, table: str) -> bool:
-    return one(connection, "select to_regclass(%s)", table) is not None
+    return one(connection, "select pg_catalog.to_regclass(%s)", table) is not None
 
 
 def _count(connection: psycopg.Connection, table: str) -> int | None:
-    if one(connection, "select row_security_active(%s)", table):
+    if one(connection, "select pg_catalog.row_security_active(%s)", table):
         return None
-    return int(str(one(connection, f"select count(*) from {table}")))  # noqa: S608 - a name in a released file
+    return int(str(one(connection, f"select pg_catalog.count(*) from {table}")))  # noqa: S608 - a name in a released file
 
 
 class _Yoyo:
@@ -385,7 +388,7 @@ def _yoyo(
         os.environ["LOGNAME"] = str(os.geteuid())
     # its keywords, because yoyo reads a DSN in another way than libpq; the schema is for each of yoyo's connections
     options = psycopg.conninfo.conninfo_to_dict(libpq_dsn(dsn, scheme="postgresql")) | {
-        "schema": one(connection, "select quote_ident(current_schema())"),
+        "schema": one(connection, "select pg_catalog.quote_ident(current_schema())"),
         "client_encoding": "UTF8",
         "fallback_application_name": APPLICATION,
     }
@@ -432,11 +435,11 @@ def _yoyos_lock(connection: psycopg.Connection, *, held: bool, deadline: float) 
         yield
     finally:
         with suppress(psycopg.Error):  # one that is lost has lost the row with its transaction
-            connection.execute("rollback" if held else "delete from yoyo_lock where pid = -pg_backend_pid()")
+            connection.execute("rollback" if held else "delete from yoyo_lock where pid = -pg_catalog.pg_backend_pid()")
 
 
 _TAKE_YOYOS_LOCK = """
-    insert into yoyo_lock (locked, ctime, pid) values (1, now() at time zone 'UTC', -pg_backend_pid())
+    insert into yoyo_lock (locked, ctime, pid) values (1, now() at time zone 'UTC', -pg_catalog.pg_backend_pid())
     on conflict do nothing returning pid
 """
 
@@ -445,7 +448,7 @@ _FREE_YOYOS_LOCK = """
     delete from yoyo_lock as l
     where l.pid < 0 or not exists (
         select from pg_catalog.pg_stat_activity as a
-        where a.datname = current_database()
+        where a.datname = pg_catalog.current_database()
           and coalesce(a.backend_type, 'client backend') = 'client backend'
           and coalesce(a.application_name, '') <> %(application)s
           and coalesce(a.backend_start < l.ctime at time zone 'UTC' + interval '1 minute', true)

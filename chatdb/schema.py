@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -103,9 +104,14 @@ def kind_of(name: str) -> str:
     return KINDS.get(name.partition("_")[0], "column")
 
 
+def _without_quotes(definition: str) -> str:
+    """Return a definition without the quotes that `quote_all_identifiers` puts around names that need none."""
+    return re.sub(r"""('(?:[^']|'')*')|"([a-z_][a-z0-9_]*)\"""", lambda found: found[1] or found[2], definition)
+
+
 def differences(parts: Iterable[SchemaPart]) -> list[Difference]:
     """Return what a database lacks or has otherwise; more than is needed is welcome."""
-    found = {(part.relation, part.name): part.definition for part in parts}
+    found = {(part.relation, part.name): _without_quotes(part.definition) for part in parts}
     return [
         Difference(table, name, found.get((table, name)))
         for table, needed in NEEDED.items()

@@ -208,7 +208,8 @@ async def _started_at(connection: Connection) -> tuple[datetime, bool]:
     """Return the transaction's time, which is that of all that has none in the file, and whether security is on."""
     with translating():
         row = await connection.fetchrow(
-            "select now() as started_at, '[]'::json as sent, row_security_active('chatdb.messages') as is_walled"
+            "select pg_catalog.now() as started_at, '[]'::json as sent, "
+            "pg_catalog.row_security_active('chatdb.messages') as is_walled"
         )
     if row is None or row["sent"] != "[]":
         raise ConfigurationError("the pool's connections have a codec for json: import with a pool that sets none")

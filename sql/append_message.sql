@@ -15,7 +15,7 @@
 with conversation as (
     update chatdb.conversations
     -- two statements may begin in another order than they get the row's lock in
-    set last_seq = last_seq + 1, updated_at = greatest(updated_at, statement_timestamp())
+    set last_seq = last_seq + 1, updated_at = greatest(updated_at, pg_catalog.statement_timestamp())
     where user_id = $1 and id = $2
     returning user_id, id, last_seq, updated_at
 )

@@ -15,7 +15,7 @@
 
 -- the row is locked before the key is looked for: who waited here finds what the other caller stored
 with conversation as (
-    select user_id, id, last_seq, greatest(updated_at, statement_timestamp()) as appended_at
+    select user_id, id, last_seq, greatest(updated_at, pg_catalog.statement_timestamp()) as appended_at
     from chatdb.conversations
     where user_id = $1 and id = $2
     for no key update

@@ -14,9 +14,10 @@
 
 with conversation as (
     update chatdb.conversations
-    set last_seq = last_seq + cardinality($3::text[]), updated_at = greatest(updated_at, statement_timestamp())
+    set last_seq = last_seq + pg_catalog.cardinality($3::text[]),
+        updated_at = greatest(updated_at, pg_catalog.statement_timestamp())
     where user_id = $1 and id = $2
-    returning user_id, id, last_seq - cardinality($3::text[]) as previous_seq, updated_at
+    returning user_id, id, last_seq - pg_catalog.cardinality($3::text[]) as previous_seq, updated_at
 )
 
 insert into chatdb.messages (user_id, conversation_id, seq, role, content, payload, metadata, token_count, created_at)

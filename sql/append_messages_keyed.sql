@@ -21,14 +21,14 @@ with batch as (
 ),
 
 conversation as (
-    select user_id, id, last_seq, greatest(updated_at, statement_timestamp()) as appended_at
+    select user_id, id, last_seq, greatest(updated_at, pg_catalog.statement_timestamp()) as appended_at
     from chatdb.conversations
     where user_id = $1 and id = $2
     for no key update
 ),
 
 stored as (
-    select count(*) as total
+    select pg_catalog.count(*) as total
     from batch as b
     inner join chatdb.messages as m on m.user_id = $1 and m.conversation_id = $2 and m.key = b.key
 ),
@@ -42,13 +42,13 @@ message as (
         b.key, c.appended_at
     from conversation as c
     cross join batch as b
-    where (select total from stored) in (0, cardinality($3::text[]))
+    where (select total from stored) in (0, pg_catalog.cardinality($3::text[]))
     on conflict (user_id, conversation_id, key) where key is not null do update set key = excluded.key
     returning id, conversation_id, user_id, seq, role, content, payload, metadata, token_count, key, created_at
 ),
 
 fresh as (
-    select count(*) as total
+    select pg_catalog.count(*) as total
     from message
     where seq > (select last_seq from conversation)
 ),
@@ -57,7 +57,7 @@ raised as (
     update chatdb.conversations as c
     -- a caller who stored some of the keys since this statement began makes a mixture that "stored" did not see:
     -- the CHECK on last_seq then undoes the whole statement
-    set last_seq = case when fresh.total = cardinality($3::text[]) then c.last_seq + fresh.total else -1 end,
+    set last_seq = case when fresh.total = pg_catalog.cardinality($3::text[]) then c.last_seq + fresh.total else -1 end,
         updated_at = conversation.appended_at
     from conversation, fresh
     where c.user_id = $1 and c.id = $2 and fresh.total > 0
@@ -79,8 +79,8 @@ select
     id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
     token_count, key, created_at
 from same
-where (select count(*) from same) = cardinality($3::text[])
+where (select pg_catalog.count(*) from same) = pg_catalog.cardinality($3::text[])
 union all
 select null, null, null, null, null, null, null, null, null, null, null
 from conversation
-where (select count(*) from same) <> cardinality($3::text[])
+where (select pg_catalog.count(*) from same) <> pg_catalog.cardinality($3::text[])

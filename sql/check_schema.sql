@@ -6,9 +6,9 @@
 select
     c.relname::text as relation,
     a.attname::text as name,
-    concat_ws(
+    pg_catalog.concat_ws(
         ' ',
-        format_type(a.atttypid, a.atttypmod),
+        pg_catalog.format_type(a.atttypid, a.atttypmod),
         -- 0 has none, and 100 is the database's own
         case when a.attcollation not in (0, 100) then 'collate ' || a.attcollation::regcollation::text end,
         case when a.attnotnull then 'not null' end,
@@ -17,9 +17,9 @@ select
             when 'a' then 'generated always as identity'
         end,
         case a.attgenerated
-            when '' then 'default ' || pg_get_expr(d.adbin, d.adrelid)
-            when 's' then 'generated always as (' || pg_get_expr(d.adbin, d.adrelid) || ') stored'
-            else 'generated always as (' || pg_get_expr(d.adbin, d.adrelid) || ') virtual'
+            when '' then 'default ' || pg_catalog.pg_get_expr(d.adbin, d.adrelid)
+            when 's' then 'generated always as (' || pg_catalog.pg_get_expr(d.adbin, d.adrelid) || ') stored'
+            else 'generated always as (' || pg_catalog.pg_get_expr(d.adbin, d.adrelid) || ') virtual'
         end
     ) as definition
 from pg_catalog.pg_namespace as n
@@ -31,13 +31,14 @@ union all
 select
     c.relname::text as relation,
     k.conname::text as name,
-    concat_ws(
+    pg_catalog.concat_ws(
         ' ',
         -- the referenced table comes without its schema where the search_path has that
-        replace(
-            pg_get_constraintdef(k.oid),
+        pg_catalog.replace(
+            pg_catalog.pg_get_constraintdef(k.oid),
             ' REFERENCES ' || k.confrelid::regclass::text || '(',
-            ' REFERENCES ' || coalesce(f.relnamespace::regnamespace::text || '.' || quote_ident(f.relname), '') || '('
+            ' REFERENCES '
+            || coalesce(f.relnamespace::regnamespace::text || '.' || pg_catalog.quote_ident(f.relname::text), '') || '('
         ),
         case when not i.indisvalid then 'INVALID' end,
         case
@@ -59,7 +60,9 @@ union all
 select
     c.relname::text as relation,
     x.relname::text as name,
-    concat_ws(' ', pg_get_indexdef(x.oid), case when not i.indisvalid then 'INVALID' end) as definition
+    pg_catalog.concat_ws(
+        ' ', pg_catalog.pg_get_indexdef(x.oid), case when not i.indisvalid then 'INVALID' end
+    ) as definition
 from pg_catalog.pg_namespace as n
 inner join pg_catalog.pg_class as x on x.relnamespace = n.oid
 inner join pg_catalog.pg_index as i on i.indexrelid = x.oid

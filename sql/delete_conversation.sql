@@ -21,5 +21,5 @@ message as (
     returning m.seq
 )
 
-select 1::int8 as conversations, (select count(*) from message) as messages
+select 1::int8 as conversations, (select pg_catalog.count(*) from message) as messages
 from conversation

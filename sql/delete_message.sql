@@ -14,6 +14,6 @@ with message as (
     returning seq
 )
 
-select 0::int8 as conversations, (select count(*) from message) as messages
+select 0::int8 as conversations, (select pg_catalog.count(*) from message) as messages
 from chatdb.conversations
 where user_id = $1 and id = $2

@@ -23,5 +23,5 @@ message as (
     returning m.seq
 )
 
-select 0::int8 as conversations, (select count(*) from message) as messages
+select 0::int8 as conversations, (select pg_catalog.count(*) from message) as messages
 from conversation

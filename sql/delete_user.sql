@@ -24,8 +24,10 @@ conversation as (
 message as (
     delete from chatdb.messages
     -- counting first locks the conversations before the messages, in the order of an append
-    where user_id = $1 and (select count(*) from conversation) > 0
+    where user_id = $1 and (select pg_catalog.count(*) from conversation) > 0
     returning seq
 )
 
-select (select count(*) from conversation) as conversations, (select count(*) from message) as messages
+select
+    (select pg_catalog.count(*) from conversation) as conversations,
+    (select pg_catalog.count(*) from message) as messages

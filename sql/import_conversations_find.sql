@@ -21,7 +21,7 @@ with wanted as (
 unkeyed as (
     select
         id, last_seq, created_at,
-        row_number() over (partition by created_at order by id) - 1 as occurrence
+        pg_catalog.row_number() over (partition by created_at order by id) - 1 as occurrence
     from chatdb.conversations
     where user_id = $1 and key is null and created_at = any($3)
       and exists (

@@ -27,5 +27,5 @@ with message as (
     returning seq
 )
 
-select count(*) as messages
+select pg_catalog.count(*) as messages
 from message

@@ -127,7 +127,7 @@ def stored(record, without=()):
 
 def name_of(query):
     """Return what the name line of a statement says."""
-    return query.partition("\n")[0].removeprefix("-- ")
+    return query.partition("\n")[0].removeprefix("--chatdb.")
 
 
 class Recorder:

@@ -107,7 +107,7 @@ def parse(text: str) -> SqlFile:
         relation=header["relation"],
         existence=header["existence"],
         indexes=frozenset((header["indexes"] or "").split(", ")) - {""},
-        sql=f"-- {header['name']}\n{header['body']}",
+        sql=f"--chatdb.{header['name']}\n{header['body']}",
     )
 
 

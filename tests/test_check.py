@@ -444,3 +444,16 @@ def test_a_server_that_is_not_there() -> None:
     assert done.returncode == 1
     assert "cannot be reached" in done.stderr
     assert "secret" not in done.stderr + done.stdout
+
+
+def test_quoted_identifiers_are_no_difference(dsn: str) -> None:
+    """With `quote_all_identifiers` on, a good schema is good, and a changed one is not."""
+    execute(
+        dsn,
+        "do $$ begin execute format('alter database %I set quote_all_identifiers = on', current_database()); end $$",
+    )
+    assert checked(dsn) == ""
+    assert not any(map(is_wrong, inspect(dsn)))
+    execute(dsn, "alter table chatdb.messages drop constraint ck_messages_seq")
+    execute(dsn, "alter table chatdb.messages add constraint ck_messages_seq check (seq >= 0)")
+    assert "ck_messages_seq" in checked(dsn)

@@ -115,13 +115,13 @@ def test_types_that_do_not(dsn: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parameter", "sentence"),
     [
-        ({"table": "people"}, "table", "no such table"),
+        ({"table": "people"}, "table", "no table 'people'"),
         ({"table": "users; drop table users"}, "table", "no "),
         ({"table": "a.b.c.d"}, "table", "no "),
         ({"table": ""}, "table", "no "),
         ({"table": "viewed"}, "table", "no ordinary table"),
         ({"table": "unlogged"}, "table", "no ordinary table"),
-        ({"table": "users", "column": "ID"}, "column", "public.users has no such column"),
+        ({"table": "users", "column": "ids"}, "column", "public.users has no column 'ids'"),
         ({"table": "users", "column": "name"}, "column", "public.users.name is neither .* unique"),
         ({"table": "users", "column": "half"}, "column", "public.users.half is neither .* unique"),
         ({"table": "users", "column": "late"}, "column", "public.users.late is neither .* unique"),
@@ -294,3 +294,47 @@ def test_the_command(host: str) -> None:
     execute(host, "insert into chatdb.conversations (user_id) values ('carol')")
     assert "lacks 1 users who have conversations: 'carol'" in command("link-users", "--table", "users", env=env, code=1)
     assert state(host) == []
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "taken"),
+    [
+        ('public."Users"', '"userId"', ('public."Users"', '"userId"')),
+        ("public.Users", "userId", ('public."Users"', '"userId"')),
+        ("PUBLIC.PLAIN", "ID", ("public.plain", "id")),
+        ('"odd.name ü"', '"a ""b"""', ('public."odd.name ü"', '"a ""b"""')),
+        ("odd.name ü", 'a "b"', ('public."odd.name ü"', '"a ""b"""')),
+        ('"My Schema"."Users"', "id", ('"My Schema"."Users"', "id")),
+        ("My Schema.Users", '"id"', ('"My Schema"."Users"', "id")),
+    ],
+)
+def test_names_are_as_in_sql_or_as_they_are_spelled(dsn: str, table: str, column: str, taken: tuple[str, str]) -> None:
+    """One rule holds for the table and the column: SQL's, and a name not found so is taken as it is spelled."""
+    execute(
+        dsn,
+        'create table public."Users" ("userId" text primary key)',
+        "create table public.plain (id text primary key)",
+        'create table public."odd.name ü" ("a ""b""" text primary key)',
+        'create schema "My Schema"',
+        'create table "My Schema"."Users" (id text primary key)',
+    )
+    assert link_users(dsn, table=table, column=column)[:2] == taken
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "sentence"),
+    [
+        ("nobody", "id", "no table 'nobody'"),
+        ('public."users', "id", "no table "),
+        ("", "id", "no table ''"),
+        ("a\0", "id", "table"),
+        ("public.users", "nothing", "has no column 'nothing'"),
+        ("public.users", '"id', "has no column"),
+        ("public.users", "users.id", "has no column"),
+        ("public.users", "\ud800", "column"),
+    ],
+)
+def test_wrong_names_are_said(host: str, table: str, column: str, sentence: str) -> None:
+    """A name that leads nowhere is an error of its argument, which says how names are written."""
+    with pytest.raises(chatdb.InvalidInputError, match=sentence):
+        link_users(host, table=table, column=column)

@@ -624,7 +624,7 @@ async def test_nothing_is_sent_when_a_connection_comes_back(dsn):
     async with chatdb.create_pool(dsn, max_size=1) as pool:
         await chatdb.list_conversations(pool, user_id=USER)
         ((state, query, in_transaction),) = seen_by_the_server(dsn)
-    assert (state, query.splitlines()[0], in_transaction) == ("idle", "-- list_conversations", False)
+    assert (state, query.splitlines()[0], in_transaction) == ("idle", "--chatdb.list_conversations", False)
 
 
 async def test_a_transaction_left_open_is_rolled_back(dsn, conversation):

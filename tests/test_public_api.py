@@ -218,7 +218,7 @@ async def test_one_statement_a_call(tx, name, arguments):
         called = name.replace("update", "get")
     elif arguments.get("messages") == []:
         called = "get_conversation"
-    assert statement.splitlines()[0] in {f"-- {called}", f"-- {called}_keyed", f"-- {called}_before"}
+    assert statement.splitlines()[0] in {f"--chatdb.{called}{variant}" for variant in ("", "_keyed", "_before")}
 
 
 async def test_check_schema_is_one_statement(tx):

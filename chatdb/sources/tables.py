@@ -74,16 +74,16 @@ messages as materialized (
     select
         session_id, id, created_at,
         created_at::timestamptz at time zone 'UTC' as written_at,
-        octet_length(message_data::text) as size
+        pg_catalog.octet_length(message_data::text) as size
     from agent_messages
     where %(sessions)s::text[] is null or session_id = any(%(sessions)s::text[])
 )
 
 select
     session_id,
-    coalesce(s.began_at, min(m.written_at) over whole) as began_at,
-    coalesce(s.ended_at, max(m.written_at) over whole) as ended_at,
-    count(m.id) over whole,
+    coalesce(s.began_at, pg_catalog.min(m.written_at) over whole) as began_at,
+    coalesce(s.ended_at, pg_catalog.max(m.written_at) over whole) as ended_at,
+    pg_catalog.count(m.id) over whole,
     m.id, m.written_at, m.size
 from sessions as s
 full join messages as m using (session_id)
@@ -97,16 +97,16 @@ with messages as materialized (
     select
         session_id, id,
         created_at::timestamptz at time zone 'UTC' as written_at,
-        octet_length(message::text) as size
+        pg_catalog.octet_length(message::text) as size
     from {table}
     where %(sessions)s::uuid[] is null or session_id = any(%(sessions)s::uuid[])
 )
 
 select
     session_id::text,
-    min(written_at) over whole as began_at,
-    max(written_at) over whole as ended_at,
-    count(*) over whole,
+    pg_catalog.min(written_at) over whole as began_at,
+    pg_catalog.max(written_at) over whole as ended_at,
+    pg_catalog.count(*) over whole,
     id, written_at, size
 from messages
 window whole as (partition by session_id)
@@ -114,14 +114,17 @@ order by began_at, session_id, id
 """
 _LANGCHAIN_TEXTS: Final = "select id, message::text from {table} where id = any(%s)"
 
-_HAS_OPENAI: Final = "select to_regclass('agent_sessions') is not null and to_regclass('agent_messages') is not null"
+_HAS_OPENAI: Final = (
+    "select pg_catalog.to_regclass('agent_sessions') is not null "
+    "and pg_catalog.to_regclass('agent_messages') is not null"
+)
 _LANGCHAIN_TABLES: Final = """
 select table_schema::text, table_name::text
 from information_schema.columns
 where (column_name = 'session_id' and data_type = 'uuid') or (column_name = 'message' and data_type = 'jsonb')
    or column_name in ('id', 'created_at')
 group by table_schema, table_name
-having count(*) = 4
+having pg_catalog.count(*) = 4
 order by table_schema, table_name
 """
 

@@ -3,7 +3,7 @@
 
 insert into chatdb.conversations (id, user_id, last_seq, created_at, updated_at)
 with fitting as (
-    select conversation_id, count(*) as messages
+    select conversation_id, pg_catalog.count(*) as messages
     from pg_temp.batch_messages
     where reason is null
     group by conversation_id

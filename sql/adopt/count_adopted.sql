@@ -2,5 +2,5 @@
 -- How many conversations and messages have been adopted.
 
 select
-    (select count(*) from chatdb_adopt.conversations) as conversations,
-    (select count(*) from chatdb_adopt.messages) as messages
+    (select pg_catalog.count(*) from chatdb_adopt.conversations) as conversations,
+    (select pg_catalog.count(*) from chatdb_adopt.messages) as messages

@@ -3,11 +3,11 @@
 
 select
     (
-        select count(*)
+        select pg_catalog.count(*)
         from pg_temp.batch_conversations
         where reason is null and not is_adopted
     ) as conversations,
-    count(*) filter (where reason is null) as messages,
-    count(*) filter (where created_at is null and reason is null) as without_time,
-    count(*) as rows
+    pg_catalog.count(*) filter (where reason is null) as messages,
+    pg_catalog.count(*) filter (where created_at is null and reason is null) as without_time,
+    pg_catalog.count(*) as rows
 from pg_temp.batch_messages

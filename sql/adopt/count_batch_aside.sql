@@ -1,7 +1,7 @@
 -- count_batch_aside
 -- Why conversations and messages of the batch do not fit, each with how many.
 
-select reason, sum(conversations)::int8 as conversations, sum(messages)::int8 as messages
+select reason, pg_catalog.sum(conversations)::int8 as conversations, pg_catalog.sum(messages)::int8 as messages
 from (
     select reason, 1 as conversations, 0 as messages
     from pg_temp.batch_conversations

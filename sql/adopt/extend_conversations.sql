@@ -2,7 +2,7 @@
 -- Moves the end and the time of conversations that were adopted before.
 
 with fitting as (
-    select conversation_id, count(*) as messages
+    select conversation_id, pg_catalog.count(*) as messages
     from pg_temp.batch_messages
     where reason is null
     group by conversation_id

@@ -16,5 +16,5 @@ with together as (
 
 select
     user_id, conversation_id, id, old_seq,
-    row_number() over (partition by conversation_id order by created_at, id) as seq
+    pg_catalog.row_number() over (partition by conversation_id order by created_at, id) as seq
 from together

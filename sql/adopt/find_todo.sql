@@ -6,7 +6,7 @@
 
 insert into pg_temp.todo (batch, id, messages)
 with unadopted as (
-    select m.conversation_id as id, count(*) as messages
+    select m.conversation_id as id, pg_catalog.count(*) as messages
     from pg_temp.original_messages as m
     where not exists (
         select from chatdb_adopt.messages as a
@@ -24,9 +24,9 @@ found as (
 )
 
 select
-    div(
-        sum(messages + 1) over (order by id rows unbounded preceding),
-        greatest($1::int8, sum(messages + 1) over () / 200)
+    pg_catalog.div(
+        pg_catalog.sum(messages + 1) over (order by id rows unbounded preceding),
+        greatest($1::int8, pg_catalog.sum(messages + 1) over () / 200)
     ) as batch,
     id,
     messages

@@ -16,7 +16,7 @@ dense as (
     from early as e
     inner join chatdb.messages as d on d.user_id = e.user_id and d.conversation_id = e.id
     group by e.id, e.last_seq
-    having count(*) = e.last_seq
+    having pg_catalog.count(*) = e.last_seq
 )
 
 update pg_temp.batch_conversations as b

@@ -6,10 +6,10 @@ select pg_catalog.setval(s.sequence, s.highest + 10000)
 from (
     select
         pg_catalog.pg_get_serial_sequence('chatdb.conversations', 'id')::regclass as sequence,
-        (select max(id) from pg_temp.original_conversations)::int8 as highest
+        (select pg_catalog.max(id) from pg_temp.original_conversations)::int8 as highest
     union all
     select
         pg_catalog.pg_get_serial_sequence('chatdb.messages', 'id')::regclass as sequence,
-        (select max(id) from pg_temp.original_messages)::int8 as highest
+        (select pg_catalog.max(id) from pg_temp.original_messages)::int8 as highest
 ) as s
 where s.highest > coalesce(pg_catalog.pg_sequence_last_value(s.sequence), 0)

@@ -5,8 +5,8 @@ insert into chatdb_adopt.conversations as a (id, user_id, updated_at, last_seq, 
 with fitting as (
     select
         conversation_id, created_at, id,
-        count(*) over (partition by conversation_id) as messages,
-        row_number() over (partition by conversation_id order by created_at desc, id desc) as place
+        pg_catalog.count(*) over (partition by conversation_id) as messages,
+        pg_catalog.row_number() over (partition by conversation_id order by created_at desc, id desc) as place
     from pg_temp.batch_messages
     where reason is null
 )

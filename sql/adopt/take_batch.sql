@@ -3,7 +3,7 @@
 
 with taken as (
     delete from pg_temp.todo
-    where batch = (select min(t.batch) from pg_temp.todo as t)
+    where batch = (select pg_catalog.min(t.batch) from pg_temp.todo as t)
     returning id
 )
 
@@ -22,7 +22,7 @@ select
     case
         when a.id is not null then null
         when coalesce(c.user_id, '') = '' then 'it has no user'
-        when char_length(c.user_id) > 255 then 'its user has more than 255 characters'
+        when pg_catalog.char_length(c.user_id) > 255 then 'its user has more than 255 characters'
         when coalesce(c.created_at, c.updated_at) is null then 'it has no time'
         when
             c.created_at not between '0001-01-01 00:00:00+00' and '9999-12-31 23:59:59.999999+00'

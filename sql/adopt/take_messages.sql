@@ -18,7 +18,7 @@ select
         when m.role is null then 'it has no role'
         when m.role not in ('user', 'assistant', 'system', 'developer', 'tool') then 'its role is none of chatdb''s'
         when m.content is null then 'it has no text'
-        when octet_length(m.content) > 4194304 then 'its text is longer than 4 MiB'
+        when pg_catalog.octet_length(m.content) > 4194304 then 'its text is longer than 4 MiB'
         when
             m.created_at not between '0001-01-01 00:00:00+00' and '9999-12-31 23:59:59.999999+00'
             then 'its time is infinite or not in the years 1 to 9999'
@@ -26,10 +26,10 @@ select
 from pg_temp.batch_conversations as b
 inner join pg_temp.original_messages as m on m.conversation_id = b.id
 where m.conversation_id between (
-    select min(r.id)
+    select pg_catalog.min(r.id)
     from pg_temp.batch_conversations as r
 ) and (
-    select max(r.id)
+    select pg_catalog.max(r.id)
     from pg_temp.batch_conversations as r
 )
 and not exists (

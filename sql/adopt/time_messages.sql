@@ -7,7 +7,7 @@ with runs as (
         m.id,
         m.conversation_id,
         m.created_at,
-        count(*) filter (
+        pg_catalog.count(*) filter (
             where m.created_at between '0001-01-01 00:00:00+00' and '9999-12-31 23:59:59.999999+00'
         ) over (partition by m.conversation_id order by m.id) as run
     from pg_temp.original_messages as m
@@ -21,7 +21,7 @@ with runs as (
 timed as (
     select
         id,
-        max(created_at) filter (
+        pg_catalog.max(created_at) filter (
             where created_at between '0001-01-01 00:00:00+00' and '9999-12-31 23:59:59.999999+00'
         ) over (partition by conversation_id, run) as created_at
     from runs

@@ -3,7 +3,7 @@
 
 select
     (
-        select count(*)
+        select pg_catalog.count(*)
         from chatdb_adopt.conversations as a
         where not exists (
             select from chatdb.conversations as d
@@ -11,7 +11,7 @@ select
         )
     ) as conversations,
     (
-        select count(*)
+        select pg_catalog.count(*)
         from chatdb_adopt.messages as a
         inner join chatdb_adopt.conversations as c on c.id = a.conversation_id
         where not exists (

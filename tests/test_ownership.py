@@ -1,0 +1,102 @@
+"""What belongs to others in the schema `chatdb`, and what others added to its tables, on real databases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+
+from chatdb.direct import connected
+from chatdb.inspection import inspect
+from chatdb.migrate import apply_migrations
+from chatdb.ownership import additions, foreign_objects
+from tests.conftest import administrator, execute
+
+pytestmark = pytest.mark.owner
+
+
+@pytest.fixture
+def mallory(server: str) -> Iterator[str]:
+    """Give a role that is nobody's; it goes after the databases in which it owns things."""
+    name = "chatdb_test_mallory"
+    with administrator(server) as connection:
+        connection.execute(f"create role {name}".encode())
+    yield name
+    with administrator(server) as connection:
+        connection.execute(f"drop role {name}".encode())
+
+
+def foreign(dsn: str) -> list[str]:
+    """Return what belongs to others, in sentences."""
+    with connected(dsn) as connection:
+        return [str(each) for each in foreign_objects(connection)]
+
+
+def findings(dsn: str) -> dict[str, str]:
+    """Return the details of what `chatdb check` says of ownership and additions."""
+    return {each.what: f"{each.state}: {each.detail}" for each in inspect(dsn)}
+
+
+def test_nothing_is_foreign_in_a_migrated_database(mallory: str, empty_dsn: str) -> None:
+    """Before and after the migrations of one role, nothing belongs to another, and nothing was added."""
+    assert foreign(empty_dsn) == []
+    apply_migrations(empty_dsn)
+    with connected(empty_dsn) as connection:
+        assert (foreign_objects(connection), additions(connection)) == ([], [])
+
+
+def test_a_foreign_schema_and_table_are_named(mallory: str, empty_dsn: str) -> None:
+    """The schema of another role is named, and so are a table, a function and a type of another in one's own schema."""
+    execute(empty_dsn, f"create schema chatdb authorization {mallory}")
+    assert foreign(empty_dsn) == [f"schema chatdb belongs to the role {mallory}"]
+    execute(empty_dsn, "alter schema chatdb owner to current_user")
+    apply_migrations(empty_dsn)
+    execute(
+        empty_dsn,
+        f"alter table chatdb.messages owner to {mallory}",
+        "create function chatdb.f() returns int language sql as 'select 1'",
+        f"alter function chatdb.f() owner to {mallory}",
+        f"create domain chatdb.d as int; alter domain chatdb.d owner to {mallory}",
+    )
+    assert foreign(empty_dsn) == [
+        f"{what} belongs to the role {mallory}"
+        for what in ("function chatdb.f", "sequence chatdb.messages_id_seq", "table chatdb.messages", "type chatdb.d")
+    ]
+    found = findings(empty_dsn)
+    assert found["owner of table chatdb.messages"].startswith(f"different: the role {mallory}")
+    with psycopg.connect(empty_dsn, autocommit=True) as connection:
+        connection.execute(f"drop owned by {mallory} cascade".encode())
+
+
+def test_additions_to_the_tables_are_named(mallory: str, dsn: str) -> None:
+    """A trigger with its function, a rule, a policy and a child table are notes; chatdb's own policies are none."""
+    execute(
+        dsn,
+        "create function public.audit() returns trigger language plpgsql as 'begin return new; end'",
+        "create trigger audit before insert on chatdb.messages for each row execute function public.audit()",
+        "create rule quiet as on delete to chatdb.conversations where false do instead nothing",
+        "create policy theirs on chatdb.messages as restrictive using (true)",
+        "create policy rls_messages on chatdb.messages using (true)",
+        "create table public.child () inherits (chatdb.messages)",
+    )
+    with connected(dsn) as connection:
+        found = [each.what for each in additions(connection)]
+    assert found == [
+        "trigger audit on chatdb.messages",
+        "rule quiet on chatdb.conversations",
+        "policy theirs on chatdb.messages",
+        "table public.child",
+    ]
+    said = findings(dsn)
+    assert said["trigger audit on chatdb.messages"].startswith("note: calls public.audit(), a function of the role ")
+    assert set(found) <= said.keys()
+    execute(dsn, "drop table public.child")
+
+
+def test_a_public_that_all_may_write_to_is_noted(dsn: str) -> None:
+    """CREATE on `public` for everybody is a note, and none once it is revoked."""
+    execute(dsn, "grant create on schema public to public")
+    assert findings(dsn)["schema public"].startswith("note: ")
+    execute(dsn, "revoke create on schema public from public")
+    assert "schema public" not in findings(dsn)
