@@ -17,21 +17,20 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterator
 from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, Annotated, Any, NoReturn, TypeVar
 
-from dotenv import find_dotenv, load_dotenv
 from rich.table import Table
 
 import chatdb
 from chatdb import cli_operators, sources
 from chatdb._query import Database
-from chatdb.cli_shared import AsJson, err, fail, out, progress, say_embedded
-from chatdb.errors import ChatDBError, ConfigurationError, InvalidInputError
+from chatdb.cli_shared import AsJson, drop_libpq_variables, err, fail, out, progress, read_env_file, say_embedded
+from chatdb.errors import ChatDBError, InvalidInputError
 from chatdb.pool import Pool
 from chatdb.records import Conversation, Message
 from chatdb.sources import tables
@@ -44,8 +43,12 @@ app = typer.Typer(
     help="""
     Conversations and messages on PostgreSQL.
 
-    The database is the one that DATABASE_URL names, in the environment or in a file .env; without it an embedded
-    PostgreSQL that chatdb starts and stops, with its data in CHATDB_HOME or the user's data folder.
+    The database is the one that DATABASE_URL names, in the environment or in the file .env of the working directory;
+    without it an embedded PostgreSQL that chatdb starts and stops, with its data in CHATDB_HOME or the user's data
+    folder.
+
+    From .env only DATABASE_URL, CHATDB_MIGRATE_URL and CHATDB_HOME are taken, and the environment goes first. A file
+    that another user can write is refused.
 
     migrate, rollback, protect, check, adopt and link-users take CHATDB_MIGRATE_URL first: they need a direct
     connection.
@@ -83,11 +86,26 @@ _CONTROLS = dict.fromkeys(
 _IN_A_LINE = _CONTROLS | {ord("\n"): " ", ord("\t"): " "}
 
 
+_SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
+_Result = TypeVar("_Result")
+
+
 def main() -> None:
     """Run the command line; what chatdb refuses is said in one sentence, without a traceback."""
-    for name in ("SIGTERM", "SIGHUP"):  # so that the embedded server is stopped
-        if hasattr(signal, name):  # not all are on Windows
-            signal.signal(getattr(signal, name), _interrupt)
+    try:
+        _main()
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        _end_interrupted()
+    except SystemExit as end:
+        if end.code == 130:  # typer's for an interrupt
+            _end_interrupted()
+        raise
+
+
+def _main() -> None:
+    for number in _SIGNALS:  # so that the embedded server is stopped
+        if number != signal.SIGINT:
+            signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a closed one is None
             stream.reconfigure(errors="backslashreplace")
@@ -95,9 +113,6 @@ def main() -> None:
         app()
     except ChatDBError as error:
         fail(str(error))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        err.print("chatdb: interrupted")
-        sys.exit(130)
     except BrokenPipeError:  # the reader, like head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -107,6 +122,35 @@ def main() -> None:
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def _end_interrupted() -> NoReturn:
+    for number in _SIGNALS:  # what is left to do is short
+        signal.signal(number, signal.SIG_IGN)
+    err.print("chatdb: interrupted")
+    sys.exit(130)
+
+
+def _run(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Run a coroutine, and cancel it at the first SIGINT, SIGTERM or SIGHUP."""
+
+    async def interruptible() -> _Result:
+        asyncio.get_running_loop().set_exception_handler(_ignore_interrupts)
+        for number in _SIGNALS:
+            signal.signal(number, signal.getsignal(signal.SIGINT))  # which is asyncio's now
+        try:
+            return await work
+        finally:
+            for number in _SIGNALS:
+                if number != signal.SIGINT:
+                    signal.signal(number, _interrupt)
+
+    return asyncio.run(interruptible())
+
+
+def _ignore_interrupts(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    if not isinstance(context.get("exception"), KeyboardInterrupt):
+        loop.default_exception_handler(context)
 
 
 def _print_version(wanted: bool) -> None:
@@ -120,11 +164,11 @@ def _environment(
     _: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
+    env_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read the settings from this file instead of .env.")
+    ] = None,
 ) -> None:
-    try:
-        load_dotenv(find_dotenv(usecwd=True))
-    except UnicodeDecodeError:
-        raise ConfigurationError("the file .env is not UTF-8") from None
+    read_env_file(env_file)
 
 
 @app.command()
@@ -140,7 +184,7 @@ def demo(
         async with _database() as pool:
             return await run_demo(pool, file, out, import_file)
 
-    if not asyncio.run(run()):
+    if not _run(run()):
         raise typer.Exit(1)
 
 
@@ -186,7 +230,7 @@ def import_(
             if is_given:
                 raise InvalidInputError(name, "is for a database's tables: give its DSN (postgresql://...), not a file")
     start = time.monotonic()
-    report = asyncio.run(run())
+    report = _run(run())
     if as_json:
         print(json.dumps(report.as_dict()))
     else:
@@ -206,10 +250,10 @@ def export(
     if output is None or str(output) == "-":
         if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison] - where it was closed
             fail("standard output is closed")
-        conversations, messages = asyncio.run(_export(user, sys.stdout.buffer))
+        conversations, messages = _run(_export(user, sys.stdout.buffer))
     else:
         with _replacing(output) as file:
-            conversations, messages = asyncio.run(_export(user, file))
+            conversations, messages = _run(_export(user, file))
     err.print(f"exported {conversations:,} conversations, {messages:,} messages")
 
 
@@ -225,7 +269,7 @@ def list_(
         async with _database() as pool, chatdb.transaction(pool, user_id=user) as connection:
             return await chatdb.list_conversations(connection, user_id=user, limit=limit)
 
-    found = asyncio.run(run())
+    found = _run(run())
     if as_json:
         print(json.dumps([conversation.model_dump(mode="json") for conversation in found], ensure_ascii=False))
         return
@@ -273,7 +317,7 @@ def show(
                     out.print(f"\n#{message.seq} {message.role} {moment}", style="bold cyan")
                     out.print(_printable(message.content))
 
-    asyncio.run(run())
+    _run(run())
 
 
 async def import_file(pool: Pool, user: str, path: Path, format: str = "auto") -> ImportReport:  # noqa: A002
@@ -361,6 +405,7 @@ async def _database() -> AsyncGenerator[Pool, None]:
         async with chatdb.create_pool(dsn, statement_cache_size=0) as pool:
             yield pool
     else:
+        drop_libpq_variables()
         async with chatdb.open_embedded() as pool:
             say_embedded(pool.path)
             yield pool

