@@ -879,7 +879,7 @@ some_messages = st.builds(
     id=st.integers(),
     conversation_id=st.integers(),
     user_id=stored_text,
-    seq=st.integers(1, 2**63 - 1),
+    seq=st.integers(1, 2**53),
     role=st.sampled_from(["user", "assistant", "system", "developer", "tool"]),
     content=stored_text,
     payload=some_payloads | st.just(JsonText(r'{"a" : "\ud800\u0000", "a":1.10}')),
@@ -895,7 +895,7 @@ some_conversations = st.builds(
     key=st.none() | names.filter(bool),
     title=st.none() | names,
     metadata=some_metadata,
-    last_seq=st.integers(0, 2**63 - 1),
+    last_seq=st.integers(0, 2**53),
     created_at=some_times,
     updated_at=some_times,
 )
@@ -1030,7 +1030,7 @@ BAD_HEAD = {
     "key": BAD_KEYS,
     "title": [5, SECRET * 100, "\0", "\ud800"],
     "metadata": BAD_METADATA,
-    "last_seq": [None, -1, "2", True, 2.0, 2**63],
+    "last_seq": [None, -1, "2", True, 2.0, 2**53 + 1],
     "created_at": BAD_TIMES,
     "updated_at": BAD_TIMES,
 }
