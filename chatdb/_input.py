@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
+from itertools import islice
+from math import isfinite
 from typing import Any, Final, cast, get_args
 
 from pydantic import ValidationError
@@ -20,8 +24,14 @@ MAX_CONTENT: Final = 4 * 1024 * 1024
 MAX_METADATA: Final = 64 * 1024
 MAX_PAYLOAD: Final = 16 * 1024 * 1024
 MAX_DEPTH: Final = 200
+MAX_BATCH: Final = 10_000
+MAX_BATCH_BYTES: Final = 64 * 1024 * 1024
 MAX_BIGINT: Final = 2**63 - 1
 MAX_INT: Final = 2**31 - 1
+
+_PAUSE_MESSAGES: Final = 500
+_PAUSE_BYTES: Final = 1024 * 1024
+"""After so many messages or bytes a large batch lets the event loop run other tasks."""
 
 _NAMES: Final = dict.fromkeys(NewMessage.model_fields)
 _REQUIRED: Final = {name for name, field in NewMessage.model_fields.items() if field.is_required()}
@@ -34,6 +44,7 @@ def text(parameter: str, value: object, *, least: int, most: int) -> str:
     """Return a text of `least` to `most` characters that PostgreSQL can hold."""
     if not isinstance(value, str):
         raise InvalidInputError(parameter, f"must be a str, not {type(value).__name__}")
+    value = _exact(value)
     if not least <= len(value) <= most:
         raise InvalidInputError(parameter, f"must have {least:,} to {most:,} characters, not {len(value):,}")
     utf8_length(parameter, value)
@@ -54,6 +65,11 @@ def utf8_length(parameter: str, value: str) -> int:
     raise InvalidInputError(parameter, f"has a lone surrogate at position {start}, which UTF-8 cannot hold")
 
 
+def _exact(value: str) -> str:
+    """Return the characters of a str as a plain one: a subclass may have methods of its own."""
+    return value if type(value) is str else str.__str__(value)
+
+
 def user(value: object) -> str:
     """Return a `user_id`."""
     return text("user_id", value, least=1, most=MAX_NAME)
@@ -71,8 +87,10 @@ def title(value: object) -> str | None:
 
 def integer(parameter: str, value: object, *, least: int, most: int = MAX_BIGINT) -> int:
     """Return a whole number of a range."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InvalidInputError(parameter, f"must be an int, not {type(value).__name__}")
+    if type(value) is not int:
+        if not issubclass(type(value), int) or type(value) is bool:
+            raise InvalidInputError(parameter, f"must be an int, not {type(value).__name__}")
+        value = int.__int__(cast("int", value))
     if not least <= value <= most:
         raise InvalidInputError(parameter, f"must be {least:,} to {most:,}")
     return value
@@ -95,7 +113,7 @@ def limit(parameter: str, value: object) -> int:
 
 def role(parameter: str, value: object) -> str:
     """Return a role."""
-    if not isinstance(value, str) or value not in ROLES:
+    if not isinstance(value, str) or (value := _exact(value)) not in ROLES:
         raise InvalidInputError(parameter, "must be user, assistant, system, developer or tool")
     return value
 
@@ -104,6 +122,7 @@ def content(parameter: str, value: object) -> str:
     """Return a message's text, which may be empty."""
     if not isinstance(value, str):
         raise InvalidInputError(parameter, f"must be a str, not {type(value).__name__}")
+    value = _exact(value)
     if utf8_length(parameter, value) > MAX_CONTENT:
         raise InvalidInputError(parameter, "must have at most 4 MiB as UTF-8")
     return value
@@ -120,11 +139,11 @@ def metadata(parameter: str, value: object) -> str | None:
         return None
     if not isinstance(value, dict):
         raise InvalidInputError(parameter, f"must be a dict or None, not {type(value).__name__}")
-    longer = _walk(parameter, cast("object", value), for_jsonb=True)
+    data, longer = _checked(parameter, cast("object", value), for_jsonb=True)
     # the separators are those of jsonb's own text, by which the CHECK measures
-    encoded = _dumps(parameter, cast("object", value), ascii_only=False)
+    encoded = _dumps(parameter, data, ascii_only=False)
     if utf8_length(parameter, encoded) + longer > MAX_METADATA:
-        raise InvalidInputError(parameter, "must have at most 64 KiB as JSON")
+        raise InvalidInputError(parameter, _TOO_LONG[True])
     return encoded
 
 
@@ -133,11 +152,13 @@ def payload(parameter: str, value: object) -> str | None:
     if value is None:
         return None
     if isinstance(value, JsonText):
-        encoded = str(value)
+        encoded = str.__str__(value)
         length = utf8_length(parameter, encoded)
+        if length > MAX_PAYLOAD:
+            raise InvalidInputError(parameter, _TOO_LONG[False])
         _parse(parameter, encoded)
     else:
-        _walk(parameter, value, for_jsonb=False)
+        value, _ = _checked(parameter, value, for_jsonb=False)
         encoded = _dumps(parameter, value, ascii_only=False)
         try:
             length = len(encoded.encode())
@@ -145,16 +166,27 @@ def payload(parameter: str, value: object) -> str | None:
             encoded = _dumps(parameter, value, ascii_only=True)
             length = len(encoded)
     if length > MAX_PAYLOAD:
-        raise InvalidInputError(parameter, "must have at most 16 MiB as JSON")
+        raise InvalidInputError(parameter, _TOO_LONG[False])
     return encoded
 
 
-def messages(values: object) -> list[MessageRow]:
-    """Return the messages of a batch, each a `NewMessage` or a dict of its fields, as rows; their keys are distinct."""
+async def messages(values: object) -> list[MessageRow]:
+    """
+    Return the messages of a batch, each a `NewMessage` or a dict of its fields, as rows; their keys are distinct.
+
+    An iterable is read no further than to the first message that is too many. A large batch is checked in slices,
+    between which the event loop runs other tasks.
+    """
     if isinstance(values, str | bytes | Mapping | NewMessage) or not isinstance(values, Iterable):
         raise InvalidInputError("messages", "must be a list of NewMessage or dict")
     rows: list[MessageRow] = []
+    size = pause_at = 0
     for index, value in enumerate(values):  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
+        if index == MAX_BATCH:
+            raise InvalidInputError("messages", f"must be at most {MAX_BATCH:,}: append them in several batches")
+        if size > pause_at or index % _PAUSE_MESSAGES == _PAUSE_MESSAGES - 1:
+            pause_at = size + _PAUSE_BYTES
+            await asyncio.sleep(0)
         at = f"messages[{index}]"
         of_role, of_content, of_payload, of_metadata, of_token_count, of_key = _fields(at, value)  # pyright: ignore[reportUnknownArgumentType]
         row = (
@@ -166,6 +198,9 @@ def messages(values: object) -> list[MessageRow]:
             None if of_key is None else key(f"{at}.key", of_key),
         )
         rows.append(row)
+        size += sum(map(_size, row[1:4])) + _size(row[5])
+        if size > MAX_BATCH_BYTES:
+            raise InvalidInputError("messages", "must have at most 64 MiB together: append them in several batches")
     keys = [row[-1] for row in rows if row[-1] is not None]
     if len(set(keys)) < len(keys):
         raise InvalidInputError("messages", "must have distinct keys")
@@ -176,9 +211,14 @@ def timeout(value: object) -> float | None:
     """Return a time limit in seconds, or None for the pool's."""
     if value is None:
         return None
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= MAX_INT:
+    kind = type(value)
+    if not issubclass(kind, int | float) or kind is bool or not 0 < cast("float", value) <= MAX_INT:
         raise InvalidInputError("timeout", f"must be a number of seconds above 0, to {MAX_INT:,}, or None")
-    return float(value)
+    return float(cast("float", value))
+
+
+def _size(text: str | None) -> int:
+    return 0 if text is None else len(text) if text.isascii() else len(text.encode())
 
 
 def _fields(parameter: str, value: object) -> tuple[Any, ...]:
@@ -214,6 +254,14 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(name)
 
 
+_TOO_LONG: Final = {False: "must have at most 16 MiB as JSON", True: "must have at most 64 KiB as JSON"}
+_TOO_DEEP: Final = f"must not be nested deeper than {MAX_DEPTH} levels"
+
+
+# The values below are any that a caller may pass, of unknown types by nature.
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false, reportUnknownMemberType=false
+
+
 def _dumps(parameter: str, value: object, *, ascii_only: bool) -> str:
     try:
         return json.dumps(value, ensure_ascii=ascii_only, allow_nan=False)
@@ -221,40 +269,194 @@ def _dumps(parameter: str, value: object, *, ascii_only: bool) -> str:
         problem = (
             f"must be a JSON value ({type(error).__name__}): dicts, lists, strings, finite numbers, booleans, None"
         )
+    where = _fault(value)
+    raise InvalidInputError(parameter, f"{problem}; {where}" if where else problem)
+
+
+def _fault(value: object) -> str | None:
+    """Return the path and the type of the first value that JSON does not have."""
+    seen: set[int] = set()
+    todo: list[Iterator[tuple[str, Any]]] = [iter([("", value)])]
+    while todo:
+        step = next(todo[-1], None)
+        if step is None:
+            todo.pop()
+            continue
+        path, item = step
+        kind: Any = type(item)
+        if issubclass(kind, dict | list | tuple):
+            if id(item) not in seen:
+                seen.add(id(item))
+                todo.append(_steps(path, item))
+        elif issubclass(kind, float) and not isfinite(item):
+            return f"{path or 'it'} is not finite"
+        elif item is not None and not issubclass(kind, str | int | float):
+            return f"{path or 'it'} is of type {kind.__name__}"
+    return None
+
+
+def _steps(path: str, container: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - a dict, list or tuple
+    if issubclass(type(container), dict):
+        for name, item in dict.items(container):
+            yield f"{path}.{name}".lstrip(".") if _is_short_name(name) else f"{path}[...]", item
+    else:
+        for index, item in enumerate(container):
+            yield f"{path}[{index}]", item
+
+
+def _is_short_name(name: object) -> bool:
+    return type(name) is str and len(name) <= 40 and name.isidentifier()
+
+
+class _OverriddenError(Exception):
+    """A dict, list or tuple is read in a way of its class's own."""
+
+
+def _checked(parameter: str, value: object, *, for_jsonb: bool) -> tuple[object, int]:
+    """Return the value, or a plain copy where a class overrides how it is read, and what `_walk` returns."""
+    longer = _quick_walk(parameter, value, for_jsonb=for_jsonb)
+    if longer is not None:
+        return value, longer
+    try:
+        return value, _walk(parameter, value, for_jsonb=for_jsonb)
+    except _OverriddenError:
+        pass
+    try:
+        value = _plain(value, MAX_DEPTH, {})
+    except RecursionError:
+        problem = _TOO_DEEP
+    except Exception as error:  # noqa: BLE001 - the caller's class may raise anything
+        problem = f"must be a JSON value: reading a dict, list or tuple in it raised {type(error).__name__}"
+    else:
+        return value, _walk(parameter, value, for_jsonb=for_jsonb)
     raise InvalidInputError(parameter, problem)
+
+
+def _quick_walk(parameter: str, value: Any, *, for_jsonb: bool) -> int | None:  # noqa: ANN401 - any value
+    """Do the work of `_walk` for a small value of JSON's own types; None for any other, which `_walk` decides."""
+    level = [value]
+    longer = characters = 0
+    for _ in range(MAX_DEPTH + 1):
+        inner: list[Any] = []
+        for item in level:
+            kind = type(item)
+            if kind is str:
+                characters += len(item)
+                if for_jsonb:
+                    utf8_length(parameter, item)
+            elif kind is dict or kind is list or kind is tuple:
+                inner.append(item)
+            elif kind is float:
+                if for_jsonb and "e" in repr(item):
+                    longer += len(f"{Decimal(repr(item)):f}") - len(repr(item))
+            elif kind is not int and kind is not bool and item is not None:
+                return None
+        if not inner:
+            return longer
+        level = []
+        for item in inner:
+            if type(item) is dict:
+                for name in item:
+                    if type(name) is not str:
+                        return None
+                    characters += len(name)
+                    if for_jsonb:
+                        utf8_length(parameter, name)
+                level += item.values()
+            else:
+                level += item
+            if len(level) > _QUICK_ITEMS:
+                return None
+        if characters > _QUICK_CHARACTERS:
+            return None
+    return None
+
+
+def _plain(value: Any, levels: int, known: dict[int, tuple[Any, Any]]) -> Any:  # noqa: ANN401 - any value
+    """Copy dicts, lists and tuples, each once, as their own methods give their items."""
+    kind: Any = type(value)
+    if not issubclass(kind, dict | list | tuple):
+        return value
+    if id(value) in known:
+        return known[id(value)][1]
+    if levels == 0:
+        raise RecursionError
+    # no valid value has as many items: an endless iterator ends here
+    if issubclass(kind, dict):
+        pairs = islice(value.items(), MAX_PAYLOAD)
+        copy: Any = {name: _plain(item, levels - 1, known) for name, item in pairs}
+    else:
+        copy = [_plain(item, levels - 1, known) for item in islice(value, MAX_PAYLOAD)]
+    known[id(value)] = (value, copy)  # keeps the value, and so its id
+    return copy
+
+
+_QUICK_ITEMS: Final = 4_096
+_QUICK_CHARACTERS: Final = 1024 * 1024
+"""What a level may have, and a value, to be certainly below 16 MiB even if each of its parts is shared."""
+
+_ITEMS: Final[tuple[Any, ...]] = (dict.items, OrderedDict.items)
+_ITERATIONS: Final[tuple[Any, ...]] = (list.__iter__, tuple.__iter__)
 
 
 def _walk(parameter: str, value: object, *, for_jsonb: bool) -> int:
     """
     Refuse nesting deeper than 200, keys that are no strings, and in jsonb strings that it cannot hold.
 
-    Returns how many characters jsonb's text has more than Python's: it writes 1e22 with all its zeros.
+    What is referenced several times at a level is looked at once and counted as often, and the counting ends where
+    the JSON is certainly too long: json.dumps would write it out first. Returns how many characters jsonb's text has
+    more than Python's: it writes 1e22 with all its zeros.
     """
-    level: list[Any] = [value]
-    longer = 0
-    for depth in range(MAX_DEPTH + 1):
-        if for_jsonb and len(level) > MAX_METADATA:  # a value takes a byte: so one that holds itself ends here
-            raise InvalidInputError(parameter, "must have at most 64 KiB as JSON")
-        inner: dict[int, Any] = {}
-        for item in level:
-            if isinstance(item, dict | list | tuple):
-                # each counts in jsonb; else once, or a list that holds itself twice would double at each level
-                inner[len(inner) if for_jsonb else id(item)] = item  # pyright: ignore[reportUnknownArgumentType]
-            elif for_jsonb and isinstance(item, str):
-                utf8_length(parameter, item)
-            elif for_jsonb and isinstance(item, float) and "e" in repr(item):
-                longer += len(f"{Decimal(repr(item)):f}") - len(repr(item))
+    most = MAX_METADATA if for_jsonb else MAX_PAYLOAD
+    level: dict[int, tuple[Any, int]] = {0: ((value,), 1)}
+    size, longer = -1, 0
+    for _ in range(MAX_DEPTH + 1):
+        inner: dict[int, tuple[Any, int]] = {}
+        for container, times in level.values():
+            kind: Any = type(container)
+            names: Iterable[Any] = ()
+            if kind is dict:
+                names, members = container, container.values()
+            elif kind is list or kind is tuple:
+                members = container
+            elif issubclass(kind, dict):
+                if kind.items not in _ITEMS:
+                    raise _OverriddenError
+                names, members = dict.keys(container), dict.values(container)
+            elif kind.__iter__ not in _ITERATIONS:
+                raise _OverriddenError
+            else:
+                members = tuple(container)
+            characters = max(3 * len(members) - 1, 1)  # brackets, separators, and one for each member
+            for name in names:
+                if not issubclass(type(name), str):
+                    raise InvalidInputError(parameter, f"must have strings as keys, not {type(name).__name__}")
+                characters += str.__len__(name) + 4
+                if for_jsonb:
+                    utf8_length(parameter, _exact(name))
+            for item in members:
+                kind = type(item)
+                if kind is str:
+                    characters += len(item)
+                    if for_jsonb:
+                        utf8_length(parameter, item)
+                elif kind is dict or kind is list or issubclass(kind, dict | list | tuple):
+                    known = inner.get(id(item))
+                    inner[id(item)] = (item, times if known is None else known[1] + times)
+                elif kind is int or kind is bool or item is None:
+                    pass
+                elif issubclass(kind, str):
+                    characters += str.__len__(item)
+                    if for_jsonb:
+                        utf8_length(parameter, _exact(item))
+                elif for_jsonb and issubclass(kind, float):
+                    written = float.__repr__(item)
+                    if "e" in written:
+                        longer += times * (len(f"{Decimal(written):f}") - len(written))
+            size += times * characters
+            if size > most:
+                raise InvalidInputError(parameter, _TOO_LONG[for_jsonb])
         if not inner:
             return longer
-        if depth == MAX_DEPTH:
-            break
-        level = []
-        for item in inner.values():
-            if isinstance(item, dict):
-                for name in item:  # pyright: ignore[reportUnknownVariableType]
-                    if not isinstance(name, str):
-                        raise InvalidInputError(parameter, f"must have strings as keys, not {type(name).__name__}")  # pyright: ignore[reportUnknownArgumentType]
-                    if for_jsonb:
-                        utf8_length(parameter, name)
-            level.extend(item.values() if isinstance(item, dict) else item)  # pyright: ignore[reportUnknownArgumentType]
-    raise InvalidInputError(parameter, f"must not be nested deeper than {MAX_DEPTH} levels")
+        level = inner
+    raise InvalidInputError(parameter, _TOO_DEEP)

@@ -79,13 +79,14 @@ async def append_messages(
     Append messages in their order, all or nothing, and return them as they are stored.
 
     They share one `created_at`. The keys in a batch are distinct; either all messages are new, or all have come
-    before, under the same keys with the same bodies, and the stored ones come back. No messages append nothing.
+    before, under the same keys with the same bodies, and the stored ones come back. No messages append nothing. A batch
+    has at most 10,000 messages and 64 MiB of contents, payloads, metadata and keys together.
 
     Raises ConversationNotFoundError, ConflictError when some keys are new and some are not or a body differs,
     InvalidInputError, which names the message. Without keys `append_messages.sql`, else `append_messages_keyed.sql`.
     """
     user, conversation = _input.user(user_id), _input.identifier(conversation_id)
-    batch = _input.messages(messages)
+    batch = await _input.messages(messages)
     if not batch:
         await get_conversation(db, user_id=user, conversation_id=conversation)
         return []

@@ -7,7 +7,7 @@ import contextlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,16 @@ _export_conversations = Query("export_conversations", Conversation)
 _export_conversations_messages = Query("export_conversations_messages", Message)
 
 OTHER_OF_KEY = "the user has another conversation of this key"
+FUTURE = "a time in the future, replaced by that of the import"
 CHANGED_SINCE = "the stored conversation is not the beginning of the file's"
 
 # a batch is what the server stores while the next one is read: large enough to be worth its three statements
 _BATCH_MESSAGES = 5_000
 _BATCH_CONVERSATIONS = 1_000
 _BATCH_CHARACTERS = 8 * 1024 * 1024
+CLOCKS_DIFFER = timedelta(minutes=5)
+"""How far ahead a time of the file may be, whose clock was another than the server's."""
+
 _COLUMNS = ("user_id", "conversation_id", *SourceMessage._fields)
 
 
@@ -137,8 +141,10 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
     try:
         async with transaction(pool, user_id=user) as connection:
             started_at, is_walled = await _started_at(connection)
+            latest = started_at + CLOCKS_DIFFER
             while (batch := await asyncio.shield(ahead)) is not None:
                 ahead = asyncio.create_task(asyncio.to_thread(next, batches, None))
+                batch = _without_future(batch, latest, report)
                 await _store(connection, user, batch, started_at, report, is_walled=is_walled)
     finally:
         with contextlib.suppress(Exception):  # the first error is the one to be seen
@@ -202,6 +208,28 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
             case Changed():
                 report.change(item.reason, conversations=item.conversations, messages=item.messages)
     yield batch
+
+
+def _without_future(batch: _Batch, latest: datetime, report: ImportReport) -> _Batch:
+    """Remove times after the latest, which would keep a conversation on top: those of the import replace them."""
+
+    def known(time: datetime | None) -> datetime | None:
+        return None if time is None or time > latest else time
+
+    past: _Batch = []
+    for target, messages in batch:
+        source = target.source
+        created_at, updated_at = known(source.created_at), known(source.updated_at)
+        if (created_at, updated_at) != (source.created_at, source.updated_at):
+            # without a key a conversation is found again by its time of creation alone
+            target.source = source._replace(created_at=created_at or updated_at, updated_at=updated_at)
+            report.change(FUTURE, conversations=1)
+        replaced = [message._replace(created_at=known(message.created_at)) for message in messages]
+        ahead = sum(new.created_at != old.created_at for new, old in zip(replaced, messages, strict=True))
+        if ahead:
+            report.change(FUTURE, messages=ahead)
+        past.append((target, replaced if ahead else messages))
+    return past
 
 
 async def _started_at(connection: Connection) -> tuple[datetime, bool]:

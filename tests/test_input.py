@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import json
 import subprocess
 import sys
 import textwrap
 import traceback
+import tracemalloc
+from collections import OrderedDict, defaultdict
 from datetime import UTC, datetime
+from itertools import count, repeat
+from typing import NamedTuple
 
 import asyncpg
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import chatdb
 from chatdb import (
@@ -21,6 +28,7 @@ from chatdb import (
     JsonText,
     MessageNotFoundError,
     NewMessage,
+    _input,
 )
 from chatdb.errors import CONSTRAINTS, translated
 from tests.test_public_api import CALLS, NOBODYS, SIGNATURES, call
@@ -590,3 +598,262 @@ async def test_the_database_enforces_the_same(tx, place, constraint):
         error = translated(raised.value)
         assert isinstance(error, InvalidInputError)
         assert (error.parameter, str(error)) == (parameter, f"{parameter}: {sentence}")
+
+
+# What callers pass that only looks like JSON: their own subclasses, and what is referenced several times.
+
+
+def shared(levels, value="lol"):
+    """Return lists that hold the same list twice, so that their JSON doubles at each level."""
+    for level in range(levels):
+        value = {"a": value, "b": value} if level % 2 else [value, value]
+    return value
+
+
+@pytest.mark.parametrize("parameter", ["payload", "metadata"])
+@pytest.mark.parametrize(
+    "value",
+    [shared(26), shared(60), shared(190), ["x" * MIB] * 10_000, [[{"k" * MIB: 1}] * 4_000], [[[0] * MIB] * 4_000] * 4],
+    ids=["26 levels", "60 levels", "190 levels", "a string", "a key", "a list"],
+)
+def test_shared_references_are_refused_before_they_are_encoded(parameter, value):
+    """A value that is small in memory and huge as JSON is refused without a huge text."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidInputError, match="must have at most") as raised:
+            getattr(_input, parameter)(parameter, {"a": value})
+        assert tracemalloc.get_traced_memory()[1] < 64 * MIB
+    finally:
+        tracemalloc.stop()
+    assert raised.value.parameter == parameter
+
+
+class Score(float, enum.Enum):
+    """A float that is an enum."""
+
+    LOW = 1e-7
+
+
+class Level(enum.IntEnum):
+    """An int that is an enum."""
+
+    LOW = 1
+
+
+class NumpyFloat(float):
+    """A float whose repr is not a number, as numpy's."""
+
+    def __repr__(self):
+        """Return what numpy does."""
+        return f"np.float64({float.__repr__(self)})"
+
+
+class OddStr(str):
+    """A str whose methods lie or fail."""
+
+    def _fail(self, *_):
+        raise LookupError
+
+    __str__ = __len__ = __repr__ = find = isascii = encode = _fail
+
+
+class OddDict(dict):
+    """A dict that has something else than it stores."""
+
+    def items(self):
+        """Return others than are stored."""
+        return [("other", [1])]
+
+
+class FailingDict(dict):
+    """A dict that cannot be read."""
+
+    def items(self):
+        """Fail."""
+        raise LookupError(MARK)
+
+
+class EndlessList(list):
+    """A list that never ends, of strings."""
+
+    def __iter__(self):
+        """Go on for ever."""
+        return repeat("x" * 1000)
+
+
+class Deep(list):
+    """A list that holds a new one, for ever."""
+
+    def __iter__(self):
+        """Go deeper."""
+        return iter([Deep()])
+
+
+class Pair(NamedTuple):
+    """A tuple with names."""
+
+    a: int
+    b: str
+
+
+@pytest.mark.parametrize(
+    ("value", "json_value"),
+    [
+        (Score.LOW, 1e-7),
+        (NumpyFloat(1e-7), 1e-7),
+        (NumpyFloat(1e300), 1e300),
+        (Level.LOW, 1),
+        (OddStr("text"), "text"),
+        ({OddStr("name"): 1}, {"name": 1}),
+        (OddDict(a=object()), {"other": [1]}),
+        (Pair(1, "b"), [1, "b"]),
+        (OrderedDict(a=1), {"a": 1}),
+        (defaultdict(list, a=[]), {"a": []}),
+    ],
+    ids=["enum of float", "numpy", "numpy, large", "enum of int", "str", "key", "dict", "tuple", "order", "default"],
+)
+@pytest.mark.parametrize("parameter", ["payload", "metadata"])
+def test_subclasses_are_taken_by_what_they_hold(parameter, value, json_value):
+    """A subclass of a JSON type is stored as its value, whatever its own methods say."""
+    assert json.loads(getattr(_input, parameter)(parameter, {"a": value})) == {"a": json_value}
+
+
+@pytest.mark.parametrize("value", [FailingDict(a=1), EndlessList(), Deep(), (x for x in "ab"), range(3), Score])
+@pytest.mark.parametrize("parameter", ["payload", "metadata"])
+def test_what_only_looks_like_json_is_refused(parameter, value):
+    """A value that cannot be read, never ends or is no JSON is an InvalidInputError, which quotes nothing."""
+    with pytest.raises(InvalidInputError) as raised:
+        getattr(_input, parameter)(parameter, {"a": [value]})
+    assert raised.value.parameter == parameter
+    assert MARK not in str(raised.value)
+
+
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.builds(lambda: 10**5000),
+    st.floats().map(NumpyFloat) | st.floats() | st.sampled_from(Score) | st.sampled_from(Level),
+    st.text(),
+    st.decimals() | st.binary() | st.datetimes() | st.just(object()),
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=4).map(tuple)
+        | inner.map(lambda value: [value, {"a": value}])
+        | st.dictionaries(st.text(max_size=3) | st.text(max_size=3).map(str) | st.integers(), inner, max_size=4)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=4).map(OrderedDict)
+    ),
+    max_leaves=20,
+)
+
+
+@given(VALUES)
+@settings(deadline=None, max_examples=200)
+def test_any_value_is_taken_as_it_is_or_refused(value):
+    """Whatever is passed is stored as the JSON that Python makes of it, or is an InvalidInputError."""
+    for parameter, given_value in (("payload", value), ("metadata", {"a": value})):
+        try:
+            encoded = getattr(_input, parameter)(parameter, given_value)
+        except InvalidInputError:
+            continue
+        if encoded is not None:
+            assert json.loads(encoded) == json.loads(json.dumps(given_value))
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ({"items": [0, {"when": datetime(2026, 1, 1, tzinfo=UTC)}]}, "items[1].when is of type datetime"),
+        ({f"{MARK} 1": [{1}]}, "[...][0] is of type set"),
+        ({"a": {"b": float("nan")}}, "a.b is not finite"),
+    ],
+)
+def test_path_of_what_is_no_json(value, sentence):
+    """The error names the place and the type of what is no JSON."""
+    with pytest.raises(InvalidInputError) as raised:
+        _input.payload("payload", value)
+    assert str(raised.value).endswith(sentence)
+    assert MARK not in str(raised.value)
+
+
+async def test_odd_strings_are_sent_as_they_are():
+    """A subclass of str is sent as a plain str of its characters."""
+    odd = OddStr("user")
+    for taken in (
+        _input.user(odd),
+        _input.key("key", odd),
+        _input.title(odd),
+        _input.role("role", odd),
+        _input.content("content", odd),
+        (await _input.messages([{"role": odd, "content": odd, "key": odd}]))[0][-1],
+    ):
+        assert type(taken) is str
+        assert taken == "user"
+    assert type(_input.integer("seq", Level.LOW, least=0)) is int
+
+
+# A batch.
+
+
+def endless(text="x"):
+    """Yield messages for ever."""
+    for number in count():
+        yield {"role": "user", "content": text, "key": f"{number}"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "consumed", "problem"),
+    [
+        (endless(), 10_001, "at most 10,000"),
+        (endless("x" * MIB), 64, "at most 64 MiB"),
+        (endless(WIDE * (MIB // 4)), 64, "at most 64 MiB"),
+        (({"role": "user", "content": "", "payload": "x" * MIB} for _ in count()), 64, "at most 64 MiB"),
+    ],
+    ids=["number", "bytes", "wide characters", "payloads"],
+)
+async def test_a_batch_ends_at_its_limit(messages, consumed, problem):
+    """A batch of too many messages or bytes is refused before anything is sent, and read no further than needed."""
+    taken = 0
+
+    def counted():
+        nonlocal taken
+        for message in messages:
+            taken += 1
+            yield message
+
+    db = Recorder()
+    with pytest.raises(InvalidInputError, match=problem) as raised:
+        await chatdb.append_messages(db, user_id="u", conversation_id=1, messages=counted())
+    assert raised.value.parameter == "messages"
+    assert taken == consumed
+    assert db.sent == []
+
+
+async def test_the_largest_batches():
+    """A batch of exactly the limits is taken."""
+    assert len(await _input.messages([{"role": "user", "content": ""}] * 10_000)) == 10_000
+    assert len(await _input.messages([{"role": "user", "content": "x" * (4 * MIB)}] * 16)) == 16
+    with pytest.raises(InvalidInputError):
+        await _input.messages([*[{"role": "user", "content": "x" * (4 * MIB)}] * 16, {"role": "user", "content": "x"}])
+
+
+async def test_a_large_batch_lets_other_tasks_run():
+    """While a large batch is checked, the event loop goes on to other tasks."""
+    turns = 0
+
+    async def other():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    await _input.messages([{"role": "user", "content": "x"}] * 10_000)
+    many = turns
+    await _input.messages([{"role": "user", "content": "x" * MIB}] * 32)
+    task.cancel()
+    assert many >= 15
+    assert turns - many >= 15

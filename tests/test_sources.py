@@ -6,6 +6,7 @@ import importlib.util
 import io
 import itertools
 import json
+import os
 import re
 import struct
 import zipfile
@@ -878,7 +879,7 @@ some_messages = st.builds(
     id=st.integers(),
     conversation_id=st.integers(),
     user_id=stored_text,
-    seq=st.integers(1, 2**63 - 1),
+    seq=st.integers(1, 2**53),
     role=st.sampled_from(["user", "assistant", "system", "developer", "tool"]),
     content=stored_text,
     payload=some_payloads | st.just(JsonText(r'{"a" : "\ud800\u0000", "a":1.10}')),
@@ -894,7 +895,7 @@ some_conversations = st.builds(
     key=st.none() | names.filter(bool),
     title=st.none() | names,
     metadata=some_metadata,
-    last_seq=st.integers(0, 2**63 - 1),
+    last_seq=st.integers(0, 2**53),
     created_at=some_times,
     updated_at=some_times,
 )
@@ -1029,7 +1030,7 @@ BAD_HEAD = {
     "key": BAD_KEYS,
     "title": [5, SECRET * 100, "\0", "\ud800"],
     "metadata": BAD_METADATA,
-    "last_seq": [None, -1, "2", True, 2.0, 2**63],
+    "last_seq": [None, -1, "2", True, 2.0, 2**53 + 1],
     "created_at": BAD_TIMES,
     "updated_at": BAD_TIMES,
 }
@@ -1298,3 +1299,33 @@ def test_an_archive_without_conversations_is_refused(archive):
     """Another zip archive is no export."""
     with pytest.raises(InvalidInputError, match=r"without a conversations\.json"), sources.opened(archive({"a": "b"})):
         pass
+
+
+def test_an_archive_that_expands_too_far(tmp_path: Path) -> None:
+    """A member that is small and expands to very much is refused by its name before it is read."""
+    path = tmp_path / "export.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("conversations.json", "[" + " " * 17 * 1024 * 1024 + "]")
+    with pytest.raises(InvalidInputError, match=r"'conversations\.json' of the zip archive expands"):
+        sources.opened(path).__enter__()
+
+
+def test_an_archive_of_too_many_files(tmp_path: Path) -> None:
+    """An archive of more files of conversations than anybody exports is refused."""
+    path = tmp_path / "export.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(1_001):
+            archive.writestr(f"conversations-{number}.json", "[]")
+    with pytest.raises(InvalidInputError, match="over 1,000 files"):
+        sources.opened(path).__enter__()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_regular_file(tmp_path: Path, kind: str) -> None:
+    """A pipe, a folder or a device is refused at once, rather than waited for."""
+    path = Path("/dev/zero") if kind == "device" else tmp_path
+    if kind == "pipe":
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+    with pytest.raises(InvalidInputError, match="regular file"):
+        sources.opened(path).__enter__()

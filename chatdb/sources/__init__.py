@@ -41,6 +41,12 @@ __all__ = [
 
 FORMATS: Final = ("sharegpt", "chatgpt", "chatdb")
 
+MAX_MEMBERS: Final = 1_000
+MAX_RATIO: Final = 100
+"""Text of conversations compresses to a fifth or a tenth; beyond this an archive is made to fill memory and disks."""
+
+_RATIO_FROM: Final = 16 * 1024 * 1024
+
 _MEMBER = re.compile(r"(?:.*/)?conversations(-\d+)?\.json")
 
 
@@ -102,6 +108,8 @@ def opened(path: Path) -> Generator[list[Part]]:
     Raises InvalidInputError for a pipe, and when the archive cannot be read or has no conversations.
     """
     with ExitStack() as stack:
+        if path.exists() and not path.is_file():  # opening a named pipe waits for its other end
+            raise InvalidInputError("file", "must be a regular file, not a folder, a pipe or a device: save it first")
         file = stack.enter_context(path.open("rb"))
         if not file.seekable():
             raise InvalidInputError("file", "must be a file and not a pipe: save it first")
@@ -117,6 +125,13 @@ def _members(file: BinaryIO, stack: ExitStack) -> list[Part]:
             raise InvalidInputError("file", "is a zip archive without a conversations.json")
         if any(member.flag_bits & 1 for member in members):
             raise InvalidInputError("file", "is a zip archive with a password: unpack it first")
+        if len(members) > MAX_MEMBERS:
+            raise InvalidInputError("file", f"is a zip archive with over {MAX_MEMBERS:,} files of conversations")
+        for member in members:
+            # zipfile reads no more of a member than its declared size
+            if member.file_size > max(_RATIO_FROM, MAX_RATIO * member.compress_size):
+                problem = f"{member.filename!r} of the zip archive expands to over {MAX_RATIO} times its size"
+                raise InvalidInputError("file", f"{problem}: if you trust it, unpack it and import the file")
         members.sort(key=lambda member: (len(member.filename), member.filename))
         return [
             Part(member.filename, cast("BinaryIO", stack.enter_context(archive.open(member))), member.file_size)

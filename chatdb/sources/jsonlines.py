@@ -29,6 +29,9 @@ VERSION: Final = 1
 MAX_LINE: Final = 128 * 1024 * 1024
 """The bytes that a line may have: 20 MiB of content and payload, of which escapes make up to six times as much."""
 
+MAX_LAST_SEQ: Final = 2**53
+"""Appends go on behind the highest `last_seq` of a file for as long as anybody can write."""
+
 _encode = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=datetime.isoformat
 ).encode
@@ -136,6 +139,10 @@ def _number(name: str, value: object) -> int:
     return _input.integer(name, value, least=0)
 
 
+def _last_seq(name: str, value: object) -> int:
+    return _input.integer(name, value, least=0, most=MAX_LAST_SEQ)
+
+
 def _title(name: str, value: object) -> str | None:
     return None if value is None else _input.text(name, value, least=0, most=_input.MAX_TITLE)
 
@@ -160,7 +167,7 @@ _CONVERSATION: dict[str, Callable[[str, Any], Any]] = {
     "key": _input.key,
     "title": _title,
     "metadata": _input.metadata,
-    "last_seq": _number,
+    "last_seq": _last_seq,
     "created_at": _time,
     "updated_at": _time,
 }
