@@ -205,7 +205,8 @@ def _settle(connection: psycopg.Connection, files: list[MigrationFile]) -> None:
     """Have the session see one schema, that of yoyo's tables: where these migrations are, else the first there is."""
     found = connection.execute(
         """
-        select pg_catalog.quote_ident(n.nspname), pg_catalog.has_schema_privilege(n.oid, 'usage') and pg_catalog.has_table_privilege(c.oid, 'select')
+        select pg_catalog.quote_ident(n.nspname), pg_catalog.has_schema_privilege(n.oid, 'usage')
+            and pg_catalog.has_table_privilege(c.oid, 'select')
         from pg_catalog.pg_class as c
         inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
         inner join pg_catalog.pg_attribute as a on a.attrelid = c.oid and a.attname = 'migration_id'
@@ -273,7 +274,8 @@ def _remembered(connection: psycopg.Connection) -> dict[str, str]:
     """Return the checksums of the applied contents; what yoyo alone has applied since is not among them."""
     if one(
         connection,
-        "select pg_catalog.to_regclass('_yoyo_migration') is null or pg_catalog.to_regclass('_chatdb_migration') is null",
+        "select pg_catalog.to_regclass('_yoyo_migration') is null "
+        "or pg_catalog.to_regclass('_chatdb_migration') is null",
     ):
         return {}
     return dict(

@@ -105,7 +105,7 @@ def _wall(connection: psycopg.Connection, table: str) -> Wall:
     found = connection.execute(
         """
         select oid, relrowsecurity, relforcerowsecurity from pg_catalog.pg_class
-        where relnamespace = to_regnamespace('chatdb') and relname = %s
+        where relnamespace = pg_catalog.to_regnamespace('chatdb') and relname = %s
         """,
         [table],
     ).fetchone()
@@ -113,8 +113,8 @@ def _wall(connection: psycopg.Connection, table: str) -> Wall:
         raise SchemaError(f"the database has no table chatdb.{table}: run yoyo apply, or chatdb migrate")
     policies = connection.execute(
         """
-        select polname, polpermissive, polcmd, polroles = '{0}', pg_get_expr(polqual, polrelid),
-            pg_get_expr(polwithcheck, polrelid)
+        select polname, polpermissive, polcmd, polroles = '{0}', pg_catalog.pg_get_expr(polqual, polrelid),
+            pg_catalog.pg_get_expr(polwithcheck, polrelid)
         from pg_catalog.pg_policy where polrelid = %s order by polname
         """,
         [found[0]],
