@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+import asyncpg
 from pydantic import NaiveDatetime
 from sqlalchemy import Text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlmodel import Field, SQLModel, select
+
+from chatdb.dsn import connect_arguments
 
 
 def utc_now() -> datetime:
@@ -59,7 +62,11 @@ FILL = (
 
 def engine(dsn: str, connections: int) -> AsyncEngine:
     """Return an engine on a database, given as asyncpg's DSN."""
-    return create_async_engine(dsn.replace("postgresql://", "postgresql+asyncpg://"), pool_size=connections)
+    return create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=lambda: asyncpg.connect(**connect_arguments(dsn)),  # libpq's options are no keywords of asyncpg's
+        pool_size=connections,
+    )
 
 
 def sessions(made: AsyncEngine) -> async_sessionmaker[AsyncSession]:

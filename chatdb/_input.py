@@ -305,7 +305,8 @@ def _steps(path: str, container: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN
 
 
 def _is_short_name(name: object) -> bool:
-    return type(name) is str and len(name) <= 40 and name.isidentifier()
+    # in lower case, as a program writes its names: others may be a user's own words
+    return type(name) is str and len(name) <= 40 and name.isidentifier() and name == name.lower()
 
 
 class _OverriddenError(Exception):

@@ -176,11 +176,11 @@ async def _run_to_end(
         try:
             await asyncio.wait([future], timeout=None if deadline is None else deadline - loop.time())
         except asyncio.CancelledError as error:
+            if cancelled is None and on_cancel is not None:
+                on_cancel()  # once: a second one would cut short what the first has begun
             cancelled = error
             if deadline is None and patience is not None:
                 deadline = loop.time() + patience
-            if on_cancel is not None:
-                on_cancel()
     if cancelled is not None:
         future.add_done_callback(lambda done: done.exception())  # or asyncio reports it as never retrieved
         raise cancelled

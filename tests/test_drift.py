@@ -12,7 +12,7 @@ import re
 import typing
 from collections import defaultdict
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import product
 from types import NoneType, SimpleNamespace
 from typing import Literal
@@ -291,7 +291,9 @@ async def check_call(function, stem, given, real=None):
 async def check_import(real=None, *, is_walled=False):
     """Raise unless an import's statements and its COPY get everything where headers and columns name it."""
     db = Transfer(TRANSFERRED, real, is_walled=is_walled)
-    await transfer.import_conversations(db, user_id="ann", items=IMPORT)
+    with pytest.MonkeyPatch.context() as patch:  # the recorded clock stands still, before the times of the import
+        patch.setattr(transfer, "CLOCKS_DIFFER", timedelta(days=365))
+        await transfer.import_conversations(db, user_id="ann", items=IMPORT)
     sent = [(file_of(name_of(query)), args) for query, args in db.sent]
     named = [dict(zip([parameter.name for parameter in file.parameters], args, strict=True)) for file, args in sent]
     is_sent = [(file.name, args) for (file, _), args in zip(sent, named, strict=True)]
