@@ -188,7 +188,7 @@ def _column(connection: psycopg.Connection, table: int, column: str) -> str:
         "where attrelid = %s::oid and attnum > 0 and not attisdropped and attname = any(%s::name[])"
     )
     there = {name for (name,) in connection.execute(statement.encode(), [table, folded]).fetchall()}
-    return str(folded[0]) if isinstance(folded, list) and folded[0] in there and len(folded) == 1 else column
+    return str(folded[0]) if isinstance(folded, list) and folded[0] in there and len(folded) == 1 else column  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _quoted(name: str) -> str:
