@@ -22,6 +22,8 @@ MAX_NAME: Final = 255
 MAX_TITLE: Final = 1_000
 MAX_CONTENT: Final = 4 * 1024 * 1024
 MAX_METADATA: Final = 64 * 1024
+"""Of a message."""
+MAX_CONVERSATION_METADATA: Final = 1024 * 1024
 MAX_PAYLOAD: Final = 16 * 1024 * 1024
 MAX_DEPTH: Final = 200
 MAX_BATCH: Final = 10_000
@@ -133,18 +135,23 @@ def token_count(parameter: str, value: object) -> int | None:
     return None if value is None else integer(parameter, value, least=0, most=MAX_INT)
 
 
-def metadata(parameter: str, value: object) -> str | None:
+def metadata(parameter: str, value: object, *, most: int = MAX_METADATA) -> str | None:
     """Return metadata as the JSON that jsonb takes, or None for none."""
     if value is None:
         return None
     if not isinstance(value, dict):
         raise InvalidInputError(parameter, f"must be a dict or None, not {type(value).__name__}")
-    data, longer = _checked(parameter, cast("object", value), for_jsonb=True)
+    data, longer = _checked(parameter, cast("object", value), for_jsonb=True, most=most)
     # the separators are those of jsonb's own text, by which the CHECK measures
     encoded = _dumps(parameter, data, ascii_only=False)
-    if utf8_length(parameter, encoded) + longer > MAX_METADATA:
-        raise InvalidInputError(parameter, _TOO_LONG[True])
+    if utf8_length(parameter, encoded) + longer > most:
+        raise InvalidInputError(parameter, _TOO_LONG[most])
     return encoded
+
+
+def conversation_metadata(parameter: str, value: object) -> str | None:
+    """Return a conversation's metadata, which may be longer than a message's."""
+    return metadata(parameter, value, most=MAX_CONVERSATION_METADATA)
 
 
 def payload(parameter: str, value: object) -> str | None:
@@ -155,10 +162,10 @@ def payload(parameter: str, value: object) -> str | None:
         encoded = str.__str__(value)
         length = utf8_length(parameter, encoded)
         if length > MAX_PAYLOAD:
-            raise InvalidInputError(parameter, _TOO_LONG[False])
+            raise InvalidInputError(parameter, _TOO_LONG[MAX_PAYLOAD])
         _parse(parameter, encoded)
     else:
-        value, _ = _checked(parameter, value, for_jsonb=False)
+        value, _ = _checked(parameter, value, for_jsonb=False, most=MAX_PAYLOAD)
         encoded = _dumps(parameter, value, ascii_only=False)
         try:
             length = len(encoded.encode())
@@ -166,7 +173,7 @@ def payload(parameter: str, value: object) -> str | None:
             encoded = _dumps(parameter, value, ascii_only=True)
             length = len(encoded)
     if length > MAX_PAYLOAD:
-        raise InvalidInputError(parameter, _TOO_LONG[False])
+        raise InvalidInputError(parameter, _TOO_LONG[MAX_PAYLOAD])
     return encoded
 
 
@@ -245,7 +252,7 @@ def _parse(parameter: str, encoded: str) -> None:
         problem = "must be valid JSON, without NaN or Infinity, numbers of over 4,300 digits or nesting deeper than 200"
     else:
         if encoded.count("[") + encoded.count("{") > MAX_DEPTH:
-            _walk(parameter, value, for_jsonb=False)
+            _walk(parameter, value, for_jsonb=False, most=MAX_PAYLOAD)
         return
     raise InvalidInputError(parameter, problem)
 
@@ -254,7 +261,10 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(name)
 
 
-_TOO_LONG: Final = {False: "must have at most 16 MiB as JSON", True: "must have at most 64 KiB as JSON"}
+_TOO_LONG: Final = {
+    most: f"must have at most {text} as JSON"
+    for most, text in ((MAX_METADATA, "64 KiB"), (MAX_CONVERSATION_METADATA, "1 MiB"), (MAX_PAYLOAD, "16 MiB"))
+}
 _TOO_DEEP: Final = f"must not be nested deeper than {MAX_DEPTH} levels"
 
 
@@ -313,13 +323,13 @@ class _OverriddenError(Exception):
     """A dict, list or tuple is read in a way of its class's own."""
 
 
-def _checked(parameter: str, value: object, *, for_jsonb: bool) -> tuple[object, int]:
+def _checked(parameter: str, value: object, *, for_jsonb: bool, most: int) -> tuple[object, int]:
     """Return the value, or a plain copy where a class overrides how it is read, and what `_walk` returns."""
     longer = _quick_walk(parameter, value, for_jsonb=for_jsonb)
     if longer is not None:
         return value, longer
     try:
-        return value, _walk(parameter, value, for_jsonb=for_jsonb)
+        return value, _walk(parameter, value, for_jsonb=for_jsonb, most=most)
     except _OverriddenError:
         pass
     try:
@@ -329,7 +339,7 @@ def _checked(parameter: str, value: object, *, for_jsonb: bool) -> tuple[object,
     except Exception as error:  # noqa: BLE001 - the caller's class may raise anything
         problem = f"must be a JSON value: reading a dict, list or tuple in it raised {type(error).__name__}"
     else:
-        return value, _walk(parameter, value, for_jsonb=for_jsonb)
+        return value, _walk(parameter, value, for_jsonb=for_jsonb, most=most)
     raise InvalidInputError(parameter, problem)
 
 
@@ -400,7 +410,7 @@ _ITEMS: Final[tuple[Any, ...]] = (dict.items, OrderedDict.items)
 _ITERATIONS: Final[tuple[Any, ...]] = (list.__iter__, tuple.__iter__)
 
 
-def _walk(parameter: str, value: object, *, for_jsonb: bool) -> int:
+def _walk(parameter: str, value: object, *, for_jsonb: bool, most: int) -> int:
     """
     Refuse nesting deeper than 200, keys that are no strings, and in jsonb strings that it cannot hold.
 
@@ -408,7 +418,6 @@ def _walk(parameter: str, value: object, *, for_jsonb: bool) -> int:
     the JSON is certainly too long: json.dumps would write it out first. Returns how many characters jsonb's text has
     more than Python's: it writes 1e22 with all its zeros.
     """
-    most = MAX_METADATA if for_jsonb else MAX_PAYLOAD
     level: dict[int, tuple[Any, int]] = {0: ((value,), 1)}
     size, longer = -1, 0
     for _ in range(MAX_DEPTH + 1):
@@ -456,7 +465,7 @@ def _walk(parameter: str, value: object, *, for_jsonb: bool) -> int:
                         longer += times * (len(f"{Decimal(written):f}") - len(written))
             size += times * characters
             if size > most:
-                raise InvalidInputError(parameter, _TOO_LONG[for_jsonb])
+                raise InvalidInputError(parameter, _TOO_LONG[most])
         if not inner:
             return longer
         level = inner

@@ -35,7 +35,7 @@ def catalog(parts: Sequence[SchemaPart], *, served: Mapping[str, Sequence[str]],
     found: list[Finding] = []
     for table, needed in NEEDED.items():
         if table not in there:
-            found.append(Finding(f"table {table}", MISSING, "is not there", _remake(table, unapplied=unapplied)))
+            found.append(Finding(f"table {table}", MISSING, "is not there", _remake(unapplied=unapplied)))
             continue
         well = [name for name in needed if (table, name) not in wrong]
         columns = sum(kind_of(name) == "column" for name in well)
@@ -123,12 +123,10 @@ def _reindex(name: str) -> str:
     return f"reindex index concurrently chatdb.{name}"
 
 
-def _remake(table: str, *, unapplied: bool) -> str:
+def _remake(*, unapplied: bool) -> str:
     if unapplied:
         return "chatdb migrate"
-    # every migration can be carried out again
-    forget = f"delete from _yoyo_migration where migration_id like '%.create-{table}'"  # noqa: S608 - shown, not run
-    return f"restore it from a backup; or, to have it empty: {forget}, then chatdb migrate"
+    return "restore it from a backup; or, to have it empty, chatdb migrate"
 
 
 def _leftovers(parts: Sequence[SchemaPart]) -> list[Finding]:

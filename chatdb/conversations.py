@@ -33,13 +33,13 @@ async def create_conversation(
 
     With a `key` (1 to 255 characters, unique per user) the call can be repeated: the stored conversation comes back
     unchanged, whatever the other arguments say, and nothing is written. `title` has at most 1,000 characters,
-    `metadata` at most 64 KiB as JSON.
+    `metadata` at most 1 MiB as JSON.
 
     Raises InvalidInputError.
     """
     user = _input.user(user_id)
     title = _input.title(title)
-    data = _input.metadata("metadata", metadata)
+    data = _input.conversation_metadata("metadata", metadata)
     key = _input.key("key", key)
     if key is None:
         return await _create_conversation.fetch_one(db, user, title, data)
@@ -117,7 +117,7 @@ async def update_conversation(
         title is not UNSET,
         None if title is UNSET else _input.title(title),
         metadata is not UNSET,
-        None if metadata is UNSET else _input.metadata("metadata", metadata),
+        None if metadata is UNSET else _input.conversation_metadata("metadata", metadata),
     )
 
 

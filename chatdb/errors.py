@@ -112,7 +112,7 @@ CONSTRAINTS: dict[str, tuple[str, str]] = {
     "ck_conversations_user_id": ("user_id", "must have 1 to 255 characters"),
     "ck_conversations_key": ("key", "must have 1 to 255 characters"),
     "ck_conversations_title": ("title", "must have at most 1,000 characters"),
-    "ck_conversations_metadata": ("metadata", "must be a dict of at most 64 KiB as JSON"),
+    "ck_conversations_metadata": ("metadata", "must be a dict of at most 1 MiB as JSON"),
     "ck_messages_seq": ("seq", "must be 1 or more"),
     "ck_messages_role": ("role", "must be user, assistant, system, developer or tool"),
     "ck_messages_key": ("key", "must have 1 to 255 characters"),

@@ -1,33 +1,31 @@
 """
-Applies the files under `migrations/`, and takes them back, by yoyo: the same files and bookkeeping as `yoyo apply`.
+Applies the files under `migrations/`, and takes them back. They are yoyo's files, and `yoyo apply` works on them too.
 
-What yoyo lacks is here: a lock that ends with its process, a look at the files' contents (yoyo knows their names only),
-and patience with busy tables. `_chatdb_migration`, beside yoyo's own tables, remembers the contents that were applied.
+The bookkeeping is `chatdb._chatdb_migration`, with a checksum of each file, because yoyo knows only a file's name.
+A migration and its row are one transaction. yoyo keeps its own tables in the first schema of a role's search_path,
+beside those of a host's migrations; what `yoyo apply` recorded there under chatdb's names is taken over.
 """
 
 from __future__ import annotations
 
-import getpass
 import hashlib
-import os
 import re
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import quote, urlencode
+from typing import NamedTuple
 
 from chatdb._query import data_folder
-from chatdb.direct import APPLICATION, connected, locked, one, patiently, without_timeouts
-from chatdb.dsn import libpq_dsn
+from chatdb.direct import APPLICATION, connected, locked, one, patiently, pin_search_path
 from chatdb.errors import ConfigurationError, InvalidInputError, SchemaError, UnavailableError
+from chatdb.ownership import foreign_objects
 
 try:
     import psycopg
-    import psycopg.conninfo
-    import yoyo
+    import sqlparse  # which yoyo splits the files by, too
 except ImportError:
     raise ConfigurationError("yoyo is not installed: pip install 'chatdb[migrate]'") from None
 
@@ -102,28 +100,24 @@ def apply_migrations(
     files = migration_files(folder)
     deadline = time.monotonic() + wait
     with locked(dsn, wait=wait) as connection:
-        _settle(connection, files)
+        pin_search_path(connection)
+        _refuse_foreign_objects(connection)
         missing = _missing(connection, files, to)
         _compare(connection, files)
         _rebuild_indexes(connection, deadline)
-        if not missing and to is None and one(connection, _TABLES) is None:
-            raise SchemaError(
-                "yoyo's tables say that all migrations are applied, and chatdb's tables are not there: either another "
-                "project's migrations have the same names, and chatdb's need yoyo's tables in a schema of their own (a "
-                "role with another search_path), or the tables were dropped by hand (yoyo unmark, and run this again)"
-            )
-        if not missing and _applied(connection) & {file.name for file in files} <= _remembered(connection).keys():
+        if not missing and _applied(connection, files).keys() <= _recorded(connection).keys():
             return []
-        if not one(connection, "select pg_catalog.has_database_privilege(current_database(), 'create')"):
+        if not one(connection, "select pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create')"):
             if not missing:
                 return []
             raise ConfigurationError("the database role may not create a schema: migrate as the database's owner")
-        with _yoyo(dsn, connection, files, missing, deadline) as yoyos:
-            _remember(yoyos.connection, files)
-            missing = _missing(yoyos.connection, files, to)
+        with _worker(dsn, connection, missing, deadline) as worker:
+            patiently(lambda: _take_over(worker, files), deadline)
             for file in missing:
-                yoyos.carry_out("apply", file, report)
-                _remember(yoyos.connection, files)
+                start = time.monotonic()
+                _run(worker, file.sql, partial(_record, worker, file), deadline)
+                if report is not None:
+                    report(file.name, time.monotonic() - start)
     return [file.name for file in missing]
 
 
@@ -145,21 +139,23 @@ def rollback_migrations(
     whose own migrations have to go first.
     """
     files = migration_files(folder)
+    deadline = time.monotonic() + wait
     with locked(dsn, wait=wait) as connection:
-        _settle(connection, files)
+        pin_search_path(connection)
         last = _last(connection, files, to)
         if expected is not None and [file.name for file in last] != expected:
             raise SchemaError(
                 "another process has migrated this database meanwhile: nothing was taken back, look again"
             )
         if not last:
-            if one(connection, "select pg_catalog.to_regclass('_chatdb_migration')") is not None:
-                _remember(connection, files)
             return []
-        with _yoyo(dsn, connection, files, last, time.monotonic() + wait) as yoyos:
+        _refuse_foreign_objects(connection)
+        with _worker(dsn, connection, last, deadline) as worker:
             for file in last:
-                yoyos.carry_out("rollback", file, report)
-                _remember(yoyos.connection, files)
+                start = time.monotonic()
+                _run(worker, file.rollback, partial(_forget, worker, file), deadline)
+                if report is not None:
+                    report(file.name, time.monotonic() - start)
     return [file.name for file in last]
 
 
@@ -167,7 +163,7 @@ def missing_migrations(dsn: str, *, to: str | None = None, folder: Path | None =
     """Return what `apply_migrations` would apply, without writing anything."""
     files = migration_files(folder)
     with connected(dsn) as connection:
-        _settle(connection, files)
+        pin_search_path(connection)
         _compare(connection, files)
         return _missing(connection, files, to)
 
@@ -182,56 +178,110 @@ def last_migrations(
     """
     files = migration_files(folder)
     with connected(dsn) as connection:
-        _settle(connection, files)
+        pin_search_path(connection)
         return [
-            (file, {table: _count(connection, table) for table in _dropped(file) if _exists(connection, table)})
+            (file, {f"chatdb.{table}": _count(connection, table) for table in _dropped(file) & _tables(connection)})
             for file in _last(connection, files, to)
         ]
 
 
 def applied_migrations(dsn: str, *, folder: Path | None = None) -> dict[str, str | None]:
-    """Return the names of what yoyo has applied, each with the checksum that chatdb remembers of it."""
+    """Return the names of the applied migrations, each with its checksum, None for what only yoyo has recorded."""
     with connected(dsn) as connection:
-        _settle(connection, migration_files(folder))
-        remembered = _remembered(connection)
-        return {name: remembered.get(name) for name in sorted(_applied(connection))}
+        pin_search_path(connection)
+        return _applied(connection, migration_files(folder))
 
 
 def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _settle(connection: psycopg.Connection, files: list[MigrationFile]) -> None:
-    """Have the session see one schema, that of yoyo's tables: where these migrations are, else the first there is."""
+def _refuse_foreign_objects(connection: psycopg.Connection) -> None:
+    found = foreign_objects(connection)
+    if found:
+        raise ConfigurationError(
+            f"in the schema chatdb {'; '.join(map(str, found))}, which could run code with this role's privileges: "
+            "drop it, or give it to the database's owner (alter ... owner to)"
+        )
+
+
+def _tables(connection: psycopg.Connection) -> set[str]:
+    """Return the names of the tables in the schema chatdb."""
+    rows = connection.execute(
+        "select c.relname::text from pg_catalog.pg_class as c "
+        "inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace "
+        "where n.nspname = 'chatdb' and c.relkind in ('r', 'p')"
+    )
+    return {name for (name,) in rows}
+
+
+def _recorded(connection: psycopg.Connection) -> dict[str, str]:
+    """Return the names of the migrations that chatdb has recorded, with the checksums."""
+    if "_chatdb_migration" not in _tables(connection):
+        return {}
+    try:
+        return dict(connection.execute("select migration_id, sha256 from chatdb._chatdb_migration").fetchall())
+    except psycopg.errors.InsufficientPrivilege:
+        raise ConfigurationError(
+            "the database role may not read which migrations were applied: ask the owner"
+        ) from None
+
+
+class _Older(NamedTuple):
+    """The tables of a schema in which yoyo, and the first release of chatdb, keep what was applied."""
+
+    schema: str
+    names: list[str]
+
+    @property
+    def has_checksums(self) -> bool:
+        return {"_yoyo_migration", "_chatdb_migration"} <= {*self.names}
+
+
+def _older(connection: psycopg.Connection) -> list[_Older]:
+    """Return the schemas in which yoyo keeps tables, without those tables that are another role's or run code."""
     found = connection.execute(
         """
-        select pg_catalog.quote_ident(n.nspname), pg_catalog.has_schema_privilege(n.oid, 'usage')
-            and pg_catalog.has_table_privilege(c.oid, 'select')
+        select pg_catalog.quote_ident(n.nspname::text), pg_catalog.array_agg(c.relname::text)
         from pg_catalog.pg_class as c
         inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
-        inner join pg_catalog.pg_attribute as a on a.attrelid = c.oid and a.attname = 'migration_id'
-        where c.relname = '_yoyo_migration' and c.relkind = 'r'
-        order by n.nspname is distinct from pg_catalog.current_schema(), n.nspname <> 'public', n.nspname
+        inner join pg_catalog.pg_roles as r on r.oid = c.relowner
+        where c.relname in ('_yoyo_migration', '_chatdb_migration', 'yoyo_lock')
+          and n.nspname <> 'chatdb'
+          and c.relkind = 'r'
+          and not (c.relhastriggers or c.relhasrules or c.relrowsecurity or c.relhassubclass)
+          and (
+              r.rolsuper or r.rolname = current_user
+              or r.oid = (
+                  select d.datdba from pg_catalog.pg_database as d
+                  where d.datname = pg_catalog.current_database()
+              )
+          )
+          and pg_catalog.has_schema_privilege(n.oid, 'usage')
+          and pg_catalog.has_table_privilege(c.oid, 'select')
+          and (
+              c.relname <> 'yoyo_lock'
+              or pg_catalog.has_table_privilege(c.oid, 'insert') and pg_catalog.has_table_privilege(c.oid, 'delete')
+          )
+        group by n.nspname
+        order by n.nspname <> 'public', n.nspname
         """
     ).fetchall()
+    return [_Older(schema, names) for schema, names in found]
+
+
+def _by_yoyo(connection: psycopg.Connection, files: list[MigrationFile]) -> set[str]:
+    """Return the names of the migrations that `yoyo apply` has recorded."""
     names = [file.name for file in files]
-    statement = "select true from {}._yoyo_migration where migration_id = any(%s) limit 1"
-    readable = [schema for schema, is_readable in found if is_readable]
-    if found and not readable:
-        raise ConfigurationError("the database role may not read which migrations were applied: ask the owner")
-    having = [schema for schema in readable if one(connection, statement.format(schema), names)]
-    schema = having[0] if having else one(connection, "select pg_catalog.quote_ident(current_schema())")
-    if schema is None:
-        raise ConfigurationError(
-            "the role's search_path has no schema that there is: set one, such as public, for yoyo's tables"
+    return {
+        name
+        for older in _older(connection)
+        if "_yoyo_migration" in older.names
+        for (name,) in connection.execute(
+            f"select migration_id from {older.schema}._yoyo_migration where migration_id = any(%s)".encode(),  # noqa: S608
+            [names],
         )
-    connection.execute("select pg_catalog.set_config('search_path', %s, false)", [schema])
-
-
-_TABLES = """
-    select c.oid from pg_catalog.pg_class as c inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
-    where n.nspname = 'chatdb' and c.relname = 'conversations'
-"""
+    }
 
 
 def _named(files: list[MigrationFile], to: str) -> int:
@@ -243,7 +293,7 @@ def _named(files: list[MigrationFile], to: str) -> int:
 
 
 def _missing(connection: psycopg.Connection, files: list[MigrationFile], to: str | None) -> list[MigrationFile]:
-    applied = _applied(connection)
+    applied = _applied(connection, files)
     wanted = files if to is None else files[: _named(files, to) + 1]
     if to is not None and any(file.name in applied for file in files[len(wanted) :]):
         raise InvalidInputError("to", "is behind the database: chatdb rollback --to takes migrations back")
@@ -251,12 +301,14 @@ def _missing(connection: psycopg.Connection, files: list[MigrationFile], to: str
 
 
 def _last(connection: psycopg.Connection, files: list[MigrationFile], to: str | None) -> list[MigrationFile]:
-    newer = sorted(_remembered(connection).keys() - {file.name for file in files})
+    newer = sorted(_recorded(connection).keys() - {file.name for file in files})
     if newer:
         raise SchemaError(
             f"a newer release has applied {', '.join(newer)}: take that back first, by that release's chatdb rollback"
         )
-    applied = _applied(connection)
+    applied = _applied(connection, files)
+    if not applied and "conversations" in _tables(connection):
+        raise SchemaError("chatdb's tables are there, and no record of a migration: run chatdb migrate first")
     last = [file for file in reversed(files) if file.name in applied]
     if to is None:
         return last[:1]
@@ -264,54 +316,165 @@ def _last(connection: psycopg.Connection, files: list[MigrationFile], to: str | 
     return [file for file in last if file not in files[:kept]]
 
 
-def _applied(connection: psycopg.Connection) -> set[str]:
-    if one(connection, "select pg_catalog.to_regclass('_yoyo_migration')") is None:
-        return set()
-    return {row[0] for row in connection.execute("select migration_id from _yoyo_migration")}
-
-
-def _remembered(connection: psycopg.Connection) -> dict[str, str]:
-    """Return the checksums of the applied contents; what yoyo alone has applied since is not among them."""
-    if one(
-        connection,
-        "select pg_catalog.to_regclass('_yoyo_migration') is null "
-        "or pg_catalog.to_regclass('_chatdb_migration') is null",
-    ):
+def _applied(connection: psycopg.Connection, files: list[MigrationFile]) -> dict[str, str | None]:
+    """Return what is recorded as applied, by chatdb or by yoyo, and whose tables are there."""
+    tables = _tables(connection)
+    recorded: dict[str, str | None] = dict.fromkeys(_by_yoyo(connection, files)) | _recorded(connection)
+    if not _has_schema(connection):
         return {}
-    return dict(
-        connection.execute(
-            "select c.migration_id, c.sha256 from _chatdb_migration as c "
-            "inner join _yoyo_migration as y using (migration_id, applied_at_utc)"
-        ).fetchall()
-    )
+    gone = {file.name for file in files if not _dropped(file) <= tables}  # yoyo rollback has dropped them
+    return {name: recorded[name] for name in sorted(recorded) if name not in gone}
+
+
+def _has_schema(connection: psycopg.Connection) -> bool:
+    return one(connection, "select oid from pg_catalog.pg_namespace where nspname = 'chatdb'") is not None
 
 
 def _compare(connection: psycopg.Connection, files: list[MigrationFile]) -> None:
-    remembered = _remembered(connection)
+    recorded = _applied(connection, files)
     for file in files:
-        if remembered.get(file.name, file.checksum) != file.checksum:
+        if (recorded.get(file.name) or file.checksum) != file.checksum:
             raise SchemaError(
                 f"the migration {file.name} was applied to this database with another content than that of "
                 f"{file.path.name} in this release: use the release that applied it, or take the migration back first"
             )
 
 
-def _remember(connection: psycopg.Connection, files: list[MigrationFile]) -> None:
-    """Have `_chatdb_migration` say what yoyo's table says, with checksums."""
+_FIRST_RELEASE = {
+    "0001.create-schema": "ca8762c20fe438de5a9206b91001b125a171d40ea0933dd9f134f163ecfe9ed2",
+    "0002.create-conversations": "d5c2f640603ae6ecda98e4795965b7f037968ae3775acf516ddef6d1348d2d97",
+    "0003.create-messages": "04cc9c66f9f0e4e6e869f8e58df0f3b7dc3acf95e6a6f49310380f7a9f9bc43a",
+}
+"""The names and checksums by which the first release recorded its migrations, each of which has to be run again."""
+
+_FIRST_TABLES = (("0002", "conversations"), ("0003", "messages"))
+
+
+def _take_over(connection: psycopg.Connection, files: list[MigrationFile]) -> None:
+    """Have chatdb's own bookkeeping, and in it what yoyo has recorded; remove what the first release recorded."""
+    with connection.transaction():
+        connection.execute("set local lock_timeout = '2s'")
+        is_new = "_chatdb_migration" not in _tables(connection)
+        made = {"0001.create-schema"} if _has_schema(connection) else set[str]()
+        made |= {f"{number}.create-{table}" for number, table in _FIRST_TABLES if table in _tables(connection)}
+        by_yoyo = _by_yoyo(connection, files) & _applied(connection, files).keys()
+        connection.execute("create schema if not exists chatdb")
+        connection.execute(
+            "create table if not exists chatdb._chatdb_migration (migration_id text primary key, sha256 text not null, "
+            "chatdb_version text not null, applied_at_utc timestamp not null)"
+        )
+        if is_new:
+            connection.execute(_REVOKE)
+        for file in files:
+            if file.name in by_yoyo:
+                _record(connection, file, replace=False)
+        if is_new:
+            for older in _older(connection):
+                _remove_first_release(connection, older, made=made, by_yoyo=bool(by_yoyo))
+
+
+# default privileges are for the tables of data
+_REVOKE = """
+    do $$
+    declare
+        grantee pg_catalog.regrole;
+    begin
+        for grantee in
+            select distinct a.grantee::pg_catalog.regrole
+            from pg_catalog.pg_class as c, pg_catalog.aclexplode(c.relacl) as a
+            where c.oid = 'chatdb._chatdb_migration'::pg_catalog.regclass and a.grantee not in (0, c.relowner)
+        loop
+            execute pg_catalog.format('revoke all on chatdb._chatdb_migration from %s', grantee);
+        end loop;
+        revoke all on chatdb._chatdb_migration from public;
+    end $$
+"""
+
+
+def _remove_first_release(connection: psycopg.Connection, older: _Older, *, made: set[str], by_yoyo: bool) -> None:
+    """
+    Remove the rows of the first release's migrations, whose names a host's own may have.
+
+    They are chatdb's if what they make, `made`, is there, and its checksums stand beside them; without checksums, if
+    all three are there. The first release wrote its checksum also beside a host's migration that had hidden its own.
+    """
+    names = [*_FIRST_RELEASE]
+    rows = f"{older.schema}._yoyo_migration"
+    if older.has_checksums:
+        checksums = f"{older.schema}._chatdb_migration"
+        connection.execute(
+            f"delete from {rows} as y using {checksums} as c where y.migration_id = c.migration_id "  # noqa: S608
+            "and y.applied_at_utc = c.applied_at_utc and c.sha256 = any(%s) and y.migration_id = any(%s)".encode(),
+            [[*_FIRST_RELEASE.values()], [*made]],
+        )
+        connection.execute(
+            f"delete from {checksums} where sha256 = any(%s)".encode(),  # noqa: S608 - a quoted name
+            [[*_FIRST_RELEASE.values()]],
+        )
+        if one(connection, f"select true from {checksums} limit 1") is None:  # noqa: S608
+            connection.execute(f"drop table {checksums}".encode())
+    elif made == {*names} and not by_yoyo and "_yoyo_migration" in older.names:
+        mine = "migration_id = any(%s)"
+        if one(connection, f"select pg_catalog.count(*) from {rows} where {mine}", names) == len(names):  # noqa: S608
+            connection.execute(f"delete from {rows} where {mine}".encode(), [names])  # noqa: S608
+
+
+def _record(connection: psycopg.Connection, file: MigrationFile, *, replace: bool = True) -> None:
+    action = "do nothing"
+    if replace:
+        action = (
+            "do update set sha256 = excluded.sha256, chatdb_version = excluded.chatdb_version, "
+            "applied_at_utc = excluded.applied_at_utc"
+        )
     connection.execute(
-        "create table if not exists _chatdb_migration (migration_id text primary key, sha256 text not null, "
-        "chatdb_version text not null, applied_at_utc timestamp not null)"
+        "insert into chatdb._chatdb_migration (migration_id, sha256, chatdb_version, applied_at_utc) "  # noqa: S608
+        f"values (%s, %s, %s, pg_catalog.now() at time zone 'UTC') on conflict (migration_id) {action}".encode(),
+        [file.name, file.checksum, version("chatdb")],
     )
-    connection.execute(
-        "delete from _chatdb_migration as c where not exists (select from _yoyo_migration as y "
-        "where y.migration_id = c.migration_id and y.applied_at_utc = c.applied_at_utc)"
-    )
-    connection.cursor().executemany(
-        "insert into _chatdb_migration (migration_id, sha256, chatdb_version, applied_at_utc) "
-        "select migration_id, %s, %s, applied_at_utc from _yoyo_migration where migration_id = %s "
-        "on conflict (migration_id) do nothing",
-        [(file.checksum, version("chatdb"), file.name) for file in files],
-    )
+
+
+def _forget(connection: psycopg.Connection, file: MigrationFile) -> None:
+    """Remove a migration from chatdb's bookkeeping, which the first one's rollback drops, and from yoyo's."""
+    if "_chatdb_migration" in _tables(connection):
+        connection.execute("delete from chatdb._chatdb_migration where migration_id = %s", [file.name])
+    for older in _older(connection):
+        if "_yoyo_migration" in older.names:
+            rows = f"{older.schema}._yoyo_migration"
+            connection.execute(f"delete from {rows} where migration_id = %s".encode(), [file.name])  # noqa: S608
+
+
+def _run(worker: psycopg.Connection, sql: str, record: Callable[[], None], deadline: float) -> None:
+    """Run a migration's statements and record it, in one transaction unless its first line says otherwise."""
+
+    def work() -> None:
+        with worker.transaction() if _is_transactional(sql) else nullcontext():
+            for statement in sqlparse.split(sql):
+                worker.execute(statement.encode())
+            record()
+
+    try:
+        patiently(work, deadline)
+    finally:
+        if not _is_transactional(sql):
+            with suppress(psycopg.Error):
+                worker.execute("reset lock_timeout")
+
+
+def _is_transactional(sql: str) -> bool:
+    return not re.match(r"--\s*transactional:\s*false", sql)
+
+
+@contextmanager
+def _worker(
+    dsn: str, lock: psycopg.Connection, work: list[MigrationFile], deadline: float
+) -> Generator[psycopg.Connection]:
+    """Give a second connection for the work; the first one keeps other commands and `yoyo apply` away."""
+    held = all(_is_transactional(file.sql) for file in work)
+    schemas = [older.schema for older in _older(lock) if "yoyo_lock" in older.names]
+    with connected(dsn) as worker:
+        pin_search_path(worker)
+        with _yoyos_lock(lock, schemas[0], held=held, deadline=deadline) if schemas else nullcontext():
+            yield worker
 
 
 def _rebuild_indexes(connection: psycopg.Connection, deadline: float) -> None:
@@ -330,7 +493,7 @@ def _rebuild_indexes(connection: psycopg.Connection, deadline: float) -> None:
 
 # not those that are being built; which one another role builds is not to be seen
 _INVALID = """
-    select c.relname, pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname)
+    select c.relname, pg_catalog.quote_ident(n.nspname::text) || '.' || pg_catalog.quote_ident(c.relname::text)
     from pg_catalog.pg_index as i
     inner join pg_catalog.pg_class as c on c.oid = i.indexrelid
     inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
@@ -344,72 +507,19 @@ _INVALID = """
 """
 
 
-def _dropped(file: MigrationFile) -> list[str]:
-    return re.findall(r"^drop table if exists (chatdb\.\w+)", file.rollback, re.MULTILINE)
-
-
-def _exists(connection: psycopg.Connection, table: str) -> bool:
-    return one(connection, "select pg_catalog.to_regclass(%s)", table) is not None
+def _dropped(file: MigrationFile) -> set[str]:
+    """Return the names of the tables that a migration's rollback drops, in the schema chatdb."""
+    return {*re.findall(r"^drop table if exists chatdb\.([a-z]\w*)", file.rollback, re.MULTILINE)}
 
 
 def _count(connection: psycopg.Connection, table: str) -> int | None:
-    if one(connection, "select pg_catalog.row_security_active(%s)", table):
+    if one(connection, "select pg_catalog.row_security_active(%s)", f"chatdb.{table}"):
         return None
-    return int(str(one(connection, f"select pg_catalog.count(*) from {table}")))  # noqa: S608 - a name in a released file
-
-
-class _Yoyo:
-    """yoyo on a database whose locks are held."""
-
-    def __init__(self, backend: Any, read: Any, lock: psycopg.Connection, deadline: float) -> None:  # noqa: ANN401
-        self.connection: psycopg.Connection = backend.connection
-        self._backend = backend
-        self._read = read
-        self._lock = lock
-        self._deadline = deadline
-
-    def carry_out(self, direction: str, file: MigrationFile, report: Report | None) -> None:
-        """Apply a migration, or take it back."""
-        start = time.monotonic()
-        self._lock.execute("select 1")  # or another may be at it by now
-        migrations = self._read.filter(lambda each: each.id == file.name)  # pyright: ignore[reportUnknownLambdaType]
-        work = self._backend.apply_migrations if direction == "apply" else self._backend.rollback_migrations
-        patiently(lambda: work(migrations), self._deadline)
-        if report is not None:
-            report(file.name, time.monotonic() - start)
+    return int(str(one(connection, f"select pg_catalog.count(*) from chatdb.{table}")))  # noqa: S608 - a name in a released file
 
 
 @contextmanager
-def _yoyo(
-    dsn: str, connection: psycopg.Connection, files: list[MigrationFile], work: list[MigrationFile], deadline: float
-) -> Generator[_Yoyo]:
-    """Give yoyo, which has read the files, with its tables made and its lock taken for the work."""
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name, and yoyo writes it into its log
-        os.environ["LOGNAME"] = str(os.geteuid())
-    # its keywords, because yoyo reads a DSN in another way than libpq; the schema is for each of yoyo's connections
-    options = psycopg.conninfo.conninfo_to_dict(libpq_dsn(dsn, scheme="postgresql")) | {
-        "schema": one(connection, "select pg_catalog.quote_ident(current_schema())"),
-        "client_encoding": "UTF8",
-        "fallback_application_name": APPLICATION,
-    }
-    backend = yoyo.get_backend(f"postgresql+psycopg:///?{urlencode(options, quote_via=quote)}")
-    try:
-        without_timeouts(backend.connection)
-        backend._is_locked = True  # by this module's locks; its own would outlive a killed process
-        patiently(backend.ensure_internal_schema_updated, deadline)
-        read = _yoyos(files)
-        names = {file.name for file in work}
-        held = all(each.use_transactions for each in read if each.id in names)
-        with _yoyos_lock(connection, held=held, deadline=deadline):
-            yield _Yoyo(backend, read, connection, deadline)
-    finally:
-        backend.connection.close()
-
-
-@contextmanager
-def _yoyos_lock(connection: psycopg.Connection, *, held: bool, deadline: float) -> Generator[None]:
+def _yoyos_lock(connection: psycopg.Connection, schema: str, *, held: bool, deadline: float) -> Generator[None]:
     """
     Have the row in yoyo_lock that keeps `yoyo apply` away.
 
@@ -418,10 +528,10 @@ def _yoyos_lock(connection: psycopg.Connection, *, held: bool, deadline: float) 
     which the next process knows it for the row of one that was killed.
     """
     while True:
-        connection.execute(_FREE_YOYOS_LOCK, {"application": APPLICATION})
+        connection.execute(_FREE_YOYOS_LOCK.format(schema=schema).encode(), {"application": APPLICATION})
         connection.execute("begin")
         connection.execute("set local idle_in_transaction_session_timeout = 0")
-        if one(connection, _TAKE_YOYOS_LOCK) is not None:
+        if one(connection, _TAKE_YOYOS_LOCK.format(schema=schema)) is not None:
             break
         connection.execute("rollback")
         if time.monotonic() > deadline:
@@ -437,17 +547,22 @@ def _yoyos_lock(connection: psycopg.Connection, *, held: bool, deadline: float) 
         yield
     finally:
         with suppress(psycopg.Error):  # one that is lost has lost the row with its transaction
-            connection.execute("rollback" if held else "delete from yoyo_lock where pid = -pg_catalog.pg_backend_pid()")
+            connection.execute(
+                b"rollback"
+                if held
+                else f"delete from {schema}.yoyo_lock where pid = -pg_catalog.pg_backend_pid()".encode()  # noqa: S608
+            )
 
 
 _TAKE_YOYOS_LOCK = """
-    insert into yoyo_lock (locked, ctime, pid) values (1, now() at time zone 'UTC', -pg_catalog.pg_backend_pid())
+    insert into {schema}.yoyo_lock (locked, ctime, pid)
+    values (1, pg_catalog.now() at time zone 'UTC', -pg_catalog.pg_backend_pid())
     on conflict do nothing returning pid
 """
 
 # a row with a positive number is yoyo's own, and left over if no session is old enough to be that yoyo's
 _FREE_YOYOS_LOCK = """
-    delete from yoyo_lock as l
+    delete from {schema}.yoyo_lock as l
     where l.pid < 0 or not exists (
         select from pg_catalog.pg_stat_activity as a
         where a.datname = pg_catalog.current_database()
@@ -456,13 +571,3 @@ _FREE_YOYOS_LOCK = """
           and coalesce(a.backend_start < l.ctime at time zone 'UTC' + interval '1 minute', true)
     )
 """
-
-
-def _yoyos(files: list[MigrationFile]) -> Any:  # noqa: ANN401 - yoyo is untyped
-    """Return yoyo's own objects of these migrations, read."""
-    names = {file.name for file in files}
-    found: Any = yoyo.read_migrations(*{str(file.path.parent) for file in files})
-    found = found.filter(lambda each: each.id in names)  # pyright: ignore[reportUnknownLambdaType]
-    for each in found:
-        each.load()
-    return found

@@ -30,7 +30,7 @@ NEEDED = {
         "ck_conversations_key": "CHECK (((char_length(key) >= 1) AND (char_length(key) <= 255)))",
         "ck_conversations_title": "CHECK ((char_length(title) <= 1000))",
         "ck_conversations_metadata": (
-            "CHECK (((jsonb_typeof(metadata) = 'object'::text) AND (octet_length((metadata)::text) <= 65536)))"
+            "CHECK (((jsonb_typeof(metadata) = 'object'::text) AND (octet_length((metadata)::text) <= 1048576)))"
         ),
         "ck_conversations_last_seq": "CHECK ((last_seq >= 0))",
         "uq_conversations_user_id_key": (

@@ -47,6 +47,7 @@ class Live:
             select relnamespace::regnamespace::text, relname, attname, format_type(atttypid, atttypmod), attnotnull
             from pg_class join pg_attribute on attrelid = pg_class.oid and attnum > 0 and not attisdropped
             where relkind = 'r' and relnamespace in ('chatdb'::regnamespace, 'pg_catalog'::regnamespace)
+                and relname <> '_chatdb_migration'
             """
         )
         found: Columns = defaultdict(dict)
@@ -61,7 +62,7 @@ class Live:
             """
             select i.relname, t.relname, indisunique
             from pg_index join pg_class i on i.oid = indexrelid join pg_class t on t.oid = indrelid
-            where i.relnamespace = 'chatdb'::regnamespace and indisvalid
+            where i.relnamespace = 'chatdb'::regnamespace and indisvalid and t.relname <> '_chatdb_migration'
             """
         )
         return {name: (table, unique) for name, table, unique in rows}
@@ -70,9 +71,10 @@ class Live:
     def comments(self) -> dict[str, str | None]:
         """The tables and indexes, each with its comment."""
         rows = self.rows(
-            """
+            r"""
             select relname, obj_description(oid, 'pg_class') from pg_class
             where relnamespace = 'chatdb'::regnamespace and relkind in ('r', 'p', 'i', 'I')
+                and relname not like '\_chatdb\_%'
             """
         )
         return dict(rows)
@@ -87,6 +89,7 @@ class Live:
                 trim(regexp_replace(pg_get_constraintdef(oid), '(CHECK|[()]|::text|\s)+', ' ', 'g'))
             from pg_constraint
             where connamespace = 'chatdb'::regnamespace and contype <> 'n'
+                and conrelid <> coalesce(to_regclass('chatdb._chatdb_migration'), 0)
             """
         )
         return {name: (columns, definition) for name, columns, definition in rows}

@@ -32,6 +32,11 @@ def down(dsn: str, place: int) -> None:
     rollback_migrations(dsn, to=NAMES[place - 1] if place else "0")
 
 
+def over(dsn: str, place: int) -> None:
+    """Bring a database of the first release over."""
+    apply_migrations(dsn)
+
+
 def by_yoyo(dsn: str, place: int) -> None:
     """Apply all as `yoyo apply` does."""
     backend = yoyo.get_backend(libpq_dsn(dsn, scheme="postgresql"))

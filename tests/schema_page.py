@@ -29,7 +29,8 @@ def page(connection: psycopg.Connection) -> str:
     tables = _rows(
         connection,
         "select relname, obj_description(oid) from pg_catalog.pg_class "
-        "where relnamespace = 'chatdb'::regnamespace and relkind = 'r' order by relname",
+        "where relnamespace = 'chatdb'::regnamespace and relkind = 'r' and relname <> '_chatdb_migration' "
+        "order by relname",
     )
     parts = [HEAD]
     columns = {table: _columns(connection, table) for table, _ in tables}

@@ -27,6 +27,7 @@ from tests._catalog import DATA
 from tests._command import PROGRAM, on_a_terminal
 from tests._pgbouncer import VERSIONS, pgbouncer
 from tests.conftest import as_role, execute, new_database
+from tests.test_migrations import yoyo
 
 pytestmark = pytest.mark.owner
 
@@ -95,7 +96,7 @@ def test_a_healthy_database(dsn: str) -> None:
     found = {each["what"]: each["state"] for each in json.loads(run(dsn, "--json", code=0, program=(str(PROGRAM),)))}
     listed = ["server", "extensions", "encoding", "pooler", "table conversations", "table messages"]
     listed += ["checks of messages", "primary key pk_messages", f"index {KEY}", "cascade fk_messages_conversation"]
-    listed += ["migration 0001.create-schema", "statements", "row-level security"]
+    listed += ["migration 0001.chatdb-create-schema", "statements", "row-level security"]
     assert {each: found[each] for each in listed} == dict.fromkeys(listed, "ok")
     assert found.pop("users") == "note", "the link to the host's users is optional"
     assert set(found.values()) == {"ok"}
@@ -109,7 +110,7 @@ def test_more_is_welcome(dsn: str) -> None:
         "alter table chatdb.messages add column language text, add check (language <> '')",
         "create index ix_messages_language on chatdb.messages (language)",
         "create table chatdb.attachments (id bigint primary key)",
-        "insert into _yoyo_migration (migration_hash, migration_id, applied_at_utc) values ('x', '0999.more', now())",
+        "insert into chatdb._chatdb_migration values ('0999.more', 'x', '2', now())",
     )
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(f"alter database {connection.info.dbname} set search_path = chatdb, public")
@@ -121,7 +122,10 @@ def test_more_is_welcome(dsn: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "found"),
     {
-        "a table": ("drop table chatdb.messages", {"table messages": "missing"}),
+        "a table": (
+            "drop table chatdb.messages",
+            {"migration 0003.chatdb-create-messages": "missing", "table messages": "missing"},
+        ),
         "a column": (
             "alter table chatdb.messages drop column token_count",
             {"column messages.token_count": "missing", "check ck_messages_token_count": "missing"},
@@ -208,6 +212,8 @@ def test_damage_to_the_catalog(dsn: str, damage: str, found: dict[str, str]) -> 
     assert any(each.what.startswith("statement") for each in inspect(dsn)), "what is wrong leaves nothing unsaid"
     said = checked(dsn)
     for what in found:
+        if what.startswith("migration"):  # which check_schema does not read
+            continue
         assert what.split(" ")[1].removeprefix("messages.").removeprefix("conversations.") in said
     for _, remedy in bad.values():
         mend(dsn, remedy)
@@ -254,18 +260,19 @@ def test_a_migration_not_applied(empty_dsn: str) -> None:
     """A database of an older release lacks a migration, and what lacks with it is for chatdb migrate too."""
     apply_migrations(empty_dsn, to="0002")
     assert wrong(empty_dsn) == dict.fromkeys(
-        ["migration 0003.create-messages", "table messages"], ("missing", "chatdb migrate")
+        ["migration 0003.chatdb-create-messages", "table messages"], ("missing", "chatdb migrate")
     )
     assert "messages.content" in checked(empty_dsn)
 
 
 def test_a_migration_of_another_content(dsn: str) -> None:
     """A migration that was applied with another content is named; one of which only yoyo knows is well."""
-    execute(dsn, "update _chatdb_migration set sha256 = 'x' where migration_id = '0003.create-messages'")
+    execute(dsn, "update chatdb._chatdb_migration set sha256 = 'x' where migration_id = '0003.chatdb-create-messages'")
     bad = wrong(dsn)
-    assert [*bad] == ["migration 0003.create-messages"]
-    assert "release that applied it" in bad["migration 0003.create-messages"][1]
-    execute(dsn, "drop table _chatdb_migration")
+    assert [*bad] == ["migration 0003.chatdb-create-messages"]
+    assert "release that applied it" in bad["migration 0003.chatdb-create-messages"][1]
+    execute(dsn, "drop table chatdb._chatdb_migration")
+    yoyo(dsn, "apply", "--batch")
     run(dsn, code=0)
 
 
@@ -273,11 +280,11 @@ def test_an_edited_file(dsn: str, tmp_path: Path) -> None:
     """A migration file that was edited is named, by the command of that installation too."""
     for folder in ("chatdb", "migrations", "sql"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    path = tmp_path / "migrations" / "0003.create-messages.sql"
+    path = tmp_path / "migrations" / "0003.chatdb-create-messages.sql"
     path.write_text(path.read_text(encoding="utf-8").replace("4194304", "8388608"), encoding="utf-8")
     (edited,) = filter(is_wrong, inspect(dsn, folder=tmp_path / "migrations"))
     assert edited.what == "migration files"
-    assert "0003.create-messages.sql" in edited.detail
+    assert "0003.chatdb-create-messages.sql" in edited.detail
     script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from chatdb.cli import main; main()"
     assert wrong(dsn, program=(sys.executable, "-c", script)) == {"migration files": ("different", edited.remedy)}
 

@@ -89,7 +89,7 @@ def test_a_terminal_shows_texts_as_they_are(env: dict[str, str]) -> None:
 
 def test_migrate(empty_dsn: str) -> None:
     """`chatdb migrate` makes the tables, and says what it did."""
-    assert "0001.create-schema" in chatdb("migrate", env={"DATABASE_URL": empty_dsn})
+    assert "0001.chatdb-create-schema" in chatdb("migrate", env={"DATABASE_URL": empty_dsn})
     assert chatdb("migrate", env={"DATABASE_URL": empty_dsn}) == "nothing to apply\n"
     assert json.loads(chatdb("migrate", "--json", env={"DATABASE_URL": empty_dsn})) == {"applied": []}
 

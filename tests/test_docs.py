@@ -80,10 +80,12 @@ def test_one_command(section: str) -> None:
 def test_the_limits_and_errors() -> None:
     """The guide has the limits and errors of the code."""
     assert {_input.MAX_CONTENT, _input.MAX_PAYLOAD, _input.MAX_METADATA} == {4 << 20, 16 << 20, 64 << 10}
+    assert _input.MAX_CONVERSATION_METADATA == 1 << 20
     for words in (
         "4 MiB",
         "16 MiB",
         "64 KiB",
+        "1 MiB for a conversation",
         f"1 to {_input.MAX_NAME}",
         f"{_input.MAX_TITLE:,}",
         f"{_input.MAX_LIMIT:,}",

@@ -112,15 +112,24 @@ WRONG_JSON = {
     "huge int": {"a": 10**5000},
     "UNSET inside": {"a": UNSET},
 }
+
+
+def longer_metadata(kibibytes):
+    """Return metadata of one byte, or of little, more than that."""
+    size = kibibytes * 1024
+    return {
+        "one byte": json_of(size + 1),
+        "wide characters": {"a": WIDE * (size // 4 - 2)},
+        "numbers": {"a": [1e300] * (size // 303 + 4)},  # jsonb writes each with 301 digits
+        "the same numbers": {"a": [[1e300] * (size // 606 + 2)] * 2},
+    }
+
+
 WRONG_METADATA = WRONG_JSON | {
     "str": json.dumps(MARK),
     "JsonText": JsonText("{}"),
     "list": [{}],
     "int": 0,
-    "64 KiB and one": json_of(65_537),
-    "64 KiB and one of wide characters": {"a": WIDE * 16_382},
-    "64 KiB and one of numbers": {"a": [1e300] * 220},  # jsonb writes each with 301 digits
-    "64 KiB and one of the same numbers": {"a": [[1e300] * 110] * 2},
     "NUL": {"a": f"{MARK}\0"},
     "NUL in a key": {"a": [{f"{MARK}\0": 1}]},
     "lone surrogate": {"a": {"b": [f"{MARK}\udc00"]}},
@@ -194,10 +203,11 @@ def wrong_values(name, parameter):
     """Return the values that a function does not take for one of its parameters."""
     default = SIGNATURES[name][parameter]
     optional = default is None or (default is UNSET and parameter != "content")
+    values = WRONG[parameter]
+    if parameter == "metadata":
+        values = values | longer_metadata(1024 if "conversation" in name else 64)
     return {
-        label: value
-        for label, value in WRONG[parameter].items()
-        if not (value is None and optional) and value is not default
+        label: value for label, value in values.items() if not (value is None and optional) and value is not default
     }
 
 
@@ -390,14 +400,28 @@ async def test_the_longest_content(tx, place, way, content):
     ids=["64 KiB", "64 KiB of wide characters", "64 KiB of escapes", "200 levels"],
 )
 async def test_the_largest_metadata(tx, place, way, metadata):
-    """Metadata may have 64 KiB as JSON and 200 levels."""
+    """A message's metadata may have 64 KiB as JSON and 200 levels."""
     assert "nested" in metadata or len(json.dumps(metadata, ensure_ascii=False).encode()) == 65_536
 
     message = await written(tx, place, way, metadata=metadata)
+
+    assert message.metadata == metadata
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [json_of(MIB), {"a": WIDE * (MIB // 4 - 3) + "xyz"}, {"nested": nested(199)}],
+    ids=["1 MiB", "1 MiB of wide characters", "200 levels"],
+)
+async def test_the_largest_metadata_of_a_conversation(tx, place, metadata):
+    """A conversation's metadata may have 1 MiB as JSON and 200 levels."""
+    assert "nested" in metadata or len(json.dumps(metadata, ensure_ascii=False).encode()) == MIB
+
     conversation = await chatdb.update_conversation(tx, **place, metadata=metadata)
     another = await chatdb.create_conversation(tx, user_id="alice", metadata=metadata)
+    keyed = await chatdb.create_conversation(tx, user_id="alice", key="large", metadata=metadata)
 
-    assert message.metadata == conversation.metadata == another.metadata == metadata
+    assert conversation.metadata == another.metadata == keyed.metadata == metadata
 
 
 @pytest.mark.parametrize(
@@ -558,7 +582,10 @@ EDGES = {
     "ck_conversations_user_id": (["'u'", f"repeat('{WIDE}', 255)"], ["''", "repeat('u', 256)"]),
     "ck_conversations_key": (["'k'", f"repeat('{WIDE}', 255)"], ["''", "repeat('k', 256)"]),
     "ck_conversations_title": (["''", f"repeat('{WIDE}', 1000)"], ["repeat('t', 1001)"]),
-    "ck_conversations_metadata": (["'{}'", JSONB.format(65_527)], [JSONB.format(65_528), "'[]'", "'null'", "'1'"]),
+    "ck_conversations_metadata": (
+        ["'{}'", JSONB.format(1_048_567)],
+        [JSONB.format(1_048_568), "'[]'", "'null'", "'1'"],
+    ),
     "ck_messages_seq": (["1 + 1", "9223372036854775807"], ["0", "-1"]),
     "ck_messages_role": (["'tool'", "'developer'"], ["'User'", "''", "'function'"]),
     "ck_messages_key": (["'k'", f"repeat('{WIDE}', 255)"], ["''", "repeat('k', 256)"]),

@@ -55,7 +55,7 @@ async def test_nobody_notices(request: pytest.FixtureRequest, dsn: str, folder: 
     )
     add(folder, "0005.index-created-at", CONCURRENTLY, "drop index if exists chatdb.ix_messages_created_at;")
     names = [*NAMES, "0004.add-messages-model", "0005.index-created-at"]
-    execute(dsn, "delete from _yoyo_migration")
+    execute(dsn, "delete from chatdb._chatdb_migration")
     longest: dict[str, float] = {}
     async with chatdb.create_pool(dsn, min_size=8, max_size=8) as db:
         for name in names:

@@ -166,7 +166,7 @@ def _time(name: str, value: object) -> datetime:
 _CONVERSATION: dict[str, Callable[[str, Any], Any]] = {
     "key": _input.key,
     "title": _title,
-    "metadata": _input.metadata,
+    "metadata": _input.conversation_metadata,
     "last_seq": _last_seq,
     "created_at": _time,
     "updated_at": _time,

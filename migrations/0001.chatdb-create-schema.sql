@@ -11,14 +11,20 @@ do $$
 begin
     if exists (
         select from pg_catalog.pg_roles as r
-        where r.rolname = 'chatdb'
+        where r.rolname operator(pg_catalog.=) 'chatdb'
           and not exists (
               select from pg_catalog.pg_db_role_setting as s
-              inner join pg_catalog.pg_database as d on d.oid = s.setdatabase or s.setdatabase = 0
-              where s.setrole = r.oid and d.datname = current_database() and s.setconfig::text like '%search_path=%'
+              inner join pg_catalog.pg_database as d
+                  on d.oid operator(pg_catalog.=) s.setdatabase
+                  or s.setdatabase operator(pg_catalog.=) 0::pg_catalog.oid
+              where s.setrole operator(pg_catalog.=) r.oid
+                and d.datname operator(pg_catalog.=) pg_catalog.current_database()
+                and s.setconfig::pg_catalog.text operator(pg_catalog.~~) '%search_path=%'
           )
     ) then
-        execute format('alter role chatdb in database %I set search_path = public', current_database());
+        execute pg_catalog.format(
+            'alter role chatdb in database %I set search_path = public', pg_catalog.current_database()
+        );
     end if;
 exception when insufficient_privilege then
     raise notice 'the role chatdb keeps its search_path: as a superuser, set it to public in this database';

@@ -1,6 +1,6 @@
 -- Messages: one ordered index scan serves the history, its pages, the cascade and everything of a user.
 --
--- depends: 0002.create-conversations
+-- depends: 0002.chatdb-create-conversations
 
 set local lock_timeout = '2s';
 set local statement_timeout = '1min';
@@ -23,11 +23,11 @@ create table if not exists chatdb.messages (
     references chatdb.conversations (user_id, id) on delete cascade,
     constraint ck_messages_seq check (seq >= 1),
     constraint ck_messages_role check (role in ('user', 'assistant', 'system', 'developer', 'tool')),
-    constraint ck_messages_key check (char_length(key) between 1 and 255),
-    constraint ck_messages_content check (octet_length(content) <= 4194304),
-    constraint ck_messages_payload check (octet_length(payload::text) <= 16777216),
+    constraint ck_messages_key check (pg_catalog.char_length(key) between 1 and 255),
+    constraint ck_messages_content check (pg_catalog.octet_length(content) <= 4194304),
+    constraint ck_messages_payload check (pg_catalog.octet_length(payload::text) <= 16777216),
     constraint ck_messages_metadata check (
-        jsonb_typeof(metadata) = 'object' and octet_length(metadata::text) <= 65536
+        pg_catalog.jsonb_typeof(metadata) = 'object' and pg_catalog.octet_length(metadata::text) <= 65536
     ),
     constraint ck_messages_token_count check (token_count >= 0)
 );
@@ -47,3 +47,21 @@ where key is not null;
 
 comment on index chatdb.uq_messages_user_id_conversation_id_key is
 'Serves get_message_by_key, append_message_keyed and append_messages_keyed; one message per key of a conversation.';
+
+-- The wider limit that 0002 gives to a table which is older than it; writers go on meanwhile.
+set local statement_timeout = 0;
+
+do $$
+begin
+    if exists (
+        select from pg_catalog.pg_constraint as k
+        inner join pg_catalog.pg_class as c on c.oid operator(pg_catalog.=) k.conrelid
+        inner join pg_catalog.pg_namespace as n on n.oid operator(pg_catalog.=) c.relnamespace
+        where n.nspname operator(pg_catalog.=) 'chatdb'
+          and c.relname operator(pg_catalog.=) 'conversations'
+          and k.conname operator(pg_catalog.=) 'ck_conversations_metadata'
+          and not k.convalidated
+    ) then
+        alter table chatdb.conversations validate constraint ck_conversations_metadata;
+    end if;
+end $$;

@@ -3,5 +3,8 @@
 set local lock_timeout = '2s';
 set local statement_timeout = '1min';
 
+-- squawk-ignore ban-drop-table
+drop table if exists chatdb._chatdb_migration;
+
 -- squawk-ignore ban-drop-schema
 drop schema if exists chatdb restrict;
