@@ -264,6 +264,8 @@ class Pool(_Base):
             )
         if not isinstance(retries, int) or retries < 0:  # pyright: ignore[reportUnnecessaryIsInstance] - callers without types
             raise ConfigurationError("retries must be 0, for none, or how often a statement may be sent again")
+        if "connection_class" in options:
+            raise ConfigurationError("connection_class is not taken: the pool relies on a class of its own")
         own: dict[str, Any] = {
             "init_size": max(min_size, 1),
             "max_queries": 50_000,
@@ -312,13 +314,16 @@ class Pool(_Base):
         Run a statement on a connection of the pool and return its rows.
 
         Where one is idle, that is all: asyncpg's way to and from it, by a context, a proxy, a timer and a task, costs
-        more than half of what the statement does.
+        more than half of what the statement does. The connection's own `fetch` would check its owner once more.
         """
         self._check_owner()
         holder: Private = self._take_idle() or (await self._acquire(None))._holder
         connection: Private = holder._con
         try:
-            rows: list[Any] = await connection.fetch(query, *args, timeout=timeout, record_class=record_class)
+            # connect= may give another class, for which asyncpg's isinstance is true as well
+            if query not in STATEMENTS and connection.__class__ is _PoolsConnection:
+                connection._needs_reset = True
+            rows: list[Any] = await connection._execute(query, args, 0, timeout, record_class=record_class)
         except _KNOWN_STATE:
             raise
         except BaseException:  # what the connection is in the middle of is unknown

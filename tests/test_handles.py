@@ -251,3 +251,9 @@ def test_a_limit_that_is_none(name, wrong):
         return
     with pytest.raises(ConfigurationError, match=name):
         chatdb.create_pool("postgresql://ada@127.0.0.1/none", **{name: wrong})
+
+
+def test_another_class_of_connections():
+    """A class that would not know its process and loop is refused."""
+    with pytest.raises(ConfigurationError, match="connection_class"):
+        chatdb.create_pool("postgresql://ada@127.0.0.1/none", connection_class=asyncpg.Connection)
