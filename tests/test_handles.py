@@ -15,6 +15,7 @@ import pytest
 
 import chatdb
 from chatdb import ConfigurationError
+from chatdb.dsn import connect_arguments
 
 FORK = multiprocessing.get_context("fork")
 HANG = 30
@@ -257,3 +258,21 @@ def test_another_class_of_connections():
     """A class that would not know its process and loop is refused."""
     with pytest.raises(ConfigurationError, match="connection_class"):
         chatdb.create_pool("postgresql://ada@127.0.0.1/none", connection_class=asyncpg.Connection)
+
+
+@pytest.mark.owner
+async def test_a_reset_gives_back_the_role_of_the_session(dsn):
+    """A role that is set for the login at its start holds after a reset: the connection gets no rights it had not."""
+    name = f"chatdb_test_restricted_{time.time_ns()}"
+    admin = await asyncpg.connect(**connect_arguments(dsn))
+    await admin.execute(f"create role {name}")
+    try:
+        async with chatdb.create_pool(dsn, max_size=1, server_settings={"role": name}) as pool:
+            for leave in ("reset role", "set role none", "set role postgres", "set statement_timeout = '9s'"):
+                async with pool.acquire() as connection:
+                    assert await connection.fetchval("select current_user") == name
+                    await connection.execute(leave)
+            assert (await pool.fetch("select current_user"))[0][0] == name
+    finally:
+        await admin.execute(f"drop role {name}")
+        await admin.close()
