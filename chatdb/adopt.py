@@ -57,7 +57,6 @@ _EXPECTED = {
 # what a run of its own needs, whatever the role's or the server's settings are
 _SETTINGS = (
     "set timezone to 'UTC'",
-    "set search_path to pg_catalog, pg_temp",
     "set row_security to off",  # rows that a policy hides are an error
     "set statement_timeout to 0",
     "set idle_in_transaction_session_timeout to 0",

@@ -29,7 +29,7 @@ _NO_ROUTE = "set CHATDB_MIGRATE_URL to the direct connection (on Neon the host w
 
 @contextmanager
 def connected(dsn: str) -> Generator[psycopg.Connection]:
-    """Give a connection in autocommit mode; the driver's errors become chatdb's."""
+    """Give a connection in autocommit mode, and with the role's settings; the driver's errors become chatdb's."""
     try:
         with psycopg.connect(
             libpq_dsn(dsn, scheme="postgresql"),
@@ -37,17 +37,39 @@ def connected(dsn: str) -> Generator[psycopg.Connection]:
             fallback_application_name=APPLICATION,
             client_encoding="UTF8",  # else names come as bytes from a database without an encoding
         ) as connection:
-            without_timeouts(connection)
             yield connection
     except psycopg.Error as error:
         raise explained(error) from None  # whose text may quote a row, and a traceback would show it
 
 
-def without_timeouts(connection: psycopg.Connection) -> None:
-    """Have a session live as long as its command, whatever a role's settings say, for its lock goes with it."""
+@contextmanager
+def pinned_transaction(dsn: str) -> Generator[psycopg.Connection]:
+    """
+    Give a connection in a transaction that finds functions, operators and types in pg_catalog only.
+
+    For what only looks, also through a pooler, which would give a session with other settings to the next client.
+    """
+    with connected(dsn) as connection, connection.transaction():
+        _prepare(connection, "local")
+        yield connection
+
+
+def prepare_session(connection: psycopg.Connection) -> None:
+    """Have a session, which no pooler gives to others, be as the operators' commands need it until its end."""
+    _prepare(connection, "session")
+
+
+def _prepare(connection: psycopg.Connection, scope: str) -> None:
+    """
+    Have functions, operators and types found in pg_catalog only, and no time limit end the session or its lock.
+
+    Otherwise an operator in `public` that fits the types better is taken, and anyone may have put one there.
+    """
+    connection.execute(f"set {scope} search_path to pg_catalog, pg_temp".encode())
     connection.execute(
-        "select pg_catalog.set_config(name, '0', false) from pg_catalog.pg_settings where name in "
-        "('idle_session_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')"
+        "select pg_catalog.set_config(name, '0', %s) from pg_catalog.pg_settings where name in "
+        "('idle_session_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')",
+        [scope == "local"],
     )
 
 
@@ -56,8 +78,8 @@ def locked(dsn: str, *, wait: float) -> Generator[psycopg.Connection]:
     """
     Give a connection that holds the lock of the operators' commands on this database until the end of the block.
 
-    The lock is polled for: who waits in `pg_advisory_lock` keeps a snapshot, for whose end CREATE INDEX CONCURRENTLY
-    waits, and both would wait for ever.
+    It is as `prepare_session` makes it. The lock is polled for: who waits in `pg_advisory_lock` keeps a snapshot, for
+    whose end CREATE INDEX CONCURRENTLY waits, and both would wait for ever.
 
     Raises ConfigurationError behind a transaction pooler, UnavailableError when the lock is not free within `wait`
     seconds.
@@ -67,6 +89,7 @@ def locked(dsn: str, *, wait: float) -> Generator[psycopg.Connection]:
             raise ConfigurationError(
                 f"a transaction pooler stands in front of the database, through which no lock lasts: {_NO_ROUTE}"
             )
+        prepare_session(connection)
         deadline = time.monotonic() + wait
         while not one(connection, "select pg_catalog.pg_try_advisory_lock(%s)", _LOCK):
             if time.monotonic() > deadline:
@@ -112,21 +135,12 @@ def patiently(work: Callable[[], object], deadline: float) -> None:
             return
 
 
-def pin_search_path(connection: psycopg.Connection) -> None:
-    """
-    Have a session find functions, operators and types in pg_catalog only.
-
-    Otherwise an operator in `public` that fits the types better is taken, and anyone may have put one there.
-    """
-    connection.execute("set search_path to pg_catalog, pg_temp")
-
-
 @contextmanager
 def original_search_path(connection: psycopg.Connection) -> Generator[None]:
-    """Have a session find tables as its role does by default, until the end of the block."""
-    connection.execute("reset search_path")
-    yield
-    pin_search_path(connection)
+    """Have a session find tables as its role does by default, until the end of the block, which changes nothing."""
+    with connection.transaction(force_rollback=True):
+        connection.execute("set local search_path to default")
+        yield
 
 
 def one(connection: psycopg.Connection, statement: str, *arguments: object) -> object:

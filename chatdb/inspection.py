@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from chatdb._plans import planned, served
 from chatdb._remedies import DIFFERENT, MISSING, NOTE, OK, Finding, catalog
-from chatdb.direct import connected, is_pooled, one, pin_search_path
+from chatdb.direct import connected, is_pooled, one, pinned_transaction
 from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.migrate import applied_migrations, migration_files
 from chatdb.ownership import additions, foreign_objects, public_is_writable
@@ -40,10 +40,11 @@ def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) ->
     Raises ConfigurationError and UnavailableError where no connection can be made.
     """
     with connected(dsn) as connection:
-        pin_search_path(connection)
-        found = [*_server(connection), _pooler(dsn, connection)]
-        migrations = _migrations(dsn, folder)
-        found += migrations
+        pooler = _pooler(dsn, connection)
+    migrations = _migrations(dsn, folder)
+    with pinned_transaction(dsn) as connection:
+        found = [*_server(connection), pooler, *migrations]
+        found += _search_paths(connection, role)
         rows = connection.execute(STATEMENT.encode()).fetchall()
         parts = [SchemaPart(relation=relation, name=name, definition=text) for relation, name, text in rows]
         if parts:
@@ -141,6 +142,40 @@ def _pooler(dsn: str, connection: psycopg.Connection) -> Finding:
             "for chatdb migrate set CHATDB_MIGRATE_URL to the direct connection",
         )
     return Finding("pooler", OK, "none in transaction mode", "")
+
+
+def _search_paths(connection: psycopg.Connection, role: str | None) -> list[Finding]:
+    """Return in which search_path pg_catalog is named after another schema, for this role and for another."""
+    default = "select reset_val from pg_catalog.pg_settings where name = 'search_path'"
+    paths = {str(one(connection, "select current_user")): one(connection, default)}
+    if role is not None:
+        # the closest setting is what a login of the role gets; the server's own is not to be seen by every role
+        rows = connection.execute(
+            """
+            select pg_catalog.substr(p.setting, pg_catalog.strpos(p.setting, '=') + 1)
+            from pg_catalog.pg_db_role_setting as s
+            cross join pg_catalog.unnest(s.setconfig) as p (setting)
+            where s.setdatabase in (
+                  0, (select oid from pg_catalog.pg_database where datname = pg_catalog.current_database())
+              )
+              and s.setrole in (0, (select oid from pg_catalog.pg_roles where rolname = %s))
+              and p.setting like 'search_path=%%'
+            order by s.setrole <> 0 desc, s.setdatabase <> 0 desc
+            """,
+            [role],
+        ).fetchall()
+        if rows:
+            paths[role] = rows[0][0]
+    return [
+        Finding(
+            f"search_path of {name}",
+            DIFFERENT,
+            f"{path}: what stands before pg_catalog can replace =, text and every other operator and type",
+            "take pg_catalog out of it, or put it first: alter role ... set search_path = ...",
+        )
+        for name, path in paths.items()
+        if "pg_catalog" in [schema.strip(' "').lower() for schema in str(path).split(",")][1:]
+    ]
 
 
 def _migrations(dsn: str, folder: Path | None) -> list[Finding]:

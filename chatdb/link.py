@@ -13,7 +13,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, NamedTuple
 
 from chatdb import _input
-from chatdb.direct import connected, errors, locked, one, original_search_path, patiently, pin_search_path
+from chatdb.direct import errors, locked, one, original_search_path, patiently, pinned_transaction
 from chatdb.errors import InvalidInputError, SchemaError
 
 if TYPE_CHECKING:
@@ -75,8 +75,7 @@ def link_users(dsn: str, *, table: str, column: str = "id", wait: float = WAIT, 
     chatdb's tables, and ConfigurationError and UnavailableError as `apply_migrations` does; all can be run again.
     """
     if dry_run:
-        with connected(dsn) as connection:
-            pin_search_path(connection)
+        with pinned_transaction(dsn) as connection:
             target = _target(connection, table, column)
             steps = _steps(connection, target)
             if "add" in steps:
@@ -84,7 +83,6 @@ def link_users(dsn: str, *, table: str, column: str = "id", wait: float = WAIT, 
             return Link(target.table, target.column, steps)
     deadline = time.monotonic() + wait
     with locked(dsn, wait=wait) as connection:
-        pin_search_path(connection)
         target = _target(connection, table, column)
         steps = _steps(connection, target)
         if "add" in steps:
@@ -103,8 +101,7 @@ def link_users(dsn: str, *, table: str, column: str = "id", wait: float = WAIT, 
 def unlink_users(dsn: str, *, wait: float = WAIT, dry_run: bool = False) -> bool:
     """Drop the foreign key to the host's users, and return whether there was one. Raises as `link_users` does."""
     deadline = time.monotonic() + wait
-    with connected(dsn) if dry_run else locked(dsn, wait=wait) as connection:
-        pin_search_path(connection)
+    with pinned_transaction(dsn) if dry_run else locked(dsn, wait=wait) as connection:
         link = _link(connection)
         if link is not None and not dry_run:
             _drop(connection, link[0], deadline)
@@ -165,14 +162,14 @@ def _table(connection: psycopg.Connection, table: str) -> int:
     schema, _, rest = table.partition(".")
     spelled = [_quoted(table), f"{_quoted(schema)}.{_quoted(rest)}"]
     problem = f'the database has no table {table!r}: write it as in SQL, like public.users or public."Users"'
-    with original_search_path(connection):
-        for name in (table, *spelled):
-            try:
+    for name in (table, *spelled):
+        try:
+            with original_search_path(connection):
                 oid = one(connection, "select pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid", name)
-            except (errors.SyntaxError, errors.InvalidName, errors.FeatureNotSupported):
-                continue  # it is no name in SQL; the server's later releases answer null
-            if oid is not None:
-                return int(str(oid))
+        except (errors.SyntaxError, errors.InvalidName, errors.FeatureNotSupported):
+            continue  # it is no name in SQL; the server's later releases answer null
+        if oid is not None:
+            return int(str(oid))
     raise InvalidInputError("table", problem)
 
 
@@ -180,7 +177,8 @@ def _column(connection: psycopg.Connection, table: int, column: str) -> str:
     """Return a column's name without quotes, by the same rule; as it is given where there is no such column."""
     _input.utf8_length("column", column)
     try:
-        folded = one(connection, "select pg_catalog.parse_ident(%s::text)", column)
+        with connection.transaction():
+            folded = one(connection, "select pg_catalog.parse_ident(%s::text)", column)
     except errors.InvalidParameterValue:  # it is no name in SQL, such as one with a space
         return column
     statement = (
@@ -220,16 +218,17 @@ def _steps(connection: psycopg.Connection, target: _Target) -> list[str]:
 
 
 def _refuse_missing(connection: psycopg.Connection, target: _Target) -> None:
-    connection.execute("set row_security to off")  # rows that chatdb protect hides are an error
-    rows = connection.execute(
-        f"""
-        select user_id, pg_catalog.count(*) over ()
-        from (select distinct user_id from chatdb.conversations) as c
-        where not exists (select from {target.table} as u where u.{target.column} collate "C" = c.user_id)
-        order by user_id
-        limit {SHOWN}
-        """.encode()  # noqa: S608 - names that the server has quoted
-    ).fetchall()
+    with connection.transaction():
+        connection.execute("set local row_security to off")  # rows that chatdb protect hides are an error
+        rows = connection.execute(
+            f"""
+            select user_id, pg_catalog.count(*) over ()
+            from (select distinct user_id from chatdb.conversations) as c
+            where not exists (select from {target.table} as u where u.{target.column} collate "C" = c.user_id)
+            order by user_id
+            limit {SHOWN}
+            """.encode()  # noqa: S608 - names that the server has quoted
+        ).fetchall()
     if rows:
         raise UsersMissingError(target.place, [user for user, _ in rows], rows[0][1])
 

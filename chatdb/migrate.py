@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chatdb._query import data_folder
-from chatdb.direct import APPLICATION, connected, locked, one, patiently, pin_search_path
+from chatdb.direct import APPLICATION, connected, locked, one, patiently, pinned_transaction, prepare_session
 from chatdb.errors import ConfigurationError, InvalidInputError, SchemaError, UnavailableError
 from chatdb.ownership import foreign_objects
 
@@ -100,7 +100,6 @@ def apply_migrations(
     files = migration_files(folder)
     deadline = time.monotonic() + wait
     with locked(dsn, wait=wait) as connection:
-        pin_search_path(connection)
         _refuse_foreign_objects(connection)
         missing = _missing(connection, files, to)
         _compare(connection, files)
@@ -141,7 +140,6 @@ def rollback_migrations(
     files = migration_files(folder)
     deadline = time.monotonic() + wait
     with locked(dsn, wait=wait) as connection:
-        pin_search_path(connection)
         last = _last(connection, files, to)
         if expected is not None and [file.name for file in last] != expected:
             raise SchemaError(
@@ -162,8 +160,7 @@ def rollback_migrations(
 def missing_migrations(dsn: str, *, to: str | None = None, folder: Path | None = None) -> list[MigrationFile]:
     """Return what `apply_migrations` would apply, without writing anything."""
     files = migration_files(folder)
-    with connected(dsn) as connection:
-        pin_search_path(connection)
+    with pinned_transaction(dsn) as connection:
         _compare(connection, files)
         return _missing(connection, files, to)
 
@@ -177,8 +174,7 @@ def last_migrations(
     A number is None where row-level security hides rows from the role, as FORCEd it does from the tables' owner.
     """
     files = migration_files(folder)
-    with connected(dsn) as connection:
-        pin_search_path(connection)
+    with pinned_transaction(dsn) as connection:
         return [
             (file, {f"chatdb.{table}": _count(connection, table) for table in _dropped(file) & _tables(connection)})
             for file in _last(connection, files, to)
@@ -187,8 +183,7 @@ def last_migrations(
 
 def applied_migrations(dsn: str, *, folder: Path | None = None) -> dict[str, str | None]:
     """Return the names of the applied migrations, each with its checksum, None for what only yoyo has recorded."""
-    with connected(dsn) as connection:
-        pin_search_path(connection)
+    with pinned_transaction(dsn) as connection:
         return _applied(connection, migration_files(folder))
 
 
@@ -472,7 +467,7 @@ def _worker(
     held = all(_is_transactional(file.sql) for file in work)
     schemas = [older.schema for older in _older(lock) if "yoyo_lock" in older.names]
     with connected(dsn) as worker:
-        pin_search_path(worker)
+        prepare_session(worker)
         with _yoyos_lock(lock, schemas[0], held=held, deadline=deadline) if schemas else nullcontext():
             yield worker
 

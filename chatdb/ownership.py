@@ -51,7 +51,7 @@ with trusted as (
        )
 ),
 
-objects (kind, name, owner, kinds) as (
+objects (kind, name, owner, schema_owner) as (
     select
         case c.relkind when 'S' then 'sequence' when 'v' then 'view' when 'm' then 'materialized view' else 'table' end,
         c.relname::pg_catalog.text, c.relowner, n.nspowner
@@ -79,7 +79,7 @@ from (
     union all
     select kind, pg_catalog.concat('chatdb.', pg_catalog.quote_ident(name)), owner
     from objects
-    where owner operator(pg_catalog.<>) kinds
+    where owner operator(pg_catalog.<>) schema_owner
 ) as f
 inner join pg_catalog.pg_roles as r on r.oid operator(pg_catalog.=) f.owner
 where f.owner operator(pg_catalog.<>) all (select oid from trusted)

@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import psycopg
 
-from chatdb.direct import connected, locked, patiently
+from chatdb.direct import locked, patiently, pinned_transaction
 from chatdb.errors import ConfigurationError, SchemaError
 
 TABLES = ("conversations", "messages")
 WAIT = 60.0
 """How long by default, in seconds, another process may be at it, and tables may be busy."""
 
-_CONDITION = "user_id = nullif(current_setting('chatdb.user_id', true), '')"
+_CONDITION = "user_id = nullif(pg_catalog.current_setting('chatdb.user_id', true), '')"
 _AS_STORED = "(user_id = NULLIF(current_setting('chatdb.user_id'::text, true), ''::text))"
 
 
@@ -60,7 +60,7 @@ def protect_tables(dsn: str, *, off: bool = False, wait: float = WAIT) -> list[s
 
 def missing_protection(dsn: str, *, off: bool = False) -> list[str]:
     """Return the statements that `protect_tables` would run, without changing anything."""
-    with connected(dsn) as connection:
+    with pinned_transaction(dsn) as connection:
         return _statements(connection, off=off)
 
 

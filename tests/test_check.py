@@ -26,6 +26,7 @@ from chatdb.migrate import apply_migrations, migration_files
 from tests._catalog import DATA
 from tests._command import PROGRAM, on_a_terminal
 from tests._pgbouncer import VERSIONS, pgbouncer
+from tests._roles import Roles
 from tests.conftest import as_role, execute, new_database
 from tests.test_migrations import yoyo
 
@@ -435,6 +436,33 @@ def test_how_it_is_shown(dsn: str) -> None:
     shown = on_a_terminal("check", env={"DATABASE_URL": dsn})
     assert all(what in shown for what in whats)
     assert "─" in shown
+
+
+@pytest.mark.parametrize(
+    ("path", "is_found"),
+    [
+        ("public, pg_catalog", True),
+        ('"$user", public, "pg_catalog"', True),
+        ("pg_catalog, public", False),
+        ("public", False),
+        ("public, pg_catalogue", False),
+    ],
+)
+def test_a_search_path_that_ends_with_pg_catalog(dsn: str, roles: Roles, path: str, *, is_found: bool) -> None:
+    """A setting by which names are looked up elsewhere first is found, of this role, the database and another role."""
+    with psycopg.connect(dsn) as connection:
+        database, user = connection.info.dbname, connection.info.user
+
+    def found(role: str | None = None) -> list[str]:
+        return [each.what for each in inspect(dsn, role=role) if each.what.startswith("search_path") and is_wrong(each)]
+
+    execute(dsn, f"alter role {roles.app} in database {database} set search_path = {path}")
+    assert found() == []
+    assert found(roles.app) == [f"search_path of {roles.app}"] * is_found
+    execute(dsn, f"alter database {database} set search_path = {path}")
+    assert found(roles.reader) == [f"search_path of {name}" for name in (user, roles.reader)] * is_found
+    execute(dsn, f"alter role {roles.reader} in database {database} set search_path = public")
+    assert found(roles.reader) == [f"search_path of {user}"] * is_found
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -17,9 +17,13 @@ import chatdb
 from chatdb import ConfigurationError, UnavailableError
 from chatdb.dsn import connect_arguments
 from chatdb.errors import translated
-from chatdb.migrate import apply_migrations, rollback_migrations
+from chatdb.inspection import inspect
+from chatdb.link import link_users, unlink_users
+from chatdb.migrate import apply_migrations, last_migrations, missing_migrations, rollback_migrations
+from chatdb.protect import missing_protection
 from tests._command import chatdb_process as command
 from tests._pgbouncer import OPTIONS, VERSIONS, pgbouncer
+from tests.conftest import execute
 from tests.test_pool import kill_sessions, until
 
 Pooled = Callable[..., str]
@@ -241,6 +245,30 @@ def test_a_poolers_words(words, error, told):
     assert type(found) is error
     assert told in str(found)
     assert "my_connections" not in str(found)
+
+
+def test_a_look_leaves_the_pooled_session_as_it_was(pooled, dsn):
+    """What `chatdb check` and the dry runs set for themselves is not left to whom the pooler gives the session next."""
+    execute(dsn, "create table public.users (id text primary key)")
+    through = pooled(default_pool_size=1)
+    settings = "select name, setting from pg_catalog.pg_settings where name <> 'application_name' order by name"
+    with psycopg.connect(through) as connection:
+        before = connection.execute(settings).fetchall()
+    looks = (
+        lambda: inspect(through),
+        lambda: missing_migrations(through),
+        lambda: last_migrations(through),
+        lambda: missing_protection(through),
+        lambda: link_users(through, table="users", dry_run=True),
+        lambda: unlink_users(through, dry_run=True),
+        lambda: apply_migrations(through),
+    )
+    for look in looks:
+        with suppress(ConfigurationError):  # of what refuses to work through a pooler
+            look()
+        with psycopg.connect(through) as connection:
+            after = connection.execute(settings).fetchall()
+        assert [*set(after) - {*before}] == []
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
