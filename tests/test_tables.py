@@ -461,6 +461,27 @@ def test_a_table_that_is_none(empty_dsn: str, name: str) -> None:
     assert len(texts(read(empty_dsn))) == len(frameworks().CHAT)
 
 
+async def test_no_planted_operator_is_called(empty_dsn: str) -> None:
+    """An operator in `public` that fits the columns of a framework better than the server's own is not called."""
+    await run_agent(empty_dsn)
+    frameworks().chat(empty_dsn, SESSION)
+    kinds = ("varchar", "information_schema.sql_identifier", "information_schema.character_data")
+    execute(
+        empty_dsn,
+        *(
+            f"create function public.captured({left}, {right}) returns bool language plpgsql as "
+            f"$$ begin raise exception 'captured'; end $$; "
+            f"create operator public.= (leftarg = {left}, rightarg = {right}, function = public.captured)"
+            for left in kinds
+            for right in ("text", "name", left)
+        ),
+    )
+    assert len(texts(read(empty_dsn, "openai-agents", sessions=["s1"]))) == len(RUN)
+    assert len(texts(read(empty_dsn, "langchain", sessions=[SESSION]))) == len(frameworks().CHAT)
+    with pytest.raises(psycopg.errors.RaiseException):
+        execute(empty_dsn, "select from agent_messages where session_id = any('{s1}'::text[])")
+
+
 async def test_which_tables(empty_dsn: str) -> None:
     """Without any table, or with several, the error says what was looked for or found, and an option chooses."""
     for chosen in ("auto", *tables.FORMATS):

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from psycopg import sql
 
 FORMATS: Final = ("openai-agents", "langchain")
+_OPENAI_TABLES: Final = ("agent_sessions", "agent_messages")
 
 MISSING = "psycopg, which reads other tables, is not installed: pip install 'chatdb[migrate]'"
 
@@ -66,7 +67,7 @@ with sessions as (
         session_id,
         created_at::timestamptz at time zone 'UTC' as began_at,
         updated_at::timestamptz at time zone 'UTC' as ended_at
-    from agent_sessions
+    from {agent_sessions}
     where %(sessions)s::text[] is null or session_id = any(%(sessions)s::text[])
 ),
 
@@ -75,7 +76,7 @@ messages as materialized (
         session_id, id, created_at,
         created_at::timestamptz at time zone 'UTC' as written_at,
         pg_catalog.octet_length(message_data::text) as size
-    from agent_messages
+    from {agent_messages}
     where %(sessions)s::text[] is null or session_id = any(%(sessions)s::text[])
 )
 
@@ -90,7 +91,7 @@ full join messages as m using (session_id)
 window whole as (partition by session_id)
 order by began_at, session_id, m.created_at, m.id
 """
-_OPENAI_TEXTS: Final = "select id, message_data::text from agent_messages where id = any(%s)"
+_OPENAI_TEXTS: Final = "select id, message_data::text from {agent_messages} where id = any(%s)"
 
 _LANGCHAIN_ROWS: Final = """
 with messages as materialized (
@@ -114,10 +115,17 @@ order by began_at, session_id, id
 """
 _LANGCHAIN_TEXTS: Final = "select id, message::text from {table} where id = any(%s)"
 
-_HAS_OPENAI: Final = (
-    "select pg_catalog.to_regclass('agent_sessions') is not null "
-    "and pg_catalog.to_regclass('agent_messages') is not null"
-)
+# Only the names of tables are looked up on the role's search_path. Then it is one on which no operator of `public` can
+# be found that fits a varchar better than the server's own, and runs as who imports.
+_OID: Final = "select pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid"
+_PIN: Final = "set local search_path to pg_catalog, pg_temp"
+
+_NAME: Final = """
+select n.nspname::text, c.relname::text
+from pg_catalog.pg_class as c
+inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
+where c.oid = %s::oid
+"""
 _LANGCHAIN_TABLES: Final = """
 select table_schema::text, table_name::text
 from information_schema.columns
@@ -190,9 +198,16 @@ def read(
 
 
 def _read(source: psycopg.Connection, chosen: str, table: str | None, sessions: Sequence[str]) -> Iterator[Item]:
-    name = _found(source, chosen) if table is None else tuple(table.rsplit(".", 1))
-    tables = _tables(name)
-    wanted = {session if not name else _uuid(session) for session in sessions}
+    names = _OPENAI_TABLES if table is None else (table,)
+    oids = [source.execute(_OID, [_quoted(name)]).fetchone() for name in names]
+    source.execute(_PIN)
+    places = [tuple(place) for row in oids if row and (place := source.execute(_NAME, row).fetchone())]
+    if table is None:
+        places = _found(source, chosen, places)
+    elif not places:
+        raise _explained("42P01", is_value=False)
+    tables = _tables(places)
+    wanted = {session if len(places) > 1 else _uuid(session) for session in sessions}
     for session, messages in groupby(_messages(source, tables, sorted(wanted) or None), lambda pair: pair[0].session):
         wanted.discard(session)
         yield from _conversation(messages, tables.convert)
@@ -200,13 +215,18 @@ def _read(source: psycopg.Connection, chosen: str, table: str | None, sessions: 
         yield Skipped("there is no session of this id", conversations=len(wanted))
 
 
-def _found(source: psycopg.Connection, chosen: str) -> tuple[str, ...]:
-    """Return the schema and the name of langchain's table, or nothing for openai-agents'."""
-    found: dict[str, tuple[str, ...]] = {}
-    if chosen != "langchain" and source.execute(_HAS_OPENAI).fetchone() == (True,):
-        found["agent_messages"] = ()
+def _quoted(name: str) -> str:
+    """Return a name, after a point where it has a schema, as it is in SQL."""
+    return ".".join(f'"{part}"' for part in name.replace('"', '""').rsplit(".", 1))
+
+
+def _found(source: psycopg.Connection, chosen: str, openai: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return the schema and the name of langchain's table, or those of openai-agents' two."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    if chosen != "langchain" and len(openai) == len(_OPENAI_TABLES):
+        found["agent_messages"] = openai
     if chosen != "openai-agents":
-        found |= {".".join(name): name for name in source.execute(_LANGCHAIN_TABLES)}
+        found |= {".".join(name): [name] for name in source.execute(_LANGCHAIN_TABLES)}
     if len(found) == 1:
         return next(iter(found.values()))
     if not found:
@@ -214,15 +234,18 @@ def _found(source: psycopg.Connection, chosen: str) -> tuple[str, ...]:
     raise InvalidInputError("table", f"there are several: choose by --table or --format among {', '.join(found)}")
 
 
-def _tables(name: Sequence[str]) -> _Tables:
+def _tables(places: Sequence[tuple[str, ...]]) -> _Tables:
     from psycopg import sql
 
-    if not name:
-        return _Tables(sql.SQL(_OPENAI_ROWS).format(), sql.SQL(_OPENAI_TEXTS).format(), _openai)
-    table = sql.Identifier(*(part.replace("%", "%%") for part in name))  # which psycopg would take for parameters
-    return _Tables(
-        sql.SQL(_LANGCHAIN_ROWS).format(table=table), sql.SQL(_LANGCHAIN_TEXTS).format(table=table), _langchain
+    # of a name with %, which psycopg would take for parameters
+    tables = [sql.Identifier(*(part.replace("%", "%%") for part in place)) for place in places]
+    names, rows, texts, convert = (
+        (_OPENAI_TABLES, _OPENAI_ROWS, _OPENAI_TEXTS, _openai)
+        if len(tables) > 1
+        else (("table",), _LANGCHAIN_ROWS, _LANGCHAIN_TEXTS, _langchain)
     )
+    named = dict(zip(names, tables, strict=True))
+    return _Tables(sql.SQL(rows).format(**named), sql.SQL(texts).format(**named), convert)
 
 
 def _uuid(session: str) -> str:
@@ -394,7 +417,7 @@ def _translating() -> Generator[None, None, None]:
 
 def _explained(state: str, is_value: bool) -> ChatDBError:
     match state:
-        case "42P01" | "3F000" | "42703" | "42601" | "42883" | "42804" | "42846" | "42809":
+        case "42P01" | "3F000" | "42602" | "42703" | "42601" | "42883" | "42804" | "42846" | "42809":
             return InvalidInputError("table", f"is not there, or not of the framework's form; looked for {_LOOKED_FOR}")
         case "42501":
             return ConfigurationError("the role may not read the tables: grant it select on them")
