@@ -130,6 +130,16 @@ def content(parameter: str, value: object) -> str:
     return value
 
 
+def texts(values: Iterable[object]) -> list[str | None]:
+    """
+    Return numbers or times as texts.
+
+    Of the arrays asyncpg knows those of texts; for others it first asks the server, by a statement whose functions and
+    operators a host's schemas may replace.
+    """
+    return [None if value is None else str(value) for value in values]
+
+
 def token_count(parameter: str, value: object) -> int | None:
     """Return a number of tokens, or None for unknown."""
     return None if value is None else integer(parameter, value, least=0, most=MAX_INT)

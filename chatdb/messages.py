@@ -90,7 +90,8 @@ async def append_messages(
     if not batch:
         await get_conversation(db, user_id=user, conversation_id=conversation)
         return []
-    *columns, keys = map(list, zip(*batch, strict=True))
+    *columns, token_counts, keys = map(list, zip(*batch, strict=True))
+    columns.append(_input.texts(token_counts))
     if not any(keys):
         return sorted(await _append_messages.fetch_page(db, user, conversation, *columns), key=_in_order)
     stored = await _append_messages_keyed.fetch_page(db, user, conversation, *columns, keys, repeatable=all(keys))

@@ -267,7 +267,7 @@ async def _store(
         with translating():
             await connection.copy_records_to_table("messages", schema_name="chatdb", columns=_COLUMNS, records=rows)
     elif rows:  # the server takes no COPY where row-level security is on
-        _, *columns = map(list, zip(*rows, strict=True))
+        _, *columns = map(_input.texts, zip(*rows, strict=True))
         await _import_conversations_messages.fetch_one(connection, user, *columns)
     report.messages += len(rows)
     cut_off = [
@@ -287,9 +287,9 @@ async def _place(
         connection,
         user,
         [source.key for source in sources],
-        [source.created_at for source in sources],
-        [target.occurrence for target in targets],
-        [source.last_seq for source in sources],
+        _input.texts(source.created_at for source in sources),
+        _input.texts(target.occurrence for target in targets),
+        _input.texts(source.last_seq for source in sources),
     )
     for stored in found:
         target = targets[stored.place - 1]
@@ -307,9 +307,9 @@ async def _place(
             [target.source.key for target in new],
             [target.source.title for target in new],
             [target.source.metadata for target in new],
-            [target.source.last_seq for target in new],
-            [target.source.created_at or started_at for target in new],
-            [target.source.updated_at or started_at for target in new],
+            _input.texts(target.source.last_seq for target in new),
+            _input.texts(target.source.created_at or started_at for target in new),
+            _input.texts(target.source.updated_at or started_at for target in new),
         )
     except ConflictError as error:
         raise ConflictError("another caller stores the same conversations at this moment: import again") from error
@@ -368,10 +368,10 @@ async def _set_last_seq(
     changed = await _import_conversations_extend.fetch_all(
         connection,
         user,
-        [target.id for target in targets],
-        old,
-        new,
-        [target.source.updated_at or started_at for target in targets],
+        _input.texts(target.id for target in targets),
+        _input.texts(old),
+        _input.texts(new),
+        _input.texts(target.source.updated_at or started_at for target in targets),
     )
     if len(changed) < len(changes):
         raise ConflictError("another caller appended to one of the conversations meanwhile: import again")

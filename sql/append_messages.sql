@@ -7,7 +7,7 @@
 -- $4 contents text[]
 -- $5 payloads text[]    null where a message has none
 -- $6 metadatas text[]    null where a message has none
--- $7 token_counts int4[]    null where a message has none
+-- $7 token_counts text[]    null where a message has none
 --
 -- returns many Message
 -- served by pk_conversations
@@ -25,7 +25,7 @@ select
     c.user_id, c.id, c.previous_seq + m.place, m.role, m.content, m.payload::json, m.metadata::jsonb,
     m.token_count, c.updated_at
 from conversation as c
-cross join unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::int4[])
+cross join unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::text[]::int4[])
     with ordinality as m (role, content, payload, metadata, token_count, place)
 returning
     id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,

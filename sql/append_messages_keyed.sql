@@ -8,7 +8,7 @@
 -- $4 contents text[]
 -- $5 payloads text[]    null where a message has none
 -- $6 metadatas text[]    null where a message has none
--- $7 token_counts int4[]    null where a message has none
+-- $7 token_counts text[]    null where a message has none
 -- $8 keys text[]    null where a message has none
 --
 -- returns many Message, or an existence row: some keys have come before and some not, or with another body
@@ -16,7 +16,7 @@
 
 with batch as (
     select role, content, payload, metadata::jsonb as metadata, token_count, key, place
-    from unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::int4[], $8::text[])
+    from unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::text[]::int4[], $8::text[])
         with ordinality as m (role, content, payload, metadata, token_count, key, place)
 ),
 

@@ -5,15 +5,17 @@
 -- $2 keys text[]    null where a conversation has none
 -- $3 titles text[]    null where a conversation has none
 -- $4 metadatas text[]    null where a conversation has none
--- $5 last_seqs int8[]
--- $6 created_ats timestamptz[]
--- $7 updated_ats timestamptz[]
+-- $5 last_seqs text[]
+-- $6 created_ats text[]
+-- $7 updated_ats text[]
 --
 -- returns many ImportedConversation
 
 insert into chatdb.conversations (user_id, key, title, metadata, last_seq, created_at, updated_at)
 select $1, key, title, metadata::jsonb, last_seq, created_at, updated_at
-from unnest($2::text[], $3::text[], $4::text[], $5::int8[], $6::timestamptz[], $7::timestamptz[])
+from unnest(
+    $2::text[], $3::text[], $4::text[], $5::text[]::int8[], $6::text[]::timestamptz[], $7::text[]::timestamptz[]
+)
     with ordinality as c (key, title, metadata, last_seq, created_at, updated_at, place)
 order by place
 returning id

@@ -5,16 +5,16 @@
 --
 -- $1 user_id text
 -- $2 keys text[]    null where a conversation has none
--- $3 created_ats timestamptz[]    null where the file has no times
--- $4 occurrences int8[]    how many conversations before it in the file have no key and this time
--- $5 last_seqs int8[]
+-- $3 created_ats text[]    null where the file has no times
+-- $4 occurrences text[]    how many conversations before it in the file have no key and this time
+-- $5 last_seqs text[]
 --
 -- returns many StoredConversation
 -- served by uq_conversations_user_id_key, ix_conversations_user_id_active_on, pk_messages
 
 with wanted as (
     select key, created_at, occurrence, last_seq, place
-    from unnest($2::text[], $3::timestamptz[], $4::int8[], $5::int8[])
+    from unnest($2::text[], $3::text[]::timestamptz[], $4::text[]::int8[], $5::text[]::int8[])
         with ordinality as w (key, created_at, occurrence, last_seq, place)
 ),
 
@@ -23,7 +23,7 @@ unkeyed as (
         id, last_seq, created_at,
         pg_catalog.row_number() over (partition by created_at order by id) - 1 as occurrence
     from chatdb.conversations
-    where user_id = $1 and key is null and created_at = any($3)
+    where user_id = $1 and key is null and created_at = any($3::text[]::timestamptz[])
       and exists (
           select from wanted
           where key is null

@@ -2,15 +2,15 @@
 -- Messages of a file, where row-level security keeps COPY away.
 --
 -- $1 user_id text
--- $2 conversation_ids int8[]
--- $3 seqs int8[]
+-- $2 conversation_ids text[]
+-- $3 seqs text[]
 -- $4 roles text[]
 -- $5 contents text[]
 -- $6 payloads text[]    null where a message has none
 -- $7 metadatas text[]    null where a message has none
--- $8 token_counts int4[]    null where a message has none
+-- $8 token_counts text[]    null where a message has none
 -- $9 keys text[]    null where a message has none
--- $10 created_ats timestamptz[]
+-- $10 created_ats text[]
 --
 -- returns one ImportedMessages
 
@@ -21,8 +21,8 @@ with message as (
     select
         $1, conversation_id, seq, role, content, payload::json, metadata::jsonb, token_count, key, created_at
     from unnest(
-        $2::int8[], $3::int8[], $4::text[], $5::text[], $6::text[], $7::text[], $8::int4[], $9::text[],
-        $10::timestamptz[]
+        $2::text[]::int8[], $3::text[]::int8[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[]::int4[],
+        $9::text[], $10::text[]::timestamptz[]
     ) as m (conversation_id, seq, role, content, payload, metadata, token_count, key, created_at)
     returning seq
 )

@@ -96,10 +96,15 @@ def expected(parameter, given):
         case ["before", name] if "before" in given:
             return getattr(given["before"], name)
     if "messages" in given and parameter not in given:
-        return [_as_sent(message.get(parameter[:-1])) for message in given["messages"]]
+        return _texts(_as_sent(message.get(parameter[:-1])) for message in given["messages"])
     if parameter == "before_seq" and given[parameter] is None:
         return 2**63 - 1
     return _as_sent(given[parameter])
+
+
+def _texts(values):
+    """Return what an array is sent as."""
+    return [None if value is None else str(value) for value in values]
 
 
 def _as_sent(value):
@@ -232,30 +237,37 @@ TRANSFERRED = {
     "export_conversations": [],
     "export_conversations_messages": [],
 }
+
+
+def _extension(number, old, new, time):
+    values = {"ids": number, "old_last_seqs": old, "new_last_seqs": new, "updated_ats": time}
+    return {name: _texts([value]) for name, value in values.items()}
+
+
 IMPORTED = [
     (
         "import_conversations_find",
         USER
         | {
             "keys": ["a", None, None],
-            "created_ats": [None, _days(2), _days(2)],
-            "occurrences": [0, 0, 1],
-            "last_seqs": [1, 4, 3],
+            "created_ats": _texts([None, _days(2), _days(2)]),
+            "occurrences": _texts([0, 0, 1]),
+            "last_seqs": _texts([1, 4, 3]),
         },
     ),
     (
         "import_conversations",
         USER
-        | {"keys": ["a", None], "titles": ["A", None], "metadatas": ['{"m": 1}', None], "last_seqs": [1, 4]}
-        | {"created_ats": [NOW, _days(2)], "updated_ats": [_days(1), _days(3)]},
+        | {"keys": ["a", None], "titles": ["A", None], "metadatas": ['{"m": 1}', None], "last_seqs": _texts([1, 4])}
+        | {"created_ats": _texts([NOW, _days(2)]), "updated_ats": _texts([_days(1), _days(3)])},
     ),
     (
         "import_conversations_extend",
-        USER | {"ids": [53], "old_last_seqs": [2], "new_last_seqs": [3], "updated_ats": [_days(4)]},
+        USER | _extension(53, 2, 3, _days(4)),
     ),
     (
         "import_conversations_extend",
-        USER | {"ids": [52], "old_last_seqs": [4], "new_last_seqs": [1], "updated_ats": [_days(3)]},
+        USER | _extension(52, 4, 1, _days(3)),
     ),
 ]
 """What is to be sent for that file, by the names of the headers."""
@@ -270,7 +282,7 @@ INSERTED = [
     *IMPORTED[:3],
     (
         "import_conversations_messages",
-        USER | {f"{name}s": [row[name] for row in COPIED] for name in COPIED[0] if name != "user_id"},
+        USER | {f"{name}s": _texts(row[name] for row in COPIED) for name in COPIED[0] if name != "user_id"},
     ),
     *IMPORTED[3:],
 ]

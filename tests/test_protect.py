@@ -368,10 +368,10 @@ def argument(file: SqlFile, name: str, conversation: Conversation) -> Any:
     return {
         "user_id": "ada",
         "conversation_id": conversation.id,
-        "conversation_ids": [conversation.id],
-        "ids": [conversation.id],
+        "conversation_ids": [str(conversation.id)],
+        "ids": [str(conversation.id)],
         "seq": 0 if file.name == "delete_messages_after" else 1,
-        "seqs": [9],
+        "seqs": ["9"],
         "after_seq": 0,
         "before_seq": 2**62,
         "before_id": 2**62,
@@ -384,12 +384,12 @@ def argument(file: SqlFile, name: str, conversation: Conversation) -> Any:
         "title": "taken",
         "content": "secret",
         "contents": ["secret"],
-        "created_ats": [conversation.created_at],
-        "updated_ats": [conversation.created_at],
-        "occurrences": [0],
-        "last_seqs": [5],
-        "old_last_seqs": [conversation.last_seq],
-        "new_last_seqs": [conversation.last_seq + 1],
+        "created_ats": [str(conversation.created_at)],
+        "updated_ats": [str(conversation.created_at)],
+        "occurrences": ["0"],
+        "last_seqs": ["5"],
+        "old_last_seqs": [str(conversation.last_seq)],
+        "new_last_seqs": [str(conversation.last_seq + 1)],
     }.get(name, True if name.startswith("set_") else [None] if name.endswith("s") else None)
 
 
