@@ -170,7 +170,11 @@ def unqualified(sql: str) -> list[str]:
 
 
 def strings(module: Path) -> list[str]:
-    """Return the SQL in a module's texts, with a name or a parameter for what is filled in."""
+    """
+    Return the SQL in a module's texts, with a name or a parameter for what is filled in.
+
+    Not seen is a text that begins with what is filled in, such as the verb of a REINDEX.
+    """
     found: list[str] = []
     for text in map(_filled, _texts(python.parse(module.read_text(encoding="utf-8")))):
         if _STATEMENT.match(text):
