@@ -596,11 +596,11 @@ async def test_a_change_of_the_tables_is_no_surprise(walled: Place) -> None:
     """When a statement's result has another type than before, a call prepares it again and answers."""
     async with chatdb.create_pool(walled.app, max_size=3, row_level_security=True) as db:
         here = {"user_id": "alice", "conversation_id": (await conversation_with_a_message(db)).id}
-        for kind in ("bigint", "integer"):
-            await asyncio.gather(*(chatdb.get_history(db, **here) for _ in range(10)))
-            execute(walled.owner, f"alter table chatdb.messages alter column token_count type {kind}")
-            histories = await asyncio.gather(*(chatdb.get_history(db, **here) for _ in range(10)))
-            assert [len(history) for history in histories] == [1] * 10
+        for kind in ("varchar", "text"):
+            await asyncio.gather(*(chatdb.get_conversation(db, **here) for _ in range(10)))
+            execute(walled.owner, f"alter table chatdb.conversations alter column title type {kind}")
+            found = await asyncio.gather(*(chatdb.get_conversation(db, **here) for _ in range(10)))
+            assert [conversation.key for conversation in found] == ["thread"] * 10
 
 
 def test_the_option_is_a_bool() -> None:
