@@ -98,7 +98,7 @@ def _reads_whole(statement: _Statement, tables: set[str]) -> Finding:
 def _statements() -> Iterator[_Statement]:
     for path in sorted(data_folder("sql").glob("*.sql")):
         header, _, body = path.read_text(encoding="utf-8").partition("\n\n")
-        if "chatdb." in body:
+        if re.search(r" chatdb\.", body):  # a table, and not the setting that is read by a text
             served = re.search(r"^-- served by (.*)$", header, re.MULTILINE)
             parameters = len(re.findall(r"^-- \$", header, re.MULTILINE))
             yield _Statement(path.stem, body, parameters, set(served[1].split(", ")) if served else set())

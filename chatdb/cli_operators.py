@@ -218,7 +218,8 @@ def protect(
     """
     Switch row-level security on: a statement reaches only rows of the user whom its transaction names.
 
-    From then on the service has to work inside chatdb.transaction(db, user_id=...): without it there are no rows.
+    From then on the service opens its pool with create_pool(row_level_security=True), or works inside
+    chatdb.transaction(db, user_id=...): a statement that names no user is an error.
     Superusers and roles with BYPASSRLS are not held back. Does nothing if all is as it should be.
     """
     from chatdb.protect import missing_protection, protect_tables

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from chatdb.dsn import libpq_dsn
-from chatdb.errors import ChatDBError, ConfigurationError, UnavailableError
+from chatdb.errors import RLS_USER_ID, ChatDBError, ConfigurationError, UnavailableError
 
 try:
     import psycopg
@@ -152,6 +152,11 @@ def one(connection: psycopg.Connection, statement: str, *arguments: object) -> o
 def explained(error: psycopg.Error) -> ChatDBError:
     """Return chatdb's own error for the driver's, whose text may hold rows, or a password."""
     state = error.sqlstate or ""
+    if error.diag.constraint_name == RLS_USER_ID or error.diag.source_function == "check_enable_rls":
+        return ConfigurationError(
+            f"row-level security hides rows from this role ({error.diag.message_primary}): run this as a superuser or "
+            "a role with BYPASSRLS"
+        )
     if state == "42501":  # the message has names of objects only
         return ConfigurationError(
             f"the database role lacks a privilege ({error.diag.message_primary}): grant it, or run this as the "

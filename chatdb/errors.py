@@ -10,7 +10,8 @@ The errors that chatdb raises.
         CommandTimeoutError       the server did not answer in time
         PoolClosedError           the pool is closed, or not open yet
       SchemaError                 migrations are missing: run yoyo apply
-      ConfigurationError          DSN, TLS, pooler, privileges, a pool in another process or event loop
+      ConfigurationError          DSN, TLS, pooler, privileges, row-level security without a user, a pool in another
+                                  process or event loop
 
 No message holds a text of a conversation, a password or a key. The driver's own error, which may, is `__cause__`.
 Misuse, such as two operations at once on one connection, stays the driver's own error: it is a bug to be seen.
@@ -135,6 +136,17 @@ CONFLICTS: dict[str, str] = {
 _SCHEMA_HINT = (
     "the database lacks chatdb's tables or has older ones than this release needs: run yoyo apply, or chatdb migrate"
 )
+RLS_USER_ID = "rls_user_id"
+"""
+What row-level security's function, of the same name in the schema chatdb, gives as the constraint of its error, which
+it raises where no user is named.
+"""
+
+NO_USER = (
+    "row-level security is on (chatdb protect), and no user is named to the database: open the pool with "
+    "create_pool(row_level_security=True), or call inside transaction(db, user_id=...)"
+)
+
 # the server's functions, for its words may be those of another language
 _WALL = frozenset({"ExecWithCheckOptions", "check_enable_rls"})
 _GONE = re.compile("connection is closed|released back to the pool")
@@ -228,6 +240,8 @@ def _of_server(error: asyncpg.PostgresError) -> ChatDBError | None:
         return InvalidInputError(*CONSTRAINTS[name])
     if name in CONFLICTS:
         return ConflictError(CONFLICTS[name])
+    if name == RLS_USER_ID:
+        return ConfigurationError(NO_USER)
     match state:
         case "25P02":  # a statement in a transaction that has failed: misuse
             return None

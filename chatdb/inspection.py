@@ -17,7 +17,7 @@ from chatdb.direct import connected, is_pooled, one, pinned_transaction
 from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.migrate import applied_migrations, migration_files
 from chatdb.ownership import additions, foreign_objects, public_is_writable
-from chatdb.protect import missing, walls
+from chatdb.protect import missing, missing_function, walls
 from chatdb.records import SchemaPart
 from chatdb.schema import NEEDED, STATEMENT
 
@@ -100,7 +100,7 @@ def _wall(connection: psycopg.Connection, roles: list[str]) -> list[Finding]:
             return [Finding(what, DIFFERENT, "on without a policy: no row is seen", "chatdb protect")]
         if not any(each.policy for each in found):
             return [Finding(what, NOTE, "on, without chatdb's policies", "")]
-        if any(map(missing, found)):
+        if missing_function(connection) or any(map(missing, found)):
             return [Finding(what, DIFFERENT, "up in part", "chatdb protect")]
     except SchemaError:  # a table is not there, which is its own finding
         return []

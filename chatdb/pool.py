@@ -86,7 +86,15 @@ _RESET: Final = (
 )
 """What DISCARD ALL does but for prepared statements and plans, which the driver and the pool keep."""
 
-_TRANSACTION: Final = re.compile(r"(?:begin|commit|rollback|(?:savepoint|release savepoint|rollback to) \w+);?", re.I)
+_BEGIN_AS: Final = "begin; select pg_catalog.set_config('chatdb.user_id', {}, true)"
+"""Begins a transaction that names its user, in one round trip."""
+
+_TRANSACTION: Final = re.compile(
+    r"(?:begin|commit|rollback|(?:savepoint|release savepoint|rollback to) \w+);?"
+    + f"|{re.escape(_BEGIN_AS)}".replace(r"\{\}", r"E'(?:[^'\\]|''|\\\\)*'"),
+    re.IGNORECASE,
+)
+"""What leaves nothing in the session."""
 
 _log = logging.getLogger("chatdb")
 
@@ -116,15 +124,6 @@ class _PoolsConnection(_BaseConnection):
         self._needs_reset = False
         self._name = str(getattr(self.get_settings(), "application_name", ""))
 
-    def note(self, query: object) -> None:
-        """Record that a statement ran which may leave something in the session."""
-        if not self._needs_reset:
-            self._needs_reset = not isinstance(query, str) or _TRANSACTION.fullmatch(query) is None
-
-    def check(self) -> None:
-        """Raise ConfigurationError where the connection does not belong, and the driver's error if it is closed."""
-        self._check_open()
-
     def _check_open(self) -> None:
         # asyncpg calls it at the start of each operation
         check_owner(self._process, self._loop, "connection")
@@ -142,12 +141,11 @@ class _PoolsConnection(_BaseConnection):
         if not self._needs_reset:
             return ""
         # a pooler's server connection has the name of another client to go back to
-        name = self._name.replace("\\", "\\\\").replace("'", "''")
-        return f"{_RESET}; set application_name to E'{name}'"
+        return f"{_RESET}; set application_name to {_literal(self._name)}"
 
     async def reset(self, *, timeout: float | None = None) -> None:
         await super().reset(timeout=timeout)
-        self._needs_reset = False  # the reset itself has set it again
+        self._needs_reset = False  # which the reset query, run by execute(), has set
 
     def _drop_global_statement_cache(self) -> None:
         holder = self._pool_holder and self._pool_holder()
@@ -164,8 +162,8 @@ def _touching(name: str) -> Any:  # noqa: ANN401 - a method of any signature
 
     @functools.wraps(method)
     def call(self: _PoolsConnection, query: object, *args: object, **options: object) -> object:
-        if query not in STATEMENTS:
-            self.note(query)
+        if query not in STATEMENTS and not (isinstance(query, str) and _TRANSACTION.fullmatch(query)):
+            self._needs_reset = True  # pyright: ignore[reportPrivateUsage] - a method of the class
         return method(self, query, *args, **options)
 
     return call
@@ -177,7 +175,7 @@ def _checked(name: str) -> Any:  # noqa: ANN401 - a method of any signature
 
     @functools.wraps(method)
     async def call(self: _PoolsConnection, *args: object, **options: object) -> object:
-        self.check()
+        self._check_open()  # pyright: ignore[reportPrivateUsage] - a method of the class
         return await method(self, *args, **options)
 
     return call
@@ -234,10 +232,12 @@ class Pool(_Base):
     The pool belongs to the process and the event loop that open it. In another it raises ConfigurationError before
     anything is sent.
 
-    `retries` is how often a read or a keyed write is sent again after a lost connection.
+    `retries` is how often a read or a keyed write is sent again after a lost connection. With `row_level_security` each
+    of chatdb's own calls runs in a transaction that names its user.
     """
 
     retries: int
+    row_level_security: bool
     _process: int
 
     def __init__(
@@ -249,6 +249,7 @@ class Pool(_Base):
         acquire_timeout: float = 10.0,
         command_timeout: float = 30.0,
         retries: int = 2,
+        row_level_security: bool = False,
         # below the five minutes after which a serverless database closes idle connections
         max_inactive_connection_lifetime: float = 240.0,
         **options: Any,  # noqa: ANN401 - asyncpg's own
@@ -264,6 +265,8 @@ class Pool(_Base):
             )
         if not isinstance(retries, int) or retries < 0:  # pyright: ignore[reportUnnecessaryIsInstance] - callers without types
             raise ConfigurationError("retries must be 0, for none, or how often a statement may be sent again")
+        if not isinstance(row_level_security, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError("row_level_security must be True or False")
         if "connection_class" in options:
             raise ConfigurationError("connection_class is not taken: the pool relies on a class of its own")
         own: dict[str, Any] = {
@@ -281,6 +284,7 @@ class Pool(_Base):
             **(own | connect_arguments(dsn) | options),
         )
         self.retries = retries
+        self.row_level_security = row_level_security
         self._acquire_timeout = acquire_timeout
         self._turn = asyncio.Lock()
         self._waiting = 0  # tasks that have asked for a connection and have none yet
@@ -315,8 +319,16 @@ class Pool(_Base):
 
         Where one is idle, that is all: asyncpg's way to and from it, by a context, a proxy, a timer and a task, costs
         more than half of what the statement does. The connection's own `fetch` would check its owner once more.
+
+        With `row_level_security` a statement of chatdb's own, whose first argument is the user, takes three round
+        trips: BEGIN with the user, the statement, COMMIT.
         """
         self._check_owner()
+        if self.row_level_security and args and query in STATEMENTS:
+            try:
+                return await self._fetch_as(args[0], query, *args, timeout=timeout)
+            except asyncpg.InvalidCachedStatementError:  # outside a transaction, asyncpg itself prepares anew
+                return await self._fetch_as(args[0], query, *args, timeout=timeout)
         holder: Private = self._take_idle() or (await self._acquire(None))._holder
         connection: Private = holder._con
         try:
@@ -334,6 +346,10 @@ class Pool(_Base):
             if not self._give_back(holder, connection):
                 await _release_with_timeout(holder.release(self._acquire_timeout))
         return rows
+
+    async def _fetch_as(self, user: str, query: str, *args: object, timeout: float | None) -> list[Any]:
+        async with transaction(self, user_id=user) as connection:
+            return await connection.fetch(query, *args, timeout=timeout)
 
     async def release(self, connection: Any, *, timeout: float | None = None) -> None:  # noqa: ANN401 - asyncpg's proxy
         """Reset a connection and give it back; if a cancelled statement is still running, that goes on by itself."""
@@ -475,6 +491,7 @@ def create_pool(
     acquire_timeout: float = 10.0,
     command_timeout: float = 30.0,
     retries: int = 2,
+    row_level_security: bool = False,
     **options: Any,  # noqa: ANN401 - asyncpg's own
 ) -> Pool:
     """
@@ -486,6 +503,9 @@ def create_pool(
     are needed, from `min_size` to `max_size`, and one at once, to see that the server is there. After a lost connection
     a read or a keyed write is sent again up to `retries` times, 0 for never. Further options are those of
     `asyncpg.create_pool`; `statement_cache_size=0` is what a pooler needs that does not track prepared statements.
+
+    `row_level_security=True` is for a database with `chatdb protect`: each call runs in a transaction that names its
+    user, in three round trips instead of one. When the connection is lost during COMMIT, `.sent` is None.
 
     Raises ConfigurationError at once; when awaited, also UnavailableError.
     """
@@ -499,6 +519,7 @@ def create_pool(
         acquire_timeout=acquire_timeout,
         command_timeout=command_timeout,
         retries=retries,
+        row_level_security=row_level_security,
         **options,
     )
 
@@ -511,8 +532,9 @@ async def transaction(db: AsyncpgPool | Connection, *, user_id: str | None = Non
     The block's end commits, an exception rolls back. Inside another transaction it is a savepoint. Nothing is retried.
 
     With `user_id` the rows of this user are the only ones that the block can reach, whatever its statements say, where
-    `chatdb protect` has switched row-level security on. It costs a round trip, ends with the transaction, and is
-    therefore safe behind a pooler; after a savepoint, the user of the transaction around it is back.
+    `chatdb protect` has switched row-level security on. It is sent with BEGIN, ends with the transaction, and is
+    therefore safe behind a pooler; a savepoint's costs two round trips, and then the user of the transaction around it
+    is back.
 
     Raises ChatDBError when the server answers COMMIT with ROLLBACK, as it does after an error that the block has
     swallowed; asyncpg's own `connection.transaction()` says nothing then, and the writes are gone.
@@ -536,8 +558,7 @@ async def _committed(connection: Connection, user: str | None) -> AsyncGenerator
     is_savepoint = connection.is_in_transaction()
     block = connection.transaction()
     try:
-        await _begin(block)
-        before = None if user is None else await set_user(connection, user)
+        before = await _begin(connection, block, user, is_savepoint)
         yield
         if is_savepoint and user is not None:  # its end would leave the setting to the transaction around it
             await set_user(connection, before or "")
@@ -576,10 +597,18 @@ _SET_USER: Final = """
 STATEMENTS.add(_SET_USER)
 
 
-async def _begin(block: Transaction) -> None:
+async def _begin(connection: Connection, block: Transaction, user: str | None, is_savepoint: bool) -> str | None:
+    """Begin a transaction or a savepoint, and return whose rows were shown before."""
     try:
         with translating():
-            await block.start()
+            if user is None or is_savepoint:
+                await block.start()
+                return None if user is None else await set_user(connection, user)
+            await connection.execute(_BEGIN_AS.format(_literal(user)))
+            # what asyncpg's own start() does after its BEGIN, to which nothing can be added
+            block._connection._top_xact = block  # type: ignore[attr-defined]
+            block._state = TransactionState.STARTED  # type: ignore[attr-defined]
+            return None
     except UnavailableError as error:
         error.sent = False  # nothing of the block was
         raise
@@ -617,6 +646,11 @@ async def _release_with_timeout(release: Coroutine[Any, Any, None]) -> None:
     releasing.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, if nobody waits any more
     if (await asyncio.wait([releasing], timeout=_GRACE))[0]:
         releasing.result()
+
+
+def _literal(text: str) -> str:
+    """Return a text as SQL writes it, whatever the session's settings say of backslashes."""
+    return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
 
 
 def _is_seconds(value: object) -> bool:

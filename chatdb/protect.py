@@ -2,7 +2,8 @@
 The second wall: row-level security on chatdb's tables, so that a statement without its `user_id` reaches nothing.
 
 FORCEd, it holds for the tables' owner too; only superusers and roles with BYPASSRLS are above it. The user is the one
-that `chatdb.transaction(db, user_id=...)` names; where none is named there are no rows.
+that `chatdb.transaction(db, user_id=...)` names, or each call of a pool with `row_level_security=True`. Where none is
+named the policies raise an error: no rows at all would look like an empty account.
 """
 
 from __future__ import annotations
@@ -12,15 +13,36 @@ from typing import NamedTuple
 
 import psycopg
 
-from chatdb.direct import locked, patiently, pinned_transaction
-from chatdb.errors import ConfigurationError, SchemaError
+from chatdb.direct import locked, one, patiently, pinned_transaction
+from chatdb.errors import RLS_USER_ID, ConfigurationError, SchemaError
+from chatdb.schema import without_quotes
 
 TABLES = ("conversations", "messages")
 WAIT = 60.0
 """How long by default, in seconds, another process may be at it, and tables may be busy."""
 
-_CONDITION = "user_id = nullif(pg_catalog.current_setting('chatdb.user_id', true), '')"
-_AS_STORED = "(user_id = NULLIF(current_setting('chatdb.user_id'::text, true), ''::text))"
+_FUNCTION = f"chatdb.{RLS_USER_ID}()"
+_BODY = f"""
+declare
+    named constant pg_catalog.text := pg_catalog.current_setting('chatdb.user_id', true);
+begin
+    if named is null or pg_catalog.octet_length(named) operator(pg_catalog.=) 0 then
+        raise exception using
+            errcode = 'insufficient_privilege',
+            constraint = '{RLS_USER_ID}',
+            message = 'row-level security is on for chatdb''s tables, and no user is named',
+            hint = 'Name one in the transaction: chatdb.transaction(db, user_id=...), or set local chatdb.user_id.';
+    end if;
+    return named;
+end
+"""
+_CREATE = (
+    f"create or replace function {_FUNCTION} returns pg_catalog.text language plpgsql stable parallel safe "
+    f"as $rls${_BODY}$rls$"
+)
+# a subquery is evaluated once for a statement, the bare function for each row that is written
+_CONDITION = f"user_id operator(pg_catalog.=) (select {_FUNCTION})"
+_AS_STORED = f"(user_id = ( SELECT {_FUNCTION} AS {RLS_USER_ID}))"
 
 
 class Wall(NamedTuple):
@@ -29,7 +51,7 @@ class Wall(NamedTuple):
     table: str
     is_on: bool
     is_forced: bool
-    policy: tuple[bool, str, bool, str | None, str | None] | None
+    policy: tuple[bool, str, bool, str, str] | None
     others: list[str]
     """The names of the policies that would let more through."""
 
@@ -65,12 +87,46 @@ def missing_protection(dsn: str, *, off: bool = False) -> list[str]:
 
 
 def _statements(connection: psycopg.Connection, *, off: bool) -> list[str]:
-    return [statement for wall in walls(connection) for statement in (_down if off else missing)(wall)]
+    found = walls(connection)
+    if off:
+        statements = [statement for wall in found for statement in _down(wall)]
+        exists = one(connection, "select pg_catalog.to_regprocedure(%s) is not null", _FUNCTION)
+        return [*statements, f"drop function {_FUNCTION}"] if exists else statements
+    return [*missing_function(connection), *(statement for wall in found for statement in missing(wall))]
 
 
 def walls(connection: psycopg.Connection) -> list[Wall]:
     """Return what each of chatdb's tables has of the wall. Raises SchemaError where one is not there."""
     return [_wall(connection, table) for table in TABLES]
+
+
+def missing_function(connection: psycopg.Connection) -> list[str]:
+    """Return the statements by which the database gets the function that the policies call, as it should be."""
+    ((owner, is_owners, is_open, is_right),) = connection.execute(
+        """
+        select
+            pg_catalog.quote_ident(o.rolname::pg_catalog.text),
+            coalesce(p.proowner operator(pg_catalog.=) o.oid, o.rolname operator(pg_catalog.=) current_user),
+            pg_catalog.has_function_privilege('public', p.oid, 'execute'),
+            p.prosrc operator(pg_catalog.=) %(body)s::pg_catalog.text
+                and p.provolatile operator(pg_catalog.=) 's'
+                and l.lanname operator(pg_catalog.=) 'plpgsql'
+                and not p.prosecdef
+                and p.proconfig is null
+        from pg_catalog.pg_class as c
+        inner join pg_catalog.pg_roles as o on o.oid operator(pg_catalog.=) c.relowner
+        left join pg_catalog.pg_proc as p on p.oid operator(pg_catalog.=) pg_catalog.to_regprocedure(%(function)s)
+        left join pg_catalog.pg_language as l on l.oid operator(pg_catalog.=) p.prolang
+        where c.oid operator(pg_catalog.=) pg_catalog.to_regclass('chatdb.messages')
+        """,
+        {"body": _BODY, "function": _FUNCTION},
+    ).fetchall()
+    statements = [] if is_right else [_CREATE]
+    if not is_open:
+        statements.append(f"grant execute on function {_FUNCTION} to public")
+    if not is_owners:  # whoever owns it decides what it does
+        statements.append(f"alter function {_FUNCTION} owner to {owner}")
+    return statements
 
 
 def missing(wall: Wall) -> list[str]:
@@ -82,7 +138,8 @@ def missing(wall: Wall) -> list[str]:
             "those of one user: drop it, or make it restrictive, and run this again"
         )
     statements: list[str] = []
-    if wall.policy != (True, "*", True, _AS_STORED, _AS_STORED):
+    policy = wall.policy and (*wall.policy[:3], *map(without_quotes, wall.policy[3:]))
+    if policy != (True, "*", True, _AS_STORED, _AS_STORED):
         if wall.policy is not None:
             statements.append(f"drop policy rls_{table} on chatdb.{table}")
         statements.append(f"create policy rls_{table} on chatdb.{table} using ({_CONDITION}) with check ({_CONDITION})")
@@ -113,8 +170,9 @@ def _wall(connection: psycopg.Connection, table: str) -> Wall:
         raise SchemaError(f"the database has no table chatdb.{table}: run yoyo apply, or chatdb migrate")
     policies = connection.execute(
         """
-        select polname, polpermissive, polcmd, polroles = '{0}', pg_catalog.pg_get_expr(polqual, polrelid),
-            pg_catalog.pg_get_expr(polwithcheck, polrelid)
+        select polname, polpermissive, polcmd, polroles = '{0}',
+            coalesce(pg_catalog.pg_get_expr(polqual, polrelid), ''),
+            coalesce(pg_catalog.pg_get_expr(polwithcheck, polrelid), '')
         from pg_catalog.pg_policy where polrelid = %s order by polname
         """,
         [found[0]],

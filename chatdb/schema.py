@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from chatdb._query import Database, Query
-from chatdb.errors import SchemaError
+from chatdb.errors import NO_USER, SchemaError
 from chatdb.records import SchemaPart
 
 _check_schema = Query("check_schema", SchemaPart, repeatable=True)
@@ -104,14 +104,14 @@ def kind_of(name: str) -> str:
     return KINDS.get(name.partition("_")[0], "column")
 
 
-def _without_quotes(definition: str) -> str:
+def without_quotes(definition: str) -> str:
     """Return a definition without the quotes that `quote_all_identifiers` puts around names that need none."""
     return re.sub(r"""('(?:[^']|'')*')|"([a-z_][a-z0-9_]*)\"""", lambda found: found[1] or found[2], definition)
 
 
 def differences(parts: Iterable[SchemaPart]) -> list[Difference]:
     """Return what a database lacks or has otherwise; more than is needed is welcome."""
-    found = {(part.relation, part.name): _without_quotes(part.definition) for part in parts}
+    found = {(part.relation, part.name): without_quotes(part.definition) for part in parts}
     return [
         Difference(table, name, found.get((table, name)))
         for table, needed in NEEDED.items()
@@ -127,7 +127,8 @@ async def check_schema(db: Database) -> None:
     For a service's start or its readiness probe: one statement, which reads the catalog only. `chatdb check` looks at
     more, and says how to mend what it finds.
 
-    Raises SchemaError, which names everything that is missing or otherwise.
+    Raises SchemaError, which names everything that is missing or otherwise; also where row-level security would refuse
+    each call through this handle, because it names no user.
     """
     parts = await _check_schema.fetch_all(db)
     if not parts:
@@ -140,3 +141,5 @@ async def check_schema(db: Database) -> None:
         said.append(f"are not as this release needs them, {', '.join(other)}: chatdb check says how to mend that")
     if said:
         raise SchemaError(f"the database's chatdb tables {'; they '.join(said)}")
+    if any(part.definition == "names no user" for part in parts) and not getattr(db, "row_level_security", False):
+        raise SchemaError(NO_USER)

@@ -6,5 +6,9 @@ set local statement_timeout = '1min';
 -- squawk-ignore ban-drop-table
 drop table if exists chatdb._chatdb_migration;
 
+-- That of row-level security, which chatdb protect creates.
+-- squawk-ignore ban-drop-function
+drop function if exists chatdb.rls_user_id();
+
 -- squawk-ignore ban-drop-schema
 drop schema if exists chatdb restrict;

@@ -1,5 +1,6 @@
 -- check_schema
--- The columns, constraints and indexes of chatdb's schema, each by its definition, whatever the search_path is.
+-- The columns, constraints and indexes of chatdb's schema, each by its definition, whatever the search_path is; and
+-- chatdb's policies, where row-level security would refuse the next statement because no user is named.
 --
 -- returns many SchemaPart
 
@@ -69,3 +70,15 @@ inner join pg_catalog.pg_index as i on i.indexrelid = x.oid
 inner join pg_catalog.pg_class as c on c.oid = i.indrelid
 left join pg_catalog.pg_constraint as k on k.conindid = x.oid and k.contype in ('p', 'u')
 where n.nspname = 'chatdb' and k.oid is null
+union all
+select
+    c.relname::text as relation,
+    p.polname::text as name,
+    'names no user' as definition
+from pg_catalog.pg_namespace as n
+inner join pg_catalog.pg_class as c on c.relnamespace = n.oid
+inner join pg_catalog.pg_policy as p on p.polrelid = c.oid
+where n.nspname = 'chatdb'
+  and p.polname = pg_catalog.concat('rls_', c.relname)::name
+  and pg_catalog.row_security_active(c.oid)
+  and coalesce(pg_catalog.current_setting('chatdb.user_id', true), '') = ''

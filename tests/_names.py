@@ -32,12 +32,24 @@ READS_ORIGINALS = {"view_conversations", "view_messages"}
 """The files that name tables in `public`: those of the older system."""
 
 _VERBS = (
-    *("alter", "analyze", "comment on", "create", "deallocate", "delete from", r"do (?=\$)", "drop", "execute"),
+    *(
+        "alter",
+        "analyze",
+        "begin",
+        "comment on",
+        "commit",
+        "create",
+        "deallocate",
+        "delete from",
+        r"do(?= \$)",
+        "drop",
+        "execute",
+    ),
     *("explain", "grant", "insert into", "lock table", "prepare", "reset", "revoke", "select"),
     *("set", "show", "truncate", "update", "with"),
 )
-_STATEMENT = re.compile(rf"\s*(?:--[^\n]*\n\s*)*(?:{'|'.join(_VERBS)})\s+\S")
-_EXPRESSION = re.compile(r"[^:]*\b(?:pg_catalog|information_schema|current_setting)\b\S*\(")
+_STATEMENT = re.compile(rf"\s*(?:--[^\n]*\n\s*)*(?:{'|'.join(_VERBS)})(?:\s+\S|;)")
+_EXPRESSION = re.compile(r"[^:]*(?:\b(?:pg_catalog|information_schema)\.\S|\bcurrent_setting\()")
 
 
 PLACEHOLDER = _F = "filled_in"
@@ -46,9 +58,17 @@ _RECORD = (
     "insert into chatdb._chatdb_migration (migration_id, sha256, chatdb_version, applied_at_utc) values (null, null, "
     "null, pg_catalog.now() at time zone 'UTC') on conflict (migration_id)"
 )
+
+
+def _in_outline(create: str) -> str:
+    """Return a CREATE FUNCTION with its name and its body filled in."""
+    return re.sub(r"\$rls\$[\s\S]*\$rls\$", f"$rls${_F}$rls$", create.replace(protect._FUNCTION, _F, 1))
+
+
 COMPLETED = {
     f"set {_F} search_path to pg_catalog, pg_temp": "set local search_path to pg_catalog, pg_temp",
     f"lock table {_F} in {_F} mode": f"lock table {_F} in share row exclusive mode",
+    _in_outline(protect._CREATE): protect._CREATE,
     f"prepare {_F} as {_F}": f"prepare {_F} as select",
     "drop index concurrently if exists": f"drop index concurrently if exists {_F}",
     f"{_RECORD} {_F}": f"{_RECORD} do update set sha256 = excluded.sha256",
@@ -58,10 +78,9 @@ PROSE = {
     "analyze chatdb.conversations, chatdb.messages; on an SSD also set random_page_cost = 1.1",
     "create database ... encoding 'UTF8' template template0, and move the tables there",
     "drop policy, or chatdb protect --off",
-    f"select {protect._AS_STORED}",
     "set CHATDB_MIGRATE_URL to the direct connection (on Neon the host without -pooler)",
 }
-"""Sentences that begin as SQL does, and what the server says of a policy."""
+"""Sentences that begin as SQL does."""
 
 
 class UnparsedError(AssertionError):
@@ -76,16 +95,23 @@ def parsed(sql: str) -> list[Any]:
             found = list(_walk(statement.stmt))
             nodes += found
             for node in found:
-                if isinstance(node, ast.DoStmt):
+                if isinstance(node, ast.DoStmt | ast.CreateFunctionStmt):
                     nodes += [part for query in _queries(pglast.parse_plpgsql(_source(node))) for part in parsed(query)]
     except pglast.parser.ParseError as error:
         raise UnparsedError(f"{error}: {sql}") from error
     return nodes
 
 
-def _source(block: ast.DoStmt) -> str:
-    (body,) = [part.arg.sval for part in block.args if part.defname == "as"]
-    return f"do $chatdb${body}$chatdb$"
+def _source(block: Any) -> str:
+    if isinstance(block, ast.DoStmt):
+        (body,) = [part.arg.sval for part in block.args if part.defname == "as"]
+        return f"do $chatdb${body}$chatdb$"
+    (body,) = [part.arg[0].sval for part in block.options if part.defname == "as"]
+    return _function(body)
+
+
+def _function(body: str) -> str:
+    return f"create function chatdb.f() returns pg_catalog.text language plpgsql as $chatdb${body}$chatdb$"
 
 
 def _queries(tree: Any) -> Iterator[str]:
@@ -179,6 +205,8 @@ def strings(module: Path) -> list[str]:
     for text in map(_filled, _texts(python.parse(module.read_text(encoding="utf-8")))):
         if _STATEMENT.match(text):
             found.append(COMPLETED.get(text.strip(), text))
+        elif text.lstrip().startswith(("declare\n", "begin\n")):
+            found.append(_function(text))
         elif _EXPRESSION.match(text):
             found.append(f"select {text}")
     return [text for text in found if text not in PROSE]

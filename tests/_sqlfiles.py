@@ -30,8 +30,9 @@ PARAMETER = re.compile(
 )
 NEVER_NULL = {"count", "row_number", "concat_ws"}  # the last with a separator that is not null
 HARMLESS = {
-    *("cardinality", "coalesce", "concat_ws", "count", "format_type", "pg_get_constraintdef", "pg_get_expr"),
-    *("pg_get_indexdef", "quote_ident", "replace", "row_number", "statement_timestamp", "timezone", "unnest"),
+    *("cardinality", "coalesce", "concat", "concat_ws", "count", "current_setting", "format_type"),
+    *("pg_get_constraintdef", "pg_get_expr", "pg_get_indexdef", "quote_ident", "replace", "row_number"),
+    *("row_security_active", "statement_timestamp", "timezone", "unnest"),
 }
 """The functions in the statements; others, like query_to_xml, could read tables that they name in a text."""
 TEXTS = {path.stem: path.read_text(encoding="utf-8") for path in sorted(data_folder("sql").glob("*.sql"))}

@@ -694,7 +694,7 @@ def test_a_header_out_of_form_is_found(old, new):
 
 def test_a_statement_without_its_user_is_found():
     """Every loosened condition on the user and every other user inserted is found, wherever in a file it stands."""
-    stems = [stem for stem in TEXTS if "chatdb." in TEXTS[stem]]
+    stems = [stem for stem in TEXTS if stem != "check_schema"]
     mutants = {stem: list(without_user(TEXTS[stem])) for stem in stems}
     assert all(mutants.values())
     for stem in stems:

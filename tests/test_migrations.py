@@ -92,7 +92,7 @@ def faults(sql: str) -> list[str]:
             case ast.DropStmt():
                 # RESTRICT: nobody uses what is empty
                 again, tables = each.missing_ok, set[str]()
-                if each.removeType is not ObjectType.OBJECT_SCHEMA:
+                if each.removeType not in {ObjectType.OBJECT_SCHEMA, ObjectType.OBJECT_FUNCTION}:
                     tables = {"what is dropped"}
             case ast.AlterTableStmt():
                 names = {command.subtype.name for command in each.cmds}
