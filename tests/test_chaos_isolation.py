@@ -48,6 +48,11 @@ def refused(make: Callable[[], Awaitable[Any]]) -> str:
     return "done"
 
 
+def step(use: Awaitable[Any]) -> None:
+    """Run what is awaited up to where it waits for the server."""
+    next(iter(use.__await__()))
+
+
 class _User:
     """A user, what this user has stored, and calls whose answers are compared with that."""
 
@@ -189,15 +194,13 @@ class _User:
         """Dirty the session of a lent connection, and see that it was clean."""
         mine = self.text()
         async with self.world.pool.acquire() as connection:
-            seen = "select current_setting('chaos.owner', true), pg_try_advisory_lock($1::bigint)"
-            before, locked = await connection.fetchrow(seen, next(self.world.serial))
-            assert not before
-            assert locked
-            await connection.execute(f"set chaos.owner = '{mine}'; set statement_timeout = '1ms'; set search_path = ''")
-            await connection.execute("set statement_timeout = 0; create temp table mine (a int)")
+            seen = "select current_setting('chaos.owner', true), current_setting('work_mem')"
+            owner, memory = await connection.fetchrow(seen)
+            assert not owner
+            assert memory != "77MB"
+            await connection.execute(f"set chaos.owner = '{mine}'; set work_mem = '77MB'; set search_path = ''")
+            await connection.execute("create temp table mine (a int)")
             assert await connection.fetchval("select current_setting('chaos.owner')") == mine
-            if self.chance.random() < 0.3:
-                await connection.execute("set statement_timeout = '1ms'")
 
     async def act(self) -> None:
         """Make one random call, whose failure is an innocent's."""
@@ -390,12 +393,9 @@ class _World:
     def in_child(self, ways: dict[str, Callable[[], Any]], number: int, pipe: int) -> None:
         self.stop.set()
         answers = self.try_some(ways, number)
-        try:
-            self.pool.terminate()
-        except ConfigurationError:
-            answers["terminate"] = "refused"
-        except BaseException as error:  # noqa: BLE001 - shown by the test
-            answers["terminate"] = type(error).__name__
+        some = random.Random(number).sample(list(ways), 4)
+        answers |= {f"{way} in the inherited loop": self.inherited(lambda way=way: step(ways[way]())) for way in some}
+        answers["terminate"] = self.inherited(self.pool.terminate)
         os.write(pipe, "\n".join(f"{way}={end}" for way, end in answers.items()).encode())
         os.close(pipe)
         # an exception that ends uvloop in a child aborts its parent, whatever runs there
@@ -409,6 +409,19 @@ class _World:
                 with contextlib.suppress(Exception):
                     task.get_coro().close()
         os._exit(0)
+
+    def inherited(self, use: Callable[[], None]) -> str:
+        """Say how a use ended in the loop of the parent, which is the pool's, in its child."""
+        asyncio._set_running_loop(self.event_loop)
+        try:
+            use()
+        except ConfigurationError:
+            return "refused"
+        except BaseException as error:  # noqa: BLE001 - shown by the test
+            return f"{type(error).__name__}: {error}"
+        finally:
+            asyncio._set_running_loop(None)
+        return "done"
 
     def reap(self, child: int, reading: int) -> str:
         """Read what a child tells, and wait for its end."""
