@@ -24,11 +24,9 @@ from tests._chaos import LOOPS, assert_whole, figure, query, sized
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
 
 FORK = multiprocessing.get_context("fork")
-HANG = 60
+HANG = 20
 SIZE = 6
 USERS = 24
-WAYS = ("read", "append", "keyed", "create", "list", "transaction", "fetch", "acquire", "close", "expire", "await")
-LENT = ("connection", "statement", "cursor", "release", "connection.close", "copy")
 
 
 def refused(make: Callable[[], Awaitable[Any]]) -> str:
@@ -321,13 +319,15 @@ class _World:
                     lambda text=text: chatdb.append_message(self.pool, role="user", content=text, key=text, **self.at),
                     lambda: chatdb.get_history(self.pool, **self.at),
                     lambda: self.pool.fetch("select pg_sleep(0.02)"),
+                    lambda: self.pool.fetch("begin"),  # which nobody ends
                     in_transaction,
                     borrowed,
                 ]
             )
             task = asyncio.create_task(make())
             await asyncio.sleep(self.chance.choice([0, 0, self.chance.uniform(0, 0.01)]))
-            task.cancel()
+            if self.chance.random() < 0.8:
+                task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
             self.beside["cancelled"] += 1
@@ -515,7 +515,7 @@ def test_each_gets_what_is_its_own(request, dsn, loop):
         with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
             world.ended = runner.run(opened())
         with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
-            runner.run(world.run(calls))
+            runner.run(asyncio.wait_for(world.run(calls), sized(request, 900, 120)))
     finally:
         if os.getpid() != parent:
             os._exit(0)
@@ -529,5 +529,6 @@ def test_each_gets_what_is_its_own(request, dsn, loop):
         figure(f"{what}: " + ", ".join(f"{name} {number:,}" for name, number in counted.most_common()))
     assert world.failures[:20] == []
     assert world.foreign == 0
-    assert world.loop_errors == []
+    left_open = "Resetting connection with an active transaction"  # asyncpg's word for a "begin" that nobody ends
+    assert [error for error in world.loop_errors if not error["message"].startswith(left_open)] == []
     assert sum(world.calls.values()) >= calls
