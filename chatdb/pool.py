@@ -9,9 +9,10 @@ import logging
 import math
 import os
 import re
+import socket
 import weakref
 from collections.abc import AsyncGenerator, Coroutine
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
@@ -56,7 +57,10 @@ if TYPE_CHECKING:
 
         _loop: asyncio.AbstractEventLoop
         _pool_holder: Any
+        _pool_release_ctr: ClassVar[Any]
+        _transport: asyncio.Transport
 
+        def _cancel_current_command(self, waiter: asyncio.Future[None], cancel_waiter: Private = None) -> None: ...
         def _check_open(self) -> None: ...
         def _drop_local_statement_cache(self) -> None: ...
         def _drop_local_type_cache(self) -> None: ...
@@ -123,11 +127,23 @@ class _PoolsConnection(_BaseConnection):
         self._process = os.getpid()
         self._needs_reset = False
         self._name = str(getattr(self.get_settings(), "application_name", ""))
+        _connections.add(self)
+
+    def __del__(self) -> None:
+        if os.getpid() == self._process:  # else there is nothing to close, and nobody to warn
+            super().__del__()
 
     def _check_open(self) -> None:
         # asyncpg calls it at the start of each operation
         check_owner(self._process, self._loop, "connection")
         super()._check_open()
+
+    def _releases(self) -> object:
+        # a prepared statement, a cursor and a transaction ask for it before each use, and for nothing else
+        check_owner(self._process, self._loop, "connection")
+        return _BaseConnection._pool_release_ctr.__get__(self)
+
+    _pool_release_ctr = property(_releases, _BaseConnection._pool_release_ctr.__set__)
 
     async def close(self, *, timeout: float | None = None) -> None:
         check_owner(self._process, self._loop, "connection")
@@ -136,6 +152,24 @@ class _PoolsConnection(_BaseConnection):
     def terminate(self) -> None:
         check_owner(self._process, self._loop, "connection", may_be_stopped=True)
         super().terminate()
+
+    def _cancel_current_command(self, waiter: asyncio.Future[None], cancel_waiter: Private = None) -> None:
+        if os.getpid() == self._process:
+            super()._cancel_current_command(waiter, cancel_waiter)
+        else:  # a request to the server would cancel what the parent runs
+            waiter.set_result(None)
+            self._loop.call_soon(super().terminate)
+
+    def lead(self, nowhere: socket.socket) -> None:
+        """
+        Have the socket lead nowhere in a forked process.
+
+        Else, where an exception ends the inherited event loop there, that takes the answers to the parent's statements,
+        and unregisters the parent's sockets from the epoll that both share.
+        """
+        if not self.is_closed():
+            with contextlib.suppress(Exception):  # nobody could be told in here
+                os.dup2(nowhere.fileno(), self._transport.get_extra_info("socket").fileno(), inheritable=False)
 
     def get_reset_query(self) -> str:
         if not self._needs_reset:
@@ -154,6 +188,22 @@ class _PoolsConnection(_BaseConnection):
     def _drop_global_type_cache(self) -> None:
         holder = self._pool_holder and self._pool_holder()
         (holder._pool._drop_type_cache if holder else self._drop_local_type_cache)()
+
+
+_connections: Final[weakref.WeakSet[_PoolsConnection]] = weakref.WeakSet()
+
+
+def _cut_off() -> None:
+    """Take the sockets of its parent's connections from a forked process."""
+    nowhere, other = socket.socketpair()
+    other.close()
+    with nowhere:
+        for connection in _connections:
+            connection.lead(nowhere)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_cut_off)
 
 
 def _touching(name: str) -> Any:  # noqa: ANN401 - a method of any signature

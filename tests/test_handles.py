@@ -7,11 +7,14 @@ import gc
 import logging
 import math
 import multiprocessing
+import os
+import signal
 import threading
 import time
 
 import asyncpg
 import pytest
+import uvloop
 
 import chatdb
 from chatdb import ConfigurationError
@@ -145,6 +148,86 @@ async def test_another_threads_loop_is_refused(dsn):
     assert await contents(pool, ids, "bob") == ["of bob"]
     await pool.release(connection)
     await pool.close()
+
+
+async def reap(child):
+    """Wait for a forked process, without a thread that it would wait for in its turn, and say whether it ended."""
+    end = time.monotonic() + HANG / 3
+    while os.waitpid(child, os.WNOHANG) == (0, 0):  # noqa: ASYNC222 - there is nothing to wait for
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+        await asyncio.sleep(0.01)
+    return time.monotonic() <= end
+
+
+async def test_prepared_statements_and_cursors_are_refused(dsn):
+    """What was prepared on a lent connection sends nothing in a forked process or in another thread's loop."""
+    pool, _ = await opened(dsn)
+    async with pool.acquire() as connection, connection.transaction():
+        statement = await connection.prepare("select $1::text")
+        cursor = await connection.cursor("select generate_series(1, 9)")
+        ways = {
+            "statement": lambda: statement.fetchval("astray"),
+            "many": lambda: statement.executemany([("astray",)]),
+            "cursor": lambda: cursor.fetch(1),
+            "new cursor": lambda: statement.cursor("astray"),
+        }
+        here, there = FORK.Pipe(duplex=False)
+        process = FORK.Process(target=report, args=(there, ways))
+        process.start()
+        assert await asyncio.to_thread(here.recv) == dict.fromkeys(ways, "refused")
+        process.join()
+        assert [await asyncio.to_thread(refused, make) for make in ways.values()] == ["refused"] * len(ways)
+        assert await statement.fetchval("mine") == "mine"
+        assert [row[0] for row in await cursor.fetch(2)] == [1, 2]
+    await pool.close()
+
+
+@pytest.mark.parametrize(
+    ("loop", "error"),  # on uvloop, an exception that ends the loop in a child aborts its parent, whatever runs there
+    [
+        (asyncio.new_event_loop, SystemExit),
+        (asyncio.new_event_loop, KeyboardInterrupt),
+        (asyncio.new_event_loop, None),
+        (uvloop.new_event_loop, None),
+    ],
+    ids=["asyncio-exit", "asyncio-interrupt", "asyncio-garbage", "uvloop-garbage"],
+)
+def test_a_forked_process_ends_anyhow(dsn, loop, error):
+    """A child that ends by an exception, or collects its garbage, takes no answer and cancels no statement."""
+    parent = os.getpid()
+    stop = asyncio.Event()
+
+    async def ask(pool, number):
+        asked = 0
+        while not stop.is_set() and os.getpid() == parent:
+            assert (await pool.fetch(f"select {number}, pg_sleep(0.002)"))[0][0] == number
+            asked += 1
+        return asked
+
+    async def main():
+        async with chatdb.create_pool(dsn, min_size=4, max_size=4, command_timeout=5) as pool:
+            asking = [asyncio.create_task(ask(pool, number)) for number in range(4)]
+            for _ in range(5):
+                await asyncio.sleep(0.05)
+                child = os.fork()
+                if not child:
+                    if error:
+                        raise error
+                    for task in asking:
+                        task.get_coro().close()
+                    os._exit(0)
+                assert await reap(child)
+            stop.set()
+            async with asyncio.timeout(HANG):
+                assert min(await asyncio.gather(*asking)) > 10
+
+    try:
+        with asyncio.Runner(loop_factory=loop) as runner:
+            runner.run(main())
+    finally:
+        if os.getpid() != parent:
+            os._exit(0)
 
 
 def test_a_loop_that_has_ended(dsn):
