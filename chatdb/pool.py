@@ -160,9 +160,9 @@ class _PoolsConnection(_BaseConnection):
             waiter.set_result(None)
             self._loop.call_soon(super().terminate)
 
-    def lead(self, nowhere: socket.socket) -> None:
+    def cut_off(self, nowhere: socket.socket) -> None:
         """
-        Have the socket lead nowhere in a forked process.
+        Have the socket lead nowhere, in a forked process.
 
         Else, where an exception ends the inherited event loop there, that takes the answers to the parent's statements,
         and unregisters the parent's sockets from the epoll that both share.
@@ -193,17 +193,17 @@ class _PoolsConnection(_BaseConnection):
 _connections: Final[weakref.WeakSet[_PoolsConnection]] = weakref.WeakSet()
 
 
-def _cut_off() -> None:
+def _cut_off_all() -> None:
     """Take the sockets of its parent's connections from a forked process."""
     nowhere, other = socket.socketpair()
     other.close()
     with nowhere:
         for connection in _connections:
-            connection.lead(nowhere)
+            connection.cut_off(nowhere)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_cut_off)
+    os.register_at_fork(after_in_child=_cut_off_all)
 
 
 def _touching(name: str) -> Any:  # noqa: ANN401 - a method of any signature
