@@ -444,8 +444,9 @@ def test_what_makes_a_process_the_server(folder: Path, lacks: str | None) -> Non
             [sys.executable, *command], executable=program, cwd=cwd, pass_fds=held, stdout=subprocess.PIPE
         ) as process:
             process.stdout.readline()
-            assert EmbeddedServer(folder)._is_server(process.pid) is (lacks is None)
+            found = EmbeddedServer(folder)._is_server(process.pid)
             process.kill()
+        assert found is (lacks is None)
 
 
 # Several processes
