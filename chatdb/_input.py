@@ -7,7 +7,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
-from itertools import islice
+from itertools import accumulate, islice
 from math import isfinite
 from typing import Any, Final, cast, get_args
 
@@ -257,14 +257,27 @@ def _fields(parameter: str, value: object) -> tuple[Any, ...]:
 def _parse(parameter: str, encoded: str) -> None:
     """Refuse what is no JSON, or would not be read back."""
     try:
-        value = json.loads(encoded, parse_constant=_refuse_constant)
+        json.loads(encoded, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         problem = "must be valid JSON, without NaN or Infinity, numbers of over 4,300 digits or nesting deeper than 200"
     else:
-        if encoded.count("[") + encoded.count("{") > MAX_DEPTH:
-            _walk(parameter, value, for_jsonb=False, most=MAX_PAYLOAD)
-        return
+        if _depth(encoded) <= MAX_DEPTH:
+            return
+        problem = _TOO_DEEP
     raise InvalidInputError(parameter, problem)
+
+
+def _depth(encoded: str) -> int:
+    """Return how deep a valid JSON text is nested: a walk through millions of values would take many seconds."""
+    if encoded.count("[") + encoded.count("{") <= MAX_DEPTH:
+        return 0
+    unescaped = encoded.encode().replace(rb"\\", b"").replace(rb"\"", b"")
+    texts = unescaped.translate(None, _NO_STRUCTURE).split(b'"')
+    return max(accumulate(map(_STEPS.__getitem__, b"".join(texts[::2]))), default=0)
+
+
+_STEPS: Final = dict(zip(b"[{]}", (1, 1, -1, -1), strict=True))
+_NO_STRUCTURE: Final = bytes({*range(256)} - {*b'[{]}"'})
 
 
 def _refuse_constant(name: str) -> None:
@@ -335,7 +348,7 @@ class _OverriddenError(Exception):
 
 def _checked(parameter: str, value: object, *, for_jsonb: bool, most: int) -> tuple[object, int]:
     """Return the value, or a plain copy where a class overrides how it is read, and what `_walk` returns."""
-    longer = _quick_walk(parameter, value, for_jsonb=for_jsonb)
+    longer = _quick_walk(parameter, value, for_jsonb=for_jsonb, most=most)
     if longer is not None:
         return value, longer
     try:
@@ -353,8 +366,12 @@ def _checked(parameter: str, value: object, *, for_jsonb: bool, most: int) -> tu
     raise InvalidInputError(parameter, problem)
 
 
-def _quick_walk(parameter: str, value: Any, *, for_jsonb: bool) -> int | None:  # noqa: ANN401 - any value
-    """Do the work of `_walk` for a small value of JSON's own types; None for any other, which `_walk` decides."""
+def _quick_walk(parameter: str, value: Any, *, for_jsonb: bool, most: int) -> int | None:  # noqa: ANN401 - any value
+    """
+    Do the work of `_walk` for a value of JSON's own types that is small, or has no container twice at a level.
+
+    None for any other, which `_walk` decides in ten times as long.
+    """
     level = [value]
     longer = characters = 0
     for _ in range(MAX_DEPTH + 1):
@@ -370,11 +387,18 @@ def _quick_walk(parameter: str, value: Any, *, for_jsonb: bool) -> int | None:  
             elif kind is float:
                 if for_jsonb and "e" in repr(item):
                     longer += len(f"{Decimal(repr(item)):f}") - len(repr(item))
-            elif kind is not int and kind is not bool and item is not None:
+            elif kind is int:
+                if not -MAX_BIGINT <= item <= MAX_BIGINT:
+                    characters += _least_digits(item)
+            elif kind is not bool and item is not None:
                 return None
+        if characters > most:
+            return None
         if not inner:
             return longer
+        characters += 3 * len(level) - len(inner)
         level = []
+        is_shared = len(inner) > 1 and len(set(map(id, inner))) < len(inner)
         for item in inner:
             if type(item) is dict:
                 for name in item:
@@ -386,11 +410,14 @@ def _quick_walk(parameter: str, value: Any, *, for_jsonb: bool) -> int | None:  
                 level += item.values()
             else:
                 level += item
-            if len(level) > _QUICK_ITEMS:
+            if len(level) > _QUICK_ITEMS and (is_shared or 2 * len(level) + characters > most):
                 return None
-        if characters > _QUICK_CHARACTERS:
-            return None
     return None
+
+
+def _least_digits(number: int) -> int:
+    """Return a number of digits that an int has at least, without writing it out."""
+    return number.bit_length() * 3 // 10
 
 
 def _plain(value: Any, levels: int, known: dict[int, tuple[Any, Any]]) -> Any:  # noqa: ANN401 - any value
@@ -413,8 +440,7 @@ def _plain(value: Any, levels: int, known: dict[int, tuple[Any, Any]]) -> Any:  
 
 
 _QUICK_ITEMS: Final = 4_096
-_QUICK_CHARACTERS: Final = 1024 * 1024
-"""What a level may have, and a value, to be certainly below 16 MiB even if each of its parts is shared."""
+"""What a level may have even if its parts are shared: little enough to be looked at again and again."""
 
 _ITEMS: Final[tuple[Any, ...]] = (dict.items, OrderedDict.items)
 _ITERATIONS: Final[tuple[Any, ...]] = (list.__iter__, tuple.__iter__)
@@ -448,6 +474,8 @@ def _walk(parameter: str, value: object, *, for_jsonb: bool, most: int) -> int:
             else:
                 members = tuple(container)
             characters = max(3 * len(members) - 1, 1)  # brackets, separators, and one for each member
+            if size + times * characters > most:
+                raise InvalidInputError(parameter, _TOO_LONG[most])
             for name in names:
                 if not issubclass(type(name), str):
                     raise InvalidInputError(parameter, f"must have strings as keys, not {type(name).__name__}")
@@ -463,7 +491,10 @@ def _walk(parameter: str, value: object, *, for_jsonb: bool, most: int) -> int:
                 elif kind is dict or kind is list or issubclass(kind, dict | list | tuple):
                     known = inner.get(id(item))
                     inner[id(item)] = (item, times if known is None else known[1] + times)
-                elif kind is int or kind is bool or item is None:
+                elif kind is int:
+                    if not -MAX_BIGINT <= item <= MAX_BIGINT:
+                        characters += _least_digits(item)
+                elif kind is bool or item is None:
                     pass
                 elif issubclass(kind, str):
                     characters += str.__len__(item)

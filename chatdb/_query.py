@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import time
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
@@ -37,6 +38,9 @@ _PATIENCE: Final = 1.0
 
 STATEMENTS: Final[set[str]] = set()
 """The statements of chatdb's own, which leave nothing in the session that they run in."""
+
+_FIRST_WORD: Final = re.compile(r"\A(?:--.*\n)*(?:\w+|\()")
+"""A statement's beginning, with the comments before it."""
 
 _log = logging.getLogger("chatdb")
 
@@ -78,9 +82,9 @@ class Query(Generic[RecordT]):
         self.given = given
         self.repeatable = repeatable
         _, _, body = (data_folder("sql") / f"{name}.sql").read_text(encoding="utf-8").partition("\n\n")
-        # The server shows the first 1,023 bytes of a statement, and OpenTelemetry names a span by the first word, so
-        # there is no space after the dashes; a leading /* comment */ would be cut off there.
-        self.sql = f"--chatdb.{name}\n{body.strip()}"
+        # OpenTelemetry names a span by the first word, so there is no space after the dashes; a leading /* comment */
+        # would be cut off there. pg_stat_statements drops what stands before the statement's own first word.
+        self.sql = f"--chatdb.{name}\n" + _FIRST_WORD.sub(rf"\g<0> /* chatdb.{name} */", body.strip())
         STATEMENTS.add(self.sql)
         self._decode = decoder(record, given)
 

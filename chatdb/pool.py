@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import logging
 import math
 import os
@@ -101,6 +102,9 @@ _TRANSACTION: Final = re.compile(
 """What leaves nothing in the session."""
 
 _log = logging.getLogger("chatdb")
+
+_FETCH: Final = inspect.unwrap(_BaseConnection.fetch)
+"""asyncpg's own method, which does no more than the one that `Pool.fetch` calls in its place."""
 
 _NO_LOOP: Final[Any] = object()
 """What a pool has for its event loop until it is opened."""
@@ -208,13 +212,13 @@ if hasattr(os, "register_at_fork"):
 
 def _touching(name: str) -> Any:  # noqa: ANN401 - a method of any signature
     """Return asyncpg's method, made to record that a statement ran that may leave something in the session."""
-    method = getattr(_BaseConnection, name)
 
-    @functools.wraps(method)
+    @functools.wraps(getattr(_BaseConnection, name))
     def call(self: _PoolsConnection, query: object, *args: object, **options: object) -> object:
         if query not in STATEMENTS and not (isinstance(query, str) and _TRANSACTION.fullmatch(query)):
             self._needs_reset = True  # pyright: ignore[reportPrivateUsage] - a method of the class
-        return method(self, query, *args, **options)
+        # looked up now, because a tool that traces may have wrapped it since
+        return getattr(_BaseConnection, name)(self, query, *args, **options)
 
     return call
 
@@ -385,7 +389,11 @@ class Pool(_Base):
             # connect= may give another class, for which asyncpg's isinstance is true as well
             if query not in STATEMENTS and connection.__class__ is _PoolsConnection:
                 connection._needs_reset = True
-            rows: list[Any] = await connection._execute(query, args, 0, timeout, record_class=record_class)
+            rows: list[Any]
+            if _BaseConnection.fetch is _FETCH:
+                rows = await connection._execute(query, args, 0, timeout, record_class=record_class)
+            else:  # a tool that traces, such as OpenTelemetry's, has wrapped it and would not see the statement
+                rows = await connection.fetch(query, *args, timeout=timeout, record_class=record_class)
         except _KNOWN_STATE:
             raise
         except BaseException:  # what the connection is in the middle of is unknown

@@ -11,6 +11,7 @@ from typing import Any
 
 from pglast import ast, parse_sql
 from pglast.enums import A_Expr_Kind, BoolExprType, JoinType, SetOperation, SubLinkType
+from pglast.parser import scan
 
 from chatdb._query import data_folder
 
@@ -84,6 +85,12 @@ class SqlFile:
         return {node.ctename: node.ctequery for node in found}
 
 
+def named(name: str, body: str) -> str:
+    """Return a statement with its name behind its first word."""
+    start = next(token.end + 1 for token in scan(body) if token.name != "SQL_COMMENT")
+    return f"{body[:start]} /* chatdb.{name} */{body[start:]}"
+
+
 def parse(text: str) -> SqlFile:
     """Read a file; its header must follow the grammar."""
     header = HEADER.fullmatch(text)
@@ -108,7 +115,7 @@ def parse(text: str) -> SqlFile:
         relation=header["relation"],
         existence=header["existence"],
         indexes=frozenset((header["indexes"] or "").split(", ")) - {""},
-        sql=f"--chatdb.{header['name']}\n{header['body']}",
+        sql=f"--chatdb.{header['name']}\n{named(header['name'], header['body'])}",
     )
 
 

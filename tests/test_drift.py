@@ -481,7 +481,7 @@ def check_style(live, file):
     """Raise unless the statement names its columns, gives back rows, and is in lower case."""
     assert isinstance(file.statement, pglast.ast.SelectStmt) or outputs(file.statement), "a write without returning"
     assert not any(isinstance(node, pglast.ast.A_Star) for node in file.nodes), "a star"
-    tokens = [token for token in scan(file.sql) if token.name not in ("SQL_COMMENT", "SCONST")]
+    tokens = [token for token in scan(file.sql) if token.name not in ("SQL_COMMENT", "C_COMMENT", "SCONST")]
     words = [file.sql[token.start : token.end + 1] for token in tokens]
     assert words == [word.lower() for word in words]
 

@@ -430,6 +430,25 @@ def test_a_foreign_process_gets_no_signal(folder: Path) -> None:
         victim.kill()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is sent at all")
+@pytest.mark.parametrize("lacks", [None, "name", "folder", "lock"])
+def test_what_makes_a_process_the_server(folder: Path, lacks: str | None) -> None:
+    """It has PostgreSQL's name, works in the folder and holds its lock: without one of the three it is foreign."""
+    program = folder / ("other" if lacks == "name" else "postgres")
+    shutil.copy(sys.executable, program)
+    with (folder / "server.lock").open("a") as lock:
+        held = [] if lacks == "lock" else [lock.fileno()]
+        command = ("-c", "import time; print(flush=True); time.sleep(60)")
+        cwd = folder if lacks == "folder" else folder / "data"
+        with subprocess.Popen(
+            [sys.executable, *command], executable=program, cwd=cwd, pass_fds=held, stdout=subprocess.PIPE
+        ) as process:
+            process.stdout.readline()
+            found = EmbeddedServer(folder)._is_server(process.pid)
+            process.kill()
+        assert found is (lacks is None)
+
+
 # Several processes
 
 

@@ -19,6 +19,7 @@ import uvloop
 import chatdb
 from chatdb import ConfigurationError
 from chatdb.dsn import connect_arguments
+from chatdb.pool import check_owner
 
 FORK = multiprocessing.get_context("fork")
 HANG = 30
@@ -266,11 +267,13 @@ async def test_a_lent_connection_comes_back_clean(dsn):
         "create temp table mine (a int)",
         "set role pg_monitor",
         "listen news",
+        "declare mine cursor with hold for select 1",
     )
     seen = (
         "select current_setting('app.tenant', true), current_setting('statement_timeout'), current_user, "
         "(select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()), "
-        "to_regclass('pg_temp.mine'), array(select pg_listening_channels()), pg_backend_pid()"
+        "to_regclass('pg_temp.mine'), array(select pg_listening_channels()), pg_backend_pid(), "
+        "(select count(*) from pg_cursors where name = 'mine')"
     )
     async with pool.acquire() as connection:
         before = await connection.fetchrow(seen)
@@ -284,8 +287,19 @@ async def test_a_lent_connection_comes_back_clean(dsn):
             await connection.execute(statement)
         after = tuple((await pool.fetch(seen))[0])
         assert [value or None for value in after] == [value or None for value in before]
+    async with pool.acquire() as connection:
+        await connection.fetch("select nextval(pg_get_serial_sequence('chatdb.conversations', 'id'))")
+    with pytest.raises(asyncpg.ObjectNotInPrerequisiteStateError):
+        await pool.fetch("select lastval()")
     assert await contents(pool, ids, "alice") == ["of alice"]
     await pool.close()
+
+
+async def test_the_process_is_told_apart_from_the_loop():
+    """A process that goes on with the loop that it has inherited is refused too."""
+    with pytest.raises(ConfigurationError, match="another process"):
+        check_owner(os.getpid() + 1, asyncio.get_running_loop(), "pool")
+    check_owner(os.getpid(), asyncio.get_running_loop(), "pool")
 
 
 async def test_a_busy_connection_is_not_handed_on(dsn):

@@ -13,7 +13,7 @@ import tracemalloc
 from collections import OrderedDict, defaultdict
 from datetime import UTC, datetime
 from itertools import count, repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import asyncpg
 import pytest
@@ -884,3 +884,39 @@ async def test_a_large_batch_lets_other_tasks_run():
     task.cancel()
     assert many >= 15
     assert turns - many >= 15
+
+
+def test_a_compact_text_of_many_lists_is_counted_by_its_bytes() -> None:
+    """A JsonText without blanks is taken up to 16 MiB, however many lists are in it."""
+    text = JsonText("[[" + "1," * (8 * MIB - 400) + "1]" + ",[]" * 250 + "]")
+    assert 15 * MIB < len(text) < 16 * MIB
+    assert _input.payload("payload", text) == text
+
+
+@given(
+    st.recursive(
+        st.text('"\\\\[]{}a') | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text('"\\\\[{a'), inner)
+    )
+)
+def test_the_depth_of_a_text(value: Any) -> None:
+    """How deep a text is nested is told by its brackets, not by those in strings, after quotes and backslashes."""
+
+    def depth(value: Any) -> int:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+        return 0 if inner is None else 1 + max(map(depth, inner), default=0)
+
+    many = [value] + [[]] * 300  # few brackets are not counted
+    assert _input._depth(json.dumps(many)) == depth(many)
+    assert _input._depth(json.dumps(many, ensure_ascii=False, indent=1)) == depth(many)
+
+
+@pytest.mark.parametrize("value", [[10**4_200] * 10_000, [[10**4_200] * 1_000] * 10, {"a": [-(10**4_200)] * 10_000}])
+def test_the_digits_of_shared_numbers_are_counted(value: Any) -> None:
+    """A long number that is there many times is refused before hundreds of megabytes are written out."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidInputError, match="16 MiB"):
+            _input.payload("payload", value)
+        assert tracemalloc.get_traced_memory()[1] < 8 * MIB
+    finally:
+        tracemalloc.stop()

@@ -7,12 +7,14 @@ import io
 import itertools
 import json
 import os
+import random
 import re
 import struct
 import zipfile
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -1270,6 +1272,12 @@ def set_in_headers(data, offset, value):
     struct.pack_into("<H", data, data.index(b"PK\x01\x02") + offset + 2, value)
 
 
+def name_no_text(data):
+    """Say that the member's name is UTF-8, and make it none."""
+    set_in_headers(data, 6, 0x800)
+    data[data.rindex(b"conv")] = 0xFF
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -1279,8 +1287,10 @@ def set_in_headers(data, offset, value):
         (lambda data: set_in_headers(data, 8, 99), "of an unknown kind"),
         (lambda data: data.__setitem__(slice(60, 70), b"\xff" * 10), "damaged, cut off"),
         (lambda data: struct.pack_into("<I", data, data.index(b"PK\x01\x02") + 16, 5), "damaged, cut off"),
+        (lambda data: struct.pack_into("<I", data, data.index(b"PK\x05\x06") + 16, 2**31), "damaged, cut off"),
+        (name_no_text, "damaged, cut off"),
     ],
-    ids=["half", "magic", "password", "method", "stream", "checksum"],
+    ids=["half", "magic", "password", "method", "stream", "checksum", "place", "name"],
 )
 def test_an_archive_that_cannot_be_read_is_refused(archive, change, problem):
     """A cut off download, a password and damage that shows while reading are errors of the file."""
@@ -1318,6 +1328,88 @@ def test_an_archive_of_too_many_files(tmp_path: Path) -> None:
             archive.writestr(f"conversations-{number}.json", "[]")
     with pytest.raises(InvalidInputError, match="over 1,000 files"):
         sources.opened(path).__enter__()
+
+
+def unopened(path: Path) -> str:
+    """Return why an archive is not opened."""
+    with pytest.raises(InvalidInputError) as refused:
+        sources.opened(path).__enter__()
+    return str(refused.value)
+
+
+def declared(path: Path, sizes: dict[str, int], bytes_of: str | None = None) -> Path:
+    """Write an archive's directory anew: other declared sizes, and all members in the bytes of one of them."""
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("touched", "")  # or the directory is not written
+        for member in archive.infolist():
+            if member.filename in sizes:
+                member.file_size = sizes[member.filename]
+                if bytes_of is not None:
+                    one = archive.getinfo(bytes_of)
+                    member.header_offset, member.compress_size = one.header_offset, one.compress_size
+    return path
+
+
+def test_an_archive_whose_files_expand_too_far_together(archive: Any) -> None:
+    """Many members, each below the bound of one, or all in the same bytes, are refused before any is read."""
+    text = "[" + " " * 15 * 1024 * 1024 + "]"
+    names = [f"conversations-{number}.json" for number in range(10)]
+    together = r"zip archive that expands to 157,286,\d+ bytes of conversations, over 100 times its size"
+    path = archive(dict.fromkeys(names, text))
+    assert path.stat().st_size < 200_000
+    assert re.search(together, unopened(path))
+    with zipfile.ZipFile(path, "a") as made:  # pictures, as exports have them
+        made.writestr("picture.png", random.Random(1).randbytes(1_600_000))
+    with sources.opened(path) as parts:
+        assert len(parts) == 10
+
+    noise = random.Random(2).randbytes(300_000).hex()
+    path = archive({name: noise if name == names[0] else "[]" for name in names})
+    overlapping = declared(path, dict.fromkeys(names, 29_000_000), bytes_of=names[0])
+    assert "expands to 290,000,000 bytes" in unopened(overlapping)
+
+
+def test_the_most_that_an_archive_may_expand_to(archive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An archive may expand to 16 GiB, to the byte; years of conversations have one or two."""
+    assert sources.MAX_EXPANDED == 16 * 1024**3
+    monkeypatch.setattr(sources, "MAX_EXPANDED", 20)
+    names = ["conversations-0.json", "conversations-1.json"]
+    with sources.opened(archive(dict.fromkeys(names, "x" * 10))) as parts:
+        assert len(parts) == 2
+    assert "expands to 21 bytes" in unopened(archive(dict(zip(names, ("x" * 10, "x" * 11), strict=True))))
+
+
+def test_an_archive_in_an_archive(archive: Any) -> None:
+    """An archive inside another is not expanded: there is a sentence, or its bytes are no JSON."""
+    inner = archive({"conversations.json": json.dumps([chatgpt(turn("user", "a"))])}).read_bytes()
+    assert "an archive inside it is not read: unpack it first" in unopened(archive({"export.ZIP": inner}))
+    with (
+        sources.opened(archive({"conversations.json": inner})) as (part,),
+        pytest.raises(InvalidInputError, match=r"is broken JSON|is not UTF-8"),
+    ):
+        list(sources.read(part.file, "chatgpt"))
+    both = archive({"conversations.json": json.dumps([chatgpt(turn("user", "b"))]), "more/export.zip": inner})
+    with sources.opened(both) as (part,):
+        assert [item.content for item in messages(sources.read(part.file, "chatgpt"))] == ["b"]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_an_archive_of_another_method(tmp_path: Path, method: int) -> None:
+    """Methods that no export has are refused, for what they raise on damage is of many kinds."""
+    path = tmp_path / "export.zip"
+    with zipfile.ZipFile(path, "w", method) as made:
+        made.writestr("conversations.json", "[]")
+    assert "of an unknown kind" in unopened(path)
+
+
+@pytest.mark.parametrize("time", ["infinity", "-infinity", "Infinity", "9999-12-31T23:59:59-01:00", "NaN"])
+@pytest.mark.parametrize("field", ["created_at", "updated_at"])
+def test_a_time_that_is_none(time: str, field: str) -> None:
+    """Infinity, and what leaves the calendar in UTC, is refused by its line and field."""
+    with pytest.raises(InvalidInputError, match=rf"^line 2, {field}: must be a time in ISO 8601 with its offset$"):
+        read(file_of(a_head(**{field: time}), a_line(), end=END), "chatdb")
+    with pytest.raises(InvalidInputError, match=r"^line 3, created_at: "):
+        read(file_of(a_head(), a_line(created_at=time), end=END), "chatdb")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])

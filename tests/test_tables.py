@@ -519,14 +519,48 @@ def test_wrong_arguments(empty_dsn: str, options: dict[str, Any], sentence: str)
 
 
 async def test_tables_of_another_form(empty_dsn: str) -> None:
-    """Tables of openai-agents' names that are somebody else's are refused, and a value that cannot be read too."""
+    """Tables of openai-agents' names that are somebody else's are refused."""
     execute(empty_dsn, "create table agent_sessions (name text)", "create table agent_messages (name text)")
     with pytest.raises(chatdb.InvalidInputError, match="not of the framework's form"):
         read(empty_dsn)
-    execute(empty_dsn, "drop table agent_sessions, agent_messages")
+
+
+TIMES = ["infinity", "-infinity", "0044-03-15 BC", "20000-01-01"]
+
+
+@pytest.mark.parametrize("time", TIMES)
+async def test_a_time_that_python_has_not(db: Pool, empty_dsn: str, time: str) -> None:
+    """An infinite time, and one outside Python's years, is refused by its row, and nothing is stored."""
     await run_agent(empty_dsn)
-    execute(empty_dsn, "update agent_messages set created_at = 'infinity'")
-    with pytest.raises(chatdb.InvalidInputError, match="has a value that cannot be read"):
+    await run_agent(empty_dsn, "s2")
+    with psycopg.connect(empty_dsn) as connection:
+        [(last,)] = connection.execute("select max(id) from agent_messages").fetchall()
+    wrong = f"the message {last} or its session has a time that is infinite or outside the years 1 to 9999"
+    execute(empty_dsn, f"update agent_messages set created_at = '{time}' where id = {last}")
+    with pytest.raises(chatdb.InvalidInputError, match=wrong):
+        await import_all(db, empty_dsn)
+    assert await chatdb.list_conversations(db, user_id="alice") == []
+
+
+@pytest.mark.parametrize("time", TIMES)
+@pytest.mark.parametrize("column", ["created_at", "updated_at"])
+async def test_a_session_whose_time_python_has_not(empty_dsn: str, column: str, time: str) -> None:
+    """So it is with the times of a session, be there messages in it or none."""
+    await run_agent(empty_dsn)
+    execute(empty_dsn, f"update agent_sessions set {column} = '{time}'")
+    with pytest.raises(chatdb.InvalidInputError, match=r"^table: the message 1 or its session has a time"):
+        read(empty_dsn)
+    execute(empty_dsn, "delete from agent_messages")
+    with pytest.raises(chatdb.InvalidInputError, match=r"^table: a session without messages has a time"):
+        read(empty_dsn)
+
+
+@pytest.mark.parametrize("time", TIMES)
+async def test_a_time_of_langchains_that_python_has_not(empty_dsn: str, time: str) -> None:
+    """And with langchain's messages."""
+    frameworks().chat(empty_dsn)
+    execute(empty_dsn, f"update chat_history set created_at = '{time}'")
+    with pytest.raises(chatdb.InvalidInputError, match=r"^table: the message 1 or its session has a time"):
         read(empty_dsn)
 
 

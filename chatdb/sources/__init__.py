@@ -9,10 +9,12 @@ Readers of files of conversations, each a lazy and flat stream of items, in boun
 from __future__ import annotations
 
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
+from os import SEEK_END
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, cast
 
@@ -44,6 +46,9 @@ FORMATS: Final = ("sharegpt", "chatgpt", "chatdb")
 MAX_MEMBERS: Final = 1_000
 MAX_RATIO: Final = 100
 """Text of conversations compresses to a fifth or a tenth; beyond this an archive is made to fill memory and disks."""
+
+MAX_EXPANDED: Final = 16 * 1024**3
+"""The bytes of all conversations of an archive: those of years of daily use have one or two GiB."""
 
 _RATIO_FROM: Final = 16 * 1024 * 1024
 
@@ -119,10 +124,14 @@ def opened(path: Path) -> Generator[list[Part]]:
 
 def _members(file: BinaryIO, stack: ExitStack) -> list[Part]:
     with _damage_named():
-        archive = stack.enter_context(zipfile.ZipFile(file))
+        archive = stack.enter_context(_directory(file))
         members = [member for member in archive.infolist() if _MEMBER.fullmatch(member.filename)]
         if not members:
-            raise InvalidInputError("file", "is a zip archive without a conversations.json")
+            is_nested = any(name.lower().endswith(".zip") for name in archive.namelist())
+            problem = "; an archive inside it is not read: unpack it first" if is_nested else ""
+            raise InvalidInputError("file", f"is a zip archive without a conversations.json{problem}")
+        if any(member.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED} for member in members):
+            raise NotImplementedError
         if any(member.flag_bits & 1 for member in members):
             raise InvalidInputError("file", "is a zip archive with a password: unpack it first")
         if len(members) > MAX_MEMBERS:
@@ -132,11 +141,27 @@ def _members(file: BinaryIO, stack: ExitStack) -> list[Part]:
             if member.file_size > max(_RATIO_FROM, MAX_RATIO * member.compress_size):
                 problem = f"{member.filename!r} of the zip archive expands to over {MAX_RATIO} times its size"
                 raise InvalidInputError("file", f"{problem}: if you trust it, unpack it and import the file")
+        # together, because members may share the same bytes of the archive
+        size, expanded = file.seek(0, SEEK_END), sum(member.file_size for member in members)
+        if expanded > min(MAX_EXPANDED, max(_RATIO_FROM, MAX_RATIO * size)):
+            problem = f"expands to {expanded:,} bytes of conversations, over {MAX_RATIO} times its size or 16 GiB"
+            raise InvalidInputError("file", f"is a zip archive that {problem}: if you trust it, unpack it")
         members.sort(key=lambda member: (len(member.filename), member.filename))
-        return [
-            Part(member.filename, cast("BinaryIO", stack.enter_context(archive.open(member))), member.file_size)
-            for member in members
-        ]
+        parts: list[Part] = []
+        for member in members:
+            try:
+                opened_member = stack.enter_context(archive.open(member))
+            except (OSError, ValueError) as error:  # it begins before the archive, or has a name that is no UTF-8
+                raise zipfile.BadZipFile from error
+            parts.append(Part(member.filename, cast("BinaryIO", opened_member), member.file_size))
+        return parts
+
+
+def _directory(file: BinaryIO) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(file)
+    except (OSError, ValueError, OverflowError, struct.error) as error:  # what a damaged directory raises besides
+        raise zipfile.BadZipFile from error
 
 
 @contextmanager

@@ -56,6 +56,9 @@ _PAGE = 1_000
 _BYTES = 4 * 1024 * 1024
 """How much text is fetched at once, unless one message has more."""
 
+_UNREADABLE: Final = datetime(1, 1, 1)  # noqa: DTZ001 - known by its identity
+"""Stands for a time that Python has not."""
+
 _COLUMNS = "id, session_id uuid, message jsonb, created_at"
 _LOOKED_FOR = f"agent_sessions and agent_messages on the search_path, and tables with the columns {_COLUMNS}"
 
@@ -192,9 +195,25 @@ def read(
         _translating(),
         psycopg.connect(libpq_dsn(dsn, scheme="postgresql"), client_encoding="utf8", prepare_threshold=None) as source,
     ):
+        _mark_unreadable_times(source)
         source.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         source.read_only = True
         yield from _read(source, format, table, sessions)
+
+
+def _mark_unreadable_times(source: psycopg.Connection) -> None:
+    """Have a time that Python has not, such as infinity, become a mark, so that its row can be named."""
+    from psycopg import DataError
+    from psycopg.types.datetime import TimestampLoader
+
+    class Loader(TimestampLoader):
+        def load(self, data: Any) -> datetime:  # noqa: ANN401 - bytes of a kind
+            try:
+                return super().load(data)
+            except DataError:
+                return _UNREADABLE
+
+    source.adapters.register_loader("timestamp", Loader)
 
 
 def _read(source: psycopg.Connection, chosen: str, table: str | None, sessions: Sequence[str]) -> Iterator[Item]:
@@ -265,11 +284,18 @@ def _messages(
         while page := [_Row(*row) for row in cursor.fetchmany(_PAGE)]:
             start = size = 0
             for place, row in enumerate(page):
+                _check_times(row)
                 if place > start and size + _size(row) > _BYTES:
                     yield from _with_texts(source, tables, page[start:place])
                     start, size = place, 0
                 size += _size(row)
             yield from _with_texts(source, tables, page[start:])
+
+
+def _check_times(row: _Row) -> None:
+    if any(time is _UNREADABLE for time in (row.began_at, row.ended_at, row.written_at)):
+        place = "a session without messages" if row.id is None else f"the message {row.id} or its session"
+        raise InvalidInputError("table", f"{place} has a time that is infinite or outside the years 1 to 9999")
 
 
 def _size(row: _Row) -> int:
