@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from benchmarks import sabotage
 from benchmarks.figures import Figures
 from benchmarks.gates import GATES
 from benchmarks.report import write
-from benchmarks.server import LARGE_BUFFERS, BenchServer
+from benchmarks.server import LARGE_BUFFERS, BenchServer, folder
 from benchmarks.workload import SIZES, Size
 
 ORDER = ("test_counts", "test_operations", "test_bulk", "test_target", "test_growth")
@@ -29,6 +30,11 @@ SUITES = {
 """Where the figures of each group of gates come from."""
 
 FIGURES = pytest.StashKey[Figures]()
+
+SERVER = pytest.StashKey[BenchServer]()
+
+MINUTES_A_MILLION = 0.5
+"""How long the load of a million messages takes, as far as it can be said."""
 
 RESULTS = Path(__file__).parent.parent / ".benchmarks"
 """Where a run leaves its figures and its report."""
@@ -76,6 +82,44 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     config.stash[FIGURES].expected = judged
 
 
+def _sizes(session: pytest.Session) -> list[Size]:
+    """Return the databases that the collected suites read."""
+    config = session.config
+    if config.stash[FIGURES].quick:
+        return [SIZES["100k"]]
+    suites = {_suite(item) for item in session.items}
+    largest = SIZES[config.getoption("--largest")]
+    chosen = {config.getoption("--size")}
+    if suites & {"test_target", "test_growth"}:
+        chosen.add(largest.name)
+    if "test_growth" in suites:
+        chosen.update(size.name for size in SIZES.values() if size.messages <= largest.messages)
+    return [size for size in SIZES.values() if size.name in chosen]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Start the server and load what is missing, before the first test and its time limit begin."""
+    if session.config.option.collectonly or not session.items:
+        return
+    server = session.config.stash[SERVER] = BenchServer()
+    server.start()
+    missing = [size for size in _sizes(session) if not server.is_loaded(size)]
+    if not missing:
+        return
+    millions = sum(size.messages for size in missing) / 1_000_000
+    needed, free = sum(size.gigabytes for size in missing), shutil.disk_usage(folder()).free / 1e9
+    names, minutes = " and ".join(size.name for size in missing), max(millions * MINUTES_A_MILLION, 1)
+    print(
+        f"\nloading {names} messages, once, into {folder()}: about {minutes:.0f} minutes and {needed:.1f} of "
+        f"{free:.0f} GB free; interrupted, it goes on where it was"
+    )
+    if needed > free:
+        pytest.exit(f"the disk of {folder()} has {free:.1f} GB free: set CHATDB_BENCH_HOME to another", returncode=4)
+    for size in missing:
+        server.load(size)
+
+
 def _suite(item: pytest.Item) -> str:
     return item.path.stem
 
@@ -84,6 +128,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Keep the figures, write the report, and fail if a gate fell."""
     config = session.config
     figures = config.stash[FIGURES]
+    if SERVER in config.stash:
+        config.stash[SERVER].stop()
     if config.getoption("collectonly") or not session.testscollected:
         return
     RESULTS.mkdir(exist_ok=True)
@@ -119,17 +165,15 @@ def figures(pytestconfig: pytest.Config) -> Figures:
 
 
 @pytest.fixture(scope="session")
-def server(figures: Figures) -> Iterator[BenchServer]:
+def server(pytestconfig: pytest.Config, figures: Figures) -> BenchServer:
     """Give the benchmarks' own server."""
-    server = BenchServer()
-    server.start()
+    server = pytestconfig.stash[SERVER]
     with server.connect() as connection:
         figures.run["versions"]["PostgreSQL"] = connection.info.parameter_status("server_version")
         names = ("shared_buffers", "fsync", "synchronous_commit", "max_wal_size", "random_page_cost", "jit")
         figures.run["settings"] = {name: connection.execute(f"show {name}").fetchone()[0] for name in names}
         figures.run["settings"]["shared_buffers for 10 M and the growth"] = LARGE_BUFFERS["shared_buffers"]
-    yield server
-    server.stop()
+    return server
 
 
 @pytest.fixture(scope="session")

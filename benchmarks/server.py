@@ -93,18 +93,29 @@ class BenchServer:
         """Connect, for statements about the benchmark."""
         return psycopg.connect(self.dsn(database), autocommit=True)
 
-    def load(self, size: Size, *, quiet: bool = False) -> str:
-        """Return the name of a database of this size, which is loaded if it is not there as it should be."""
-        wanted = fingerprint(size)
+    def is_loaded(self, size: Size) -> bool:
+        """Whether a database of this size is there as it should be."""
+        return self._loaded(size) == fingerprint(size)
+
+    def _loaded(self, size: Size) -> str | None:
         with self.connect() as connection:
             found = connection.execute(
                 "select shobj_description(oid, 'pg_database') from pg_database where datname = %s", [size.database]
             ).fetchone()
-            if found == (wanted,):
-                return size.database
-            name = sql.Identifier(size.database)
-            connection.execute(sql.SQL("drop database if exists {} with (force)").format(name))
-            connection.execute(sql.SQL("create database {} template template0").format(name))
+        return found and found[0]
+
+    def load(self, size: Size, *, quiet: bool = False) -> str:
+        """Return the name of a database of this size, which is loaded, or loaded further, if it is not there."""
+        wanted, found = fingerprint(size), self._loaded(size)
+        if found == wanted:
+            return size.database
+        name = sql.Identifier(size.database)
+        begun = f"{wanted} begun"
+        with self.connect() as connection:
+            if found != begun:
+                connection.execute(sql.SQL("drop database if exists {} with (force)").format(name))
+                connection.execute(sql.SQL("create database {} template template0").format(name))
+                connection.execute(sql.SQL("comment on database {} is {}").format(name, begun))
             asyncio.run(load(self.dsn(size.database), size, quiet=quiet))
             connection.execute(sql.SQL("comment on database {} is {}").format(name, wanted))
         return size.database

@@ -68,6 +68,11 @@ class Size:
         return f"bench_{self.name}"
 
     @property
+    def gigabytes(self) -> float:
+        """What it takes of the disk, with the original's tables and a copy to write to where it has these."""
+        return self.messages / 1_000_000 * (4 if self.has_original else 1)
+
+    @property
     def conversations(self) -> int:
         """How many ordinary conversations there are; their ids are 1 to this."""
         return (self.messages - LONG) // MESSAGES
@@ -170,7 +175,7 @@ def fingerprint(size: Size) -> str:
 
 
 async def load(dsn: str, size: Size, *, quiet: bool) -> None:
-    """Make the tables of chatdb in an empty database, and fill them by COPY."""
+    """Make the tables of chatdb in a database, and fill them by COPY; goes on where a load was interrupted."""
     apply_migrations(dsn)
     texts = real_texts()
     connection = await asyncpg.connect(**connect_arguments(dsn))
@@ -181,15 +186,18 @@ async def load(dsn: str, size: Size, *, quiet: bool) -> None:
         TimeRemainingColumn(),
     )
     try:
-        await connection.copy_records_to_table(
-            "conversations",
-            schema_name="chatdb",
-            columns=("id", "user_id", "last_seq", "created_at", "updated_at"),
-            records=conversation_rows(size),
-        )
-        rows = message_rows(size, texts)
+        if not await connection.fetchval("select exists (select from chatdb.conversations)"):
+            await connection.copy_records_to_table(
+                "conversations",
+                schema_name="chatdb",
+                columns=("id", "user_id", "last_seq", "created_at", "updated_at"),
+                records=conversation_rows(size),
+            )
+        # the rows come in the same order each time, and each batch is stored as a whole or not at all
+        stored = await connection.fetchval("select count(*) from chatdb.messages", timeout=3600)
+        rows = islice(message_rows(size, texts), stored, None)
         with Progress(*columns, disable=quiet) as progress:
-            task = progress.add_task("", total=size.messages)
+            task = progress.add_task("", total=size.messages, completed=stored)
             while batch := list(islice(rows, 20_000)):
                 await connection.copy_records_to_table(
                     "messages",
@@ -207,6 +215,8 @@ async def load(dsn: str, size: Size, *, quiet: bool) -> None:
 
 
 async def _load_original(dsn: str, connection: asyncpg.Connection) -> None:
+    for table in reversed(original.SQLModel.metadata.sorted_tables):
+        await connection.execute(f"drop table if exists {table.name}")
     made = original.engine(dsn, 1)
     async with made.begin() as session:
         await session.run_sync(original.SQLModel.metadata.create_all)
