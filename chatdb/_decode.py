@@ -18,8 +18,9 @@ from operator import itemgetter
 from types import NoneType
 from typing import Any, Final, TypeVar, get_args
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from chatdb.errors import ConfigurationError
 from chatdb.records import Conversation, JsonText, Message
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
@@ -36,7 +37,15 @@ def decoder(record: type[RecordT], given: tuple[str, ...] = ()) -> Callable[[Row
 
     def validate(rows: Rows, args: Sequence[Any]) -> list[RecordT]:
         known = dict(zip(given, args, strict=False))
-        return adapter.validate_python([known | dict(row) for row in rows])
+        try:
+            return adapter.validate_python([known | dict(row) for row in rows])
+        except ValidationError as error:
+            fields = sorted({str(each["loc"][1]) for each in error.errors() if len(each["loc"]) > 1})
+        # outside, because pydantic's error quotes the values
+        raise ConfigurationError(
+            f"the connection has a codec whose values are none of {record.__name__}'s in {', '.join(fields)}; the "
+            "statement was carried out: remove the codec, or give chatdb a connection without it"
+        )
 
     if (record, given) not in _FILLED:
         return validate

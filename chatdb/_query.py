@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import random
 import re
@@ -11,6 +12,8 @@ from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
+import asyncpg
+from asyncpg.pool import PoolConnectionProxy
 from pydantic import BaseModel
 
 from chatdb._decode import decoder
@@ -38,6 +41,9 @@ _PATIENCE: Final = 1.0
 
 STATEMENTS: Final[set[str]] = set()
 """The statements of chatdb's own, which leave nothing in the session that they run in."""
+
+_FETCH: Final[Any] = inspect.unwrap(asyncpg.Connection.fetch)
+"""asyncpg's own method, even where a tool that traces has wrapped it."""
 
 _FIRST_WORD: Final = re.compile(r"\A(?:--.*\n)*(?:\w+|\()")
 """A statement's beginning, with the comments before it."""
@@ -135,7 +141,9 @@ class Query(Generic[RecordT]):
         pauses, maybe_sent = None, False
         while True:
             try:
-                return await db.fetch(self.sql, *args, timeout=timeout)
+                if hasattr(db, "retries"):  # only chatdb's pool has the word
+                    return await db.fetch(self.sql, *args, timeout=timeout)
+                return await _fetch(db, self.sql, args, timeout)
             except Exception as error:
                 ours = own(error)
                 if ours is None:
@@ -148,11 +156,52 @@ class Query(Generic[RecordT]):
                         ours.sent = None  # not this time, but before
                     maybe_sent = ours.sent is not False
                 pauses = pauses or _pauses(retries or 0)
-                pause = next(pauses, None) if (repeatable or self.repeatable) and _is_loss(ours) else None
+                may_repeat = ((repeatable or self.repeatable) and _is_loss(ours)) or _was_undone(ours)
+                pause = next(pauses, None) if may_repeat else None
                 if pause is None:
                     raise ours from ours.__cause__
                 _log.warning("%s is sent again in %.0f ms: %s", self.name, 1000 * pause, _kind(ours))
             await asyncio.sleep(pause)
+
+
+def forget_statements(connection: Any) -> None:  # noqa: ANN401 - asyncpg's, whose private part is used
+    """Have a connection prepare its statements anew, after the server has said that it does not know them."""
+    connection._drop_local_statement_cache()
+    _log.warning("prepared statements were gone from a session: DISCARD ALL, DEALLOCATE, or a pooler in between")
+
+
+async def _fetch(db: Any, sql: str, args: tuple[object, ...], timeout: float | None) -> list[Any]:  # noqa: ANN401
+    """
+    Run a statement on a handle that is not chatdb's pool, and return its rows.
+
+    On an asyncpg connection that is what its `fetch` does, without the codecs that the caller has set.
+    """
+    # not isinstance, after which the type checkers know only what asyncpg's stubs say
+    is_pool, is_lent = (issubclass(db.__class__, kind) for kind in (asyncpg.Pool, PoolConnectionProxy))
+    if is_pool:
+        async with db.acquire() as lent:
+            return await _fetch(lent, sql, args, timeout)
+    connection: Any = getattr(db, "_con", None) if is_lent else db
+    is_known = issubclass(type(connection), asyncpg.Connection)
+    # what overrides it, or a tool that traces and has wrapped it, is to see the statement
+    is_plain = is_known and type(connection).fetch is _FETCH
+    while True:
+        try:
+            rows: list[Any]
+            if is_plain:
+                connection._check_open()
+                rows = await connection._execute(sql, args, 0, timeout, ignore_custom_codec=True)
+            else:
+                rows = await db.fetch(sql, *args, timeout=timeout)
+        except asyncpg.InvalidSQLStatementNameError:
+            if not is_known:
+                raise
+            forget_statements(connection)
+            if connection.is_in_transaction():
+                raise
+            is_known = False  # once is enough: behind a pooler it would go on
+        else:
+            return rows
 
 
 def _not_found() -> ConversationNotFoundError:
@@ -172,6 +221,12 @@ def _is_loss(error: ChatDBError) -> bool:
     """Whether a connection was lost, before or after the statement was sent, for all that is known."""
     other = isinstance(error, AcquireTimeoutError | CommandTimeoutError | PoolClosedError)
     return isinstance(error, UnavailableError) and not other and not error.sent
+
+
+def _was_undone(error: ChatDBError) -> bool:
+    """Whether the server rolled the statement back, so that sending it again does nothing twice, even without a key."""
+    undone = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError)
+    return isinstance(error, UnavailableError) and isinstance(error.__cause__, undone)
 
 
 def _kind(error: ChatDBError) -> str:

@@ -7,6 +7,7 @@ asyncpg sends every option that it does not know to the server as a setting, so 
 
 from __future__ import annotations
 
+import getpass
 import ipaddress
 import os
 import re
@@ -72,7 +73,7 @@ def connect_arguments(dsn: str) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "host": hosts or None,
         "port": _ports(hosts, ports),
-        "user": found.take("user", str, unquote(user) or None),
+        "user": found.take("user", str, unquote(user) or None) or _default_user(),
         "password": found.take("password", str, unquote(password) or None),
         "database": found.take("dbname", str, unquote(parts.path.removeprefix("/")) or None),
         "passfile": found.take("passfile", str),
@@ -130,6 +131,22 @@ class _Options:
             raise ConfigurationError(_UNENCODED)  # it may be a part of the password that looks like an option
         if self._left:
             raise ConfigurationError(f"the DSN has options that chatdb does not know: {', '.join(sorted(self._left))}")
+
+
+def _default_user() -> str | None:
+    """Return None where the driver finds a user by itself: in PGUSER, or by the process's user."""
+    if os.environ.get("PGUSER"):
+        return None
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # a container's number without a name
+        pass
+    else:
+        return None
+    raise ConfigurationError(
+        f"the DSN names no user, and this process's user, {os.getuid()}, has no name: write "
+        "postgresql://USER@HOST/DATABASE, or set PGUSER"
+    )
 
 
 def _query_of(parts: SplitResult) -> list[tuple[str, str]]:

@@ -18,18 +18,25 @@ Misuse, such as two operations at once on one connection, stays the driver's own
 All errors can be pickled and copied, so they reach the parent of a worker process; `__cause__` stays behind.
 """
 
+import os
 import re
 import socket
 import ssl
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import asyncpg
 
 
 class ChatDBError(Exception):
-    """The base of all errors that chatdb raises."""
+    """
+    The base of all errors that chatdb raises.
+
+    The message is for the service's log. `public` is a sentence that may be shown to the service's own users.
+    """
+
+    public: ClassVar[str] = "Something went wrong on our side. Please try again later."
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own calls the class with `args`, which is the message alone
@@ -43,17 +50,25 @@ def _restore(error_class: type[ChatDBError], args: tuple[object, ...]) -> ChatDB
 class NotFoundError(ChatDBError):
     """The user has no such thing. Another user may have it: the two cases look the same."""
 
+    public = "This does not exist."
+
 
 class ConversationNotFoundError(NotFoundError):
     """The user has no such conversation, whoever else may have it."""
+
+    public = "This conversation does not exist."
 
 
 class MessageNotFoundError(NotFoundError):
     """The user's conversation has no such message."""
 
+    public = "This message does not exist."
+
 
 class ConflictError(ChatDBError):
     """A key that is already used came again with another body. Nothing was written."""
+
+    public = "This was saved before with other contents. Please reload."
 
 
 class InvalidInputError(ChatDBError, ValueError):
@@ -63,6 +78,7 @@ class InvalidInputError(ChatDBError, ValueError):
     `parameter` is the name of the argument, like `"content"` or `"messages[3].role"`.
     """
 
+    public = "This input cannot be saved."
     parameter: str
 
     def __init__(self, parameter: str, problem: str) -> None:
@@ -78,6 +94,7 @@ class UnavailableError(ChatDBError):
     A read and a keyed write can be repeated in every case, a write without a key only if `sent` is `False`.
     """
 
+    public = "The service is busy at the moment. Please try again."
     sent: bool | None
 
     def __init__(self, message: str, *, sent: bool | None) -> None:
@@ -100,13 +117,18 @@ class PoolClosedError(UnavailableError):
 class SchemaError(ChatDBError):
     """The database lacks chatdb's tables, or has them older than this release needs: run `yoyo apply`."""
 
+    public = "The service is not available at the moment. Please try again later."
+
 
 class ConfigurationError(ChatDBError):
     """
     The DSN, its TLS settings, a pooler or the role's privileges do not fit; the message says what to change.
 
-    It is also raised where a pool is used outside the process or the event loop that opened it.
+    It is also raised where a pool is used outside the process or the event loop that opened it, and where
+    the database's own triggers, constraints or sequences refuse a statement that is right by chatdb's rules.
     """
+
+    public = "The service is not available at the moment. Please try again later."
 
 
 CONSTRAINTS: dict[str, tuple[str, str]] = {
@@ -128,10 +150,30 @@ CONFLICTS: dict[str, str] = {
     "ck_conversations_last_seq": "some of these keys are stored and some are new: send only the new ones, or all again",
     "uq_conversations_user_id_key": "the user has another conversation of this key",
     "uq_messages_user_id_conversation_id_key": "the conversation has another message of this key",
-    "pk_conversations": "the user has another conversation of this id",
-    "pk_messages": "the conversation has another message of this seq",
 }
-"""The other constraints, each with the sentence of its ConflictError."""
+"""The constraints that a caller can run into, each with the sentence of its ConflictError."""
+
+BEHIND: dict[str, str] = {
+    "pk_conversations": (
+        "the sequence of chatdb.conversations.id is behind the rows, as after a restore: as the owner run "
+        "select setval('chatdb.conversations_id_seq', (select max(id) from chatdb.conversations))"
+    ),
+    "pk_messages": (
+        "a conversation's last_seq is behind its messages, as after a restore: as the owner run update "
+        "chatdb.conversations as c set last_seq = m.seq from (select user_id, conversation_id, max(seq) as seq from "
+        "chatdb.messages group by 1, 2) as m where m.user_id = c.user_id and m.conversation_id = c.id "
+        "and m.seq > c.last_seq"
+    ),
+}
+"""The constraints that only counters that are behind run into, each with the sentence of its ConfigurationError."""
+
+LINK = "fk_conversations_user"
+"""The foreign key to the host's users, which `chatdb link-users` makes."""
+
+_EXHAUSTED = (
+    "a sequence of chatdb's tables has no numbers left (SQLSTATE 2200H): as the owner run alter sequence "
+    "chatdb.conversations_id_seq no maxvalue, and the same for chatdb.messages_id_seq"
+)
 
 _SCHEMA_HINT = (
     "the database lacks chatdb's tables or has older ones than this release needs: run yoyo apply, or chatdb migrate"
@@ -142,6 +184,9 @@ What row-level security's function, of the same name in the schema chatdb, gives
 it raises where no user is named.
 """
 
+SWALLOWED = (
+    "a trigger or rule on chatdb.{}, which is not chatdb's, left a row out, and that is not stored: see chatdb check"
+)
 NO_USER = (
     "row-level security is on (chatdb protect), and no user is named to the database: open the pool with "
     "create_pool(row_level_security=True), or call inside transaction(db, user_id=...)"
@@ -152,9 +197,19 @@ _WALL = frozenset({"ExecWithCheckOptions", "check_enable_rls"})
 _GONE = re.compile("connection is closed|released back to the pool")
 _CLOSED = re.compile("pool is (clos|not initialized|being initialized)")
 _POOLER_HINT = (
-    "a transaction pooler without support for prepared statements stands in front of the database: "
-    "pass statement_cache_size=0 to create_pool, or have it track them (PgBouncer from 1.21: max_prepared_statements)"
+    "the session does not have the prepared statement: DISCARD ALL or DEALLOCATE dropped it, or a transaction pooler "
+    "without support for prepared statements stands in front of the database; then pass statement_cache_size=0 to "
+    "create_pool, or have it track them (PgBouncer from 1.21: max_prepared_statements)"
 )
+_READ_ONLY_HINT = (
+    "the server takes no writes: it is a standby (connect to the primary), or default_transaction_read_only is on, as "
+    "some hosts set it when the disk is full"
+)
+_STALE_HINT = (
+    "a column's type was changed after the transaction had prepared this statement, and the transaction is undone: run "
+    "it again"
+)
+_ATTRIBUTES_HINT = "no host of the DSN meets target_session_attrs={}: check the DSN, and which server is the primary"
 _SETTINGS_HINT = (
     "a pooler stands in front of the database and does not take this setting with a connection: instead of by the "
     "DSN's options or server_settings, make it for the role, by ALTER ROLE ... SET"
@@ -163,16 +218,32 @@ _REFUSED_HINT = "the server refused the user, the password or the database name 
 _FULL_HINT = "the server takes no connections at the moment: try again"
 _REFUSED = re.compile("auth[a-z]* failed|password|no such (user|database)|login rejected|database .*(exist|disabled)")
 _FULL = re.compile("connections|connection slots|too many clients")
+_FUNCTION = re.compile(r"PL/[^\n]*?([A-Za-z_][\w.$]*\([^()\n]*\))")
+_ATTRIBUTE = re.compile("(?<=')[a-z-]+(?=')")
+_ENCODING = re.compile(
+    r"\b(?:SQL_ASCII|LATIN\d+|WIN\d+|EUC_\w+|ISO_8859_\d+|KOI8[RU]|MULE_INTERNAL|BIG5|GBK|GB18030|JOHAB|SJIS|UHC)\b"
+)
+_NOT_NULL = {("chatdb", column) for column in ("user_id", "conversation_id", "seq", "role", "content", "created_at")}
+# what the server undid for a reason that passes, whoever's function was running: connections, resources, locks, limits
+_TRANSIENT = frozenset({"08", "25", "40", "53", "55", "57", "58", "XX"})
 _NAMES = re.compile('"[^"]*"|(?<=database: ).*')
 """What of a pooler's words is a user's or a database's name."""
 
 
-def translated(error: Exception) -> ChatDBError | None:
-    """Return chatdb's own error for a driver's, or None for misuse, which is to be seen as it is."""
+def translated(error: Exception, server: str = "") -> ChatDBError | None:
+    """
+    Return chatdb's own error for a driver's, or None for misuse, which is to be seen as it is.
+
+    `server` is what it was connected to, as a person reads it, where that is known.
+    """
     if isinstance(error, asyncpg.PostgresError):
+        code = _function_of(error)
         # what the server adds quotes the row ("Failing row contains (1, my secret message)"), and a traceback shows it
         vars(error).update(detail=None, context=None)
-        return _of_server(error)
+        return _of_server(error, code)
+    if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
+        wanted = _ATTRIBUTE.search(str(error))
+        return UnavailableError(_ATTRIBUTES_HINT.format(wanted[0] if wanted else "..."), sent=False)
     if isinstance(error, asyncpg.DataError):
         return InvalidInputError("argument", "the driver cannot send a value of this type or range")
     if isinstance(error, asyncpg.ClientConfigurationError | ssl.SSLCertVerificationError):
@@ -190,9 +261,10 @@ def translated(error: Exception) -> ChatDBError | None:
         )
     if isinstance(error, OSError):
         refused = isinstance(error, ConnectionRefusedError | FileNotFoundError | socket.gaierror)
+        at = f" at {server}" if server else ""
         return UnavailableError(
-            f"the database server cannot be reached ({type(error).__name__}): check that it runs and that the DSN "
-            "names its host and port",
+            f"the database server{at} cannot be reached ({_reason(error)}): check that it runs and that the DSN names "
+            "its host and port",
             sent=False if refused else None,
         )
     if isinstance(error, asyncpg.InternalClientError):  # raised over the loss of a connection, which is its context
@@ -226,6 +298,20 @@ def own(error: Exception) -> ChatDBError | None:
     return found
 
 
+def _reason(error: OSError) -> str:
+    """Return what went wrong, in the operating system's words: "Connection refused", "Name or service not known"."""
+    if isinstance(error, socket.gaierror):
+        return error.strerror or "the host's name cannot be resolved"
+    return os.strerror(error.errno) if error.errno else type(error).__name__
+
+
+def _function_of(error: asyncpg.PostgresError) -> str | None:
+    """Return the procedural function that an error came from, as the server's context names it in any language."""
+    context = getattr(error, "context", None)
+    found = _FUNCTION.search(context) if isinstance(context, str) else None
+    return found[1] if found else None
+
+
 def _lost(error: Exception) -> UnavailableError:
     return UnavailableError(
         f"the connection to the database was lost ({type(error).__name__}): a read or a keyed write can be repeated",
@@ -233,22 +319,42 @@ def _lost(error: Exception) -> UnavailableError:
     )
 
 
-def _of_server(error: asyncpg.PostgresError) -> ChatDBError | None:
+def _of_server(error: asyncpg.PostgresError, code: str | None) -> ChatDBError | None:
     state = str(getattr(error, "sqlstate", None) or "")
-    name = getattr(error, "constraint_name", None)
-    if name in CONSTRAINTS:
-        return InvalidInputError(*CONSTRAINTS[name])
-    if name in CONFLICTS:
-        return ConflictError(CONFLICTS[name])
+    name, column = getattr(error, "constraint_name", None), getattr(error, "column_name", None)
     if name == RLS_USER_ID:
         return ConfigurationError(NO_USER)
+    if code and state[:2] not in _TRANSIENT:
+        return _refused(f"function {code}", state)
+    if getattr(error, "schema_name", None) in {None, "chatdb"}:
+        if name in CONSTRAINTS:
+            return InvalidInputError(*CONSTRAINTS[name])
+        if name in CONFLICTS:
+            return ConflictError(CONFLICTS[name])
+        if name in BEHIND:
+            return ConfigurationError(BEHIND[name])
     match state:
         case "25P02":  # a statement in a transaction that has failed: misuse
             return None
         case "23503" if name in {None, "fk_messages_conversation"}:  # Citus names no constraint
             return ConversationNotFoundError("the user has no such conversation: it was deleted meanwhile")
-        case "23503":
+        case "23503" if name == LINK:
             return InvalidInputError("user_id", "is none of the host's users, to whom the database links conversations")
+        case "23502" if (getattr(error, "schema_name", None), column) in _NOT_NULL:
+            return InvalidInputError(str(column), "must be given")
+        case "23502" | "23503" | "23505" | "23514" | "23P01" if getattr(error, "table_name", None):
+            part = f"constraint {name}" if name else f"NOT NULL of the column {column}"
+            table = f"{getattr(error, 'schema_name', '')}.{getattr(error, 'table_name', '')}"
+            return _refused(f"{part} of the table {table}", state)
+        case "2200H":
+            return ConfigurationError(_EXHAUSTED)
+        case "22P05" | "22021" if encoding := _ENCODING.search(str(error)):
+            return ConfigurationError(
+                f"the database's encoding, {encoding[0]}, cannot hold a character of a text: chatdb needs a database "
+                "with encoding UTF8 (see chatdb check)"
+            )
+        case "0A000" if isinstance(error, asyncpg.InvalidCachedStatementError):
+            return UnavailableError(_STALE_HINT, sent=True)
         case "42P01" | "42703" | "3F000" | "42P10" | "42883":
             return SchemaError(_SCHEMA_HINT)
         case "42501" if getattr(error, "server_source_function", None) in _WALL:
@@ -269,11 +375,18 @@ def _of_server(error: asyncpg.PostgresError) -> ChatDBError | None:
         case "57P03" | "53300" | "55000":
             return UnavailableError(_FULL_HINT, sent=False)
         case "25006":
-            return UnavailableError("the server takes no writes: is it a standby? connect to the primary", sent=True)
+            return UnavailableError(_READ_ONLY_HINT, sent=True)
         case "40001" | "40P01" | "55P03":
             return UnavailableError(f"the server rolled the statement back (SQLSTATE {state}): try again", sent=True)
         case _:
             return _of_class(error, state[:2], state)
+
+
+def _refused(what: str, state: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"the database's own {what}, which is not chatdb's, refused the statement (SQLSTATE {state}), and nothing of "
+        "it is stored: the server's log has more"
+    )
 
 
 def _of_pooler(error: asyncpg.PostgresError) -> ChatDBError:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from chatdb._plans import planned, served
 from chatdb._remedies import DIFFERENT, MISSING, NOTE, OK, Finding, catalog
-from chatdb.direct import connected, is_pooled, one, pinned_transaction
+from chatdb.direct import connected, errors, is_pooled, one, pinned_transaction
 from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.migrate import applied_migrations, migration_files
 from chatdb.ownership import additions, foreign_objects, public_is_writable
@@ -57,6 +57,7 @@ def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) ->
             own = str(one(connection, "select current_user"))
             found += _wall(connection, [own] if role is None else [own, role])
             found += _owners(connection)
+            found += _clock(connection)
             found += _statements(connection, suffer=any(map(is_wrong, of_catalog)))
         else:
             found.append(Finding("schema chatdb", MISSING, "the database has no chatdb tables", "chatdb migrate"))
@@ -84,6 +85,14 @@ def _server(connection: psycopg.Connection) -> list[Finding]:
     else:
         remedy = "create database ... encoding 'UTF8' template template0, and move the tables there"
         found.append(Finding("encoding", DIFFERENT, f"{encoding}, which cannot hold every text", remedy))
+    isolation = one(connection, "show default_transaction_isolation")
+    if isolation != "read committed":
+        detail = f"{isolation} by default: appends to one conversation at the same time fail and are sent again"
+        found.append(
+            Finding("isolation", NOTE, detail, "alter role ... set default_transaction_isolation = 'read committed'")
+        )
+    if one(connection, "show default_transaction_read_only") == "on":
+        found.append(Finding("read only", NOTE, "default_transaction_read_only is on: no writes are taken", ""))
     if one(connection, "select pg_catalog.pg_is_in_recovery()"):
         found.append(Finding("standby", NOTE, "the server is a standby, which takes no writes", ""))
     return found
@@ -131,6 +140,30 @@ def _owners(connection: psycopg.Connection) -> list[Finding]:
         detail = "every role may create functions in it, which the statements of others can call by mistake"
         found.append(Finding("schema public", NOTE, detail, "revoke create on schema public from public"))
     return found
+
+
+def _clock(connection: psycopg.Connection) -> list[Finding]:
+    """Return whether conversations are ahead of the server's clock: what is appended to them gets their time."""
+    try:
+        with connection.transaction():
+            connection.execute("set local statement_timeout = '5s'")
+            if one(connection, "select pg_catalog.row_security_active('chatdb.conversations')"):
+                return []
+            ahead = one(
+                connection,
+                "select pg_catalog.count(*) from chatdb.conversations "
+                "where updated_at > pg_catalog.now() + interval '5 minutes'",
+            )
+    except (errors.QueryCanceled, errors.InsufficientPrivilege, errors.UndefinedTable, errors.UndefinedColumn):
+        return []
+    if not ahead:
+        return []
+    detail = f"{ahead} conversations are ahead of the server's clock, and what is appended to them gets their time"
+    remedy = (
+        "update chatdb.messages set created_at = now() where created_at > now(); "
+        "update chatdb.conversations set updated_at = now() where updated_at > now()"
+    )
+    return [Finding("clock", NOTE, detail, remedy)]
 
 
 def _pooler(dsn: str, connection: psycopg.Connection) -> Finding:

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from chatdb import _input
 from chatdb.direct import errors, locked, one, original_search_path, patiently, pinned_transaction
-from chatdb.errors import InvalidInputError, SchemaError
+from chatdb.errors import LINK, InvalidInputError, SchemaError
 
 if TYPE_CHECKING:
     import psycopg
 
-LINK = "fk_conversations_user"
 WAIT = 60.0
 """How long by default, in seconds, another process may be at it, and tables may be busy."""
 

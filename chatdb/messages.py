@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping
 from operator import attrgetter
-from typing import Any
+from typing import Any, NoReturn
 
 from chatdb import _input
 from chatdb._query import Database, Query
 from chatdb.conversations import get_conversation
-from chatdb.errors import ConflictError, MessageNotFoundError
+from chatdb.errors import SWALLOWED, ConfigurationError, ConflictError, MessageNotFoundError
 from chatdb.records import UNSET, Deleted, Message, NewMessage, Role, Unset
 
 _append_message = Query("append_message", Message)
@@ -61,11 +61,22 @@ async def append_message(
     )
     key = _input.key("key", key)
     if key is None:
-        return await _append_message.fetch_one(db, *body)
+        stored = await _append_message.fetch_all(db, *body)
+        if not stored:
+            await _refuse_swallowed(db, user_id, conversation_id)
+        return stored[0]
     message = await _append_message_keyed.fetch_optional(db, *body, key)
     if message is None:
+        if await _get_message_by_key.fetch_optional(db, *body[:2], key) is None:
+            await _refuse_swallowed(db, user_id, conversation_id)
         raise ConflictError("the key is that of a stored message with another body: use a new key for a new message")
     return message
+
+
+async def _refuse_swallowed(db: Database, user_id: str, conversation_id: int) -> NoReturn:
+    """Say why an append gave no row: there is no such conversation, or a trigger of the host's returned NULL."""
+    await get_conversation(db, user_id=user_id, conversation_id=conversation_id)
+    raise ConfigurationError(SWALLOWED.format("messages"))
 
 
 async def append_messages(
@@ -93,7 +104,10 @@ async def append_messages(
     *columns, token_counts, keys = map(list, zip(*batch, strict=True))
     columns.append(_input.texts(token_counts))
     if not any(keys):
-        return sorted(await _append_messages.fetch_page(db, user, conversation, *columns), key=_in_order)
+        stored = await _append_messages.fetch_all(db, user, conversation, *columns)
+        if len(stored) < len(batch):
+            await _refuse_swallowed(db, user, conversation)
+        return sorted(stored, key=_in_order)
     stored = await _append_messages_keyed.fetch_page(db, user, conversation, *columns, keys, repeatable=all(keys))
     if not stored:
         raise ConflictError(

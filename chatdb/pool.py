@@ -20,7 +20,7 @@ from asyncpg.pool import PoolConnectionProxy
 from asyncpg.transaction import Transaction, TransactionState
 
 from chatdb import _input
-from chatdb._query import STATEMENTS
+from chatdb._query import STATEMENTS, forget_statements
 from chatdb.dsn import connect_arguments
 from chatdb.errors import (
     AcquireTimeoutError,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
         _closed: bool
         _closing: bool
+        _connect_kwargs: dict[str, Any]
         _generation: int
         _holders: list[Any]
         _initialized: bool
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
         def _check_open(self) -> None: ...
         def _drop_local_statement_cache(self) -> None: ...
         def _drop_local_type_cache(self) -> None: ...
+        async def _get_statement(self, query: str, timeout: float | None, **options: Any) -> Any: ...  # noqa: ANN401
 
     Connection = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
     Private = Any  # asyncpg's PoolConnectionHolder or what is in it, of whose private parts the stubs say nothing
@@ -100,6 +102,9 @@ _TRANSACTION: Final = re.compile(
     re.IGNORECASE,
 )
 """What leaves nothing in the session."""
+
+_DISCARDS: Final = re.compile(r"\b(?:discard\s+(?:all|plans)|deallocate)\b", re.IGNORECASE)
+"""What drops prepared statements that the driver believes to be there."""
 
 _log = logging.getLogger("chatdb")
 
@@ -148,6 +153,18 @@ class _PoolsConnection(_BaseConnection):
         return _BaseConnection._pool_release_ctr.__get__(self)
 
     _pool_release_ctr = property(_releases, _BaseConnection._pool_release_ctr.__set__)
+
+    async def _get_statement(
+        self,
+        query: str,
+        timeout: float | None,
+        *,
+        ignore_custom_codec: bool = False,
+        **options: Any,  # noqa: ANN401 - asyncpg's own
+    ) -> Any:  # noqa: ANN401
+        # chatdb's own rows are those of its records, whatever codecs the caller has set
+        ignore = ignore_custom_codec or query in STATEMENTS
+        return await super()._get_statement(query, timeout, ignore_custom_codec=ignore, **options)
 
     async def close(self, *, timeout: float | None = None) -> None:
         check_owner(self._process, self._loop, "connection")
@@ -217,6 +234,8 @@ def _touching(name: str) -> Any:  # noqa: ANN401 - a method of any signature
     def call(self: _PoolsConnection, query: object, *args: object, **options: object) -> object:
         if query not in STATEMENTS and not (isinstance(query, str) and _TRANSACTION.fullmatch(query)):
             self._needs_reset = True  # pyright: ignore[reportPrivateUsage] - a method of the class
+            if isinstance(query, str) and _DISCARDS.search(query):
+                self._drop_local_statement_cache()  # pyright: ignore[reportPrivateUsage]
         # looked up now, because a tool that traces may have wrapped it since
         return getattr(_BaseConnection, name)(self, query, *args, **options)
 
@@ -357,7 +376,7 @@ class Pool(_Base):
             async with asyncio.timeout(self._acquire_timeout):
                 await super()._async__init__()
         except Exception as error:  # noqa: BLE001 - raised again, as what it means
-            _raise_unreachable(error, self._acquire_timeout)
+            _raise_unreachable(error, self._acquire_timeout, self._target())
         self._watch_idle()
         return self
 
@@ -389,9 +408,15 @@ class Pool(_Base):
             # connect= may give another class, for which asyncpg's isinstance is true as well
             if query not in STATEMENTS and connection.__class__ is _PoolsConnection:
                 connection._needs_reset = True
+                if _DISCARDS.search(query):
+                    connection._drop_local_statement_cache()
             rows: list[Any]
             if _BaseConnection.fetch is _FETCH:
-                rows = await connection._execute(query, args, 0, timeout, record_class=record_class)
+                try:
+                    rows = await connection._execute(query, args, 0, timeout, record_class=record_class)
+                except asyncpg.InvalidSQLStatementNameError:  # it was not run, so that it can be sent again
+                    forget_statements(connection)
+                    rows = await connection._execute(query, args, 0, timeout, record_class=record_class)
             else:  # a tool that traces, such as OpenTelemetry's, has wrapped it and would not see the statement
                 rows = await connection.fetch(query, *args, timeout=timeout, record_class=record_class)
         except _KNOWN_STATE:
@@ -444,6 +469,13 @@ class Pool(_Base):
         """Replace each connection when it is next acquired."""
         self._check_owner()
         await super().expire_connections()
+
+    def _target(self) -> str:
+        """Return the hosts and ports that the pool connects to."""
+        hosts, ports = (self._connect_kwargs.get(name) or "" for name in ("host", "port"))
+        names = [hosts or "the local socket"] if isinstance(hosts, str) else hosts
+        numbers = [ports] * len(names) if isinstance(ports, str | int) else ports
+        return ", ".join(f"{name}:{number}".rstrip(":") for name, number in zip(names, numbers, strict=False))
 
     def _check_owner(self) -> None:
         if self._initialized or self._initializing:
@@ -535,7 +567,7 @@ class Pool(_Base):
             self._queue.put_nowait(holder)
             self._schedule_min_size_maintenance()
             if isinstance(error, Exception):
-                _raise_unreachable(error, timeout)
+                _raise_unreachable(error, timeout, self._target())
             raise
         holder._timeout = timeout
         return connection
@@ -717,13 +749,13 @@ def _is_seconds(value: object) -> bool:
     return math.isfinite(value) and value <= _MAX_SECONDS
 
 
-def _raise_unreachable(error: Exception, timeout: float) -> NoReturn:
+def _raise_unreachable(error: Exception, timeout: float, server: str) -> NoReturn:
     """Raise the error of a connection that could not be made: of its statement, nothing was sent."""
     if isinstance(error, TimeoutError):
         raise AcquireTimeoutError(
-            f"no connection could be made within {timeout:g} s: check that the server answers", sent=False
+            f"no connection to {server} could be made within {timeout:g} s: check that the server answers", sent=False
         ) from error
-    found = translated(error)
+    found = translated(error, server)
     if found is None:
         raise error
     raise (UnavailableError(str(found), sent=False) if isinstance(found, UnavailableError) else found) from error

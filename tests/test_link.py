@@ -10,8 +10,9 @@ import psycopg
 import pytest
 
 import chatdb
+from chatdb.errors import LINK
 from chatdb.inspection import inspect
-from chatdb.link import LINK, UsersMissingError, link_users, unlink_users
+from chatdb.link import UsersMissingError, link_users, unlink_users
 from tests._command import chatdb as command
 from tests.conftest import as_role, execute
 
