@@ -20,7 +20,7 @@ from asyncpg.pool import PoolConnectionProxy
 from asyncpg.transaction import Transaction, TransactionState
 
 from chatdb import _input
-from chatdb._query import STATEMENTS, forget_statements
+from chatdb._query import STATEMENTS, may_prepare_anew
 from chatdb.dsn import connect_arguments
 from chatdb.errors import (
     AcquireTimeoutError,
@@ -414,8 +414,9 @@ class Pool(_Base):
             if _BaseConnection.fetch is _FETCH:
                 try:
                     rows = await connection._execute(query, args, 0, timeout, record_class=record_class)
-                except asyncpg.InvalidSQLStatementNameError:  # it was not run, so that it can be sent again
-                    forget_statements(connection)
+                except asyncpg.InvalidSQLStatementNameError:
+                    if not await may_prepare_anew(connection):
+                        raise
                     rows = await connection._execute(query, args, 0, timeout, record_class=record_class)
             else:  # a tool that traces, such as OpenTelemetry's, has wrapped it and would not see the statement
                 rows = await connection.fetch(query, *args, timeout=timeout, record_class=record_class)
