@@ -237,7 +237,7 @@ async def test_dropped_statements_are_prepared_again(dsn: str, statement: str, w
                     await connection.execute(statement)
             else:
                 await getattr(db, way)(statement)
-            if inside:
+            if inside and way != "fetch":  # the pool's fetch looks for it only when a statement is missing
                 async with chatdb.transaction(db) as connection:
                     assert len(await chatdb.get_history(connection, **here)) == 1
             else:
