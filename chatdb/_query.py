@@ -41,7 +41,7 @@ _PATIENCE: Final = 1.0
 
 _PID: Final = "select pg_catalog.pg_backend_pid()"
 
-STATEMENTS: Final[set[str]] = {_PID}
+STATEMENTS: Final[set[str]] = set()
 """The statements of chatdb's own, which leave nothing in the session that they run in."""
 
 _FETCH: Final[Any] = inspect.unwrap(asyncpg.Connection.fetch)
