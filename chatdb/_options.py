@@ -224,9 +224,9 @@ def _tls(name: str, value: object) -> object:
 def _settings(name: str, value: object) -> dict[str, str]:
     if not issubclass(type(value), dict):
         _refuse(name, "a dict of str", value)
-    items = dict(cast("dict[object, object]", value))
-    keys = [_text(f"a key of {name}", key) for key in items]
-    return {key: _text(f"{name}.{key}", each, least=0) for key, each in zip(keys, items.values(), strict=True)}
+    items = cast("list[tuple[object, object]]", [*dict.items(cast("dict[object, object]", value))])
+    keys = [_text(f"a key of {name}", key) for key, _ in items]
+    return {key: _text(f"{name}.{key}", each, least=0) for key, (_, each) in zip(keys, items, strict=True)}
 
 
 _CHECKS: Final[dict[str, Callable[[str, object], Any]]] = {

@@ -242,11 +242,14 @@ def read_dsn(
     found = _Options(said, by_service, by_variables)
 
     hosts, ports = _addresses(given, found)
-    user = given.get("user") or found.take("user", _text) or _default_user()
-    database = given.get("database") or found.take("dbname", _text) or user
-    password = given.get("password") or found.take("password", _text)
-    passfile = given.get("passfile") or found.take("passfile", str)
-    if not password:
+    # each is taken, also where something given comes before it: what is left is unknown
+    user, database, password = (found.take(name, _text) for name in ("user", "dbname", "password"))
+    user = given.get("user") or user or _default_user()
+    database = given.get("database") or database or user
+    password = given.get("password", password)
+    named_file = found.take("passfile", str)
+    passfile = given.get("passfile") or named_file
+    if password is None or (type(password) is str and not password):  # else what asyncpg calls for one
         password = _password(passfile, environment, hosts, ports, database, user)
     tls, for_libpq = _tls(found, given.get("ssl"), local=all(map(_is_local, hosts)))
     if service and environment.get("PGSERVICE"):
@@ -260,26 +263,27 @@ def read_dsn(
     }
     named = {name: found.take(name, _text) for name in ("application_name", "options")}
     settings |= {name: value for name, value in named.items() if value is not None}
-    timeout = given["timeout"] if "timeout" in given else found.take("connect_timeout", _seconds)
+    timeout = found.take("connect_timeout", _seconds)
+    service_name = found.take("krbsrvname", _text)
     attributes = found.take("target_session_attrs", _one_of(ATTRIBUTES))
     negotiation = found.take("sslnegotiation", _one_of({"postgres", "direct"}))
     if negotiation:
         for_libpq["sslnegotiation"] = negotiation
     is_direct = given.get("direct_tls", negotiation == "direct")
     if is_direct and tls in ("disable", "allow", "prefer"):
-        raise ConfigurationError("direct TLS (sslnegotiation=direct) needs sslmode=require, verify-ca or verify-full")
+        raise ConfigurationError("direct_tls (sslnegotiation=direct) needs sslmode=require, verify-ca or verify-full")
     info = ConnectionInfo(
         hosts=hosts,
         ports=ports,
         user=user,
-        password=password or None,
+        password=password,
         database=database,
-        timeout=timeout,
+        timeout=given.get("timeout", timeout),
         target_session_attrs=given.get("target_session_attrs") or attributes or "any",
         server_settings=settings | given.get("server_settings", {}),
         direct_tls=is_direct,
         tls=tls,
-        krbsrvname=given.get("krbsrvname") or found.take("krbsrvname", _text) or "postgres",
+        krbsrvname=given.get("krbsrvname") or service_name or "postgres",
         gsslib=given.get("gsslib") or environment.get("PGGSSLIB") or ("sspi" if os.name == "nt" else "gssapi"),
         for_libpq=for_libpq | found.ignored,
     )

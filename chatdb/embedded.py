@@ -222,8 +222,10 @@ class EmbeddedServer:
         if spec is None or spec.origin is None or importlib.util.find_spec("platformdirs") is None:
             problem = "the embedded server is not installed: pip install 'chatdb[embedded]', or set DATABASE_URL"
             raise ConfigurationError(problem)
-        if path is not None and not isinstance(path, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance] - callers without types
-            raise ConfigurationError(f"path must be a str or a Path, not {type(path).__name__}")
+        kind: type = type(path)
+        if path is not None and not issubclass(kind, str | Path):
+            raise ConfigurationError(f"path must be a str or a Path, not {kind.__name__}")
+        path = str.__str__(path) if isinstance(path, str) else path
         chosen = Path(path or _default_path())
         try:
             self.path = chosen.expanduser().resolve()
