@@ -385,13 +385,10 @@ def _of_text(dsn: str) -> dict[str, str]:
 
 
 def _once(query: list[tuple[str, str]]) -> dict[str, str]:
-    """Return the options of a DSN's query. libpq takes the last one of a name, which is hardly what was meant."""
+    """Return the options of a DSN's query: of a name the last one, as libpq does, but for what names the hosts."""
     named = dict(query)
-    if len(named) < len(query):
-        known = _IGNORED | set(_VARIABLES.values())
-        twice = sorted({name for name, _ in query if [other for other, _ in query].count(name) > 1})
-        if not known.issuperset(twice):
-            raise ConfigurationError(_UNENCODED)  # it may be a part of the password
+    twice = [name for name in ("host", "port") if sum(name == other for other, _ in query) > 1]
+    if twice:
         raise ConfigurationError(
             f"the DSN has {', '.join(twice)} more than once: write several hosts as postgresql://one:5432,two:5433/, "
             "or as host=one,two&port=5432,5433"

@@ -226,7 +226,10 @@ class EmbeddedServer:
         if path is not None and not issubclass(kind, str | Path):
             raise ConfigurationError(f"path must be a str or a Path, not {kind.__name__}")
         path = str.__str__(path) if isinstance(path, str) else path
-        chosen = Path(path or _default_path())
+        try:
+            chosen = Path(path or _default_path())
+        except RuntimeError:
+            raise ConfigurationError("this process's user has no home folder: set CHATDB_HOME to a folder") from None
         try:
             self.path = chosen.expanduser().resolve()
         except (OSError, RuntimeError, ValueError) as error:  # too long, the home of nobody, NUL
