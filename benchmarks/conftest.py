@@ -17,7 +17,7 @@ from benchmarks.report import write
 from benchmarks.server import LARGE_BUFFERS, BenchServer, folder
 from benchmarks.workload import SIZES, Size
 
-ORDER = ("test_counts", "test_operations", "test_bulk", "test_target", "test_growth")
+ORDER = ("test_load", "test_counts", "test_operations", "test_bulk", "test_target", "test_growth")
 """The suites in their order: those that restart the server come last."""
 
 SUITES = {

@@ -41,7 +41,9 @@ _PAUSE: Final = (0.01, 0.1)
 _PATIENCE: Final = 1.0
 """Seconds after its first loss in which a statement may be sent again."""
 
-STATEMENTS: Final[set[str]] = set()
+_PID: Final = "select pg_catalog.pg_backend_pid()"
+
+STATEMENTS: Final[set[str]] = {_PID}
 """The statements of chatdb's own, which leave nothing in the session that they run in."""
 
 _FETCH: Final[Any] = inspect.unwrap(asyncpg.Connection.fetch)
@@ -166,10 +168,23 @@ class Query(Generic[RecordT]):
             await asyncio.sleep(pause)
 
 
-def forget_statements(connection: Any) -> None:  # noqa: ANN401 - asyncpg's, whose private part is used
-    """Have a connection prepare its statements anew, after the server has said that it does not know them."""
+async def may_prepare_anew(connection: Any) -> bool:  # noqa: ANN401 - asyncpg's, whose private part is used
+    """
+    Have a connection prepare its statements anew, after the server has said that it does not know one of them.
+
+    Return whether that one can be sent again: not in a transaction, which is lost, nor behind a pooler that gives each
+    transaction another session, where statements of other clients may have the same names.
+    """
     connection._drop_local_statement_cache()
-    _log.warning("prepared statements were gone from a session: DISCARD ALL, DEALLOCATE, or a pooler in between")
+    if connection.is_in_transaction():
+        return False
+    try:
+        is_own_session: bool = await connection.fetchval(_PID) == connection.get_server_pid()
+    except asyncpg.PostgresError:
+        return False
+    if is_own_session:
+        _log.warning("prepared statements were gone from a session: something in it ran DISCARD ALL or DEALLOCATE")
+    return is_own_session
 
 
 def check_handle(db: object, method: str) -> None:
@@ -204,12 +219,9 @@ async def _fetch(db: Any, sql: str, args: tuple[object, ...], timeout: float | N
                     check_handle(db, "fetch")
                 rows = await db.fetch(sql, *args, timeout=timeout)
         except asyncpg.InvalidSQLStatementNameError:
-            if not is_known:
+            if not is_known or not await may_prepare_anew(connection):
                 raise
-            forget_statements(connection)
-            if connection.is_in_transaction():
-                raise
-            is_known = False  # once is enough: behind a pooler it would go on
+            is_known = False  # once is enough
         else:
             return rows
 

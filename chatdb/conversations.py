@@ -6,7 +6,7 @@ from typing import Any
 
 from chatdb import _input
 from chatdb._query import Database, Query
-from chatdb.errors import SWALLOWED, ConfigurationError, UnavailableError
+from chatdb.errors import SWALLOWED, ConfigurationError, ConversationNotFoundError, UnavailableError
 from chatdb.records import UNSET, Conversation, Deleted, Unset
 
 _create_conversation = Query("create_conversation", Conversation)
@@ -42,10 +42,10 @@ async def create_conversation(
     data = _input.conversation_metadata("metadata", metadata)
     key = _input.key("key", key)
     if key is None:
-        made = await _create_conversation.fetch_all(db, user, title, data)
-        if not made:
-            raise ConfigurationError(SWALLOWED.format("conversations"))
-        return made[0]
+        try:
+            return await _create_conversation.fetch_one(db, user, title, data)
+        except ConversationNotFoundError:  # it gave no row
+            raise ConfigurationError(SWALLOWED.format("conversations")) from None
     for _ in range(3):
         # empty if another caller stored the key between the statement's look and its insertion
         stored = await _create_conversation_keyed.fetch_all(db, user, title, data, key)

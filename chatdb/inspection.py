@@ -88,9 +88,8 @@ def _server(connection: psycopg.Connection) -> list[Finding]:
     isolation = one(connection, "show default_transaction_isolation")
     if isolation != "read committed":
         detail = f"{isolation} by default: appends to one conversation at the same time fail and are sent again"
-        found.append(
-            Finding("isolation", NOTE, detail, "alter role ... set default_transaction_isolation = 'read committed'")
-        )
+        remedy = "change it for the role: alter role ... set default_transaction_isolation = 'read committed'"
+        found.append(Finding("isolation", NOTE, detail, remedy))
     if one(connection, "show default_transaction_read_only") == "on":
         found.append(Finding("read only", NOTE, "default_transaction_read_only is on: no writes are taken", ""))
     if one(connection, "select pg_catalog.pg_is_in_recovery()"):
@@ -160,8 +159,8 @@ def _clock(connection: psycopg.Connection) -> list[Finding]:
         return []
     detail = f"{ahead} conversations are ahead of the server's clock, and what is appended to them gets their time"
     remedy = (
-        "update chatdb.messages set created_at = now() where created_at > now(); "
-        "update chatdb.conversations set updated_at = now() where updated_at > now()"
+        "update chatdb.messages set created_at = pg_catalog.now() where created_at > pg_catalog.now(); "
+        "update chatdb.conversations set updated_at = pg_catalog.now() where updated_at > pg_catalog.now()"
     )
     return [Finding("clock", NOTE, detail, remedy)]
 

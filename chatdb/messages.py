@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from chatdb import _input
 from chatdb._query import Database, Query
 from chatdb.conversations import get_conversation
-from chatdb.errors import SWALLOWED, ConfigurationError, ConflictError, MessageNotFoundError
+from chatdb.errors import SWALLOWED, ConfigurationError, ConflictError, ConversationNotFoundError, MessageNotFoundError
 from chatdb.records import UNSET, Deleted, Message, NewMessage, Role, Unset
 
 _append_message = Query("append_message", Message)
@@ -61,14 +61,16 @@ async def append_message(
     )
     key = _input.key("key", key)
     if key is None:
-        stored = await _append_message.fetch_all(db, *body)
-        if not stored:
+        try:
+            return await _append_message.fetch_one(db, *body)
+        except ConversationNotFoundError:
             await _refuse_swallowed(db, user_id, conversation_id)
-        return stored[0]
     message = await _append_message_keyed.fetch_optional(db, *body, key)
     if message is None:
-        if await _get_message_by_key.fetch_optional(db, *body[:2], key) is None:
-            await _refuse_swallowed(db, user_id, conversation_id)
+        try:
+            await get_message_by_key(db, user_id=user_id, conversation_id=conversation_id, key=key)
+        except MessageNotFoundError:
+            raise ConfigurationError(SWALLOWED.format("messages")) from None
         raise ConflictError("the key is that of a stored message with another body: use a new key for a new message")
     return message
 
@@ -104,7 +106,10 @@ async def append_messages(
     *columns, token_counts, keys = map(list, zip(*batch, strict=True))
     columns.append(_input.texts(token_counts))
     if not any(keys):
-        stored = await _append_messages.fetch_all(db, user, conversation, *columns)
+        try:
+            stored = await _append_messages.fetch_page(db, user, conversation, *columns)
+        except ConversationNotFoundError:
+            stored = []
         if len(stored) < len(batch):
             await _refuse_swallowed(db, user, conversation)
         return sorted(stored, key=_in_order)

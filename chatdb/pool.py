@@ -20,7 +20,7 @@ from asyncpg.transaction import Transaction, TransactionState
 
 from chatdb import _input
 from chatdb._options import OF_CONNECTION, DriverOptions, checked
-from chatdb._query import STATEMENTS, check_handle, forget_statements
+from chatdb._query import STATEMENTS, check_handle, may_prepare_anew
 from chatdb.dsn import AnyDsn, ConnectionInfo, read_dsn, text_of
 from chatdb.errors import (
     AcquireTimeoutError,
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
         def _check_open(self) -> None: ...
         def _drop_local_statement_cache(self) -> None: ...
         def _drop_local_type_cache(self) -> None: ...
-        async def _get_statement(self, query: str, timeout: float | None, **options: Any) -> Any: ...  # noqa: ANN401
+        def _get_statement(self, query: str, timeout: float | None, **options: Any) -> Any: ...  # noqa: ANN401
 
     Connection = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
     Private = Any  # asyncpg's PoolConnectionHolder or what is in it, of whose private parts the stubs say nothing
@@ -106,6 +106,8 @@ _log = logging.getLogger("chatdb")
 
 _FETCH: Final = inspect.unwrap(_BaseConnection.fetch)
 """asyncpg's own method, which does no more than the one that `Pool.fetch` calls in its place."""
+
+_get_statement: Final[Any] = _BaseConnection._get_statement  # pyright: ignore[reportPrivateUsage] - asyncpg's
 
 _NO_LOOP: Final[Any] = object()
 """What a pool has for its event loop until it is opened."""
@@ -150,17 +152,10 @@ class _PoolsConnection(_BaseConnection):
 
     _pool_release_ctr = property(_releases, _BaseConnection._pool_release_ctr.__set__)
 
-    async def _get_statement(
-        self,
-        query: str,
-        timeout: float | None,
-        *,
-        ignore_custom_codec: bool = False,
-        **options: Any,  # noqa: ANN401 - asyncpg's own
-    ) -> Any:  # noqa: ANN401
-        # chatdb's own rows are those of its records, whatever codecs the caller has set
-        ignore = ignore_custom_codec or query in STATEMENTS
-        return await super()._get_statement(query, timeout, ignore_custom_codec=ignore, **options)
+    def _get_statement(self, query: str, timeout: float | None, **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
+        if query in STATEMENTS:  # their rows are those of chatdb's records, whatever codecs the caller has set
+            options["ignore_custom_codec"] = True
+        return _get_statement(self, query, timeout, **options)
 
     async def close(self, *, timeout: float | None = None) -> None:
         check_owner(self._process, self._loop, "connection")
@@ -398,14 +393,13 @@ class Pool(_Base):
             # connect= may give another class, for which asyncpg's isinstance is true as well
             if query not in STATEMENTS and connection.__class__ is _PoolsConnection:
                 connection._needs_reset = True
-                if _DISCARDS.search(query):
-                    connection._drop_local_statement_cache()
             rows: list[Any]
             if _BaseConnection.fetch is _FETCH:
                 try:
                     rows = await connection._execute(query, args, 0, timeout, record_class=record_class)
-                except asyncpg.InvalidSQLStatementNameError:  # it was not run, so that it can be sent again
-                    forget_statements(connection)
+                except asyncpg.InvalidSQLStatementNameError:
+                    if not await may_prepare_anew(connection):
+                        raise
                     rows = await connection._execute(query, args, 0, timeout, record_class=record_class)
             else:  # a tool that traces, such as OpenTelemetry's, has wrapped it and would not see the statement
                 rows = await connection.fetch(query, *args, timeout=timeout, record_class=record_class)

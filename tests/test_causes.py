@@ -237,7 +237,7 @@ async def test_dropped_statements_are_prepared_again(dsn: str, statement: str, w
                     await connection.execute(statement)
             else:
                 await getattr(db, way)(statement)
-            if inside:
+            if inside and way != "fetch":  # the pool's fetch looks for it only when a statement is missing
                 async with chatdb.transaction(db) as connection:
                     assert len(await chatdb.get_history(connection, **here)) == 1
             else:
@@ -331,7 +331,10 @@ async def test_an_encoding_that_is_too_narrow(narrow: tuple[str, str]) -> None:
         ("postgresql://alice@[::1]:1/chat", "at ::1:1 cannot be reached ("),
         ("postgresql://alice@localhost:1,127.0.0.1:1/chat", "at localhost:1, 127.0.0.1:1 cannot be reached ("),
         ("postgresql://alice@/chat?host=/nowhere", "at /nowhere cannot be reached (No such file or directory)"),
-        ("postgresql://alice@no-such-host.invalid/chat?sslmode=disable", "at no-such-host.invalid:5432 cannot be"),
+        (
+            "postgresql://alice@no-such-host.invalid/chat?sslmode=disable",
+            "at no-such-host.invalid:5432 cannot be reached (",
+        ),
     ],
 )
 async def test_a_server_that_cannot_be_reached(dsn: str, said: str) -> None:

@@ -22,11 +22,19 @@ import pglast
 import psycopg
 import pytest
 from pglast.parser import scan
-from pydantic import ValidationError, create_model
+from pydantic import create_model
 
 import chatdb
-from chatdb import ConflictError, ConversationNotFoundError, MessageNotFoundError, _decode, _input, transfer
-from chatdb.errors import CONFLICTS, CONSTRAINTS, translated
+from chatdb import (
+    ConfigurationError,
+    ConflictError,
+    ConversationNotFoundError,
+    MessageNotFoundError,
+    _decode,
+    _input,
+    transfer,
+)
+from chatdb.errors import BEHIND, CONFLICTS, CONSTRAINTS, translated
 from chatdb.records import Conversation, Message, Role
 from chatdb.schema import NEEDED
 from tests._catalog import DATA, Live
@@ -278,7 +286,8 @@ def test_a_codec_shows(live, stem):
 
 async def check_call(function, stem, given, real=None):
     """Raise unless a call is one statement whose arguments stand where the header names them; return them."""
-    db = Recorder(stored(record_of(stem), without=query_of(stem).given), real)
+    rows = stored(record_of(stem), without=query_of(stem).given) * (len(given.get("messages", ())) or 1)
+    db = Recorder(rows, real)
     await call(function, db, given)
     bound = inspect.signature(getattr(chatdb, function)).bind(db, **given)
     bound.apply_defaults()
@@ -352,7 +361,7 @@ async def test_an_existence_row_is_no_record(function, stem, given):
     """Where a header promises an existence row, the function makes nothing of it, or an error of its own."""
     record, without = record_of(stem), query_of(stem).given
     existence = dict.fromkeys(record.model_fields)
-    with suppress(ConflictError, MessageNotFoundError):
+    with suppress(ConflictError, MessageNotFoundError, ConfigurationError):
         assert await call(function, Recorder([existence]), given) == []
     if file_of(stem).relation == "then":
         rows = stored(record, without=without)
@@ -431,10 +440,10 @@ def test_tables_and_indexes_say_what_they_serve(live):
 # 9. The schema's constraints = the error map, and all that it has = what check_schema needs.
 
 
-def check_errors(live, constraints=CONSTRAINTS, conflicts=CONFLICTS):
+def check_errors(live, constraints=CONSTRAINTS, conflicts=CONFLICTS, behind=BEHIND):
     """Raise unless every constraint and unique index is mapped once, a CHECK to the parameter of its column's name."""
     unique = {name for name, (_, is_unique) in live.indexes.items() if is_unique}
-    assert sorted([*constraints, *conflicts, FOREIGN_KEY]) == sorted(live.constraints.keys() | unique)
+    assert sorted([*constraints, *conflicts, *behind, FOREIGN_KEY]) == sorted(live.constraints.keys() | unique)
     for name, (parameter, _) in constraints.items():
         assert live.constraints[name][0] == [parameter]
 
@@ -782,6 +791,7 @@ def test_a_changed_map_or_limit_is_found(live):
         (check_errors, [{"constraints": part} for part in less(CONSTRAINTS)]),
         (check_errors, [{"constraints": CONSTRAINTS | {"ck_messages_key": ("role", "")}}]),
         (check_errors, [{"conflicts": part} for part in less(CONFLICTS)]),
+        (check_errors, [{"behind": part} for part in less(BEHIND)]),
         (check_errors, [{"conflicts": CONFLICTS | {"ck_messages_key": ""}}]),
         (check_needed, [{"needed": NEEDED | {table: part}} for table in NEEDED for part in less(NEEDED[table])]),
         (check_needed, [{"needed": NEEDED | {"messages": NEEDED["messages"] | {"seq": "integer"}}}]),
@@ -798,7 +808,7 @@ async def test_swapped_arguments_are_found(monkeypatch, module):
     assert mutants
     for name, mutant in mutants:
         # a mutant may also fail by itself
-        found = (AssertionError, AttributeError, ValidationError)
+        found = (AssertionError, AttributeError, ConfigurationError)
         with monkeypatch.context() as patch, pytest.raises(found):  # noqa: PT012 - whichever
             patch.setattr(module, name, mutant)
             for function, stem, given in CALLS:

@@ -689,13 +689,17 @@ async def test_a_setting_that_the_driver_refuses(dsn):
 
 async def test_a_pooler_that_loses_prepared_statements(dsn):
     """Behind a pooler that keeps no prepared statements the error says how to do without them."""
-    async with chatdb.create_pool(dsn, max_size=1) as pool, chatdb.transaction(pool) as connection:
-        await chatdb.list_conversations(connection, user_id="alice")
-        # what the next session that such a pooler hands out looks like; not by execute(), which notices
-        await asyncpg.Connection.execute(connection._con, "deallocate all")
 
-        with raises(ConfigurationError, match="statement_cache_size=0"):
+    async def lose() -> None:
+        async with chatdb.transaction(pool) as connection:
             await chatdb.list_conversations(connection, user_id="alice")
+            # what the next session that such a pooler hands out looks like; not by execute(), which notices
+            await asyncpg.Connection.execute(connection._con, "deallocate all")
+            await chatdb.list_conversations(connection, user_id="alice")
+
+    async with chatdb.create_pool(dsn, max_size=1) as pool:
+        with raises(ConfigurationError, match="statement_cache_size=0"):
+            await lose()
 
 
 async def test_a_transaction_on_a_server_that_went(dsn):

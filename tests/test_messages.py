@@ -359,7 +359,7 @@ async def test_append_messages_that_the_database_refuses(talk, key):
     """A batch of which the database refuses one message leaves nothing behind."""
     await talk.db.execute("alter table chatdb.messages add constraint a_hosts_own check (content <> 'bad')")
 
-    with pytest.raises(chatdb.InvalidInputError):
+    with pytest.raises(chatdb.ConfigurationError, match="a_hosts_own"):
         async with talk.db.transaction():
             await talk.append_messages(messages=[said("good", key=key), said("bad")])
 

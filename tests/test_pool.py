@@ -880,9 +880,14 @@ async def test_no_change_or_deletion_is_repeated(dsn, conversation, caplog):
 
 @pytest.fixture(params=["pool", "connection of a pool", "connection", "asyncpg pool"])
 async def handle(
-    request: pytest.FixtureRequest, dsn: str, arguments_of: Callable[[str], dict[str, Any]]
+    request: pytest.FixtureRequest,
+    dsn: str,
+    arguments_of: Callable[[str], dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Any]:
     """Give each kind of handle in turn."""
+    # on a busy machine a server may take longer to stop a cancelled statement, and the connection would be given up
+    monkeypatch.setattr(chatdb.pool, "_GRACE", HANG)
     arguments = arguments_of(dsn)
     driver = arguments | connect_arguments(arguments["dsn"]) | {"dsn": None}
     async with contextlib.AsyncExitStack() as stack:

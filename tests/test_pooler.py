@@ -247,6 +247,7 @@ def test_a_poolers_words(words, error, told):
     assert "my_connections" not in str(found)
 
 
+@pytest.mark.owner
 def test_a_look_leaves_the_pooled_session_as_it_was(pooled, dsn):
     """What `chatdb check` and the dry runs set for themselves is not left to whom the pooler gives the session next."""
     execute(dsn, "create table public.users (id text primary key)")
