@@ -284,11 +284,15 @@ def read_dsn(
         direct_tls=is_direct,
         tls=tls,
         krbsrvname=given.get("krbsrvname") or service_name or "postgres",
-        gsslib=given.get("gsslib") or environment.get("PGGSSLIB") or ("sspi" if os.name == "nt" else "gssapi"),
+        gsslib=given.get("gsslib") or _gsslib(environment),
         for_libpq=for_libpq | found.ignored,
     )
     found.refuse_rest()
     return info
+
+
+def _gsslib(environment: Mapping[str, str]) -> str:
+    return "gssapi" if os.name != "nt" or environment.get("PGGSSLIB") == "gssapi" else "sspi"
 
 
 class _Options:
@@ -476,6 +480,8 @@ def _addresses(given: Mapping[str, Any], found: _Options) -> tuple[tuple[str, ..
         raise ConfigurationError("the DSN must have one port for all hosts, or one for each")
     if any(host.startswith("@") for host in hosts):
         raise ConfigurationError("the DSN's host is an abstract socket, which asyncpg cannot connect to")
+    if not all(map(_is_name, hosts)):
+        raise ConfigurationError("the DSN's host is none that can be looked up: part of its name is empty or too long")
     pairs = [
         (place, port)
         for host, port in zip(hosts, ports, strict=True)
@@ -571,6 +577,15 @@ def _is_address(host: str) -> bool:
         ipaddress.ip_address(host)
     except ValueError:
         return False
+    return True
+
+
+def _is_name(host: str) -> bool:
+    """Whether a host can be looked up: Python raises a UnicodeError for another."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return host.startswith("/")
     return True
 
 

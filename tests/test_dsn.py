@@ -257,6 +257,8 @@ REFUSED = {
     f"postgresql://alice:{PASSWORD}@localhost/chat?connect_timeout=soon": r"connect_timeout",
     f"postgresql://alice:{PASSWORD}@localhost/chat?sslmode": r"",
     f"postgresql://alice:{PASSWORD}@localhost/chat?ssl=on": r"ssl must be",
+    f"postgresql://alice:{PASSWORD}@{'x' * 64}.example/chat": r"host is none that can be looked up",
+    f"postgresql://alice:{PASSWORD}@one..example/chat": r"host is none that can be looked up",
     f"postgresql://alice:{PASSWORD}@localhost/chat?sslnegotiation=direct": r"direct_tls",
     f"postgresql://alice:{PASSWORD}@localhost/chat?sslnegotiation=maybe": r"sslnegotiation must be one of",
     f"postgresql://alice:{PASSWORD}@localhost/chat?target_session_attrs=master": r"target_session_attrs must be one of",
