@@ -136,7 +136,7 @@ class ConnectionInfo:
     krbsrvname: str
     gsslib: str
     for_libpq: Mapping[str, str] = field(repr=False)
-    """What only libpq needs: the files of TLS, the service, and what asyncpg has no word for."""
+    """What libpq needs to be told otherwise: TLS, the service, time, and what asyncpg has no word for."""
 
     def asyncpg(self) -> dict[str, Any]:
         """Return the arguments of `asyncpg.connect`, of which none is left to the environment."""
@@ -165,7 +165,6 @@ class ConnectionInfo:
             "user": self.user,
             "password": self.password if isinstance(self.password, str) else None,
             "dbname": self.database,
-            "connect_timeout": None if self.timeout is None else f"{math.ceil(self.timeout)}",
             "target_session_attrs": self.target_session_attrs,
             "application_name": self.server_settings.get("application_name"),
             "options": self.server_settings.get("options", ""),
@@ -187,6 +186,16 @@ def connect_arguments(dsn: AnyDsn | ConnectionInfo) -> dict[str, Any]:
 def libpq_dsn(dsn: AnyDsn | ConnectionInfo, *, scheme: str) -> str:
     """Return the DSN for libpq's drivers, with the same demand of TLS as `connect_arguments` makes; see `read_dsn`."""
     return read_dsn(dsn).url(scheme)
+
+
+def server_of(arguments: Mapping[str, Any]) -> str:
+    """Return the hosts and ports among the arguments of `asyncpg.connect`, as a person reads them."""
+    hosts, ports = arguments["host"], arguments["port"]
+    if hosts[0] in _SOCKET_FOLDERS and {"localhost", *_SOCKET_FOLDERS}.issuperset(hosts):
+        return "the local socket"
+    numbers = [ports] * len(hosts) if isinstance(ports, int) else ports
+    pairs = zip(hosts, numbers, strict=True)
+    return ", ".join(host if host.startswith("/") else f"{host}:{port}" for host, port in pairs)
 
 
 def text_of(dsn: object) -> str:
@@ -264,6 +273,8 @@ def read_dsn(
     named = {name: found.take(name, _text) for name in ("application_name", "options")}
     settings |= {name: value for name, value in named.items() if value is not None}
     timeout = found.take("connect_timeout", _seconds)
+    if timeout is not None:
+        for_libpq["connect_timeout"] = f"{math.ceil(timeout)}"
     service_name = found.take("krbsrvname", _text)
     attributes = found.take("target_session_attrs", _one_of(ATTRIBUTES))
     negotiation = found.take("sslnegotiation", _one_of({"postgres", "direct"}))
@@ -278,7 +289,7 @@ def read_dsn(
         user=user,
         password=password,
         database=database,
-        timeout=given.get("timeout", timeout),
+        timeout=given.get("timeout", timeout) or None,  # libpq's 0 is for no limit
         target_session_attrs=given.get("target_session_attrs") or attributes or "any",
         server_settings=settings | given.get("server_settings", {}),
         direct_tls=is_direct,
@@ -354,11 +365,11 @@ def _text(value: str) -> str:
     return value
 
 
-def _seconds(value: str) -> float | None:
+def _seconds(value: str) -> float:
     seconds = float(value)
     if not math.isfinite(seconds):
         raise ValueError
-    return seconds if seconds > 0 else None  # libpq's 0 is for no limit
+    return max(seconds, 0.0)
 
 
 def _of_text(dsn: str) -> dict[str, str]:
@@ -494,7 +505,7 @@ def _default_hosts(port: int) -> list[str]:
     """Return where a server is looked for that has no name: by its socket, or wherever one may come to be."""
     if os.name == "nt":
         return ["localhost"]
-    there = [folder for folder in _SOCKET_FOLDERS if Path(folder, f".s.PGSQL.{port}").exists()]
+    there = [folder for folder in _SOCKET_FOLDERS if os.access(f"{folder}/.s.PGSQL.{port}", os.F_OK)]
     return there[:1] or [*_SOCKET_FOLDERS, "localhost"]
 
 
@@ -582,9 +593,12 @@ def _is_address(host: str) -> bool:
 
 def _is_name(host: str) -> bool:
     """Whether a host can be looked up: Python raises a UnicodeError for another."""
+    if host.isascii():
+        labels = host.removesuffix(".").split(".")
+        return not host or host.startswith("/") or all(0 < len(label) < 64 for label in labels)
     try:
         host.encode("idna")
-    except UnicodeError:
+    except (UnicodeError, LookupError):
         return host.startswith("/")
     return True
 

@@ -21,7 +21,7 @@ from asyncpg.transaction import Transaction, TransactionState
 from chatdb import _input
 from chatdb._options import OF_CONNECTION, DriverOptions, checked
 from chatdb._query import STATEMENTS, check_handle, may_prepare_anew
-from chatdb.dsn import AnyDsn, ConnectionInfo, read_dsn, text_of
+from chatdb.dsn import AnyDsn, ConnectionInfo, read_dsn, server_of, text_of
 from chatdb.errors import (
     AcquireTimeoutError,
     ChatDBError,
@@ -456,10 +456,7 @@ class Pool(_Base):
 
     def _target(self) -> str:
         """Return the hosts and ports that the pool connects to."""
-        hosts, ports = self._connect_kwargs["host"], self._connect_kwargs["port"]
-        numbers = [ports] * len(hosts) if isinstance(ports, int) else ports
-        pairs = zip(hosts, numbers, strict=True)
-        return ", ".join(host if host.startswith("/") else f"{host}:{port}" for host, port in pairs)
+        return server_of(self._connect_kwargs)
 
     def _check_owner(self) -> None:
         if self._initialized or self._initializing:

@@ -40,7 +40,7 @@ def on(*hosts, port=5432, **others):
 
 
 DEFAULTS = {
-    "host": ["/run/postgresql", "/tmp", "localhost"],
+    "host": ["/run/none", "/tmp/none", "localhost"],
     "port": 5432,
     "user": pwd.getpwuid(os.geteuid()).pw_name,
     "database": pwd.getpwuid(os.geteuid()).pw_name,
@@ -68,8 +68,7 @@ def _no_environment(monkeypatch, one_authority):
     for name in [name for name in os.environ if name.startswith("PG") or name == "DATABASE_URL"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", "/nonexistent")
-    monkeypatch.setattr("chatdb.dsn._SOCKET_FOLDERS", ("/run/postgresql", "/tmp"))
-    monkeypatch.setattr("chatdb.dsn.Path.exists", lambda self: False)
+    monkeypatch.setattr("chatdb.dsn._SOCKET_FOLDERS", ("/run/none", "/tmp/none"))
 
 
 DSNS = {

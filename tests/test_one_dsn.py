@@ -462,6 +462,15 @@ def test_a_remote_host_by_a_variable_or_a_service(surroundings: Any, one_authori
         assert read_dsn(dsn + "?service=prod" * bool(service)).libpq()["sslmode"] == mode
 
 
+def test_no_limit_of_time(surroundings: Any) -> None:
+    """A connect_timeout of 0 is for no limit, and overrules the variable for libpq, too."""
+    case = Case("postgresql://ann@127.0.0.1/chat?connect_timeout=0", at("one"), {"PGCONNECT_TIMEOUT": "5"})
+    found = read_dsn(surroundings(case))
+    assert (found.timeout, found.libpq()["connect_timeout"]) == (None, "0")
+    found = read_dsn("postgresql://ann@127.0.0.1/chat")
+    assert (found.timeout, found.libpq()["connect_timeout"]) == (5.0, "5")
+
+
 def test_the_value_has_no_password_in_its_repr() -> None:
     """Nor has it the options, which may hold one."""
     found = read_dsn("postgresql://ann:deep@127.0.0.1/chat?options=-c%20x.y%3Ddeep")
