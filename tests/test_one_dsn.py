@@ -52,6 +52,7 @@ class Servers:
         self.places: dict[str, Any] = {"home": str(folder)}
         self._loop = asyncio.new_event_loop()
         self._listeners: list[asyncio.Server] = []
+        self._writers: list[asyncio.StreamWriter] = []
         for name in ("run", "other", "default"):
             (folder / name).mkdir()
             self.places[name] = str(folder / name)
@@ -73,6 +74,7 @@ class Servers:
 
     def _handler(self, name: str) -> Any:
         async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            self._writers.append(writer)
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
                 await self._serve(name, reader, writer)
             writer.close()
@@ -107,11 +109,15 @@ class Servers:
         async def end() -> None:
             for listener in self._listeners:
                 listener.close()
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.05)  # for those that were accepted last
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
+            for writer in self._writers:
+                writer.close()
+            await asyncio.gather(*(writer.wait_closed() for writer in self._writers), return_exceptions=True)
+            await asyncio.sleep(0.05)
             self._loop.call_soon(self._loop.stop)
 
         asyncio.run_coroutine_threadsafe(end(), self._loop)
