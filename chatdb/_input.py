@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from decimal import Decimal
+from difflib import get_close_matches
 from itertools import accumulate, islice
 from math import isfinite
-from typing import Any, Final, cast, get_args
-
-from pydantic import ValidationError
+from typing import Any, Final, NoReturn, TypeGuard, cast, get_args
 
 from chatdb.errors import InvalidInputError
-from chatdb.records import JsonText, NewMessage, Role
+from chatdb.records import Conversation, JsonText, NewMessage, Role
 
 ROLES: Final = frozenset(get_args(Role))
 MAX_LIMIT: Final = 10_000
@@ -44,9 +45,7 @@ MessageRow = tuple[str, str, str | None, str | None, int | None, str | None]
 
 def text(parameter: str, value: object, *, least: int, most: int) -> str:
     """Return a text of `least` to `most` characters that PostgreSQL can hold."""
-    if not isinstance(value, str):
-        raise InvalidInputError(parameter, f"must be a str, not {type(value).__name__}")
-    value = _exact(value)
+    value = exact_str(parameter, value)
     if not least <= len(value) <= most:
         raise InvalidInputError(parameter, f"must have {least:,} to {most:,} characters, not {len(value):,}")
     utf8_length(parameter, value)
@@ -65,6 +64,26 @@ def utf8_length(parameter: str, value: str) -> int:
     except UnicodeEncodeError as error:
         start = error.start
     raise InvalidInputError(parameter, f"has a lone surrogate at position {start}, which UTF-8 cannot hold")
+
+
+def exact_str(parameter: str, value: object) -> str:
+    """Return the characters of a str; what only pretends to be one, such as a mock, is refused."""
+    if type(value) is str:
+        return value
+    if issubclass(type(value), str):
+        return str.__str__(cast("str", value))
+    raise InvalidInputError(parameter, f"must be a str, not {type_name(type(value))}")
+
+
+def type_name(kind: type) -> str:
+    """Return how an error calls a type: `numpy.bool` is no `bool`."""
+    name = kind.__name__
+    return f"{kind.__module__}.{name}" if name in _BUILTINS and kind.__module__ != "builtins" else name
+
+
+_BUILTINS: Final = frozenset(
+    {"bool", "bytes", "complex", "dict", "float", "int", "list", "object", "set", "str", "tuple"}
+)
 
 
 def _exact(value: str) -> str:
@@ -91,7 +110,7 @@ def integer(parameter: str, value: object, *, least: int, most: int = MAX_BIGINT
     """Return a whole number of a range."""
     if type(value) is not int:
         if not issubclass(type(value), int) or type(value) is bool:
-            raise InvalidInputError(parameter, f"must be an int, not {type(value).__name__}")
+            raise InvalidInputError(parameter, f"must be an int, not {type_name(type(value))}")
         value = int.__int__(cast("int", value))
     if not least <= value <= most:
         raise InvalidInputError(parameter, f"must be {least:,} to {most:,}")
@@ -115,19 +134,33 @@ def limit(parameter: str, value: object) -> int:
 
 def role(parameter: str, value: object) -> str:
     """Return a role."""
-    if not isinstance(value, str) or (value := _exact(value)) not in ROLES:
+    value = exact_str(parameter, value)
+    if value not in ROLES:
         raise InvalidInputError(parameter, "must be user, assistant, system, developer or tool")
     return value
 
 
 def content(parameter: str, value: object) -> str:
     """Return a message's text, which may be empty."""
-    if not isinstance(value, str):
-        raise InvalidInputError(parameter, f"must be a str, not {type(value).__name__}")
-    value = _exact(value)
+    value = exact_str(parameter, value)
     if utf8_length(parameter, value) > MAX_CONTENT:
         raise InvalidInputError(parameter, "must have at most 4 MiB as UTF-8")
     return value
+
+
+def before(value: object) -> tuple[datetime, int]:
+    """Return the place in the list of the last conversation of a page: its time and its id."""
+    if not issubclass(type(value), Conversation):
+        raise InvalidInputError(
+            "before", f"must be the last Conversation of the previous page, not {type_name(type(value))}"
+        )
+    fields = vars(value)
+    updated_at = fields.get("updated_at")
+    if type(updated_at) is not datetime or updated_at.tzinfo is None:
+        raise InvalidInputError(
+            "before", "must be a Conversation as chatdb returned it: its updated_at is no aware time"
+        )
+    return updated_at, identifier(fields.get("id"), parameter="before")
 
 
 def texts(values: Iterable[object]) -> list[str | None]:
@@ -149,9 +182,9 @@ def metadata(parameter: str, value: object, *, most: int = MAX_METADATA) -> str 
     """Return metadata as the JSON that jsonb takes, or None for none."""
     if value is None:
         return None
-    if not isinstance(value, dict):
-        raise InvalidInputError(parameter, f"must be a dict or None, not {type(value).__name__}")
-    data, longer = _checked(parameter, cast("object", value), for_jsonb=True, most=most)
+    if not issubclass(type(value), dict):
+        raise InvalidInputError(parameter, f"must be a dict or None, not {type_name(type(value))}")
+    data, longer = _checked(parameter, value, for_jsonb=True, most=most)
     # the separators are those of jsonb's own text, by which the CHECK measures
     encoded = _dumps(parameter, data, ascii_only=False)
     if utf8_length(parameter, encoded) + longer > most:
@@ -168,8 +201,8 @@ def payload(parameter: str, value: object) -> str | None:
     """Return a payload as JSON text: a `JsonText` as it is, any other value encoded, None for none."""
     if value is None:
         return None
-    if isinstance(value, JsonText):
-        encoded = str.__str__(value)
+    if issubclass(type(value), JsonText):
+        encoded = str.__str__(cast("JsonText", value))
         length = utf8_length(parameter, encoded)
         if length > MAX_PAYLOAD:
             raise InvalidInputError(parameter, _TOO_LONG[MAX_PAYLOAD])
@@ -194,18 +227,19 @@ async def messages(values: object) -> list[MessageRow]:
     An iterable is read no further than to the first message that is too many. A large batch is checked in slices,
     between which the event loop runs other tasks.
     """
-    if isinstance(values, str | bytes | Mapping | NewMessage) or not isinstance(values, Iterable):
-        raise InvalidInputError("messages", "must be a list of NewMessage or dict")
+    kind = type(values)
+    if issubclass(kind, str | bytes | Mapping | NewMessage) or not issubclass(kind, Iterable):
+        raise InvalidInputError("messages", f"must be a list of NewMessage or dict, not {type_name(kind)}")
     rows: list[MessageRow] = []
     size = pause_at = 0
-    for index, value in enumerate(values):  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
+    for index, value in enumerate(_read(cast("Iterable[object]", values))):
         if index == MAX_BATCH:
             raise InvalidInputError("messages", f"must be at most {MAX_BATCH:,}: append them in several batches")
         if size > pause_at or index % _PAUSE_MESSAGES == _PAUSE_MESSAGES - 1:
             pause_at = size + _PAUSE_BYTES
             await asyncio.sleep(0)
         at = f"messages[{index}]"
-        of_role, of_content, of_payload, of_metadata, of_token_count, of_key = _fields(at, value)  # pyright: ignore[reportUnknownArgumentType]
+        of_role, of_content, of_payload, of_metadata, of_token_count, of_key = _fields(at, value)
         row = (
             role(f"{at}.role", of_role),
             content(f"{at}.content", of_content),
@@ -229,29 +263,58 @@ def timeout(value: object) -> float | None:
     if value is None:
         return None
     kind = type(value)
-    if not issubclass(kind, int | float) or kind is bool or not 0 < cast("float", value) <= MAX_INT:
-        raise InvalidInputError("timeout", f"must be a number of seconds above 0, to {MAX_INT:,}, or None")
-    return float(cast("float", value))
+    if issubclass(kind, float) or (issubclass(kind, int) and kind is not bool):
+        number: float = (float.__float__ if issubclass(kind, float) else int.__int__)(cast("Any", value))
+        if 0 < number <= MAX_INT:
+            return float(number)
+    raise InvalidInputError("timeout", f"must be a number of seconds above 0, to {MAX_INT:,}, or None")
 
 
 def _size(text: str | None) -> int:
     return 0 if text is None else len(text) if text.isascii() else len(text.encode())
 
 
-def _fields(parameter: str, value: object) -> tuple[Any, ...]:
-    """Return the fields of a `NewMessage`, or of a dict that has none but these."""
-    if isinstance(value, dict) and _REQUIRED <= value.keys() <= _NAMES.keys():
-        return tuple(map(cast("dict[str, Any]", value).get, _NAMES))
-    if isinstance(value, NewMessage):
-        return tuple(vars(value).values())
-    if not isinstance(value, Mapping):
-        raise InvalidInputError(parameter, f"must be a NewMessage or a dict, not {type(value).__name__}")
+def _read(values: Iterable[object]) -> Iterator[object]:
+    """Iterate over a caller's values; an error of the iterable's own says that it is the argument's."""
     try:
-        return tuple(vars(NewMessage.model_validate(dict(value))).values())  # pyright: ignore[reportUnknownArgumentType]
-    except ValidationError as error:
-        problem = error.errors(include_input=False, include_url=False)[0]
-    field = ".".join(str(part) for part in problem["loc"])
-    raise InvalidInputError(f"{parameter}.{field}", str(problem["msg"]))
+        yield from values
+    except Exception as error:
+        raise InvalidInputError("messages", f"reading them raised {type(error).__name__}") from error
+
+
+def _fields(parameter: str, value: object) -> tuple[Any, ...]:
+    """Return the fields of a `NewMessage`, or of a subclass, or of a dict that has none but these."""
+    kind = type(value)
+    if issubclass(kind, NewMessage):
+        fields = vars(value)
+    elif kind is dict:
+        fields = cast("dict[str, Any]", value)
+    elif issubclass(kind, Mapping):
+        try:
+            fields = dict(cast("Mapping[str, Any]", value))
+        except Exception as error:
+            raise InvalidInputError(parameter, f"reading it raised {type(error).__name__}") from error
+    else:
+        raise InvalidInputError(parameter, f"must be a NewMessage or a dict, not {type_name(kind)}")
+    try:
+        is_complete = fields.keys() >= _REQUIRED
+        is_known = issubclass(kind, NewMessage) or fields.keys() <= _NAMES.keys()
+    except Exception as error:  # a key's own
+        raise InvalidInputError(parameter, f"reading its keys raised {type(error).__name__}") from error
+    if not is_complete:
+        raise InvalidInputError(f"{parameter}.{min(_REQUIRED - fields.keys())}", "is required")
+    if not is_known:
+        _refuse_field(parameter, fields)
+    return tuple(map(fields.get, _NAMES))
+
+
+def _refuse_field(parameter: str, fields: Mapping[Any, object]) -> NoReturn:
+    """Name the first field that a message does not have."""
+    name: object = next(name for name in fields if type(name) is not str or name not in _NAMES)
+    shown = f".{name}" if type(name) is int or _is_plain_name(name) else "[...]"
+    near = get_close_matches(name, _NAMES, 1) if _is_plain_name(name) else []
+    hint = f": is {near[0]} meant?" if near else f", which are {', '.join(_NAMES)}"
+    raise InvalidInputError(f"{parameter}{shown}", f"is no field of a message{hint}")
 
 
 def _parse(parameter: str, encoded: str) -> None:
@@ -298,18 +361,18 @@ _TOO_DEEP: Final = f"must not be nested deeper than {MAX_DEPTH} levels"
 def _dumps(parameter: str, value: object, *, ascii_only: bool) -> str:
     try:
         return json.dumps(value, ensure_ascii=ascii_only, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        problem = (
-            f"must be a JSON value ({type(error).__name__}): dicts, lists, strings, finite numbers, booleans, None"
-        )
-    where = _fault(value)
-    raise InvalidInputError(parameter, f"{problem}; {where}" if where else problem)
+    except (TypeError, ValueError, RecursionError):
+        where = _fault(parameter, value)
+    raise InvalidInputError(parameter, f"{_NO_JSON}: {where}" if where else _NO_JSON)
 
 
-def _fault(value: object) -> str | None:
+_NO_JSON: Final = "must be a JSON value (dict, list, str, finite number, bool, None)"
+
+
+def _fault(parameter: str, value: object) -> str | None:
     """Return the path and the type of the first value that JSON does not have."""
     seen: set[int] = set()
-    todo: list[Iterator[tuple[str, Any]]] = [iter([("", value)])]
+    todo: list[Iterator[tuple[str, Any]]] = [iter([(parameter, value)])]
     while todo:
         step = next(todo[-1], None)
         if step is None:
@@ -318,28 +381,41 @@ def _fault(value: object) -> str | None:
         path, item = step
         kind: Any = type(item)
         if issubclass(kind, dict | list | tuple):
+            if issubclass(kind, dict):
+                for name in dict.keys(item):
+                    if not issubclass(type(name), str):
+                        return f"{path} has a key of type {type_name(type(name))}"
             if id(item) not in seen:
                 seen.add(id(item))
                 todo.append(_steps(path, item))
-        elif issubclass(kind, float) and not isfinite(item):
-            return f"{path or 'it'} is not finite"
-        elif item is not None and not issubclass(kind, str | int | float):
-            return f"{path or 'it'} is of type {kind.__name__}"
+        elif issubclass(kind, float):
+            if not isfinite(item):
+                return f"{path} is not finite"
+        elif issubclass(kind, int):
+            try:
+                int.__repr__(item)
+            except ValueError:  # more than sys.get_int_max_str_digits() allows
+                return f"{path} is an int with too many digits"
+        elif item is not None and not issubclass(kind, str):
+            return f"{path} is of type {type_name(kind)}"
     return None
 
 
 def _steps(path: str, container: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - a dict, list or tuple
     if issubclass(type(container), dict):
         for name, item in dict.items(container):
-            yield f"{path}.{name}".lstrip(".") if _is_short_name(name) else f"{path}[...]", item
+            yield f"{path}.{name}" if _is_plain_name(name) else f"{path}[...]", item
     else:
         for index, item in enumerate(container):
             yield f"{path}[{index}]", item
 
 
-def _is_short_name(name: object) -> bool:
-    # in lower case, as a program writes its names: others may be a user's own words
-    return type(name) is str and len(name) <= 40 and name.isidentifier() and name == name.lower()
+_PLAIN_NAME: Final = re.compile(r"[a-z_]+(?:[A-Z]{1,3}[a-z_]*)*[0-9]{0,3}")
+"""A key as a program names it, in snake_case or camelCase; any other may be a user's own words, or a secret."""
+
+
+def _is_plain_name(name: object) -> TypeGuard[str]:
+    return type(name) is str and len(name) <= 40 and _PLAIN_NAME.fullmatch(name) is not None
 
 
 class _OverriddenError(Exception):
@@ -478,7 +554,7 @@ def _walk(parameter: str, value: object, *, for_jsonb: bool, most: int) -> int:
                 raise InvalidInputError(parameter, _TOO_LONG[most])
             for name in names:
                 if not issubclass(type(name), str):
-                    raise InvalidInputError(parameter, f"must have strings as keys, not {type(name).__name__}")
+                    raise InvalidInputError(parameter, f"must have strings as keys: {_fault(parameter, value)}")
                 characters += str.__len__(name) + 4
                 if for_jsonb:
                     utf8_length(parameter, _exact(name))

@@ -17,11 +17,13 @@ from asyncpg.pool import PoolConnectionProxy
 from pydantic import BaseModel
 
 from chatdb._decode import decoder
+from chatdb._input import type_name
 from chatdb.errors import (
     AcquireTimeoutError,
     ChatDBError,
     CommandTimeoutError,
     ConversationNotFoundError,
+    InvalidInputError,
     PoolClosedError,
     UnavailableError,
     own,
@@ -185,6 +187,12 @@ async def may_prepare_anew(connection: Any) -> bool:  # noqa: ANN401 - asyncpg's
     return is_own_session
 
 
+def check_handle(db: object, method: str) -> None:
+    """Refuse by name what has not the method of a pool or a connection."""
+    if not callable(getattr(db, method, None)):
+        raise InvalidInputError("db", f"must be a pool or an asyncpg connection, not {type_name(type(db))}")
+
+
 async def _fetch(db: Any, sql: str, args: tuple[object, ...], timeout: float | None) -> list[Any]:  # noqa: ANN401
     """
     Run a statement on a handle that is not chatdb's pool, and return its rows.
@@ -207,6 +215,8 @@ async def _fetch(db: Any, sql: str, args: tuple[object, ...], timeout: float | N
                 connection._check_open()
                 rows = await connection._execute(sql, args, 0, timeout, ignore_custom_codec=True)
             else:
+                if not is_known:
+                    check_handle(db, "fetch")
                 rows = await db.fetch(sql, *args, timeout=timeout)
         except asyncpg.InvalidSQLStatementNameError:
             if not is_known or not await may_prepare_anew(connection):

@@ -6,7 +6,7 @@ from typing import Any
 
 from chatdb import _input
 from chatdb._query import Database, Query
-from chatdb.errors import SWALLOWED, ConfigurationError, ConversationNotFoundError, InvalidInputError, UnavailableError
+from chatdb.errors import SWALLOWED, ConfigurationError, ConversationNotFoundError, UnavailableError
 from chatdb.records import UNSET, Conversation, Deleted, Unset
 
 _create_conversation = Query("create_conversation", Conversation)
@@ -88,11 +88,7 @@ async def list_conversations(
     limit = _input.limit("limit", limit)
     if before is None:
         return await _list_conversations.fetch_all(db, user, limit)
-    if not isinstance(before, Conversation):  # pyright: ignore[reportUnnecessaryIsInstance] - callers without types
-        raise InvalidInputError("before", "must be the last Conversation of the previous page")
-    return await _list_conversations_before.fetch_all(
-        db, user, before.updated_at, _input.identifier(before.id, parameter="before"), limit
-    )
+    return await _list_conversations_before.fetch_all(db, user, *_input.before(before), limit)
 
 
 async def update_conversation(

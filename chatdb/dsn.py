@@ -1,24 +1,32 @@
 """
-Reads a DSN as libpq users write it, into arguments for asyncpg.
+Reads a DSN and libpq's environment once, into one value that asyncpg, psycopg and yoyo are given.
 
-asyncpg sends every option that it does not know to the server as a setting, so that Neon's own string
-(`channel_binding=require`) fails; and without `sslmode` it connects in plain text where the server has no TLS.
+Left to themselves the drivers differ: asyncpg reads no service file that PGSERVICE names and no PGPORT beside a host,
+sends every option that it does not know to the server as a setting, so that Neon's own string
+(`channel_binding=require`) fails, and without `sslmode` connects in plain text where the server has no TLS.
 """
 
 from __future__ import annotations
 
 import getpass
 import ipaddress
+import logging
+import math
 import os
 import re
 import ssl
-from collections.abc import Callable
-from typing import Any, Final
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol, cast
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from chatdb.errors import ConfigurationError
 
-SCHEMES: Final = frozenset({"postgresql", "postgres", "postgresql+psycopg"})
+SCHEMES: Final = frozenset({"postgresql", "postgres", "postgresql+psycopg", "postgresql+asyncpg"})
+ATTRIBUTES: Final = frozenset({"any", "primary", "standby", "read-write", "read-only", "prefer-standby"})
+SSLMODES: Final = frozenset({"disable", "allow", "prefer", "require", "verify-ca", "verify-full"})
 
 # what libpq knows and asyncpg cannot do or needs no word for
 _IGNORED: Final = frozenset({
@@ -33,26 +41,344 @@ _IGNORED: Final = frozenset({
     "sslcompression",
     "tcp_user_timeout",
 })  # fmt: skip
+_VARIABLES: Final = {
+    "PGAPPNAME": "application_name",
+    "PGCONNECT_TIMEOUT": "connect_timeout",
+    "PGDATABASE": "dbname",
+    "PGHOST": "host",
+    "PGKRBSRVNAME": "krbsrvname",
+    "PGOPTIONS": "options",
+    "PGPASSFILE": "passfile",
+    "PGPASSWORD": "password",
+    "PGPORT": "port",
+    "PGSSLCERT": "sslcert",
+    "PGSSLKEY": "sslkey",
+    "PGSSLMODE": "sslmode",
+    "PGSSLNEGOTIATION": "sslnegotiation",
+    "PGSSLROOTCERT": "sslrootcert",
+    "PGTARGETSESSIONATTRS": "target_session_attrs",
+    "PGUSER": "user",
+}
+_SETTINGS: Final = {"PGDATESTYLE": "datestyle", "PGGEQO": "geqo", "PGTZ": "timezone"}
+"""What libpq sends with each connection, whatever the DSN says."""
+
+_REFUSED: Final = {
+    "PGHOSTADDR": (),
+    "PGLOADBALANCEHOSTS": ("disable",),
+    "PGREQUIREAUTH": (),
+    "PGREQUIREPEER": (),
+    "PGSSLCRL": (),
+    "PGSSLCRLDIR": (),
+    "PGSSLMAXPROTOCOLVERSION": (),
+    "PGSSLMINPROTOCOLVERSION": ("TLSv1", "TLSv1.1", "TLSv1.2"),  # the least that both drivers take by default is 1.2
+}
+"""Variables that libpq obeys and asyncpg cannot, each with the values that change nothing."""
+
+_SOCKET_FOLDERS: tuple[str, ...] = ("/run/postgresql", "/var/run/postgresql", "/tmp")  # noqa: S108 - where servers listen
 _UNENCODED: Final = (
     "the DSN cannot be read: write special characters of the user and password in percent-encoding (# is %23, "
     "/ is %2F, ? is %3F)"
 )
 _PLAIN: Final = re.compile("[A-Za-z_]+")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
-_SSLMODES: Final = frozenset({"disable", "allow", "prefer", "require", "verify-ca", "verify-full"})
+
+_log = logging.getLogger("chatdb")
 
 
-def connect_arguments(dsn: str) -> dict[str, Any]:
+class SecretDsn(Protocol):
+    """An object that holds a DSN as a secret, such as pydantic's `SecretStr`."""
+
+    def get_secret_value(self) -> Any:  # noqa: ANN401 - a str or an object that holds one
+        """Return the DSN."""
+        ...
+
+
+class RenderedDsn(Protocol):
+    """SQLAlchemy's `URL`, whose `str` has no password."""
+
+    def render_as_string(self, hide_password: bool = ...) -> str:
+        """Return the DSN, with its password if it is not to be hidden."""
+        ...
+
+
+class UrlDsn(Protocol):
+    """A URL of pydantic's, such as `PostgresDsn`."""
+
+    def unicode_string(self) -> str:
+        """Return the DSN."""
+        ...
+
+
+AnyDsn = str | SecretDsn | RenderedDsn | UrlDsn
+"""A DSN, or an object of a settings class that holds one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionInfo:
     """
-    Return the arguments of `asyncpg.connect` for a DSN.
+    Where to connect, as whom and how: what a DSN and the environment say, so that no driver has to ask them again.
 
-    Hosts that are not local are reached by TLS with a verified certificate, unless the DSN says `sslmode=disable`.
+    `hosts` and `ports` go together, a host that begins with / being the folder of a Unix socket.
+    """
+
+    hosts: tuple[str, ...]
+    ports: tuple[int, ...]
+    user: str
+    password: Any = field(repr=False)
+    """A str, None, or what asyncpg calls for one."""
+    database: str
+    timeout: float | None
+    target_session_attrs: str
+    server_settings: Mapping[str, str] = field(repr=False)
+    direct_tls: bool
+    tls: ssl.SSLContext | str | bool = field(repr=False)
+    """A context, or `disable`, `allow` or `prefer`."""
+    krbsrvname: str
+    gsslib: str
+    for_libpq: Mapping[str, str] = field(repr=False)
+    """What libpq needs to be told otherwise: TLS, the service, time, and what asyncpg has no word for."""
+
+    def asyncpg(self) -> dict[str, Any]:
+        """Return the arguments of `asyncpg.connect`, of which none is left to the environment."""
+        arguments = {
+            "host": list(self.hosts),
+            "port": self.ports[0] if len(set(self.ports)) == 1 else list(self.ports),
+            "user": self.user,
+            "password": self.password,
+            "passfile": f"{os.devnull}/none",  # it has been looked at
+            "database": self.database,
+            "timeout": self.timeout,
+            "target_session_attrs": self.target_session_attrs,
+            "direct_tls": self.direct_tls,
+            "ssl": self.tls,
+            "server_settings": dict(self.server_settings) or None,
+            "krbsrvname": self.krbsrvname,
+            "gsslib": self.gsslib,
+        }
+        return {name: value for name, value in arguments.items() if value is not None}
+
+    def libpq(self) -> dict[str, str]:
+        """Return the options of libpq's connection string, for psycopg, of which none is left to the environment."""
+        options = {
+            "host": ",".join(self.hosts),
+            "port": ",".join(map(str, self.ports)),
+            "user": self.user,
+            "password": self.password if isinstance(self.password, str) else None,
+            "dbname": self.database,
+            "target_session_attrs": self.target_session_attrs,
+            "application_name": self.server_settings.get("application_name"),
+            "options": self.server_settings.get("options", ""),
+            "krbsrvname": self.krbsrvname,
+        }
+        return {name: value for name, value in options.items() if value is not None} | dict(self.for_libpq)
+
+    def url(self, scheme: str = "postgresql") -> str:
+        """Return the same as a URL, which yoyo and psql take."""
+        # all as options: yoyo reads no second host, and libpq ends a password at its first @
+        return f"{scheme}:///?{urlencode(self.libpq(), quote_via=quote, safe='')}"
+
+
+def connect_arguments(dsn: AnyDsn | ConnectionInfo) -> dict[str, Any]:
+    """Return the arguments of `asyncpg.connect` for a DSN; see `read_dsn`."""
+    return read_dsn(dsn).asyncpg()
+
+
+def libpq_dsn(dsn: AnyDsn | ConnectionInfo, *, scheme: str) -> str:
+    """Return the DSN for libpq's drivers, with the same demand of TLS as `connect_arguments` makes; see `read_dsn`."""
+    return read_dsn(dsn).url(scheme)
+
+
+def server_of(arguments: Mapping[str, Any]) -> str:
+    """Return the hosts and ports among the arguments of `asyncpg.connect`, as a person reads them."""
+    hosts, ports = arguments["host"], arguments["port"]
+    if hosts[0] in _SOCKET_FOLDERS and {"localhost", *_SOCKET_FOLDERS}.issuperset(hosts):
+        return "the local socket"
+    numbers = [ports] * len(hosts) if isinstance(ports, int) else ports
+    pairs = zip(hosts, numbers, strict=True)
+    return ", ".join(host if host.startswith("/") else f"{host}:{port}" for host, port in pairs)
+
+
+def text_of(dsn: object) -> str:
+    """Return the text of a DSN, or of an object that holds one."""
+    held = dsn
+    for _ in range(3):
+        if issubclass(type(held), str):
+            return str.__str__(cast("str", held))
+        try:
+            if hasattr(held, "get_secret_value"):
+                held = cast("SecretDsn", held).get_secret_value()
+            elif hasattr(held, "render_as_string"):
+                held = cast("RenderedDsn", held).render_as_string(hide_password=False)
+            elif hasattr(held, "unicode_string"):
+                held = str(held)
+            else:
+                break
+        except Exception:  # noqa: BLE001 - its own, which may quote
+            break
+    raise ConfigurationError(
+        "dsn must be a str, or an object that holds one (PostgresDsn, SecretStr, SQLAlchemy's URL), not "
+        f"{type(held).__name__}"
+    )
+
+
+def read_dsn(
+    dsn: AnyDsn | ConnectionInfo,
+    given: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> ConnectionInfo:
+    """
+    Read a DSN, with what libpq takes from a service file, a password file and the environment where it says nothing.
+
+    `given` are arguments of asyncpg's, of the right types, that come before all of these. Hosts that are not local are
+    reached by TLS with a verified certificate, unless `sslmode=disable` is said.
 
     Raises ConfigurationError, which never quotes the DSN: it holds a password.
     """
+    if isinstance(dsn, ConnectionInfo):
+        if not given:
+            return dsn
+        raise ConfigurationError(f"a DSN that was read takes no {', '.join(sorted(given))} besides")
+    environment = os.environ if environment is None else environment
+    for name, harmless in _REFUSED.items():
+        if environment.get(name) and environment[name] not in harmless:
+            raise ConfigurationError(f"the environment's {name} is nothing that asyncpg can follow: unset it")
+    given = dict(given or {})
+    said = _of_text(text_of(dsn))
+    by_variables = {option: environment[name] for name, option in _VARIABLES.items() if environment.get(name)}
+    service = given.pop("service", None) or said.pop("service", None) or environment.get("PGSERVICE")
+    file = given.pop("servicefile", None) or environment.get("PGSERVICEFILE")
+    by_service = _of_service(service, file, environment) if service else {}
+    found = _Options(said, by_service, by_variables)
+
+    hosts, ports = _addresses(given, found)
+    # each is taken, also where something given comes before it: what is left is unknown
+    user, database, password = (found.take(name, _text) for name in ("user", "dbname", "password"))
+    user = given.get("user") or user or _default_user()
+    database = given.get("database") or database or user
+    password = given.get("password", password)
+    named_file = found.take("passfile", str)
+    passfile = given.get("passfile") or named_file
+    if password is None or (type(password) is str and not password):  # else what asyncpg calls for one
+        password = _password(passfile, environment, hosts, ports, database, user)
+    tls, for_libpq = _tls(found, given.get("ssl"), local=all(map(_is_local, hosts)))
+    if service and environment.get("PGSERVICE"):
+        for_libpq["service"] = service  # or libpq looks for the other one, and fails if there is none
+    if passfile:
+        for_libpq["passfile"] = passfile
+    settings = {
+        option: environment[name]
+        for name, option in _SETTINGS.items()
+        if environment.get(name) and environment[name].lower() != "default"
+    }
+    named = {name: found.take(name, _text) for name in ("application_name", "options")}
+    settings |= {name: value for name, value in named.items() if value is not None}
+    timeout = found.take("connect_timeout", _seconds)
+    if timeout is not None:
+        for_libpq["connect_timeout"] = f"{math.ceil(timeout)}"
+    service_name = found.take("krbsrvname", _text)
+    attributes = found.take("target_session_attrs", _one_of(ATTRIBUTES))
+    negotiation = found.take("sslnegotiation", _one_of({"postgres", "direct"}))
+    if negotiation:
+        for_libpq["sslnegotiation"] = negotiation
+    is_direct = given.get("direct_tls", negotiation == "direct")
+    if is_direct and tls in ("disable", "allow", "prefer"):
+        raise ConfigurationError("direct_tls (sslnegotiation=direct) needs sslmode=require, verify-ca or verify-full")
+    info = ConnectionInfo(
+        hosts=hosts,
+        ports=ports,
+        user=user,
+        password=password,
+        database=database,
+        timeout=given.get("timeout", timeout) or None,  # libpq's 0 is for no limit
+        target_session_attrs=given.get("target_session_attrs") or attributes or "any",
+        server_settings=settings | given.get("server_settings", {}),
+        direct_tls=is_direct,
+        tls=tls,
+        krbsrvname=given.get("krbsrvname") or service_name or "postgres",
+        gsslib=given.get("gsslib") or _gsslib(environment),
+        for_libpq=for_libpq | found.ignored,
+    )
+    found.refuse_rest()
+    return info
+
+
+def _gsslib(environment: Mapping[str, str]) -> str:
+    return "gssapi" if os.name != "nt" or environment.get("PGGSSLIB") == "gssapi" else "sspi"
+
+
+class _Options:
+    """The options of a DSN, a service and the environment, each taken once; what nobody took is refused."""
+
+    def __init__(self, *sources: dict[str, str]) -> None:
+        self._sources = sources
+        self.ignored = {name: value for source in reversed(sources) for name, value in source.items() if _ignores(name)}
+
+    def take(self, name: str, read: Callable[[str], Any]) -> Any:  # noqa: ANN401
+        values = [source.pop(name, None) for source in self._sources]
+        for value, where in zip(values, ("DSN", "service", "environment"), strict=True):
+            if value is None:
+                continue
+            try:
+                return read(value)
+            except ValueError as error:
+                problem = str(error) if isinstance(error, _WrongError) else "has a value that cannot be read"
+            raise ConfigurationError(f"the {where}'s {'option ' if where == 'DSN' else ''}{name} {problem}")
+        return None
+
+    def has(self, name: str) -> bool:
+        """Whether somebody has written an option down for this database, not for the whole environment."""
+        return any(name in source for source in self._sources[:-1])
+
+    def refuse_rest(self) -> None:
+        for source, where in zip(self._sources, ("DSN", "service"), strict=False):
+            left = {name: value for name, value in source.items() if not _ignores(name)}
+            if any("@" in value for value in left.values()) or not all(map(_PLAIN.fullmatch, left)):
+                raise ConfigurationError(_UNENCODED)  # it may be a part of the password that looks like an option
+            if left:
+                raise ConfigurationError(
+                    f"the {where} has options that chatdb does not know: {', '.join(sorted(left))}"
+                )
+
+
+class _WrongError(ValueError):
+    """Says what is wrong with an option's value, without quoting it."""
+
+
+def _ignores(name: str) -> bool:
+    return name in _IGNORED
+
+
+def _one_of(choices: Iterable[str]) -> Callable[[str], str]:
+    def read(value: str) -> str:
+        if value not in choices:
+            raise _WrongError(f"must be one of {', '.join(sorted(choices))}")
+        return value
+
+    return read
+
+
+def _text(value: str) -> str:
+    if "\0" in value:
+        raise _WrongError("has a NUL character")
+    if _SURROGATE.search(value):
+        raise _WrongError("is not UTF-8")
+    return value
+
+
+def _seconds(value: str) -> float:
+    seconds = float(value)
+    if not math.isfinite(seconds):
+        raise ValueError
+    return max(seconds, 0.0)
+
+
+def _of_text(dsn: str) -> dict[str, str]:
+    """Return the options that a DSN gives, as libpq names them."""
     scheme, separator, _ = dsn.partition("://")
     if not separator or scheme not in SCHEMES:
-        raise ConfigurationError("the DSN must start with postgresql://, postgres:// or postgresql+psycopg://")
+        raise ConfigurationError(
+            "the DSN must start with postgresql://, postgres://, postgresql+psycopg:// or postgresql+asyncpg://"
+        )
     if _SURROGATE.search(dsn):  # what Python makes of an environment variable's other bytes
         raise ConfigurationError("the DSN is not UTF-8: write what is outside ASCII as the percent-encoding of UTF-8")
     try:
@@ -66,87 +392,30 @@ def connect_arguments(dsn: str) -> dict[str, Any]:
         raise ConfigurationError(_UNENCODED)
     login, _, address = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")
-    hosts, ports = _hosts(address)
-    found = _Options(query)
-    hosts = found.take("host", _comma, hosts) or _comma(os.environ.get("PGHOST", ""))
-    ports = found.take("port", lambda value: [_port(port) for port in value.split(",")], ports)
-    arguments: dict[str, Any] = {
-        "host": hosts or None,
-        "port": _ports(hosts, ports),
-        "user": found.take("user", str, unquote(user) or None) or _default_user(),
-        "password": found.take("password", str, unquote(password) or None),
-        "database": found.take("dbname", str, unquote(parts.path.removeprefix("/")) or None),
-        "passfile": found.take("passfile", str),
-        "timeout": found.take("connect_timeout", float) or None,  # 0 is libpq's for none
-        "target_session_attrs": found.take("target_session_attrs", str),
-        "direct_tls": found.take("sslnegotiation", lambda value: value == "direct"),
-        "ssl": _tls(found, local=all(map(_is_local, hosts))),
-        "server_settings": found.settings(),
-    }
-    found.refuse_rest()
-    return {name: value for name, value in arguments.items() if value not in (None, {})}
+    host, port = _host_and_port(address)
+    database = parts.path.removeprefix("/")
+    found = {"user": user, "password": password, "host": host, "dbname": database}
+    options = {name: unquote(value) for name, value in found.items() if value} | ({"port": port} if port else {})
+    return options | _once(query)
 
 
-def libpq_dsn(dsn: str, *, scheme: str) -> str:
-    """Return the DSN for libpq's drivers, with the same demand of TLS as `connect_arguments` makes."""
-    arguments = connect_arguments(dsn)
-    parts = urlsplit(dsn)
-    options = dict(_query_of(parts))
-    if isinstance(arguments.get("ssl"), ssl.SSLContext) and arguments["ssl"].check_hostname:
-        options = {"sslrootcert": "system"} | options | {"sslmode": "verify-full"}
-    elif options.get("sslmode") == "verify-ca" and options.get("sslrootcert", "system") == "system":
-        found = ssl.get_default_verify_paths().cafile  # libpq takes "system" with verify-full only
-        if not found:
-            raise ConfigurationError("the DSN's sslmode=verify-ca needs an sslrootcert: name the authority's file")
-        options["sslrootcert"] = found
-    # libpq ends the password at its first @, would look for a host of the rest's name, and tell it in its errors
-    login, at, address = parts.netloc.rpartition("@")
-    encoded = ":".join(quote(unquote(part), safe="") for part in login.split(":", 1))
-    # not urlunsplit, which leaves out the // before an empty host
-    return f"{scheme}://{encoded}{at}{address}{parts.path}?{urlencode(options, quote_via=quote)}".rstrip("?")
-
-
-class _Options:
-    """The options of a DSN, each taken once; what nobody took is refused."""
-
-    def __init__(self, query: list[tuple[str, str]]) -> None:
-        self._left = {name: value for name, value in query if name not in _IGNORED}
-
-    def take(self, name: str, read: Callable[[str], Any], default: Any = None) -> Any:  # noqa: ANN401
-        value = self._left.pop(name, None)
-        if value is None:
-            return default
-        try:
-            return read(value)
-        except ValueError:
-            problem = f"the DSN's option {name} has a value that cannot be read"
-        raise ConfigurationError(problem)
-
-    def settings(self) -> dict[str, str]:
-        named = {name: self.take(name, str) for name in ("application_name", "options")}
-        return {name: value for name, value in named.items() if value is not None}
-
-    def refuse_rest(self) -> None:
-        if any("@" in value for value in self._left.values()) or not all(map(_PLAIN.fullmatch, self._left)):
-            raise ConfigurationError(_UNENCODED)  # it may be a part of the password that looks like an option
-        if self._left:
-            raise ConfigurationError(f"the DSN has options that chatdb does not know: {', '.join(sorted(self._left))}")
-
-
-def _default_user() -> str | None:
-    """Return None where the driver finds a user by itself: in PGUSER, or by the process's user."""
-    if os.environ.get("PGUSER"):
-        return None
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):  # a container's number without a name
-        pass
-    else:
-        return None
-    raise ConfigurationError(
-        f"the DSN names no user, and this process's user, {os.getuid()}, has no name: write "
-        "postgresql://USER@HOST/DATABASE, or set PGUSER"
-    )
+def _once(query: list[tuple[str, str]]) -> dict[str, str]:
+    """Return the options of a DSN's query: of a name the last one, as libpq does, but for what names the hosts."""
+    named = dict(query)
+    twice = [name for name in ("host", "port") if sum(name == other for other, _ in query) > 1]
+    if twice:
+        raise ConfigurationError(
+            f"the DSN has {', '.join(twice)} more than once: write several hosts as postgresql://one:5432,two:5433/, "
+            "or as host=one,two&port=5432,5433"
+        )
+    mode = named.pop("ssl", None)  # libpq has it for Java's strings, SQLAlchemy for asyncpg
+    if mode is not None:
+        if mode != "true" and mode not in SSLMODES:
+            raise ConfigurationError("the DSN's option ssl must be true, or what sslmode takes")
+        named.setdefault("sslmode", "require" if mode == "true" else mode)
+    if any(":" in host and not _is_address(host) for host in named.get("host", "").split(",") if host[:1] != "/"):
+        raise ConfigurationError("the DSN's option host has a port in it: write host=one,two&port=5432,5433")
+    return named
 
 
 def _query_of(parts: SplitResult) -> list[tuple[str, str]]:
@@ -155,75 +424,227 @@ def _query_of(parts: SplitResult) -> list[tuple[str, str]]:
     return parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
 
 
-def _comma(value: str) -> list[str]:
-    return value.split(",") if value else []
-
-
-def _port(value: str) -> int:
-    port = int(value) if value else 5432
-    if not 0 < port < 65536:
-        raise ValueError
-    return port
-
-
-def _hosts(address: str) -> tuple[list[str], list[int]]:
+def _host_and_port(address: str) -> tuple[str, str]:
+    """Return the hosts and the ports of a DSN's address, each with commas between them, as libpq reads it."""
     hosts: list[str] = []
-    ports: list[int] = []
-    for part in address.split(",") if address else []:
+    ports: list[str] = []
+    for part in address.split(","):
         name, bracket, rest = part.partition("]")
         if bracket:  # [::1]:5432
             host, port = name.removeprefix("["), rest.removeprefix(":")
         else:
             host, _, port = part.partition(":")
-        hosts.append(unquote(host) or "localhost")
+        hosts.append(host)
+        ports.append(port)
+    return ",".join(hosts), ",".join(ports)
+
+
+def _of_service(name: str, file: str | None, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the options of a service: in the file that is named, else in the user's or the system's."""
+    home = _home(environment)
+    files = [Path(file)] if file else [home / ".pg_service.conf"] if home else []
+    if environment.get("PGSYSCONFDIR"):
+        files.append(Path(environment["PGSYSCONFDIR"], "pg_service.conf"))
+    for place in files:
         try:
-            ports.append(_port(port))
-        except ValueError:
-            problem = (
-                "the DSN's port must be a number of 1 to 65535: is a special character of the password not encoded?"
-            )
-        else:
+            lines = place.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):  # none there, or not one in UTF-8
             continue
-        raise ConfigurationError(problem)
-    return hosts, ports
+        found: dict[str, str] | None = None
+        for line in map(str.strip, lines):
+            if line.startswith("["):
+                if found is not None:
+                    break
+                found = {} if line == f"[{name}]" else None
+            elif found is not None and line and not line.startswith("#"):
+                option, separator, value = line.partition("=")
+                if not separator or option == "service":
+                    raise ConfigurationError("the service file has a line that is no option=value")
+                found.setdefault(option, value)
+        if found is not None:
+            return found
+    raise ConfigurationError(
+        "no service file has the service that the DSN or PGSERVICE names: check PGSERVICEFILE and ~/.pg_service.conf"
+    )
 
 
-def _ports(hosts: list[str], ports: list[int]) -> int | list[int] | None:
-    if len(ports) <= 1 or len(set(ports)) == 1:
-        return ports[0] if ports else None
+def _home(environment: Mapping[str, str]) -> Path | None:
+    if environment.get("HOME"):
+        return Path(environment["HOME"])
+    try:
+        return Path.home()
+    except (RuntimeError, KeyError):  # a container's number without a name
+        return None
+
+
+def _addresses(given: Mapping[str, Any], found: _Options) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the hosts and their ports."""
+    hosts: list[str] = found.take("host", lambda value: _text(value).split(",")) or [""]
+    ports: list[int] = found.take("port", lambda value: [_port(port) for port in value.split(",")]) or [5432]
+    if given.get("host"):
+        hosts = [given["host"]] if isinstance(given["host"], str) else list(given["host"])
+    if given.get("port"):
+        ports = [given["port"]] if isinstance(given["port"], int) else list(given["port"])
+    if len(ports) == 1:
+        ports *= len(hosts)
     if len(ports) != len(hosts):
         raise ConfigurationError("the DSN must have one port for all hosts, or one for each")
-    return ports
+    if any(host.startswith("@") for host in hosts):
+        raise ConfigurationError("the DSN's host is an abstract socket, which asyncpg cannot connect to")
+    if not all(map(_is_name, hosts)):
+        raise ConfigurationError("the DSN's host is none that can be looked up: part of its name is empty or too long")
+    pairs = [
+        (place, port)
+        for host, port in zip(hosts, ports, strict=True)
+        for place in ([host] if host else _default_hosts(port))
+    ]
+    return tuple(place for place, _ in pairs), tuple(port for _, port in pairs)
+
+
+def _default_hosts(port: int) -> list[str]:
+    """Return where a server is looked for that has no name: by its socket, or wherever one may come to be."""
+    if os.name == "nt":
+        return ["localhost"]
+    there = [folder for folder in _SOCKET_FOLDERS if os.access(f"{folder}/.s.PGSQL.{port}", os.F_OK)]
+    return there[:1] or [*_SOCKET_FOLDERS, "localhost"]
+
+
+def _port(value: str) -> int:
+    value = value.strip() or "5432"
+    port = int(value) if re.fullmatch("[0-9]{1,9}", value) else 0
+    if not 0 < port < 65536:
+        raise _WrongError("must be a number of 1 to 65535: is a special character of the password not encoded?")
+    return port
+
+
+def _default_user() -> str:
+    """Return the name of the process's user, as libpq finds it: asyncpg would ask LOGNAME and USER first."""
+    if os.name == "nt":
+        return getpass.getuser()
+    import pwd  # which Windows does not have
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container's number without a name
+        pass
+    raise ConfigurationError(
+        f"the DSN names no user, and this process's user, {os.geteuid()}, has no name: write "
+        "postgresql://USER@HOST/DATABASE, or set PGUSER"
+    )
+
+
+def _password(
+    passfile: str | None,
+    environment: Mapping[str, str],
+    hosts: tuple[str, ...],
+    ports: tuple[int, ...],
+    database: str,
+    user: str,
+) -> str | None:
+    """Return the password that the password file has for the hosts."""
+    home = _home(environment)
+    file = Path(passfile) if passfile else home / ".pgpass" if home else None
+    entries = _entries(file) if file else []
+    found: set[str] = set()
+    for host, port in zip(hosts, ports, strict=True):
+        wanted = ("localhost" if host in _SOCKET_FOLDERS else host, str(port), database, user)
+        for *fields, password in entries:
+            if all(given == "*" or _unescaped(given) == each for given, each in zip(fields, wanted, strict=True)):
+                found.add(_unescaped(password))
+                break
+    if len(found) > 1:
+        raise ConfigurationError(
+            "the password file has different passwords for the DSN's hosts, and asyncpg sends one to all of them"
+        )
+    return found.pop() if found else None
+
+
+def _entries(file: Path) -> list[list[str]]:
+    """Return the lines of a password file, each as host, port, database, user and password, with their escapes."""
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return []
+        if os.name != "nt" and status.st_mode & 0o077:
+            _log.warning("the password file is not used, because others can read it: chmod 600")
+            return []
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return []
+    lines = (_FIELD.findall(line)[:5] for line in text.splitlines() if not line.startswith("#"))
+    return [fields for fields in lines if len(fields) == 5]
+
+
+_FIELD: Final = re.compile(r"((?:\\.|[^:\\]|\\$)*)(?::|$)")
+"""A field of a password file: a backslash keeps a colon from ending it."""
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\(.)", r"\1", text)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_name(host: str) -> bool:
+    """Whether a host can be looked up: Python raises a UnicodeError for another."""
+    if host.isascii():
+        labels = host.removesuffix(".").split(".")
+        return not host or host.startswith("/") or all(0 < len(label) < 64 for label in labels)
+    try:
+        host.encode("idna")
+    except (UnicodeError, LookupError):
+        return host.startswith("/")
+    return True
 
 
 def _is_local(host: str) -> bool:
-    if host.startswith(("/", "@")) or host == "localhost":
+    if host.startswith("/") or host == "localhost":
         return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return _is_address(host) and ipaddress.ip_address(host).is_loopback
 
 
-def _tls(found: _Options, *, local: bool) -> ssl.SSLContext | str | None:
-    mode = found.take("sslmode", str)
-    root, certificate = found.take("sslrootcert", str), found.take("sslcert", str)
-    key, passphrase = found.take("sslkey", str), found.take("sslpassword", str)
-    if mode is not None and mode not in _SSLMODES:
-        raise ConfigurationError(f"the DSN's sslmode must be one of {', '.join(sorted(_SSLMODES))}")
-    if mode == "disable":
-        return "disable"
-    if local and mode in {None, "allow", "prefer"} and not root:
-        return None
+def _tls(
+    found: _Options,
+    given: ssl.SSLContext | str | bool | None,
+    *,
+    local: bool,
+) -> tuple[ssl.SSLContext | str | bool, dict[str, str]]:
+    """Return the demand of TLS for asyncpg, and for libpq."""
+    is_demanded = found.has("sslrootcert")
+    mode = found.take("sslmode", _one_of(SSLMODES))
+    files = {name: found.take(name, str) for name in ("sslrootcert", "sslcert", "sslkey", "sslpassword")}
+    files = {name: value for name, value in files.items() if value}
+    if isinstance(given, str):
+        mode = given
+    elif isinstance(given, ssl.SSLContext) or given:
+        return given, {"sslmode": "verify-full", "sslrootcert": "system"}
+    if mode == "disable" or given is False:
+        return "disable", {"sslmode": "disable"}
+    if local and mode in {None, "allow", "prefer"} and not is_demanded:
+        return mode or "prefer", {"sslmode": mode or "prefer"} | files
+    root = files.get("sslrootcert")
     try:
         context = ssl.create_default_context(cafile=None if root in {None, "system"} else root)
-        if certificate:
-            context.load_cert_chain(certificate, key, passphrase)
-    except (OSError, ssl.SSLError):
+        if "sslcert" in files:
+            context.load_cert_chain(files["sslcert"], files.get("sslkey"), files.get("sslpassword"))
+    except (OSError, ValueError):  # of which ssl.SSLError is one
         problem = "the DSN's sslrootcert, sslcert or sslkey names a file that cannot be read as such"
     else:
         context.check_hostname = mode != "verify-ca"
         if local and mode == "require" and not root:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        return context
+            return context, files | {"sslmode": "require"}
+        if mode != "verify-ca":
+            return context, {"sslrootcert": "system"} | files | {"sslmode": "verify-full"}
+        if root in {None, "system"}:
+            root = ssl.get_default_verify_paths().cafile  # libpq takes "system" with verify-full only
+        if root:
+            return context, files | {"sslmode": mode, "sslrootcert": root}
+        problem = "the DSN's sslmode=verify-ca needs an sslrootcert: name the authority's file"
     raise ConfigurationError(problem)

@@ -46,6 +46,7 @@ from types import FrameType
 from typing import NamedTuple
 from urllib.parse import quote, urlencode
 
+from chatdb.dsn import read_dsn
 from chatdb.errors import ChatDBError, ConfigurationError, UnavailableError
 from chatdb.pool import Pool
 
@@ -221,7 +222,14 @@ class EmbeddedServer:
         if spec is None or spec.origin is None or importlib.util.find_spec("platformdirs") is None:
             problem = "the embedded server is not installed: pip install 'chatdb[embedded]', or set DATABASE_URL"
             raise ConfigurationError(problem)
-        chosen = Path(path or _default_path())
+        kind: type = type(path)
+        if path is not None and not issubclass(kind, str | Path):
+            raise ConfigurationError(f"path must be a str or a Path, not {kind.__name__}")
+        path = str.__str__(path) if isinstance(path, str) else path
+        try:
+            chosen = Path(path or _default_path())
+        except RuntimeError:
+            raise ConfigurationError("this process's user has no home folder: set CHATDB_HOME to a folder") from None
         try:
             self.path = chosen.expanduser().resolve()
         except (OSError, RuntimeError, ValueError) as error:  # too long, the home of nobody, NUL
@@ -629,7 +637,7 @@ class EmbeddedPool(Pool):
     """A pool on an embedded server, which runs from when the pool is awaited or entered until it is closed."""
 
     def __init__(self, server: EmbeddedServer) -> None:
-        super().__init__(server.dsn, direct_tls=False)  # or PGSSLNEGOTIATION says so
+        super().__init__(read_dsn(server.dsn, environment={}))
         self._server = server
 
     @property

@@ -7,21 +7,21 @@ import contextlib
 import functools
 import inspect
 import logging
-import math
 import os
 import re
 import socket
 import weakref
 from collections.abc import AsyncGenerator, Coroutine
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Unpack
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 from asyncpg.transaction import Transaction, TransactionState
 
 from chatdb import _input
-from chatdb._query import STATEMENTS, may_prepare_anew
-from chatdb.dsn import connect_arguments
+from chatdb._options import OF_CONNECTION, DriverOptions, checked
+from chatdb._query import STATEMENTS, check_handle, may_prepare_anew
+from chatdb.dsn import AnyDsn, ConnectionInfo, read_dsn, server_of, text_of
 from chatdb.errors import (
     AcquireTimeoutError,
     ChatDBError,
@@ -80,12 +80,8 @@ _GRACE: Final = 0.75
 _LOOKS: Final = 8
 """How often the pool looks at its idle connections in the time that they may be idle."""
 
-
-_MAX_SECONDS: Final = 2**31 - 1
-"""The longest time limit: event loops refuse, or forget, timers that end later."""
-
-_MIN_LIFETIME: Final = 0.05
-"""The shortest time, in seconds, that connections may be allowed to be idle: the timer runs eight times in it."""
+_OWN_OPTIONS: Final = ("acquire_timeout", "retries", "row_level_security", "max_inactive_connection_lifetime")
+"""Those of which asyncpg is told nothing."""
 
 _RESET: Final = (
     "set session authorization default; reset all; close all; unlisten *; "
@@ -310,7 +306,7 @@ class Pool(_Base):
 
     def __init__(
         self,
-        dsn: str,
+        dsn: AnyDsn | ConnectionInfo,
         *,
         min_size: int = 0,
         max_size: int = 10,
@@ -320,43 +316,37 @@ class Pool(_Base):
         row_level_security: bool = False,
         # below the five minutes after which a serverless database closes idle connections
         max_inactive_connection_lifetime: float = 240.0,
-        **options: Any,  # noqa: ANN401 - asyncpg's own
+        **driver_options: Unpack[DriverOptions],
     ) -> None:
-        for name, seconds in (("acquire_timeout", acquire_timeout), ("command_timeout", command_timeout)):
-            if not _is_seconds(seconds) or seconds <= 0:
-                raise ConfigurationError(f"{name} must be a number of seconds above 0, to {_MAX_SECONDS:,}")
-        lifetime = max_inactive_connection_lifetime
-        if not _is_seconds(lifetime) or (lifetime != 0 and lifetime < _MIN_LIFETIME):
-            raise ConfigurationError(
-                "max_inactive_connection_lifetime must be 0, for no limit, or a number of seconds of at least "
-                f"{_MIN_LIFETIME}"
-            )
-        if not isinstance(retries, int) or retries < 0:  # pyright: ignore[reportUnnecessaryIsInstance] - callers without types
-            raise ConfigurationError("retries must be 0, for none, or how often a statement may be sent again")
-        if not isinstance(row_level_security, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigurationError("row_level_security must be True or False")
-        if "connection_class" in options:
-            raise ConfigurationError("connection_class is not taken: the pool relies on a class of its own")
+        options = checked(
+            {
+                "min_size": min_size,
+                "max_size": max_size,
+                "acquire_timeout": acquire_timeout,
+                "command_timeout": command_timeout,
+                "retries": retries,
+                "row_level_security": row_level_security,
+                "max_inactive_connection_lifetime": max_inactive_connection_lifetime,
+                **driver_options,
+            }
+        )
+        given = {name: options.pop(name) for name in OF_CONNECTION & options.keys()}
+        chosen = {name: options.pop(name) for name in _OWN_OPTIONS}
         own: dict[str, Any] = {
-            "init_size": max(min_size, 1),
+            "init_size": max(options["min_size"], 1),
             "max_queries": 50_000,
             "max_inactive_connection_lifetime": 0,  # asyncpg's is a timer set and cancelled a call: see _close_idle
             "loop": _NO_LOOP,  # that which opens the pool is its loop, so a module may make one when it is imported
             "connection_class": _PoolsConnection,
             "record_class": asyncpg.Record,
         }
-        super().__init__(
-            min_size=min_size,
-            max_size=max_size,
-            command_timeout=command_timeout,
-            **(own | connect_arguments(dsn) | options),
-        )
-        self.retries = retries
-        self.row_level_security = row_level_security
-        self._acquire_timeout = acquire_timeout
+        super().__init__(**(own | read_dsn(dsn, given).asyncpg() | options))
+        self.retries = chosen["retries"]
+        self.row_level_security = chosen["row_level_security"]
+        self._acquire_timeout: float = chosen["acquire_timeout"]
         self._turn = asyncio.Lock()
         self._waiting = 0  # tasks that have asked for a connection and have none yet
-        self._max_idle = max_inactive_connection_lifetime
+        self._max_idle: float = chosen["max_inactive_connection_lifetime"]
         self._seen: dict[Private, tuple[object, int]] = {}
 
     async def _async__init__(self) -> Pool:
@@ -466,10 +456,7 @@ class Pool(_Base):
 
     def _target(self) -> str:
         """Return the hosts and ports that the pool connects to."""
-        hosts, ports = (self._connect_kwargs.get(name) or "" for name in ("host", "port"))
-        names = [hosts or "the local socket"] if isinstance(hosts, str) else hosts
-        numbers = [ports] * len(names) if isinstance(ports, str | int) else ports
-        return ", ".join(f"{name}:{number}".rstrip(":") for name, number in zip(names, numbers, strict=False))
+        return server_of(self._connect_kwargs)
 
     def _check_owner(self) -> None:
         if self._initialized or self._initializing:
@@ -568,7 +555,7 @@ class Pool(_Base):
 
 
 def create_pool(
-    dsn: str | None = None,
+    dsn: AnyDsn | None = None,
     *,
     min_size: int = 0,
     max_size: int = 10,
@@ -576,34 +563,38 @@ def create_pool(
     command_timeout: float = 30.0,
     retries: int = 2,
     row_level_security: bool = False,
-    **options: Any,  # noqa: ANN401 - asyncpg's own
+    max_inactive_connection_lifetime: float = 240.0,
+    **options: Unpack[DriverOptions],
 ) -> Pool:
     """
     Make a pool of connections, to be awaited or entered by `async with`.
 
-    `dsn` is that of PostgreSQL's own tools, else the environment's `DATABASE_URL`; `postgresql+psycopg://` is taken
-    too. Hosts that are not local are reached by verified TLS, unless the DSN says `sslmode=disable`. `acquire_timeout`
-    bounds the wait for a connection and `command_timeout` each statement, in seconds. Connections are opened as they
-    are needed, from `min_size` to `max_size`, and one at once, to see that the server is there. After a lost connection
-    a read or a keyed write is sent again up to `retries` times, 0 for never. Further options are those of
-    `asyncpg.create_pool`; `statement_cache_size=0` is what a pooler needs that does not track prepared statements.
+    `dsn` is that of PostgreSQL's own tools, else the environment's `DATABASE_URL`, as a str or as the object of a
+    settings class (pydantic's `PostgresDsn` and `SecretStr`, SQLAlchemy's `URL`). `postgresql+psycopg://` and
+    `postgresql+asyncpg://` are taken too, and libpq's variables and files fill in what it does not say. Hosts that are
+    not local are reached by verified TLS, unless the DSN says `sslmode=disable`. `acquire_timeout` bounds the wait for
+    a connection and `command_timeout` each statement, in seconds. Connections are opened as they are needed, from
+    `min_size` to `max_size`, and one at once, to see that the server is there. After a lost connection a read or a
+    keyed write is sent again up to `retries` times, 0 for never. Further options are those of `asyncpg.create_pool`;
+    `statement_cache_size=0` is what a pooler needs that does not track prepared statements.
 
     `row_level_security=True` is for a database with `chatdb protect`: each call runs in a transaction that names its
     user, in three round trips instead of one. When the connection is lost during COMMIT, `.sent` is None.
 
-    Raises ConfigurationError at once; when awaited, also UnavailableError.
+    Raises ConfigurationError at once, which names the option; when awaited, also UnavailableError.
     """
-    dsn = dsn or os.environ.get("DATABASE_URL")
-    if not dsn or not isinstance(dsn, str):  # pyright: ignore[reportUnnecessaryIsInstance] - callers without types
+    text = ("" if dsn is None else text_of(dsn)) or os.environ.get("DATABASE_URL")
+    if not text:
         raise ConfigurationError("no database is named: pass a dsn, or set DATABASE_URL=postgresql://...")
     return Pool(
-        dsn,
+        text,
         min_size=min_size,
         max_size=max_size,
         acquire_timeout=acquire_timeout,
         command_timeout=command_timeout,
         retries=retries,
         row_level_security=row_level_security,
+        max_inactive_connection_lifetime=max_inactive_connection_lifetime,
         **options,
     )
 
@@ -624,6 +615,7 @@ async def transaction(db: AsyncpgPool | Connection, *, user_id: str | None = Non
     swallowed; asyncpg's own `connection.transaction()` says nothing then, and the writes are gone.
     """
     user = None if user_id is None else _input.user(user_id)
+    check_handle(db, "is_in_transaction" if not isinstance(db, asyncpg.Pool) else "acquire")
     if isinstance(db, asyncpg.Pool):
         with translating():
             connection = await db.acquire()
@@ -735,12 +727,6 @@ async def _release_with_timeout(release: Coroutine[Any, Any, None]) -> None:
 def _literal(text: str) -> str:
     """Return a text as SQL writes it, whatever the session's settings say of backslashes."""
     return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
-
-
-def _is_seconds(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return math.isfinite(value) and value <= _MAX_SECONDS
 
 
 def _raise_unreachable(error: Exception, timeout: float, server: str) -> NoReturn:

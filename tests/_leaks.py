@@ -7,6 +7,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,6 +28,11 @@ TERMS = PRIVATE | set(NewMessage.model_fields) | ROLES
 
 def words(value: object, depth: int = 9) -> Iterator[str]:
     """Go through the texts in what is private, unless a sentence may have them by chance, or cannot have them."""
+    with suppress(Exception):  # a test's class that raises
+        yield from _words(value, depth)
+
+
+def _words(value: object, depth: int) -> Iterator[str]:
     if isinstance(value, str):
         if 4 <= len(value) <= 200 and value not in TERMS:
             yield value
@@ -41,7 +47,10 @@ def words(value: object, depth: int = 9) -> Iterator[str]:
 
 def passwords(dsn: object) -> Iterator[str]:
     """Go through the passwords in a DSN, but for a role's own name."""
-    for user, password, option in re.findall(r"//([^:@/]*):([^@/]+)@|[?&\s]password=([^&\s]+)", str(dsn)):
+    told = ""
+    with suppress(Exception):  # a test's class that raises
+        told = str(dsn)
+    for user, password, option in re.findall(r"//([^:@/]*):([^@/]+)@|[?&\s]password=([^&\s]+)", told):
         yield from words([unquote(each) for each in (password, option) if each != user])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import ssl
 import traceback
 
@@ -37,11 +39,25 @@ def on(*hosts, port=5432, **others):
     return ALICE | {"host": list(hosts), "port": port} | others
 
 
+DEFAULTS = {
+    "host": ["/run/none", "/tmp/none", "localhost"],
+    "port": 5432,
+    "user": pwd.getpwuid(os.geteuid()).pw_name,
+    "database": pwd.getpwuid(os.geteuid()).pw_name,
+    "passfile": "/dev/null/none",
+    "target_session_attrs": "any",
+    "direct_tls": False,
+    "krbsrvname": "postgres",
+    "gsslib": "gssapi",
+}
+"""What asyncpg is told where a DSN says nothing, so that it asks no environment."""
+
+
 def tls(arguments):
     """Return what the arguments say about TLS."""
     context = arguments.get("ssl")
     if not isinstance(context, ssl.SSLContext):
-        return context or "by itself"
+        return "by itself" if context == "prefer" else context
     if context.verify_mode is not ssl.CERT_REQUIRED:
         return "unverified"
     return "verified" if context.check_hostname else "verified but for the name"
@@ -49,8 +65,10 @@ def tls(arguments):
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch, one_authority):
-    for name in ("DATABASE_URL", "PGHOST", "PGPORT", "PGUSER", "PGPASSWORD", "PGDATABASE", "PGSSLMODE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("PG") or name == "DATABASE_URL"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", "/nonexistent")
+    monkeypatch.setattr("chatdb.dsn._SOCKET_FOLDERS", ("/run/none", "/tmp/none"))
 
 
 DSNS = {
@@ -79,6 +97,8 @@ DSNS = {
         "verified",
     ),
     "postgresql+psycopg://alice:pw@db.example.com/chat": (on("db.example.com"), "verified"),
+    "postgresql+asyncpg://alice:pw@db.example.com/chat?ssl=require": (on("db.example.com"), "verified"),
+    "postgresql://alice:pw@localhost/chat?ssl=true": (on("localhost"), "unverified"),
     # TLS
     "postgresql://alice:pw@db.example.com/chat?sslmode=disable": (on("db.example.com"), "disable"),
     "postgresql://alice:pw@db.example.com/chat?sslmode=allow": (on("db.example.com"), "verified"),
@@ -169,7 +189,7 @@ def test_read(dsn, root):
     arguments = connect_arguments(dsn.format(root=root))
 
     assert tls(arguments) == kind
-    assert {name: value for name, value in arguments.items() if name != "ssl"} == expected
+    assert {name: value for name, value in arguments.items() if name != "ssl"} == DEFAULTS | expected
 
 
 def test_the_root_certificate_is_the_only_one(root):
@@ -194,7 +214,7 @@ PASSWORD = "xyzzy"
 REFUSED = {
     # scheme
     f"mysql://alice:{PASSWORD}@localhost/chat": r"must start with postgresql://",
-    f"postgresql+asyncpg://alice:{PASSWORD}@localhost/chat": r"must start with postgresql://",
+    f"postgresql+psycopg2://alice:{PASSWORD}@localhost/chat": r"must start with postgresql://",
     f"host=localhost user=alice password={PASSWORD}": r"must start with postgresql://",
     f"postgresql:alice:{PASSWORD}@localhost": r"must start with postgresql://",
     PASSWORD: r"must start with postgresql://",
@@ -221,6 +241,10 @@ REFUSED = {
     f"postgresql://alice:{PASSWORD}@[::1]:x/chat": r"port",
     f"postgresql://alice:{PASSWORD}@localhost/chat?port={PASSWORD}": r"port",
     f"postgresql://alice:{PASSWORD}@one,two,three/chat?port=1,2": r"one port for all hosts, or one for each",
+    f"postgresql://alice:{PASSWORD}@localhost:5_432/chat": r"port",
+    f"postgresql://alice:{PASSWORD}@/chat?host=one:5432&host=two:5433": r"has host more than once: .*one:5432,two:5433",
+    f"postgresql://alice:{PASSWORD}@/chat?host=one:5432": r"host has a port",
+    f"postgresql://alice:{PASSWORD}@/chat?host=@abstract": r"abstract socket",
     # options
     f"postgresql://alice:{PASSWORD}@localhost/chat?sslmode=on": r"sslmode must be one of .*verify-full",
     f"postgresql://alice:{PASSWORD}@localhost/chat?sslmode=": r"sslmode",
@@ -231,6 +255,15 @@ REFUSED = {
     f"postgresql://alice:{PASSWORD}@localhost/chat?passwort={PASSWORD}": r"passwort",
     f"postgresql://alice:{PASSWORD}@localhost/chat?connect_timeout=soon": r"connect_timeout",
     f"postgresql://alice:{PASSWORD}@localhost/chat?sslmode": r"",
+    f"postgresql://alice:{PASSWORD}@localhost/chat?ssl=on": r"ssl must be",
+    f"postgresql://alice:{PASSWORD}@{'x' * 64}.example/chat": r"host is none that can be looked up",
+    f"postgresql://alice:{PASSWORD}@one..example/chat": r"host is none that can be looked up",
+    f"postgresql://alice:{PASSWORD}@localhost/chat?sslnegotiation=direct": r"direct_tls",
+    f"postgresql://alice:{PASSWORD}@localhost/chat?sslnegotiation=maybe": r"sslnegotiation must be one of",
+    f"postgresql://alice:{PASSWORD}@localhost/chat?target_session_attrs=master": r"target_session_attrs must be one of",
+    f"postgresql://alice:{PASSWORD}@localhost/chat?connect_timeout=nan": r"connect_timeout",
+    f"postgresql://alice:{PASSWORD}@localhost/ch%00at": r"NUL",
+    f"postgresql://alice:{PASSWORD}@localhost/chat?hostaddr=127.0.0.1": r"hostaddr",
     # files
     f"postgresql://alice:{PASSWORD}@db.example.com/chat?sslrootcert=/missing/root.pem": r"sslrootcert",
     f"postgresql://alice:{PASSWORD}@db.example.com/chat?sslcert=/missing/client.pem": r"sslcert",
@@ -342,4 +375,4 @@ def test_libpq_gets_the_whole_password():
     """libpq, which ends a password at its first @ or :, gets what asyncpg gets."""
     for dsn in ("postgresql://ann:a@b:c@localhost/chat", "postgresql://ann:a%40b%3Ac@localhost/chat"):
         assert connect_arguments(dsn)["password"] == "a@b:c"
-        assert libpq_dsn(dsn, scheme="postgresql") == "postgresql://ann:a%40b%3Ac@localhost/chat"
+        assert psycopg.conninfo.conninfo_to_dict(libpq_dsn(dsn, scheme="postgresql"))["password"] == "a@b:c"

@@ -594,7 +594,11 @@ async def test_a_role_that_may_only_read(empty_dsn: str, server: str) -> None:
     ("dsn", "error", "sentence"),
     [
         ("postgresql://alice:secret@127.0.0.1:1/x", chatdb.UnavailableError, "cannot be reached"),
-        ("postgresql+asyncpg://alice:secret@127.0.0.1:1/x", chatdb.ConfigurationError, "must start with postgresql://"),
+        (
+            "postgresql+psycopg2://alice:secret@127.0.0.1:1/x",
+            chatdb.ConfigurationError,
+            "must start with postgresql://",
+        ),
         ("postgresql://alice:sec#ret@127.0.0.1:1/x", chatdb.ConfigurationError, "percent-encoding"),
     ],
 )

@@ -3,8 +3,11 @@
 from typing import assert_type
 
 import asyncpg
+from pydantic import PostgresDsn, SecretStr
+from sqlalchemy import make_url
 
 import chatdb
+from chatdb.pool import Connection
 
 
 async def example(pool: asyncpg.Pool, connection: asyncpg.Connection) -> None:
@@ -30,3 +33,15 @@ async def example(pool: asyncpg.Pool, connection: asyncpg.Connection) -> None:
     async with chatdb.open_embedded() as db:
         await chatdb.get_conversation(db, user_id="alice", conversation_id=at)
     pool = await chatdb.create_pool("postgresql://localhost/chat")
+    await chatdb.create_pool(SecretStr("postgresql://localhost/chat"), statement_cache_size=0, host=["a", "b"])
+    await chatdb.create_pool(PostgresDsn("postgresql://localhost/chat"), server_settings={"geqo": "off"}, init=prepare)
+    await chatdb.create_pool(make_url("postgresql://localhost/chat"), max_size=3)
+    await chatdb.create_pool(3)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    await chatdb.create_pool(maxsize=3)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    await chatdb.create_pool(max_size="3")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    await chatdb.create_pool(statement_cache_size="0")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+async def prepare(connection: Connection) -> None:
+    """Set a connection up."""
+    await connection.execute("set geqo = off")

@@ -1,0 +1,271 @@
+"""The options of a pool: their types, and their checks by name before any of them reaches the driver."""
+
+from __future__ import annotations
+
+import math
+import os
+import ssl
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, TypedDict, cast
+
+import asyncpg
+
+from chatdb._input import MAX_INT, type_name
+from chatdb.dsn import ATTRIBUTES, SSLMODES
+from chatdb.errors import ConfigurationError
+
+MIN_LIFETIME: Final = 0.05
+"""The shortest time, in seconds, that connections may be allowed to be idle: the timer runs eight times in it."""
+
+_MOST_CONNECTIONS: Final = 262_143
+"""What a server's max_connections can be at most."""
+
+if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
+
+    Hook = Callable[[PoolConnectionProxy[asyncpg.Record]], Awaitable[None]]
+    """What asyncpg calls with a connection."""
+
+    Record = type[asyncpg.Record]
+else:
+    Hook = Record = object
+
+
+class DriverOptions(TypedDict, total=False):
+    """The options of `asyncpg.create_pool` that chatdb's pool hands on."""
+
+    init_size: int | None
+    max_queries: int
+    connect: Callable[..., Awaitable[Any]] | None
+    setup: Hook | None
+    init: Hook | None
+    reset: Hook | None
+    record_class: Record
+    host: str | Sequence[str] | None
+    port: int | Sequence[int] | None
+    user: str | None
+    password: str | Callable[[], str | Awaitable[str]] | None
+    passfile: str | os.PathLike[str] | None
+    service: str | None
+    servicefile: str | os.PathLike[str] | None
+    database: str | None
+    timeout: float
+    statement_cache_size: int
+    max_cached_statement_lifetime: float
+    max_cacheable_statement_size: int
+    ssl: ssl.SSLContext | Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] | bool | None
+    direct_tls: bool | None
+    server_settings: Mapping[str, str] | None
+    target_session_attrs: Literal["any", "primary", "standby", "read-write", "read-only", "prefer-standby"] | None
+    krbsrvname: str | None
+    gsslib: Literal["gssapi", "sspi"] | None
+
+
+OF_CONNECTION: Final = frozenset({
+    "host", "port", "user", "password", "passfile", "service", "servicefile", "database", "timeout", "ssl",
+    "direct_tls", "server_settings", "target_session_attrs", "krbsrvname", "gsslib",
+})  # fmt: skip
+"""Those that say the same as a DSN, and come before it."""
+
+_NOT_TAKEN: Final = {
+    "connection_class": "the pool relies on a class of its own",
+    "loop": "a pool belongs to the event loop that opens it",
+}
+
+
+def checked(options: Mapping[str, object]) -> dict[str, Any]:
+    """
+    Return the options with values of the plain types, without those that are None where that means "not given".
+
+    Raises ConfigurationError, which names the option.
+    """
+    for name in options:
+        if name in _NOT_TAKEN:
+            raise ConfigurationError(f"{name} is not taken: {_NOT_TAKEN[name]}")
+        if name not in _CHECKS:
+            near = get_close_matches(name, _CHECKS, 1)
+            raise ConfigurationError(f"create_pool has no option {name}{f': is {near[0]} meant?' if near else ''}")
+    found = {
+        name: _CHECKS[name](name, value) for name, value in options.items() if not (value is None and name in _OPTIONAL)
+    }
+    least, most = found.get("min_size", 0), found.get("max_size", 10)
+    if least > most:
+        raise ConfigurationError(f"min_size must be at most max_size, which is {most:,}, not {least:,}")
+    if not least <= found.get("init_size", least) <= most:
+        raise ConfigurationError(f"init_size must be min_size to max_size, which is {least:,} to {most:,}")
+    return found
+
+
+def _refuse(name: str, wanted: str, value: object) -> NoReturn:
+    raise ConfigurationError(f"{name} must be {wanted}, not {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    """Return a number as it is, of anything else the type: it may be a secret."""
+    if type(value) is float or (type(value) is int and abs(value) < 10**20):
+        return repr(value)
+    return type_name(type(value))
+
+
+def _integer(least: int, most: int = MAX_INT) -> Callable[[str, object], int]:
+    def check(name: str, value: object) -> int:
+        if issubclass(type(value), int) and type(value) is not bool:
+            number = int.__int__(cast("int", value))
+            if least <= number <= most:
+                return number
+        _refuse(name, f"an int of {least:,} to {most:,}", value)
+
+    return check
+
+
+def _number(value: object) -> float:
+    """Return a number that is finite, and a time that timers take, else NaN."""
+    kind = type(value)
+    if issubclass(kind, float):
+        number = float.__float__(cast("float", value))
+    elif issubclass(kind, int) and kind is not bool and abs(int.__int__(cast("int", value))) <= MAX_INT:
+        number = int.__int__(cast("int", value))  # as it was written, for the errors that quote it
+    else:
+        return math.nan
+    return number if abs(number) <= MAX_INT else math.nan
+
+
+def _seconds(name: str, value: object) -> float:
+    number = _number(value)
+    if number > 0:
+        return number
+    _refuse(name, f"a number of seconds above 0, to {MAX_INT:,}", value)
+
+
+def _lifetime(name: str, value: object) -> float:
+    number = _number(value)
+    if number == 0 or number >= MIN_LIFETIME:
+        return number
+    _refuse(name, f"0, for no limit, or a number of seconds from {MIN_LIFETIME} to {MAX_INT:,}", value)
+
+
+def _cache_lifetime(name: str, value: object) -> float:
+    number = _number(value)
+    if number >= 0:
+        return number
+    _refuse(name, f"0, for no limit, or a number of seconds, to {MAX_INT:,}", value)
+
+
+def _boolean(name: str, value: object) -> bool:
+    if type(value) is bool:
+        return value
+    _refuse(name, "True or False", value)
+
+
+def _text(name: str, value: object, *, least: int = 1) -> str:
+    if issubclass(type(value), str):
+        text = str.__str__(cast("str", value))
+        if len(text) >= least and "\0" not in text and text.encode(errors="ignore").decode() == text:
+            return text
+        raise ConfigurationError(f"{name} must be a str without NUL and lone surrogates{', not empty' * least}")
+    _refuse(name, "a str", value)
+
+
+def _path(name: str, value: object) -> str:
+    if hasattr(type(value), "__fspath__"):
+        try:
+            value = os.fspath(cast("os.PathLike[str]", value))
+        except Exception as error:
+            raise ConfigurationError(f"{name} must be a path: reading it raised {type(error).__name__}") from error
+    return _text(name, value)
+
+
+def _one_of(choices: frozenset[str]) -> Callable[[str, object], str]:
+    def check(name: str, value: object) -> str:
+        if issubclass(type(value), str) and str.__str__(cast("str", value)) in choices:
+            return str.__str__(cast("str", value))
+        raise ConfigurationError(f"{name} must be one of {', '.join(sorted(choices))}")
+
+    return check
+
+
+def _one_or_more(check: Callable[[str, object], Any]) -> Callable[[str, object], list[Any]]:
+    def check_each(name: str, value: object) -> list[Any]:
+        if type(value) is list or type(value) is tuple:
+            values = [*cast("Sequence[object]", value)]
+            if not values:
+                raise ConfigurationError(f"{name} must not be empty")
+            return [check(f"{name}[{index}]", each) for index, each in enumerate(values)]
+        return [check(name, value)]
+
+    return check_each
+
+
+def _password(name: str, value: object) -> object:
+    return value if callable(value) else _text(name, value, least=0)
+
+
+def _function(name: str, value: object) -> object:
+    if callable(value):
+        return value
+    _refuse(name, "a coroutine function", value)
+
+
+def _record_class(name: str, value: object) -> object:
+    if isinstance(value, type) and issubclass(value, asyncpg.Record):
+        return cast("object", value)
+    _refuse(name, "a subclass of asyncpg.Record", value)  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _tls(name: str, value: object) -> object:
+    if type(value) is bool or issubclass(type(value), ssl.SSLContext):
+        return value
+    if issubclass(type(value), str) and str.__str__(cast("str", value)) in SSLMODES:
+        return str.__str__(cast("str", value))
+    raise ConfigurationError(f"{name} must be an SSLContext, True, False, or one of {', '.join(sorted(SSLMODES))}")
+
+
+def _settings(name: str, value: object) -> dict[str, str]:
+    if not issubclass(type(value), dict):
+        _refuse(name, "a dict of str", value)
+    items = cast("list[tuple[object, object]]", [*dict.items(cast("dict[object, object]", value))])
+    keys = [_text(f"a key of {name}", key) for key, _ in items]
+    return {key: _text(f"{name}.{key}", each, least=0) for key, (_, each) in zip(keys, items, strict=True)}
+
+
+_CHECKS: Final[dict[str, Callable[[str, object], Any]]] = {
+    "min_size": _integer(0, _MOST_CONNECTIONS),
+    "max_size": _integer(1, _MOST_CONNECTIONS),
+    "init_size": _integer(0, _MOST_CONNECTIONS),
+    "acquire_timeout": _seconds,
+    "command_timeout": _seconds,
+    "retries": _integer(0),
+    "row_level_security": _boolean,
+    "max_inactive_connection_lifetime": _lifetime,
+    "max_queries": _integer(1),
+    "connect": _function,
+    "setup": _function,
+    "init": _function,
+    "reset": _function,
+    "record_class": _record_class,
+    "host": _one_or_more(_text),
+    "port": _one_or_more(_integer(1, 65_535)),
+    "user": _text,
+    "password": _password,
+    "passfile": _path,
+    "service": _text,
+    "servicefile": _path,
+    "database": _text,
+    "timeout": _seconds,
+    "statement_cache_size": _integer(0),
+    "max_cached_statement_lifetime": _cache_lifetime,
+    "max_cacheable_statement_size": _integer(0),
+    "ssl": _tls,
+    "direct_tls": _boolean,
+    "server_settings": _settings,
+    "target_session_attrs": _one_of(ATTRIBUTES),
+    "krbsrvname": _text,
+    "gsslib": _one_of(frozenset({"gssapi", "sspi"})),
+}
+
+_OPTIONAL: Final = frozenset({
+    "init_size", "connect", "setup", "init", "reset", "host", "port", "user", "password", "passfile", "service",
+    "servicefile", "database", "ssl", "direct_tls", "server_settings", "target_session_attrs", "krbsrvname", "gsslib",
+})  # fmt: skip
+"""Those whose None means that nothing is given, as asyncpg has it."""
