@@ -106,6 +106,23 @@ def libpq_dsn(dsn: str, *, scheme: str) -> str:
     return f"{scheme}://{encoded}{at}{address}{parts.path}?{urlencode(options, quote_via=quote)}".rstrip("?")
 
 
+def server_of(arguments: dict[str, Any]) -> str:
+    """Return the hosts and ports among the arguments of `asyncpg.connect`, as a person reads them."""
+    hosts: list[str] = arguments.get("host") or _comma(os.environ.get("PGHOST", ""))
+    port: int | list[int] = arguments.get("port") or int(os.environ.get("PGPORT") or 5432)
+    ports = port if isinstance(port, list) else [port] * len(hosts)
+    named = [host if host.startswith("/") else f"{host}:{at}" for host, at in zip(hosts, ports, strict=False)]
+    return ", ".join(named) or "the local socket"
+
+
+def database_of(dsn: str) -> str:
+    """Return which database a DSN names, as a person reads it: `chat at db.example:5432`."""
+    arguments = connect_arguments(dsn)
+    name = arguments.get("database") or os.environ.get("PGDATABASE")
+    name = name or arguments.get("user") or os.environ.get("PGUSER") or getpass.getuser()
+    return f"{name} at {server_of(arguments)}"
+
+
 class _Options:
     """The options of a DSN, each taken once; what nobody took is refused."""
 

@@ -159,7 +159,9 @@ async def export_conversations(pool: Pool, *, user_id: str) -> AsyncGenerator[Co
     Two server-side cursors in one read-only transaction: memory does not grow with the history.
     """
     user = _input.user(user_id)
-    async with pool.acquire() as connection, connection.transaction(isolation="repeatable_read", readonly=True):
+    async with transaction(pool) as connection:  # asyncpg's own waits long for a silent server to roll back
+        with translating():
+            await connection.execute("set transaction isolation level repeatable read, read only")
         await set_user(connection, user)
         messages = _export_conversations_messages.iterate(connection, user)
         message = await anext(messages, None)

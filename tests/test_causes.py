@@ -331,7 +331,10 @@ async def test_an_encoding_that_is_too_narrow(narrow: tuple[str, str]) -> None:
         ("postgresql://alice@[::1]:1/chat", "at ::1:1 cannot be reached ("),
         ("postgresql://alice@localhost:1,127.0.0.1:1/chat", "at localhost:1, 127.0.0.1:1 cannot be reached ("),
         ("postgresql://alice@/chat?host=/nowhere", "at /nowhere cannot be reached (No such file or directory)"),
-        ("postgresql://alice@no-such-host.invalid/chat?sslmode=disable", "at no-such-host.invalid:5432 cannot be reached ("),
+        (
+            "postgresql://alice@no-such-host.invalid/chat?sslmode=disable",
+            "at no-such-host.invalid:5432 cannot be reached (",
+        ),
     ],
 )
 async def test_a_server_that_cannot_be_reached(dsn: str, said: str) -> None:
