@@ -15,7 +15,7 @@ from chatdb import _input
 from chatdb._query import Query
 from chatdb.errors import ConfigurationError, ConflictError, translating
 from chatdb.pool import Pool, set_user, transaction
-from chatdb.records import Conversation, ImportedConversation, ImportedMessages, Message, StoredConversation
+from chatdb.records import Conversation, Deleted, ImportedConversation, ImportedMessages, Message, StoredConversation
 from chatdb.sources import Changed, Item, Skipped, SourceConversation, SourceMessage
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ _import_conversations = Query("import_conversations", ImportedConversation)
 _import_conversations_find = Query("import_conversations_find", StoredConversation)
 _import_conversations_extend = Query("import_conversations_extend", ImportedConversation)
 _import_conversations_messages = Query("import_conversations_messages", ImportedMessages)
+_count_user = Query("count_user", Deleted)
 _export_conversations = Query("export_conversations", Conversation)
 _export_conversations_messages = Query("export_conversations_messages", Message)
 
@@ -150,6 +151,13 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
         with contextlib.suppress(Exception):  # the first error is the one to be seen
             await ahead  # its thread reads the caller's file
     return report
+
+
+async def count_user(pool: Pool, *, user_id: str) -> Deleted:
+    """Return how many conversations and messages `delete_user` would delete."""
+    user = _input.user(user_id)
+    async with transaction(pool, user_id=user) as connection:
+        return await _count_user.fetch_one(connection, user)
 
 
 async def export_conversations(pool: Pool, *, user_id: str) -> AsyncGenerator[Conversation | Message, None]:

@@ -239,6 +239,7 @@ TRANSFERRED = {
     "import_conversations_messages": [{"messages": 3}],
     "export_conversations": [],
     "export_conversations_messages": [],
+    "count_user": [{"conversations": 1, "messages": 2}],
 }
 
 
