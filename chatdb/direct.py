@@ -47,55 +47,72 @@ _CONNECT_SECONDS = 10
 _SILENT_SECONDS = 5.0
 """How long a server may be silent during a statement before it is asked, by another connection, if it still answers."""
 
+_UNKNOWN_SECONDS = 300.0
+"""The same where the server cannot say, as through a pooler, whose process numbers are its own: the bound of looks."""
+
+_IN_TRANSIT = 1.0
+"""How long an answer may be on its way."""
+
+_SILENT = "the server has gone silent"
+_ACTIVITY = "select state from pg_catalog.pg_stat_activity where pid operator(pg_catalog.=) %s"
+
 # the kernel's own signs of a peer that is gone, which need no answer of the server's
 _KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 30_000}
 
 
 class _Connection(_Base):
     """
-    A connection whose statements may take as long as they need, but only while the server answers others.
+    A connection whose statements may take as long as they need, but only while the server is at work on them.
 
     A long statement, such as the build of an index, and a server that has gone silent look the same on a connection.
     """
 
     conninfo = ""
     silent_seconds = _SILENT_SECONDS
-    _is_probe = False
+    is_probe = False
 
     def wait(self, gen: PQGen[RV], *args: Any, **options: Any) -> RV:  # noqa: ANN401 - psycopg's own
         return super().wait(self._watched(gen), *args, **options)
 
     def _watched(self, gen: PQGen[RV]) -> PQGen[RV]:
-        """Run psycopg's generator, which waits for the socket, and raise where nothing comes and the server is dead."""
-        heard, is_suspect = time.monotonic(), False
+        """Run psycopg's generator, which waits for the socket, and raise where nothing more will come."""
+        heard = asked = time.monotonic()
+        lost_at: float | None = None
         try:
             state = next(gen)
             while True:
                 ready = yield state
+                now = time.monotonic()
                 if ready:
-                    heard, is_suspect = time.monotonic(), False
-                elif is_suspect:
+                    heard = asked = now
+                    lost_at = None
+                elif lost_at is not None and now > lost_at + _IN_TRANSIT:
                     self.pgconn.finish()
-                    raise psycopg.OperationalError("the server has gone silent")
-                elif time.monotonic() - heard > self.silent_seconds:
-                    # what has come meanwhile is taken before anything is said
-                    is_suspect, heard = self._is_probe or not self._is_answered(), time.monotonic()
+                    raise psycopg.OperationalError(_SILENT)
+                elif lost_at is None and now > asked + self.silent_seconds:
+                    is_at_work = False if self.is_probe else self._is_at_work()
+                    asked = time.monotonic()
+                    if is_at_work is False or (is_at_work is None and asked > heard + _UNKNOWN_SECONDS):
+                        lost_at = asked
                 state = gen.send(ready)
         except StopIteration as end:
             result: RV = end.value
             return result
 
-    def _is_answered(self) -> bool:
-        """Whether the server answers a new connection, were it by a refusal."""
+    def _is_at_work(self) -> bool | None:
+        """Ask by a new connection if the server is at work on the statement; None where that is not to be known."""
         try:
             with _Connection.connect(self.conninfo, autocommit=True, application_name=APPLICATION) as probe:
-                probe._is_probe, probe.silent_seconds = True, self.silent_seconds
-                probe.execute("select")
+                probe.is_probe, probe.silent_seconds = True, self.silent_seconds
+                row = probe.execute(_ACTIVITY, [self.info.backend_pid]).fetchone()
         except psycopg.errors.ConnectionTimeout:
             return False
         except psycopg.Error as error:
-            return "gone silent" not in str(error)
-        return True
+            if _SILENT in str(error):
+                return False
+            # any other answer than of the host itself is the server's, such as that all connections are taken
+            return None if "Connection refused" in str(error) else True
+        return None if row is None or row[0] is None else not row[0].startswith("idle")
 
 
 def open_connection(dsn: str, **options: Any) -> psycopg.Connection:  # noqa: ANN401 - psycopg's own

@@ -292,16 +292,35 @@ def interrupted(command: list[str | Path], moment: float, env: dict[str, str], c
     process = subprocess.Popen(
         command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    time.sleep(moment)
-    with suppress(ProcessLookupError):
-        process.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(moment)
+    process.send_signal(signal.SIGINT)  # does nothing where it has ended
     shown, said = process.communicate(timeout=60)
     return process.returncode, shown, said
 
 
-@pytest.mark.parametrize("way", ["chatdb list", "python -m chatdb list", "chatdb check", "chatdb import", "embedded"])
-def test_an_early_interrupt(request: pytest.FixtureRequest, way: str, dsn: str, tmp_path: Path) -> None:
-    """At each 20 ms of the first seconds, imports included, it is status 130 and one line, or the command was done."""
+WAYS = pytest.mark.parametrize(
+    "way", ["chatdb list", "python -m chatdb list", "chatdb check", "chatdb import", "embedded"]
+)
+
+
+@WAYS
+def test_an_early_interrupt(way: str, dsn: str, tmp_path: Path) -> None:
+    """Ctrl-C in the first second, imports included, is status 130 and one line, or the command was done."""
+    interrupt_at([step * 0.12 for step in range(1, 9)], way, dsn, tmp_path)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3_600)
+@WAYS
+def test_each_early_interrupt(request: pytest.FixtureRequest, way: str, dsn: str, tmp_path: Path) -> None:
+    """The same at each 20 ms of the first three seconds."""
+    every = sized(request, 1, 10)
+    interrupt_at([step * 0.02 for step in range(0, 151, every)], way, dsn, tmp_path)
+
+
+def interrupt_at(moments: list[float], way: str, dsn: str, tmp_path: Path) -> None:
+    """Interrupt a command at each of the moments, and say how it ended."""
     file = tmp_path / "talk.json"
     file.write_text(json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "hi"}] * 100}]))
     program = [sys.executable, "-m", "chatdb"] if "python" in way else [PROGRAM]
@@ -311,8 +330,6 @@ def test_an_early_interrupt(request: pytest.FixtureRequest, way: str, dsn: str, 
     }.get(way, ["list", "--user", "alice", "--json"])
     env = environment({"CHATDB_HOME": str(tmp_path / "home")} | ({} if way == "embedded" else {"DATABASE_URL": dsn}))
     startup = min(_seconds_of_startup() for _ in range(5))
-    steps = 150 if request.config.getoption("-m") == "chaos" and not request.config.getoption("--quick") else 0
-    moments = [step * 0.02 for step in range(steps)] or [step * 0.12 for step in range(1, 9)]
     outcomes: Counter[str] = Counter()
     for moment in moments:
         status, shown, said = interrupted([*program, *arguments], moment, env, tmp_path)
@@ -325,7 +342,7 @@ def test_an_early_interrupt(request: pytest.FixtureRequest, way: str, dsn: str, 
             outcomes["before the program began"] += 1  # Python starts, and reads what pip made of the entry point
         else:
             pytest.fail(f"{way} at {moment:.3f} s: {status} {said}")
-    figure(f"{way}: {len(moments)} interrupts in steps of 20 ms: {dict(outcomes)}; Python's start {startup:.3f} s")
+    figure(f"{way}: {len(moments)} interrupts: {dict(outcomes)}; Python's start {startup:.3f} s")
     assert outcomes["130"]
 
 

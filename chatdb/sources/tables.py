@@ -448,15 +448,10 @@ def _explained(state: str, is_value: bool) -> ChatDBError:
             return ConfigurationError("the role may not read the tables: grant it select on them")
         case "57014":
             return CommandTimeoutError("the server of the tables cancelled the reading, by its time limit", sent=True)
-        case _ if state[:2] in {"28", "3D"}:
-            return ConfigurationError("the server of the tables refused the user, the password or the database name")
         case _ if state[:2] in {"08", "53", "57", "58"}:
             return UnavailableError("the server of the tables went away, or takes no connections: try again", sent=None)
         case "" if not is_value:
-            return UnavailableError(
-                "the server of the tables cannot be reached, went away, or refused the user, password or database name",
-                sent=None,
-            )
+            return UnavailableError("the server of the tables went away, or no longer answers: try again", sent=None)
         case "":
             return InvalidInputError("table", "has a value that cannot be read")
         case _:
