@@ -136,12 +136,20 @@ def _main() -> None:
     try:
         app()
     except ChatDBError as error:
+        if _is_of_an_interrupt(error):
+            raise KeyboardInterrupt from None
         fail(str(error))
     except BrokenPipeError:  # the reader, like head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         fail(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror or error))
+
+
+def _is_of_an_interrupt(error: BaseException) -> bool:
+    """Whether an error came up in cleaning up after an interrupt, as in a transaction whose statement was cancelled."""
+    context = error.__context__
+    return context is not None and (isinstance(context, KeyboardInterrupt) or _is_of_an_interrupt(context))
 
 
 def _interrupt(*_: object) -> None:
