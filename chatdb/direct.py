@@ -6,18 +6,33 @@ They change tables, so one at a time does: by an advisory lock of the session, w
 
 from __future__ import annotations
 
+import asyncio
+import os
 import random
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
-from chatdb.dsn import libpq_dsn
-from chatdb.errors import RLS_USER_ID, ChatDBError, ConfigurationError, UnavailableError
+import asyncpg
+
+from chatdb.dsn import connect_arguments, libpq_dsn, server_of
+from chatdb.errors import RLS_USER_ID, ChatDBError, ConfigurationError, UnavailableError, translated
 
 try:
     import psycopg
+    from psycopg.conninfo import conninfo_to_dict, make_conninfo
 except ImportError:
     raise ConfigurationError("the drivers for migrations are not installed: pip install 'chatdb[migrate]'") from None
+
+if TYPE_CHECKING:
+    from psycopg.abc import RV, PQGen
+    from psycopg.rows import TupleRow
+
+    _Base = psycopg.Connection[TupleRow]
+else:
+    _Base = psycopg.Connection
 
 errors = psycopg.errors
 """The driver's, for modules that import this one first, because it says what to install."""
@@ -25,21 +40,155 @@ errors = psycopg.errors
 APPLICATION = "chatdb operator"
 _LOCK = 0x636861746462  # "chatdb"
 _NO_ROUTE = "set CHATDB_MIGRATE_URL to the direct connection (on Neon the host without -pooler)"
+_LOOKS = ("set local lock_timeout = '10s'", "set local statement_timeout = '5min'")
+"""The bounds of what only looks: some of it counts the rows of large tables."""
+
+_CONNECT_SECONDS = 10
+_SILENT_SECONDS = 5.0
+"""How long a server may be silent during a statement before it is asked, by another connection, if it still answers."""
+
+_UNKNOWN_SECONDS = 300.0
+"""The same where the server cannot say, as through a pooler, whose process numbers are its own: the bound of looks."""
+
+_IN_TRANSIT = 1.0
+"""How long an answer may be on its way."""
+
+_SILENT = "the server has gone silent"
+_ACTIVITY = "select state from pg_catalog.pg_stat_activity where pid operator(pg_catalog.=) %s"
+
+# the kernel's own signs of a peer that is gone, which need no answer of the server's
+_KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 30_000}
+
+
+class _Connection(_Base):
+    """
+    A connection whose statements may take as long as they need, but only while the server is at work on them.
+
+    A long statement, such as the build of an index, and a server that has gone silent look the same on a connection.
+    """
+
+    conninfo = ""
+    silent_seconds = _SILENT_SECONDS
+    is_probe = False
+
+    def wait(self, gen: PQGen[RV], *args: Any, **options: Any) -> RV:  # noqa: ANN401 - psycopg's own
+        return super().wait(self._watched(gen), *args, **options)
+
+    def _watched(self, gen: PQGen[RV]) -> PQGen[RV]:
+        """Run psycopg's generator, which waits for the socket, and raise where nothing more will come."""
+        heard = asked = time.monotonic()
+        lost_at: float | None = None
+        try:
+            state = next(gen)
+            while True:
+                ready = yield state
+                now = time.monotonic()
+                if ready:
+                    heard = asked = now
+                    lost_at = None
+                elif lost_at is not None and now > lost_at + _IN_TRANSIT:
+                    self.pgconn.finish()
+                    raise psycopg.OperationalError(_SILENT)
+                elif lost_at is None and now > asked + self.silent_seconds:
+                    is_at_work = False if self.is_probe else self._is_at_work()
+                    asked = time.monotonic()
+                    if is_at_work is False or (is_at_work is None and asked > heard + _UNKNOWN_SECONDS):
+                        lost_at = asked
+                state = gen.send(ready)
+        except StopIteration as end:
+            result: RV = end.value
+            return result
+
+    def _is_at_work(self) -> bool | None:
+        """Ask by a new connection if the server is at work on the statement; None where that is not to be known."""
+        try:
+            with _Connection.connect(self.conninfo, autocommit=True, application_name=APPLICATION) as probe:
+                probe.is_probe, probe.silent_seconds = True, self.silent_seconds
+                row = probe.execute(_ACTIVITY, [self.info.backend_pid]).fetchone()
+        except psycopg.errors.ConnectionTimeout:
+            return False
+        except psycopg.Error as error:
+            if _SILENT in str(error):
+                return False
+            # any other answer than of the host itself is the server's, such as that all connections are taken
+            return None if "Connection refused" in str(error) else True
+        return None if row is None or row[0] is None else not row[0].startswith("idle")
+
+
+def open_connection(dsn: str, **options: Any) -> psycopg.Connection:  # noqa: ANN401 - psycopg's own
+    """
+    Return a connection, in the making and the use of which no silence lasts.
+
+    The DSN's `connect_timeout` goes before the default of 10 seconds.
+
+    Raises ConfigurationError and UnavailableError, which name the server, and say which of its answers it was.
+    """
+    conninfo = libpq_dsn(dsn, scheme="postgresql")
+    there = conninfo_to_dict(conninfo)
+    defaults: dict[str, Any] = dict(_KEEPALIVES)
+    if "PGCONNECT_TIMEOUT" not in os.environ:
+        defaults["connect_timeout"] = _CONNECT_SECONDS
+    missing = {name: value for name, value in defaults.items() if name not in there}
+    try:
+        connection = _Connection.connect(conninfo, **missing, **options)
+    except psycopg.Error as error:
+        raise _refused(dsn, error) from None
+    connection.conninfo = make_conninfo(conninfo, **missing)
+    with suppress(ValueError):
+        seconds = float(there.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT") or _CONNECT_SECONDS)
+        if seconds > 0:
+            connection.silent_seconds = min(seconds, _SILENT_SECONDS)
+    return connection
 
 
 @contextmanager
 def connected(dsn: str) -> Generator[psycopg.Connection]:
     """Give a connection in autocommit mode, and with the role's settings; the driver's errors become chatdb's."""
     try:
-        with psycopg.connect(
-            libpq_dsn(dsn, scheme="postgresql"),
+        with open_connection(
+            dsn,
             autocommit=True,
             fallback_application_name=APPLICATION,
             client_encoding="UTF8",  # else names come as bytes from a database without an encoding
         ) as connection:
             yield connection
     except psycopg.Error as error:
-        raise explained(error) from None  # whose text may quote a row, and a traceback would show it
+        # whose text may quote a row, and a traceback would show it
+        raise explained(error, server_of(connect_arguments(dsn))) from None
+
+
+def _refused(dsn: str, error: psycopg.Error) -> ChatDBError:
+    """
+    Return why no connection could be made.
+
+    libpq tells it by a sentence only, in the server's language. asyncpg has the SQLSTATE, so it tries again.
+    """
+    arguments = connect_arguments(dsn)
+    server = server_of(arguments)
+    second: Exception = TimeoutError()
+    if not isinstance(error, psycopg.errors.ConnectionTimeout):
+        with ThreadPoolExecutor(1) as executor:  # this thread may have an event loop
+            try:
+                executor.submit(asyncio.run, _connect_once(arguments)).result()
+            except Exception as caught:  # noqa: BLE001 - whichever, it is explained
+                second = caught
+            else:
+                return UnavailableError(f"the connection to {server} failed, and then did not: try again", sent=False)
+    if isinstance(second, TimeoutError):
+        return UnavailableError(f"{server} does not answer: check that the server runs, host and port", sent=False)
+    if isinstance(second, asyncpg.InsufficientPrivilegeError):
+        return ConfigurationError(f"the role may not connect to this database at {server}: grant it connect")
+    found = translated(second, server)
+    if found is None or isinstance(found, UnavailableError):
+        sentence = str(found) if found else f"no connection to {server} could be made ({type(second).__name__})"
+        return UnavailableError(sentence, sent=False)
+    return found
+
+
+async def _connect_once(arguments: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"timeout": _CONNECT_SECONDS}
+    connection = await asyncpg.connect(**(options | arguments))
+    connection.terminate()
 
 
 @contextmanager
@@ -51,6 +200,8 @@ def pinned_transaction(dsn: str) -> Generator[psycopg.Connection]:
     """
     with connected(dsn) as connection, connection.transaction():
         _prepare(connection, "local")
+        for limit in _LOOKS:
+            connection.execute(limit.encode())
         yield connection
 
 
@@ -68,7 +219,7 @@ def _prepare(connection: psycopg.Connection, scope: str) -> None:
     connection.execute(f"set {scope} search_path to pg_catalog, pg_temp".encode())
     connection.execute(
         "select pg_catalog.set_config(name, '0', %s) from pg_catalog.pg_settings where name in "
-        "('idle_session_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')",
+        "('idle_session_timeout', 'idle_in_transaction_session_timeout', 'statement_timeout', 'transaction_timeout')",
         [scope == "local"],
     )
 
@@ -149,7 +300,7 @@ def one(connection: psycopg.Connection, statement: str, *arguments: object) -> o
     return row[0] if row else None
 
 
-def explained(error: psycopg.Error) -> ChatDBError:
+def explained(error: psycopg.Error, server: str = "the database server") -> ChatDBError:
     """Return chatdb's own error for the driver's, whose text may hold rows, or a password."""
     state = error.sqlstate or ""
     if error.diag.constraint_name == RLS_USER_ID or error.diag.source_function == "check_enable_rls":
@@ -164,8 +315,6 @@ def explained(error: psycopg.Error) -> ChatDBError:
         )
     if state == "25006":
         return ConfigurationError("the server takes no writes: is it a standby? connect to the primary")
-    if state[:2] in {"28", "3D"}:
-        return ConfigurationError("the server refused the user, the password or the database name: check the DSN")
     if state in {"55P03", "40P01", "57014"}:
         return UnavailableError(
             f"the server gave up waiting for a lock or for time (SQLSTATE {state}), and undid the statement: run this "
@@ -174,9 +323,9 @@ def explained(error: psycopg.Error) -> ChatDBError:
         )
     if state[:2] in {"08", "57"} or (isinstance(error, psycopg.OperationalError) and not state):
         return UnavailableError(
-            "the database server cannot be reached, went away, or refused the user, the password or the database name: "
-            "check that it runs, and the DSN; then run this again",
-            sent=False,
+            f"the connection to {server} was lost, or the server no longer answers: check that it runs, and run this "
+            "again",
+            sent=None,
         )
     names = [name for name in (error.diag.table_name, error.diag.constraint_name) if name]
     place = f" at {', '.join(names)}" if names else ""

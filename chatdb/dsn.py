@@ -198,6 +198,12 @@ def server_of(arguments: Mapping[str, Any]) -> str:
     return ", ".join(host if host.startswith("/") else f"{host}:{port}" for host, port in pairs)
 
 
+def database_of(dsn: AnyDsn | ConnectionInfo) -> str:
+    """Return which database a DSN names, as a person reads it: `chat at db.example:5432`."""
+    info = read_dsn(dsn)
+    return f"{info.database} at {server_of(info.asyncpg())}"
+
+
 def text_of(dsn: object) -> str:
     """Return the text of a DSN, or of an object that holds one."""
     held = dsn

@@ -95,7 +95,7 @@ def _ways() -> list[_Way]:
 
 def _default_path() -> Path:
     home = os.environ.get("CHATDB_HOME")
-    if home == "":
+    if home is not None and not home.strip():
         raise ConfigurationError("CHATDB_HOME is empty: unset it, or name a folder")
     if home:
         return Path(home)
@@ -103,7 +103,12 @@ def _default_path() -> Path:
         return Path("/var/lib/chatdb")
     import platformdirs
 
-    return platformdirs.user_data_path("chatdb")
+    try:
+        return platformdirs.user_data_path("chatdb").expanduser()
+    except (KeyError, RuntimeError):
+        raise ConfigurationError(
+            "this process's user has no home folder: name a folder for the data with CHATDB_HOME, or set DATABASE_URL"
+        ) from None
 
 
 def _try_lock(fd: int) -> bool:

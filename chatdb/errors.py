@@ -214,7 +214,13 @@ _SETTINGS_HINT = (
     "a pooler stands in front of the database and does not take this setting with a connection: instead of by the "
     "DSN's options or server_settings, make it for the role, by ALTER ROLE ... SET"
 )
-_REFUSED_HINT = "the server refused the user, the password or the database name (SQLSTATE {}): check the DSN"
+_REFUSED_HINT = "the server{at} refused the connection (SQLSTATE {state}): {reason}"
+_REASONS = {
+    "28P01": "the user or the password is wrong, check the DSN",
+    "28000": "the user does not exist, or may not log in from here (pg_hba.conf)",
+    "3D000": "there is no database of this name, create it or check the DSN",
+}
+_REASON = "the user, the password or the database is not known there, check the DSN"
 _FULL_HINT = "the server takes no connections at the moment: try again"
 _REFUSED = re.compile("auth[a-z]* failed|password|no such (user|database)|login rejected|database .*(exist|disabled)")
 _FULL = re.compile("connections|connection slots|too many clients")
@@ -240,7 +246,7 @@ def translated(error: Exception, server: str = "") -> ChatDBError | None:
         code = _function_of(error)
         # what the server adds quotes the row ("Failing row contains (1, my secret message)"), and a traceback shows it
         vars(error).update(detail=None, context=None)
-        return _of_server(error, code)
+        return _of_server(error, code, f" at {server}" if server else "")
     if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
         wanted = _ATTRIBUTE.search(str(error))
         return UnavailableError(_ATTRIBUTES_HINT.format(wanted[0] if wanted else "..."), sent=False)
@@ -319,7 +325,7 @@ def _lost(error: Exception) -> UnavailableError:
     )
 
 
-def _of_server(error: asyncpg.PostgresError, code: str | None) -> ChatDBError | None:
+def _of_server(error: asyncpg.PostgresError, code: str | None, at: str) -> ChatDBError | None:
     state = str(getattr(error, "sqlstate", None) or "")
     name, column = getattr(error, "constraint_name", None), getattr(error, "column_name", None)
     if name == RLS_USER_ID:
@@ -365,7 +371,7 @@ def _of_server(error: asyncpg.PostgresError, code: str | None) -> ChatDBError | 
         case "42501":
             return ConfigurationError("the database role lacks a privilege on chatdb's tables: grant it to the role")
         case "08P01" if getattr(error, "server_source_function", None) is None:
-            return _of_pooler(error)
+            return _of_pooler(error, at)
         case "26000" | "42P05" | "08P01":
             return ConfigurationError(_POOLER_HINT)
         case "57014":
@@ -379,7 +385,7 @@ def _of_server(error: asyncpg.PostgresError, code: str | None) -> ChatDBError | 
         case "40001" | "40P01" | "55P03":
             return UnavailableError(f"the server rolled the statement back (SQLSTATE {state}): try again", sent=True)
         case _:
-            return _of_class(error, state[:2], state)
+            return _of_class(error, state[:2], state, at)
 
 
 def _refused(what: str, state: str) -> ConfigurationError:
@@ -389,7 +395,7 @@ def _refused(what: str, state: str) -> ConfigurationError:
     )
 
 
-def _of_pooler(error: asyncpg.PostgresError) -> ChatDBError:
+def _of_pooler(error: asyncpg.PostgresError, at: str) -> ChatDBError:
     """Tell by PgBouncer's words, always English, what its own errors are about: they have one SQLSTATE for all."""
     words = _NAMES.sub("", str(error))
     if "prepared statement" in words:
@@ -399,13 +405,13 @@ def _of_pooler(error: asyncpg.PostgresError) -> ChatDBError:
     if "SSL required" in words:
         return ConfigurationError("a pooler stands in front of the database and takes TLS only: see the DSN's sslmode")
     if _REFUSED.search(words):
-        return ConfigurationError(_REFUSED_HINT.format("08P01"))
+        return ConfigurationError(_REFUSED_HINT.format(at=at, state="08P01", reason=_REASON))
     if _FULL.search(words):
         return UnavailableError(_FULL_HINT, sent=False)
     return _lost(error)
 
 
-def _of_class(error: asyncpg.PostgresError, kind: str, state: str) -> ChatDBError | None:
+def _of_class(error: asyncpg.PostgresError, kind: str, state: str, at: str) -> ChatDBError | None:
     if kind in {"08", "57"}:
         return _lost(error)
     if kind in {"53", "58", "XX"}:
@@ -413,7 +419,8 @@ def _of_class(error: asyncpg.PostgresError, kind: str, state: str) -> ChatDBErro
             f"the server failed, and undid the statement (SQLSTATE {state}): see its log", sent=True
         )
     if kind in {"28", "3D"}:
-        return ConfigurationError(_REFUSED_HINT.format(state))
+        reason = _REASONS.get(state, _REASON)
+        return ConfigurationError(_REFUSED_HINT.format(at=at, state=state, reason=reason))
     if kind in {"22", "23", "54"}:
         return InvalidInputError("argument", f"the server refused a value (SQLSTATE {state})")
     return None

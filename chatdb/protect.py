@@ -9,13 +9,14 @@ named the policies raise an error: no rows at all would look like an empty accou
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
-
-import psycopg
+from typing import TYPE_CHECKING, NamedTuple
 
 from chatdb.direct import locked, one, patiently, pinned_transaction
 from chatdb.errors import RLS_USER_ID, ConfigurationError, SchemaError
 from chatdb.schema import without_quotes
+
+if TYPE_CHECKING:
+    import psycopg
 
 TABLES = ("conversations", "messages")
 WAIT = 60.0

@@ -15,7 +15,7 @@ from chatdb import _input
 from chatdb._query import Query
 from chatdb.errors import ConfigurationError, ConflictError, translating
 from chatdb.pool import Pool, set_user, transaction
-from chatdb.records import Conversation, ImportedConversation, ImportedMessages, Message, StoredConversation
+from chatdb.records import Conversation, Deleted, ImportedConversation, ImportedMessages, Message, StoredConversation
 from chatdb.sources import Changed, Item, Skipped, SourceConversation, SourceMessage
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ _import_conversations = Query("import_conversations", ImportedConversation)
 _import_conversations_find = Query("import_conversations_find", StoredConversation)
 _import_conversations_extend = Query("import_conversations_extend", ImportedConversation)
 _import_conversations_messages = Query("import_conversations_messages", ImportedMessages)
+_count_user = Query("count_user", Deleted)
 _export_conversations = Query("export_conversations", Conversation)
 _export_conversations_messages = Query("export_conversations_messages", Message)
 
@@ -152,6 +153,13 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
     return report
 
 
+async def count_user(pool: Pool, *, user_id: str) -> Deleted:
+    """Return how many conversations and messages `delete_user` would delete."""
+    user = _input.user(user_id)
+    async with transaction(pool, user_id=user) as connection:
+        return await _count_user.fetch_one(connection, user)
+
+
 async def export_conversations(pool: Pool, *, user_id: str) -> AsyncGenerator[Conversation | Message, None]:
     """
     Iterate over all conversations of a user as they are at one moment, each followed by its messages in order.
@@ -159,7 +167,9 @@ async def export_conversations(pool: Pool, *, user_id: str) -> AsyncGenerator[Co
     Two server-side cursors in one read-only transaction: memory does not grow with the history.
     """
     user = _input.user(user_id)
-    async with pool.acquire() as connection, connection.transaction(isolation="repeatable_read", readonly=True):
+    async with transaction(pool) as connection:  # asyncpg's own waits long for a silent server to roll back
+        with translating():
+            await connection.execute("set transaction isolation level repeatable read, read only")
         await set_user(connection, user)
         messages = _export_conversations_messages.iterate(connection, user)
         message = await anext(messages, None)

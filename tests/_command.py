@@ -28,7 +28,7 @@ def environment(env: dict[str, str]) -> dict[str, str]:
 def chatdb(*arguments: str | Path, env: dict[str, str], code: int = 0, cwd: Path | None = None) -> str:
     """Run what `chatdb` runs; return what it says: its standard output, or where it fails its standard error."""
     output, errors = (TextIOWrapper(BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         with (
             mock.patch.dict(os.environ, environment(env), clear=True),
@@ -59,15 +59,17 @@ def chatdb_process(*arguments: str | Path, env: dict[str, str], code: int = 0, c
     return done.stderr if code else done.stdout
 
 
-def on_a_terminal(*arguments: str, env: dict[str, str]) -> str:
-    """Run `chatdb` with a terminal as its output, and return what it shows there."""
+def on_a_terminal(*arguments: str, env: dict[str, str], code: int = 0, errors: bool = False) -> str:
+    """Run `chatdb` with a terminal as its output, with `errors` for those too, and return what it shows there."""
     ours, theirs = pty.openpty()
-    with subprocess.Popen([PROGRAM, *arguments], env=os.environ | env | {"COLUMNS": "200"}, stdout=theirs) as process:
+    stderr = theirs if errors else None
+    terminal = os.environ | {"COLUMNS": "200"} | env
+    with subprocess.Popen([PROGRAM, *arguments], env=terminal, stdout=theirs, stderr=stderr) as process:
         os.close(theirs)
         shown = b""
         with suppress(OSError):  # the end of a terminal
             while more := os.read(ours, 1024):
                 shown += more
     os.close(ours)
-    assert process.returncode == 0
+    assert process.returncode == code, shown
     return shown.decode()

@@ -171,6 +171,9 @@ class Transfer(Recorder):
         self.copied = ()
         self.users = []
 
+    async def execute(self, query):
+        """Take a setting of the transaction."""
+
     async def fetchval(self, query, user):
         """Take the user whose rows are to be seen, and say that there was none before."""
         self.users.append(user)
@@ -236,6 +239,7 @@ TRANSFERRED = {
     "import_conversations_messages": [{"messages": 3}],
     "export_conversations": [],
     "export_conversations_messages": [],
+    "count_user": [{"conversations": 1, "messages": 2}],
 }
 
 

@@ -21,6 +21,7 @@ from chatdb import inspection
 from chatdb._plans import planned
 from chatdb.cli import app
 from chatdb.direct import connected
+from chatdb.dsn import database_of
 from chatdb.inspection import inspect, is_wrong
 from chatdb.migrate import apply_migrations, migration_files
 from tests._catalog import DATA
@@ -56,7 +57,7 @@ def run(dsn: str, *arguments: str, code: int, program: tuple[str, ...] = ()) -> 
             ):
                 app(["check", *arguments])
             status, said, failed = ended.value.code, output.getvalue(), errors.getvalue()
-    assert (status, failed) == (code, "")
+    assert (status, failed) == (code, f"database: {database_of(dsn)}\n")
     assert "postgresql://" not in said
     return said
 
@@ -428,14 +429,22 @@ def test_it_changes_nothing(dsn: str) -> None:
 
 
 def test_how_it_is_shown(dsn: str) -> None:
-    """On a terminal it is a table, elsewhere lines with tabs, both with every thing that was looked at."""
+    """On a terminal and elsewhere every thing is shown that was looked at, by its whole name, and last the verdict."""
+    execute(
+        dsn, f'drop index chatdb.ix_conversations_user_id_active_on; create index "{"x" * 63}" on chatdb.messages (seq)'
+    )
     whats = [each.what for each in inspect(dsn)]
-    lines = run(dsn, code=0).splitlines()
+    *lines, verdict = run(dsn, code=1).splitlines()
     assert [line.split("\t")[0] for line in lines] == ["what", *whats]
     assert {line.count("\t") for line in lines} == {3}
-    shown = on_a_terminal("check", env={"DATABASE_URL": dsn})
+    assert verdict.startswith("not ok: 1 ")
+    shown = on_a_terminal("check", env={"DATABASE_URL": dsn, "COLUMNS": "80"}, code=1)
     assert all(what in shown for what in whats)
-    assert "─" in shown
+    assert verdict in shown.splitlines()[-1]
+    assert max(map(len, re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines())) <= 80
+    execute(dsn, "drop schema chatdb cascade")
+    apply_migrations(dsn)
+    assert run(dsn, code=0).splitlines()[-1].startswith("ok: ")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 
 from chatdb import append_message, create_conversation, create_pool
 from chatdb.cli import Format
+from chatdb.dsn import database_of
 from chatdb.sources import FORMATS, tables
 from tests._command import PROGRAM, chatdb, chatdb_process, environment, on_a_terminal
 from tests.conftest import execute
@@ -55,7 +56,7 @@ def test_import_list_show_export(env: dict[str, str], file: Path, tmp_path: Path
     assert chatdb("list", "--user", "alice", env=env).splitlines()[1].startswith(f"{listed['id']}\t")
     shown = chatdb("show", str(listed["id"]), "--user", "alice", env=env)
     assert "#1 user" in shown
-    assert "Hello! 👋 :smile: [bold]\x1b[31m" in shown, "what is no terminal gets the text as it is"
+    assert "Hello! 👋 :smile: [bold]\N{REPLACEMENT CHARACTER}[31m" in shown, "a pager is a terminal behind a pipe"
     last = chatdb("show", str(listed["id"]), "--user", "alice", "--last", "1", "--json", env=env)
     assert [json.loads(line)["type"] for line in last.splitlines()] == ["conversation", "message"]
 
@@ -105,7 +106,7 @@ def test_dotenv(dsn: str, tmp_path: Path) -> None:
         text=True,
     )
     assert (done.stdout, done.returncode) == ("[]\n", 0)
-    assert done.stderr == f"read {tmp_path}/.env: DATABASE_URL taken\n"
+    assert done.stderr.splitlines() == [f"read {tmp_path}/.env: DATABASE_URL taken", f"database: {database_of(dsn)}"]
     said = chatdb("list", "--user", "alice", env={"DATABASE_URL": "nonsense"}, cwd=tmp_path, code=1)
     assert "postgresql://" in said
 
@@ -172,10 +173,11 @@ def test_a_dotenv_that_another_user_can_write(spoil: str, tmp_path: Path) -> Non
 
 
 def test_no_variable_of_libpq_reaches_the_embedded_server(tmp_path: Path) -> None:
-    """Without DATABASE_URL no command goes anywhere else than to the embedded server."""
+    """With --embedded no command goes anywhere else than to the embedded server; without it they are an error."""
     env = {"CHATDB_HOME": str(tmp_path / "home"), "PGHOSTADDR": "203.0.113.1", "PGSERVICE": "x", "PGTZ": "x"}
-    assert "applied" in chatdb("migrate", env=env, cwd=tmp_path)
-    assert chatdb("list", "--user", "alice", "--json", env=env, cwd=tmp_path) == "[]\n"
+    assert "PGHOSTADDR, PGSERVICE are set" in chatdb("migrate", env=env, cwd=tmp_path, code=1)
+    assert "applied" in chatdb("migrate", "--embedded", env=env, cwd=tmp_path)
+    assert chatdb("--embedded", "list", "--user", "alice", "--json", env=env, cwd=tmp_path) == "[]\n"
 
 
 def test_embedded_by_default(tmp_path: Path, file: Path) -> None:
@@ -190,7 +192,7 @@ def test_embedded_by_default(tmp_path: Path, file: Path) -> None:
 def test_demo(env: dict[str, str], file: Path) -> None:
     """The demonstration does the five things and meets the target; a second one too."""
     for _ in range(2):
-        said = chatdb("demo", "--file", file, env=env)
+        said = chatdb("demo", "--file", file, "--database", env["DATABASE_URL"], env={})
         for number in range(1, 6):
             assert f"\n{number}. " in said
         assert "ConversationNotFoundError" in said
@@ -210,8 +212,9 @@ def test_demo(env: dict[str, str], file: Path) -> None:
 def test_refused(env: dict[str, str], tmp_path: Path, arguments: list[str], sentence: str) -> None:
     """What is refused is said in one sentence, with exit status 1."""
     said = chatdb(*arguments, env=env, cwd=tmp_path, code=1)
-    assert sentence in said
-    assert len(said.splitlines()) == 1
+    *before, last = said.splitlines()
+    assert sentence in last
+    assert before in ([], [f"database: {database_of(env['DATABASE_URL'])}"])
 
 
 @pytest.mark.parametrize(
@@ -269,7 +272,7 @@ def test_import_of_tables(env: dict[str, str], empty_dsn: str) -> None:
 def test_a_source_that_does_not_fit(env: dict[str, str], source: str) -> None:
     """A DSN that cannot be used is one sentence, which does not quote it."""
     said = chatdb("import", source, "--user", "alice", env=env, code=1)
-    assert len(said.splitlines()) == 1
+    assert len(said.splitlines()) == 2
     assert "secret" not in said
     assert "alice" not in said
 
@@ -287,7 +290,7 @@ def test_a_database_without_the_tables(empty_dsn: str, file: Path) -> None:
     env = {"DATABASE_URL": empty_dsn}
     for arguments in (["list"], ["import", str(file)], ["export"]):
         assert "run yoyo apply" in chatdb(*arguments, "--user", "alice", env=env, code=1)
-    assert "run yoyo apply" in chatdb("demo", "--file", file, env=env, code=1)
+    assert "run yoyo apply" in chatdb("demo", "--file", file, "--database", empty_dsn, env=env, code=1)
     chatdb("migrate", env=env)
     execute(empty_dsn, "alter table chatdb.messages drop column token_count")
     assert "run yoyo apply" in chatdb("import", file, "--user", "alice", env=env, code=1)

@@ -348,6 +348,14 @@ async def test_an_exports_arguments_reach_their_parameters(tx):
     assert found == {"export_conversations": ("ann",), "export_conversations_messages": ("ann",)}
 
 
+async def test_a_counts_argument_reaches_its_parameter(tx):
+    """What chatdb delete-user counts is one user's."""
+    db = Transfer(TRANSFERRED, tx)
+    counted = await transfer.count_user(db, user_id="ann")
+    assert (counted.conversations, counted.messages) == (1, 2)
+    assert {name_of(query): args for query, args in db.sent} == {"count_user": ("ann",)}
+
+
 def test_every_function_is_called():
     """Every public function on a database, and every file, is among the calls above."""
     functions = {name for name in chatdb.__all__ if inspect.isfunction(getattr(chatdb, name))} - {"transaction"}

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 from uuid import UUID
 
 from chatdb import _input
-from chatdb.dsn import libpq_dsn
 from chatdb.errors import (
     ChatDBError,
     CommandTimeoutError,
@@ -191,10 +190,9 @@ def read(
         import psycopg
     except ImportError:
         raise ConfigurationError(MISSING) from None
-    with (
-        _translating(),
-        psycopg.connect(libpq_dsn(dsn, scheme="postgresql"), client_encoding="utf8", prepare_threshold=None) as source,
-    ):
+    from chatdb.direct import open_connection
+
+    with _translating(), open_connection(dsn, client_encoding="utf8", prepare_threshold=None) as source:
         _mark_unreadable_times(source)
         source.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         source.read_only = True
@@ -224,7 +222,8 @@ def _read(source: psycopg.Connection, chosen: str, table: str | None, sessions: 
     if table is None:
         places = _found(source, chosen, places)
     elif not places:
-        raise _explained("42P01", is_value=False)
+        problem = f"is not there: the database has no table {table!r}, or not of the form; looked for {_LOOKED_FOR}"
+        raise InvalidInputError("table", problem)
     tables = _tables(places)
     wanted = {session if len(places) > 1 else _uuid(session) for session in sessions}
     for session, messages in groupby(_messages(source, tables, sorted(wanted) or None), lambda pair: pair[0].session):
@@ -449,15 +448,10 @@ def _explained(state: str, is_value: bool) -> ChatDBError:
             return ConfigurationError("the role may not read the tables: grant it select on them")
         case "57014":
             return CommandTimeoutError("the server of the tables cancelled the reading, by its time limit", sent=True)
-        case _ if state[:2] in {"28", "3D"}:
-            return ConfigurationError("the server of the tables refused the user, the password or the database name")
         case _ if state[:2] in {"08", "53", "57", "58"}:
             return UnavailableError("the server of the tables went away, or takes no connections: try again", sent=None)
         case "" if not is_value:
-            return UnavailableError(
-                "the server of the tables cannot be reached, went away, or refused the user, password or database name",
-                sent=None,
-            )
+            return UnavailableError("the server of the tables went away, or no longer answers: try again", sent=None)
         case "":
             return InvalidInputError("table", "has a value that cannot be read")
         case _:
