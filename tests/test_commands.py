@@ -119,7 +119,7 @@ def test_the_options_choose(dsn: str, tmp_path: Path) -> None:
         ("postgresql://u:geheim@db.example:6000/chat?sslmode=disable", "chat at db.example:6000"),
         ("postgresql://u:geheim@a:1,b:2/chat", "chat at a:1, b:2"),
         ("postgresql://u:geheim@[::1]:1/chat", "chat at ::1:1"),
-        ("postgresql://u:geheim@/chat?host=/run/postgresql", "chat at /run/postgresql"),
+        ("postgresql://u:geheim@/chat?host=/run/postgresql", "chat at the local socket"),
         ("postgresql://u:geheim@db.example", "u at db.example:5432"),
         ("postgresql://u:geheim@/chat", "chat at the local socket"),
     ],

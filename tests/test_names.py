@@ -33,7 +33,7 @@ from chatdb.migrate import (
 )
 from chatdb.protect import missing_protection, protect_tables
 from chatdb.sources import tables
-from chatdb.transfer import _import_conversations_messages, export_conversations, import_conversations
+from chatdb.transfer import _import_conversations_messages, count_user, export_conversations, import_conversations
 from tests import _recorder as recorder
 from tests._names import (
     FILES,
@@ -123,13 +123,17 @@ def test_a_text_that_is_no_sql_fails(tmp_path: Path) -> None:
 
 def test_the_connections_of_modules() -> None:
     """No other module than these has a connection of psycopg's whose search_path is the role's own."""
-    makers: dict[str, set[str]] = {"connect": set(), "connected": set()}
+    makers: dict[str, set[str]] = {"_Connection.connect": set(), "open_connection": set(), "connected": set()}
     for path in MODULES:
         for node in python.walk(python.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, python.Call) and python.unparse(node.func) in ("psycopg.connect", "connected"):
-                makers[python.unparse(node.func).removeprefix("psycopg.")].add(str(path.relative_to(PACKAGE)))
+            if isinstance(node, python.Call):
+                maker = python.unparse(node.func)
+                assert maker != "psycopg.connect", path
+                if maker in makers:
+                    makers[maker].add(str(path.relative_to(PACKAGE)))
     assert makers == {
-        "connect": {"direct.py", "sources/tables.py"},  # the latter pins it for its transaction
+        "_Connection.connect": {"direct.py"},  # besides, to ask pg_stat_activity what a silent server does
+        "open_connection": {"direct.py", "sources/tables.py"},  # the latter pins it for its transaction
         "connected": {"direct.py", "inspection.py", "migrate.py"},  # to ask for a pooler; to prepare the session
     }
 
@@ -348,6 +352,7 @@ async def services_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch
         new = [chatdb.NewMessage(role="user", content=text, key=text) for text in "ab"]
         for _ in range(2):
             await chatdb.append_messages(db, user_id="u", conversation_id=made.id, messages=new)
+        assert (await count_user(db, user_id="u")).conversations
         exported = [item async for item in export_conversations(db, user_id="u")]
         assert exported
         for count in (1, 1, 2):

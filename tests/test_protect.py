@@ -683,7 +683,14 @@ async def test_a_statement_that_forgets_its_user_reaches_nothing(walled: Place) 
                 async with chatdb.transaction(db, user_id="ada") as connection:
                     answer, found = await taken(connection, forgetful, arguments)
                 assert len(untouched) == 2, stem
-                if len(answer) != len(whole) or "secret" in str(answer) or "bob" in str(answer) or found != untouched:
+                is_other = stem == "count_user" and answer != whole
+                if (
+                    is_other
+                    or len(answer) != len(whole)
+                    or "secret" in str(answer)
+                    or "bob" in str(answer)
+                    or found != untouched
+                ):
                     reached[is_walled].add(stem)
     assert reached == {True: set(), False: {*FORGETFUL}}
     print(f"figure: {len(FORGETFUL)} statements without user_id reach another user's rows; behind the wall 0")
