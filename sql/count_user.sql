@@ -7,5 +7,13 @@
 -- served by ix_conversations_user_id_active_on, pk_messages
 
 select
-    (select pg_catalog.count(*) from chatdb.conversations where user_id = $1) as conversations,
-    (select pg_catalog.count(*) from chatdb.messages where user_id = $1) as messages
+    (
+        select pg_catalog.count(*)
+        from chatdb.conversations
+        where user_id = $1
+    ) as conversations,
+    (
+        select pg_catalog.count(*)
+        from chatdb.messages
+        where user_id = $1
+    ) as messages
