@@ -20,6 +20,8 @@ from chatdb.direct import connected, pinned_transaction
 from chatdb.dsn import connect_arguments
 from tests._command import PROGRAM, environment
 
+pytestmark = pytest.mark.owner
+
 COMMANDS = {
     "list": ["list", "--user", "alice"],
     "show": ["show", "1", "--user", "alice"],

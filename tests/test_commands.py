@@ -24,6 +24,8 @@ from chatdb.dsn import database_of
 from tests._chaos import figure, sized
 from tests._command import PROGRAM, chatdb, chatdb_process, environment, on_a_terminal
 
+pytestmark = pytest.mark.owner
+
 NASTY = "a[/red]\x1b]0;t\x07\x7f\x9b31m\u202e\u200e\u2066b"
 """A name that is broken markup, sets a terminal's title, and turns the direction of writing."""
 
@@ -180,8 +182,8 @@ def answered(answer: bytes, *arguments: str, env: dict[str, str], code: int | No
     )
     assert process.stdout is not None
     said = b""
-    while b"[y/N]: " not in said:
-        said += os.read(process.stdout.fileno(), 1024)
+    while b"[y/N]: " not in said and (more := os.read(process.stdout.fileno(), 1024)):
+        said += more
     os.write(ours, answer) if answer else process.send_signal(signal.SIGINT)
     said += process.stdout.read()
     process.stdout.close()
