@@ -76,7 +76,7 @@ AT = {"user_id": "ada", "conversation_id": 1}
 
 
 async def test_a_server_that_never_answers_the_connect(gate):
-    """Every call ends by AcquireTimeoutError, which says that no connection could be made, and so does a new pool."""
+    """Every call ends by AcquireTimeoutError, which says that could be made within, and so does a new pool."""
     async with pool_on(gate, max_size=len(EVERY)) as pool:
         gate.open.clear()
         gate.cut()
@@ -88,7 +88,7 @@ async def test_a_server_that_never_answers_the_connect(gate):
 
         answers.append(await timed(make()))
         pool.terminate()
-    judge("connect never answered", answers, AcquireTimeoutError, "no connection could be made")
+    judge("connect never answered", answers, AcquireTimeoutError, "could be made within")
 
 
 async def test_a_server_that_goes_silent_on_statements(gate):
