@@ -76,7 +76,7 @@ AT = {"user_id": "ada", "conversation_id": 1}
 
 
 async def test_a_server_that_never_answers_the_connect(gate):
-    """Every call ends by AcquireTimeoutError, which says that could be made within, and so does a new pool."""
+    """Every call ends by AcquireTimeoutError, which names the server, and so does a new pool."""
     async with pool_on(gate, max_size=len(EVERY)) as pool:
         gate.open.clear()
         gate.cut()
