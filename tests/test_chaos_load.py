@@ -195,7 +195,7 @@ async def operate(pool: chatdb.pool.Pool, worker: int, operations: int, conversa
 
 async def test_nothing_grows(request, dsn):
     """Over 200,000 operations memory, files, connections, statements, locks and transactions stay as they are."""
-    operations, workers, stretches = sized(request, 200_000, 4_000), 16, 4
+    operations, workers, stretches = sized(request, 200_000, 20_000), 16, 4
     seen: list[Standing] = []
     async with chatdb.create_pool(dsn, min_size=8, max_size=8) as pool:
         conversations = [(await chatdb.create_conversation(pool, user_id=USER)).id for _ in range(50)]
