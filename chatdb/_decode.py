@@ -43,8 +43,8 @@ def decoder(record: type[RecordT], given: tuple[str, ...] = ()) -> Callable[[Row
             fields = sorted({str(each["loc"][1]) for each in error.errors() if len(each["loc"]) > 1})
         # outside, because pydantic's error quotes the values
         raise ConfigurationError(
-            f"the connection has a codec whose values are none of {record.__name__}'s in {', '.join(fields)}; the "
-            "statement was carried out: remove the codec, or give chatdb a connection without it"
+            f"a codec of this connection returns values that do not fit {record.__name__} ({', '.join(fields)}): "
+            "remove it, or give chatdb a connection without it; the statement was carried out"
         )
 
     if (record, given) not in _FILLED:

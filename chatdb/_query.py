@@ -46,7 +46,7 @@ _PID: Final = "select pg_catalog.pg_backend_pid()"
 STATEMENTS: Final[set[str]] = set()
 """The statements of chatdb's own, which leave nothing in the session that they run in."""
 
-_FETCH: Final[Any] = inspect.unwrap(asyncpg.Connection.fetch)
+FETCH: Final[Any] = inspect.unwrap(asyncpg.Connection.fetch)
 """asyncpg's own method, even where a tool that traces has wrapped it."""
 
 _FIRST_WORD: Final = re.compile(r"\A(?:--.*\n)*(?:\w+|\()")
@@ -147,7 +147,7 @@ class Query(Generic[RecordT]):
             try:
                 if hasattr(db, "retries"):  # only chatdb's pool has the word
                     return await db.fetch(self.sql, *args, timeout=timeout)
-                return await _fetch(db, self.sql, args, timeout)
+                return await fetch_rows(db, self.sql, args, timeout)
             except Exception as error:
                 ours = own(error)
                 if ours is None:
@@ -193,7 +193,7 @@ def check_handle(db: object, method: str) -> None:
         raise InvalidInputError("db", f"must be a pool or an asyncpg connection, not {type_name(type(db))}")
 
 
-async def _fetch(db: Any, sql: str, args: tuple[object, ...], timeout: float | None) -> list[Any]:  # noqa: ANN401
+async def fetch_rows(db: Any, sql: str, args: tuple[object, ...], timeout: float | None) -> list[Any]:  # noqa: ANN401
     """
     Run a statement on a handle that is not chatdb's pool, and return its rows.
 
@@ -203,11 +203,11 @@ async def _fetch(db: Any, sql: str, args: tuple[object, ...], timeout: float | N
     is_pool, is_lent = (issubclass(db.__class__, kind) for kind in (asyncpg.Pool, PoolConnectionProxy))
     if is_pool:
         async with db.acquire() as lent:
-            return await _fetch(lent, sql, args, timeout)
+            return await fetch_rows(lent, sql, args, timeout)
     connection: Any = getattr(db, "_con", None) if is_lent else db
     is_known = issubclass(type(connection), asyncpg.Connection)
     # what overrides it, or a tool that traces and has wrapped it, is to see the statement
-    is_plain = is_known and type(connection).fetch is _FETCH
+    is_plain = is_known and type(connection).fetch is FETCH
     while True:
         try:
             rows: list[Any]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import inspect
 import logging
 import os
 import re
@@ -20,7 +19,7 @@ from asyncpg.transaction import Transaction, TransactionState
 
 from chatdb import _input
 from chatdb._options import OF_CONNECTION, DriverOptions, checked
-from chatdb._query import STATEMENTS, check_handle, may_prepare_anew
+from chatdb._query import FETCH, STATEMENTS, check_handle, fetch_rows, may_prepare_anew
 from chatdb.dsn import AnyDsn, ConnectionInfo, read_dsn, server_of, text_of
 from chatdb.errors import (
     AcquireTimeoutError,
@@ -103,9 +102,6 @@ _DISCARDS: Final = re.compile(r"\b(?:discard\s+(?:all|plans)|deallocate)\b", re.
 """What drops prepared statements that the driver believes to be there."""
 
 _log = logging.getLogger("chatdb")
-
-_FETCH: Final = inspect.unwrap(_BaseConnection.fetch)
-"""asyncpg's own method, which does no more than the one that `Pool.fetch` calls in its place."""
 
 _get_statement: Final[Any] = _BaseConnection._get_statement  # pyright: ignore[reportPrivateUsage] - asyncpg's
 
@@ -384,9 +380,10 @@ class Pool(_Base):
         self._check_owner()
         if self.row_level_security and args and query in STATEMENTS:
             try:
-                return await self._fetch_as(args[0], query, *args, timeout=timeout)
-            except asyncpg.InvalidCachedStatementError:  # outside a transaction, asyncpg itself prepares anew
-                return await self._fetch_as(args[0], query, *args, timeout=timeout)
+                return await self._fetch_as(args[0], query, args, timeout)
+            # the transaction is undone, and the statement will be prepared anew
+            except (asyncpg.InvalidCachedStatementError, asyncpg.InvalidSQLStatementNameError):
+                return await self._fetch_as(args[0], query, args, timeout)
         holder: Private = self._take_idle() or (await self._acquire(None))._holder
         connection: Private = holder._con
         try:
@@ -394,7 +391,7 @@ class Pool(_Base):
             if query not in STATEMENTS and connection.__class__ is _PoolsConnection:
                 connection._needs_reset = True
             rows: list[Any]
-            if _BaseConnection.fetch is _FETCH:
+            if _BaseConnection.fetch is FETCH:
                 try:
                     rows = await connection._execute(query, args, 0, timeout, record_class=record_class)
                 except asyncpg.InvalidSQLStatementNameError:
@@ -414,9 +411,9 @@ class Pool(_Base):
                 await _release_with_timeout(holder.release(self._acquire_timeout))
         return rows
 
-    async def _fetch_as(self, user: str, query: str, *args: object, timeout: float | None) -> list[Any]:
+    async def _fetch_as(self, user: str, query: str, args: tuple[Any, ...], timeout: float | None) -> list[Any]:
         async with transaction(self, user_id=user) as connection:
-            return await connection.fetch(query, *args, timeout=timeout)
+            return await fetch_rows(connection, query, args, timeout)
 
     async def release(self, connection: Any, *, timeout: float | None = None) -> None:  # noqa: ANN401 - asyncpg's proxy
         """Reset a connection and give it back; if a cancelled statement is still running, that goes on by itself."""

@@ -272,6 +272,18 @@ async def test_statements_that_others_drop(dsn: str, caplog: pytest.LogCaptureFi
 
 
 @pytest.mark.owner
+async def test_statements_that_others_drop_where_calls_name_their_user(dsn: str) -> None:
+    """A pool with `row_level_security`, whose calls are transactions, prepares them anew as well."""
+    drop = "create function public.drop_all() returns void language plpgsql as "
+    execute(dsn, f"{drop} $$ begin execute 'deallocate all'; end $$")
+    async with chatdb.create_pool(dsn, max_size=1, row_level_security=True) as db:
+        for _ in range(2):
+            assert await chatdb.list_conversations(db, user_id="alice") == []
+            await db.execute("select public.drop_all()")
+            assert await chatdb.list_conversations(db, user_id="alice") == []
+
+
+@pytest.mark.owner
 async def test_a_changed_column_inside_a_transaction(dsn: str) -> None:
     """A transaction that meets a column of another type than it had prepared for can be run again."""
     async with chatdb.create_pool(dsn, max_size=1) as db:
