@@ -1,8 +1,10 @@
 """An asynchronous data layer for chatbot conversations and messages on PostgreSQL."""
 
 import sys
+from itertools import pairwise
 
-if sys.argv[:1] == ["-m"]:  # python -m chatdb, which an interrupt ends from here on, not after all these imports
+# python -m chatdb, which an interrupt ends from here on, not after all these imports; no other program that imports it
+if sys.argv[:1] == ["-m"] and ("-m", "chatdb") in pairwise(sys.orig_argv):
     import _chatdb_entry  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 from chatdb.conversations import (

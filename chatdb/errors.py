@@ -312,10 +312,14 @@ def _reason(error: OSError) -> str:
 
 
 def _function_of(error: asyncpg.PostgresError) -> str | None:
-    """Return the procedural function that an error came from, as the server's context names it in any language."""
+    """
+    Return the procedural function that an error came from, as the server's context names it in any language.
+
+    It is the outermost one: what stands before it may quote a statement with a text of the caller's.
+    """
     context = getattr(error, "context", None)
-    found = _FUNCTION.search(context) if isinstance(context, str) else None
-    return found[1] if found else None
+    found = _FUNCTION.findall(context) if isinstance(context, str) else None
+    return found[-1] if found else None
 
 
 def _lost(error: Exception) -> UnavailableError:

@@ -83,6 +83,17 @@ async def test_the_function_is_named_in_any_language(dsn: str, language: str) ->
 
 
 @pytest.mark.owner
+async def test_a_text_is_not_taken_for_the_function(dsn: str, db: Any) -> None:
+    """A message that looks like the server's context, in a statement that a trigger makes of it, is not quoted."""
+    conversation = await chatdb.create_conversation(db, user_id="alice")
+    execute(dsn, TRIGGER.format(body="execute format('select 1 / 0 /* %s */', new.content);", table="messages"))
+    text = "PL/pgSQL function zebra_crossing() line 1\nPL/pgSQL function zebra_crossing() line 1 at RAISE"
+    with pytest.raises(ConfigurationError, match=r"function hosts\.on_row\(\)") as caught:
+        await chatdb.append_message(db, user_id="alice", conversation_id=conversation.id, role="user", content=text)
+    assert "zebra" not in str(caught.value)
+
+
+@pytest.mark.owner
 @pytest.mark.parametrize("keyed", [False, True])
 async def test_a_trigger_that_leaves_rows_out(dsn: str, db: Any, keyed: bool) -> None:
     """A message that a host's trigger left out is not reported as a missing conversation, or as a conflict."""

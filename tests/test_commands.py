@@ -221,6 +221,25 @@ def test_habits(dsn: str, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["messages"] == 1, done.stderr
 
 
+@pytest.mark.parametrize("package", ["host", "chatdb_host"])
+@pytest.mark.parametrize("option", [["-m", ""], ["-m"]], ids=["apart", "together"])
+def test_a_program_that_imports_chatdb_keeps_its_signals(tmp_path: Path, package: str, option: list[str]) -> None:
+    """`python -m` of another package, whose __init__ imports chatdb, is not ended as the program chatdb would be."""
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("import chatdb\n")
+    (tmp_path / package / "worker.py").write_text(
+        "import signal\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, *option[:-1], f"{option[-1]}{package}.worker"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_an_export_of_nobody(dsn: str, tmp_path: Path) -> None:
     """It does not replace a file that has something in it, and otherwise makes one."""
     asyncio.run(filled(dsn, "alice"))
