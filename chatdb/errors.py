@@ -229,7 +229,7 @@ _ATTRIBUTE = re.compile("(?<=')[a-z-]+(?=')")
 _ENCODING = re.compile(
     r"\b(?:SQL_ASCII|LATIN\d+|WIN\d+|EUC_\w+|ISO_8859_\d+|KOI8[RU]|MULE_INTERNAL|BIG5|GBK|GB18030|JOHAB|SJIS|UHC)\b"
 )
-_NOT_NULL = {("chatdb", column) for column in ("user_id", "conversation_id", "seq", "role", "content", "created_at")}
+_NOT_NULL = frozenset({"user_id", "conversation_id", "seq", "role", "content", "created_at"})
 # what the server undid for a reason that passes, whoever's function was running: connections, resources, locks, limits
 _TRANSIENT = frozenset({"08", "25", "40", "53", "55", "57", "58", "XX"})
 _NAMES = re.compile('"[^"]*"|(?<=database: ).*')
@@ -336,7 +336,8 @@ def _of_server(error: asyncpg.PostgresError, code: str | None, at: str) -> ChatD
         return ConfigurationError(NO_USER)
     if code and state[:2] not in _TRANSIENT:
         return _refused(f"function {code}", state)
-    if getattr(error, "schema_name", None) in {None, "chatdb"}:
+    is_chatdbs = getattr(error, "schema_name", None) in {None, "chatdb"}
+    if is_chatdbs:
         if name in CONSTRAINTS:
             return InvalidInputError(*CONSTRAINTS[name])
         if name in CONFLICTS:
@@ -346,11 +347,11 @@ def _of_server(error: asyncpg.PostgresError, code: str | None, at: str) -> ChatD
     match state:
         case "25P02":  # a statement in a transaction that has failed: misuse
             return None
-        case "23503" if name in {None, "fk_messages_conversation"}:  # Citus names no constraint
+        case "23503" if is_chatdbs and name in {None, "fk_messages_conversation"}:  # Citus names no constraint
             return ConversationNotFoundError("the user has no such conversation: it was deleted meanwhile")
-        case "23503" if name == LINK:
+        case "23503" if is_chatdbs and name == LINK:
             return InvalidInputError("user_id", "is none of the host's users, to whom the database links conversations")
-        case "23502" if (getattr(error, "schema_name", None), column) in _NOT_NULL:
+        case "23502" if is_chatdbs and column in _NOT_NULL:
             return InvalidInputError(str(column), "must be given")
         case "23502" | "23503" | "23505" | "23514" | "23P01" if getattr(error, "table_name", None):
             part = f"constraint {name}" if name else f"NOT NULL of the column {column}"

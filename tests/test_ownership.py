@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
-from chatdb.direct import connected
+from chatdb import ConfigurationError
+from chatdb.direct import connected, one
 from chatdb.inspection import inspect
-from chatdb.migrate import apply_migrations
+from chatdb.migrate import apply_migrations, rollback_migrations
 from chatdb.ownership import additions, foreign_objects
 from tests.conftest import administrator, execute
 
@@ -31,6 +32,12 @@ def foreign(dsn: str) -> list[str]:
     """Return what belongs to others, in sentences."""
     with connected(dsn) as connection:
         return [str(each) for each in foreign_objects(connection)]
+
+
+def value(dsn: str, statement: str) -> object:
+    """Return the one value of a statement."""
+    with connected(dsn) as connection:
+        return one(connection, statement)
 
 
 def findings(dsn: str) -> dict[str, str]:
@@ -67,6 +74,28 @@ def test_a_foreign_schema_and_table_are_named(mallory: str, empty_dsn: str) -> N
     assert found["owner of table chatdb.messages"].startswith(f"different: the role {mallory}")
     with psycopg.connect(empty_dsn, autocommit=True) as connection:
         connection.execute(f"drop owned by {mallory} cascade".encode())
+
+
+def test_what_is_foreign_is_refused(mallory: str, empty_dsn: str) -> None:
+    """Neither a migration nor a rollback runs in a schema of another role's, or beside a table or function of one."""
+    execute(empty_dsn, f"create schema chatdb authorization {mallory}")
+    with pytest.raises(ConfigurationError, match=f"schema chatdb belongs to the role {mallory}"):
+        apply_migrations(empty_dsn)
+    assert value(empty_dsn, "select count(*) from pg_class where relnamespace = 'chatdb'::regnamespace") == 0
+    execute(empty_dsn, "alter schema chatdb owner to current_user")
+    apply_migrations(empty_dsn, to="0002")
+    execute(
+        empty_dsn,
+        "create function chatdb.f() returns int language sql as 'select 1'",
+        f"alter function chatdb.f() owner to {mallory}",
+    )
+    for work in (apply_migrations, rollback_migrations):
+        with pytest.raises(ConfigurationError, match=f"function chatdb.f belongs to the role {mallory}"):
+            work(empty_dsn)
+    assert value(empty_dsn, "select to_regclass('chatdb.messages') is null")
+    assert value(empty_dsn, "select to_regclass('chatdb.conversations') is not null")
+    execute(empty_dsn, "drop function chatdb.f()")
+    assert len(apply_migrations(empty_dsn)) == 1
 
 
 def test_additions_to_the_tables_are_named(mallory: str, dsn: str) -> None:
