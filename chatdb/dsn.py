@@ -194,8 +194,10 @@ def server_of(arguments: Mapping[str, Any]) -> str:
     if hosts[0] in _SOCKET_FOLDERS and {"localhost", *_SOCKET_FOLDERS}.issuperset(hosts):
         return "the local socket"
     numbers = [ports] * len(hosts) if isinstance(ports, int) else ports
-    pairs = zip(hosts, numbers, strict=True)
-    return ", ".join(host if host.startswith("/") else f"{host}:{port}" for host, port in pairs)
+    shown = [f"[{host}]" if ":" in host else host for host in hosts]
+    return ", ".join(
+        host if host.startswith("/") else f"{host}:{port}" for host, port in zip(shown, numbers, strict=True)
+    )
 
 
 def database_of(dsn: AnyDsn | ConnectionInfo) -> str:

@@ -9,6 +9,7 @@ beside those of a host's migrations; what `yoyo apply` recorded there under chat
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import time
 from collections.abc import Callable, Generator
@@ -16,8 +17,9 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple, cast
 
+from chatdb._input import type_name
 from chatdb._query import data_folder
 from chatdb.direct import APPLICATION, connected, locked, one, patiently, pinned_transaction, prepare_session
 from chatdb.errors import ConfigurationError, InvalidInputError, SchemaError, UnavailableError
@@ -35,6 +37,11 @@ WAIT = 60.0
 
 Report = Callable[[str, float], None]
 """What is called with a migration's name and its seconds when it is done."""
+
+
+_MOST_WAIT: Final = 86_400.0
+
+_log = logging.getLogger("chatdb")
 
 
 class MigrationFile(NamedTuple):
@@ -97,10 +104,12 @@ def apply_migrations(
     UnavailableError when the server cannot be reached, or another process or transaction was not done after `wait`
     seconds; all can be run again.
     """
+    _check_arguments(to, wait)
     files = migration_files(folder)
     deadline = time.monotonic() + wait
     with locked(dsn, wait=wait) as connection:
         _refuse_foreign_objects(connection)
+        _warn_of_encoding(connection)
         missing = _missing(connection, files, to)
         _compare(connection, files)
         _rebuild_indexes(connection, deadline)
@@ -137,6 +146,7 @@ def rollback_migrations(
     Blocks, and raises, as `apply_migrations` does; SchemaError also when a newer release has migrated the database,
     whose own migrations have to go first.
     """
+    _check_arguments(to, wait)
     files = migration_files(folder)
     deadline = time.monotonic() + wait
     with locked(dsn, wait=wait) as connection:
@@ -159,8 +169,10 @@ def rollback_migrations(
 
 def missing_migrations(dsn: str, *, to: str | None = None, folder: Path | None = None) -> list[MigrationFile]:
     """Return what `apply_migrations` would apply, without writing anything."""
+    _check_arguments(to, WAIT)
     files = migration_files(folder)
     with pinned_transaction(dsn) as connection:
+        _warn_of_encoding(connection)
         _compare(connection, files)
         return _missing(connection, files, to)
 
@@ -185,6 +197,23 @@ def applied_migrations(dsn: str, *, folder: Path | None = None) -> dict[str, str
     """Return the names of the applied migrations, each with its checksum, None for what only yoyo has recorded."""
     with pinned_transaction(dsn) as connection:
         return _applied(connection, migration_files(folder))
+
+
+def _check_arguments(to: object, wait: object) -> None:
+    if to is not None and not isinstance(to, str):
+        raise InvalidInputError("to", f"must be a str or None, not {type_name(type(to))}")
+    if type(wait) not in {int, float} or not 0 <= cast("float", wait) <= _MOST_WAIT:
+        raise InvalidInputError("wait", f"must be a number of seconds from 0 to {_MOST_WAIT:,.0f}")
+
+
+def _warn_of_encoding(connection: psycopg.Connection) -> None:
+    encoding = one(connection, "show server_encoding")
+    if encoding != "UTF8":
+        _log.warning(
+            "the database's encoding is %s, which cannot hold every text: for a service create a database with "
+            "encoding 'UTF8' template template0",
+            encoding,
+        )
 
 
 def _checksum(text: str) -> str:

@@ -10,8 +10,18 @@ import json
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, SkipValidation
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    SkipValidation,
+    ValidationError,
+)
 from pydantic_core import CoreSchema, core_schema
+
+from chatdb.errors import InvalidInputError
 
 Role = Literal["user", "assistant", "system", "developer", "tool"]
 """Who speaks. The same set as the CHECK `ck_messages_role`."""
@@ -117,7 +127,8 @@ class NewMessage(_Record):
     A message to be appended; a dict of the same fields will do.
 
     `content` is the readable text. `payload` is any JSON value, or `JsonText` to be kept byte for byte. Values are
-    checked by the function that appends the message, which raises `InvalidInputError`.
+    checked by the function that appends the message, which raises `InvalidInputError`. So does making one without
+    `role` or `content`, or with a field that a message does not have.
     """
 
     role: SkipValidation[Role]
@@ -126,6 +137,27 @@ class NewMessage(_Record):
     metadata: SkipValidation[dict[str, Any] | None] = Field(default=None, repr=False)
     token_count: SkipValidation[int | None] = None
     key: SkipValidation[str | None] = Field(default=None, repr=False)
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, /, *args: object, **fields: object) -> None:
+            if args:
+                raise InvalidInputError("NewMessage", "takes its fields by name: NewMessage(role=..., content=...)")
+            try:
+                super().__init__(**fields)
+            except ValidationError:
+                if type(self) is not NewMessage:  # its own fields and their checks are the caller's
+                    raise
+            else:
+                return
+            unknown = fields.keys() - NewMessage.model_fields.keys()
+            name = min(unknown or {"role", "content"} - fields.keys())
+            if not unknown:
+                raise InvalidInputError(f"NewMessage.{name}", "is required")
+            # a name that is no identifier may be a text of a user's
+            shown = f".{name}" if name.isidentifier() else "[...]"
+            known = ", ".join(NewMessage.model_fields)
+            raise InvalidInputError(f"NewMessage{shown}", f"is no field of a message, which are {known}")
 
 
 class Deleted(_Record):

@@ -7,6 +7,7 @@ import enum
 import inspect
 import math
 import ssl
+import traceback
 import uuid
 from collections import UserDict
 from datetime import UTC, date, datetime, timedelta
@@ -20,7 +21,7 @@ from unittest.mock import Mock
 import asyncpg
 import numpy
 import pytest
-from pydantic import BaseModel, PostgresDsn, Secret, SecretStr, TypeAdapter
+from pydantic import BaseModel, PostgresDsn, Secret, SecretStr, TypeAdapter, ValidationError
 from pydantic_core import MultiHostUrl
 from sqlalchemy import make_url
 
@@ -36,7 +37,10 @@ from chatdb import (
     UnavailableError,
 )
 from chatdb._options import _CHECKS, _NOT_TAKEN, DriverOptions
+from chatdb.migrate import apply_migrations, rollback_migrations
 from tests.test_public_api import CALLS, NOBODYS, SIGNATURES, Counting, call, conversation_with_a_message
+
+MARK = "Alice's own words"
 
 
 class Color(enum.Enum):
@@ -516,9 +520,57 @@ async def test_a_field_that_a_message_does_not_have(message: Any, parameter: str
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "fields", "parameter", "said"),
+    [
+        ((), {"role": "user", "content": "", "contents": MARK}, "NewMessage.contents", "is no field of a message"),
+        ((), {"role": "user", "content": "", MARK: 1}, "NewMessage[...]", "is no field of a message"),
+        ((), {"role": "user"}, "NewMessage.content", "is required"),
+        ((), {}, "NewMessage.content", "is required"),
+        (("user", MARK), {}, "NewMessage", "takes its fields by name"),
+    ],
+)
+def test_a_new_message_that_cannot_be_made(
+    values: tuple[Any, ...], fields: dict[str, Any], parameter: str, said: str
+) -> None:
+    """The class raises chatdb's error, too, and quotes nothing of what it was given."""
+    make: Any = NewMessage
+    with pytest.raises(InvalidInputError, match=said) as caught:
+        make(*values, **fields)
+    assert caught.value.parameter == parameter
+    assert MARK not in "".join(traceback.format_exception(caught.value))
+
+
+def test_the_fields_of_a_subclass_are_its_own() -> None:
+    """What pydantic says of a field that the caller's class adds, it says to the caller."""
+    with pytest.raises(ValidationError, match="model"):
+        Turn(role="user", content="a", model=[])  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
 async def test_an_iterable_that_raises() -> None:
     """The error says so, and has the caller's own as its cause."""
     with pytest.raises(InvalidInputError, match=r"^messages: reading them raised LookupError$") as caught:
         await chatdb._input.messages(numbers())
     assert isinstance(caught.value.__cause__, LookupError)
     assert isinstance(caught.value, ChatDBError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parameter"),
+    [
+        ({"to": 2}, "to"),
+        ({"to": ["0002"]}, "to"),
+        ({"to": "nothing"}, "to"),
+        ({"wait": "5"}, "wait"),
+        ({"wait": None}, "wait"),
+        ({"wait": math.nan}, "wait"),
+        ({"wait": -1}, "wait"),
+        ({"wait": True}, "wait"),
+    ],
+)
+def test_arguments_of_migrations(dsn: str, arguments: dict[str, Any], parameter: str) -> None:
+    """What applies migrations, and what takes them back, refuse an argument by its name."""
+    work: Any
+    for work in (apply_migrations, rollback_migrations):
+        with pytest.raises(InvalidInputError, match=f"^{parameter}: must be"):
+            work(dsn, **arguments)

@@ -18,7 +18,7 @@ import chatdb
 from chatdb import ChatDBError, ConfigurationError, ConflictError, UnavailableError
 from chatdb.dsn import connect_arguments
 from chatdb.inspection import inspect
-from chatdb.migrate import apply_migrations
+from chatdb.migrate import apply_migrations, missing_migrations
 from tests.conftest import database_of, execute
 from tests.test_public_api import CALLS, call, conversation_with_a_message
 
@@ -340,9 +340,13 @@ def narrow(request: pytest.FixtureRequest, server: str) -> Iterator[tuple[str, s
 
 
 @pytest.mark.owner
-async def test_an_encoding_that_is_too_narrow(narrow: tuple[str, str]) -> None:
-    """The error names the encoding, and the check says beforehand that it cannot hold every text."""
+async def test_an_encoding_that_is_too_narrow(narrow: tuple[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    """The error names the encoding, and migrate and check say beforehand that it cannot hold every text."""
     encoding, dsn = narrow
+    for look in (apply_migrations, missing_migrations):
+        caplog.clear()
+        look(dsn)
+        assert f"the database's encoding is {encoding}, which cannot hold every text" in caplog.text
     assert {each.what: each for each in inspect(dsn)}["encoding"].detail.startswith(encoding)
     async with chatdb.create_pool(dsn) as db:
         conversation = await chatdb.create_conversation(db, user_id="alice")
@@ -360,7 +364,7 @@ async def test_an_encoding_that_is_too_narrow(narrow: tuple[str, str]) -> None:
     ("dsn", "said"),
     [
         ("postgresql://alice@127.0.0.1:1/chat", "at 127.0.0.1:1 cannot be reached (Connection refused)"),
-        ("postgresql://alice@[::1]:1/chat", "at ::1:1 cannot be reached ("),
+        ("postgresql://alice@[::1]:1/chat", "at [::1]:1 cannot be reached ("),
         ("postgresql://alice@localhost:1,127.0.0.1:1/chat", "at localhost:1, 127.0.0.1:1 cannot be reached ("),
         ("postgresql://alice@/chat?host=/nowhere", "at /nowhere cannot be reached (No such file or directory)"),
         (
