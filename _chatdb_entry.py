@@ -10,7 +10,7 @@ import signal
 
 def main() -> None:
     """Import the command line and run it."""
-    from chatdb.cli import main as run
+    from chatdb.cli.app import main as run
 
     run()
 

@@ -18,7 +18,7 @@ from psycopg.rows import tuple_row
 import chatdb
 from benchmarks import original
 from benchmarks.workload import ROLES, Place
-from chatdb.dsn import connect_arguments, libpq_dsn
+from chatdb._core.dsn import connect_arguments, libpq_dsn
 from chatdb.pool import Pool
 
 MESSAGE = (

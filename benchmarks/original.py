@@ -16,7 +16,7 @@ from sqlalchemy import Text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlmodel import Field, SQLModel, select
 
-from chatdb.dsn import connect_arguments
+from chatdb._core.dsn import connect_arguments
 
 
 def utc_now() -> datetime:

@@ -13,7 +13,7 @@ import psycopg
 from psycopg import sql
 
 from benchmarks.workload import KEYS, Size, fingerprint, load
-from chatdb.embedded import EmbeddedServer
+from chatdb.embedded.server import EmbeddedServer
 
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -14,8 +14,8 @@ import chatdb
 from benchmarks.figures import Figures
 from benchmarks.server import BenchServer
 from benchmarks.workload import MESSAGES, ROLES, START, YEAR, real_texts
-from chatdb.sources import SourceConversation, SourceMessage
-from chatdb.transfer import import_conversations
+from chatdb.formats.items import SourceConversation, SourceMessage
+from chatdb.transfer.importer import import_conversations
 
 pytestmark = pytest.mark.full
 

@@ -11,7 +11,7 @@ from psycopg import sql
 
 from benchmarks.server import BenchServer
 from benchmarks.workload import SIZES, load
-from chatdb.dsn import connect_arguments
+from chatdb._core.dsn import connect_arguments
 
 ROWS = """
     select

@@ -22,10 +22,11 @@ import asyncpg
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import original
-from chatdb._query import data_folder
-from chatdb.dsn import connect_arguments
-from chatdb.migrate import apply_migrations
-from chatdb.sources import SourceMessage, opened, read
+from chatdb._core.dsn import connect_arguments
+from chatdb._core.query import data_folder
+from chatdb.admin.migrate import apply_migrations
+from chatdb.formats.items import SourceMessage
+from chatdb.transfer.files import opened, read
 
 VERSION = 2
 """To be raised when the rows below change: kept databases are loaded anew."""

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NoReturn
 
-from chatdb import _input
-from chatdb._query import Database, Query
+from chatdb._core import validate
+from chatdb._core.query import Database, Query
 from chatdb.conversations import get_conversation
 from chatdb.errors import SWALLOWED, ConfigurationError, ConflictError, ConversationNotFoundError, MessageNotFoundError
 from chatdb.records import UNSET, Deleted, Message, NewMessage, Role, Unset
@@ -51,15 +51,15 @@ async def append_message(
     another body, InvalidInputError. Without a key `append_message.sql`, with one `append_message_keyed.sql`.
     """
     body = (
-        _input.user(user_id),
-        _input.identifier(conversation_id),
-        _input.role("role", role),
-        _input.content("content", content),
-        _input.payload("payload", payload),
-        _input.metadata("metadata", metadata),
-        _input.token_count("token_count", token_count),
+        validate.user(user_id),
+        validate.identifier(conversation_id),
+        validate.role("role", role),
+        validate.content("content", content),
+        validate.payload("payload", payload),
+        validate.metadata("metadata", metadata),
+        validate.token_count("token_count", token_count),
     )
-    key = _input.key("key", key)
+    key = validate.key("key", key)
     if key is None:
         try:
             return await _append_message.fetch_one(db, *body)
@@ -98,13 +98,13 @@ async def append_messages(
     Raises ConversationNotFoundError, ConflictError when some keys are new and some are not or a body differs,
     InvalidInputError, which names the message. Without keys `append_messages.sql`, else `append_messages_keyed.sql`.
     """
-    user, conversation = _input.user(user_id), _input.identifier(conversation_id)
-    batch = await _input.messages(messages)
+    user, conversation = validate.user(user_id), validate.identifier(conversation_id)
+    batch = await validate.messages(messages)
     if not batch:
         await get_conversation(db, user_id=user, conversation_id=conversation)
         return []
     *columns, token_counts, keys = map(list, zip(*batch, strict=True))
-    columns.append(_input.texts(token_counts))
+    columns.append(validate.texts(token_counts))
     if not any(keys):
         try:
             stored = await _append_messages.fetch_page(db, user, conversation, *columns)
@@ -135,9 +135,9 @@ async def get_history(
 
     Raises ConversationNotFoundError when the user has no such conversation, whoever else may have it.
     """
-    before = _input.MAX_BIGINT if before_seq is None else _input.place("before_seq", before_seq)
+    before = validate.MAX_BIGINT if before_seq is None else validate.place("before_seq", before_seq)
     newest_first = await _get_history.fetch_page(
-        db, _input.user(user_id), _input.identifier(conversation_id), before, _input.limit("limit", limit)
+        db, validate.user(user_id), validate.identifier(conversation_id), before, validate.limit("limit", limit)
     )
     newest_first.reverse()
     return newest_first
@@ -156,10 +156,10 @@ async def list_messages(
     """
     return await _list_messages.fetch_page(
         db,
-        _input.user(user_id),
-        _input.identifier(conversation_id),
-        _input.place("after_seq", after_seq),
-        _input.limit("limit", limit),
+        validate.user(user_id),
+        validate.identifier(conversation_id),
+        validate.place("after_seq", after_seq),
+        validate.limit("limit", limit),
     )
 
 
@@ -173,7 +173,7 @@ async def iter_messages(
 
     Raises ConversationNotFoundError, also when the conversation is deleted meanwhile.
     """
-    limit = _input.limit("batch", batch)
+    limit = validate.limit("batch", batch)
     while True:
         page = await list_messages(
             db, user_id=user_id, conversation_id=conversation_id, after_seq=after_seq, limit=limit
@@ -193,7 +193,7 @@ async def get_message(db: Database, *, user_id: str, conversation_id: int, seq: 
     """
     return _present(
         await _get_message.fetch_optional(
-            db, _input.user(user_id), _input.identifier(conversation_id), _input.place("seq", seq)
+            db, validate.user(user_id), validate.identifier(conversation_id), validate.place("seq", seq)
         )
     )
 
@@ -204,9 +204,9 @@ async def get_message_by_key(db: Database, *, user_id: str, conversation_id: int
 
     Raises ConversationNotFoundError, or MessageNotFoundError when the conversation has no such message.
     """
-    name = _input.text("key", key, least=1, most=_input.MAX_NAME)
+    name = validate.text("key", key, least=1, most=validate.MAX_NAME)
     return _present(
-        await _get_message_by_key.fetch_optional(db, _input.user(user_id), _input.identifier(conversation_id), name)
+        await _get_message_by_key.fetch_optional(db, validate.user(user_id), validate.identifier(conversation_id), name)
     )
 
 
@@ -228,20 +228,20 @@ async def update_message(
 
     Raises ConversationNotFoundError, MessageNotFoundError, InvalidInputError.
     """
-    at = (_input.user(user_id), _input.identifier(conversation_id), _input.place("seq", seq))
+    at = (validate.user(user_id), validate.identifier(conversation_id), validate.place("seq", seq))
     if content is UNSET and payload is UNSET and metadata is UNSET and token_count is UNSET:
         return _present(await _get_message.fetch_optional(db, *at))
     message = await _update_message.fetch_optional(
         db,
         *at,
         content is not UNSET,
-        None if content is UNSET else _input.content("content", content),
+        None if content is UNSET else validate.content("content", content),
         payload is not UNSET,
-        None if payload is UNSET else _input.payload("payload", payload),
+        None if payload is UNSET else validate.payload("payload", payload),
         metadata is not UNSET,
-        None if metadata is UNSET else _input.metadata("metadata", metadata),
+        None if metadata is UNSET else validate.metadata("metadata", metadata),
         token_count is not UNSET,
-        None if token_count is UNSET else _input.token_count("token_count", token_count),
+        None if token_count is UNSET else validate.token_count("token_count", token_count),
     )
     return _present(message)
 
@@ -253,7 +253,7 @@ async def delete_message(db: Database, *, user_id: str, conversation_id: int, se
     Raises ConversationNotFoundError, or MessageNotFoundError when the conversation has no message there.
     """
     deleted = await _delete_message.fetch_one(
-        db, _input.user(user_id), _input.identifier(conversation_id), _input.place("seq", seq)
+        db, validate.user(user_id), validate.identifier(conversation_id), validate.place("seq", seq)
     )
     if deleted.messages == 0:
         raise _no_message()
@@ -269,7 +269,7 @@ async def delete_messages_after(db: Database, *, user_id: str, conversation_id: 
     Raises ConversationNotFoundError.
     """
     return await _delete_messages_after.fetch_one(
-        db, _input.user(user_id), _input.identifier(conversation_id), _input.place("seq", seq)
+        db, validate.user(user_id), validate.identifier(conversation_id), validate.place("seq", seq)
     )
 
 

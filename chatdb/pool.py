@@ -17,10 +17,10 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 from asyncpg.transaction import Transaction, TransactionState
 
-from chatdb import _input
-from chatdb._options import OF_CONNECTION, DriverOptions, checked
-from chatdb._query import FETCH, STATEMENTS, check_handle, fetch_rows, may_prepare_anew
-from chatdb.dsn import AnyDsn, ConnectionInfo, read_dsn, server_of, text_of
+from chatdb._core import validate
+from chatdb._core.dsn import AnyDsn, ConnectionInfo, read_dsn, server_of, text_of
+from chatdb._core.options import OF_CONNECTION, DriverOptions, checked
+from chatdb._core.query import FETCH, STATEMENTS, check_handle, fetch_rows, may_prepare_anew
 from chatdb.errors import (
     AcquireTimeoutError,
     ChatDBError,
@@ -611,7 +611,7 @@ async def transaction(db: AsyncpgPool | Connection, *, user_id: str | None = Non
     Raises ChatDBError when the server answers COMMIT with ROLLBACK, as it does after an error that the block has
     swallowed; asyncpg's own `connection.transaction()` says nothing then, and the writes are gone.
     """
-    user = None if user_id is None else _input.user(user_id)
+    user = None if user_id is None else validate.user(user_id)
     check_handle(db, "is_in_transaction" if not isinstance(db, asyncpg.Pool) else "acquire")
     if isinstance(db, asyncpg.Pool):
         with translating():

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from chatdb._query import Database, Query
+from chatdb._core.query import Database, Query
 from chatdb.errors import NO_USER, SchemaError
 from chatdb.records import SchemaPart
 

@@ -19,9 +19,9 @@ import pytest
 import uvloop
 
 import chatdb
-from chatdb.dsn import connect_arguments
-from chatdb.embedded import EmbeddedServer
-from chatdb.migrate import apply_migrations
+from chatdb._core.dsn import connect_arguments
+from chatdb.admin.migrate import apply_migrations
+from chatdb.embedded.server import EmbeddedServer
 from tests.conftest import database_of, execute
 
 _serial = count()

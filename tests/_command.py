@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from chatdb import cli
+from chatdb.cli import app as cli
 
 PROGRAM = Path(sys.executable).with_name("chatdb")
 SETTINGS = ("DATABASE_URL", "CHATDB_MIGRATE_URL", "CHATDB_HOME")

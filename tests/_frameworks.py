@@ -25,7 +25,7 @@ from langchain_postgres import PostgresChatMessageHistory
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from chatdb.dsn import connect_arguments
+from chatdb._core.dsn import connect_arguments
 from tests.test_tables import SESSION
 
 __all__ = [

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 import chatdb
 from chatdb import ChatDBError, Conversation, Message, NewMessage
-from chatdb._input import ROLES
+from chatdb._core.validate import ROLES
 
 PACKAGE = str(Path(chatdb.__file__).parent)
 PRIVATE = frozenset({"content", "payload", "metadata", "title", "key", "messages", "text", "items", "item"})

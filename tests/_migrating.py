@@ -7,8 +7,8 @@ import threading
 
 import yoyo
 
-from chatdb.dsn import libpq_dsn
-from chatdb.migrate import apply_migrations, migration_files, rollback_migrations
+from chatdb._core.dsn import libpq_dsn
+from chatdb.admin.migrate import apply_migrations, migration_files, rollback_migrations
 
 NAMES = [file.name for file in migration_files()]
 

@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Literal
 
 import chatdb
-from chatdb._query import Query
+from chatdb._core.query import Query
 
 
 @cache

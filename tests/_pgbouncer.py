@@ -19,7 +19,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 import pytest
 
-from chatdb.dsn import connect_arguments
+from chatdb._core.dsn import connect_arguments
 
 VERSIONS = ("1.18", "1.24")
 """The last before prepared statements were tracked that a Debian has, and the first that does so by default."""

@@ -10,9 +10,9 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import chatdb
+from chatdb.formats.items import Skipped, SourceConversation, SourceMessage
 from chatdb.records import UNSET, Conversation, SchemaPart
 from chatdb.schema import NEEDED
-from chatdb.sources import Skipped, SourceConversation, SourceMessage
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 STORED = {

@@ -13,7 +13,7 @@ from pglast import ast, parse_sql
 from pglast.enums import A_Expr_Kind, BoolExprType, JoinType, SetOperation, SubLinkType
 from pglast.parser import scan
 
-from chatdb._query import data_folder
+from chatdb._core.query import data_folder
 
 HEADER = re.compile(
     r"-- (?P<name>\w+)\n"

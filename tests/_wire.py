@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from chatdb.dsn import connect_arguments
+from chatdb._core.dsn import connect_arguments
 
 _SIMPLE, _PARSE, _READY = b"Q", b"P", b"Z"
 

@@ -24,8 +24,8 @@ import uvloop
 from psycopg.rows import TupleRow
 
 import chatdb
-from chatdb import embedded
-from chatdb.migrate import apply_migrations
+from chatdb.admin.migrate import apply_migrations
+from chatdb.embedded import server as embedded
 from tests._leaks import Leaks
 from tests._pgbouncer import OPTIONS, VERSIONS, pgbouncer, program
 from tests._roles import Roles
@@ -395,7 +395,7 @@ async def tx(
 ) -> AsyncIterator[asyncpg.Connection]:
     """Give a connection inside a transaction that is rolled back after the test: the quickest database there is."""
     arguments = arguments_of(app_of(shared_dsn, request))
-    connection = await asyncpg.connect(**chatdb.dsn.connect_arguments(arguments.pop("dsn")), **arguments)
+    connection = await asyncpg.connect(**chatdb._core.dsn.connect_arguments(arguments.pop("dsn")), **arguments)
     block = connection.transaction()
     await block.start()
     yield connection

@@ -19,8 +19,9 @@ import atheris
 from tests._seeds import DSNS, FILES, SECRET, WORDS
 
 with atheris.instrument_imports(include=["chatdb", "urllib", "json"]):
-    from chatdb import ConfigurationError, InvalidInputError, sources
-    from chatdb.dsn import connect_arguments, libpq_dsn
+    from chatdb import ConfigurationError, InvalidInputError
+    from chatdb._core.dsn import connect_arguments, libpq_dsn
+    from chatdb.transfer import files
 
 ssl.create_default_context = cache(ssl.create_default_context)  # it reads the system's certificates for 10 ms
 SEEDS = {"dsn": DSNS, "file": FILES}
@@ -40,10 +41,10 @@ def dsn(data: bytes) -> None:
 def file(data: bytes) -> None:
     """Read a file, as what it looks like and as each of the formats."""
     stream = io.BytesIO(data)
-    for kind in ("auto", *sources.FORMATS):
+    for kind in ("auto", *files.FORMATS):
         stream.seek(0)
         with suppress(InvalidInputError):
-            for _ in sources.read(stream, sources.detect(stream) if kind == "auto" else kind):
+            for _ in files.read(stream, files.detect(stream) if kind == "auto" else kind):
                 pass
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psycopg
 
-from chatdb.embedded import EmbeddedServer
-from chatdb.migrate import apply_migrations
+from chatdb.admin.migrate import apply_migrations
+from chatdb.embedded.server import EmbeddedServer
 
 PAGE = Path(__file__).parent.parent / "docs" / "schema.md"
 

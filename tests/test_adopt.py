@@ -21,9 +21,9 @@ import pytest
 
 import chatdb
 from benchmarks.original import Conversation, Message
-from chatdb.adopt import AdoptReport, Counts, adopt
+from chatdb.admin.adopt.adoption import AdoptReport, Counts, adopt
+from chatdb.admin.migrate import apply_migrations, rollback_migrations
 from chatdb.errors import ConfigurationError, SchemaError, UnavailableError
-from chatdb.migrate import apply_migrations, rollback_migrations
 from tests import _older as older_system
 from tests._command import chatdb as command
 from tests._older import START, Writers, add, fill, rows, untouched
@@ -643,7 +643,7 @@ def wait_until(dsn: str, condition: str) -> None:
 
 SCRIPT = """
 import sys
-from chatdb.adopt import adopt
+from chatdb.admin.adopt.adoption import adopt
 
 def told(done, total):
     print(done, flush=True)

@@ -16,8 +16,8 @@ from urllib.parse import urlencode, urlsplit
 
 import pytest
 
-from chatdb.direct import connected, pinned_transaction
-from chatdb.dsn import connect_arguments
+from chatdb._core.dsn import connect_arguments
+from chatdb.admin.connection import connected, pinned_transaction
 from tests._command import PROGRAM, environment
 
 pytestmark = pytest.mark.owner
@@ -213,7 +213,7 @@ def test_a_look_has_limits(dsn: str) -> None:
 )
 def test_without_the_drivers(command: str, dsn: str, tmp_path: Path) -> None:
     """Without the extra `migrate` each command that needs it says what to install."""
-    script = "import sys; sys.modules['psycopg'] = None; from chatdb.cli import main; main()"
+    script = "import sys; sys.modules['psycopg'] = None; from chatdb.cli.app import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", script, *command.split()],
         env=environment({"DATABASE_URL": dsn}),

@@ -16,9 +16,9 @@ import pytest
 
 import chatdb
 from chatdb import ChatDBError, ConfigurationError, ConflictError, UnavailableError
-from chatdb.dsn import connect_arguments
-from chatdb.inspection import inspect
-from chatdb.migrate import apply_migrations, missing_migrations
+from chatdb._core.dsn import connect_arguments
+from chatdb.admin.check.inspection import inspect
+from chatdb.admin.migrate import apply_migrations, missing_migrations
 from tests.conftest import database_of, execute
 from tests.test_public_api import CALLS, call, conversation_with_a_message
 

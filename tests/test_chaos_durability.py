@@ -13,7 +13,7 @@ import pytest
 
 import chatdb
 from chatdb import CommandTimeoutError, UnavailableError
-from chatdb.embedded import EmbeddedServer
+from chatdb.embedded.server import EmbeddedServer
 from tests._chaos import durable, durable_dsn, figure, kill_sessions, query, repetitions, restart, sized, until
 from tests.conftest import execute
 

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 import chatdb
-from chatdb import UNSET, ChatDBError, ConfigurationError, InvalidInputError, JsonText, NewMessage, sources
-from chatdb.dsn import connect_arguments, libpq_dsn
+from chatdb import UNSET, ChatDBError, ConfigurationError, InvalidInputError, JsonText, NewMessage
+from chatdb._core.dsn import connect_arguments, libpq_dsn
+from chatdb.transfer import files
 from tests._seeds import DSNS, FILES, SECRET
 from tests.test_public_api import SIGNATURES, required
 
@@ -245,7 +246,7 @@ def test_every_file(request: pytest.FixtureRequest) -> None:
             data = data[:place] + bytes([chance.randrange(256)]) + data[place + 1 :]
         try:
             file = io.BytesIO(data)
-            for _ in sources.read(file, sources.detect(file)):
+            for _ in files.read(file, files.detect(file)):
                 pass
             outcomes["read"] += 1
         except InvalidInputError:

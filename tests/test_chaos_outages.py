@@ -17,7 +17,7 @@ import pytest
 
 import chatdb
 from chatdb import UnavailableError
-from chatdb.embedded import EmbeddedServer
+from chatdb.embedded.server import EmbeddedServer
 from tests._chaos import (
     Gate,
     assert_whole,

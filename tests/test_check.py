@@ -17,13 +17,13 @@ import psycopg
 import pytest
 
 import chatdb
-from chatdb import inspection
-from chatdb._plans import planned
-from chatdb.cli import app
-from chatdb.direct import connected
-from chatdb.dsn import database_of
-from chatdb.inspection import inspect, is_wrong
-from chatdb.migrate import apply_migrations, migration_files
+from chatdb._core.dsn import database_of
+from chatdb.admin.check import inspection
+from chatdb.admin.check.inspection import inspect, is_wrong
+from chatdb.admin.check.plans import planned
+from chatdb.admin.connection import connected
+from chatdb.admin.migrate import apply_migrations, migration_files
+from chatdb.cli.app import app
 from tests._catalog import DATA
 from tests._command import PROGRAM, on_a_terminal
 from tests._pgbouncer import VERSIONS, pgbouncer
@@ -290,7 +290,7 @@ def test_an_edited_file(dsn: str, tmp_path: Path) -> None:
     (edited,) = filter(is_wrong, inspect(dsn, folder=tmp_path / "migrations"))
     assert edited.what == "migration files"
     assert "0003.chatdb-create-messages.sql" in edited.detail
-    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from chatdb.cli import main; main()"
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from chatdb.cli.app import main; main()"
     assert wrong(dsn, program=(sys.executable, "-c", script)) == {"migration files": ("different", edited.remedy)}
 
 

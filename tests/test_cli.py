@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from chatdb import append_message, create_conversation, create_pool
-from chatdb.cli import Format
-from chatdb.dsn import database_of
-from chatdb.sources import FORMATS, tables
+from chatdb._core.dsn import database_of
+from chatdb.cli.app import Format
+from chatdb.transfer import tables
+from chatdb.transfer.files import FORMATS
 from tests._command import PROGRAM, chatdb, chatdb_process, environment, on_a_terminal
 from tests.conftest import execute
 

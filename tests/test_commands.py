@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from chatdb import append_message, create_conversation, create_pool, list_conversations
-from chatdb.dsn import database_of
+from chatdb._core.dsn import database_of
 from tests._chaos import figure, sized
 from tests._command import PROGRAM, chatdb, chatdb_process, environment, on_a_terminal
 
@@ -120,7 +120,7 @@ def test_the_options_choose(dsn: str, tmp_path: Path) -> None:
         ("postgresql://u:geheim@db.example/chat", "chat at db.example:5432"),
         ("postgresql://u:geheim@db.example:6000/chat?sslmode=disable", "chat at db.example:6000"),
         ("postgresql://u:geheim@a:1,b:2/chat", "chat at a:1, b:2"),
-        ("postgresql://u:geheim@[::1]:1/chat", "chat at ::1:1"),
+        ("postgresql://u:geheim@[::1]:1/chat", "chat at [::1]:1"),
         ("postgresql://u:geheim@/chat?host=/run/postgresql", "chat at the local socket"),
         ("postgresql://u:geheim@db.example", "u at db.example:5432"),
         ("postgresql://u:geheim@/chat", "chat at the local socket"),

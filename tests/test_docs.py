@@ -15,7 +15,8 @@ import psycopg
 import pytest
 
 import chatdb
-from chatdb import _input, errors
+from chatdb import errors
+from chatdb._core import validate
 from tests.conftest import as_role, execute
 
 ROOT = Path(__file__).parent.parent
@@ -79,16 +80,16 @@ def test_one_command(section: str) -> None:
 
 def test_the_limits_and_errors() -> None:
     """The guide has the limits and errors of the code."""
-    assert {_input.MAX_CONTENT, _input.MAX_PAYLOAD, _input.MAX_METADATA} == {4 << 20, 16 << 20, 64 << 10}
-    assert _input.MAX_CONVERSATION_METADATA == 1 << 20
+    assert {validate.MAX_CONTENT, validate.MAX_PAYLOAD, validate.MAX_METADATA} == {4 << 20, 16 << 20, 64 << 10}
+    assert validate.MAX_CONVERSATION_METADATA == 1 << 20
     for words in (
         "4 MiB",
         "16 MiB",
         "64 KiB",
         "1 MiB for a conversation",
-        f"1 to {_input.MAX_NAME}",
-        f"{_input.MAX_TITLE:,}",
-        f"{_input.MAX_LIMIT:,}",
+        f"1 to {validate.MAX_NAME}",
+        f"{validate.MAX_TITLE:,}",
+        f"{validate.MAX_LIMIT:,}",
     ):
         assert words in GUIDE
     for error in vars(errors).values():
@@ -185,7 +186,7 @@ def test_the_cascade_mended(dsn: str) -> None:
 def test_the_errors_are_chatdbs() -> None:
     """What the troubleshooting page quotes of an error is what the code says."""
     texts = ""
-    for path in (ROOT / "chatdb").glob("*.py"):
+    for path in (ROOT / "chatdb").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values]

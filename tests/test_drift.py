@@ -30,13 +30,12 @@ from chatdb import (
     ConflictError,
     ConversationNotFoundError,
     MessageNotFoundError,
-    _decode,
-    _input,
-    transfer,
 )
+from chatdb._core import decode, validate
 from chatdb.errors import BEHIND, CONFLICTS, CONSTRAINTS, translated
 from chatdb.records import Conversation, Message, Role
 from chatdb.schema import NEEDED
+from chatdb.transfer import importer
 from tests._catalog import DATA, Live
 from tests._mutants import less, misfilled, swaps, without_user
 from tests._package import bindings, fields_of, query_of, record_of
@@ -259,26 +258,26 @@ def check_telling(live, file, telling):
     assert hidden == ({kinds[telling]} if telling in optional else set())
 
 
-FILLED = pytest.mark.parametrize(("record", "given"), _decode._FILLED)
+FILLED = pytest.mark.parametrize(("record", "given"), decode._FILLED)
 
 
 def test_the_filled_records():
     """Whatever is a conversation or a message is filled unvalidated, and others are not."""
     queries = {(query.record, query.given) for _, _, query in bindings() if query.record in (Conversation, Message)}
-    assert _decode._FILLED.keys() == queries
+    assert decode._FILLED.keys() == queries
 
 
 @FILLED
 def test_rows_are_filled_in_the_order_of_the_fields(record, given):
     """What is filled without validation is what validation gives, in the order that the statements' columns have."""
-    check_filled(record, given, _decode._FILLED[record, given][0])
-    check_plain(record, given, _decode._plain(record, given))
+    check_filled(record, given, decode._FILLED[record, given][0])
+    check_plain(record, given, decode._plain(record, given))
 
 
 @pytest.mark.parametrize("stem", [stem for stem in TEXTS if record_of(stem) in (Conversation, Message)])
 def test_a_codec_shows(live, stem):
     """The types of the columns that may be null are told by others, or by the one that is looked at."""
-    check_telling(live, file_of(stem), _decode._FILLED[record_of(stem), query_of(stem).given][1])
+    check_telling(live, file_of(stem), decode._FILLED[record_of(stem), query_of(stem).given][1])
 
 
 # 6. Arguments reach the statement in order.
@@ -301,8 +300,8 @@ async def check_import(real=None, *, is_walled=False):
     """Raise unless an import's statements and its COPY get everything where headers and columns name it."""
     db = Transfer(TRANSFERRED, real, is_walled=is_walled)
     with pytest.MonkeyPatch.context() as patch:  # the recorded clock stands still, before the times of the import
-        patch.setattr(transfer, "CLOCKS_DIFFER", timedelta(days=365))
-        await transfer.import_conversations(db, user_id="ann", items=IMPORT)
+        patch.setattr(importer, "CLOCKS_DIFFER", timedelta(days=365))
+        await importer.import_conversations(db, user_id="ann", items=IMPORT)
     sent = [(file_of(name_of(query)), args) for query, args in db.sent]
     named = [dict(zip([parameter.name for parameter in file.parameters], args, strict=True)) for file, args in sent]
     is_sent = [(file.name, args) for (file, _), args in zip(sent, named, strict=True)]
@@ -342,7 +341,7 @@ async def test_a_walled_imports_arguments_reach_their_parameters():
 async def test_an_exports_arguments_reach_their_parameters(tx):
     """An export sends its two statements with the user."""
     db = Transfer(TRANSFERRED, tx)
-    assert [item async for item in transfer.export_conversations(db, user_id="ann")] == []
+    assert [item async for item in importer.export_conversations(db, user_id="ann")] == []
     assert db.users == ["ann"]
     found = {name_of(query): args for query, args in db.sent}
     assert found == {"export_conversations": ("ann",), "export_conversations_messages": ("ann",)}
@@ -351,7 +350,7 @@ async def test_an_exports_arguments_reach_their_parameters(tx):
 async def test_a_counts_argument_reaches_its_parameter(tx):
     """What chatdb delete-user counts is one user's."""
     db = Transfer(TRANSFERRED, tx)
-    counted = await transfer.count_user(db, user_id="ann")
+    counted = await importer.count_user(db, user_id="ann")
     assert (counted.conversations, counted.messages) == (1, 2)
     assert {name_of(query): args for query, args in db.sent} == {"count_user": ("ann",)}
 
@@ -380,7 +379,7 @@ async def test_an_existence_row_is_no_record(function, stem, given):
 # 7. Literal sets and limits = CHECK constraints.
 
 
-def check_limits(live, limits=_input, role=Role):
+def check_limits(live, limits=validate, role=Role):
     """Raise unless the CHECKs hold the numbers and the roles that the package does, and no others."""
     name = f"char_length {{0}} >= 1 AND char_length {{0}} <= {limits.MAX_NAME}"
     metadata = "jsonb_typeof metadata = 'object' AND octet_length metadata <= {}"
@@ -771,7 +770,7 @@ def test_a_changed_record_is_found(live, check, change):
 @FILLED
 def test_a_changed_filling_is_found(live, record, given):
     """Two columns or fields swapped, a value not decoded, other types and another telling column are found."""
-    function, telling = _decode._FILLED[record, given]
+    function, telling = decode._FILLED[record, given]
     mutants = list(misfilled(function))
     fields = len(record.model_fields)
     assert len(mutants) == 3 * (fields - 1) - len(given)
@@ -780,7 +779,7 @@ def test_a_changed_filling_is_found(live, record, given):
     for mutant in mutants:
         with pytest.raises((AssertionError, TypeError, ValueError)):  # or it fails by itself
             check_filled(record, given, mutant)
-    plain = _decode._plain(record, given)
+    plain = decode._plain(record, given)
     for changed in [plain - {next(iter(plain))}, plain | {(str,) * fields}]:
         with pytest.raises(AssertionError):
             check_plain(record, given, changed)
@@ -795,7 +794,7 @@ def test_a_changed_map_or_limit_is_found(live):
     """A role, a limit, an error or a needed part too many, too few or changed is found."""
     for check, changes in [
         (check_limits, [{"role": Literal[Role, "critic"]}]),
-        (check_limits, [{"limits": SimpleNamespace(**vars(_input) | {"MAX_TITLE": 999})}]),
+        (check_limits, [{"limits": SimpleNamespace(**vars(validate) | {"MAX_TITLE": 999})}]),
         (check_errors, [{"constraints": part} for part in less(CONSTRAINTS)]),
         (check_errors, [{"constraints": CONSTRAINTS | {"ck_messages_key": ("role", "")}}]),
         (check_errors, [{"conflicts": part} for part in less(CONFLICTS)]),
@@ -809,7 +808,7 @@ def test_a_changed_map_or_limit_is_found(live):
                 check(live, **change)
 
 
-@pytest.mark.parametrize("module", [chatdb.conversations, chatdb.messages, transfer])
+@pytest.mark.parametrize("module", [chatdb.conversations, chatdb.messages, importer])
 async def test_swapped_arguments_are_found(monkeypatch, module):
     """Every swap of two neighbours among what is sent is found."""
     mutants = list(swaps(module))
@@ -822,6 +821,6 @@ async def test_swapped_arguments_are_found(monkeypatch, module):
             for function, stem, given in CALLS:
                 if module_of(function) is module:
                     await check_call(function, stem, given)
-            if module is transfer:
+            if module is importer:
                 await check_import()
                 await check_import(is_walled=True)

@@ -12,7 +12,7 @@ import pytest
 
 import chatdb
 from chatdb import ConfigurationError
-from chatdb.dsn import connect_arguments, libpq_dsn
+from chatdb._core.dsn import connect_arguments, libpq_dsn
 
 CERTIFICATE = """\
 -----BEGIN CERTIFICATE-----
@@ -68,7 +68,7 @@ def _no_environment(monkeypatch, one_authority):
     for name in [name for name in os.environ if name.startswith("PG") or name == "DATABASE_URL"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", "/nonexistent")
-    monkeypatch.setattr("chatdb.dsn._SOCKET_FOLDERS", ("/run/none", "/tmp/none"))
+    monkeypatch.setattr("chatdb._core.dsn._SOCKET_FOLDERS", ("/run/none", "/tmp/none"))
 
 
 DSNS = {

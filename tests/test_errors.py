@@ -35,9 +35,9 @@ from chatdb import (
     UnavailableError,
     errors,
 )
-from chatdb._query import Query
-from chatdb.dsn import connect_arguments
-from chatdb.link import UsersMissingError
+from chatdb._core.dsn import connect_arguments
+from chatdb._core.query import Query
+from chatdb.admin.users_link import UsersMissingError
 from chatdb.schema import NEEDED, kind_of
 from tests.test_public_api import CALLS, NOBODYS, call, conversation_with_a_message
 

@@ -18,7 +18,7 @@ import uvloop
 
 import chatdb
 from chatdb import ConfigurationError
-from chatdb.dsn import connect_arguments
+from chatdb._core.dsn import connect_arguments
 from chatdb.pool import check_owner
 
 FORK = multiprocessing.get_context("fork")

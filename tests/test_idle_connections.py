@@ -16,7 +16,7 @@ import pytest
 
 import chatdb
 from chatdb import AcquireTimeoutError, ConfigurationError
-from chatdb.dsn import connect_arguments
+from chatdb._core.dsn import connect_arguments
 from chatdb.pool import Pool
 from tests.test_pool import HANG, Proxy, assert_whole, kill_sessions, loop_errors, seen_by_the_server, until
 

@@ -28,8 +28,8 @@ from chatdb import (
     JsonText,
     MessageNotFoundError,
     NewMessage,
-    _input,
 )
+from chatdb._core import validate
 from chatdb.errors import CONSTRAINTS, translated
 from tests.test_public_api import CALLS, NOBODYS, SIGNATURES, call
 
@@ -648,7 +648,7 @@ def test_shared_references_are_refused_before_they_are_encoded(parameter, value)
     tracemalloc.start()
     try:
         with pytest.raises(InvalidInputError, match="must have at most") as raised:
-            getattr(_input, parameter)(parameter, {"a": value})
+            getattr(validate, parameter)(parameter, {"a": value})
         assert tracemalloc.get_traced_memory()[1] < 64 * MIB
     finally:
         tracemalloc.stop()
@@ -742,7 +742,7 @@ class Pair(NamedTuple):
 @pytest.mark.parametrize("parameter", ["payload", "metadata"])
 def test_subclasses_are_taken_by_what_they_hold(parameter, value, json_value):
     """A subclass of a JSON type is stored as its value, whatever its own methods say."""
-    assert json.loads(getattr(_input, parameter)(parameter, {"a": value})) == {"a": json_value}
+    assert json.loads(getattr(validate, parameter)(parameter, {"a": value})) == {"a": json_value}
 
 
 @pytest.mark.parametrize("value", [FailingDict(a=1), EndlessList(), Deep(), (x for x in "ab"), range(3), Score])
@@ -750,7 +750,7 @@ def test_subclasses_are_taken_by_what_they_hold(parameter, value, json_value):
 def test_what_only_looks_like_json_is_refused(parameter, value):
     """A value that cannot be read, never ends or is no JSON is an InvalidInputError, which quotes nothing."""
     with pytest.raises(InvalidInputError) as raised:
-        getattr(_input, parameter)(parameter, {"a": [value]})
+        getattr(validate, parameter)(parameter, {"a": [value]})
     assert raised.value.parameter == parameter
     assert MARK not in str(raised.value)
 
@@ -783,7 +783,7 @@ def test_any_value_is_taken_as_it_is_or_refused(value):
     """Whatever is passed is stored as the JSON that Python makes of it, or is an InvalidInputError."""
     for parameter, given_value in (("payload", value), ("metadata", {"a": value})):
         try:
-            encoded = getattr(_input, parameter)(parameter, given_value)
+            encoded = getattr(validate, parameter)(parameter, given_value)
         except InvalidInputError:
             continue
         if encoded is not None:
@@ -801,7 +801,7 @@ def test_any_value_is_taken_as_it_is_or_refused(value):
 def test_path_of_what_is_no_json(value, sentence):
     """The error names the place and the type of what is no JSON."""
     with pytest.raises(InvalidInputError) as raised:
-        _input.payload("payload", value)
+        validate.payload("payload", value)
     assert str(raised.value).endswith(sentence)
     assert MARK not in str(raised.value)
 
@@ -810,16 +810,16 @@ async def test_odd_strings_are_sent_as_they_are():
     """A subclass of str is sent as a plain str of its characters."""
     odd = OddStr("user")
     for taken in (
-        _input.user(odd),
-        _input.key("key", odd),
-        _input.title(odd),
-        _input.role("role", odd),
-        _input.content("content", odd),
-        (await _input.messages([{"role": odd, "content": odd, "key": odd}]))[0][-1],
+        validate.user(odd),
+        validate.key("key", odd),
+        validate.title(odd),
+        validate.role("role", odd),
+        validate.content("content", odd),
+        (await validate.messages([{"role": odd, "content": odd, "key": odd}]))[0][-1],
     ):
         assert type(taken) is str
         assert taken == "user"
-    assert type(_input.integer("seq", Level.LOW, least=0)) is int
+    assert type(validate.integer("seq", Level.LOW, least=0)) is int
 
 
 # A batch.
@@ -861,10 +861,12 @@ async def test_a_batch_ends_at_its_limit(messages, consumed, problem):
 
 async def test_the_largest_batches():
     """A batch of exactly the limits is taken."""
-    assert len(await _input.messages([{"role": "user", "content": ""}] * 10_000)) == 10_000
-    assert len(await _input.messages([{"role": "user", "content": "x" * (4 * MIB)}] * 16)) == 16
+    assert len(await validate.messages([{"role": "user", "content": ""}] * 10_000)) == 10_000
+    assert len(await validate.messages([{"role": "user", "content": "x" * (4 * MIB)}] * 16)) == 16
     with pytest.raises(InvalidInputError):
-        await _input.messages([*[{"role": "user", "content": "x" * (4 * MIB)}] * 16, {"role": "user", "content": "x"}])
+        await validate.messages(
+            [*[{"role": "user", "content": "x" * (4 * MIB)}] * 16, {"role": "user", "content": "x"}]
+        )
 
 
 async def test_a_large_batch_lets_other_tasks_run():
@@ -878,9 +880,9 @@ async def test_a_large_batch_lets_other_tasks_run():
             await asyncio.sleep(0)
 
     task = asyncio.create_task(other())
-    await _input.messages([{"role": "user", "content": "x"}] * 10_000)
+    await validate.messages([{"role": "user", "content": "x"}] * 10_000)
     many = turns
-    await _input.messages([{"role": "user", "content": "x" * MIB}] * 32)
+    await validate.messages([{"role": "user", "content": "x" * MIB}] * 32)
     task.cancel()
     assert many >= 15
     assert turns - many >= 15
@@ -890,7 +892,7 @@ def test_a_compact_text_of_many_lists_is_counted_by_its_bytes() -> None:
     """A JsonText without blanks is taken up to 16 MiB, however many lists are in it."""
     text = JsonText("[[" + "1," * (8 * MIB - 400) + "1]" + ",[]" * 250 + "]")
     assert 15 * MIB < len(text) < 16 * MIB
-    assert _input.payload("payload", text) == text
+    assert validate.payload("payload", text) == text
 
 
 @given(
@@ -906,8 +908,8 @@ def test_the_depth_of_a_text(value: Any) -> None:
         return 0 if inner is None else 1 + max(map(depth, inner), default=0)
 
     many = [value] + [[]] * 300  # few brackets are not counted
-    assert _input._depth(json.dumps(many)) == depth(many)
-    assert _input._depth(json.dumps(many, ensure_ascii=False, indent=1)) == depth(many)
+    assert validate._depth(json.dumps(many)) == depth(many)
+    assert validate._depth(json.dumps(many, ensure_ascii=False, indent=1)) == depth(many)
 
 
 @pytest.mark.parametrize("value", [[10**4_200] * 10_000, [[10**4_200] * 1_000] * 10, {"a": [-(10**4_200)] * 10_000}])
@@ -916,7 +918,7 @@ def test_the_digits_of_shared_numbers_are_counted(value: Any) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(InvalidInputError, match="16 MiB"):
-            _input.payload("payload", value)
+            validate.payload("payload", value)
         assert tracemalloc.get_traced_memory()[1] < 8 * MIB
     finally:
         tracemalloc.stop()

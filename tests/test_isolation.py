@@ -36,9 +36,9 @@ from chatdb import (
     MessageNotFoundError,
     NewMessage,
 )
-from chatdb.protect import protect_tables
-from chatdb.sources import Item, SourceConversation, SourceMessage
-from chatdb.transfer import export_conversations, import_conversations
+from chatdb.admin.row_security import protect_tables
+from chatdb.formats.items import Item, SourceConversation, SourceMessage
+from chatdb.transfer.importer import export_conversations, import_conversations
 from tests._pgbouncer import pgbouncer
 from tests._roles import Roles
 from tests.conftest import as_role, cloned

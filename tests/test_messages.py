@@ -19,7 +19,7 @@ from chatdb import (
     MessageNotFoundError,
     NewMessage,
 )
-from chatdb.dsn import connect_arguments
+from chatdb._core.dsn import connect_arguments
 from tests.test_public_api import Counting
 
 

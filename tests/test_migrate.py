@@ -21,10 +21,10 @@ import psycopg
 import pytest
 
 import chatdb
-from chatdb import migrate
-from chatdb.direct import connected, is_pooled, locked
-from chatdb.dsn import connect_arguments
-from chatdb.migrate import (
+from chatdb._core.dsn import connect_arguments
+from chatdb.admin import migrate
+from chatdb.admin.connection import connected, is_pooled, locked
+from chatdb.admin.migrate import (
     apply_migrations,
     last_migrations,
     migration_files,
@@ -509,7 +509,7 @@ def test_a_role_without_privileges(dsn: str) -> None:
 
 def test_a_user_without_a_name(empty_dsn: str) -> None:
     """A container's user who has no name can migrate, although yoyo asks for it."""
-    code = f"from chatdb.migrate import apply_migrations; print(apply_migrations({empty_dsn!r}))"
+    code = f"from chatdb.admin.migrate import apply_migrations; print(apply_migrations({empty_dsn!r}))"
     nameless = {name: text for name, text in os.environ.items() if name not in {"LOGNAME", "USER", "LNAME", "USERNAME"}}
     code = "import os, pwd; pwd.getpwuid = lambda uid: {}[uid]; " + code
     done = subprocess.run([sys.executable, "-c", code], env=nameless, capture_output=True, text=True)

@@ -15,8 +15,8 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Column, Integer, MetaData, NullPool, Table, create_engine
 
 import chatdb
-from chatdb.inspection import inspect, is_wrong
-from chatdb.migrate import applied_migrations, apply_migrations, migration_files, rollback_migrations
+from chatdb.admin.check.inspection import inspect, is_wrong
+from chatdb.admin.migrate import applied_migrations, apply_migrations, migration_files, rollback_migrations
 from tests.conftest import as_role, execute
 from tests.test_migrate import owner as owner
 from tests.test_migrate import transaction, value

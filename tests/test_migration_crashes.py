@@ -16,8 +16,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from chatdb.embedded import EmbeddedServer
-from chatdb.migrate import apply_migrations
+from chatdb.admin.migrate import apply_migrations
+from chatdb.embedded.server import EmbeddedServer
 from tests._chaos import kill_server
 from tests._migrating import NAMES, by_yoyo, down, over, processes, up
 from tests._wire import Statement, Wire

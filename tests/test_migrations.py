@@ -16,7 +16,7 @@ from pglast import ast
 from pglast.enums import ObjectType
 
 import chatdb
-from chatdb.migrate import SUMS, apply_migrations
+from chatdb.admin.migrate import SUMS, apply_migrations
 from tests import schema_page
 from tests.conftest import as_role, execute
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import chatdb
-from chatdb.migrate import apply_migrations
+from chatdb.admin.migrate import apply_migrations
 from tests.conftest import execute
 from tests.test_migrate import CONCURRENTLY, add
 from tests.test_migrate import folder as folder

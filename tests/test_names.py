@@ -18,22 +18,28 @@ import pytest
 import sqlparse
 
 import chatdb
-from chatdb import _input, adopt
-from chatdb._query import Query
-from chatdb._remedies import DIFFERENT
-from chatdb.dsn import connect_arguments
-from chatdb.inspection import inspect
-from chatdb.link import link_users, unlink_users
-from chatdb.migrate import (
+from chatdb._core import validate
+from chatdb._core.dsn import connect_arguments
+from chatdb._core.query import Query
+from chatdb.admin.adopt import adoption as adopt
+from chatdb.admin.check.findings import DIFFERENT
+from chatdb.admin.check.inspection import inspect
+from chatdb.admin.migrate import (
     apply_migrations,
     last_migrations,
     migration_files,
     missing_migrations,
     rollback_migrations,
 )
-from chatdb.protect import missing_protection, protect_tables
-from chatdb.sources import tables
-from chatdb.transfer import _import_conversations_messages, count_user, export_conversations, import_conversations
+from chatdb.admin.row_security import missing_protection, protect_tables
+from chatdb.admin.users_link import link_users, unlink_users
+from chatdb.transfer import tables
+from chatdb.transfer.importer import (
+    _import_conversations_messages,
+    count_user,
+    export_conversations,
+    import_conversations,
+)
 from tests import _recorder as recorder
 from tests._names import (
     FILES,
@@ -132,9 +138,10 @@ def test_the_connections_of_modules() -> None:
                 if maker in makers:
                     makers[maker].add(str(path.relative_to(PACKAGE)))
     assert makers == {
-        "_Connection.connect": {"direct.py"},  # besides, to ask pg_stat_activity what a silent server does
-        "open_connection": {"direct.py", "sources/tables.py"},  # the latter pins it for its transaction
-        "connected": {"direct.py", "inspection.py", "migrate.py"},  # to ask for a pooler; to prepare the session
+        "_Connection.connect": {"admin/connection.py"},  # besides, to ask pg_stat_activity what a silent server does
+        "open_connection": {"admin/connection.py", "transfer/tables.py"},  # the latter pins it for its transaction
+        # to ask for a pooler; to prepare the session
+        "connected": {"admin/connection.py", "admin/check/inspection.py", "admin/migrate.py"},
     }
 
 
@@ -204,8 +211,8 @@ def test_the_server_resolves_no_planted_name(planted: str) -> None:
     with psycopg.connect(planted, autocommit=True) as connection:
         for stem, text in TEXTS.items():
             assert probed(connection, stem, text) == [], stem
-        for module in ("pool", "transfer"):
-            for text in strings(PACKAGE / f"{module}.py"):
+        for module in ("pool.py", "transfer/importer.py"):
+            for text in strings(PACKAGE / module):
                 for part in sqlparse.split(text):
                     if part.startswith("select"):
                         probe = part.rstrip("; ").replace(PLACEHOLDER, "null")
@@ -361,7 +368,7 @@ async def services_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch
                     await import_conversations(db, user_id="v", items=items)
             quietly(dsn, *[SAID] * count)
         row = (made.id, 9, "user", "c", None, None, 1, None, made.created_at)  # as with row-level security
-        columns = [_input.texts([value]) for value in row]
+        columns = [validate.texts([value]) for value in row]
         await _import_conversations_messages.fetch_one(db, "u", *columns)
 
 

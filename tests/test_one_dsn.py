@@ -19,8 +19,8 @@ import pytest
 import yoyo
 
 from chatdb import ConfigurationError
-from chatdb.direct import connected
-from chatdb.dsn import connect_arguments, libpq_dsn, read_dsn
+from chatdb._core.dsn import connect_arguments, libpq_dsn, read_dsn
+from chatdb.admin.connection import connected
 
 ME = pwd.getpwuid(os.geteuid()).pw_name
 STATUS = {
@@ -317,7 +317,7 @@ def surroundings(servers: Servers, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for name in [name for name in os.environ if name.startswith("PG")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("chatdb.dsn._SOCKET_FOLDERS", (servers.places["default"],))
+    monkeypatch.setattr("chatdb._core.dsn._SOCKET_FOLDERS", (servers.places["default"],))
 
     def make(case: Case) -> str:
         servers.asks = case.seen.password is not None

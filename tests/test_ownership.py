@@ -8,10 +8,10 @@ import psycopg
 import pytest
 
 from chatdb import ConfigurationError
-from chatdb.direct import connected, one
-from chatdb.inspection import inspect
-from chatdb.migrate import apply_migrations, rollback_migrations
-from chatdb.ownership import additions, foreign_objects
+from chatdb.admin.check.inspection import inspect
+from chatdb.admin.connection import connected, one
+from chatdb.admin.migrate import apply_migrations, rollback_migrations
+from chatdb.admin.ownership import additions, foreign_objects
 from tests.conftest import administrator, execute
 
 pytestmark = pytest.mark.owner

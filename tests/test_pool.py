@@ -18,7 +18,7 @@ import pytest
 
 import chatdb
 from chatdb import AcquireTimeoutError, ChatDBError, ConfigurationError, Conversation, UnavailableError
-from chatdb.dsn import connect_arguments
+from chatdb._core.dsn import connect_arguments
 from tests._chaos import Gate
 
 USER = "ada"

@@ -15,12 +15,12 @@ import pytest
 
 import chatdb
 from chatdb import ConfigurationError, UnavailableError
-from chatdb.dsn import connect_arguments
+from chatdb._core.dsn import connect_arguments
+from chatdb.admin.check.inspection import inspect
+from chatdb.admin.migrate import apply_migrations, last_migrations, missing_migrations, rollback_migrations
+from chatdb.admin.row_security import missing_protection
+from chatdb.admin.users_link import link_users, unlink_users
 from chatdb.errors import translated
-from chatdb.inspection import inspect
-from chatdb.link import link_users, unlink_users
-from chatdb.migrate import apply_migrations, last_migrations, missing_migrations, rollback_migrations
-from chatdb.protect import missing_protection
 from tests._command import chatdb_process as command
 from tests._pgbouncer import OPTIONS, VERSIONS, pgbouncer
 from tests.conftest import execute

@@ -21,12 +21,12 @@ import pytest
 
 import chatdb
 from chatdb import ConfigurationError, Conversation, ConversationNotFoundError, Deleted
-from chatdb.inspection import inspect
-from chatdb.link import link_users
-from chatdb.migrate import last_migrations, rollback_migrations
-from chatdb.protect import TABLES, missing_protection, protect_tables
-from chatdb.sources import Item, SourceConversation, SourceMessage
-from chatdb.transfer import export_conversations, import_conversations
+from chatdb.admin.check.inspection import inspect
+from chatdb.admin.migrate import last_migrations, rollback_migrations
+from chatdb.admin.row_security import TABLES, missing_protection, protect_tables
+from chatdb.admin.users_link import link_users
+from chatdb.formats.items import Item, SourceConversation, SourceMessage
+from chatdb.transfer.importer import export_conversations, import_conversations
 from tests._catalog import DATA, Live
 from tests._command import chatdb as command
 from tests._pgbouncer import OPTIONS, VERSIONS, pgbouncer

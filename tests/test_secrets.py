@@ -20,13 +20,15 @@ import pytest
 
 import chatdb
 from chatdb import ChatDBError, JsonText, Message, NewMessage
-from chatdb._query import Query
-from chatdb.direct import connected
-from chatdb.dsn import connect_arguments
-from chatdb.protect import protect_tables
+from chatdb._core.dsn import connect_arguments
+from chatdb._core.query import Query
+from chatdb.admin.connection import connected
+from chatdb.admin.row_security import protect_tables
+from chatdb.formats.items import SourceConversation, SourceMessage
 from chatdb.records import StoredConversation
-from chatdb.sources import FORMATS, SourceConversation, SourceMessage, detect, read, tables
-from chatdb.transfer import export_conversations, import_conversations
+from chatdb.transfer import tables
+from chatdb.transfer.files import FORMATS, detect, read
+from chatdb.transfer.importer import export_conversations, import_conversations
 from tests._package import bindings
 from tests.conftest import leaks
 from tests.test_public_api import CALLS, NOBODYS, SIGNATURES, call
@@ -373,7 +375,7 @@ def test_a_leak_of_a_password_is_found(dsn: str, monkeypatch: pytest.MonkeyPatch
     def telling(dsn: str) -> None:
         raise ChatDBError("there is no such password as rainy day")
 
-    monkeypatch.setattr(chatdb.dsn, "urlsplit", telling)
+    monkeypatch.setattr(chatdb._core.dsn, "urlsplit", telling)
     with pytest.raises(ChatDBError):
         connect_arguments(f"postgresql:{dsn}")
     assert len(leaks.of_this_test()) == 1

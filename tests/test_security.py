@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 import chatdb
-from chatdb.migrate import apply_migrations
+from chatdb.admin.migrate import apply_migrations
 from tests._catalog import DATA
 from tests._roles import Roles
 from tests._sqlfiles import TEXTS, file_of

@@ -20,10 +20,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatdb import _input, sources
+from chatdb._core import validate
 from chatdb.errors import InvalidInputError
+from chatdb.formats import json_objects, jsonlines
+from chatdb.formats.items import Changed, Skipped, SourceConversation, SourceMessage
 from chatdb.records import Conversation, JsonText, Message
-from chatdb.sources import Changed, Skipped, SourceConversation, SourceMessage, _json, jsonlines
+from chatdb.transfer import files
 
 CUT_INSIDE = Skipped("the file is cut off inside its last conversation", conversations=1)
 CUT_BETWEEN = Skipped("the file is cut off: its closing bracket is missing")
@@ -49,7 +51,7 @@ def read(data, name="sharegpt", step=2**20):
     """Read a file of these bytes, this text, or this value as JSON."""
     if not isinstance(data, str | bytes):
         data = json.dumps(data)
-    return list(sources.read(Drip(data if isinstance(data, bytes) else data.encode(), step), name))
+    return list(files.read(Drip(data if isinstance(data, bytes) else data.encode(), step), name))
 
 
 def messages(items):
@@ -72,7 +74,7 @@ def refusal(data, name="sharegpt", step=2**20):
     """Return what comes before the error, and the error."""
     items = []
     with pytest.raises(InvalidInputError) as caught:
-        items.extend(sources.read(Drip(data, step), name))
+        items.extend(files.read(Drip(data, step), name))
     assert SECRET not in str(caught.value)
     return items, caught.value
 
@@ -106,8 +108,8 @@ def test_all_complete_conversations_of_the_real_file_arrive_unchanged(real_file)
 
     read_back, skipped, keys = [], Counter(), []
     with real_file.open("rb") as file:
-        assert sources.detect(file) == "sharegpt"
-        for item in sources.read(file, "sharegpt"):
+        assert files.detect(file) == "sharegpt"
+        for item in files.read(file, "sharegpt"):
             match item:
                 case SourceConversation():
                     keys.append((item.key, item.last_seq))
@@ -241,7 +243,7 @@ def test_what_is_not_utf8_is_refused_by_its_byte(data, position, step):
 @pytest.mark.parametrize("step", [1, 64, 2**20])
 def test_an_object_may_have_so_many_characters_and_no_more(monkeypatch, extra, step):
     """The limit is exact, whether the object arrived in one piece or grew."""
-    monkeypatch.setattr(_json, "MAX_OBJECT", 1000)
+    monkeypatch.setattr(json_objects, "MAX_OBJECT", 1000)
     data = json.dumps(said("a" * (1000 + extra - len(json.dumps(said(""))))))
     if extra:
         error = refusal(f" [{data}]".encode(), step=step)[1]
@@ -253,7 +255,7 @@ def test_an_object_may_have_so_many_characters_and_no_more(monkeypatch, extra, s
 @pytest.mark.parametrize("step", [1, 64, 2**20])
 def test_a_cut_off_object_is_too_large_only_above_the_limit(monkeypatch, step):
     """A text without an end counts as the characters that there are of it."""
-    monkeypatch.setattr(_json, "MAX_OBJECT", 1000)
+    monkeypatch.setattr(json_objects, "MAX_OBJECT", 1000)
     cut_off = b' [{"value": "'.ljust(1002, b"a")
     assert read(cut_off, step=step) == [CUT_INSIDE]
     assert str(refusal(cut_off + b"a", step=step)[1]).endswith("over 1,000 characters at character 2")
@@ -272,15 +274,15 @@ def test_an_object_over_the_limit_is_not_read_to_its_end():
     """A text without an end is given up after 26 Mi characters."""
     file = io.BytesIO(b'[{"value": "' + b"a" * 40 * 2**20)
     with pytest.raises(InvalidInputError, match=r"over 27,262,976 characters at character 1$"):
-        list(sources.read(file, "sharegpt"))
+        list(files.read(file, "sharegpt"))
     assert file.tell() <= 34 * 2**20
 
 
 def test_an_object_is_tried_again_only_when_it_has_doubled(monkeypatch):
     """The work for an object that comes in many pieces is linear."""
     tries = []
-    decode = _json._decode
-    monkeypatch.setattr(_json, "_decode", lambda text, place: tries.append(1) or decode(text, place))
+    decode = json_objects._decode
+    monkeypatch.setattr(json_objects, "_decode", lambda text, place: tries.append(1) or decode(text, place))
     assert len(messages(read([said("a" * 100_000)], step=10))) == 1
     assert len(tries) < 20
 
@@ -288,7 +290,7 @@ def test_an_object_is_tried_again_only_when_it_has_doubled(monkeypatch):
 def test_the_file_is_read_as_the_items_are_taken():
     """The first conversation is there before the second megabyte is read."""
     file = io.BytesIO(json.dumps([said("a" * 100_000)] * 50).encode())
-    assert next(sources.read(file, "sharegpt")).last_seq == 1
+    assert next(files.read(file, "sharegpt")).last_seq == 1
     assert file.tell() <= 2**20
 
 
@@ -418,7 +420,7 @@ def test_strange_ids_make_keys_that_can_be_stored():
     """A long id, one with NUL or a lone surrogate, or one that is no text gives a key of its own."""
     strange = ["a" * 300, "a" * 301, "\0", "\ud800", "a\0b", 7, 7.5, [1], {"a": 1}, True, "", None, "ä" * 200]
     keys = [key_of(said("ab", id=one)) for one in strange]
-    assert [_input.key("key", key) for key in keys] == keys
+    assert [validate.key("key", key) for key in keys] == keys
     assert len(set(keys[:6])) == 6
     assert keys[5].startswith("sharegpt:7:")
     assert keys[12].startswith("sharegpt:" + "ä" * 200)
@@ -917,10 +919,10 @@ def some_exports(draw):
 
 def lines_of(export):
     """Write conversations and their messages."""
-    lines = [sources.header()]
+    lines = [jsonlines.header()]
     for conversation, in_it in export:
-        lines += [sources.conversation_line(conversation), *map(sources.message_line, in_it)]
-    return [*lines, sources.end_line(len(export), sum(len(in_it) for _, in_it in export))]
+        lines += [jsonlines.conversation_line(conversation), *map(jsonlines.message_line, in_it)]
+    return [*lines, jsonlines.end_line(len(export), sum(len(in_it) for _, in_it in export))]
 
 
 def fields_of(record, item_type):
@@ -1004,15 +1006,15 @@ def test_lines_are_as_they_are_documented():
     head = {"id": 1, "user_id": "ü", "key": "ä", "title": None, "metadata": {"a": 1}, "last_seq": 2}
     body = {"seq": 1, "role": "user", "content": "ö", "payload": "[ ]", "metadata": None, "token_count": 3, "key": None}
     conversation = Conversation(**head, created_at=NOW, updated_at=NOW)
-    line = sources.message_line(Message(**body, id=2, conversation_id=1, user_id="ü", created_at=NOW))
-    assert sources.header() == b'{"type":"chatdb","version":1}\n'
-    assert sources.end_line(1, 2) == b'{"type":"end","conversations":1,"messages":2}\n'
+    line = jsonlines.message_line(Message(**body, id=2, conversation_id=1, user_id="ü", created_at=NOW))
+    assert jsonlines.header() == b'{"type":"chatdb","version":1}\n'
+    assert jsonlines.end_line(1, 2) == b'{"type":"end","conversations":1,"messages":2}\n'
     assert json.loads(line) == {"type": "message"} | body | written
     assert "ö".encode() in line
     written["updated_at"] = written["created_at"]
-    assert json.loads(sources.conversation_line(conversation)) == {"type": "conversation"} | head | written
+    assert json.loads(jsonlines.conversation_line(conversation)) == {"type": "conversation"} | head | written
     with pytest.raises(ValueError, match="not JSON compliant"):
-        sources.conversation_line(conversation.model_copy(update={"metadata": {"a": float("inf")}}))
+        jsonlines.conversation_line(conversation.model_copy(update={"metadata": {"a": float("inf")}}))
 
 
 BAD_TIMES = [None, 5, "", "yesterday", "2026-02-03", "2026-02-03T04:05:06", "0001-01-01T00:00:00+14:00"]
@@ -1136,23 +1138,23 @@ def test_an_end_that_counts_otherwise_is_said(conversations, number, missing):
 
 def test_a_line_may_have_so_many_bytes_and_no_more(monkeypatch):
     """A longer line is refused without being read to its end."""
-    head = sources.conversation_line(
+    head = jsonlines.conversation_line(
         Conversation(id=1, user_id="u", key=None, title=None, metadata=None, last_seq=2, created_at=NOW, updated_at=NOW)
     )
     monkeypatch.setattr(jsonlines, "MAX_LINE", len(head))
-    assert read(sources.header() + head, "chatdb")[1:] == [NO_END]
+    assert read(jsonlines.header() + head, "chatdb")[1:] == [NO_END]
     monkeypatch.setattr(jsonlines, "MAX_LINE", len(head) - 1)
-    file = io.BytesIO(sources.header() + head * 9)
+    file = io.BytesIO(jsonlines.header() + head * 9)
     with pytest.raises(InvalidInputError) as caught:
-        list(sources.read(file, "chatdb"))
+        list(files.read(file, "chatdb"))
     assert caught.value.parameter == "line 2"
-    assert file.tell() <= len(sources.header() + head)
+    assert file.tell() <= len(jsonlines.header() + head)
 
 
 def test_lines_are_read_as_the_items_are_taken():
     """A conversation of many messages is never in memory."""
     file = io.BytesIO(file_of(a_head(last_seq=9), *(a_line(seq=seq) for seq in range(1, 9))))
-    reading = sources.read(file, "chatdb")
+    reading = files.read(file, "chatdb")
     assert next(reading).last_seq == 9
     assert (next(reading).seq, file.getvalue()[: file.tell()].count(b"\n")) == (1, 3)
 
@@ -1178,7 +1180,7 @@ def test_the_first_object_shows_the_format(first, name):
     ):
         file = io.BytesIO(b"before" + data.encode())
         file.seek(6)
-        assert sources.detect(file) == name
+        assert files.detect(file) == name
         assert file.tell() == 6
 
 
@@ -1197,21 +1199,21 @@ def test_the_first_object_shows_the_format(first, name):
 def test_an_unknown_format_is_refused(data, problem):
     """The error says why the format is not known."""
     with pytest.raises(InvalidInputError, match=problem) as caught:
-        sources.detect(io.BytesIO(data))
+        files.detect(io.BytesIO(data))
     assert caught.value.parameter == "file"
 
 
 def test_a_format_that_there_is_not_is_refused():
     """The error lists the formats."""
     with pytest.raises(InvalidInputError, match="format: must be one of sharegpt, chatgpt, chatdb"):
-        next(sources.read(io.BytesIO(b"[]"), "xml"))
+        next(files.read(io.BytesIO(b"[]"), "xml"))
 
 
 def test_a_plain_file_is_opened_as_it_is(tmp_path):
     """It is the only part, and closed afterwards."""
     path = tmp_path / "a.json"
     path.write_bytes(b"[]")
-    with sources.opened(path) as ((name, file, size),):
+    with files.opened(path) as ((name, file, size),):
         assert (name, file.read(), size) == ("a.json", b"[]", 2)
     assert file.closed
 
@@ -1241,11 +1243,11 @@ def test_the_conversations_of_an_archive_are_opened_in_order(archive):
         "__MACOSX/._conversations.json",
     ]
     texts = {name: json.dumps([chatgpt(turn("user", name))]) for name in [*others, *reversed(names)]}
-    with sources.opened(archive(texts)) as parts:
+    with files.opened(archive(texts)) as parts:
         assert [part.name for part in parts] == names
         assert [part.size for part in parts] == [len(texts[name]) for name in names]
-        assert [sources.detect(part.file) for part in parts] == ["chatgpt"] * 5
-        read_back = [messages(sources.read(part.file, "chatgpt"))[0].content for part in parts]
+        assert [files.detect(part.file) for part in parts] == ["chatgpt"] * 5
+        read_back = [messages(files.read(part.file, "chatgpt"))[0].content for part in parts]
         assert read_back == names
         assert parts[0].file.tell() == parts[0].size
     assert all(part.file.closed for part in parts)
@@ -1254,7 +1256,7 @@ def test_the_conversations_of_an_archive_are_opened_in_order(archive):
 @pytest.mark.parametrize("name", ["conversations.json", "export/conversations.json"])
 def test_an_archive_of_one_file_is_opened(archive, name):
     """Also when it was packed with its folder."""
-    with sources.opened(archive({name: "[]"})) as parts:
+    with files.opened(archive({name: "[]"})) as parts:
         assert [part.name for part in parts] == [name]
 
 
@@ -1297,9 +1299,9 @@ def test_an_archive_that_cannot_be_read_is_refused(archive, change, problem):
     path = damaged(archive({"conversations.json": json.dumps([said("a" * 100, "b")])}), change)
 
     def read_all():
-        with sources.opened(path) as parts:
+        with files.opened(path) as parts:
             for part in parts:
-                list(sources.read(part.file, "sharegpt"))
+                list(files.read(part.file, "sharegpt"))
 
     with pytest.raises(InvalidInputError, match=problem):
         read_all()
@@ -1307,7 +1309,7 @@ def test_an_archive_that_cannot_be_read_is_refused(archive, change, problem):
 
 def test_an_archive_without_conversations_is_refused(archive):
     """Another zip archive is no export."""
-    with pytest.raises(InvalidInputError, match=r"without a conversations\.json"), sources.opened(archive({"a": "b"})):
+    with pytest.raises(InvalidInputError, match=r"without a conversations\.json"), files.opened(archive({"a": "b"})):
         pass
 
 
@@ -1317,7 +1319,7 @@ def test_an_archive_that_expands_too_far(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("conversations.json", "[" + " " * 17 * 1024 * 1024 + "]")
     with pytest.raises(InvalidInputError, match=r"'conversations\.json' of the zip archive expands"):
-        sources.opened(path).__enter__()
+        files.opened(path).__enter__()
 
 
 def test_an_archive_of_too_many_files(tmp_path: Path) -> None:
@@ -1327,13 +1329,13 @@ def test_an_archive_of_too_many_files(tmp_path: Path) -> None:
         for number in range(1_001):
             archive.writestr(f"conversations-{number}.json", "[]")
     with pytest.raises(InvalidInputError, match="over 1,000 files"):
-        sources.opened(path).__enter__()
+        files.opened(path).__enter__()
 
 
 def unopened(path: Path) -> str:
     """Return why an archive is not opened."""
     with pytest.raises(InvalidInputError) as refused:
-        sources.opened(path).__enter__()
+        files.opened(path).__enter__()
     return str(refused.value)
 
 
@@ -1360,7 +1362,7 @@ def test_an_archive_whose_files_expand_too_far_together(archive: Any) -> None:
     assert re.search(together, unopened(path))
     with zipfile.ZipFile(path, "a") as made:  # pictures, as exports have them
         made.writestr("picture.png", random.Random(1).randbytes(1_600_000))
-    with sources.opened(path) as parts:
+    with files.opened(path) as parts:
         assert len(parts) == 10
 
     noise = random.Random(2).randbytes(300_000).hex()
@@ -1371,10 +1373,10 @@ def test_an_archive_whose_files_expand_too_far_together(archive: Any) -> None:
 
 def test_the_most_that_an_archive_may_expand_to(archive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An archive may expand to 16 GiB, to the byte; years of conversations have one or two."""
-    assert sources.MAX_EXPANDED == 16 * 1024**3
-    monkeypatch.setattr(sources, "MAX_EXPANDED", 20)
+    assert files.MAX_EXPANDED == 16 * 1024**3
+    monkeypatch.setattr(files, "MAX_EXPANDED", 20)
     names = ["conversations-0.json", "conversations-1.json"]
-    with sources.opened(archive(dict.fromkeys(names, "x" * 10))) as parts:
+    with files.opened(archive(dict.fromkeys(names, "x" * 10))) as parts:
         assert len(parts) == 2
     assert "expands to 21 bytes" in unopened(archive(dict(zip(names, ("x" * 10, "x" * 11), strict=True))))
 
@@ -1384,13 +1386,13 @@ def test_an_archive_in_an_archive(archive: Any) -> None:
     inner = archive({"conversations.json": json.dumps([chatgpt(turn("user", "a"))])}).read_bytes()
     assert "an archive inside it is not read: unpack it first" in unopened(archive({"export.ZIP": inner}))
     with (
-        sources.opened(archive({"conversations.json": inner})) as (part,),
+        files.opened(archive({"conversations.json": inner})) as (part,),
         pytest.raises(InvalidInputError, match=r"is broken JSON|is not UTF-8"),
     ):
-        list(sources.read(part.file, "chatgpt"))
+        list(files.read(part.file, "chatgpt"))
     both = archive({"conversations.json": json.dumps([chatgpt(turn("user", "b"))]), "more/export.zip": inner})
-    with sources.opened(both) as (part,):
-        assert [item.content for item in messages(sources.read(part.file, "chatgpt"))] == ["b"]
+    with files.opened(both) as (part,):
+        assert [item.content for item in messages(files.read(part.file, "chatgpt"))] == ["b"]
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -1420,4 +1422,4 @@ def test_what_is_no_regular_file(tmp_path: Path, kind: str) -> None:
         path = tmp_path / "pipe"
         os.mkfifo(path)
     with pytest.raises(InvalidInputError, match="regular file"):
-        sources.opened(path).__enter__()
+        files.opened(path).__enter__()

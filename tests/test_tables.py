@@ -20,10 +20,16 @@ import pytest
 from psycopg import sql
 
 import chatdb
-from chatdb import sources
+from chatdb.formats.items import Changed, Skipped, SourceConversation, SourceMessage
 from chatdb.pool import Pool
-from chatdb.sources import Changed, Skipped, SourceConversation, SourceMessage, tables
-from chatdb.transfer import CHANGED_SINCE, OTHER_OF_KEY, ImportReport, export_conversations, import_conversations
+from chatdb.transfer import files, tables
+from chatdb.transfer.importer import (
+    CHANGED_SINCE,
+    OTHER_OF_KEY,
+    ImportReport,
+    export_conversations,
+    import_conversations,
+)
 from tests.conftest import as_role, execute
 from tests.test_transfer import exported, portable
 
@@ -675,7 +681,7 @@ def test_memory_does_not_grow_with_the_tables(empty_dsn: str) -> None:
     program = """
         import sys
         from pathlib import Path
-        from chatdb.sources import tables
+        from chatdb.transfer import tables
 
         size = sum(len(item.payload) for item in tables.read(sys.argv[1]) if hasattr(item, "payload"))
         assert size > 190_000_000, size
@@ -694,7 +700,7 @@ def test_without_psycopg() -> None:
         import sys
         sys.modules["psycopg"] = None
         from chatdb import ConfigurationError
-        from chatdb.sources import tables
+        from chatdb.transfer import tables
 
         try:
             list(tables.read("postgresql://localhost/x"))
@@ -730,6 +736,6 @@ async def test_exported_again(db: Pool, empty_dsn: str) -> None:
         7,
         8,
     ]
-    report = await import_conversations(db, user_id="bob", items=sources.read(io.BytesIO(lines), "chatdb"))
+    report = await import_conversations(db, user_id="bob", items=files.read(io.BytesIO(lines), "chatdb"))
     assert report.skipped == {}
     assert portable(await exported(db, "bob")) == portable(lines)

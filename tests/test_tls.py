@@ -13,7 +13,7 @@ import trustme
 
 import chatdb
 from chatdb import ConfigurationError
-from chatdb.dsn import libpq_dsn
+from chatdb._core.dsn import libpq_dsn
 from tests._pgbouncer import pgbouncer
 
 

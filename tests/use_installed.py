@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import chatdb
-from chatdb.embedded import EmbeddedServer
+from chatdb.embedded.server import EmbeddedServer
 
 SHAREGPT = [
     {"id": "a", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Hello! 👋"}]},

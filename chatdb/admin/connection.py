@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from chatdb.dsn import connect_arguments, libpq_dsn, server_of
+from chatdb._core.dsn import connect_arguments, libpq_dsn, server_of
 from chatdb.errors import RLS_USER_ID, ChatDBError, ConfigurationError, UnavailableError, translated
 
 try:

@@ -19,11 +19,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final, NamedTuple, cast
 
-from chatdb._input import type_name
-from chatdb._query import data_folder
-from chatdb.direct import APPLICATION, connected, locked, one, patiently, pinned_transaction, prepare_session
+from chatdb._core.query import data_folder
+from chatdb._core.validate import type_name
+from chatdb.admin.connection import APPLICATION, connected, locked, one, patiently, pinned_transaction, prepare_session
+from chatdb.admin.ownership import foreign_objects
 from chatdb.errors import ConfigurationError, InvalidInputError, SchemaError, UnavailableError
-from chatdb.ownership import foreign_objects
 
 try:
     import psycopg

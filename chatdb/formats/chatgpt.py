@@ -6,9 +6,8 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-from chatdb import _input
-from chatdb.sources._json import as_list, as_object
-from chatdb.sources.items import (
+from chatdb._core import validate
+from chatdb.formats.items import (
     REPLACED,
     Changed,
     Item,
@@ -23,6 +22,7 @@ from chatdb.sources.items import (
     short,
     storable,
 )
+from chatdb.formats.json_objects import as_list, as_object
 
 _Object: TypeAlias = dict[str, Any]
 
@@ -135,11 +135,11 @@ def _text(content: _Object) -> tuple[str, bool]:
 @lru_cache
 def _metadata(model: str | None, name: str | None) -> str | None:
     named = {"model": model, "name": name}
-    return _input.metadata("metadata", {key: value for key, value in named.items() if value} or None)
+    return validate.metadata("metadata", {key: value for key, value in named.items() if value} or None)
 
 
 def _title(value: object) -> tuple[str | None, bool]:
     """Return a conversation's title, and whether it was cut."""
     if not isinstance(value, str):
         return None, False
-    return storable(value[: _input.MAX_TITLE]), len(value) > _input.MAX_TITLE
+    return storable(value[: validate.MAX_TITLE]), len(value) > validate.MAX_TITLE

@@ -16,8 +16,8 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 from pydantic import BaseModel
 
-from chatdb._decode import decoder
-from chatdb._input import type_name
+from chatdb._core.decode import decoder
+from chatdb._core.validate import type_name
 from chatdb.errors import (
     AcquireTimeoutError,
     ChatDBError,
@@ -65,7 +65,7 @@ class Database(Protocol):
 
 def data_folder(name: str) -> Path:
     """Return the folder `sql` or `migrations`: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     inside = package / name
     return inside if inside.is_dir() else package.parent / name
 

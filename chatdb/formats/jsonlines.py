@@ -19,11 +19,11 @@ from datetime import UTC, datetime
 from itertools import count
 from typing import Any, BinaryIO, Final
 
-from chatdb import _input
+from chatdb._core import validate
 from chatdb.errors import InvalidInputError
+from chatdb.formats.items import Item, Skipped, SourceConversation, SourceMessage
+from chatdb.formats.json_objects import as_object
 from chatdb.records import Conversation, JsonText, Message
-from chatdb.sources._json import as_object
-from chatdb.sources.items import Item, Skipped, SourceConversation, SourceMessage
 
 VERSION: Final = 1
 MAX_LINE: Final = 128 * 1024 * 1024
@@ -136,21 +136,21 @@ def _taken(line: str, fields: dict[str, Any], checks: dict[str, Callable[[str, A
 
 
 def _number(name: str, value: object) -> int:
-    return _input.integer(name, value, least=0)
+    return validate.integer(name, value, least=0)
 
 
 def _last_seq(name: str, value: object) -> int:
-    return _input.integer(name, value, least=0, most=MAX_LAST_SEQ)
+    return validate.integer(name, value, least=0, most=MAX_LAST_SEQ)
 
 
 def _title(name: str, value: object) -> str | None:
-    return None if value is None else _input.text(name, value, least=0, most=_input.MAX_TITLE)
+    return None if value is None else validate.text(name, value, least=0, most=validate.MAX_TITLE)
 
 
 def _payload(name: str, value: object) -> str | None:
     if value is not None and not isinstance(value, str):
         raise InvalidInputError(name, "must be JSON as a text, or null")
-    return None if value is None else _input.payload(name, JsonText(value))
+    return None if value is None else validate.payload(name, JsonText(value))
 
 
 def _time(name: str, value: object) -> datetime:
@@ -164,20 +164,20 @@ def _time(name: str, value: object) -> datetime:
 
 
 _CONVERSATION: dict[str, Callable[[str, Any], Any]] = {
-    "key": _input.key,
+    "key": validate.key,
     "title": _title,
-    "metadata": _input.conversation_metadata,
+    "metadata": validate.conversation_metadata,
     "last_seq": _last_seq,
     "created_at": _time,
     "updated_at": _time,
 }
 _MESSAGE: dict[str, Callable[[str, Any], Any]] = {
     "seq": _number,
-    "role": _input.role,
-    "content": _input.content,
+    "role": validate.role,
+    "content": validate.content,
     "payload": _payload,
-    "metadata": _input.metadata,
-    "token_count": _input.token_count,
-    "key": _input.key,
+    "metadata": validate.metadata,
+    "token_count": validate.token_count,
+    "key": validate.key,
     "created_at": _time,
 }

@@ -11,13 +11,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatdb._plans import planned, served
-from chatdb._remedies import DIFFERENT, MISSING, NOTE, OK, Finding, catalog
-from chatdb.direct import connected, errors, is_pooled, one, pinned_transaction
+from chatdb.admin.check.findings import DIFFERENT, MISSING, NOTE, OK, Finding, catalog
+from chatdb.admin.check.plans import planned, served
+from chatdb.admin.connection import connected, errors, is_pooled, one, pinned_transaction
+from chatdb.admin.migrate import applied_migrations, migration_files
+from chatdb.admin.ownership import additions, foreign_objects, public_is_writable
+from chatdb.admin.row_security import missing, missing_function, walls
 from chatdb.errors import ConfigurationError, SchemaError
-from chatdb.migrate import applied_migrations, migration_files
-from chatdb.ownership import additions, foreign_objects, public_is_writable
-from chatdb.protect import missing, missing_function, walls
 from chatdb.records import SchemaPart
 from chatdb.schema import NEEDED, STATEMENT
 

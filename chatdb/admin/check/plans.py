@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from chatdb._query import data_folder
-from chatdb._remedies import DIFFERENT, NOTE, OK, Finding
-from chatdb.direct import errors, one
+from chatdb._core.query import data_folder
+from chatdb.admin.check.findings import DIFFERENT, NOTE, OK, Finding
+from chatdb.admin.connection import errors, one
 from chatdb.schema import NEEDED
 
 if TYPE_CHECKING:

@@ -19,27 +19,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 from chatdb.errors import InvalidInputError
-from chatdb.sources import chatgpt, jsonlines, sharegpt
-from chatdb.sources._json import objects
-from chatdb.sources.items import Changed, Item, Skipped, SourceConversation, SourceMessage, UnfitError
-from chatdb.sources.jsonlines import conversation_line, end_line, header, message_line
-
-__all__ = [
-    "FORMATS",
-    "Changed",
-    "Item",
-    "Part",
-    "Skipped",
-    "SourceConversation",
-    "SourceMessage",
-    "conversation_line",
-    "detect",
-    "end_line",
-    "header",
-    "message_line",
-    "opened",
-    "read",
-]
+from chatdb.formats import chatgpt, jsonlines, sharegpt
+from chatdb.formats.items import Item, Skipped, UnfitError
+from chatdb.formats.json_objects import objects
 
 FORMATS: Final = ("sharegpt", "chatgpt", "chatdb")
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
-from chatdb._query import data_folder
-from chatdb.direct import locked, one
+from chatdb._core.query import data_folder
+from chatdb.admin.connection import locked, one
 from chatdb.errors import ChatDBError, ConfigurationError, SchemaError
 
 try:

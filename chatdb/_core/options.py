@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, TypedDict, cast
 
 import asyncpg
 
-from chatdb._input import MAX_INT, type_name
-from chatdb.dsn import ATTRIBUTES, SSLMODES
+from chatdb._core.dsn import ATTRIBUTES, SSLMODES
+from chatdb._core.validate import MAX_INT, type_name
 from chatdb.errors import ConfigurationError
 
 MIN_LIFETIME: Final = 0.05

@@ -15,7 +15,7 @@ import chatdb
 from chatdb.errors import ConfigurationError, ConversationNotFoundError
 from chatdb.pool import Pool
 from chatdb.records import Conversation
-from chatdb.transfer import ImportReport
+from chatdb.transfer.importer import ImportReport
 
 if TYPE_CHECKING:
     from rich.console import Console

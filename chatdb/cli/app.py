@@ -28,9 +28,10 @@ from typing import IO, Annotated, Any, NoReturn, TypeVar
 from rich.table import Table
 
 import chatdb
-from chatdb import _input, cli_operators, sources
-from chatdb._query import Database
-from chatdb.cli_shared import (
+from chatdb._core import validate
+from chatdb._core.query import Database
+from chatdb.cli import admin
+from chatdb.cli.console import (
     AsJson,
     DatabaseOption,
     DryRun,
@@ -54,10 +55,12 @@ from chatdb.cli_shared import (
     target,
 )
 from chatdb.errors import ChatDBError, InvalidInputError, translating
+from chatdb.formats import jsonlines
+from chatdb.formats.items import Item
 from chatdb.pool import Pool
 from chatdb.records import Conversation, Deleted, Message
-from chatdb.sources import tables
-from chatdb.transfer import ImportReport, count_user, export_conversations, import_conversations
+from chatdb.transfer import files, tables
+from chatdb.transfer.importer import ImportReport, count_user, export_conversations, import_conversations
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -81,16 +84,16 @@ app = typer.Typer(
     """,
 )
 
-app.command()(on_a_database(cli_operators.migrate))
-app.command()(on_a_database(cli_operators.rollback))
-app.command()(on_a_database(cli_operators.check))
-app.command()(on_a_database(cli_operators.link_users))
-app.command()(on_a_database(cli_operators.adopt))
-app.command()(on_a_database(cli_operators.protect))
+app.command()(on_a_database(admin.migrate))
+app.command()(on_a_database(admin.rollback))
+app.command()(on_a_database(admin.check))
+app.command()(on_a_database(admin.link_users))
+app.command()(on_a_database(admin.adopt))
+app.command()(on_a_database(admin.protect))
 
 
 def _checked_user(user: str) -> str:
-    return _input.user(user)  # before a server is started
+    return validate.user(user)  # before a server is started
 
 
 User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversations.", callback=_checked_user)]
@@ -248,7 +251,7 @@ def demo(
 
     Works on the embedded server, or on the database that --database names: DATABASE_URL alone is not taken.
     """
-    from chatdb.demo import USER, run_demo
+    from chatdb.cli.demo import USER, run_demo
 
     place = target()
     if place.dsn is None and "DATABASE_URL" in os.environ:
@@ -389,13 +392,13 @@ def show(
             head = await chatdb.get_conversation(connection, user_id=user, conversation_id=conversation)
             lines = json_lines() if as_json else None
             if lines is not None:
-                lines.write(sources.conversation_line(head))
+                lines.write(jsonlines.conversation_line(head))
             else:
                 title = _heading(head)
                 out.print(f"conversation {head.id}: {title}", style="bold")
             async for message in _messages(connection, user, conversation, last):
                 if lines is not None:
-                    lines.write(sources.message_line(message))
+                    lines.write(jsonlines.message_line(message))
                 else:
                     moment = f"{message.created_at:%Y-%m-%d %H:%M:%S}"
                     out.print(f"\n#{message.seq} {message.role} {moment}", style="bold cyan")
@@ -460,13 +463,13 @@ def _numbers(found: Deleted) -> str:
 
 async def import_file(pool: Pool, user: str, path: Path, format: str = "auto") -> ImportReport:  # noqa: A002
     """Import a file, with a progress bar on a terminal."""
-    with progress("importing") as bar, sources.opened(path) as parts:
+    with progress("importing") as bar, files.opened(path) as parts:
 
-        def items() -> Iterator[sources.Item]:  # runs in import_conversations' thread
+        def items() -> Iterator[Item]:  # runs in import_conversations' thread
             for part in parts:
                 task = bar.add_task(in_a_line(part.name), total=part.size)
-                chosen = sources.detect(part.file) if format == "auto" else format
-                for count, item in enumerate(sources.read(part.file, chosen)):
+                chosen = files.detect(part.file) if format == "auto" else format
+                for count, item in enumerate(files.read(part.file, chosen)):
                     if count % 1_000 == 0:
                         bar.update(task, completed=part.file.tell())
                     yield item
@@ -475,11 +478,11 @@ async def import_file(pool: Pool, user: str, path: Path, format: str = "auto") -
         return await import_conversations(pool, user_id=user, items=items())
 
 
-async def _import_tables(pool: Pool, user: str, found: Generator[sources.Item, None, None]) -> ImportReport:
+async def _import_tables(pool: Pool, user: str, found: Generator[Item, None, None]) -> ImportReport:
     with progress("importing") as bar, closing(found):
         task = bar.add_task("tables", total=None)
 
-        def items() -> Iterator[sources.Item]:  # runs in import_conversations' thread
+        def items() -> Iterator[Item]:  # runs in import_conversations' thread
             for count, item in enumerate(found):
                 if count % 1_000 == 0:
                     bar.update(task, completed=count)
@@ -493,16 +496,16 @@ async def _export(user: str, file: IO[bytes]) -> tuple[int, int]:
     async with _database() as pool, aclosing(export_conversations(pool, user_id=user)) as records:
         with progress("exporting") as bar:
             task = bar.add_task("conversations", total=None)
-            file.write(sources.header())
+            file.write(jsonlines.header())
             async for record in records:
                 if isinstance(record, Conversation):
                     conversations += 1
-                    file.write(sources.conversation_line(record))
+                    file.write(jsonlines.conversation_line(record))
                     bar.update(task, completed=conversations)
                 else:
                     messages += 1
-                    file.write(sources.message_line(record))
-            file.write(sources.end_line(conversations, messages))
+                    file.write(jsonlines.message_line(record))
+            file.write(jsonlines.end_line(conversations, messages))
             file.flush()
     return conversations, messages
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, NamedTuple
 
-from chatdb import _input
-from chatdb.direct import errors, locked, one, original_search_path, patiently, pinned_transaction
+from chatdb._core import validate
+from chatdb.admin.connection import errors, locked, one, original_search_path, patiently, pinned_transaction
 from chatdb.errors import LINK, InvalidInputError, SchemaError
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def _target(connection: psycopg.Connection, table: str, column: str) -> _Target:
 
 def _table(connection: psycopg.Connection, table: str) -> int:
     """Return the table of a name as in SQL, or else the one that is spelled so, capital letters and all."""
-    _input.utf8_length("table", table)
+    validate.utf8_length("table", table)
     schema, _, rest = table.partition(".")
     spelled = [_quoted(table), f"{_quoted(schema)}.{_quoted(rest)}"]
     problem = f'the database has no table {table!r}: write it as in SQL, like public.users or public."Users"'
@@ -174,7 +174,7 @@ def _table(connection: psycopg.Connection, table: str) -> int:
 
 def _column(connection: psycopg.Connection, table: int, column: str) -> str:
     """Return a column's name without quotes, by the same rule; as it is given where there is no such column."""
-    _input.utf8_length("column", column)
+    validate.utf8_length("column", column)
     try:
         with connection.transaction():
             folded = one(connection, "select pg_catalog.parse_ident(%s::text)", column)

@@ -46,7 +46,7 @@ from types import FrameType
 from typing import NamedTuple
 from urllib.parse import quote, urlencode
 
-from chatdb.dsn import read_dsn
+from chatdb._core.dsn import read_dsn
 from chatdb.errors import ChatDBError, ConfigurationError, UnavailableError
 from chatdb.pool import Pool
 
@@ -607,7 +607,8 @@ class EmbeddedServer:
 
 _MIGRATE = """
 import sys
-from chatdb import errors, migrate
+from chatdb import errors
+from chatdb.admin import migrate
 try:
     migrate.apply_migrations(sys.argv[1])
 except errors.ChatDBError as error:
@@ -618,7 +619,7 @@ except errors.ChatDBError as error:
 
 def _migrate(dsn: str) -> None:
     """Apply the migrations: in a process of its own if libpq would find variables, some of which no DSN overrules."""
-    from chatdb.migrate import apply_migrations
+    from chatdb.admin.migrate import apply_migrations
 
     environment = _without_libpq_variables()
     if len(environment) == len(os.environ):

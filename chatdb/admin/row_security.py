@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from chatdb.direct import locked, one, patiently, pinned_transaction
+from chatdb.admin.connection import locked, one, patiently, pinned_transaction
 from chatdb.errors import RLS_USER_ID, ConfigurationError, SchemaError
 from chatdb.schema import without_quotes
 
@@ -61,8 +61,8 @@ def protect_tables(dsn: str, *, off: bool = False, wait: float = WAIT) -> list[s
     """
     Switch row-level security on, or off, and return the statements that were run; none if it is as it should be.
 
-    Blocks, and raises, as `chatdb.migrate.apply_migrations` does. One transaction, which holds each table for a moment
-    and for that waits at most two seconds at a time.
+    Blocks, and raises, as `chatdb.admin.migrate.apply_migrations` does. One transaction, which holds each table for a
+    moment and for that waits at most two seconds at a time.
 
     Raises ConfigurationError when another policy stands on a table, because it would let more rows through.
     """

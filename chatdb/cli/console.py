@@ -22,7 +22,7 @@ from dotenv.parser import parse_stream
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from chatdb.dsn import database_of
+from chatdb._core.dsn import database_of
 from chatdb.errors import ConfigurationError
 
 if sys.platform != "win32":
@@ -228,7 +228,7 @@ def target(*names: str) -> Target:
 
 
 def _embedded() -> Target:
-    from chatdb.embedded import EmbeddedServer
+    from chatdb.embedded.server import EmbeddedServer
 
     return Target(None, f"embedded PostgreSQL, data in {EmbeddedServer().path}")
 
@@ -279,7 +279,7 @@ def operators_database() -> Generator[tuple[str, str]]:
         raise_interrupts()
         yield dsn, name
         return
-    from chatdb.embedded import EmbeddedServer
+    from chatdb.embedded.server import EmbeddedServer
 
     drop_libpq_variables()
     raise_interrupts()

@@ -11,12 +11,12 @@ from datetime import datetime, timedelta
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from chatdb import _input
-from chatdb._query import Query
+from chatdb._core import validate
+from chatdb._core.query import Query
 from chatdb.errors import ConfigurationError, ConflictError, translating
+from chatdb.formats.items import Changed, Item, Skipped, SourceConversation, SourceMessage
 from chatdb.pool import Pool, set_user, transaction
 from chatdb.records import Conversation, Deleted, ImportedConversation, ImportedMessages, Message, StoredConversation
-from chatdb.sources import Changed, Item, Skipped, SourceConversation, SourceMessage
 
 if TYPE_CHECKING:
     from chatdb.pool import Connection
@@ -126,7 +126,7 @@ _Batch = list[tuple[_Target, list[SourceMessage]]]
 
 async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item]) -> ImportReport:
     """
-    Store what a reader of `chatdb.sources` yields as conversations of a user, and report what became of it.
+    Store what a reader in `chatdb.transfer` yields as conversations of a user, and report what became of it.
 
     One transaction: an error, a lost connection or a cancellation leaves nothing behind. A conversation that the user
     has already is not stored again; one that has grown since gets its new messages. The items are read in a thread,
@@ -135,7 +135,7 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
     Raises InvalidInputError when the source is broken, ConflictError when another caller writes the same conversations
     at the same time.
     """
-    user = _input.user(user_id)
+    user = validate.user(user_id)
     report = ImportReport()
     batches = _batches(items, report)
     ahead = asyncio.create_task(asyncio.to_thread(next, batches, None))
@@ -155,7 +155,7 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
 
 async def count_user(pool: Pool, *, user_id: str) -> Deleted:
     """Return how many conversations and messages `delete_user` would delete."""
-    user = _input.user(user_id)
+    user = validate.user(user_id)
     async with transaction(pool, user_id=user) as connection:
         return await _count_user.fetch_one(connection, user)
 
@@ -166,7 +166,7 @@ async def export_conversations(pool: Pool, *, user_id: str) -> AsyncGenerator[Co
 
     Two server-side cursors in one read-only transaction: memory does not grow with the history.
     """
-    user = _input.user(user_id)
+    user = validate.user(user_id)
     async with transaction(pool) as connection:  # asyncpg's own waits long for a silent server to roll back
         with translating():
             await connection.execute("set transaction isolation level repeatable read, read only")
@@ -277,7 +277,7 @@ async def _store(
         with translating():
             await connection.copy_records_to_table("messages", schema_name="chatdb", columns=_COLUMNS, records=rows)
     elif rows:  # the server takes no COPY where row-level security is on
-        _, *columns = map(_input.texts, zip(*rows, strict=True))
+        _, *columns = map(validate.texts, zip(*rows, strict=True))
         await _import_conversations_messages.fetch_one(connection, user, *columns)
     report.messages += len(rows)
     cut_off = [
@@ -297,9 +297,9 @@ async def _place(
         connection,
         user,
         [source.key for source in sources],
-        _input.texts(source.created_at for source in sources),
-        _input.texts(target.occurrence for target in targets),
-        _input.texts(source.last_seq for source in sources),
+        validate.texts(source.created_at for source in sources),
+        validate.texts(target.occurrence for target in targets),
+        validate.texts(source.last_seq for source in sources),
     )
     for stored in found:
         target = targets[stored.place - 1]
@@ -317,9 +317,9 @@ async def _place(
             [target.source.key for target in new],
             [target.source.title for target in new],
             [target.source.metadata for target in new],
-            _input.texts(target.source.last_seq for target in new),
-            _input.texts(target.source.created_at or started_at for target in new),
-            _input.texts(target.source.updated_at or started_at for target in new),
+            validate.texts(target.source.last_seq for target in new),
+            validate.texts(target.source.created_at or started_at for target in new),
+            validate.texts(target.source.updated_at or started_at for target in new),
         )
     except ConflictError as error:
         raise ConflictError("another caller stores the same conversations at this moment: import again") from error
@@ -378,10 +378,10 @@ async def _set_last_seq(
     changed = await _import_conversations_extend.fetch_all(
         connection,
         user,
-        _input.texts(target.id for target in targets),
-        _input.texts(old),
-        _input.texts(new),
-        _input.texts(target.source.updated_at or started_at for target in targets),
+        validate.texts(target.id for target in targets),
+        validate.texts(old),
+        validate.texts(new),
+        validate.texts(target.source.updated_at or started_at for target in targets),
     )
     if len(changed) < len(changes):
         raise ConflictError("another caller appended to one of the conversations meanwhile: import again")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, Final, cast
 
 from chatdb.errors import InvalidInputError
-from chatdb.sources.items import Skipped
+from chatdb.formats.items import Skipped
 
 MAX_OBJECT: Final = 26 * 1024 * 1024
 """The characters that one object may have: a text of 4 MiB fits, even if each character is an escape of six."""

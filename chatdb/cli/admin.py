@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from chatdb.cli_shared import (
+from chatdb.cli.console import (
     AsJson,
     DryRun,
     Yes,
@@ -27,7 +27,7 @@ from chatdb.cli_shared import (
 )
 
 if TYPE_CHECKING:
-    from chatdb._remedies import Finding
+    from chatdb.admin.check.findings import Finding
 
 Wait = Annotated[
     float,
@@ -51,7 +51,7 @@ def migrate(
     The files and the bookkeeping are those of yoyo apply, and either may follow the other. Many may run at once. One
     that was killed is taken up where it was; an invalid index is rebuilt.
     """
-    from chatdb.migrate import apply_migrations, missing_migrations
+    from chatdb.admin.migrate import apply_migrations, missing_migrations
 
     with operators_database() as (dsn, _):
         if dry_run:
@@ -81,7 +81,7 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Take the last migration back, or all after --to. This deletes the data of the tables that it drops."""
-    from chatdb.migrate import last_migrations, rollback_migrations
+    from chatdb.admin.migrate import last_migrations, rollback_migrations
 
     with operators_database() as (dsn, database):
         last = last_migrations(dsn, to=to)
@@ -118,7 +118,7 @@ def check(
 
     Nothing is changed. What is missing or different comes last, then the verdict. Exit status 1 if something is wrong.
     """
-    from chatdb.inspection import inspect, is_wrong
+    from chatdb.admin.check.inspection import inspect, is_wrong
 
     with operators_database() as (dsn, _):
         found = inspect(dsn, role=role)
@@ -169,8 +169,8 @@ def adopt(
     The older system can go on writing, and the next run brings what came since. What does not fit is kept aside, with
     the reason. One that was killed is taken up where it was.
     """
-    from chatdb.adopt import Counts
-    from chatdb.adopt import adopt as run
+    from chatdb.admin.adopt.adoption import Counts
+    from chatdb.admin.adopt.adoption import adopt as run
 
     if delete_gone and not (dry_run or yes or sys.stdin.isatty()):
         fail("--delete-gone asks before it deletes. Say so with --yes")
@@ -207,7 +207,7 @@ def link_users(
     It is optional. The column must be unique, of a type like text, and have all users who have conversations. Writers
     go on meanwhile. One that was killed is taken up where it was.
     """
-    from chatdb.link import UsersMissingError, link_users, unlink_users
+    from chatdb.admin.users_link import UsersMissingError, link_users, unlink_users
 
     if unlink:
         with operators_database() as (dsn, _):
@@ -251,7 +251,7 @@ def protect(
     chatdb.transaction(db, user_id=...): a statement that names no user is an error.
     Superusers and roles with BYPASSRLS are not held back. Does nothing if all is as it should be.
     """
-    from chatdb.protect import missing_protection, protect_tables
+    from chatdb.admin.row_security import missing_protection, protect_tables
 
     with operators_database() as (dsn, _):
         statements = missing_protection(dsn, off=off) if dry_run else protect_tables(dsn, off=off, wait=wait)

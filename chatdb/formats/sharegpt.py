@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from chatdb import _input
-from chatdb.sources._json import as_list, as_object
-from chatdb.sources.items import (
+from chatdb._core import validate
+from chatdb.formats.items import (
     REPLACED,
     Changed,
     Item,
@@ -18,6 +17,7 @@ from chatdb.sources.items import (
     name_of,
     role,
 )
+from chatdb.formats.json_objects import as_list, as_object
 
 _USUAL = frozenset({"human", "gpt", "system"})
 
@@ -47,7 +47,7 @@ def conversation(source: dict[str, Any]) -> list[Item]:
             raise UnfitError("it has a message without a text")
         content, payload = body(text)
         replaced += content != text
-        metadata = None if word in _USUAL else _input.metadata("metadata", {"from": word})
+        metadata = None if word in _USUAL else validate.metadata("metadata", {"from": word})
         messages.append(SourceMessage(seq, known, content, payload, metadata, None, None, None))
         said.append((str(word), text))
     key = f"sharegpt:{name_of(source.get('id'))}:{fingerprint(said)}"
