@@ -52,7 +52,7 @@ def install(session: nox.Session, group: str) -> None:
 
 def run_tests(session: nox.Session, *arguments: str, **environment: str) -> None:
     """Fetch the PgBouncers and run pytest, with what Python compiles kept: the tests start hundreds of Pythons."""
-    session.run("python", "-m", "tests._pgbouncer")
+    session.run("python", "-m", "tests.support.pgbouncer")
     session.run("pytest", *arguments, env={"PYTHONDONTWRITEBYTECODE": None} | environment)
 
 
@@ -135,14 +135,16 @@ def fuzz(session: nox.Session) -> None:
     """Look for inputs that break the parsers of DSNs and of files, guided by coverage, a minute each."""
     session.install("-e", ".[migrate]", "atheris>=2.3,<4")
     for name in ("dsn", "file"):
-        session.run("python", "-m", "tests.fuzz_parsers", name, *(session.posargs or ["-max_total_time=60"]))
+        session.run(
+            "python", "-m", "tests.reliability.fuzz_parsers", name, *(session.posargs or ["-max_total_time=60"])
+        )
 
 
 @nox.session
 def schema_page(session: nox.Session) -> None:
     """Write docs/schema.md from a database to which all migrations were applied."""
     install(session, "test")
-    session.run("python", "-m", "tests.schema_page")
+    session.run("python", "-m", "tests.docs.schema_page")
 
 
 @nox.session
@@ -154,7 +156,7 @@ def wheel(session: nox.Session) -> None:
     newest = max(dist.glob("*.whl"), key=lambda path: path.stat().st_mtime)
     session.run("python", "-m", "pip", "uninstall", "-q", "-y", "build")
     session.install(f"{newest}[cli,embedded,migrate]")
-    check = Path("tests/use_installed.py").resolve()
+    check = Path("tests/support/use_installed.py").resolve()
     with session.chdir(session.create_tmp()):
         session.run("python", "-I", str(check))
 
@@ -178,9 +180,9 @@ def types(session: nox.Session) -> None:
     """Check the types by mypy and pyright, and those that users see."""
     install(session, "lint")
     session.run("mypy")
-    session.run("mypy", "--strict", "tests/typing_example.py")
+    session.run("mypy", "--strict", "tests/docs/typing_example.py")
     session.run("pyright")
-    session.run("pyright", "tests/typing_example.py")
+    session.run("pyright", "tests/docs/typing_example.py")
 
 
 @nox.session(python=fastest_python() if any(argument.startswith("bench") for argument in sys.argv) else None)

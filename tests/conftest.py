@@ -26,9 +26,9 @@ from psycopg.rows import TupleRow
 import chatdb
 from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded import server as embedded
-from tests._leaks import Leaks
-from tests._pgbouncer import OPTIONS, VERSIONS, pgbouncer, program
-from tests._roles import Roles
+from tests.support.leaks import Leaks
+from tests.support.pgbouncer import OPTIONS, VERSIONS, pgbouncer, program
+from tests.support.roles import Roles
 
 SERVERS = ("auto", "dsn", "container", "embedded", "local")
 AppOf = Callable[[str, pytest.FixtureRequest], str]

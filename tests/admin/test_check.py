@@ -1,0 +1,507 @@
+"""`chatdb check` and `check_schema` on real databases, whole and damaged: each damage is found, named and mended."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import psycopg
+import pytest
+
+import chatdb
+from chatdb._core.dsn import database_of
+from chatdb.admin.check import inspection
+from chatdb.admin.check.inspection import inspect, is_wrong
+from chatdb.admin.check.plans import planned
+from chatdb.admin.connection import connected
+from chatdb.admin.migrate import apply_migrations, migration_files
+from chatdb.cli.app import app
+from tests.conftest import as_role, execute, new_database
+from tests.contract.test_migrations import yoyo
+from tests.support.catalog import DATA
+from tests.support.command import PROGRAM, on_a_terminal
+from tests.support.pgbouncer import VERSIONS, pgbouncer
+from tests.support.roles import Roles
+
+pytestmark = pytest.mark.owner
+
+ROOT = Path(__file__).parents[2]
+CASCADE = (
+    "alter table chatdb.messages drop constraint fk_messages_conversation, add constraint fk_messages_conversation "
+    "foreign key (user_id, conversation_id) references chatdb.conversations (user_id, id)"
+)
+KEY = "uq_messages_user_id_conversation_id_key"
+
+
+def run(dsn: str, *arguments: str, code: int, program: tuple[str, ...] = ()) -> str:
+    """Run `chatdb check`, in this process unless a program is named; return what it prints, never the DSN."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATABASE_URL", dsn)
+        patch.delenv("CHATDB_MIGRATE_URL", raising=False)
+        if program:
+            done = subprocess.run([*program, "check", *arguments], capture_output=True, text=True)
+            status, said, failed = done.returncode, done.stdout, done.stderr
+        else:
+            with (
+                redirect_stdout(StringIO()) as output,
+                redirect_stderr(StringIO()) as errors,
+                pytest.raises(SystemExit) as ended,
+            ):
+                app(["check", *arguments])
+            status, said, failed = ended.value.code, output.getvalue(), errors.getvalue()
+    assert (status, failed) == (code, f"database: {database_of(dsn)}\n")
+    assert "postgresql://" not in said
+    return said
+
+
+def wrong(dsn: str, *arguments: str, program: tuple[str, ...] = ()) -> dict[str, tuple[str, str]]:
+    """Return what `chatdb check --json` finds missing or different, each with its state and remedy."""
+    found = json.loads(run(dsn, "--json", *arguments, code=1, program=program))
+    places = [each["state"] in {"missing", "different"} for each in found]
+    assert places == sorted(places), "what is wrong comes last"
+    return {each["what"]: (each["state"], each["remedy"]) for each, is_bad in zip(found, places, strict=True) if is_bad}
+
+
+def checked(dsn: str) -> str:
+    """Return what `check_schema` says, the empty text if all is well."""
+
+    async def check() -> str:
+        async with chatdb.create_pool(dsn, min_size=1, max_size=1) as db:
+            try:
+                await chatdb.check_schema(db)
+            except chatdb.SchemaError as error:
+                return str(error)
+            return ""
+
+    return asyncio.run(check())
+
+
+def mend(dsn: str, remedy: str) -> None:
+    """Do what a remedy says."""
+    for statement in re.split("; (?:or, to have it empty: )?|, then ", remedy):
+        if statement == "chatdb migrate":
+            apply_migrations(dsn)
+        elif statement != "restore it from a backup":
+            execute(dsn, statement)
+
+
+def test_a_healthy_database(dsn: str) -> None:
+    """All that is looked at is listed, and all of it is well."""
+    found = {each["what"]: each["state"] for each in json.loads(run(dsn, "--json", code=0, program=(str(PROGRAM),)))}
+    listed = ["server", "extensions", "encoding", "pooler", "table conversations", "table messages"]
+    listed += ["checks of messages", "primary key pk_messages", f"index {KEY}", "cascade fk_messages_conversation"]
+    listed += ["migration 0001.chatdb-create-schema", "statements", "row-level security"]
+    assert {each: found[each] for each in listed} == dict.fromkeys(listed, "ok")
+    assert found.pop("users") == "note", "the link to the host's users is optional"
+    with psycopg.connect(dsn) as connection:  # up to PostgreSQL 14 every role may create in a new database's public
+        is_open = connection.info.server_version < 150_000
+    assert found.pop("schema public", None) == ("note" if is_open else None)
+    assert set(found.values()) == {"ok"}
+    assert checked(dsn) == ""
+
+
+def test_more_is_welcome(dsn: str) -> None:
+    """Columns, tables and indexes of a newer release, and its migration, are no damage, in any search_path."""
+    execute(
+        dsn,
+        "alter table chatdb.messages add column language text, add check (language <> '')",
+        "create index ix_messages_language on chatdb.messages (language)",
+        "create table chatdb.attachments (id bigint primary key)",
+        "insert into chatdb._chatdb_migration values ('0999.more', 'x', '2', now())",
+    )
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(f"alter database {connection.info.dbname} set search_path = chatdb, public")
+    found = {each["what"]: each["state"] for each in json.loads(run(dsn, "--json", code=0))}
+    assert found["migration 0999.more"] == "note"
+    assert checked(dsn) == ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    {
+        "a table": (
+            "drop table chatdb.messages",
+            {"migration 0003.chatdb-create-messages": "missing", "table messages": "missing"},
+        ),
+        "a column": (
+            "alter table chatdb.messages drop column token_count",
+            {"column messages.token_count": "missing", "check ck_messages_token_count": "missing"},
+        ),
+        "a column's type": (
+            "alter table chatdb.messages alter column token_count type bigint",
+            {"column messages.token_count": "different"},
+        ),
+        "a column's collation": (
+            'alter table chatdb.messages alter column key type text collate "default"',
+            {"column messages.key": "different"},
+        ),
+        "NOT NULL": (
+            "alter table chatdb.messages alter column content drop not null",
+            {"column messages.content": "different"},
+        ),
+        "more NOT NULL": (
+            "alter table chatdb.messages alter column token_count set not null",
+            {"column messages.token_count": "different"},
+        ),
+        "a default": (
+            "alter table chatdb.conversations alter column created_at drop default",
+            {"column conversations.created_at": "different"},
+        ),
+        "an identity": (
+            "alter table chatdb.messages alter column id drop identity",
+            {"column messages.id": "different"},
+        ),
+        "a generated column": (
+            "alter table chatdb.conversations alter column active_on drop expression",
+            {"column conversations.active_on": "different"},
+        ),
+        "a CHECK": (
+            "alter table chatdb.messages drop constraint ck_messages_role",
+            {"check ck_messages_role": "missing"},
+        ),
+        "a CHECK's limit": (
+            "alter table chatdb.messages drop constraint ck_messages_content, "
+            "add constraint ck_messages_content check (octet_length(content) <= 1000)",
+            {"check ck_messages_content": "different"},
+        ),
+        "the foreign key": (
+            "alter table chatdb.messages drop constraint fk_messages_conversation",
+            {"foreign key fk_messages_conversation": "missing"},
+        ),
+        "the cascade": (CASCADE, {"foreign key fk_messages_conversation": "different"}),
+        "its validation": (
+            f"{CASCADE} on delete cascade not valid",
+            {"foreign key fk_messages_conversation": "different"},
+        ),
+        "its triggers": (
+            "alter table chatdb.conversations disable trigger all",
+            {"foreign key fk_messages_conversation": "different"},
+        ),
+        "a primary key": (
+            "alter table chatdb.messages drop constraint pk_messages",
+            {"primary key pk_messages": "missing"},
+        ),
+        "a primary key's index": (
+            "update pg_index set indisvalid = false where indexrelid = 'chatdb.pk_messages'::regclass",
+            {"primary key pk_messages": "different"},
+        ),
+        "an index": (f"drop index chatdb.{KEY}", {f"index {KEY}": "missing"}),
+        "an index's validity": (
+            f"update pg_index set indisvalid = false where indexrelid = 'chatdb.{KEY}'::regclass",
+            {f"index {KEY}": "different"},
+        ),
+        "an index's uniqueness": (
+            f"drop index chatdb.{KEY}; create index {KEY} on chatdb.messages (user_id, conversation_id, key)",
+            {f"index {KEY}": "different"},
+        ),
+        "an index's order": (
+            "drop index chatdb.ix_conversations_user_id_active_on; create index ix_conversations_user_id_active_on "
+            "on chatdb.conversations (user_id, created_at)",
+            {"index ix_conversations_user_id_active_on": "different"},
+        ),
+    }.values(),
+)
+def test_damage_to_the_catalog(dsn: str, damage: str, found: dict[str, str]) -> None:
+    """What was done to a table is found and named by both, nothing else is, and the remedies mend it."""
+    execute(dsn, damage)
+    bad = wrong(dsn)
+    assert {what: state for what, (state, _) in bad.items()} == found
+    assert any(each.what.startswith("statement") for each in inspect(dsn)), "what is wrong leaves nothing unsaid"
+    said = checked(dsn)
+    for what in found:
+        if what.startswith("migration"):  # which check_schema does not read
+            continue
+        assert what.split(" ")[1].removeprefix("messages.").removeprefix("conversations.") in said
+    for _, remedy in bad.values():
+        mend(dsn, remedy)
+    if "drop expression" in damage:  # the column was made anew, and its index went with the old one
+        (index,) = filter(is_wrong, inspect(dsn))
+        mend(dsn, index.remedy)
+    assert [each for each in inspect(dsn) if is_wrong(each)] == []
+    assert checked(dsn) == ""
+
+
+def test_remedies_are_what_one_would_do(dsn: str) -> None:
+    """A remedy is the statement for the very damage, no more: validate, reindex, alter the one column."""
+    execute(
+        dsn,
+        f"{CASCADE} on delete cascade not valid",
+        "alter table chatdb.messages alter column content drop not null, alter column role type varchar(20)",
+        f"update pg_index set indisvalid = false where indexrelid = 'chatdb.{KEY}'::regclass",
+    )
+    remedies = {what: remedy for what, (_, remedy) in wrong(dsn).items()}
+    assert remedies.pop("column messages.role").startswith(
+        'alter table chatdb.messages alter column role type text collate "C" using role::text'
+    )
+    assert remedies.pop("check ck_messages_role").startswith("alter table chatdb.messages drop constraint ck_messages_")
+    assert remedies == {
+        "foreign key fk_messages_conversation": (
+            "alter table chatdb.messages validate constraint fk_messages_conversation"
+        ),
+        f"index {KEY}": f"reindex index concurrently chatdb.{KEY}",
+        "column messages.content": "alter table chatdb.messages alter column content set not null",
+    }
+
+
+def test_no_schema_at_all(empty_dsn: str) -> None:
+    """An empty database lacks the schema and the migrations, which chatdb migrate brings."""
+    bad = wrong(empty_dsn)
+    assert set(bad) == {"schema chatdb", *(f"migration {file.name}" for file in migration_files())}
+    assert set(bad.values()) == {("missing", "chatdb migrate")}
+    assert "run yoyo apply" in checked(empty_dsn)
+    mend(empty_dsn, "chatdb migrate")
+    run(empty_dsn, code=0)
+
+
+def test_a_migration_not_applied(empty_dsn: str) -> None:
+    """A database of an older release lacks a migration, and what lacks with it is for chatdb migrate too."""
+    apply_migrations(empty_dsn, to="0002")
+    assert wrong(empty_dsn) == dict.fromkeys(
+        ["migration 0003.chatdb-create-messages", "table messages"], ("missing", "chatdb migrate")
+    )
+    assert "messages.content" in checked(empty_dsn)
+
+
+def test_a_migration_of_another_content(dsn: str) -> None:
+    """A migration that was applied with another content is named; one of which only yoyo knows is well."""
+    execute(dsn, "update chatdb._chatdb_migration set sha256 = 'x' where migration_id = '0003.chatdb-create-messages'")
+    bad = wrong(dsn)
+    assert [*bad] == ["migration 0003.chatdb-create-messages"]
+    assert "release that applied it" in bad["migration 0003.chatdb-create-messages"][1]
+    execute(dsn, "drop table chatdb._chatdb_migration")
+    yoyo(dsn, "apply", "--batch")
+    run(dsn, code=0)
+
+
+def test_an_edited_file(dsn: str, tmp_path: Path) -> None:
+    """A migration file that was edited is named, by the command of that installation too."""
+    for folder in ("chatdb", "migrations", "sql"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    path = tmp_path / "migrations" / "0003.chatdb-create-messages.sql"
+    path.write_text(path.read_text(encoding="utf-8").replace("4194304", "8388608"), encoding="utf-8")
+    (edited,) = filter(is_wrong, inspect(dsn, folder=tmp_path / "migrations"))
+    assert edited.what == "migration files"
+    assert "0003.chatdb-create-messages.sql" in edited.detail
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from chatdb.cli.app import main; main()"
+    assert wrong(dsn, program=(sys.executable, "-c", script)) == {"migration files": ("different", edited.remedy)}
+
+
+@pytest.fixture
+def role(dsn: str):
+    """Give a role that has all privileges on chatdb's tables in the test's database, and a name to be quoted."""
+    name = "Chatdb test-reader"
+    execute(
+        dsn,
+        f'create role "{name}" login',
+        f'grant usage on schema chatdb to "{name}"',
+        f'grant select, insert, update, delete on all tables in schema chatdb to "{name}"',
+    )
+    yield name
+    execute(dsn, f'drop owned by "{name}"', f'drop role "{name}"')
+
+
+def test_a_revoked_privilege(dsn: str, role: str) -> None:
+    """What a role lacks is named, and granted by the remedy; a role that is not there is said to be so."""
+    run(dsn, "--role", role, code=0)
+    execute(
+        dsn,
+        f'revoke usage on schema chatdb from "{role}"',
+        f'revoke update, delete on chatdb.messages from "{role}"',
+    )
+    found = [each for each in json.loads(run(dsn, "--role", role, "--json", code=1)) if each["state"] != "ok"]
+    found = [each for each in found if each["what"] not in {"users", "schema public"}]
+    assert [(each["what"], each["state"]) for each in found] == [(f"privileges of {role}", "missing")] * 2
+    assert {each["remedy"] for each in found} == {
+        f'grant update, delete on chatdb.messages to "{role}"',
+        f'grant usage on schema chatdb to "{role}"',
+    }
+    run(dsn, code=0)  # the connecting role has them
+    for each in found:
+        mend(dsn, each["remedy"])
+    run(dsn, "--role", role, code=0)
+    assert wrong(dsn, "--role", "nobody-such") == {
+        "privileges of nobody-such": ("missing", 'create role "nobody-such" login')
+    }
+
+
+def test_a_role_with_few_rights(server: str, dsn: str) -> None:
+    """The check runs as the service's own role, which may not read yoyo's tables, and as one that may do nothing."""
+    name = "chatdb_test_checker"
+    execute(dsn, f"create role {name} login password '{name}'")
+    try:
+        bad = wrong(as_role(dsn, name))
+        assert [*bad] == [f"privileges of {name}"]
+        for statement in (f"grant usage on schema chatdb to {name}", f"grant select on chatdb.messages to {name}"):
+            execute(dsn, statement)
+        found = {each.what: each for each in inspect(as_role(dsn, name))}
+        assert found["migrations"].state == "note"
+        assert "lack of privileges" in found["statements"].detail
+        execute(dsn, f"grant select, insert, update, delete on all tables in schema chatdb to {name}")
+        run(as_role(dsn, name), code=0)
+    finally:
+        execute(dsn, f"drop owned by {name}", f"drop role {name}")
+
+
+def test_an_encoding_that_lacks_characters(server: str) -> None:
+    """A database that is not in UTF-8 is found, and read without a failure."""
+    name = f"chatdb_test_{os.getpid()}_latin1"
+    with psycopg.connect(server) as connection:
+        provider = "locale_provider libc" if connection.info.server_version >= 150_000 else ""
+    with new_database(server, name, options=f"encoding 'LATIN1' {provider} locale 'C'") as dsn:
+        apply_migrations(dsn)
+        assert [*wrong(dsn)] == ["encoding"]
+
+
+@pytest.mark.parametrize(("oldest", "newest", "state"), [(99, 99, "different"), (1, 2, "note")])
+def test_the_servers_version(dsn: str, monkeypatch: pytest.MonkeyPatch, oldest: int, newest: int, state: str) -> None:
+    """A server that is too old is wrong, and one that is newer is a note."""
+    monkeypatch.setattr(inspection, "OLDEST", oldest)
+    monkeypatch.setattr(inspection, "NEWEST", newest)
+    assert next(each for each in inspect(dsn) if each.what == "server").state == state
+
+
+def test_an_index_that_a_failed_build_left(dsn: str) -> None:
+    """An invalid index beside chatdb's own is a note, with what drops it."""
+    execute(
+        dsn,
+        "create index ix_messages_key_ccnew on chatdb.messages (key)",
+        "update pg_index set indisvalid = false where indexrelid = 'chatdb.ix_messages_key_ccnew'::regclass",
+    )
+    found = {each.what: each for each in inspect(dsn)}
+    assert found["index ix_messages_key_ccnew"][1:] == (
+        "note",
+        "is invalid: left over by a build that failed",
+        "chatdb migrate",
+    )
+    apply_migrations(dsn)
+    assert "index ix_messages_key_ccnew" not in {each.what for each in inspect(dsn)}
+
+
+def test_the_plans(dsn: str) -> None:
+    """With much in the tables each statement is planned with its index; without them those are named that lack one."""
+    with connected(dsn) as connection:
+        assert "too small to tell" in planned(connection)[0].detail
+        connection.execute(DATA.encode())
+        (found,) = planned(connection)
+        assert (found.state, found.detail) == ("ok", "each is planned with an index")
+        connection.execute(f"alter table chatdb.messages drop constraint pk_messages; drop index chatdb.{KEY}".encode())
+        bad = {each.what: each.detail for each in planned(connection) if is_wrong(each)}
+        assert bad["statement get_history"] == "no index serves it: it reads the whole of messages"
+        assert "SQLSTATE 42P10" in bad["statement append_message_keyed"]
+        assert "statement list_conversations" not in bad
+
+
+def test_a_planner_that_shuns_indexes(dsn: str) -> None:
+    """A statement that is planned to read a large table whole, though it has an index, is a note with what helps."""
+    execute(
+        dsn,
+        "insert into chatdb.conversations (user_id, id) select 'alice', n from generate_series(1, 2000) as n",
+        "insert into chatdb.messages (user_id, conversation_id, seq, role, content, created_at) "
+        "select 'alice', n, m, 'user', repeat('x', 100), now() "
+        "from generate_series(1, 2000) as n, generate_series(1, 10) as m order by random()",
+        "analyze chatdb.conversations, chatdb.messages",
+    )
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(f"alter database {connection.info.dbname} set random_page_cost = 100")
+    found = {each.what: each for each in inspect(dsn)}
+    assert found["statement append_message"].state == "note"
+    assert found["statement append_message"].remedy.startswith("analyze ")
+    assert not any(map(is_wrong, found.values()))
+
+
+def test_it_changes_nothing(dsn: str) -> None:
+    """The check reads only: a role that may only read runs it, and a session is left as it was."""
+    with connected(dsn) as connection:
+        planned(connection)
+        assert connection.execute("select name from pg_prepared_statements where name like 'chatdb%'").fetchall() == []
+        assert connection.execute("show enable_seqscan").fetchone() == ("on",)
+        assert connection.execute("show plan_cache_mode").fetchone() == ("auto",)
+        connection.execute("set default_transaction_read_only = on")
+        assert [each.state for each in planned(connection)] == ["ok"]
+
+
+def test_how_it_is_shown(dsn: str) -> None:
+    """On a terminal and elsewhere every thing is shown that was looked at, by its whole name, and last the verdict."""
+    execute(
+        dsn, f'drop index chatdb.ix_conversations_user_id_active_on; create index "{"x" * 63}" on chatdb.messages (seq)'
+    )
+    whats = [each.what for each in inspect(dsn)]
+    *lines, verdict = run(dsn, code=1).splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["what", *whats]
+    assert {line.count("\t") for line in lines} == {3}
+    assert verdict.startswith("not ok: 1 ")
+    shown = on_a_terminal("check", env={"DATABASE_URL": dsn, "COLUMNS": "80"}, code=1)
+    assert all(what in shown for what in whats)
+    assert verdict in shown.splitlines()[-1]
+    assert max(map(len, re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines())) <= 80
+    execute(dsn, "drop schema chatdb cascade")
+    apply_migrations(dsn)
+    assert run(dsn, code=0).splitlines()[-1].startswith("ok: ")
+
+
+@pytest.mark.parametrize(
+    ("path", "is_found"),
+    [
+        ("public, pg_catalog", True),
+        ('"$user", public, "pg_catalog"', True),
+        ("pg_catalog, public", False),
+        ("public", False),
+        ("public, pg_catalogue", False),
+    ],
+)
+def test_a_search_path_that_ends_with_pg_catalog(dsn: str, roles: Roles, path: str, *, is_found: bool) -> None:
+    """A setting by which names are looked up elsewhere first is found, of this role, the database and another role."""
+    with psycopg.connect(dsn) as connection:
+        database, user = connection.info.dbname, connection.info.user
+
+    def found(role: str | None = None) -> list[str]:
+        return [each.what for each in inspect(dsn, role=role) if each.what.startswith("search_path") and is_wrong(each)]
+
+    execute(dsn, f"alter role {roles.app} in database {database} set search_path = {path}")
+    assert found() == []
+    assert found(roles.app) == [f"search_path of {roles.app}"] * is_found
+    execute(dsn, f"alter database {database} set search_path = {path}")
+    assert found(roles.reader) == [f"search_path of {name}" for name in (user, roles.reader)] * is_found
+    execute(dsn, f"alter role {roles.reader} in database {database} set search_path = public")
+    assert found(roles.reader) == [f"search_path of {user}"] * is_found
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_through_poolers(dsn: str, tmp_path: Path, version: str) -> None:
+    """A pooler in transaction mode is noted, and the check works through it."""
+    with pgbouncer(dsn, tmp_path, version) as pooled:
+        found = {each.what: each for each in inspect(pooled)}
+    assert found["pooler"].state == "note"
+    assert not any(map(is_wrong, found.values()))
+    assert {each.what: each.state for each in inspect(dsn)}["pooler"] == "ok"
+
+
+def test_a_server_that_is_not_there() -> None:
+    """An unreachable server is one sentence without the password."""
+    command = [PROGRAM, "check", "--json"]
+    env = os.environ | {"DATABASE_URL": "postgresql://a:secret@127.0.0.1:1/x"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "cannot be reached" in done.stderr
+    assert "secret" not in done.stderr + done.stdout
+
+
+def test_quoted_identifiers_are_no_difference(dsn: str) -> None:
+    """With `quote_all_identifiers` on, a good schema is good, and a changed one is not."""
+    execute(
+        dsn,
+        "do $$ begin execute format('alter database %I set quote_all_identifiers = on', current_database()); end $$",
+    )
+    assert checked(dsn) == ""
+    assert not any(map(is_wrong, inspect(dsn)))
+    execute(dsn, "alter table chatdb.messages drop constraint ck_messages_seq")
+    execute(dsn, "alter table chatdb.messages add constraint ck_messages_seq check (seq >= 0)")
+    assert "ck_messages_seq" in checked(dsn)

@@ -1,0 +1,130 @@
+"""Migrations that are killed before and after each of their statements, by the process and by the server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from chatdb.admin.migrate import apply_migrations
+from chatdb.embedded.server import EmbeddedServer
+from tests.conftest import database_of, execute, new_database, not_durable
+from tests.contract.test_migrations import ROOT, objects
+from tests.support.chaos import kill_server
+from tests.support.migrating import NAMES, by_yoyo, down, over, processes, up
+from tests.support.wire import Statement, Wire
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
+
+_serial = count()
+
+
+def state(dsn: str) -> list[object]:
+    """Return all that a migration changes: the schema, and what is recorded as applied."""
+    with psycopg.connect(dsn) as connection:
+        remembered = connection.execute(
+            "select migration_id, sha256 from chatdb._chatdb_migration order by 1"
+        ).fetchall()
+        return [objects(dsn), remembered]
+
+
+@contextmanager
+def prepared(server: str, applied: int, dump: Path | None = None) -> Iterator[str]:
+    """Give the name of a new database with so many migrations, or with a dump."""
+    name = f"chatdb_crash_{os.getpid()}_{next(_serial)}"
+    with new_database(server, name) as dsn:
+        if dump:
+            execute(dsn, dump.read_text(encoding="utf-8"))
+        if applied:
+            apply_migrations(dsn, to=NAMES[applied - 1])
+        yield name
+
+
+def writes(statement: Statement) -> bool:
+    """Whether a statement may change what the next run finds."""
+    return not statement.sql.lower().startswith(("select", "savepoint"))
+
+
+@pytest.fixture(scope="module")
+def own_server() -> Iterator[EmbeddedServer]:
+    """Give a server that may be killed."""
+    with tempfile.TemporaryDirectory(prefix="chatdb-test-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o711)
+        with EmbeddedServer(Path(folder) / "server") as server:
+            not_durable(server.dsn)
+            yield server
+
+
+WORK = (
+    [(up, place) for place in range(len(NAMES))]
+    + [(down, place) for place in range(len(NAMES))]
+    + [(by_yoyo, 0), (over, 0)]
+)
+
+
+@pytest.mark.parametrize(("work", "place"), WORK, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize("victim", ["process", "server"])
+def test_killed(request: pytest.FixtureRequest, victim: str, work: Callable[[str, int], None], place: int) -> None:
+    """Killed before or after any statement that writes, the next run brings the same as one that was not killed."""
+    own = request.getfixturevalue("own_server") if victim == "server" else None
+    server = own.dsn if own else request.getfixturevalue("server")
+    quick = request.config.getoption("--quick")
+    step = 7 if quick else 1
+    before, after = {up: (place, place + 1), down: (place + 1, place), by_yoyo: (0, len(NAMES)), over: (0, len(NAMES))}[
+        work
+    ]
+    again = partial(up, place=len(NAMES) - 1) if work is by_yoyo else partial(work, place=place)
+    with prepared(server, after) as name:
+        expected = state(database_of(server, name)) if after else None
+    points = 0
+    dump = ROOT / "tests" / "support" / "data" / "07b569c-chatdb-migrate.sql" if work is over else None
+    with prepared(server, before, dump) as template:
+        for answered in (bool(place % 2),) if quick else (False, True):
+            for number in count(step // 2, step):
+                with new_database(server, f"{template}_now", template) as dsn:
+                    process, struck = _run_until(dsn, work, place, number, answered=answered, own=own)
+                    if not struck:
+                        assert process.exitcode == 0
+                        break
+                    points += 1
+                    if own:
+                        own.stop()
+                        own.start()
+                    again(dsn)
+                    assert expected is None or state(dsn) == expected, (number, answered)
+                    assert after or objects(dsn) == []
+    print(f"figure: {work.__name__} {place}: the {victim} killed at {points} places, and all came to the same end")
+    assert points >= 20 // step // 2
+
+
+def _run_until(
+    dsn: str, work: Callable[[str, int], None], place: int, number: int, *, answered: bool, own: EmbeddedServer | None
+) -> tuple[ForkServerProcess, bool]:
+    """Run the work in a process, and kill this or the server at a statement; tell whether there was so many a one."""
+    struck = threading.Event()
+    places = count()
+
+    def watch(statement: Statement) -> bool:
+        if writes(statement) and statement.answered == answered and next(places) == number:
+            struck.set()
+            if own:
+                kill_server(own.path / "data")
+            elif process.pid:
+                os.kill(process.pid, signal.SIGKILL)
+        return struck.is_set()
+
+    with tempfile.TemporaryDirectory() as folder, Wire(dsn, Path(folder), watch) as wire:
+        process = processes.Process(target=work, args=(wire.dsn, place))
+        process.start()
+        process.join()
+    return process, struck.is_set()

@@ -1,0 +1,226 @@
+"""Every command ends in time, with a sentence, on a server that never answers, or goes silent half-way."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlencode, urlsplit
+
+import pytest
+
+from chatdb._core.dsn import connect_arguments
+from chatdb.admin.connection import connected, pinned_transaction
+from tests.support.command import PROGRAM, environment
+
+pytestmark = pytest.mark.owner
+
+COMMANDS = {
+    "list": ["list", "--user", "alice"],
+    "show": ["show", "1", "--user", "alice"],
+    "export": ["export", "--user", "alice"],
+    "import": ["import", "FILE", "--user", "alice"],
+    "import of tables": ["import", "DSN", "--user", "alice"],
+    "demo": ["demo", "--file", "FILE", "--database", "DSN"],
+    "delete-user": ["delete-user", "alice", "--yes"],
+    "delete-user --dry-run": ["delete-user", "alice", "--dry-run"],
+    "migrate": ["migrate", "--wait", "5"],
+    "migrate --dry-run": ["migrate", "--dry-run"],
+    "rollback": ["rollback", "--yes", "--wait", "5"],
+    "rollback --dry-run": ["rollback", "--dry-run"],
+    "check": ["check"],
+    "check --json": ["check", "--json"],
+    "protect": ["protect", "--wait", "5"],
+    "protect --dry-run": ["protect", "--dry-run"],
+    "link-users": ["link-users", "--table", "public.users", "--wait", "5"],
+    "link-users --dry-run": ["link-users", "--table", "public.users", "--dry-run"],
+    "adopt": ["adopt", "--wait", "5"],
+    "adopt --dry-run": ["adopt", "--dry-run"],
+}
+SLOWER = {"import", "import of tables", "export", "demo", "delete-user", "delete-user --dry-run"}
+"""Those of which a statement may take half a minute, and closing the pool ten seconds."""
+
+LIMIT = 15.0
+"""Seconds within which each of them ends."""
+
+
+class Proxy:
+    """A listener that answers as the server does for so many bytes of its answers, and then says nothing more."""
+
+    def __init__(self, dsn: str | None, answered: int = 0) -> None:
+        self._arguments = connect_arguments(dsn) if dsn else {}
+        self._answered = answered
+        self._open = ExitStack()
+        self._listener = self._open.enter_context(closing(socket.create_server(("127.0.0.1", 0))))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._open.close()
+
+    @property
+    def dsn(self) -> str:
+        """The DSN that leads here."""
+        login = {name: self._arguments[name] for name in ("user", "password") if name in self._arguments}
+        options = urlencode({"user": "alice"} | login | {"sslmode": "disable", "connect_timeout": "2"})
+        return f"postgresql://127.0.0.1:{self.port}/{self._arguments.get('database', 'chat')}?{options}"
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                self._open.enter_context(closing(client))
+                if self._answered:
+                    server = self._open.enter_context(closing(self._connect()))
+                    for source, target, most in ((client, server, 1 << 60), (server, client, self._answered)):
+                        threading.Thread(target=_pump, args=(source, target, most), daemon=True).start()
+
+    def _connect(self) -> socket.socket:
+        host, port = self._arguments["host"][0], self._arguments.get("port") or 5432
+        if not host.startswith("/"):
+            return socket.create_connection((host, port))
+        server = socket.socket(socket.AF_UNIX)
+        server.connect(f"{host}/.s.PGSQL.{port}")
+        return server
+
+
+def _pump(source: socket.socket, target: socket.socket, most: int) -> None:
+    with suppress(OSError):
+        while most > 0 and (data := source.recv(min(1 << 16, most))):
+            target.sendall(data)
+            most -= len(data)
+
+
+@contextmanager
+def full_queue() -> Iterator[str]:
+    """Give the DSN of a listener that takes no more connections, whose packets go nowhere, as in a black hole."""
+    with closing(socket.socket()) as listener, ExitStack() as waiting:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            client = waiting.enter_context(closing(socket.socket()))
+            client.setblocking(False)
+            with suppress(BlockingIOError):
+                client.connect(listener.getsockname())
+        yield f"postgresql://alice:secret@127.0.0.1:{listener.getsockname()[1]}/chat?connect_timeout=2"
+
+
+def ended(arguments: list[str], dsn: str, file: Path) -> tuple[float, subprocess.CompletedProcess[str]]:
+    """Run a command on a server, and return how long it took and what it said; one that hangs is an error."""
+    filled = [{"DSN": dsn, "FILE": str(file)}.get(each, each) for each in arguments]
+    start = time.monotonic()
+    done = subprocess.run(
+        [PROGRAM, *filled],
+        env=environment({"DATABASE_URL": dsn}),
+        cwd=file.parent,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    return time.monotonic() - start, done
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Give a file to import."""
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "hi"}]}]))
+    return path
+
+
+# the connection is made by some 400 bytes of answers, and the first statements are answered by 900
+@pytest.mark.parametrize(
+    "silent",
+    ["at once", 900, *(pytest.param(each, marks=pytest.mark.chaos) for each in ("black hole", 350, 500, 2_000))],
+)
+def test_no_command_hangs(dsn: str, file: Path, silent: str | int) -> None:
+    """Each command ends with status 1 and one sentence that names the server, wherever it goes silent."""
+    with ExitStack() as stack:
+        if silent == "black hole":
+            place = stack.enter_context(full_queue())
+        elif silent == "at once":
+            place = stack.enter_context(Proxy(None)).dsn
+        else:
+            place = stack.enter_context(Proxy(dsn, int(silent))).dsn
+        with ThreadPoolExecutor(8) as executor:
+            results = [*executor.map(lambda arguments: ended(arguments, place, file), COMMANDS.values())]
+    slowest = 0.0
+    for name, (seconds, done) in zip(COMMANDS, results, strict=True):
+        said = done.stderr.splitlines()
+        assert done.returncode in ({1} if isinstance(silent, str) else {0, 1}), (name, done.stdout, said)
+        assert len([line for line in said if line.startswith("chatdb: ")]) == done.returncode, (name, said)
+        assert "Traceback" not in done.stderr
+        assert "secret" not in done.stderr
+        if isinstance(silent, str):
+            assert f":{urlsplit(place).port}" in said[-1], (name, said)
+        slowest = max(slowest, seconds)
+        assert seconds < LIMIT + 40 * (name in SLOWER), (
+            name,
+            said,
+        )
+    print(f"figure: {len(COMMANDS)} commands, silent {silent}: 0 hangs, the slowest took {slowest:.1f} s")
+
+
+def test_each_cause_has_its_words(dsn: str, file: Path) -> None:
+    """A wrong password, a missing database, a dead port and an unknown host are told apart, by every driver."""
+    parts = urlsplit(dsn)
+    missing = parts._replace(path="/chatdb_no_such_database").geturl()
+    stranger = parts._replace(netloc=f"chatdb_no_such_role:geheim@{parts.netloc.rpartition('@')[2]}").geturl()
+    causes = {
+        missing: "there is no database of this name",
+        stranger: "the user ",
+        "postgresql://alice:geheim@127.0.0.1:1/chat": "127.0.0.1:1 cannot be reached (Connection refused)",
+        "postgresql://alice:geheim@no-such-host.invalid/chat?sslmode=disable": "no-such-host.invalid:5432 cannot be",
+    }
+    commands = [["migrate"], ["check"], ["rollback", "--dry-run"], ["list", "--user", "alice"]]
+    for place, words in causes.items():
+        for command in commands:
+            _, done = ended(command, place, file)
+            assert done.returncode == 1
+            assert words in done.stderr.splitlines()[-1], command
+            assert "geheim" not in done.stderr
+
+
+def test_work_is_not_cut(dsn: str) -> None:
+    """A statement that takes longer than the silence allowed goes on, because the server answers meanwhile."""
+    with connected(dsn) as connection:
+        vars(connection)["silent_seconds"] = 0.3
+        assert connection.execute("select pg_sleep(2), 1").fetchone() == ("", 1)
+
+
+def test_a_look_has_limits(dsn: str) -> None:
+    """What only looks waits ten seconds for a lock, whatever the role's settings, and others' settings are kept."""
+    with pinned_transaction(dsn) as connection:
+        limits = "select current_setting('lock_timeout'), current_setting('statement_timeout')"
+        assert connection.execute(limits).fetchone() == ("10s", "5min")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["migrate", "rollback", "check", "protect", "adopt", "link-users --table users", "import postgresql:// --user a"],
+)
+def test_without_the_drivers(command: str, dsn: str, tmp_path: Path) -> None:
+    """Without the extra `migrate` each command that needs it says what to install."""
+    script = "import sys; sys.modules['psycopg'] = None; from chatdb.cli.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command.split()],
+        env=environment({"DATABASE_URL": dsn}),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "pip install 'chatdb[migrate]'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,378 @@
+"""What the commands do and say; as a process where a terminal, a signal, a pipe or the encoding matters."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from chatdb import append_message, create_conversation, create_pool
+from chatdb._core.dsn import database_of
+from chatdb.cli.app import Format
+from chatdb.transfer import tables
+from chatdb.transfer.files import FORMATS
+from tests.conftest import execute
+from tests.support.command import PROGRAM, chatdb, chatdb_process, environment, on_a_terminal
+
+SHAREGPT = [
+    {
+        "id": "a",
+        "conversations": [
+            {"from": "human", "value": "hi"},
+            {"from": "gpt", "value": "Hello! 👋 :smile: [bold]\x1b[31m"},
+        ],
+    },
+    {"id": "b", "conversations": []},
+]
+
+
+@pytest.fixture
+def env(dsn: str) -> dict[str, str]:
+    """Give the environment of a service with a migrated database."""
+    return {"DATABASE_URL": dsn}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Give a file of ShareGPT's form."""
+    path = tmp_path / "sharegpt.json"
+    path.write_text(json.dumps(SHAREGPT), encoding="utf-8")
+    return path
+
+
+def test_import_list_show_export(env: dict[str, str], file: Path, tmp_path: Path) -> None:
+    """What is imported is listed, shown, exported, and read back for another user as it was."""
+    said = chatdb_process("import", file, "--user", "alice", env=env)
+    assert "imported 1 conversations, 2 messages" in said
+    assert "skipped 1 conversations, 0 messages: no messages" in said
+    (listed,) = json.loads(chatdb("list", "--user", "alice", "--json", env=env))
+    assert listed["last_seq"] == 2
+    assert chatdb("list", "--user", "alice", env=env).splitlines()[1].startswith(f"{listed['id']}\t")
+    shown = chatdb("show", str(listed["id"]), "--user", "alice", env=env)
+    assert "#1 user" in shown
+    assert "Hello! 👋 :smile: [bold]\N{REPLACEMENT CHARACTER}[31m" in shown, "a pager is a terminal behind a pipe"
+    last = chatdb("show", str(listed["id"]), "--user", "alice", "--last", "1", "--json", env=env)
+    assert [json.loads(line)["type"] for line in last.splitlines()] == ["conversation", "message"]
+
+    lines = chatdb("export", "--user", "alice", env=env)
+    out = tmp_path / "alice.jsonl"
+    chatdb("export", "--user", "alice", "--output", out, env=env)
+    assert out.read_text(encoding="utf-8") == lines
+    assert list(tmp_path.iterdir()) == [file, out] or set(tmp_path.iterdir()) == {file, out}
+    report = json.loads(chatdb("import", out, "--user", "bob", "--json", env=env))
+    assert (report["conversations"], report["messages"], report["skipped"]) == (1, 2, [])
+    report = json.loads(chatdb("import", out, "--user", "bob", "--json", env=env))
+    assert (report["stored_conversations"], report["messages"]) == (1, 0)
+
+
+def test_a_terminal_shows_texts_as_they_are(env: dict[str, str]) -> None:
+    """A title or a text that looks like markup, or would move the cursor, is shown and not obeyed."""
+    title, text = "[red]x[/red] [/y] :a:", "[bold]text[/z]\x1b[31m"
+
+    async def store() -> int:
+        async with create_pool(env["DATABASE_URL"]) as db:
+            made = await create_conversation(db, user_id="alice", title=title)
+            await append_message(db, user_id="alice", conversation_id=made.id, role="user", content=text)
+            return made.id
+
+    made = asyncio.run(store())
+    assert title in on_a_terminal("list", "--user", "alice", env=env)
+    shown = on_a_terminal("show", str(made), "--user", "alice", env=env)
+    assert title in shown
+    assert "[bold]text[/z]\N{REPLACEMENT CHARACTER}[31m" in shown
+
+
+def test_migrate(empty_dsn: str) -> None:
+    """`chatdb migrate` makes the tables, and says what it did."""
+    assert "0001.chatdb-create-schema" in chatdb("migrate", env={"DATABASE_URL": empty_dsn})
+    assert chatdb("migrate", env={"DATABASE_URL": empty_dsn}) == "nothing to apply\n"
+    assert json.loads(chatdb("migrate", "--json", env={"DATABASE_URL": empty_dsn})) == {"applied": []}
+
+
+def test_dotenv(dsn: str, tmp_path: Path) -> None:
+    """Chatdb's own settings may stand in .env of the working directory, and the environment has the last word."""
+    (tmp_path / ".env").write_text(f"DATABASE_URL={dsn}\nLD_PRELOAD=/nowhere.so\nPGHOST=${{HOME}}\n")
+    done = subprocess.run(
+        [PROGRAM, "list", "--user", "alice", "--json"],
+        env=environment({}),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.returncode) == ("[]\n", 0)
+    assert done.stderr.splitlines() == [f"read {tmp_path}/.env: DATABASE_URL taken", f"database: {database_of(dsn)}"]
+    said = chatdb("list", "--user", "alice", env={"DATABASE_URL": "nonsense"}, cwd=tmp_path, code=1)
+    assert "postgresql://" in said
+
+
+def test_a_dotenv_above_is_not_read(tmp_path: Path) -> None:
+    """A file .env of a parent folder may be anybody's."""
+    (tmp_path / ".env").write_text("DATABASE_URL=nonsense\n")
+    below = tmp_path / "below"
+    below.mkdir()
+    env = {"CHATDB_HOME": str(tmp_path / "home")}
+    assert chatdb("list", "--user", "alice", "--json", env=env, cwd=below) == "[]\n"
+
+
+def test_env_file(dsn: str, tmp_path: Path) -> None:
+    """--env-file names another file, instead of .env, and it has to be there."""
+    (tmp_path / ".env").write_text("DATABASE_URL=nonsense\n")
+    (tmp_path / "prod.env").write_text(f"export DATABASE_URL='{dsn}'\n")
+    arguments = ("list", "--user", "alice", "--json")
+    assert chatdb("--env-file", "prod.env", *arguments, env={}, cwd=tmp_path) == "[]\n"
+    assert "there is no file" in chatdb("--env-file", "missing.env", *arguments, env={}, cwd=tmp_path, code=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("DATABASE_URL=\n", "sets DATABASE_URL to nothing"),
+        ("A=1\nDATABASE_URL='postgresql://u:geheim@h/d\n", "cannot be read from line 2"),
+        ("DATABASE_URL=\udcff", "not UTF-8"),
+    ],
+)
+def test_a_broken_dotenv(text: str, problem: str, tmp_path: Path) -> None:
+    """What cannot be read is an error, that names the file and quotes nothing."""
+    (tmp_path / ".env").write_text(text, errors="surrogateescape")
+    said = chatdb("list", "--user", "alice", env={}, cwd=tmp_path, code=1)
+    assert problem in said
+    assert "geheim" not in said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="knows no such modes")
+@pytest.mark.parametrize("spoil", ["file", "folder", "fifo", "directory", "owner", "link"])
+def test_a_dotenv_that_another_user_can_write(spoil: str, tmp_path: Path) -> None:
+    """A file that somebody else has made, or can change or replace, is not obeyed, and no FIFO is waited for."""
+    if spoil in {"owner", "link"} and os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    folder, path = tmp_path / "here", tmp_path / "here" / ".env"
+    folder.mkdir(mode=0o700)
+    if spoil == "fifo":
+        os.mkfifo(path)
+    elif spoil == "directory":
+        path.mkdir()
+    elif spoil == "link":
+        (tmp_path / "target").write_text("DATABASE_URL=nonsense\n")
+        path.symlink_to(tmp_path / "target")
+        os.chown(path, 12345, 12345, follow_symlinks=False)
+    else:
+        path.write_text("DATABASE_URL=nonsense\n")
+    if spoil == "owner":
+        os.chown(path, 12345, 12345)
+    elif spoil in {"file", "folder"}:
+        (path if spoil == "file" else folder).chmod(0o777)
+    said = chatdb("list", "--user", "alice", env={}, cwd=folder, code=1)
+    assert str(path) in said
+    assert "not a plain file" in said or "is not obeyed" in said or "cannot be read" in said
+
+
+def test_no_variable_of_libpq_reaches_the_embedded_server(tmp_path: Path) -> None:
+    """With --embedded no command goes anywhere else than to the embedded server; without it they are an error."""
+    env = {"CHATDB_HOME": str(tmp_path / "home"), "PGHOSTADDR": "203.0.113.1", "PGSERVICE": "x", "PGTZ": "x"}
+    assert "PGHOSTADDR, PGSERVICE are set" in chatdb("migrate", env=env, cwd=tmp_path, code=1)
+    assert "applied" in chatdb("migrate", "--embedded", env=env, cwd=tmp_path)
+    assert chatdb("--embedded", "list", "--user", "alice", "--json", env=env, cwd=tmp_path) == "[]\n"
+
+
+def test_embedded_by_default(tmp_path: Path, file: Path) -> None:
+    """Without DATABASE_URL the data stay in an embedded server, which is stopped after each command."""
+    env = {"CHATDB_HOME": str(tmp_path / "home")}
+    chatdb("import", file, "--user", "alice", env=env, cwd=tmp_path)
+    assert len(json.loads(chatdb("list", "--user", "alice", "--json", env=env, cwd=tmp_path))) == 1
+    assert chatdb("migrate", env=env, cwd=tmp_path) == "nothing to apply\n"
+    assert not (tmp_path / "home" / "data" / "postmaster.pid").exists()
+
+
+def test_demo(env: dict[str, str], file: Path) -> None:
+    """The demonstration does the five things and meets the target; a second one too."""
+    for _ in range(2):
+        said = chatdb("demo", "--file", file, "--database", env["DATABASE_URL"], env={})
+        for number in range(1, 6):
+            assert f"\n{number}. " in said
+        assert "ConversationNotFoundError" in said
+        assert "target met" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["show", "1", "--user", "alice"], "no such conversation"),
+        (["list", "--user", ""], "user_id: must have 1 to 255 characters"),
+        (["list", "--user", "a" * 256], "user_id: must have 1 to 255 characters"),
+        (["import", "missing.json", "--user", "alice"], "No such file or directory: missing.json"),
+        (["export", "--user", "alice", "--output", "missing/folder.jsonl"], "No such file or directory"),
+    ],
+)
+def test_refused(env: dict[str, str], tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    """What is refused is said in one sentence, with exit status 1."""
+    said = chatdb(*arguments, env=env, cwd=tmp_path, code=1)
+    *before, last = said.splitlines()
+    assert sentence in last
+    assert before in ([], [f"database: {database_of(env['DATABASE_URL'])}"])
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "empty"),
+        (b"[1]", "something else than objects"),
+        (b'[{"id": "a", "conversations": [}]', "broken JSON"),
+        (b'{"some": "thing"}', "--format"),
+        (b'[{"conversations": [{"from": "human", "value": "\xff"}]}]', "not UTF-8"),
+    ],
+)
+def test_broken_files(env: dict[str, str], tmp_path: Path, content: bytes, sentence: str) -> None:
+    """A file that cannot be read is refused with its place, and nothing is stored."""
+    path = tmp_path / "file.json"
+    path.write_bytes(content)
+    assert sentence in chatdb("import", path, "--user", "alice", env=env, code=1)
+    assert chatdb("list", "--user", "alice", "--json", env=env) == "[]\n"
+
+
+def test_import_of_tables(env: dict[str, str], empty_dsn: str) -> None:
+    """A DSN is a source as a file is; --format, --table and --session choose among what its database holds."""
+    execute(
+        empty_dsn,
+        "create table messages (id serial, session_id uuid, message jsonb, created_at timestamptz default now())",
+        *(
+            f"insert into messages (session_id, message) select '{uuid.UUID(int=number)}', "
+            """'{"type": "human", "data": {"content": "hi"}}' from generate_series(1, 2)"""
+            for number in range(3)
+        ),
+    )
+    first, second, third = (str(uuid.UUID(int=number)) for number in range(3))
+    some = ("--session", first, "--session", third, "--user", "alice", "--json")
+    report = json.loads(chatdb("import", empty_dsn, "--table", "public.messages", *some, env=env))
+    assert (report["conversations"], report["messages"]) == (2, 4)
+    said = chatdb("import", empty_dsn.replace("postgresql:", "postgres:"), "--user", "alice", env=env)
+    assert "imported 1 conversations, 2 messages" in said
+    assert "stored already: 2 conversations, 4 messages" in said
+    listed = json.loads(chatdb("list", "--user", "alice", "--json", env=env))
+    assert {each["key"] for each in listed} == {first, second, third}
+    said = chatdb("import", empty_dsn, "--format", "openai-agents", "--user", "alice", env=env, code=1)
+    assert "looked for were agent_sessions and agent_messages" in said
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "postgresql://alice:secret@127.0.0.1:1/x",
+        "postgresql+psycopg://alice:secret@127.0.0.1:1/x",
+        "postgresql+asyncpg://alice:secret@127.0.0.1:1/x",
+        "mysql://alice:secret@127.0.0.1/x",
+        "postgresql://alice:secret@127.0.0.1:1/x?nonsense=secret",
+    ],
+)
+def test_a_source_that_does_not_fit(env: dict[str, str], source: str) -> None:
+    """A DSN that cannot be used is one sentence, which does not quote it."""
+    said = chatdb("import", source, "--user", "alice", env=env, code=1)
+    assert len(said.splitlines()) == 2
+    assert "secret" not in said
+    assert "alice" not in said
+
+
+@pytest.mark.parametrize("options", [["--table", "t"], ["--session", "s"], ["--format", "langchain"]])
+def test_options_of_tables_with_a_file(env: dict[str, str], file: Path, options: list[str]) -> None:
+    """What is only for tables is refused with a file, and a file's format with a DSN."""
+    assert "is for a database's tables" in chatdb("import", file, "--user", "alice", *options, env=env, code=1)
+    said = chatdb("import", env["DATABASE_URL"], "--format", "chatgpt", "--user", "alice", env=env, code=1)
+    assert "must be one of auto, openai-agents, langchain" in said
+
+
+def test_a_database_without_the_tables(empty_dsn: str, file: Path) -> None:
+    """A database without the migrations, or with too old ones, is an error that says what to run."""
+    env = {"DATABASE_URL": empty_dsn}
+    for arguments in (["list"], ["import", str(file)], ["export"]):
+        assert "run yoyo apply" in chatdb(*arguments, "--user", "alice", env=env, code=1)
+    assert "run yoyo apply" in chatdb("demo", "--file", file, "--database", empty_dsn, env=env, code=1)
+    chatdb("migrate", env=env)
+    execute(empty_dsn, "alter table chatdb.messages drop column token_count")
+    assert "run yoyo apply" in chatdb("import", file, "--user", "alice", env=env, code=1)
+    assert json.loads(chatdb("list", "--user", "alice", "--json", env=env)) == []
+
+
+def test_a_server_that_is_not_there() -> None:
+    """An unreachable server is one sentence without the password."""
+    said = chatdb_process("list", "--user", "a", env={"DATABASE_URL": "postgresql://a:secret@127.0.0.1:1/x"}, code=1)
+    assert "cannot be reached" in said
+    assert "secret" not in said
+
+
+def test_nothing_taken(env: dict[str, str], file: Path) -> None:
+    """A file of which nothing could be taken, as with a wrong --format, is exit status 1, with the reason."""
+    chatdb("import", file, "--user", "alice", "--format", "chatgpt", env=env, code=1)
+    chatdb("import", file, "--user", "alice", env=env)
+    chatdb("import", file, "--user", "alice", env=env)
+
+
+def test_export_to_what_is_no_file(env: dict[str, str], tmp_path: Path) -> None:
+    """A device is written to and stays one, a link keeps its place, and a folder is refused with nothing left in it."""
+    link, target, folder = tmp_path / "link", tmp_path / "target", tmp_path / "folder"
+    link.symlink_to(target)
+    folder.mkdir()
+    chatdb("export", "--user", "alice", "--output", "/dev/null", env=env)
+    assert Path("/dev/null").is_char_device()
+    chatdb("export", "--user", "alice", "--output", link, env=env)
+    assert link.is_symlink()
+    assert target.read_bytes().count(b"\n") == 2
+    assert "folder" in chatdb("export", "--user", "alice", "--output", folder, env=env, code=1)
+    assert set(tmp_path.iterdir()) == {link, target, folder}
+    assert chatdb("export", "--user", "alice", "--output", "-", env=env).count("\n") == 2
+
+
+def test_an_output_that_has_few_characters(env: dict[str, str], file: Path) -> None:
+    """Where the output's encoding lacks a character, it is escaped."""
+    chatdb("import", file, "--user", "alice", env=env)
+    made = json.loads(chatdb("list", "--user", "alice", "--json", env=env))[0]["id"]
+    assert "\\U0001f44b" in chatdb_process(
+        "show", str(made), "--user", "alice", env=env | {"PYTHONIOENCODING": "ascii"}
+    )
+
+
+def test_wrong_usage(env: dict[str, str]) -> None:
+    """Wrong usage is exit status 2."""
+    assert "--user" in chatdb_process("list", env=env, code=2)
+
+
+def test_a_reader_that_has_had_enough(env: dict[str, str], file: Path) -> None:
+    """`chatdb export | head` ends without a traceback."""
+    chatdb("import", file, "--user", "alice", env=env)
+    done = subprocess.run(
+        f"{PROGRAM} export --user alice | head -c 1", shell=True, env=os.environ | env, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_interrupted(tmp_path: Path) -> None:
+    """An interrupted command stores nothing, stops its embedded server and ends with status 130."""
+    big = tmp_path / "big.json"
+    one = {"conversations": [{"from": "human", "value": "x" * 500}] * 10}
+    big.write_text(json.dumps([one | {"id": str(n)} for n in range(6_000)]))
+    env = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+    env |= {"CHATDB_HOME": str(tmp_path / "home")}
+    command = [PROGRAM, "import", big, "--user", "alice"]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(
+            command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        assert "embedded" in process.stderr.readline()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert "Traceback" not in said
+        assert process.returncode == 130
+        assert not (tmp_path / "home" / "data" / "postmaster.pid").exists()
+    assert chatdb("list", "--user", "alice", "--json", env={"CHATDB_HOME": str(tmp_path / "home")}) == "[]\n"
+
+
+def test_version_and_formats() -> None:
+    """The version is the package's, and the formats are those that there are readers for."""
+    assert chatdb("--version", env={}).startswith("chatdb 0.")
+    assert [str(each) for each in Format] == ["auto", *FORMATS, *tables.FORMATS]

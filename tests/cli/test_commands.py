@@ -1,0 +1,377 @@
+"""Which database a command works on, what it asks before it deletes, and the habits of a command line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from chatdb import append_message, create_conversation, create_pool, list_conversations
+from chatdb._core.dsn import database_of
+from tests.support.chaos import figure, sized
+from tests.support.command import PROGRAM, chatdb, chatdb_process, environment, on_a_terminal
+
+pytestmark = pytest.mark.owner
+
+NASTY = "a[/red]\x1b]0;t\x07\x7f\x9b31m\u202e\u200e\u2066b"
+"""A name that is broken markup, sets a terminal's title, and turns the direction of writing."""
+
+OBEYED = [chr(code) for code in (*range(0x20), *range(0x7F, 0xA0), 0x202E, 0x200E, 0x2066) if chr(code) not in "\n\t\r"]
+"""What must not reach a terminal; a carriage return comes from the terminal itself."""
+
+
+async def filled(dsn: str, user: str, title: str = "t", content: str = "hi") -> int:
+    """Store a conversation of one message, and return its id."""
+    async with create_pool(dsn) as db:
+        made = await create_conversation(db, user_id=user, title=title)
+        await append_message(db, user_id=user, conversation_id=made.id, role="user", content=content)
+        return made.id
+
+
+def both(*arguments: str | Path, env: dict[str, str], cwd: Path, code: int = 0) -> tuple[str, str]:
+    """Run `chatdb` as a process, and return what it says on standard output and on standard error."""
+    env = environment({"COLUMNS": "200"} | env)
+    done = subprocess.run([PROGRAM, *arguments], env=env, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"DATABASE_URL": ""}, "the setting DATABASE_URL is empty"),
+        ({"DATABASE_URL": "  "}, "the setting DATABASE_URL is empty"),
+        ({"DATABASE_URL": "postgresql://h/d\nX=1"}, "is a quote open?"),
+        ({"DATABASE_URL": "postgresql://u:geheim@${HOST}/d"}, "does not replace"),
+        ({"CHATDB_MIGRATE_URL": "postgresql://u:geheim@h/d"}, "CHATDB_MIGRATE_URL is set, and DATABASE_URL"),
+        ({"PGHOST": "db.example"}, "PGHOST is set, and DATABASE_URL is not"),
+        ({"PGDATABASE": "chat"}, "PGDATABASE is set"),
+        ({"PGHOST": "db.example", "PGDATABASE": "chat"}, "PGHOST, PGDATABASE are set"),
+        ({"PGSERVICE": "chat"}, "PGSERVICE is set"),
+        ({"CHATDB_HOME": ""}, "CHATDB_HOME is empty"),
+        ({"CHATDB_HOME": " "}, "CHATDB_HOME is empty"),
+    ],
+)
+def test_a_partial_setting(settings: dict[str, str], words: str, tmp_path: Path) -> None:
+    """A setting that is empty, broken or not enough is an error that names it, and starts no server."""
+    env = {"CHATDB_HOME": str(tmp_path / "home")} | settings
+    said = chatdb("list", "--user", "alice", env=env, cwd=tmp_path, code=1)
+    assert words in said
+    assert "geheim" not in said
+    if "CHATDB_MIGRATE_URL" not in settings:
+        assert words in chatdb("check", env=env, cwd=tmp_path, code=1)
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ["DATABASE_URL=", "DATABASE_URL", "DATABASE_URL='  '", "DATABASE_URL='postgresql://h/d"]
+)
+def test_a_broken_line(line: str, tmp_path: Path) -> None:
+    """A line of .env that gives no DSN is an error, and starts no server."""
+    (tmp_path / ".env").write_text(f"{line}\nOTHER=1\n")
+    said = chatdb("list", "--user", "alice", env={"CHATDB_HOME": str(tmp_path / "home")}, cwd=tmp_path, code=1)
+    assert "DATABASE_URL" in said or "line 1" in said
+    assert not (tmp_path / "home").exists()
+
+
+def test_an_operators_setting(dsn: str, tmp_path: Path) -> None:
+    """An empty CHATDB_MIGRATE_URL is an error for the commands that go by it, and for no other."""
+    env = {"DATABASE_URL": dsn, "CHATDB_MIGRATE_URL": ""}
+    assert "CHATDB_MIGRATE_URL is empty" in chatdb("migrate", env=env, cwd=tmp_path, code=1)
+    chatdb("list", "--user", "alice", env=env, cwd=tmp_path)
+
+
+def test_the_options_choose(dsn: str, tmp_path: Path) -> None:
+    """--database and --embedded go before every setting, before the command or after it, and exclude each other."""
+    home = {"CHATDB_HOME": str(tmp_path / "home")}
+    wrong = {"DATABASE_URL": "postgresql://h:1/wrong", "CHATDB_MIGRATE_URL": "postgresql://h:1/wrong"} | home
+    for arguments in (["list", "--user", "alice", "--database", dsn], ["--database", dsn, "list", "--user", "alice"]):
+        _, said = both(*arguments, env=wrong, cwd=tmp_path)
+        assert said == f"database: {database_of(dsn)}\n"
+    _, said = both("check", "--json", "--database", dsn, env=wrong, cwd=tmp_path)
+    assert said == f"database: {database_of(dsn)}\n"
+    assert not (tmp_path / "home").exists()
+    _, said = both("list", "--user", "alice", "--embedded", env=wrong, cwd=tmp_path)
+    assert said == f"database: embedded PostgreSQL, data in {tmp_path}/home\n"
+    _, said = both("list", "--user", "a", "--embedded", "--database", dsn, env={}, cwd=tmp_path, code=2)
+    assert "not both" in said
+    _, said = both("--database", dsn, "list", "--user", "a", "--database", "x", env={}, cwd=tmp_path, code=2)
+    assert "two databases" in said
+    assert "--database is empty" in both("list", "--user", "a", "--database", "", env={}, cwd=tmp_path, code=1)[1]
+
+
+@pytest.mark.parametrize(
+    ("dsn", "name"),
+    [
+        ("postgresql://u:geheim@db.example/chat", "chat at db.example:5432"),
+        ("postgresql://u:geheim@db.example:6000/chat?sslmode=disable", "chat at db.example:6000"),
+        ("postgresql://u:geheim@a:1,b:2/chat", "chat at a:1, b:2"),
+        ("postgresql://u:geheim@[::1]:1/chat", "chat at [::1]:1"),
+        ("postgresql://u:geheim@/chat?host=/run/postgresql", "chat at the local socket"),
+        ("postgresql://u:geheim@db.example", "u at db.example:5432"),
+        ("postgresql://u:geheim@/chat", "chat at the local socket"),
+    ],
+)
+def test_the_name_of_a_database(dsn: str, name: str) -> None:
+    """It has host, port and database, and neither user nor password."""
+    assert database_of(dsn) == name
+
+
+def test_the_demonstration_is_on_the_embedded_server(dsn: str, tmp_path: Path) -> None:
+    """DATABASE_URL alone is not taken, and that is said; what the demonstration stored can be deleted again."""
+    file = tmp_path / "talk.json"
+    file.write_text(json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "hi"}]}]))
+    env = {"DATABASE_URL": dsn, "CHATDB_HOME": str(tmp_path / "home")}
+    shown, said = both("demo", "--file", file, env=env, cwd=tmp_path)
+    assert "DATABASE_URL is not used" in said
+    assert "embedded PostgreSQL" in said
+    assert shown.endswith("chatdb delete-user chatdb-demo --embedded removes what this has stored\n")
+
+    async def stored() -> int:
+        async with create_pool(dsn) as db:
+            return len(await list_conversations(db, user_id="chatdb-demo"))
+
+    assert asyncio.run(stored()) == 0
+    removed = both("delete-user", "chatdb-demo", "--embedded", "--yes", "--json", env=env, cwd=tmp_path)[0]
+    assert json.loads(removed)["deleted"]["conversations"] > 50
+
+
+def test_delete_user(dsn: str, tmp_path: Path) -> None:
+    """It counts, asks, names the database, and deletes one user's conversations; an unknown user has none."""
+    for user in ("alice", "alice", "bob"):
+        asyncio.run(filled(dsn, user))
+    env = {"DATABASE_URL": dsn}
+    numbers = "2 conversations, 2 messages"
+    assert chatdb("delete-user", "alice", "--dry-run", env=env) == f"would delete {numbers}\n"
+    said = chatdb("delete-user", "alice", env=env, code=1)
+    assert f"Delete {numbers} of alice from {database_of(dsn)}? Say so with --yes" in said
+    assert "nothing was changed" in answered(b"n\n", "delete-user", "alice", env=env)
+    assert json.loads(chatdb("delete-user", "alice", "--dry-run", "--json", env=env)) == {
+        "would_delete": {"conversations": 2, "messages": 2}
+    }
+    assert f"deleted {numbers}" in answered(b"y\n", "delete-user", "alice", env=env)
+    assert chatdb("delete-user", "alice", "--yes", env=env) == "deleted 0 conversations, 0 messages\n"
+    assert len(json.loads(chatdb("list", "--user", "bob", "--json", env=env))) == 1
+    assert "user_id" in chatdb("delete-user", "", env=env, code=1)
+
+
+def answered(answer: bytes, *arguments: str, env: dict[str, str], code: int | None = None) -> str:
+    """Run `chatdb` with a person at the terminal who gives an answer, and return all that it says."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [PROGRAM, *arguments],
+        env=environment(env),
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    said = b""
+    while b"[y/N]: " not in said and (more := os.read(process.stdout.fileno(), 1024)):
+        said += more
+    os.write(ours, answer) if answer else process.send_signal(signal.SIGINT)
+    said += process.stdout.read()
+    process.stdout.close()
+    status = process.wait()
+    os.close(ours)
+    os.close(theirs)
+    assert code is None or status == code
+    return said.decode()
+
+
+def test_an_interrupt_at_a_question(dsn: str) -> None:
+    """Ctrl-C at a question changes nothing, and ends like every other."""
+    asyncio.run(filled(dsn, "alice"))
+    for arguments in (["delete-user", "alice"], ["rollback"]):
+        said = answered(b"", *arguments, env={"DATABASE_URL": dsn}, code=130)
+        assert database_of(dsn) in said.splitlines()[-1]
+        assert said.endswith("chatdb: interrupted\n")
+    assert len(json.loads(chatdb("list", "--user", "alice", "--json", env={"DATABASE_URL": dsn}))) == 1
+
+
+def test_habits(dsn: str, tmp_path: Path) -> None:
+    """-h is --help, `python -m chatdb` is `chatdb`, shells complete, and - is standard input."""
+    env = {"DATABASE_URL": dsn}
+    for arguments in ([PROGRAM, "-h"], [PROGRAM, "list", "-h"], [sys.executable, "-m", "chatdb", "--help"]):
+        done = subprocess.run(arguments, env=environment(env), cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "Usage: " in done.stdout
+    asked = {"_CHATDB_COMPLETE": "complete_bash", "COMP_WORDS": "chatdb li", "COMP_CWORD": "1"}
+    done = subprocess.run([PROGRAM], env=environment(env | asked), cwd=tmp_path, capture_output=True, text=True)
+    assert {"list", "link-users"} <= {*done.stdout.split()}
+    assert "--install-completion" in chatdb_process("--help", env=env)
+    talk = json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "hi"}]}])
+    command = [PROGRAM, "import", "-", "--user", "alice", "--json"]
+    done = subprocess.run(command, env=environment(env), cwd=tmp_path, capture_output=True, text=True, input=talk)
+    assert json.loads(done.stdout)["messages"] == 1, done.stderr
+
+
+@pytest.mark.parametrize("package", ["host", "chatdb_host"])
+@pytest.mark.parametrize("option", [["-m", ""], ["-m"]], ids=["apart", "together"])
+def test_a_program_that_imports_chatdb_keeps_its_signals(tmp_path: Path, package: str, option: list[str]) -> None:
+    """`python -m` of another package, whose __init__ imports chatdb, is not ended as the program chatdb would be."""
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("import chatdb\n")
+    (tmp_path / package / "worker.py").write_text(
+        "import signal\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, *option[:-1], f"{option[-1]}{package}.worker"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_an_export_of_nobody(dsn: str, tmp_path: Path) -> None:
+    """It does not replace a file that has something in it, and otherwise makes one."""
+    asyncio.run(filled(dsn, "alice"))
+    env, path = {"DATABASE_URL": dsn}, tmp_path / "out.jsonl"
+    chatdb("export", "--user", "alise", "--output", path, env=env)
+    chatdb("export", "--user", "alice", "--output", path, env=env)
+    good = path.read_text()
+    assert "stays as it is" in chatdb("export", "--user", "alise", "--output", path, env=env, code=1)
+    assert path.read_text() == good
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_user_without_a_name_and_a_home(tmp_path: Path) -> None:
+    """As in OpenShift: a sentence that says which setting to make."""
+    alone = ["unshare", "--user", "--map-user=54321"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("namespaces are forbidden")
+    env = {name: value for name, value in environment({}).items() if name not in {"HOME", "USER", "LOGNAME"}}
+    done = subprocess.run(
+        [*alone, PROGRAM, "list", "--user", "alice"], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("chatdb: this process's user has no home folder: name a folder for the data with")
+
+
+def test_names_on_a_terminal(dsn: str, tmp_path: Path) -> None:
+    """Titles, texts, files, members of archives and roles neither break a command nor reach a terminal as controls."""
+    made = asyncio.run(filled(dsn, "alice", title=NASTY.replace("\x07", ""), content=NASTY))
+    env = {"DATABASE_URL": dsn}
+    file = tmp_path / f"{NASTY}.json"  # the name of a folder and that of a file
+    file.parent.mkdir()
+    file.write_text(json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "hi"}]}]))
+    archive = tmp_path / "talk.zip"
+    with zipfile.ZipFile(archive, "w") as members:
+        members.writestr(f"{NASTY}/conversations.json", file.read_text())
+    shown = {
+        "show": on_a_terminal("show", str(made), "--user", "alice", env=env),
+        "list": on_a_terminal("list", "--user", "alice", env=env),
+    }
+    for text in shown.values():
+        assert "[/red]" in text
+    for arguments, code in (
+        (["show", str(made), "--user", "alice", "--json"], 0),
+        (["list", "--user", "alice", "--json"], 0),
+        (["export", "--user", "alice"], 0),
+        (["check", "--role", NASTY], 1),
+        (["check", "--role", NASTY, "--json"], 1),
+        (["import", str(file), "--user", "bob"], 0),
+        (["import", str(archive), "--user", "carol", "--format", "sharegpt"], 0),
+        (["import", f"{file}x", "--user", "bob"], 1),
+        (["link-users", "--table", NASTY], 1),
+        (["export", "--user", "nobody", "--output", str(file)], 1),
+    ):
+        shown[" ".join(arguments[:2])] = on_a_terminal(*arguments, env=env, code=code, errors=True)
+    for name, text in shown.items():
+        styles = ("\x1b[1m", "\x1b[2m", "\x1b[0m")
+        for sequence in [*styles, *(f"\x1b[{style}m" for style in ("1;36", "31", "32", "36", "1;31", "1;32", "33"))]:
+            text = text.replace(sequence, "")
+        for moved in ("\x1b[?25l", "\x1b[?25h", "\x1b[2K", "\x1b[1A", "\r"):  # a progress bar's own
+            text = text.replace(moved, "")
+        assert "Traceback" not in text, (name, text)
+        found = [character for character in OBEYED if character in text]
+        assert found in ([], ["\x1b"]), (name, text)
+        assert "\x1b]" not in text, name
+    line = next(line for line in shown["list --user"].splitlines() if line.startswith("["))
+    assert json.loads(line)[0]["title"] == NASTY.replace("\x07", ""), "what is escaped is the same JSON"
+
+
+def interrupted(command: list[str | Path], moment: float, env: dict[str, str], cwd: Path) -> tuple[int, str, str]:
+    """Start a command, interrupt it after so many seconds, and return its status and what it says."""
+    process = subprocess.Popen(
+        command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(moment)
+    process.send_signal(signal.SIGINT)  # does nothing where it has ended
+    shown, said = process.communicate(timeout=60)
+    return process.returncode, shown, said
+
+
+WAYS = pytest.mark.parametrize(
+    "way", ["chatdb list", "python -m chatdb list", "chatdb check", "chatdb import", "embedded"]
+)
+
+
+@WAYS
+def test_an_early_interrupt(way: str, dsn: str, tmp_path: Path) -> None:
+    """Ctrl-C in the first second, imports included, is status 130 and one line, or the command was done."""
+    interrupt_at([step * 0.12 for step in range(1, 9)], way, dsn, tmp_path)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3_600)
+@WAYS
+def test_each_early_interrupt(request: pytest.FixtureRequest, way: str, dsn: str, tmp_path: Path) -> None:
+    """The same at each 20 ms of the first three seconds."""
+    every = sized(request, 1, 10)
+    interrupt_at([step * 0.02 for step in range(0, 151, every)], way, dsn, tmp_path)
+
+
+def interrupt_at(moments: list[float], way: str, dsn: str, tmp_path: Path) -> None:
+    """Interrupt a command at each of the moments, and say how it ended."""
+    file = tmp_path / "talk.json"
+    file.write_text(json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "hi"}] * 100}]))
+    program = [sys.executable, "-m", "chatdb"] if "python" in way else [PROGRAM]
+    arguments = {
+        "chatdb check": ["check", "--json"],
+        "chatdb import": ["import", file, "--user", "alice"],
+    }.get(way, ["list", "--user", "alice", "--json"])
+    env = environment({"CHATDB_HOME": str(tmp_path / "home")} | ({} if way == "embedded" else {"DATABASE_URL": dsn}))
+    startup = min(_seconds_of_startup() for _ in range(5))
+    outcomes: Counter[str] = Counter()
+    for moment in moments:
+        status, shown, said = interrupted([*program, *arguments], moment, env, tmp_path)
+        own = [line for line in said.splitlines() if not line.startswith("database: ")]
+        if status == 130 and own == ["chatdb: interrupted"]:
+            outcomes["130"] += 1
+        elif status == 0 and not own and shown:
+            outcomes["was done"] += 1
+        elif (
+            moment < startup * 5
+            and status in {-signal.SIGINT, 1}
+            and not re.search(r"_chatdb_entry|/chatdb/\w+\.py", said)
+        ):
+            outcomes["before the program began"] += 1  # Python starts, and reads what pip made of the entry point
+        else:
+            pytest.fail(f"{way} at {moment:.3f} s: {status} {said}")
+    figure(f"{way}: {len(moments)} interrupts: {dict(outcomes)}; Python's start {startup:.3f} s")
+    assert outcomes["130"]
+
+
+def _seconds_of_startup() -> float:
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", "pass"], check=True)
+    return time.monotonic() - start

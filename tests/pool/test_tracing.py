@@ -1,0 +1,116 @@
+"""What tracing tools and the server's statistics show of chatdb's calls."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from opentelemetry.instrumentation.asyncpg import AsyncPGInstrumentor
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from pglast import parse_sql
+
+import chatdb
+from chatdb._core.query import STATEMENTS
+from chatdb.transfer.importer import export_conversations
+from tests.api.test_public_api import CALLS, call, conversation_with_a_message
+
+VARIANTS = ("", "_keyed", "_before")
+
+
+@pytest.fixture
+def spans() -> Iterator[InMemorySpanExporter]:
+    """Trace asyncpg by OpenTelemetry, which is switched on after chatdb was imported."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    AsyncPGInstrumentor().instrument(tracer_provider=provider)
+    yield exporter
+    AsyncPGInstrumentor().uninstrument()
+    provider.shutdown()
+
+
+def taken(spans: InMemorySpanExporter) -> list[str]:
+    """Return the names of the spans since the last time."""
+    names = [span.name for span in spans.get_finished_spans()]
+    spans.clear()
+    return names
+
+
+@pytest.mark.parametrize("lent", [False, True], ids=["pool", "transaction"])
+async def test_each_call_is_a_span_of_its_name(dsn: str, spans: InMemorySpanExporter, lent: bool) -> None:
+    """OpenTelemetry sees each call, on the pool and on a connection, under the function's name."""
+    async with chatdb.create_pool(dsn) as db:
+        for name, arguments in CALLS:
+            await chatdb.delete_user(db, user_id="alice")
+            conversation = await conversation_with_a_message(db)
+            taken(spans)
+            if lent:
+                async with chatdb.transaction(db) as connection:
+                    await call(connection, name, arguments, conversation)
+            else:
+                await call(db, name, arguments, conversation)
+            called = "list_messages" if name == "iter_messages" else name
+            if name.startswith("update") and arguments.keys() <= {"seq"}:
+                called = name.replace("update", "get")
+            elif arguments.get("messages") == []:
+                called = "get_conversation"
+            begin, names, end = (["BEGIN;"], taken(spans)[1:-1], ["commit"]) if lent else ([], taken(spans), [])
+            assert len(names) == 1, (begin, end)
+            assert names[0] in {f"--chatdb.{called}{variant}" for variant in VARIANTS}
+        await chatdb.check_schema(db)
+        assert taken(spans) == ["--chatdb.check_schema"]
+        async for _ in export_conversations(db, user_id="alice"):
+            pass
+        assert "CURSOR: --chatdb.export_conversations" in taken(spans)
+
+
+async def test_a_span_has_its_error(dsn: str, spans: InMemorySpanExporter) -> None:
+    """A statement that fails is a span with the status of an error, and the connection is whole after it."""
+    async with chatdb.create_pool(dsn, max_size=1) as db:
+        with pytest.raises(Exception, match="division by zero"):
+            await db.fetch("select 1/0")
+        assert [span.status.status_code.name for span in spans.get_finished_spans()] == ["ERROR"]
+        assert await db.fetch("select 1")
+
+
+EARLY = """
+import asyncio, sys
+from opentelemetry.instrumentation.asyncpg import AsyncPGInstrumentor
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor
+provider = TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(ConsoleSpanExporter(formatter=lambda span: span.name + "\\n")))
+AsyncPGInstrumentor().instrument(tracer_provider=provider)
+import chatdb
+
+async def main():
+    async with chatdb.create_pool(sys.argv[1]) as db:
+        await chatdb.list_conversations(db, user_id="alice")
+        async with db.acquire() as connection:
+            await chatdb.list_conversations(connection, user_id="alice")
+        AsyncPGInstrumentor().uninstrument()
+        await chatdb.list_conversations(db, user_id="alice")
+        async with db.acquire() as connection:
+            await chatdb.list_conversations(connection, user_id="alice")
+
+asyncio.run(main())
+"""
+
+
+def test_tracing_from_the_start(dsn: str) -> None:
+    """So it does when tracing is switched on before chatdb is imported, until it is switched off."""
+    done = subprocess.run([sys.executable, "-c", EARLY, dsn], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["--chatdb.list_conversations"] * 2
+
+
+def test_the_statistics_name_the_function() -> None:
+    """What pg_stat_statements keeps from PostgreSQL 18 on, the statement from its first word, has the name too."""
+    for sql in STATEMENTS:
+        name, is_named = sql.partition("\n")[0].removeprefix("--"), sql.startswith("--chatdb.")
+        [statement] = parse_sql(sql)
+        text = sql[statement.stmt_location :]
+        assert f"/* {name} */" in text[:60] if is_named else "chatdb.user_id" in text

@@ -1,0 +1,217 @@
+"""The pool comes back by itself: from ended sessions, a network that goes silent, a restart, and a fail-over."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+import chatdb
+from chatdb import UnavailableError
+from chatdb.embedded.server import EmbeddedServer
+from tests.conftest import execute
+from tests.support.chaos import (
+    Gate,
+    assert_whole,
+    durable,
+    durable_dsn,
+    figure,
+    kill_server,
+    kill_sessions,
+    query,
+    repetitions,
+    restart,
+    sized,
+)
+
+__all__ = ["durable", "durable_dsn", "repetitions"]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+
+USER = "ada"
+COMMAND = 2.0
+CALLERS = 16
+
+
+class Traffic:
+    """Callers who read and write on one pool all the time, and note when they are answered."""
+
+    def __init__(self, pool: chatdb.pool.Pool) -> None:
+        self.pool = pool
+        self.answered: list[float] = []
+        self.failed = 0
+        self.stored: dict[int, str] = {}
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Have the callers call while the block runs."""
+        conversation = await chatdb.create_conversation(self.pool, user_id=USER)
+        self.at: dict[str, Any] = {"user_id": USER, "conversation_id": conversation.id}
+        self._end = False
+        async with asyncio.TaskGroup() as group:
+            for caller in range(CALLERS):
+                group.create_task(self._call(caller))
+            try:
+                await asyncio.sleep(0.3)
+                yield
+            finally:
+                self._end = True
+
+    async def _call(self, caller: int) -> None:
+        for number in itertools.count():
+            if self._end:
+                return
+            content = f"{caller} {number}"
+            try:
+                if number % 2:
+                    await chatdb.get_history(self.pool, limit=10, **self.at)
+                else:
+                    message = await chatdb.append_message(
+                        self.pool, role="user", content=content, key=content if caller % 2 else None, **self.at
+                    )
+                    self.stored[message.seq] = content
+            except UnavailableError:
+                self.failed += 1
+                await asyncio.sleep(0.05)
+            else:
+                self.answered.append(time.monotonic())
+                await asyncio.sleep(0.002)
+
+    async def service_again(self, since: float) -> float:
+        """Wait until each of many calls in a row is answered, and return how long after a moment that began."""
+        async with asyncio.timeout_at(asyncio.get_running_loop().time() + 30):
+            while True:
+                failed, number = self.failed, len(self.answered)
+                began = time.monotonic()
+                await asyncio.sleep(0.3)
+                answered = self.answered[number:]
+                if self.failed == failed and len(answered) >= CALLERS:
+                    return max(began, answered[0]) - since
+
+
+def report(what: str, again: float, traffic: Traffic, times: int = 1) -> None:
+    """Print and judge how long it took until calls were answered again."""
+    rounds = f" ({times} times)" if times > 1 else ""
+    figure(
+        f"{what}{rounds}: service again after {max(again, 0):.2f} s, at most {2 * COMMAND:g}; 0 connections leaked, "
+        f"calls answered {len(traffic.answered):,}, failed meanwhile {traffic.failed:,}"
+    )
+    assert again <= 2 * COMMAND
+
+
+def pool_on(dsn: str) -> chatdb.pool.Pool:
+    """Make the pool that is to come back."""
+    return chatdb.create_pool(dsn, max_size=8, acquire_timeout=COMMAND, command_timeout=COMMAND)
+
+
+async def test_ended_sessions(request, dsn):
+    """After pg_terminate_backend of all backends the same pool goes on, and the server has no session more."""
+    times = sized(request, 20, 3)
+    again = 0.0
+    async with pool_on(dsn) as pool:
+        traffic = Traffic(pool)
+        async with traffic.running():
+            for _ in range(times):
+                assert await asyncio.to_thread(kill_sessions, dsn) >= 1
+                again = max(again, await traffic.service_again(time.monotonic()))
+        await assert_whole(pool, dsn)
+    report("all backends terminated", again, traffic, times)
+
+
+@pytest.mark.parametrize("held", ["held back", "lost"])
+async def test_a_silent_network(request, dsn, held):
+    """After 5 s in which nothing comes through, and then all or none of it does, the same pool goes on."""
+    silence = 5.0 if held == "held back" or not request.config.getoption("--quick") else COMMAND
+    async with Gate(dsn) as gate, pool_on(gate.dsn) as pool:
+        traffic = Traffic(pool)
+        async with traffic.running():
+            gate.open.clear()
+            await asyncio.sleep(silence)
+            if held == "lost":
+                gate.cut()
+            gate.open.set()
+            again = await traffic.service_again(time.monotonic())
+        await assert_whole(pool, dsn)
+    assert traffic.failed > 0
+    report(f"network silent for {silence:g} s, what was sent {held}", again, traffic)
+
+
+async def test_a_restarted_server(request, durable, durable_dsn):
+    """After a kill of all the server's processes and a start, the same pool goes on."""
+    times = sized(request, 3, 1)
+    again = 0.0
+    async with pool_on(durable_dsn) as pool:
+        traffic = Traffic(pool)
+        async with traffic.running():
+            for _ in range(times):
+                await asyncio.to_thread(restart, durable)
+                again = max(again, await traffic.service_again(time.monotonic()))
+        await assert_whole(pool, durable_dsn)
+    assert traffic.failed > 0
+    report("server killed and started again", again, traffic, times)
+
+
+# --- fail-over -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def standby(primary: EmbeddedServer) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Run a replica of the server that confirms every commit; give the folder of its socket, and what promotes it."""
+    with tempfile.TemporaryDirectory(prefix="chatdb-chaos-", ignore_cleanup_errors=True) as name:
+        folder, data = Path(name), Path(name) / "data"
+        with primary._opened("server.lock") as lock:
+            primary._deadline = time.monotonic() + 60
+            way = primary._choose_way(lock)
+            programs = primary._programs(way, lock)
+
+            def run(program: str, *arguments: str | Path) -> None:
+                primary._deadline = time.monotonic() + 60
+                assert primary._run(way, lock, programs / program, "-D", data, *arguments), f"{program} failed"
+
+            os.chown(folder, way.uid, way.gid)
+            upstream = f"host={primary._socket} port=5432 user=postgres application_name=standby"
+            run("pg_basebackup", "-d", upstream, "-R", "-X", "stream", "-c", "fast")
+            options = f"-k {folder} -c listen_addresses='' -c port=5432 -c hot_standby=on"
+            run("pg_ctl", "start", "-w", "-o", options, "-l", folder / "log")
+            execute(primary.dsn, "alter system set synchronous_standby_names = 'standby'", "select pg_reload_conf()")
+            try:
+                yield str(folder), lambda: run("pg_ctl", "promote", "-w")
+            finally:
+                with contextlib.suppress(OSError):
+                    kill_server(data)
+
+
+async def test_a_fail_over(durable):
+    """A multi-host DSN finds the promoted replica by itself, and what was acknowledged before is there."""
+    hosts: list[str] = []
+    with standby(durable) as (folder, promote):
+        hosts = [quote(host, safe="") for host in (str(durable._socket), folder)]
+        dsn = f"postgresql://postgres@/chatdb?host={','.join(hosts)}&port=5432&target_session_attrs=read-write"
+        replica = f"postgresql://postgres@/chatdb?host={hosts[1]}&port=5432"
+        async with pool_on(dsn) as pool:
+            traffic = Traffic(pool)
+            async with traffic.running():
+                kill_server(durable.path / "data")
+                before = dict(traffic.stored)
+                await asyncio.sleep(0.5)
+                await asyncio.to_thread(promote)
+                promoted = time.monotonic()
+                await asyncio.to_thread(
+                    execute, replica, "alter system set synchronous_standby_names = ''", "select pg_reload_conf()"
+                )
+                again = await traffic.service_again(promoted)
+            await assert_whole(pool, replica)
+            assert await pool.fetchval("select pg_is_in_recovery()") is False
+        stored = dict(query(replica, "select seq, content from chatdb.messages where user_id = %s", USER))
+        lost = sum(stored.get(seq) != content for seq, content in before.items())
+    assert traffic.failed > 0
+    assert lost == 0
+    report(f"fail-over to a replica (acknowledged messages lost: 0 of {len(before):,})", again, traffic)

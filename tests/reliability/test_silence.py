@@ -1,0 +1,136 @@
+"""A server that takes everything and never answers: no call hangs, and its error says for what it waited."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import pytest
+
+import chatdb
+from chatdb import AcquireTimeoutError, CommandTimeoutError
+from tests.pool.test_pool import CALLS
+from tests.support.chaos import Gate, figure
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+
+ACQUIRE, COMMAND = 1.0, 1.5
+MOST = ACQUIRE + COMMAND + 1
+HANG = 30
+
+
+async def _begin(db: Any, at: dict[str, Any], _: int) -> None:
+    async with chatdb.transaction(db):
+        pass
+
+
+EVERY: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {**CALLS, "transaction": _begin}
+
+
+def test_every_function_is_called():
+    """The calls are those of every public function that waits for a server."""
+    functions = {name for name in chatdb.__all__ if inspect.isfunction(getattr(chatdb, name))}
+    assert {name.partition(",")[0] for name in EVERY} == functions - {"create_pool", "open_embedded"}
+
+
+@pytest.fixture
+async def gate(dsn: str) -> AsyncIterator[Gate]:
+    """Give a proxy before the test's own database."""
+    async with Gate(dsn) as found:
+        yield found
+
+
+def pool_on(gate: Gate, **options: Any) -> chatdb.pool.Pool:
+    """Make a pool with short limits."""
+    return chatdb.create_pool(gate.dsn, acquire_timeout=ACQUIRE, command_timeout=COMMAND, **options)
+
+
+async def timed(call: Coroutine[Any, Any, Any]) -> tuple[float, BaseException | None]:
+    """Return how long a call took, and its error."""
+    clock = asyncio.get_running_loop().time
+    begun = clock()
+    error: BaseException | None = None
+    async with asyncio.timeout(HANG):
+        try:
+            await call
+        except Exception as found:  # noqa: BLE001 - the tests look at it
+            error = found
+    return clock() - begun, error
+
+
+def judge(what: str, answers: list[tuple[float, BaseException | None]], kind: type[Exception], words: str) -> None:
+    """Print the longest call, and prove that each ended in time by the right error."""
+    longest = max(seconds for seconds, _ in answers)
+    right = sum(type(error) is kind and words in str(error) for _, error in answers)
+    figure(
+        f"{what}: {right} of {len(answers)} calls ended by {kind.__name__}, "
+        f"the longest after {longest:.2f} s, at most {MOST:g}"
+    )
+    assert [error for _, error in answers if type(error) is not kind or words not in str(error)] == []
+    assert longest <= MOST
+
+
+AT = {"user_id": "ada", "conversation_id": 1}
+
+
+async def test_a_server_that_never_answers_the_connect(gate):
+    """Every call ends by AcquireTimeoutError, which names the server, and so does a new pool."""
+    async with pool_on(gate, max_size=len(EVERY)) as pool:
+        gate.open.clear()
+        gate.cut()
+        await asyncio.sleep(0.1)
+        answers = await asyncio.gather(*(timed(call(pool, AT, 1)) for call in EVERY.values()))
+
+        async def make() -> None:
+            await pool_on(gate)
+
+        answers.append(await timed(make()))
+        pool.terminate()
+    judge("connect never answered", answers, AcquireTimeoutError, "could be made within")
+
+
+async def test_a_server_that_goes_silent_on_statements(gate):
+    """Every call on an open connection ends by CommandTimeoutError, which says that the server did not answer."""
+    async with pool_on(gate, min_size=len(EVERY), max_size=len(EVERY)) as pool:
+        gate.open.clear()
+        answers = await asyncio.gather(*(timed(call(pool, AT, 1)) for call in EVERY.values()))
+        pool.terminate()
+    judge("statement never answered", answers, CommandTimeoutError, "within the command timeout")
+
+
+async def test_silence_after_a_wait_for_the_connection(gate):
+    """Who has waited for a connection, and then for an answer, waits no longer than for both."""
+    async with pool_on(gate, min_size=len(EVERY), max_size=len(EVERY)) as pool:
+        held = [await pool.acquire() for _ in EVERY]
+        waiting = [asyncio.create_task(timed(call(pool, AT, 1))) for call in EVERY.values()]
+        await asyncio.sleep(0.8 * ACQUIRE)
+        gate.open.clear()
+        for connection in held:
+            await pool.release(connection)
+        answers = await asyncio.gather(*waiting)
+        pool.terminate()
+    judge("statement never answered after a wait", answers, CommandTimeoutError, "within the command timeout")
+
+
+async def test_silence_inside_a_transaction(gate):
+    """The COMMIT, and a statement in the block, end like a call, and so does the way out of the block."""
+    async with pool_on(gate, min_size=2, max_size=2) as pool:
+
+        async def run(statement: bool) -> None:
+            async with chatdb.transaction(pool) as outer, chatdb.transaction(outer) as connection:
+                ready.release()
+                await silent.wait()
+                if statement:
+                    await chatdb.list_conversations(connection, user_id="ada")
+
+        ready, silent = asyncio.Semaphore(0), asyncio.Event()
+        tasks = [asyncio.create_task(run(statement)) for statement in (False, True)]
+        for _ in tasks:
+            await ready.acquire()
+        gate.open.clear()
+        silent.set()
+        answers = await asyncio.gather(*(timed(asyncio.wait_for(task, HANG)) for task in tasks))
+        pool.terminate()
+    judge("silence in a transaction", answers, CommandTimeoutError, "within the command timeout")

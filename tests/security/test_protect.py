@@ -1,0 +1,895 @@
+"""Row-level security: `chatdb protect`, and what a role that it holds back sees inside and outside its transactions."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from statistics import quantiles
+from typing import Any, NamedTuple
+
+import asyncpg
+import psycopg
+import pytest
+
+import chatdb
+from chatdb import ConfigurationError, Conversation, ConversationNotFoundError, Deleted
+from chatdb.admin.check.inspection import inspect
+from chatdb.admin.migrate import last_migrations, rollback_migrations
+from chatdb.admin.row_security import TABLES, missing_protection, protect_tables
+from chatdb.admin.users_link import link_users
+from chatdb.formats.items import Item, SourceConversation, SourceMessage
+from chatdb.transfer.importer import export_conversations, import_conversations
+from tests.admin.test_migrate import transaction
+from tests.api.test_public_api import CALLS, call, conversation_with_a_message
+from tests.conftest import as_role, cloned, execute
+from tests.contract.test_drift import check_plan
+from tests.pool.test_pool import Proxy
+from tests.support.catalog import DATA, Live
+from tests.support.command import chatdb as command
+from tests.support.pgbouncer import OPTIONS, VERSIONS, pgbouncer
+from tests.support.roles import Roles
+from tests.support.sqlfiles import TEXTS, SqlFile, file_of, is_table
+from tests.support.wire import Statement, Wire
+
+_serial = itertools.count()
+
+
+class Place(NamedTuple):
+    """A database of the roles of docs/security.md, by the DSN of each."""
+
+    superuser: str
+    owner: str
+    app: str
+    reader: str
+
+
+@pytest.fixture
+def place(server: str, roles: Roles) -> Iterator[Place]:
+    """Give a database of the test's own, without the wall."""
+    with cloned(server, roles, f"{roles.database}_{next(_serial)}") as dsn:
+        yield Place(dsn, *(as_role(dsn, role) for role in (roles.owner, roles.app, roles.reader)))
+
+
+@pytest.fixture
+def walled(place: Place) -> Place:
+    """Give a database of the test's own, with the wall."""
+    protect_tables(place.owner)
+    return place
+
+
+def rows(dsn: str, statement: str) -> list[tuple[Any, ...]]:
+    """Return the rows of a statement."""
+    with psycopg.connect(dsn) as connection:
+        return connection.execute(statement.encode()).fetchall()
+
+
+def snapshot(dsn: str, user: str) -> list[Any]:
+    """Return what the tables hold of a user, down to the version of each row."""
+    texts = [f"select t::text, xmin::text, ctid::text from chatdb.{table} as t" for table in TABLES]
+    return [rows(dsn, f"{text} where user_id = '{user}' order by 1") for text in texts]
+
+
+# the command
+
+
+def test_on_and_off(place: Place) -> None:
+    """The command switches both tables on and off, says what it ran, and a second time does nothing."""
+    env = {"DATABASE_URL": "postgresql://127.0.0.1:1/nowhere", "CHATDB_MIGRATE_URL": place.owner}
+    state = "select relrowsecurity, relforcerowsecurity from pg_class where relname in ('conversations', 'messages')"
+    before = json.loads(command("protect", "--dry-run", "--json", env=env))["would_run"]
+    first_words = [statement.split()[0] for statement in before]
+    assert first_words == ["create", "grant", "create", "alter", "create", "alter"]
+    assert rows(place.owner, state) == [(False, False)] * 2
+    assert json.loads(command("protect", "--json", env=env)) == {"ran": before}
+    assert rows(place.owner, state) == [(True, True)] * 2
+    assert command("protect", env=env) == "nothing to do\n"
+    assert "row-level security is off" in command("protect", "--off", env=env)
+    assert rows(place.owner, state) == [(False, False)] * 2
+    assert rows(place.owner, "select from pg_policy") == []
+    assert rows(place.owner, "select from pg_proc where proname = 'rls_user_id'") == []
+    assert protect_tables(place.owner, off=True) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "alter table chatdb.messages no force row level security",
+        "alter table chatdb.messages disable row level security",
+        "drop policy rls_messages on chatdb.messages",
+        "alter policy rls_messages on chatdb.messages using (true)",
+        "alter policy rls_messages on chatdb.messages with check (true)",
+        "alter policy rls_messages on chatdb.messages to current_user",
+        "create or replace function chatdb.rls_user_id() returns text language sql stable as $$ select 'ada' $$",
+        "alter function chatdb.rls_user_id() volatile",
+        "alter function chatdb.rls_user_id() security definer",
+        "alter function chatdb.rls_user_id() set search_path = public",
+        "revoke execute on function chatdb.rls_user_id() from public",
+    ],
+)
+def test_a_wall_with_a_hole_is_mended(walled: Place, roles: Roles, change: str) -> None:
+    """Whatever part of the wall is missing or was changed, the command puts it back."""
+    execute(walled.owner, change)
+    assert missing_protection(walled.owner)
+    assert checked(walled.owner, roles.app) == {"row-level security": "different"}
+    assert protect_tables(walled.owner)
+    assert missing_protection(walled.owner) == []
+
+
+def test_an_older_wall_is_replaced(place: Place, roles: Roles) -> None:
+    """The policies of an earlier release, which hid all rows where no user was named, become those that raise."""
+    condition = "user_id = nullif(current_setting('chatdb.user_id', true), '')"
+    for table in TABLES:
+        execute(
+            place.owner,
+            f"create policy rls_{table} on chatdb.{table} using ({condition}) with check ({condition})",
+            f"alter table chatdb.{table} enable row level security, force row level security",
+        )
+    assert rows(place.app, "select from chatdb.messages") == []
+    assert checked(place.owner, roles.app) == {"row-level security": "different"}
+    assert [statement.split()[0] for statement in protect_tables(place.owner)] == [
+        *("create", "grant", "drop", "create", "drop", "create")
+    ]
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="no user is named"):
+        rows(place.app, "select from chatdb.messages")
+
+
+@pytest.mark.parametrize("setting", ["search_path = chatdb, public", "quote_all_identifiers = on"])
+def test_settings_of_the_role_are_no_difference(walled: Place, roles: Roles, setting: str) -> None:
+    """However the server writes the names for a role, a wall that is whole is seen as whole."""
+    execute(walled.superuser, f"alter role {roles.owner} in database {roles_database(walled)} set {setting}")
+    assert missing_protection(walled.owner) == []
+
+
+def roles_database(place: Place) -> str:
+    """Return the name of the test's database."""
+    return str(rows(place.superuser, "select current_database()")[0][0])
+
+
+def test_whoever_protects_the_tables_owner_has_the_function(place: Place, roles: Roles) -> None:
+    """The function belongs to the tables' owner, and all may call it, whoever ran the command and by what defaults."""
+    execute(place.superuser, "alter default privileges revoke execute on functions from public")
+    assert protect_tables(place.superuser)[2] == f"alter function chatdb.rls_user_id() owner to {roles.owner}"
+    assert rows(place.superuser, "select proowner::regrole::text from pg_proc where proname = 'rls_user_id'") == [
+        (roles.owner,)
+    ]
+    with psycopg.connect(place.app) as connection:
+        connection.execute("set chatdb.user_id = 'ada'")
+        assert connection.execute("select from chatdb.messages").fetchall() == []
+    assert missing_protection(place.owner) == []
+
+
+def test_a_planted_function_is_replaced(place: Place, roles: Roles) -> None:
+    """A function of the same name that another role put there gets chatdb's body and the tables' owner."""
+    execute(
+        place.superuser,
+        "create function chatdb.rls_user_id() returns text language sql stable as $$ select 'bob' $$",
+        f"alter function chatdb.rls_user_id() owner to {roles.app}",
+    )
+    assert len(protect_tables(place.superuser)) == 6
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="no user is named"):
+        rows(place.app, "select from chatdb.messages")
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="must be owner"):
+        execute(place.app, "alter function chatdb.rls_user_id() volatile")
+
+
+def test_all_is_taken_back_behind_the_wall(walled: Place) -> None:
+    """The rollback of all migrations takes the wall's function too, for it would keep the schema."""
+    rollback_migrations(walled.owner, to="0")
+    assert rows(walled.owner, "select from pg_namespace where nspname = 'chatdb'") == []
+
+
+def test_a_command_over_all_users(walled: Place) -> None:
+    """An operator's command that would see no rows says who can run it, instead of taking there to be none."""
+    execute(walled.owner, 'create table public.users (id text collate "C" primary key)')
+    execute(walled.superuser, "insert into chatdb.conversations (user_id) values ('nobody')")
+    with pytest.raises(ConfigurationError, match="superuser or a role with BYPASSRLS"):
+        link_users(walled.owner, table="public.users")
+    with pytest.raises(chatdb.ChatDBError, match="nobody"):
+        link_users(walled.superuser, table="public.users")
+
+
+async def test_readiness(walled: Place) -> None:
+    """`check_schema` refuses a handle that names no user, and is quiet where one is named or nobody is held back."""
+    async with chatdb.create_pool(walled.app) as db:
+        with pytest.raises(chatdb.SchemaError, match="create_pool\\(row_level_security=True\\)"):
+            await chatdb.check_schema(db)
+        async with chatdb.transaction(db, user_id="ada") as connection:
+            await chatdb.check_schema(connection)
+    for dsn, protected in ((walled.app, True), (walled.superuser, False)):
+        async with chatdb.create_pool(dsn, row_level_security=protected) as db:
+            await chatdb.check_schema(db)
+
+
+def checked(dsn: str, role: str | None = None) -> dict[str, str]:
+    """Return what `chatdb check` says of the wall, each thing once."""
+    found = [(each.what, each.state) for each in inspect(dsn, role=role) if "row-level security" in each.what]
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
+def test_what_the_check_says(place: Place, roles: Roles) -> None:
+    """It tells whether the wall is up, whether it holds a role back, and a wall of someone's own from chatdb's."""
+    assert checked(place.owner, roles.app) == {"row-level security": "ok"}
+    execute(place.owner, "alter table chatdb.messages enable row level security")
+    execute(place.owner, "create policy mine on chatdb.messages for select using (true)")
+    assert checked(place.owner, roles.app) == {"row-level security": "note"}
+    execute(place.owner, "drop policy mine on chatdb.messages")
+    protect_tables(place.owner)
+    assert checked(place.owner, roles.app) == {
+        f"row-level security for {roles.owner}": "ok",
+        f"row-level security for {roles.app}": "ok",
+    }
+    assert checked(place.superuser, "nobody_of_this_name").popitem()[1] == "note"
+    planned = next(each for each in inspect(place.app) if each.what == "statements")
+    assert planned.state == "ok"
+    assert planned.detail.startswith("each is planned with an index")
+    execute(place.owner, "create policy mine on chatdb.messages for select using (true)")
+    assert checked(place.owner, roles.app) == {"row-level security": "different"}
+    execute(place.owner, *(f"drop policy {name} on chatdb.messages" for name in ("mine", "rls_messages")))
+    execute(place.owner, "drop policy rls_conversations on chatdb.conversations")
+    assert checked(place.owner) == {"row-level security": "different"}, "nobody sees a row"
+
+
+def test_another_policy(place: Place) -> None:
+    """A policy that would let more through is refused by its name; a restrictive one is not."""
+    execute(place.owner, "create policy mine on chatdb.messages for select using (true)")
+    with pytest.raises(ConfigurationError, match="mine"):
+        protect_tables(place.owner)
+    assert rows(place.owner, "select relrowsecurity from pg_class where relname = 'conversations'") == [(False,)]
+    execute(
+        place.owner,
+        "drop policy mine on chatdb.messages",
+        "create policy mine on chatdb.messages as restrictive using (true)",
+    )
+    assert len(protect_tables(place.owner)) == 6
+
+
+def test_a_busy_table(place: Place) -> None:
+    """A table that is in use is waited for, not longer than was told, and holds nobody up for over two seconds."""
+    with transaction(place.app, "select from chatdb.messages") as connection:
+        with pytest.raises(chatdb.UnavailableError, match="55P03"):
+            protect_tables(place.owner, wait=0)
+        assert missing_protection(place.owner)
+        timer = threading.Timer(2.5, connection.rollback)
+        timer.start()
+        assert len(protect_tables(place.owner, wait=60)) == 6
+        timer.join()
+
+
+def test_who_may_not(place: Place, empty_dsn: str) -> None:
+    """The application may not protect, and where there are no tables the command says so."""
+    with pytest.raises(ConfigurationError, match="owner"):
+        protect_tables(place.app)
+    with pytest.raises(chatdb.SchemaError, match="chatdb migrate"):
+        protect_tables(empty_dsn)
+
+
+def test_a_rollback_counts_no_hidden_rows(walled: Place) -> None:
+    """A rollback by the owner, from whom the rows are hidden, does not say that it deletes none."""
+    execute(walled.superuser, "insert into chatdb.conversations (user_id) values ('ada')")
+    assert [tables for _, tables in last_migrations(walled.owner)] == [{"chatdb.messages": None}]
+    assert [tables for _, tables in last_migrations(walled.superuser)] == [{"chatdb.messages": 0}]
+    said = command("rollback", env={"DATABASE_URL": walled.owner}, code=1)
+    assert "Deletes all rows, which row-level security hides" in said
+
+
+# every function
+
+
+def described(answer: Any) -> Any:
+    """Return an answer without what differs from one run to another."""
+    if isinstance(answer, list):
+        return [described(item) for item in answer]
+    varying = {"id", "conversation_id", "created_at", "updated_at"}
+    return type(answer).__name__, answer.model_dump(exclude=varying)
+
+
+@pytest.mark.parametrize("role", ["app", "owner"])
+async def test_every_function_works_inside(server: str, roles: Roles, walled: Place, role: str) -> None:
+    """Inside a transaction of its user every function answers as without the wall, for the owner too."""
+    with cloned(server, roles, f"{roles.database}_{next(_serial)}") as plain:
+        answers: list[list[Any]] = []
+        for dsn in (as_role(plain, roles.app), getattr(walled, role)):
+            found: list[Any] = []
+            async with chatdb.create_pool(dsn) as db:
+                for name, arguments in CALLS:
+                    async with chatdb.transaction(db, user_id="alice") as connection:
+                        await chatdb.delete_user(connection, user_id="alice")
+                        conversation = await conversation_with_a_message(connection)
+                        found.append((name, described(await call(connection, name, arguments, conversation))))
+            answers.append(found)
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == len(CALLS)
+
+
+@pytest.mark.parametrize("user", [None, "bob"])
+async def test_nothing_is_there_outside(walled: Place, user: str | None) -> None:
+    """Without a user all is refused with the way out; in another user's transaction all is missing."""
+    async with chatdb.create_pool(walled.app) as db:
+        async with chatdb.transaction(db, user_id="alice") as connection:
+            conversation = await conversation_with_a_message(connection)
+        before = snapshot(walled.superuser, "alice")
+        for name, arguments in CALLS:
+            try:
+                async with chatdb.transaction(db, user_id=user) as connection:
+                    answer: Any = await call(connection, name, arguments, conversation)
+            except chatdb.ChatDBError as error:
+                answer = error
+            if user is None or name == "create_conversation":
+                assert type(answer) is ConfigurationError
+                assert "transaction(db, user_id=...)" in str(answer)
+            elif name == "delete_user":
+                assert answer == Deleted(conversations=0, messages=0)
+            elif name == "list_conversations":
+                assert answer == []
+            else:
+                assert type(answer) is ConversationNotFoundError, name
+    assert snapshot(walled.superuser, "alice") == before
+
+
+async def test_a_row_of_another_users(walled: Place) -> None:
+    """Neither an insertion nor a change can give a row to another user, whoever writes the statement."""
+    async with chatdb.create_pool(walled.app) as db:
+        for statement in (
+            "insert into chatdb.conversations (user_id) values ('bob')",
+            "update chatdb.conversations set user_id = 'bob'",
+            "insert into chatdb.messages (user_id, conversation_id, seq, role, content, created_at) "
+            "select 'bob', id, 1, 'user', 'x', now() from chatdb.conversations",
+        ):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError, match="row-level security"):  # noqa: PT012
+                async with chatdb.transaction(db, user_id="ada") as connection:
+                    await chatdb.create_conversation(connection, user_id="ada")
+                    await connection.execute(statement)
+
+
+@pytest.mark.parametrize("role", ["app", "owner"])
+async def test_the_foreign_key_works(walled: Place, role: str) -> None:
+    """The cascade takes the messages, and only these, and a message without its conversation is refused."""
+    async with chatdb.create_pool(getattr(walled, role)) as db:
+        numbers = {}
+        for user in ("ada", "bob"):
+            async with chatdb.transaction(db, user_id=user) as connection:
+                numbers[user] = (await chatdb.create_conversation(connection, user_id=user)).id
+                here = {"user_id": user, "conversation_id": numbers[user]}
+                await chatdb.append_messages(connection, messages=[{"role": "user", "content": "x"}] * 3, **here)
+        bobs = snapshot(walled.superuser, "bob")
+        async with chatdb.transaction(db, user_id="ada") as connection:
+            await connection.execute("delete from chatdb.conversations")
+        with pytest.raises(asyncpg.ForeignKeyViolationError):
+            async with chatdb.transaction(db, user_id="ada") as connection:
+                await connection.execute(
+                    "insert into chatdb.messages (user_id, conversation_id, seq, role, content, created_at) "
+                    "values ('ada', $1, 1, 'user', 'x', now())",
+                    numbers["bob"],
+                )
+    assert snapshot(walled.superuser, "ada") == [[], []]
+    assert snapshot(walled.superuser, "bob") == bobs
+
+
+# the user of a transaction
+
+
+async def seen(connection: Any) -> list[str]:
+    """Return whose conversations a statement without a user sees."""
+    return [row["user_id"] for row in await connection.fetch("select user_id from chatdb.conversations order by 1")]
+
+
+async def assert_refused(connection: Any) -> None:
+    """Prove that the database itself refuses a statement, because no user is named."""
+    with pytest.raises(asyncpg.InsufficientPrivilegeError, match="no user is named"):
+        await seen(connection)
+
+
+@pytest.fixture
+async def users(walled: Place) -> Any:
+    """Give a pool of one connection, of the application's, on a database where two users have a conversation each."""
+    execute(walled.superuser, "insert into chatdb.conversations (user_id) values ('ada'), ('bob')")
+    async with chatdb.create_pool(walled.app, max_size=1) as db:
+        yield db
+
+
+async def test_a_user_ends_with_his_transaction(users: Any) -> None:
+    """After the end, by COMMIT or ROLLBACK, the connection is refused until another user is named."""
+    for user in ("ada", "bob"):
+        async with chatdb.transaction(users, user_id=user) as connection:
+            assert await seen(connection) == [user]
+        await assert_refused(users)
+        with pytest.raises(ZeroDivisionError):
+            async with chatdb.transaction(users, user_id=user):
+                raise ZeroDivisionError
+        await assert_refused(users)
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            async with chatdb.transaction(users) as connection:
+                await seen(connection)
+
+
+async def test_a_savepoints_user_ends_with_it(users: Any) -> None:
+    """After a savepoint of another user's, released, rolled back or cancelled, the outer user is back."""
+    async with chatdb.transaction(users, user_id="ada") as connection:
+        async with chatdb.transaction(connection):
+            assert await seen(connection) == ["ada"]
+        async with chatdb.transaction(connection, user_id="bob"):
+            assert await seen(connection) == ["bob"]
+        assert await seen(connection) == ["ada"]
+        for error in (ZeroDivisionError, asyncio.CancelledError):
+            with pytest.raises(error):
+                async with chatdb.transaction(connection, user_id="bob"):
+                    raise error
+            assert await seen(connection) == ["ada"]
+        with pytest.raises(asyncpg.InFailedSQLTransactionError):  # noqa: PT012
+            async with chatdb.transaction(connection, user_id="bob"):
+                with pytest.raises(asyncpg.DivisionByZeroError):
+                    await connection.execute("select 1 / 0")
+        assert await seen(connection) == ["ada"]
+    async with chatdb.transaction(users) as connection:
+        async with chatdb.transaction(connection, user_id="bob"):
+            assert await seen(connection) == ["bob"]
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            async with chatdb.transaction(connection):
+                await seen(connection)
+
+
+async def test_a_user_that_cannot_be(users: Any) -> None:
+    """A user_id that no row can have is refused before anything is sent."""
+    for user in ("", "a\0", "\ud800", "x" * 256, 1):
+        with pytest.raises(chatdb.InvalidInputError, match="user_id"):
+            async with chatdb.transaction(users, user_id=user):  # type: ignore[arg-type]
+                pass
+    async with chatdb.transaction(users, user_id="o'; drop table chatdb.messages; --") as connection:
+        assert await seen(connection) == []
+
+
+async def test_the_reader_and_the_owner_are_held_back(walled: Place, users: Any) -> None:
+    """The wall holds for the reader and, FORCEd, for the owner."""
+    for dsn in (walled.reader, walled.owner):
+        async with chatdb.create_pool(dsn) as db:
+            await assert_refused(db)
+            async with chatdb.transaction(db, user_id="ada") as connection:
+                assert await seen(connection) == ["ada"]
+
+
+async def test_it_costs_two_round_trips(walled: Place) -> None:
+    """A call in a transaction of its user's takes three round trips, and each further one in it one more."""
+    async with Proxy(walled.app) as proxy, chatdb.create_pool(proxy.dsn, max_size=1) as db:
+        for calls in (1, 1, 3):
+            proxy.clear()
+            async with chatdb.transaction(db, user_id="ada") as connection:
+                for _ in range(calls):
+                    await chatdb.list_conversations(connection, user_id="ada")
+        assert ("".join(proxy.sent), proxy.round_trips) == ("QBESBESBESQ", 5)
+
+
+# the pool that names the user of each call
+
+
+@pytest.mark.parametrize("role", ["app", "owner"])
+async def test_every_function_works_on_the_pool(server: str, roles: Roles, walled: Place, role: str) -> None:
+    """On a pool with `row_level_security` every function answers as without the wall, and reaches nobody else."""
+    with cloned(server, roles, f"{roles.database}_{next(_serial)}") as plain:
+        answers: list[list[Any]] = []
+        for dsn in (as_role(plain, roles.app), getattr(walled, role)):
+            found: list[Any] = []
+            async with chatdb.create_pool(dsn, row_level_security=dsn != as_role(plain, roles.app)) as db:
+                bobs = await chatdb.create_conversation(db, user_id="bob")
+                before = snapshot(walled.superuser, "bob")
+                for name, arguments in CALLS:
+                    await chatdb.delete_user(db, user_id="alice")
+                    conversation = await conversation_with_a_message(db)
+                    found.append((name, described(await call(db, name, arguments, conversation))))
+                with pytest.raises(ConversationNotFoundError):
+                    await chatdb.get_history(db, user_id="alice", conversation_id=bobs.id)
+                assert snapshot(walled.superuser, "bob") == before
+            answers.append(found)
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == len(CALLS)
+
+
+async def test_a_call_on_the_pool_is_three_round_trips(walled: Place) -> None:
+    """Each call is BEGIN with the user, the statement and COMMIT; a statement of the host's own names its user."""
+    async with Proxy(walled.app) as proxy, chatdb.create_pool(proxy.dsn, max_size=1, row_level_security=True) as db:
+        conversation = await conversation_with_a_message(db)
+        here = {"user_id": "alice", "conversation_id": conversation.id}
+        for _ in range(2):
+            proxy.clear()
+            await chatdb.get_history(db, **here)
+        assert ("".join(proxy.sent), proxy.round_trips) == ("QBESQ", 3)
+        await assert_refused(db)
+        async with chatdb.transaction(db, user_id="alice") as connection:
+            await chatdb.append_message(connection, role="user", content="x", **here)
+            proxy.clear()
+            await chatdb.get_history(connection, **here)
+            assert proxy.round_trips == 1
+        proxy.clear()
+        with pytest.raises(chatdb.MessageNotFoundError):
+            await chatdb.get_message(db, seq=99, **here)
+        with pytest.raises(chatdb.ConflictError):
+            await chatdb.append_message(db, role="user", content="another text", key="first", **here)
+        assert len(await chatdb.get_history(db, **here)) == 2
+
+
+@pytest.mark.parametrize("user", ["o'brien", "back\\slash", "\\'; drop table chatdb.messages; --", "ünï 💬", "'", "\\"])
+@pytest.mark.parametrize("escape", ["on", "off"])
+async def test_any_user_can_be_named(walled: Place, user: str, escape: str) -> None:
+    """Whatever is in a user_id is the user_id, and the transaction leaves nothing to reset."""
+    settings = {"standard_conforming_strings": escape}
+    async with (
+        Proxy(walled.app) as proxy,
+        chatdb.create_pool(proxy.dsn, max_size=1, row_level_security=True, server_settings=settings) as db,
+    ):
+        await chatdb.create_conversation(db, user_id=user)
+        proxy.clear()
+        async with chatdb.transaction(db, user_id=user) as connection:
+            assert await connection.fetchval("select current_setting('chatdb.user_id')") == user
+        assert "".join(proxy.sent).count("Q") == 3, "BEGIN, COMMIT and, after a foreign statement, the reset"
+        proxy.clear()
+        assert [each.user_id for each in await chatdb.list_conversations(db, user_id=user)] == [user]
+        async with chatdb.transaction(db, user_id=user):
+            pass
+        assert "".join(proxy.sent).count("Q") == 4
+
+
+@pytest.mark.parametrize("answered", [False, True], ids=["before", "after"])
+async def test_a_lost_commit(walled: Place, tmp_path: Path, answered: bool) -> None:
+    """When the connection is lost at COMMIT nobody knows: `.sent` is None, and a keyed write is sent again."""
+    cut = 0
+
+    def watch(statement: Statement) -> bool:
+        nonlocal cut
+        lost = cut > 0 and statement.sql == "commit" and statement.answered == answered
+        cut -= lost
+        return lost
+
+    with Wire(walled.app, tmp_path, watch) as wire:
+        async with chatdb.create_pool(wire.dsn, row_level_security=True) as db:
+            number = (await chatdb.create_conversation(db, user_id="ada")).id
+            here: dict[str, Any] = {"user_id": "ada", "conversation_id": number, "role": "user"}
+            cut = 1
+            with pytest.raises(chatdb.UnavailableError) as caught:
+                await chatdb.append_message(db, content="a first text", **here)
+            assert caught.value.sent is None
+            cut = 2
+            await chatdb.append_message(db, content="a second text", key="k", **here)
+            assert cut == 0
+            stored = [each.content for each in await chatdb.list_messages(db, user_id="ada", conversation_id=number)]
+    assert stored == (["a first text"] * answered + ["a second text"])
+
+
+async def test_a_lost_begin(walled: Place, tmp_path: Path) -> None:
+    """A connection that is lost before the statement was sent is told so, and nothing is stored."""
+    lost = False
+    with Wire(walled.app, tmp_path, lambda statement: lost and statement.sql.startswith("begin")) as wire:
+        async with chatdb.create_pool(wire.dsn, row_level_security=True) as db:
+            number = (await chatdb.create_conversation(db, user_id="ada")).id
+            lost = True
+            with pytest.raises(chatdb.UnavailableError) as caught:
+                await chatdb.append_message(db, user_id="ada", conversation_id=number, role="user", content="x")
+            assert caught.value.sent is False
+    assert snapshot(walled.superuser, "ada")[1] == []
+
+
+async def test_cancelled_calls_leave_no_user_behind(walled: Place) -> None:
+    """However a call is cut short, the next one on its connection works for its own user only."""
+    async with chatdb.create_pool(walled.app, max_size=2, row_level_security=True) as db:
+        numbers = {user: (await chatdb.create_conversation(db, user_id=user)).id for user in ("ada", "bob")}
+        for delay in range(100):
+            user = ("ada", "bob")[delay % 2]
+            here: dict[str, Any] = {"user_id": user, "conversation_id": numbers[user]}
+            task = asyncio.create_task(chatdb.append_message(db, role="user", content=user, **here))
+            await asyncio.sleep(delay / 20_000)
+            task.cancel()
+            await asyncio.wait([task])
+            for each, number in numbers.items():
+                history = await chatdb.get_history(db, user_id=each, conversation_id=number)
+                assert {message.content for message in history} <= {each}
+        await assert_refused(db)
+
+
+async def test_a_change_of_the_tables_is_no_surprise(walled: Place) -> None:
+    """When a statement's result has another type than before, a call prepares it again and answers."""
+    async with chatdb.create_pool(walled.app, max_size=3, row_level_security=True) as db:
+        here = {"user_id": "alice", "conversation_id": (await conversation_with_a_message(db)).id}
+        for kind in ("varchar", "text"):
+            await asyncio.gather(*(chatdb.get_conversation(db, **here) for _ in range(10)))
+            execute(walled.owner, f"alter table chatdb.conversations alter column title type {kind}")
+            found = await asyncio.gather(*(chatdb.get_conversation(db, **here) for _ in range(10)))
+            assert [conversation.key for conversation in found] == ["thread"] * 10
+
+
+def test_the_option_is_a_bool() -> None:
+    """Anything but True and False is refused."""
+    with pytest.raises(ConfigurationError, match="row_level_security"):
+        chatdb.create_pool("postgresql://localhost/x", row_level_security="yes")  # type: ignore[arg-type]
+
+
+# statements that forget their user
+
+
+def argument(file: SqlFile, name: str, conversation: Conversation) -> Any:
+    """Return what an argument of a statement would be for a conversation."""
+    return {
+        "user_id": "ada",
+        "conversation_id": conversation.id,
+        "conversation_ids": [str(conversation.id)],
+        "ids": [str(conversation.id)],
+        "seq": 0 if file.name == "delete_messages_after" else 1,
+        "seqs": ["9"],
+        "after_seq": 0,
+        "before_seq": 2**62,
+        "before_id": 2**62,
+        "before_updated_at": datetime.now(UTC) + timedelta(days=1),
+        "row_limit": 10,
+        "key": "k",
+        "keys": ["k"],
+        "role": "user",
+        "roles": ["user"],
+        "title": "taken",
+        "content": "secret",
+        "contents": ["secret"],
+        "created_ats": [str(conversation.created_at)],
+        "updated_ats": [str(conversation.created_at)],
+        "occurrences": ["0"],
+        "last_seqs": ["5"],
+        "old_last_seqs": [str(conversation.last_seq)],
+        "new_last_seqs": [str(conversation.last_seq + 1)],
+    }.get(name, True if name.startswith("set_") else [None] if name.endswith("s") else None)
+
+
+FORGETFUL = {stem: file_of(stem) for stem in TEXTS if "user_id = $1" in file_of(stem).sql}
+
+
+async def taken(connection: Any, sql: str, arguments: list[Any]) -> tuple[Any, list[Any]]:
+    """Run a statement and undo it; return its answer and what the other user had meanwhile."""
+    block = connection.transaction()
+    await block.start()
+    try:
+        answer: Any = [dict(row) for row in await connection.fetch(sql, *arguments)]
+    except asyncpg.PostgresError as error:
+        answer = type(error)
+    found: list[Any] = []
+    if not isinstance(answer, type):
+        await connection.execute("select set_config('chatdb.user_id', 'bob', true)")
+        for table in TABLES:
+            where = "from chatdb.{0} as t where user_id = 'bob' order by 1"
+            found += await connection.fetch(f"select t::text, xmin::text {where.format(table)}")
+    await block.rollback()
+    return answer, found
+
+
+async def test_a_statement_that_forgets_its_user_reaches_nothing(walled: Place) -> None:
+    """Each statement without its conditions answers another user as with them; without the wall it does not."""
+    reached: dict[bool, set[str]] = {True: set(), False: set()}
+    async with chatdb.create_pool(walled.app, max_size=1) as db:
+        async with chatdb.transaction(db, user_id="bob") as connection:
+            conversation = await chatdb.create_conversation(connection, user_id="bob", key="k", title="secret")
+            here = {"user_id": "bob", "conversation_id": conversation.id}
+            await chatdb.append_message(connection, role="user", content="secret", key="k", **here)
+            conversation = await chatdb.get_conversation(connection, **here)
+        for is_walled in (True, False):
+            if not is_walled:
+                protect_tables(walled.owner, off=True)
+            for stem, file in FORGETFUL.items():
+                arguments = [argument(file, parameter.name, conversation) for parameter in file.parameters]
+                forgetful = re.sub(r"(\w+\.)?user_id = \$1", "$1::text is not null", file.sql)
+                async with chatdb.transaction(db, user_id="ada") as connection:
+                    whole, untouched = await taken(connection, file.sql, arguments)
+                async with chatdb.transaction(db, user_id="ada") as connection:
+                    answer, found = await taken(connection, forgetful, arguments)
+                assert len(untouched) == 2, stem
+                is_other = stem == "count_user" and answer != whole
+                if (
+                    is_other
+                    or len(answer) != len(whole)
+                    or "secret" in str(answer)
+                    or "bob" in str(answer)
+                    or found != untouched
+                ):
+                    reached[is_walled].add(stem)
+    assert reached == {True: set(), False: {*FORGETFUL}}
+    print(f"figure: {len(FORGETFUL)} statements without user_id reach another user's rows; behind the wall 0")
+
+
+EVERYTHING = "select user_id from chatdb.messages union all select user_id from chatdb.conversations"
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_many_users_on_one_pooler(
+    walled: Place, tmp_path: Path, pytestconfig: pytest.Config, version: str
+) -> None:
+    """Through PgBouncer in transaction mode, statements without a user see their transaction's own, and no others'."""
+    per_user = 20 if pytestconfig.getoption("--quick") else 260
+    names = [f"user {number}" for number in range(40)]
+    own = foreign = outside = 0
+
+    async def work(db: Any, user: str) -> None:
+        nonlocal own, foreign, outside
+        for number in range(per_user):
+            if number % 5 == 3:
+                history = await chatdb.get_history(db, user_id=user, conversation_id=numbers[user])
+                whose = {message.content for message in history}
+                own += user in whose
+                foreign += len(whose - {user})
+                continue
+            if number % 5 == 4:  # on whatever session the pooler gives
+                with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                    outside += len(await db.fetch("select user_id from chatdb.messages"))
+                continue
+            async with chatdb.transaction(db, user_id=user) as connection:
+                if number % 10 == 0:
+                    here = {"user_id": user, "conversation_id": numbers[user]}
+                    await chatdb.append_message(connection, role="user", content=user, **here)
+                found = await connection.fetch(EVERYTHING)
+                whose = {row["user_id"] for row in found}
+                own += user in whose
+                foreign += len(whose - {user})
+
+    with pgbouncer(walled.app, tmp_path, version, default_pool_size=4) as dsn:
+        options = {"max_size": 20, "row_level_security": True} | OPTIONS[version]
+        async with chatdb.create_pool(dsn, **options) as db, chatdb.create_pool(dsn, **options) as other:
+            numbers: dict[str, int] = {}
+            for user in names:
+                async with chatdb.transaction(db, user_id=user) as connection:
+                    numbers[user] = (await chatdb.create_conversation(connection, user_id=user)).id
+            await asyncio.gather(*(work((db, other)[place % 2], user) for place, user in enumerate(names)))
+    reads = len(names) * per_user
+    assert (foreign, outside) == (0, 0)
+    assert own == reads * 4 // 5
+    print(f"figure: {reads:,} reads of {len(names)} users over 4 sessions of PgBouncer {version}: 0 foreign, 0 outside")
+
+
+# import, export and the command line
+
+
+def file(length: int) -> Iterator[Item]:
+    """Yield two conversations, one without a key."""
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    for key in ("k", None):
+        yield SourceConversation(key, "a title", '{"m": 1}', length, moment, moment)
+        for seq in range(1, length + 1):
+            key_of = f"{seq}" if key else None
+            yield SourceMessage(seq, "user", f"text {seq}", '{"p":  1}', None, seq, key_of, moment)
+
+
+async def test_import_and_export(server: str, roles: Roles, walled: Place) -> None:
+    """A role that is held back imports, again and what has grown, and exports what one without the wall does."""
+    exported = []
+    with cloned(server, roles, f"{roles.database}_{next(_serial)}") as plain:
+        for dsn in (as_role(plain, roles.app), walled.app):
+            async with chatdb.create_pool(dsn) as db:
+                for length in (2_600, 2_600, 2_603):
+                    report = await import_conversations(db, user_id="ada", items=file(length))
+                    bobs = await import_conversations(db, user_id="bob", items=file(length))
+                    assert report == bobs
+                assert (report.extended_conversations, report.messages, report.stored_messages) == (2, 6, 5_200)
+                records = [record async for record in export_conversations(db, user_id="ada")]
+                assert {record.user_id for record in records} == {"ada"}
+                exported.append(described(records))
+    assert exported[0] == exported[1]
+    assert len(exported[0]) == 2 + 2 * 2_603
+
+
+def test_the_command_line(walled: Place, tmp_path: Path) -> None:
+    """Import, list, show and export work as they stand for a role that is held back."""
+    env = {"DATABASE_URL": walled.app}
+    source = tmp_path / "file.json"
+    source.write_text(json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "hi there"}]}]))
+    assert "imported 1 conversations" in command("import", source, "--user", "ada", env=env)
+    (listed,) = json.loads(command("list", "--user", "ada", "--json", env=env))
+    number = str(listed["id"])
+    assert "hi there" in command("show", number, "--user", "ada", env=env)
+    assert "hi there" in command("show", number, "--user", "ada", "--last", "1", env=env)
+    assert "hi there" in command("export", "--user", "ada", env=env)
+    assert "hi there" not in command("export", "--user", "bob", env=env)
+    assert "no such conversation" in command("show", number, "--user", "bob", env=env, code=1)
+
+
+# what it costs
+
+
+@pytest.fixture(scope="module")
+def planned(server: str, roles: Roles) -> Iterator[Live]:
+    """Give a connection that is held back, on tables with enough in them for the planner's choices to be real ones."""
+    with cloned(server, roles, f"{roles.database}_plans") as dsn:
+        execute(dsn, DATA, f"alter role {roles.app} in database {roles.database}_plans set track_functions = 'pl'")
+        protect_tables(as_role(dsn, roles.owner))
+        with psycopg.connect(as_role(dsn, roles.app), autocommit=True, prepare_threshold=None) as connection:
+            connection.execute("set random_page_cost = 1.1; set chatdb.user_id = 'user 1'")
+            yield Live(connection)
+
+
+@pytest.mark.parametrize("stem", [stem for stem in TEXTS if stem != "check_schema"])
+def test_the_plans_are_the_same(planned: Live, stem: str) -> None:
+    """Behind the wall each statement is served by the same indexes."""
+    check_plan(planned, file_of(stem))
+
+
+def asked(live: Live) -> int:
+    """Return how often the session has asked for the user, since the server last gathered the counts."""
+    return sum(count for (count,) in live.rows("select calls from pg_stat_xact_user_functions"))
+
+
+@pytest.mark.parametrize("stem", [stem for stem in TEXTS if stem != "check_schema"])
+def test_the_user_is_asked_for_once(planned: Live, stem: str) -> None:
+    """A statement asks for its user once or twice where it names a table, and not for each row, of which it has 50."""
+    file, connection = file_of(stem), planned.connection
+    (at,) = planned.rows("select id, last_seq from chatdb.conversations where user_id = 'user 1' limit 1")
+    conversation = Conversation.model_construct(id=at[0], last_seq=at[1], created_at=datetime.now(UTC))
+    arguments = [argument(file, parameter.name, conversation) for parameter in file.parameters]
+    arguments = ["user 1", *(each * 50 if isinstance(each, list) else each for each in arguments[1:])]
+    connection.execute("set plan_cache_mode = force_generic_plan")
+    connection.execute(f"prepare asked as {file.sql}".encode())
+    calls: list[int] = []
+    for _ in range(2):
+        with connection.transaction(force_rollback=True):
+            before = asked(planned)
+            with suppress(psycopg.errors.IntegrityError, psycopg.errors.CardinalityViolation), connection.transaction():
+                cursor = psycopg.ClientCursor(connection)
+                cursor.execute(f"execute asked ({', '.join(['%s'] * len(arguments))})".encode(), arguments)
+            calls.append(asked(planned) - before)
+    connection.execute("deallocate asked")
+    tables = sum(is_table(node) for node in file.nodes)
+    assert 1 <= calls[1] <= 2 * tables, calls  # an UPDATE asks for the old row and for the new one
+
+
+@pytest.mark.chaos
+async def test_what_it_costs(place: Place, pytestconfig: pytest.Config) -> None:
+    """What a history of 100, an append and an import take, without and with the wall, in interleaved rounds."""
+    rounds = 100 if pytestconfig.getoption("--quick") else 1_000
+    times: dict[str, list[float]] = {}
+    fill = [{"role": "user", "content": "x" * 200}] * 100
+    body = {"role": "user", "content": "x" * 200}
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def source(key: str) -> Iterator[Item]:
+        yield SourceConversation(key, None, None, 20_000, moment, moment)
+        for seq in range(1, 20_001):
+            yield SourceMessage(seq, "user", "x" * 200, None, None, None, None, moment)
+
+    async def timed(name: str, work: Any) -> None:
+        start = time.perf_counter()
+        await work
+        times.setdefault(name, []).append(1000 * (time.perf_counter() - start))
+
+    async def within(db: Any, name: str, **arguments: Any) -> None:
+        async with chatdb.transaction(db, user_id="ada") as connection:
+            await getattr(chatdb, name)(connection, **arguments)
+
+    async def both(kind: str, db: Any, read: dict[str, Any], written: dict[str, Any]) -> None:
+        await timed(f"{kind}: history", within(db, "get_history", **read))
+        await timed(f"{kind}: append", within(db, "append_message", **written, **body))
+
+    async with (
+        chatdb.create_pool(place.app, max_size=1) as db,
+        chatdb.create_pool(place.app, max_size=1, row_level_security=True) as protected,
+    ):
+        made = [await chatdb.create_conversation(db, user_id="ada") for _ in range(2)]
+        read, written = ({"user_id": "ada", "conversation_id": conversation.id} for conversation in made)
+        await chatdb.append_messages(db, messages=fill, **read)
+        for part in range(10):  # the wall goes up and down, so that the kinds take turns
+            for _ in range(rounds // 10):
+                await timed("plain: history", chatdb.get_history(db, **read))
+                await timed("plain: append", chatdb.append_message(db, **written, **body))
+                await both("transaction", db, read, written)
+            if part < 3:
+                imported = import_conversations(db, user_id="ada", items=source(f"plain {part}"))
+                await timed("plain: import of 20,000", imported)
+            await asyncio.to_thread(protect_tables, place.owner)
+            for _ in range(rounds // 10):
+                await both("wall", db, read, written)
+                await timed("pool: history", chatdb.get_history(protected, **read))
+                await timed("pool: append", chatdb.append_message(protected, **written, **body))
+            if part < 3:
+                imported = import_conversations(db, user_id="ada", items=source(f"wall {part}"))
+                await timed("wall: import of 20,000", imported)
+            await asyncio.to_thread(protect_tables, place.owner, off=True)
+    figures = {name: quantiles(found, n=100, method="inclusive") for name, found in times.items()}
+    told = "; ".join(f"{name} {cuts[49]:.2f} / {cuts[98]:.2f}" for name, cuts in sorted(figures.items()))
+    print(f"figure: ms at p50 / p99 of {rounds} rounds, plain 1 round trip, the others 3: {told}")

@@ -1,0 +1,136 @@
+"""A migrated database as the drift checks see it: what the server says about it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import psycopg
+from psycopg.pq import ExecStatus
+
+from tests.support.sqlfiles import Columns, SqlFile
+
+DATA = """
+    insert into chatdb.conversations (user_id, id, key, updated_at, last_seq)
+    select 'user ' || u, n * 100 + u, 'key ' || n, now() - n * interval '3 hours', 3
+    from generate_series(1, 150) as n, generate_series(1, 20) as u;
+
+    insert into chatdb.messages (user_id, conversation_id, seq, role, key, content, created_at)
+    select user_id, id, n, 'user', 'key ' || n, 'hello', updated_at
+    from chatdb.conversations, generate_series(1, 3) as n;
+
+    analyze chatdb.conversations, chatdb.messages;
+
+    -- as where no disk has to spin; at the default the choice of an index depends on the server's settings
+    set random_page_cost = 1.1;
+"""
+"""Enough for the planner's choices to be real ones."""
+
+
+class Live:
+    """A database. What it says of its tables is asked once, so after a change it is another `Live`."""
+
+    def __init__(self, connection: psycopg.Connection) -> None:
+        self.connection = connection
+
+    def rows(self, statement: str) -> list[Any]:
+        """Run a statement and return its rows."""
+        return self.connection.execute(statement).fetchall()
+
+    @cached_property
+    def columns(self) -> Columns:
+        """The columns of each table, each with its type and whether it is NOT NULL."""
+        rows = self.rows(
+            """
+            select relnamespace::regnamespace::text, relname, attname, format_type(atttypid, atttypmod), attnotnull
+            from pg_class join pg_attribute on attrelid = pg_class.oid and attnum > 0 and not attisdropped
+            where relkind = 'r' and relnamespace in ('chatdb'::regnamespace, 'pg_catalog'::regnamespace)
+                and relname <> '_chatdb_migration'
+            """
+        )
+        found: Columns = defaultdict(dict)
+        for schema, table, column, kind, not_null in rows:
+            found[schema, table][column] = (kind, not_null)
+        return found
+
+    @cached_property
+    def indexes(self) -> dict[str, tuple[str, bool]]:
+        """The valid indexes, each with its table and whether it is unique."""
+        rows = self.rows(
+            """
+            select i.relname, t.relname, indisunique
+            from pg_index join pg_class i on i.oid = indexrelid join pg_class t on t.oid = indrelid
+            where i.relnamespace = 'chatdb'::regnamespace and indisvalid and t.relname <> '_chatdb_migration'
+            """
+        )
+        return {name: (table, unique) for name, table, unique in rows}
+
+    @cached_property
+    def comments(self) -> dict[str, str | None]:
+        """The tables and indexes, each with its comment."""
+        rows = self.rows(
+            r"""
+            select relname, obj_description(oid, 'pg_class') from pg_class
+            where relnamespace = 'chatdb'::regnamespace and relkind in ('r', 'p', 'i', 'I')
+                and relname not like '\_chatdb\_%'
+            """
+        )
+        return dict(rows)
+
+    @cached_property
+    def constraints(self) -> dict[str, tuple[list[str], str]]:
+        """The constraints other than NOT NULL, each with its columns and its definition without parentheses."""
+        rows = self.rows(
+            r"""
+            select conname,
+                array(select attname::text from pg_attribute where attrelid = conrelid and attnum = any(conkey)),
+                trim(regexp_replace(pg_get_constraintdef(oid), '(CHECK|[()]|::text|\s)+', ' ', 'g'))
+            from pg_constraint
+            where connamespace = 'chatdb'::regnamespace and contype <> 'n'
+                and conrelid <> coalesce(to_regclass('chatdb._chatdb_migration'), 0)
+            """
+        )
+        return {name: (columns, definition) for name, columns, definition in rows}
+
+    def described(self, statement: str) -> tuple[list[str], list[tuple[str, str, bool | None]]]:
+        """
+        Return the types of a statement's parameters, and of each column name, type and NOT NULL.
+
+        The last is None where the server names no origin: for an expression, and for a UNION.
+        """
+        libpq = self.connection.pgconn
+        result = libpq.prepare(b"", statement.encode())
+        assert result.status == ExecStatus.COMMAND_OK, result.get_error_message()
+        result = libpq.describe_prepared(b"")
+        places = range(result.nfields)
+        names = [(result.fname(place) or b"").decode() for place in places]
+        kinds = [self._type(result.ftype(place)) for place in places]
+        origins = [self._not_null.get((result.ftable(place), result.ftablecol(place))) for place in places]
+        parameters = [self._type(result.param_type(place)) for place in range(result.nparams)]
+        return parameters, list(zip(names, kinds, origins, strict=True))
+
+    @cached_property
+    def _not_null(self) -> dict[tuple[int, int], bool]:
+        rows = self.rows("select attrelid, attnum, attnotnull from pg_attribute where attnum > 0")
+        return {(table, column): not_null for table, column, not_null in rows}
+
+    def _type(self, oid: int) -> str:
+        info = self.connection.adapters.types[oid]
+        return f"{info.name}[]" if oid == info.array_oid else info.name
+
+    def plan(self, file: SqlFile) -> list[dict[str, Any]]:
+        """Return the nodes of a statement's generic plan."""
+        arguments = ", ".join(["null"] * len(file.parameters))
+        self.connection.execute("set plan_cache_mode = force_generic_plan")
+        self.connection.execute(f"prepare drift as {file.sql}")
+        ((plan,),) = self.rows(f"explain (format json) execute drift {f'({arguments})' if arguments else ''}")
+        self.connection.execute("deallocate drift")
+        return list(_nodes(plan[0]["Plan"]))
+
+
+def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for part in plan.get("Plans", ()):
+        yield from _nodes(part)

@@ -1,0 +1,31 @@
+"""The roles of docs/security.md, made by the SQL that stands there, under names of a test run's own."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The names of the roles and of a migrated database, which is the owner's."""
+
+    owner: str
+    app: str
+    reader: str
+    database: str
+
+    def blocks(self, database: str | None = None) -> list[list[str]]:
+        """Return the statements of each block of SQL in the guide, for a database: as a superuser, there, as owner."""
+        names = {"chatdb_owner": self.owner, "chatdb_app": self.app, "chatdb_reader": self.reader}
+        names["chat"] = database or self.database
+        sql = re.findall(r"^```sql\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
+        renamed = [re.sub(r"\bchat(db_(owner|app|reader))?\b", lambda found: names[found[0]], block) for block in sql]
+        return [[statement.strip() for statement in block.split(";") if statement.strip()] for block in renamed]
+
+    def on_database(self, database: str) -> list[str]:
+        """Return the statements on a database as such, which no clone of it inherits."""
+        return [statement for statement in self.blocks(database)[0] if " on database " in statement]
