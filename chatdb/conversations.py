@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from chatdb._core import validate
 from chatdb._core.query import Database, Query
+from chatdb._core.validate import (
+    MAX_NAME,
+    check_before,
+    check_conversation_metadata,
+    check_id,
+    check_key,
+    check_limit,
+    check_text,
+    check_timeout,
+    check_title,
+    check_user_id,
+)
 from chatdb.errors import SWALLOWED, ConfigurationError, ConversationNotFoundError, UnavailableError
 from chatdb.records import UNSET, Conversation, Deleted, Unset
 
@@ -37,10 +48,10 @@ async def create_conversation(
 
     Raises InvalidInputError.
     """
-    user = validate.user(user_id)
-    title = validate.title(title)
-    data = validate.conversation_metadata("metadata", metadata)
-    key = validate.key("key", key)
+    user = check_user_id(user_id)
+    title = check_title(title)
+    data = check_conversation_metadata("metadata", metadata)
+    key = check_key("key", key)
     if key is None:
         try:
             return await _create_conversation.fetch_one(db, user, title, data)
@@ -60,7 +71,7 @@ async def get_conversation(db: Database, *, user_id: str, conversation_id: int) 
 
     Raises ConversationNotFoundError when the user has no such conversation, whoever else may have it.
     """
-    return await _get_conversation.fetch_one(db, validate.user(user_id), validate.identifier(conversation_id))
+    return await _get_conversation.fetch_one(db, check_user_id(user_id), check_id(conversation_id))
 
 
 async def get_conversation_by_key(db: Database, *, user_id: str, key: str) -> Conversation:
@@ -69,8 +80,8 @@ async def get_conversation_by_key(db: Database, *, user_id: str, key: str) -> Co
 
     Raises ConversationNotFoundError when the user has none.
     """
-    name = validate.text("key", key, least=1, most=validate.MAX_NAME)
-    return await _get_conversation_by_key.fetch_one(db, validate.user(user_id), name)
+    name = check_text("key", key, least=1, most=MAX_NAME)
+    return await _get_conversation_by_key.fetch_one(db, check_user_id(user_id), name)
 
 
 async def list_conversations(
@@ -84,11 +95,11 @@ async def list_conversations(
 
     Raises InvalidInputError. The first page is `list_conversations.sql`, later ones `list_conversations_before.sql`.
     """
-    user = validate.user(user_id)
-    limit = validate.limit("limit", limit)
+    user = check_user_id(user_id)
+    limit = check_limit("limit", limit)
     if before is None:
         return await _list_conversations.fetch_all(db, user, limit)
-    return await _list_conversations_before.fetch_all(db, user, *validate.before(before), limit)
+    return await _list_conversations_before.fetch_all(db, user, *check_before(before), limit)
 
 
 async def update_conversation(
@@ -106,7 +117,7 @@ async def update_conversation(
 
     Raises ConversationNotFoundError, InvalidInputError.
     """
-    user, conversation = validate.user(user_id), validate.identifier(conversation_id)
+    user, conversation = check_user_id(user_id), check_id(conversation_id)
     if title is UNSET and metadata is UNSET:
         return await _get_conversation.fetch_one(db, user, conversation)
     return await _update_conversation.fetch_one(
@@ -114,9 +125,9 @@ async def update_conversation(
         user,
         conversation,
         title is not UNSET,
-        None if title is UNSET else validate.title(title),
+        None if title is UNSET else check_title(title),
         metadata is not UNSET,
-        None if metadata is UNSET else validate.conversation_metadata("metadata", metadata),
+        None if metadata is UNSET else check_conversation_metadata("metadata", metadata),
     )
 
 
@@ -128,7 +139,7 @@ async def delete_conversation(db: Database, *, user_id: str, conversation_id: in
 
     Raises ConversationNotFoundError.
     """
-    return await _delete_conversation.fetch_one(db, validate.user(user_id), validate.identifier(conversation_id))
+    return await _delete_conversation.fetch_one(db, check_user_id(user_id), check_id(conversation_id))
 
 
 async def delete_user(db: Database, *, user_id: str, timeout: float | None = None) -> Deleted:
@@ -140,4 +151,4 @@ async def delete_user(db: Database, *, user_id: str, timeout: float | None = Non
 
     Raises CommandTimeoutError when it takes longer.
     """
-    return await _delete_user.fetch_one(db, validate.user(user_id), timeout=validate.timeout(timeout))
+    return await _delete_user.fetch_one(db, check_user_id(user_id), timeout=check_timeout(timeout))

@@ -193,7 +193,7 @@ NO_USER = (
 )
 
 # the server's functions, for its words may be those of another language
-_WALL = frozenset({"ExecWithCheckOptions", "check_enable_rls"})
+_RLS_FUNCTIONS = frozenset({"ExecWithCheckOptions", "check_enable_rls"})
 _GONE = re.compile("connection is closed|released back to the pool")
 _CLOSED = re.compile("pool is (clos|not initialized|being initialized)")
 _POOLER_HINT = (
@@ -236,7 +236,7 @@ _NAMES = re.compile('"[^"]*"|(?<=database: ).*')
 """What of a pooler's words is a user's or a database's name."""
 
 
-def translated(error: Exception, server: str = "") -> ChatDBError | None:
+def map_driver_error(error: Exception, server: str = "") -> ChatDBError | None:
     """
     Return chatdb's own error for a driver's, or None for misuse, which is to be seen as it is.
 
@@ -283,22 +283,22 @@ def translated(error: Exception, server: str = "") -> ChatDBError | None:
 
 
 @contextmanager
-def translating() -> Generator[None, None, None]:
+def mapped_driver_errors() -> Generator[None, None, None]:
     """Raise chatdb's own errors for the driver's."""
     try:
         yield
     except Exception as error:
-        found = own(error)
+        found = as_chatdb_error(error)
         if found is None:
             raise
         raise found from found.__cause__
 
 
-def own(error: Exception) -> ChatDBError | None:
-    """Return the error if it is chatdb's own, else as `translated`, with the driver's as its cause."""
+def as_chatdb_error(error: Exception) -> ChatDBError | None:
+    """Return the error if it is chatdb's own, else as `map_driver_error`, with the driver's as its cause."""
     if isinstance(error, ChatDBError):
         return error
-    found = translated(error)
+    found = map_driver_error(error)
     if found is not None and not isinstance(error, asyncpg.DataError):  # whose complaint quotes the argument
         found.__cause__ = error
     return found
@@ -368,7 +368,7 @@ def _of_server(error: asyncpg.PostgresError, code: str | None, at: str) -> ChatD
             return UnavailableError(_STALE_HINT, sent=True)
         case "42P01" | "42703" | "3F000" | "42P10" | "42883":
             return SchemaError(_SCHEMA_HINT)
-        case "42501" if getattr(error, "server_source_function", None) in _WALL:
+        case "42501" if getattr(error, "server_source_function", None) in _RLS_FUNCTIONS:
             return ConfigurationError(
                 "row-level security is on (chatdb protect), and the row is not that of the transaction's user: write "
                 "inside transaction(db, user_id=...) of the same user"

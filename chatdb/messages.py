@@ -6,8 +6,24 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NoReturn
 
-from chatdb._core import validate
 from chatdb._core.query import Database, Query
+from chatdb._core.validate import (
+    MAX_BIGINT,
+    MAX_NAME,
+    check_content,
+    check_id,
+    check_key,
+    check_limit,
+    check_messages,
+    check_metadata,
+    check_payload,
+    check_role,
+    check_seq,
+    check_text,
+    check_token_count,
+    check_user_id,
+    to_texts,
+)
 from chatdb.conversations import get_conversation
 from chatdb.errors import SWALLOWED, ConfigurationError, ConflictError, ConversationNotFoundError, MessageNotFoundError
 from chatdb.records import UNSET, Deleted, Message, NewMessage, Role, Unset
@@ -51,15 +67,15 @@ async def append_message(
     another body, InvalidInputError. Without a key `append_message.sql`, with one `append_message_keyed.sql`.
     """
     body = (
-        validate.user(user_id),
-        validate.identifier(conversation_id),
-        validate.role("role", role),
-        validate.content("content", content),
-        validate.payload("payload", payload),
-        validate.metadata("metadata", metadata),
-        validate.token_count("token_count", token_count),
+        check_user_id(user_id),
+        check_id(conversation_id),
+        check_role("role", role),
+        check_content("content", content),
+        check_payload("payload", payload),
+        check_metadata("metadata", metadata),
+        check_token_count("token_count", token_count),
     )
-    key = validate.key("key", key)
+    key = check_key("key", key)
     if key is None:
         try:
             return await _append_message.fetch_one(db, *body)
@@ -98,13 +114,13 @@ async def append_messages(
     Raises ConversationNotFoundError, ConflictError when some keys are new and some are not or a body differs,
     InvalidInputError, which names the message. Without keys `append_messages.sql`, else `append_messages_keyed.sql`.
     """
-    user, conversation = validate.user(user_id), validate.identifier(conversation_id)
-    batch = await validate.messages(messages)
+    user, conversation = check_user_id(user_id), check_id(conversation_id)
+    batch = await check_messages(messages)
     if not batch:
         await get_conversation(db, user_id=user, conversation_id=conversation)
         return []
     *columns, token_counts, keys = map(list, zip(*batch, strict=True))
-    columns.append(validate.texts(token_counts))
+    columns.append(to_texts(token_counts))
     if not any(keys):
         try:
             stored = await _append_messages.fetch_page(db, user, conversation, *columns)
@@ -135,9 +151,13 @@ async def get_history(
 
     Raises ConversationNotFoundError when the user has no such conversation, whoever else may have it.
     """
-    before = validate.MAX_BIGINT if before_seq is None else validate.place("before_seq", before_seq)
+    before = MAX_BIGINT if before_seq is None else check_seq("before_seq", before_seq)
     newest_first = await _get_history.fetch_page(
-        db, validate.user(user_id), validate.identifier(conversation_id), before, validate.limit("limit", limit)
+        db,
+        check_user_id(user_id),
+        check_id(conversation_id),
+        before,
+        check_limit("limit", limit),
     )
     newest_first.reverse()
     return newest_first
@@ -156,10 +176,10 @@ async def list_messages(
     """
     return await _list_messages.fetch_page(
         db,
-        validate.user(user_id),
-        validate.identifier(conversation_id),
-        validate.place("after_seq", after_seq),
-        validate.limit("limit", limit),
+        check_user_id(user_id),
+        check_id(conversation_id),
+        check_seq("after_seq", after_seq),
+        check_limit("limit", limit),
     )
 
 
@@ -173,7 +193,7 @@ async def iter_messages(
 
     Raises ConversationNotFoundError, also when the conversation is deleted meanwhile.
     """
-    limit = validate.limit("batch", batch)
+    limit = check_limit("batch", batch)
     while True:
         page = await list_messages(
             db, user_id=user_id, conversation_id=conversation_id, after_seq=after_seq, limit=limit
@@ -192,9 +212,7 @@ async def get_message(db: Database, *, user_id: str, conversation_id: int, seq: 
     Raises ConversationNotFoundError, or MessageNotFoundError when the conversation has no message there.
     """
     return _present(
-        await _get_message.fetch_optional(
-            db, validate.user(user_id), validate.identifier(conversation_id), validate.place("seq", seq)
-        )
+        await _get_message.fetch_optional(db, check_user_id(user_id), check_id(conversation_id), check_seq("seq", seq))
     )
 
 
@@ -204,9 +222,9 @@ async def get_message_by_key(db: Database, *, user_id: str, conversation_id: int
 
     Raises ConversationNotFoundError, or MessageNotFoundError when the conversation has no such message.
     """
-    name = validate.text("key", key, least=1, most=validate.MAX_NAME)
+    name = check_text("key", key, least=1, most=MAX_NAME)
     return _present(
-        await _get_message_by_key.fetch_optional(db, validate.user(user_id), validate.identifier(conversation_id), name)
+        await _get_message_by_key.fetch_optional(db, check_user_id(user_id), check_id(conversation_id), name)
     )
 
 
@@ -228,20 +246,20 @@ async def update_message(
 
     Raises ConversationNotFoundError, MessageNotFoundError, InvalidInputError.
     """
-    at = (validate.user(user_id), validate.identifier(conversation_id), validate.place("seq", seq))
+    at = (check_user_id(user_id), check_id(conversation_id), check_seq("seq", seq))
     if content is UNSET and payload is UNSET and metadata is UNSET and token_count is UNSET:
         return _present(await _get_message.fetch_optional(db, *at))
     message = await _update_message.fetch_optional(
         db,
         *at,
         content is not UNSET,
-        None if content is UNSET else validate.content("content", content),
+        None if content is UNSET else check_content("content", content),
         payload is not UNSET,
-        None if payload is UNSET else validate.payload("payload", payload),
+        None if payload is UNSET else check_payload("payload", payload),
         metadata is not UNSET,
-        None if metadata is UNSET else validate.metadata("metadata", metadata),
+        None if metadata is UNSET else check_metadata("metadata", metadata),
         token_count is not UNSET,
-        None if token_count is UNSET else validate.token_count("token_count", token_count),
+        None if token_count is UNSET else check_token_count("token_count", token_count),
     )
     return _present(message)
 
@@ -253,7 +271,7 @@ async def delete_message(db: Database, *, user_id: str, conversation_id: int, se
     Raises ConversationNotFoundError, or MessageNotFoundError when the conversation has no message there.
     """
     deleted = await _delete_message.fetch_one(
-        db, validate.user(user_id), validate.identifier(conversation_id), validate.place("seq", seq)
+        db, check_user_id(user_id), check_id(conversation_id), check_seq("seq", seq)
     )
     if deleted.messages == 0:
         raise _no_message()
@@ -269,7 +287,7 @@ async def delete_messages_after(db: Database, *, user_id: str, conversation_id: 
     Raises ConversationNotFoundError.
     """
     return await _delete_messages_after.fetch_one(
-        db, validate.user(user_id), validate.identifier(conversation_id), validate.place("seq", seq)
+        db, check_user_id(user_id), check_id(conversation_id), check_seq("seq", seq)
     )
 
 

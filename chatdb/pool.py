@@ -17,18 +17,18 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 from asyncpg.transaction import Transaction, TransactionState
 
-from chatdb._core import validate
 from chatdb._core.dsn import AnyDsn, ConnectionInfo, read_dsn, server_of, text_of
 from chatdb._core.options import OF_CONNECTION, DriverOptions, checked
 from chatdb._core.query import FETCH, STATEMENTS, check_handle, fetch_rows, may_prepare_anew
+from chatdb._core.validate import check_user_id
 from chatdb.errors import (
     AcquireTimeoutError,
     ChatDBError,
     ConfigurationError,
     PoolClosedError,
     UnavailableError,
-    translated,
-    translating,
+    map_driver_error,
+    mapped_driver_errors,
 )
 
 if TYPE_CHECKING:
@@ -73,10 +73,10 @@ else:
     _Base = asyncpg.Pool
     _BaseConnection = asyncpg.Connection
 
-_GRACE: Final = 0.75
+CANCEL_TIMEOUT: Final = 0.75
 """Seconds that a caller waits until the server has stopped a statement that was cancelled or ran into its limit."""
 
-_LOOKS: Final = 8
+IDLE_CHECKS_PER_LIFETIME: Final = 8
 """How often the pool looks at its idle connections in the time that they may be idle."""
 
 _OWN_OPTIONS: Final = ("acquire_timeout", "retries", "row_level_security", "max_inactive_connection_lifetime")
@@ -214,7 +214,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_cut_off_all)
 
 
-def _touching(name: str) -> Any:  # noqa: ANN401 - a method of any signature
+def _marking_for_reset(name: str) -> Any:  # noqa: ANN401 - a method of any signature
     """Return asyncpg's method, made to record that a statement ran that may leave something in the session."""
 
     @functools.wraps(getattr(_BaseConnection, name))
@@ -229,7 +229,7 @@ def _touching(name: str) -> Any:  # noqa: ANN401 - a method of any signature
     return call
 
 
-def _checked(name: str) -> Any:  # noqa: ANN401 - a method of any signature
+def _checking_owner(name: str) -> Any:  # noqa: ANN401 - a method of any signature
     """Return asyncpg's method, made to check the connection first, which asyncpg does not do before a COPY."""
     method = getattr(_BaseConnection, name)
 
@@ -252,9 +252,9 @@ for _name in (
     "fetchval",
     "prepare",
 ):
-    setattr(_PoolsConnection, _name, _touching(_name))
+    setattr(_PoolsConnection, _name, _marking_for_reset(_name))
 for _name in ("_copy_in", "_copy_out"):
-    setattr(_PoolsConnection, _name, _checked(_name))
+    setattr(_PoolsConnection, _name, _checking_owner(_name))
 
 
 def check_owner(process: int, loop: asyncio.AbstractEventLoop, what: str, *, may_be_stopped: bool = False) -> None:
@@ -340,10 +340,10 @@ class Pool(_Base):
         self.retries = chosen["retries"]
         self.row_level_security = chosen["row_level_security"]
         self._acquire_timeout: float = chosen["acquire_timeout"]
-        self._turn = asyncio.Lock()
+        self._fifo_lock = asyncio.Lock()
         self._waiting = 0  # tasks that have asked for a connection and have none yet
         self._max_idle: float = chosen["max_inactive_connection_lifetime"]
-        self._seen: dict[Private, tuple[object, int]] = {}
+        self._idle_checks: dict[Private, tuple[object, int]] = {}
 
     async def _async__init__(self) -> Pool:
         if self._initialized:
@@ -358,7 +358,7 @@ class Pool(_Base):
                 await super()._async__init__()
         except Exception as error:  # noqa: BLE001 - raised again, as what it means
             _raise_unreachable(error, self._acquire_timeout, self._target())
-        self._watch_idle()
+        self._schedule_idle_check()
         return self
 
     async def fetch(
@@ -497,23 +497,23 @@ class Pool(_Base):
         holder._release()
         return True
 
-    def _watch_idle(self) -> None:
+    def _schedule_idle_check(self) -> None:
         if self._max_idle:
             pool: weakref.ref[Pool] = weakref.ref(self)  # the timer does not keep it alive
-            self._loop.call_later(self._max_idle / _LOOKS, _look_at, pool)
+            self._loop.call_later(self._max_idle / IDLE_CHECKS_PER_LIFETIME, _run_idle_check, pool)
 
     def _close_idle(self) -> None:
         """Close the connections that no look has found used for so long, down to the floor: one timer for them all."""
         for holder in self._holders:
             # in use it has a proxy or, from `fetch`, a future only; and a proxy only while `setup` runs
             if not holder.is_connected() or not holder.is_idle() or holder._proxy is not None:
-                self._seen.pop(holder, None)
+                self._idle_checks.pop(holder, None)
                 continue
             state = holder._con, holder._con._protocol.queries_count
-            before, looks = self._seen.get(holder, (None, 0))
+            before, looks = self._idle_checks.get(holder, (None, 0))
             looks = looks + 1 if state == before else 0
-            self._seen[holder] = state, looks
-            if looks >= _LOOKS and self.get_size() > self.get_min_size():
+            self._idle_checks[holder] = state, looks
+            if looks >= IDLE_CHECKS_PER_LIFETIME and self.get_size() > self.get_min_size():
                 holder.terminate()
 
     async def _acquire(self, timeout: float | None) -> PoolConnectionProxy[asyncpg.Record]:
@@ -526,7 +526,7 @@ class Pool(_Base):
         deadline = asyncio.get_running_loop().time() + timeout
         self._waiting += 1
         try:
-            async with asyncio.timeout_at(deadline), self._turn:
+            async with asyncio.timeout_at(deadline), self._fifo_lock:
                 holder = await self._queue.get()
                 if self._closing:
                     self._queue.put_nowait(holder)
@@ -611,10 +611,10 @@ async def transaction(db: AsyncpgPool | Connection, *, user_id: str | None = Non
     Raises ChatDBError when the server answers COMMIT with ROLLBACK, as it does after an error that the block has
     swallowed; asyncpg's own `connection.transaction()` says nothing then, and the writes are gone.
     """
-    user = None if user_id is None else validate.user(user_id)
+    user = None if user_id is None else check_user_id(user_id)
     check_handle(db, "is_in_transaction" if not isinstance(db, asyncpg.Pool) else "acquire")
     if isinstance(db, asyncpg.Pool):
-        with translating():
+        with mapped_driver_errors():
             connection = await db.acquire()
         try:
             async with _committed(connection, user):
@@ -638,12 +638,12 @@ async def _committed(connection: Connection, user: str | None) -> AsyncGenerator
     except BaseException:
         await _roll_back(connection, block, is_savepoint)
         raise
-    with translating():
+    with mapped_driver_errors():
         if is_savepoint:
             await block.commit()  # to release that of a failed transaction is an error by itself
             return
         # asyncpg's own commit() does the same and throws the answer away
-        _forget(block)
+        _mark_transaction_ended(block)
         try:
             answer = await connection.execute("commit")
         except BaseException:  # cancelled before it came through, it has left the transaction open
@@ -658,7 +658,7 @@ async def _committed(connection: Connection, user: str | None) -> AsyncGenerator
 
 async def set_user(connection: Connection, user: str) -> str | None:
     """Have row-level security show the rows of a user until the transaction ends, and return whose it showed before."""
-    with translating():
+    with mapped_driver_errors():
         before: str | None = await connection.fetchval(_SET_USER, user)
     return before
 
@@ -673,7 +673,7 @@ STATEMENTS.add(_SET_USER)
 async def _begin(connection: Connection, block: Transaction, user: str | None, is_savepoint: bool) -> str | None:
     """Begin a transaction or a savepoint, and return whose rows were shown before."""
     try:
-        with translating():
+        with mapped_driver_errors():
             if user is None or is_savepoint:
                 await block.start()
                 return None if user is None else await set_user(connection, user)
@@ -691,33 +691,33 @@ async def _roll_back(connection: Connection, block: Transaction, is_savepoint: b
     """Undo the block, and let the error that led here be the one that is seen."""
     with contextlib.suppress(Exception):
         # asyncpg ends the connection of a server that has not stopped a cancelled statement by then
-        await connection._protocol._wait_for_cancellation(_GRACE)  # type: ignore[union-attr]
+        await connection._protocol._wait_for_cancellation(CANCEL_TIMEOUT)  # type: ignore[union-attr]
         if is_savepoint:
             await block.rollback()
         else:
-            _forget(block)
+            _mark_transaction_ended(block)
             await connection.execute("rollback")  # even if BEGIN was cancelled: it may have come through
 
 
-def _forget(block: Transaction) -> None:
-    """Let asyncpg take its transaction for ended, or it would begin the next one inside it."""
+def _mark_transaction_ended(block: Transaction) -> None:
+    """Mark asyncpg's Transaction finished; otherwise the next one becomes a savepoint."""
     block._connection._top_xact = None  # type: ignore[attr-defined]
     block._state = TransactionState.ROLLEDBACK  # type: ignore[attr-defined]
 
 
-def _look_at(reference: weakref.ref[Pool]) -> None:
+def _run_idle_check(reference: weakref.ref[Pool]) -> None:
     """Have a pool close idle connections, now and later on, unless it is closed or gone."""
     pool = reference()
     if pool is not None and not pool.is_closing():
         pool._close_idle()  # pyright: ignore[reportPrivateUsage] - the pool's own timer
-        pool._watch_idle()  # pyright: ignore[reportPrivateUsage]
+        pool._schedule_idle_check()  # pyright: ignore[reportPrivateUsage]
 
 
 async def _release_with_timeout(release: Coroutine[Any, Any, None]) -> None:
     """Have a connection given back, and wait for it, but not long: a silent server would draw the error out."""
     releasing = asyncio.ensure_future(release)
     releasing.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, if nobody waits any more
-    if (await asyncio.wait([releasing], timeout=_GRACE))[0]:
+    if (await asyncio.wait([releasing], timeout=CANCEL_TIMEOUT))[0]:
         releasing.result()
 
 
@@ -732,7 +732,7 @@ def _raise_unreachable(error: Exception, timeout: float, server: str) -> NoRetur
         raise AcquireTimeoutError(
             f"no connection to {server} could be made within {timeout:g} s: check that the server answers", sent=False
         ) from error
-    found = translated(error, server)
+    found = map_driver_error(error, server)
     if found is None:
         raise error
     raise (UnavailableError(str(found), sent=False) if isinstance(found, UnavailableError) else found) from error

@@ -26,8 +26,8 @@ from chatdb.errors import (
     InvalidInputError,
     PoolClosedError,
     UnavailableError,
-    own,
-    translating,
+    as_chatdb_error,
+    mapped_driver_errors,
 )
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Query(Generic[RecordT]):
 
     async def iterate(self, connection: Connection, *args: object) -> AsyncGenerator[RecordT, None]:
         """Iterate over a record per row, 100 fetched at a time by a cursor in the connection's transaction."""
-        with translating():
+        with mapped_driver_errors():
             cursor = await connection.cursor(self.sql, *args)
             while rows := await cursor.fetch(100):
                 for record in self._decode(rows, args):
@@ -149,7 +149,7 @@ class Query(Generic[RecordT]):
                     return await db.fetch(self.sql, *args, timeout=timeout)
                 return await fetch_rows(db, self.sql, args, timeout)
             except Exception as error:
-                ours = own(error)
+                ours = as_chatdb_error(error)
                 if ours is None:
                     raise
                 retries = getattr(db, "retries", None)  # only chatdb's pool has the word

@@ -43,9 +43,9 @@ MessageRow = tuple[str, str, str | None, str | None, int | None, str | None]
 """A message's role, content, payload, metadata, token count and key."""
 
 
-def text(parameter: str, value: object, *, least: int, most: int) -> str:
+def check_text(parameter: str, value: object, *, least: int, most: int) -> str:
     """Return a text of `least` to `most` characters that PostgreSQL can hold."""
-    value = exact_str(parameter, value)
+    value = check_str(parameter, value)
     if not least <= len(value) <= most:
         raise InvalidInputError(parameter, f"must have {least:,} to {most:,} characters, not {len(value):,}")
     utf8_length(parameter, value)
@@ -66,7 +66,7 @@ def utf8_length(parameter: str, value: str) -> int:
     raise InvalidInputError(parameter, f"has a lone surrogate at position {start}, which UTF-8 cannot hold")
 
 
-def exact_str(parameter: str, value: object) -> str:
+def check_str(parameter: str, value: object) -> str:
     """Return the characters of a str; what only pretends to be one, such as a mock, is refused."""
     if type(value) is str:
         return value
@@ -91,22 +91,22 @@ def _exact(value: str) -> str:
     return value if type(value) is str else str.__str__(value)
 
 
-def user(value: object) -> str:
+def check_user_id(value: object) -> str:
     """Return a `user_id`."""
-    return text("user_id", value, least=1, most=MAX_NAME)
+    return check_text("user_id", value, least=1, most=MAX_NAME)
 
 
-def key(parameter: str, value: object) -> str | None:
+def check_key(parameter: str, value: object) -> str | None:
     """Return a key, or None for none."""
-    return None if value is None else text(parameter, value, least=1, most=MAX_NAME)
+    return None if value is None else check_text(parameter, value, least=1, most=MAX_NAME)
 
 
-def title(value: object) -> str | None:
+def check_title(value: object) -> str | None:
     """Return a title, or None for none."""
-    return None if value is None else text("title", value, least=0, most=MAX_TITLE)
+    return None if value is None else check_text("title", value, least=0, most=MAX_TITLE)
 
 
-def integer(parameter: str, value: object, *, least: int, most: int = MAX_BIGINT) -> int:
+def check_int(parameter: str, value: object, *, least: int, most: int = MAX_BIGINT) -> int:
     """Return a whole number of a range."""
     if type(value) is not int:
         if not issubclass(type(value), int) or type(value) is bool:
@@ -117,38 +117,38 @@ def integer(parameter: str, value: object, *, least: int, most: int = MAX_BIGINT
     return value
 
 
-def identifier(value: object, *, parameter: str = "conversation_id") -> int:
+def check_id(value: object, *, parameter: str = "conversation_id") -> int:
     """Return a conversation's id: any bigint, for an adopted database may have ids below 1."""
-    return integer(parameter, value, least=-MAX_BIGINT - 1)
+    return check_int(parameter, value, least=-MAX_BIGINT - 1)
 
 
-def place(parameter: str, value: object) -> int:
+def check_seq(parameter: str, value: object) -> int:
     """Return a position in a conversation."""
-    return integer(parameter, value, least=0)
+    return check_int(parameter, value, least=0)
 
 
-def limit(parameter: str, value: object) -> int:
+def check_limit(parameter: str, value: object) -> int:
     """Return how many rows a page may have."""
-    return integer(parameter, value, least=1, most=MAX_LIMIT)
+    return check_int(parameter, value, least=1, most=MAX_LIMIT)
 
 
-def role(parameter: str, value: object) -> str:
+def check_role(parameter: str, value: object) -> str:
     """Return a role."""
-    value = exact_str(parameter, value)
+    value = check_str(parameter, value)
     if value not in ROLES:
         raise InvalidInputError(parameter, "must be user, assistant, system, developer or tool")
     return value
 
 
-def content(parameter: str, value: object) -> str:
+def check_content(parameter: str, value: object) -> str:
     """Return a message's text, which may be empty."""
-    value = exact_str(parameter, value)
+    value = check_str(parameter, value)
     if utf8_length(parameter, value) > MAX_CONTENT:
         raise InvalidInputError(parameter, "must have at most 4 MiB as UTF-8")
     return value
 
 
-def before(value: object) -> tuple[datetime, int]:
+def check_before(value: object) -> tuple[datetime, int]:
     """Return the place in the list of the last conversation of a page: its time and its id."""
     if not issubclass(type(value), Conversation):
         raise InvalidInputError(
@@ -160,10 +160,10 @@ def before(value: object) -> tuple[datetime, int]:
         raise InvalidInputError(
             "before", "must be a Conversation as chatdb returned it: its updated_at is no aware time"
         )
-    return updated_at, identifier(fields.get("id"), parameter="before")
+    return updated_at, check_id(fields.get("id"), parameter="before")
 
 
-def texts(values: Iterable[object]) -> list[str | None]:
+def to_texts(values: Iterable[object]) -> list[str | None]:
     """
     Return numbers or times as texts.
 
@@ -173,12 +173,12 @@ def texts(values: Iterable[object]) -> list[str | None]:
     return [None if value is None else str(value) for value in values]
 
 
-def token_count(parameter: str, value: object) -> int | None:
+def check_token_count(parameter: str, value: object) -> int | None:
     """Return a number of tokens, or None for unknown."""
-    return None if value is None else integer(parameter, value, least=0, most=MAX_INT)
+    return None if value is None else check_int(parameter, value, least=0, most=MAX_INT)
 
 
-def metadata(parameter: str, value: object, *, most: int = MAX_METADATA) -> str | None:
+def check_metadata(parameter: str, value: object, *, most: int = MAX_METADATA) -> str | None:
     """Return metadata as the JSON that jsonb takes, or None for none."""
     if value is None:
         return None
@@ -192,12 +192,12 @@ def metadata(parameter: str, value: object, *, most: int = MAX_METADATA) -> str 
     return encoded
 
 
-def conversation_metadata(parameter: str, value: object) -> str | None:
+def check_conversation_metadata(parameter: str, value: object) -> str | None:
     """Return a conversation's metadata, which may be longer than a message's."""
-    return metadata(parameter, value, most=MAX_CONVERSATION_METADATA)
+    return check_metadata(parameter, value, most=MAX_CONVERSATION_METADATA)
 
 
-def payload(parameter: str, value: object) -> str | None:
+def check_payload(parameter: str, value: object) -> str | None:
     """Return a payload as JSON text: a `JsonText` as it is, any other value encoded, None for none."""
     if value is None:
         return None
@@ -220,7 +220,7 @@ def payload(parameter: str, value: object) -> str | None:
     return encoded
 
 
-async def messages(values: object) -> list[MessageRow]:
+async def check_messages(values: object) -> list[MessageRow]:
     """
     Return the messages of a batch, each a `NewMessage` or a dict of its fields, as rows; their keys are distinct.
 
@@ -241,12 +241,12 @@ async def messages(values: object) -> list[MessageRow]:
         at = f"messages[{index}]"
         of_role, of_content, of_payload, of_metadata, of_token_count, of_key = _fields(at, value)
         row = (
-            role(f"{at}.role", of_role),
-            content(f"{at}.content", of_content),
-            None if of_payload is None else payload(f"{at}.payload", of_payload),
-            None if of_metadata is None else metadata(f"{at}.metadata", of_metadata),
-            None if of_token_count is None else token_count(f"{at}.token_count", of_token_count),
-            None if of_key is None else key(f"{at}.key", of_key),
+            check_role(f"{at}.role", of_role),
+            check_content(f"{at}.content", of_content),
+            None if of_payload is None else check_payload(f"{at}.payload", of_payload),
+            None if of_metadata is None else check_metadata(f"{at}.metadata", of_metadata),
+            None if of_token_count is None else check_token_count(f"{at}.token_count", of_token_count),
+            None if of_key is None else check_key(f"{at}.key", of_key),
         )
         rows.append(row)
         size += sum(map(_size, row[1:4])) + _size(row[5])
@@ -258,7 +258,7 @@ async def messages(values: object) -> list[MessageRow]:
     return rows
 
 
-def timeout(value: object) -> float | None:
+def check_timeout(value: object) -> float | None:
     """Return a time limit in seconds, or None for the pool's."""
     if value is None:
         return None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from chatdb._core.dsn import connect_arguments, libpq_dsn, server_of
-from chatdb.errors import RLS_USER_ID, ChatDBError, ConfigurationError, UnavailableError, translated
+from chatdb.errors import RLS_USER_ID, ChatDBError, ConfigurationError, UnavailableError, map_driver_error
 
 try:
     import psycopg
@@ -154,7 +154,7 @@ def connected(dsn: str) -> Generator[psycopg.Connection]:
             yield connection
     except psycopg.Error as error:
         # whose text may quote a row, and a traceback would show it
-        raise explained(error, server_of(connect_arguments(dsn))) from None
+        raise map_psycopg_error(error, server_of(connect_arguments(dsn))) from None
 
 
 def _refused(dsn: str, error: psycopg.Error) -> ChatDBError:
@@ -170,7 +170,7 @@ def _refused(dsn: str, error: psycopg.Error) -> ChatDBError:
         with ThreadPoolExecutor(1) as executor:  # this thread may have an event loop
             try:
                 executor.submit(asyncio.run, _connect_once(arguments)).result()
-            except Exception as caught:  # noqa: BLE001 - whichever, it is explained
+            except Exception as caught:  # noqa: BLE001 - mapped below
                 second = caught
             else:
                 return UnavailableError(f"the connection to {server} failed, and then did not: try again", sent=False)
@@ -178,7 +178,7 @@ def _refused(dsn: str, error: psycopg.Error) -> ChatDBError:
         return UnavailableError(f"{server} does not answer: check that the server runs, host and port", sent=False)
     if isinstance(second, asyncpg.InsufficientPrivilegeError):
         return ConfigurationError(f"the role may not connect to this database at {server}: grant it connect")
-    found = translated(second, server)
+    found = map_driver_error(second, server)
     if found is None or isinstance(found, UnavailableError):
         sentence = str(found) if found else f"no connection to {server} could be made ({type(second).__name__})"
         return UnavailableError(sentence, sent=False)
@@ -225,7 +225,7 @@ def _prepare(connection: psycopg.Connection, scope: str) -> None:
 
 
 @contextmanager
-def locked(dsn: str, *, wait: float) -> Generator[psycopg.Connection]:
+def advisory_lock(dsn: str, *, wait: float) -> Generator[psycopg.Connection]:
     """
     Give a connection that holds the lock of the operators' commands on this database until the end of the block.
 
@@ -242,7 +242,7 @@ def locked(dsn: str, *, wait: float) -> Generator[psycopg.Connection]:
             )
         prepare_session(connection)
         deadline = time.monotonic() + wait
-        while not one(connection, "select pg_catalog.pg_try_advisory_lock(%s)", _LOCK):
+        while not fetch_value(connection, "select pg_catalog.pg_try_advisory_lock(%s)", _LOCK):
             if time.monotonic() > deadline:
                 raise UnavailableError(
                     f"another process has worked on this database's tables for {wait:g} s{_holder(connection)}: "
@@ -260,20 +260,20 @@ def is_pooled(dsn: str, connection: psycopg.Connection) -> bool:
     A pooler announces a process number of its own. If so, a second connection opens a transaction, and gets the server
     process that the idle first one believes to have.
     """
-    if one(connection, "select pg_catalog.pg_backend_pid()") == connection.info.backend_pid:
+    if fetch_value(connection, "select pg_catalog.pg_backend_pid()") == connection.info.backend_pid:
         return False
     for _ in range(3):  # others may be quicker to take the process
         with connected(dsn) as second:
-            before = one(connection, "select pg_catalog.pg_backend_pid()")
+            before = fetch_value(connection, "select pg_catalog.pg_backend_pid()")
             with second.transaction():
-                if one(second, "select pg_catalog.pg_backend_pid()") == before:
+                if fetch_value(second, "select pg_catalog.pg_backend_pid()") == before:
                     return True
-                if one(connection, "select pg_catalog.pg_backend_pid()") != before:
+                if fetch_value(connection, "select pg_catalog.pg_backend_pid()") != before:
                     return True
     return False
 
 
-def patiently(work: Callable[[], object], deadline: float) -> None:
+def retry_on_lock_timeout(work: Callable[[], object], deadline: float) -> None:
     """Do something, again while a lock_timeout or a deadlock ends it and the deadline is not over."""
     while True:
         try:
@@ -294,13 +294,19 @@ def original_search_path(connection: psycopg.Connection) -> Generator[None]:
         yield
 
 
-def one(connection: psycopg.Connection, statement: str, *arguments: object) -> object:
+def fetch_value(connection: psycopg.Connection, statement: str, *arguments: object) -> object:
     """Return the first value of a statement's first row, None without a row."""
     row = connection.execute(statement.encode(), arguments or None).fetchone()
     return row[0] if row else None
 
 
-def explained(error: psycopg.Error, server: str = "the database server") -> ChatDBError:
+def may_create_schemas(connection: psycopg.Connection) -> bool:
+    """Whether the role may create schemas in this database, as its owner may."""
+    statement = "select pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create')"
+    return fetch_value(connection, statement) is True
+
+
+def map_psycopg_error(error: psycopg.Error, server: str = "the database server") -> ChatDBError:
     """Return chatdb's own error for the driver's, whose text may hold rows, or a password."""
     state = error.sqlstate or ""
     if error.diag.constraint_name == RLS_USER_ID or error.diag.source_function == "check_enable_rls":
@@ -333,7 +339,7 @@ def explained(error: psycopg.Error, server: str = "the database server") -> Chat
 
 
 def _holder(connection: psycopg.Connection) -> str:
-    found = one(
+    found = fetch_value(
         connection,
         "select pid from pg_catalog.pg_locks where locktype = 'advisory' and granted and database = "
         "(select oid from pg_catalog.pg_database where datname = pg_catalog.current_database()) "

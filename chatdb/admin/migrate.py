@@ -21,7 +21,16 @@ from typing import Final, NamedTuple, cast
 
 from chatdb._core.query import data_folder
 from chatdb._core.validate import type_name
-from chatdb.admin.connection import APPLICATION, connected, locked, one, patiently, pinned_transaction, prepare_session
+from chatdb.admin.connection import (
+    APPLICATION,
+    advisory_lock,
+    connected,
+    fetch_value,
+    may_create_schemas,
+    pinned_transaction,
+    prepare_session,
+    retry_on_lock_timeout,
+)
 from chatdb.admin.ownership import foreign_objects
 from chatdb.errors import ConfigurationError, InvalidInputError, SchemaError, UnavailableError
 
@@ -107,7 +116,7 @@ def apply_migrations(
     _check_arguments(to, wait)
     files = migration_files(folder)
     deadline = time.monotonic() + wait
-    with locked(dsn, wait=wait) as connection:
+    with advisory_lock(dsn, wait=wait) as connection:
         _refuse_foreign_objects(connection)
         _warn_of_encoding(connection)
         missing = _missing(connection, files, to)
@@ -115,12 +124,12 @@ def apply_migrations(
         _rebuild_indexes(connection, deadline)
         if not missing and _applied(connection, files).keys() <= _recorded(connection).keys():
             return []
-        if not one(connection, "select pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create')"):
+        if not may_create_schemas(connection):
             if not missing:
                 return []
             raise ConfigurationError("the database role may not create a schema: migrate as the database's owner")
         with _worker(dsn, connection, missing, deadline) as worker:
-            patiently(lambda: _take_over(worker, files), deadline)
+            retry_on_lock_timeout(lambda: _take_over(worker, files), deadline)
             for file in missing:
                 start = time.monotonic()
                 _run(worker, file.sql, partial(_record, worker, file), deadline)
@@ -149,7 +158,7 @@ def rollback_migrations(
     _check_arguments(to, wait)
     files = migration_files(folder)
     deadline = time.monotonic() + wait
-    with locked(dsn, wait=wait) as connection:
+    with advisory_lock(dsn, wait=wait) as connection:
         last = _last(connection, files, to)
         if expected is not None and [file.name for file in last] != expected:
             raise SchemaError(
@@ -207,7 +216,7 @@ def _check_arguments(to: object, wait: object) -> None:
 
 
 def _warn_of_encoding(connection: psycopg.Connection) -> None:
-    encoding = one(connection, "show server_encoding")
+    encoding = fetch_value(connection, "show server_encoding")
     if encoding != "UTF8":
         _log.warning(
             "the database's encoding is %s, which cannot hold every text: for a service create a database with "
@@ -351,7 +360,7 @@ def _applied(connection: psycopg.Connection, files: list[MigrationFile]) -> dict
 
 
 def _has_schema(connection: psycopg.Connection) -> bool:
-    return one(connection, "select oid from pg_catalog.pg_namespace where nspname = 'chatdb'") is not None
+    return fetch_value(connection, "select oid from pg_catalog.pg_namespace where nspname = 'chatdb'") is not None
 
 
 def _compare(connection: psycopg.Connection, files: list[MigrationFile]) -> None:
@@ -435,11 +444,11 @@ def _remove_first_release(connection: psycopg.Connection, older: _Older, *, made
             f"delete from {checksums} where sha256 = any(%s)".encode(),  # noqa: S608 - a quoted name
             [[*_FIRST_RELEASE.values()]],
         )
-        if one(connection, f"select true from {checksums} limit 1") is None:  # noqa: S608
+        if fetch_value(connection, f"select true from {checksums} limit 1") is None:  # noqa: S608
             connection.execute(f"drop table {checksums}".encode())
     elif made == {*names} and not by_yoyo and "_yoyo_migration" in older.names:
         mine = "migration_id = any(%s)"
-        if one(connection, f"select pg_catalog.count(*) from {rows} where {mine}", names) == len(names):  # noqa: S608
+        if fetch_value(connection, f"select pg_catalog.count(*) from {rows} where {mine}", names) == len(names):  # noqa: S608
             connection.execute(f"delete from {rows} where {mine}".encode(), [names])  # noqa: S608
 
 
@@ -477,7 +486,7 @@ def _run(worker: psycopg.Connection, sql: str, record: Callable[[], None], deadl
             record()
 
     try:
-        patiently(work, deadline)
+        retry_on_lock_timeout(work, deadline)
     finally:
         if not _is_transactional(sql):
             with suppress(psycopg.Error):
@@ -511,7 +520,7 @@ def _rebuild_indexes(connection: psycopg.Connection, deadline: float) -> None:
             action = "drop index concurrently if exists" if leftover else "reindex index concurrently"
             connection.execute(f"{action} {identifier}".encode())
 
-    patiently(rebuild, deadline)
+    retry_on_lock_timeout(rebuild, deadline)
     connection.execute("reset lock_timeout")
 
 
@@ -537,9 +546,9 @@ def _dropped(file: MigrationFile) -> set[str]:
 
 
 def _count(connection: psycopg.Connection, table: str) -> int | None:
-    if one(connection, "select pg_catalog.row_security_active(%s)", f"chatdb.{table}"):
+    if fetch_value(connection, "select pg_catalog.row_security_active(%s)", f"chatdb.{table}"):
         return None
-    return int(str(one(connection, f"select pg_catalog.count(*) from chatdb.{table}")))  # noqa: S608 - a name in a released file
+    return int(str(fetch_value(connection, f"select pg_catalog.count(*) from chatdb.{table}")))  # noqa: S608 - a name in a released file
 
 
 @contextmanager
@@ -555,7 +564,7 @@ def _yoyos_lock(connection: psycopg.Connection, schema: str, *, held: bool, dead
         connection.execute(_FREE_YOYOS_LOCK.format(schema=schema).encode(), {"application": APPLICATION})
         connection.execute("begin")
         connection.execute("set local idle_in_transaction_session_timeout = 0")
-        if one(connection, _TAKE_YOYOS_LOCK.format(schema=schema)) is not None:
+        if fetch_value(connection, _TAKE_YOYOS_LOCK.format(schema=schema)) is not None:
             break
         connection.execute("rollback")
         if time.monotonic() > deadline:

@@ -1,5 +1,5 @@
 """
-The second wall: row-level security on chatdb's tables, so that a statement without its `user_id` reaches nothing.
+Row-level security on chatdb's tables, so that a statement without its `user_id` reaches nothing.
 
 FORCEd, it holds for the tables' owner too; only superusers and roles with BYPASSRLS are above it. The user is the one
 that `chatdb.transaction(db, user_id=...)` names, or each call of a pool with `row_level_security=True`. Where none is
@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from chatdb.admin.connection import locked, one, patiently, pinned_transaction
+from chatdb.admin.connection import advisory_lock, fetch_value, pinned_transaction, retry_on_lock_timeout
 from chatdb.errors import RLS_USER_ID, ConfigurationError, SchemaError
 from chatdb.schema import without_quotes
 
@@ -46,8 +46,8 @@ _CONDITION = f"user_id operator(pg_catalog.=) (select {_FUNCTION})"
 _AS_STORED = f"(user_id = ( SELECT {_FUNCTION} AS {RLS_USER_ID}))"
 
 
-class Wall(NamedTuple):
-    """What a table has of the wall."""
+class TableProtection(NamedTuple):
+    """What a table has of row-level security."""
 
     table: str
     is_on: bool
@@ -67,7 +67,7 @@ def protect_tables(dsn: str, *, off: bool = False, wait: float = WAIT) -> list[s
     Raises ConfigurationError when another policy stands on a table, because it would let more rows through.
     """
     deadline = time.monotonic() + wait
-    with locked(dsn, wait=wait) as connection:
+    with advisory_lock(dsn, wait=wait) as connection:
         statements = _statements(connection, off=off)
 
         def carry_out() -> None:
@@ -77,7 +77,7 @@ def protect_tables(dsn: str, *, off: bool = False, wait: float = WAIT) -> list[s
                     connection.execute(statement.encode())
 
         if statements:
-            patiently(carry_out, deadline)
+            retry_on_lock_timeout(carry_out, deadline)
     return statements
 
 
@@ -88,17 +88,17 @@ def missing_protection(dsn: str, *, off: bool = False) -> list[str]:
 
 
 def _statements(connection: psycopg.Connection, *, off: bool) -> list[str]:
-    found = walls(connection)
+    found = read_protection(connection)
     if off:
-        statements = [statement for wall in found for statement in _down(wall)]
-        exists = one(connection, "select pg_catalog.to_regprocedure(%s) is not null", _FUNCTION)
+        statements = [statement for protection in found for statement in _down(protection)]
+        exists = fetch_value(connection, "select pg_catalog.to_regprocedure(%s) is not null", _FUNCTION)
         return [*statements, f"drop function {_FUNCTION}"] if exists else statements
-    return [*missing_function(connection), *(statement for wall in found for statement in missing(wall))]
+    return [*missing_function(connection), *(statement for protection in found for statement in missing(protection))]
 
 
-def walls(connection: psycopg.Connection) -> list[Wall]:
-    """Return what each of chatdb's tables has of the wall. Raises SchemaError where one is not there."""
-    return [_wall(connection, table) for table in TABLES]
+def read_protection(connection: psycopg.Connection) -> list[TableProtection]:
+    """Return what each of chatdb's tables has of row-level security. Raises SchemaError where one is not there."""
+    return [_read_table(connection, table) for table in TABLES]
 
 
 def missing_function(connection: psycopg.Connection) -> list[str]:
@@ -130,36 +130,36 @@ def missing_function(connection: psycopg.Connection) -> list[str]:
     return statements
 
 
-def missing(wall: Wall) -> list[str]:
-    """Return the statements by which a table gets what it lacks of the wall; ConfigurationError for another policy."""
-    table = wall.table
-    if wall.others:
+def missing(protection: TableProtection) -> list[str]:
+    """Return the statements that complete a table's protection; ConfigurationError where it has another policy."""
+    table = protection.table
+    if protection.others:
         raise ConfigurationError(
-            f"chatdb.{table} has a policy of someone's own, {wall.others[0]}, which would let more rows through than "
-            "those of one user: drop it, or make it restrictive, and run this again"
+            f"chatdb.{table} has a policy of someone's own, {protection.others[0]}, which would let more rows through "
+            "than those of one user: drop it, or make it restrictive, and run this again"
         )
     statements: list[str] = []
-    policy = wall.policy and (*wall.policy[:3], *map(without_quotes, wall.policy[3:]))
+    policy = protection.policy and (*protection.policy[:3], *map(without_quotes, protection.policy[3:]))
     if policy != (True, "*", True, _AS_STORED, _AS_STORED):
-        if wall.policy is not None:
+        if protection.policy is not None:
             statements.append(f"drop policy rls_{table} on chatdb.{table}")
         statements.append(f"create policy rls_{table} on chatdb.{table} using ({_CONDITION}) with check ({_CONDITION})")
-    if not wall.is_on or not wall.is_forced:
+    if not protection.is_on or not protection.is_forced:
         statements.append(f"alter table chatdb.{table} enable row level security, force row level security")
     return statements
 
 
-def _down(wall: Wall) -> list[str]:
-    table = wall.table
+def _down(protection: TableProtection) -> list[str]:
+    table = protection.table
     statements: list[str] = []
-    if wall.is_on or wall.is_forced:
+    if protection.is_on or protection.is_forced:
         statements.append(f"alter table chatdb.{table} no force row level security, disable row level security")
-    if wall.policy is not None:
+    if protection.policy is not None:
         statements.append(f"drop policy rls_{table} on chatdb.{table}")
     return statements
 
 
-def _wall(connection: psycopg.Connection, table: str) -> Wall:
+def _read_table(connection: psycopg.Connection, table: str) -> TableProtection:
     found = connection.execute(
         """
         select oid, relrowsecurity, relforcerowsecurity from pg_catalog.pg_class
@@ -180,4 +180,4 @@ def _wall(connection: psycopg.Connection, table: str) -> Wall:
     ).fetchall()
     own = next((policy[1:] for policy in policies if policy[0] == f"rls_{table}"), None)
     others = [name for name, is_permissive, *_ in policies if is_permissive and name != f"rls_{table}"]
-    return Wall(table, bool(found[1]), bool(found[2]), own, others)
+    return TableProtection(table, bool(found[1]), bool(found[2]), own, others)

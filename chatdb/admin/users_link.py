@@ -12,8 +12,15 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, NamedTuple
 
-from chatdb._core import validate
-from chatdb.admin.connection import errors, locked, one, original_search_path, patiently, pinned_transaction
+from chatdb._core.validate import utf8_length
+from chatdb.admin.connection import (
+    advisory_lock,
+    errors,
+    fetch_value,
+    original_search_path,
+    pinned_transaction,
+    retry_on_lock_timeout,
+)
 from chatdb.errors import LINK, InvalidInputError, SchemaError
 
 if TYPE_CHECKING:
@@ -81,7 +88,7 @@ def link_users(dsn: str, *, table: str, column: str = "id", wait: float = WAIT, 
                 _refuse_missing(connection, target)
             return Link(target.table, target.column, steps)
     deadline = time.monotonic() + wait
-    with locked(dsn, wait=wait) as connection:
+    with advisory_lock(dsn, wait=wait) as connection:
         target = _target(connection, table, column)
         steps = _steps(connection, target)
         if "add" in steps:
@@ -89,7 +96,7 @@ def link_users(dsn: str, *, table: str, column: str = "id", wait: float = WAIT, 
             _add(connection, target, deadline)
         if "validate" in steps:
             try:
-                patiently(lambda: _validate(connection), deadline)
+                retry_on_lock_timeout(lambda: _validate(connection), deadline)
             except errors.ForeignKeyViolation:
                 _drop(connection, target.oid, deadline)
                 _refuse_missing(connection, target)
@@ -100,7 +107,7 @@ def link_users(dsn: str, *, table: str, column: str = "id", wait: float = WAIT, 
 def unlink_users(dsn: str, *, wait: float = WAIT, dry_run: bool = False) -> bool:
     """Drop the foreign key to the host's users, and return whether there was one. Raises as `link_users` does."""
     deadline = time.monotonic() + wait
-    with pinned_transaction(dsn) if dry_run else locked(dsn, wait=wait) as connection:
+    with pinned_transaction(dsn) if dry_run else advisory_lock(dsn, wait=wait) as connection:
         link = _link(connection)
         if link is not None and not dry_run:
             _drop(connection, link[0], deadline)
@@ -157,14 +164,16 @@ def _target(connection: psycopg.Connection, table: str, column: str) -> _Target:
 
 def _table(connection: psycopg.Connection, table: str) -> int:
     """Return the table of a name as in SQL, or else the one that is spelled so, capital letters and all."""
-    validate.utf8_length("table", table)
+    utf8_length("table", table)
     schema, _, rest = table.partition(".")
     spelled = [_quoted(table), f"{_quoted(schema)}.{_quoted(rest)}"]
     problem = f'the database has no table {table!r}: write it as in SQL, like public.users or public."Users"'
     for name in (table, *spelled):
         try:
             with original_search_path(connection):
-                oid = one(connection, "select pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid", name)
+                oid = fetch_value(
+                    connection, "select pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid", name
+                )
         except (errors.SyntaxError, errors.InvalidName, errors.FeatureNotSupported):
             continue  # it is no name in SQL; the server's later releases answer null
         if oid is not None:
@@ -174,10 +183,10 @@ def _table(connection: psycopg.Connection, table: str) -> int:
 
 def _column(connection: psycopg.Connection, table: int, column: str) -> str:
     """Return a column's name without quotes, by the same rule; as it is given where there is no such column."""
-    validate.utf8_length("column", column)
+    utf8_length("column", column)
     try:
         with connection.transaction():
-            folded = one(connection, "select pg_catalog.parse_ident(%s::text)", column)
+            folded = fetch_value(connection, "select pg_catalog.parse_ident(%s::text)", column)
     except errors.InvalidParameterValue:  # it is no name in SQL, such as one with a space
         return column
     statement = (
@@ -193,7 +202,7 @@ def _quoted(name: str) -> str:
 
 
 def _link(connection: psycopg.Connection) -> tuple[int, list[int], str, bool, str] | None:
-    if one(connection, "select pg_catalog.to_regclass('chatdb.conversations')") is None:
+    if fetch_value(connection, "select pg_catalog.to_regclass('chatdb.conversations')") is None:
         raise SchemaError("the database has no chatdb tables: run yoyo apply, or chatdb migrate")
     return connection.execute(
         "select confrelid, confkey, confdeltype::text, convalidated, pg_catalog.pg_get_constraintdef(oid) "
@@ -259,8 +268,10 @@ def _alter(connection: psycopg.Connection, users: int, mode: str, statement: str
     whom the server picks to end a deadlock. Which one is the first changes from try to try: whichever order the writers
     have, there is one that lets them end.
     """
-    name = one(connection, "select %s::oid::regclass::text", users)
-    may_lock = one(connection, "select pg_catalog.has_table_privilege(%s::oid, 'update, delete, truncate')", users)
+    name = fetch_value(connection, "select %s::oid::regclass::text", users)
+    may_lock = fetch_value(
+        connection, "select pg_catalog.has_table_privilege(%s::oid, 'update, delete, truncate')", users
+    )
     firsts = cycle([name, "chatdb.conversations"] if may_lock else ["chatdb.conversations"])
 
     def work() -> None:
@@ -271,4 +282,4 @@ def _alter(connection: psycopg.Connection, users: int, mode: str, statement: str
             connection.execute("set local lock_timeout = '500ms'")
             connection.execute(statement.encode())
 
-    patiently(work, deadline)
+    retry_on_lock_timeout(work, deadline)

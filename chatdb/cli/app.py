@@ -28,8 +28,8 @@ from typing import IO, Annotated, Any, NoReturn, TypeVar
 from rich.table import Table
 
 import chatdb
-from chatdb._core import validate
 from chatdb._core.query import Database
+from chatdb._core.validate import check_user_id
 from chatdb.cli import admin
 from chatdb.cli.console import (
     AsJson,
@@ -54,7 +54,7 @@ from chatdb.cli.console import (
     say_target,
     target,
 )
-from chatdb.errors import ChatDBError, InvalidInputError, translating
+from chatdb.errors import ChatDBError, InvalidInputError, mapped_driver_errors
 from chatdb.formats import jsonlines
 from chatdb.formats.items import Item
 from chatdb.pool import Pool
@@ -93,7 +93,7 @@ app.command()(on_a_database(admin.protect))
 
 
 def _checked_user(user: str) -> str:
-    return validate.user(user)  # before a server is started
+    return check_user_id(user)  # before a server is started
 
 
 User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversations.", callback=_checked_user)]
@@ -448,7 +448,7 @@ async def _deleted(pool: Pool, user: str) -> Deleted:
     deletion = asyncio.create_task(delete())
     try:
         while not (await asyncio.wait([deletion], timeout=5))[0]:
-            with translating():
+            with mapped_driver_errors():
                 async with pool.acquire() as other:
                     await other.execute("select", timeout=5)
         return await deletion

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-from chatdb._core import validate
+from chatdb._core.validate import MAX_TITLE, check_metadata
 from chatdb.formats.items import (
     REPLACED,
     Changed,
@@ -135,11 +135,11 @@ def _text(content: _Object) -> tuple[str, bool]:
 @lru_cache
 def _metadata(model: str | None, name: str | None) -> str | None:
     named = {"model": model, "name": name}
-    return validate.metadata("metadata", {key: value for key, value in named.items() if value} or None)
+    return check_metadata("metadata", {key: value for key, value in named.items() if value} or None)
 
 
 def _title(value: object) -> tuple[str | None, bool]:
     """Return a conversation's title, and whether it was cut."""
     if not isinstance(value, str):
         return None, False
-    return storable(value[: validate.MAX_TITLE]), len(value) > validate.MAX_TITLE
+    return storable(value[:MAX_TITLE]), len(value) > MAX_TITLE

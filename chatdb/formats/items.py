@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import NamedTuple, TypeAlias
 
-from chatdb._core import validate
+from chatdb._core.validate import MAX_NAME, check_content, check_payload, utf8_length
 from chatdb.errors import InvalidInputError
 
 
@@ -92,7 +92,7 @@ def role(word: object) -> str:
 def storable(text: str) -> str:
     """Return the text with U+FFFD for each NUL and lone surrogate, which PostgreSQL cannot hold."""
     try:
-        validate.utf8_length("text", text)
+        utf8_length("text", text)
     except InvalidInputError:
         return _UNSTORABLE.sub("\ufffd", text)
     return text
@@ -100,7 +100,7 @@ def storable(text: str) -> str:
 
 def short(value: object) -> str | None:
     """Return a short text such as an id or a name, or None."""
-    return storable(value) if isinstance(value, str) and 1 <= len(value) <= validate.MAX_NAME else None
+    return storable(value) if isinstance(value, str) and 1 <= len(value) <= MAX_NAME else None
 
 
 def body(text: str, original: object = None) -> tuple[str, str | None]:
@@ -109,7 +109,7 @@ def body(text: str, original: object = None) -> tuple[str, str | None]:
     if original is None and content != text:
         original = {"content": text}
     try:
-        return validate.content("content", content), validate.payload("payload", original)
+        return check_content("content", content), check_payload("payload", original)
     except InvalidInputError as error:
         parameter = error.parameter
     if parameter == "content":

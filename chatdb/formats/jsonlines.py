@@ -19,7 +19,18 @@ from datetime import UTC, datetime
 from itertools import count
 from typing import Any, BinaryIO, Final
 
-from chatdb._core import validate
+from chatdb._core.validate import (
+    MAX_TITLE,
+    check_content,
+    check_conversation_metadata,
+    check_int,
+    check_key,
+    check_metadata,
+    check_payload,
+    check_role,
+    check_text,
+    check_token_count,
+)
 from chatdb.errors import InvalidInputError
 from chatdb.formats.items import Item, Skipped, SourceConversation, SourceMessage
 from chatdb.formats.json_objects import as_object
@@ -136,21 +147,21 @@ def _taken(line: str, fields: dict[str, Any], checks: dict[str, Callable[[str, A
 
 
 def _number(name: str, value: object) -> int:
-    return validate.integer(name, value, least=0)
+    return check_int(name, value, least=0)
 
 
 def _last_seq(name: str, value: object) -> int:
-    return validate.integer(name, value, least=0, most=MAX_LAST_SEQ)
+    return check_int(name, value, least=0, most=MAX_LAST_SEQ)
 
 
 def _title(name: str, value: object) -> str | None:
-    return None if value is None else validate.text(name, value, least=0, most=validate.MAX_TITLE)
+    return None if value is None else check_text(name, value, least=0, most=MAX_TITLE)
 
 
 def _payload(name: str, value: object) -> str | None:
     if value is not None and not isinstance(value, str):
         raise InvalidInputError(name, "must be JSON as a text, or null")
-    return None if value is None else validate.payload(name, JsonText(value))
+    return None if value is None else check_payload(name, JsonText(value))
 
 
 def _time(name: str, value: object) -> datetime:
@@ -164,20 +175,20 @@ def _time(name: str, value: object) -> datetime:
 
 
 _CONVERSATION: dict[str, Callable[[str, Any], Any]] = {
-    "key": validate.key,
+    "key": check_key,
     "title": _title,
-    "metadata": validate.conversation_metadata,
+    "metadata": check_conversation_metadata,
     "last_seq": _last_seq,
     "created_at": _time,
     "updated_at": _time,
 }
 _MESSAGE: dict[str, Callable[[str, Any], Any]] = {
     "seq": _number,
-    "role": validate.role,
-    "content": validate.content,
+    "role": check_role,
+    "content": check_content,
     "payload": _payload,
-    "metadata": validate.metadata,
-    "token_count": validate.token_count,
-    "key": validate.key,
+    "metadata": check_metadata,
+    "token_count": check_token_count,
+    "key": check_key,
     "created_at": _time,
 }

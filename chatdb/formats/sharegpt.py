@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from chatdb._core import validate
+from chatdb._core.validate import check_metadata
 from chatdb.formats.items import (
     REPLACED,
     Changed,
@@ -47,7 +47,7 @@ def conversation(source: dict[str, Any]) -> list[Item]:
             raise UnfitError("it has a message without a text")
         content, payload = body(text)
         replaced += content != text
-        metadata = None if word in _USUAL else validate.metadata("metadata", {"from": word})
+        metadata = None if word in _USUAL else check_metadata("metadata", {"from": word})
         messages.append(SourceMessage(seq, known, content, payload, metadata, None, None, None))
         said.append((str(word), text))
     key = f"sharegpt:{name_of(source.get('id'))}:{fingerprint(said)}"

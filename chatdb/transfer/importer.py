@@ -11,9 +11,9 @@ from datetime import datetime, timedelta
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from chatdb._core import validate
 from chatdb._core.query import Query
-from chatdb.errors import ConfigurationError, ConflictError, translating
+from chatdb._core.validate import check_user_id, to_texts
+from chatdb.errors import ConfigurationError, ConflictError, mapped_driver_errors
 from chatdb.formats.items import Changed, Item, Skipped, SourceConversation, SourceMessage
 from chatdb.pool import Pool, set_user, transaction
 from chatdb.records import Conversation, Deleted, ImportedConversation, ImportedMessages, Message, StoredConversation
@@ -135,18 +135,18 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
     Raises InvalidInputError when the source is broken, ConflictError when another caller writes the same conversations
     at the same time.
     """
-    user = validate.user(user_id)
+    user = check_user_id(user_id)
     report = ImportReport()
     batches = _batches(items, report)
     ahead = asyncio.create_task(asyncio.to_thread(next, batches, None))
     try:
         async with transaction(pool, user_id=user) as connection:
-            started_at, is_walled = await _started_at(connection)
+            started_at, has_row_security = await _started_at(connection)
             latest = started_at + CLOCKS_DIFFER
             while (batch := await asyncio.shield(ahead)) is not None:
                 ahead = asyncio.create_task(asyncio.to_thread(next, batches, None))
                 batch = _without_future(batch, latest, report)
-                await _store(connection, user, batch, started_at, report, is_walled=is_walled)
+                await _store(connection, user, batch, started_at, report, has_row_security=has_row_security)
     finally:
         with contextlib.suppress(Exception):  # the first error is the one to be seen
             await ahead  # its thread reads the caller's file
@@ -155,7 +155,7 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
 
 async def count_user(pool: Pool, *, user_id: str) -> Deleted:
     """Return how many conversations and messages `delete_user` would delete."""
-    user = validate.user(user_id)
+    user = check_user_id(user_id)
     async with transaction(pool, user_id=user) as connection:
         return await _count_user.fetch_one(connection, user)
 
@@ -166,9 +166,9 @@ async def export_conversations(pool: Pool, *, user_id: str) -> AsyncGenerator[Co
 
     Two server-side cursors in one read-only transaction: memory does not grow with the history.
     """
-    user = validate.user(user_id)
+    user = check_user_id(user_id)
     async with transaction(pool) as connection:  # asyncpg's own waits long for a silent server to roll back
-        with translating():
+        with mapped_driver_errors():
             await connection.execute("set transaction isolation level repeatable read, read only")
         await set_user(connection, user)
         messages = _export_conversations_messages.iterate(connection, user)
@@ -244,14 +244,14 @@ def _without_future(batch: _Batch, latest: datetime, report: ImportReport) -> _B
 
 async def _started_at(connection: Connection) -> tuple[datetime, bool]:
     """Return the transaction's time, which is that of all that has none in the file, and whether security is on."""
-    with translating():
+    with mapped_driver_errors():
         row = await connection.fetchrow(
             "select pg_catalog.now() as started_at, '[]'::json as sent, "
-            "pg_catalog.row_security_active('chatdb.messages') as is_walled"
+            "pg_catalog.row_security_active('chatdb.messages') as has_row_security"
         )
     if row is None or row["sent"] != "[]":
         raise ConfigurationError("the pool's connections have a codec for json: import with a pool that sets none")
-    return row["started_at"], row["is_walled"]
+    return row["started_at"], row["has_row_security"]
 
 
 async def _store(
@@ -261,7 +261,7 @@ async def _store(
     started_at: datetime,
     report: ImportReport,
     *,
-    is_walled: bool,
+    has_row_security: bool,
 ) -> None:
     await _place(connection, user, [target for target, _ in batch if not target.placed], started_at, report)
     grown: list[_Target] = []
@@ -273,11 +273,11 @@ async def _store(
         connection, user, [(t, t.stored.last_seq, t.source.last_seq) for t in grown if t.stored], started_at
     )
     report.extended_conversations += len(grown)
-    if not is_walled:
-        with translating():
+    if not has_row_security:
+        with mapped_driver_errors():
             await connection.copy_records_to_table("messages", schema_name="chatdb", columns=_COLUMNS, records=rows)
     elif rows:  # the server takes no COPY where row-level security is on
-        _, *columns = map(validate.texts, zip(*rows, strict=True))
+        _, *columns = map(to_texts, zip(*rows, strict=True))
         await _import_conversations_messages.fetch_one(connection, user, *columns)
     report.messages += len(rows)
     cut_off = [
@@ -297,9 +297,9 @@ async def _place(
         connection,
         user,
         [source.key for source in sources],
-        validate.texts(source.created_at for source in sources),
-        validate.texts(target.occurrence for target in targets),
-        validate.texts(source.last_seq for source in sources),
+        to_texts(source.created_at for source in sources),
+        to_texts(target.occurrence for target in targets),
+        to_texts(source.last_seq for source in sources),
     )
     for stored in found:
         target = targets[stored.place - 1]
@@ -317,9 +317,9 @@ async def _place(
             [target.source.key for target in new],
             [target.source.title for target in new],
             [target.source.metadata for target in new],
-            validate.texts(target.source.last_seq for target in new),
-            validate.texts(target.source.created_at or started_at for target in new),
-            validate.texts(target.source.updated_at or started_at for target in new),
+            to_texts(target.source.last_seq for target in new),
+            to_texts(target.source.created_at or started_at for target in new),
+            to_texts(target.source.updated_at or started_at for target in new),
         )
     except ConflictError as error:
         raise ConflictError("another caller stores the same conversations at this moment: import again") from error
@@ -378,10 +378,10 @@ async def _set_last_seq(
     changed = await _import_conversations_extend.fetch_all(
         connection,
         user,
-        validate.texts(target.id for target in targets),
-        validate.texts(old),
-        validate.texts(new),
-        validate.texts(target.source.updated_at or started_at for target in targets),
+        to_texts(target.id for target in targets),
+        to_texts(old),
+        to_texts(new),
+        to_texts(target.source.updated_at or started_at for target in targets),
     )
     if len(changed) < len(changes):
         raise ConflictError("another caller appended to one of the conversations meanwhile: import again")

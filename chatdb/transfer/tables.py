@@ -18,7 +18,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 from uuid import UUID
 
-from chatdb._core import validate
+from chatdb._core.validate import MAX_CONTENT, MAX_PAYLOAD, check_metadata, check_payload, utf8_length
 from chatdb.errors import (
     ChatDBError,
     CommandTimeoutError,
@@ -185,7 +185,7 @@ def read(
         raise InvalidInputError("table", "is for langchain's table: those of openai-agents have fixed names")
     for parameter, value in (("table", table), *(("session", session) for session in sessions)):
         if value is not None:
-            validate.utf8_length(parameter, value)
+            utf8_length(parameter, value)
     try:
         import psycopg
     except ImportError:
@@ -299,7 +299,7 @@ def _check_times(row: _Row) -> None:
 
 def _size(row: _Row) -> int:
     """Return the bytes of the text that is to be fetched."""
-    return row.size if row.size is not None and row.size <= validate.MAX_PAYLOAD else 0
+    return row.size if row.size is not None and row.size <= MAX_PAYLOAD else 0
 
 
 def _with_texts(source: psycopg.Connection, tables: _Tables, rows: list[_Row]) -> Iterator[tuple[_Row, str | None]]:
@@ -337,10 +337,10 @@ def _message(
     seq: int, row: _Row, text: str | None, convert: Callable[[dict[str, Any]], _Said]
 ) -> tuple[SourceMessage, bool]:
     """Return a message, whose key is the number of its row, and whether characters of its text were replaced."""
-    if (row.size or 0) > validate.MAX_PAYLOAD:
+    if (row.size or 0) > MAX_PAYLOAD:
         raise UnfitError("it has over 16 MiB as JSON")
     try:
-        payload = validate.payload("payload", JsonText(text or ""))
+        payload = check_payload("payload", JsonText(text or ""))
     except InvalidInputError:
         payload = None
     if payload is None:
@@ -350,7 +350,7 @@ def _message(
         raise UnfitError("it is no JSON object")
     author, said, kind, name = convert(item)
     content = storable(said)
-    if len(content.encode()) > validate.MAX_CONTENT:
+    if len(content.encode()) > MAX_CONTENT:
         raise UnfitError("it has a text of over 4 MiB")
     metadata = _metadata(short(kind), short(name))
     key = str(row.id)
@@ -418,7 +418,7 @@ def _texts(value: object) -> Iterator[str]:
 @lru_cache
 def _metadata(kind: str | None, name: str | None) -> str | None:
     named = {"type": kind, "name": name}
-    return validate.metadata("metadata", {key: value for key, value in named.items() if value} or None)
+    return check_metadata("metadata", {key: value for key, value in named.items() if value} or None)
 
 
 def _utc(time: datetime | None) -> datetime | None:

@@ -23,7 +23,7 @@ import pytest
 import chatdb
 from chatdb._core.dsn import connect_arguments
 from chatdb.admin import migrate
-from chatdb.admin.connection import connected, is_pooled, locked
+from chatdb.admin.connection import advisory_lock, connected, is_pooled
 from chatdb.admin.migrate import (
     apply_migrations,
     last_migrations,
@@ -98,7 +98,7 @@ def test_twenty_at_once(empty_dsn: str) -> None:
 
 def test_one_that_waits(empty_dsn: str) -> None:
     """While another is at it one waits, at most as long as it was told, and says which server process it is."""
-    with locked(empty_dsn, wait=0) as connection:
+    with advisory_lock(empty_dsn, wait=0) as connection:
         with pytest.raises(chatdb.UnavailableError, match=f"server process {connection.info.backend_pid}"):
             apply_migrations(empty_dsn, wait=0)
         timer = threading.Timer(0.5, connection.execute, ["select pg_advisory_unlock_all()"])
@@ -444,7 +444,7 @@ def test_timeouts_of_a_role(owner: str, empty_dsn: str) -> None:
     for name in ("idle_session_timeout", "idle_in_transaction_session_timeout", "transaction_timeout"):
         if value(empty_dsn, f"select count(*) from pg_settings where name = '{name}'"):
             execute(empty_dsn, f"alter role {role} set {name} = '300ms'")
-    with locked(owner, wait=0) as connection:
+    with advisory_lock(owner, wait=0) as connection:
         connection.execute("begin")
         time.sleep(0.6)
         connection.execute("commit")

@@ -449,7 +449,7 @@ def test_the_path_of_what_is_no_json(parameter: str, label: str) -> None:
     """The error names the path from the parameter on, and the type."""
     value = {"items": [0, 1, {}, {"when": ODD[label], "created At": 1}], "toolCall": 1}
     with pytest.raises(InvalidInputError) as caught:
-        getattr(chatdb._core.validate, parameter)(parameter, value)
+        getattr(chatdb._core.validate, f"check_{parameter}")(parameter, value)
     assert str(caught.value).endswith(f": {parameter}.items[3].when is of type {JSON[label]}")
     assert caught.value.parameter == parameter
 
@@ -474,7 +474,7 @@ def test_the_path_of_what_is_no_json(parameter: str, label: str) -> None:
 def test_the_keys_that_a_path_shows(key: str, shown: str) -> None:
     """Keys that a program would use are shown, and none that may be a user's words or a secret."""
     with pytest.raises(InvalidInputError) as caught:
-        chatdb._core.validate.payload("payload", {"a": {key: {1}}})
+        chatdb._core.validate.check_payload("payload", {"a": {key: {1}}})
     assert str(caught.value).endswith(f": payload.a{shown} is of type set")
 
 
@@ -489,7 +489,7 @@ def test_the_keys_that_a_path_shows(key: str, shown: str) -> None:
 def test_other_faults_have_paths(value: Any, said: str) -> None:
     """So have keys that are no texts, and numbers that JSON does not have."""
     with pytest.raises(InvalidInputError, match=said.replace("[", r"\[")):
-        chatdb._core.validate.metadata("metadata", value)
+        chatdb._core.validate.check_metadata("metadata", value)
 
 
 async def test_a_subclass_of_new_message(tx: asyncpg.Connection) -> None:
@@ -515,7 +515,7 @@ async def test_a_subclass_of_new_message(tx: asyncpg.Connection) -> None:
 async def test_a_field_that_a_message_does_not_have(message: Any, parameter: str, said: str) -> None:
     """The error names the field, and the one that may have been meant."""
     with pytest.raises(InvalidInputError) as caught:
-        await chatdb._core.validate.messages([message])
+        await chatdb._core.validate.check_messages([message])
     assert caught.value.parameter == parameter
     assert said in str(caught.value)
 
@@ -550,7 +550,7 @@ def test_the_fields_of_a_subclass_are_its_own() -> None:
 async def test_an_iterable_that_raises() -> None:
     """The error says so, and has the caller's own as its cause."""
     with pytest.raises(InvalidInputError, match=r"^messages: reading them raised LookupError$") as caught:
-        await chatdb._core.validate.messages(numbers())
+        await chatdb._core.validate.check_messages(numbers())
     assert isinstance(caught.value.__cause__, LookupError)
     assert isinstance(caught.value, ChatDBError)
 

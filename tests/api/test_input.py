@@ -30,7 +30,7 @@ from chatdb import (
     NewMessage,
 )
 from chatdb._core import validate
-from chatdb.errors import CONSTRAINTS, translated
+from chatdb.errors import CONSTRAINTS, map_driver_error
 from tests.api.test_public_api import CALLS, NOBODYS, SIGNATURES, call
 
 MIB = 1024 * 1024
@@ -622,7 +622,7 @@ async def test_the_database_enforces_the_same(tx, place, constraint):
             async with tx.transaction():
                 await insert(expression)
         assert raised.value.constraint_name == constraint
-        error = translated(raised.value)
+        error = map_driver_error(raised.value)
         assert isinstance(error, InvalidInputError)
         assert (error.parameter, str(error)) == (parameter, f"{parameter}: {sentence}")
 
@@ -648,7 +648,7 @@ def test_shared_references_are_refused_before_they_are_encoded(parameter, value)
     tracemalloc.start()
     try:
         with pytest.raises(InvalidInputError, match="must have at most") as raised:
-            getattr(validate, parameter)(parameter, {"a": value})
+            getattr(validate, f"check_{parameter}")(parameter, {"a": value})
         assert tracemalloc.get_traced_memory()[1] < 64 * MIB
     finally:
         tracemalloc.stop()
@@ -742,7 +742,7 @@ class Pair(NamedTuple):
 @pytest.mark.parametrize("parameter", ["payload", "metadata"])
 def test_subclasses_are_taken_by_what_they_hold(parameter, value, json_value):
     """A subclass of a JSON type is stored as its value, whatever its own methods say."""
-    assert json.loads(getattr(validate, parameter)(parameter, {"a": value})) == {"a": json_value}
+    assert json.loads(getattr(validate, f"check_{parameter}")(parameter, {"a": value})) == {"a": json_value}
 
 
 @pytest.mark.parametrize("value", [FailingDict(a=1), EndlessList(), Deep(), (x for x in "ab"), range(3), Score])
@@ -750,7 +750,7 @@ def test_subclasses_are_taken_by_what_they_hold(parameter, value, json_value):
 def test_what_only_looks_like_json_is_refused(parameter, value):
     """A value that cannot be read, never ends or is no JSON is an InvalidInputError, which quotes nothing."""
     with pytest.raises(InvalidInputError) as raised:
-        getattr(validate, parameter)(parameter, {"a": [value]})
+        getattr(validate, f"check_{parameter}")(parameter, {"a": [value]})
     assert raised.value.parameter == parameter
     assert MARK not in str(raised.value)
 
@@ -783,7 +783,7 @@ def test_any_value_is_taken_as_it_is_or_refused(value):
     """Whatever is passed is stored as the JSON that Python makes of it, or is an InvalidInputError."""
     for parameter, given_value in (("payload", value), ("metadata", {"a": value})):
         try:
-            encoded = getattr(validate, parameter)(parameter, given_value)
+            encoded = getattr(validate, f"check_{parameter}")(parameter, given_value)
         except InvalidInputError:
             continue
         if encoded is not None:
@@ -801,7 +801,7 @@ def test_any_value_is_taken_as_it_is_or_refused(value):
 def test_path_of_what_is_no_json(value, sentence):
     """The error names the place and the type of what is no JSON."""
     with pytest.raises(InvalidInputError) as raised:
-        validate.payload("payload", value)
+        validate.check_payload("payload", value)
     assert str(raised.value).endswith(sentence)
     assert MARK not in str(raised.value)
 
@@ -810,16 +810,16 @@ async def test_odd_strings_are_sent_as_they_are():
     """A subclass of str is sent as a plain str of its characters."""
     odd = OddStr("user")
     for taken in (
-        validate.user(odd),
-        validate.key("key", odd),
-        validate.title(odd),
-        validate.role("role", odd),
-        validate.content("content", odd),
-        (await validate.messages([{"role": odd, "content": odd, "key": odd}]))[0][-1],
+        validate.check_user_id(odd),
+        validate.check_key("key", odd),
+        validate.check_title(odd),
+        validate.check_role("role", odd),
+        validate.check_content("content", odd),
+        (await validate.check_messages([{"role": odd, "content": odd, "key": odd}]))[0][-1],
     ):
         assert type(taken) is str
         assert taken == "user"
-    assert type(validate.integer("seq", Level.LOW, least=0)) is int
+    assert type(validate.check_int("seq", Level.LOW, least=0)) is int
 
 
 # A batch.
@@ -861,10 +861,10 @@ async def test_a_batch_ends_at_its_limit(messages, consumed, problem):
 
 async def test_the_largest_batches():
     """A batch of exactly the limits is taken."""
-    assert len(await validate.messages([{"role": "user", "content": ""}] * 10_000)) == 10_000
-    assert len(await validate.messages([{"role": "user", "content": "x" * (4 * MIB)}] * 16)) == 16
+    assert len(await validate.check_messages([{"role": "user", "content": ""}] * 10_000)) == 10_000
+    assert len(await validate.check_messages([{"role": "user", "content": "x" * (4 * MIB)}] * 16)) == 16
     with pytest.raises(InvalidInputError):
-        await validate.messages(
+        await validate.check_messages(
             [*[{"role": "user", "content": "x" * (4 * MIB)}] * 16, {"role": "user", "content": "x"}]
         )
 
@@ -880,9 +880,9 @@ async def test_a_large_batch_lets_other_tasks_run():
             await asyncio.sleep(0)
 
     task = asyncio.create_task(other())
-    await validate.messages([{"role": "user", "content": "x"}] * 10_000)
+    await validate.check_messages([{"role": "user", "content": "x"}] * 10_000)
     many = turns
-    await validate.messages([{"role": "user", "content": "x" * MIB}] * 32)
+    await validate.check_messages([{"role": "user", "content": "x" * MIB}] * 32)
     task.cancel()
     assert many >= 15
     assert turns - many >= 15
@@ -892,7 +892,7 @@ def test_a_compact_text_of_many_lists_is_counted_by_its_bytes() -> None:
     """A JsonText without blanks is taken up to 16 MiB, however many lists are in it."""
     text = JsonText("[[" + "1," * (8 * MIB - 400) + "1]" + ",[]" * 250 + "]")
     assert 15 * MIB < len(text) < 16 * MIB
-    assert validate.payload("payload", text) == text
+    assert validate.check_payload("payload", text) == text
 
 
 @given(
@@ -918,7 +918,7 @@ def test_the_digits_of_shared_numbers_are_counted(value: Any) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(InvalidInputError, match="16 MiB"):
-            validate.payload("payload", value)
+            validate.check_payload("payload", value)
         assert tracemalloc.get_traced_memory()[1] < 8 * MIB
     finally:
         tracemalloc.stop()

@@ -32,7 +32,7 @@ from chatdb import (
     MessageNotFoundError,
 )
 from chatdb._core import decode, validate
-from chatdb.errors import BEHIND, CONFLICTS, CONSTRAINTS, translated
+from chatdb.errors import BEHIND, CONFLICTS, CONSTRAINTS, map_driver_error
 from chatdb.records import Conversation, Message, Role
 from chatdb.schema import NEEDED
 from chatdb.transfer import importer
@@ -296,17 +296,17 @@ async def check_call(function, stem, given, real=None):
     return args
 
 
-async def check_import(real=None, *, is_walled=False):
+async def check_import(real=None, *, has_row_security=False):
     """Raise unless an import's statements and its COPY get everything where headers and columns name it."""
-    db = Transfer(TRANSFERRED, real, is_walled=is_walled)
+    db = Transfer(TRANSFERRED, real, has_row_security=has_row_security)
     with pytest.MonkeyPatch.context() as patch:  # the recorded clock stands still, before the times of the import
         patch.setattr(importer, "CLOCKS_DIFFER", timedelta(days=365))
         await importer.import_conversations(db, user_id="ann", items=IMPORT)
     sent = [(file_of(name_of(query)), args) for query, args in db.sent]
     named = [dict(zip([parameter.name for parameter in file.parameters], args, strict=True)) for file, args in sent]
     is_sent = [(file.name, args) for (file, _), args in zip(sent, named, strict=True)]
-    assert is_sent == (INSERTED if is_walled else IMPORTED)
-    assert db.copied == (() if is_walled else COPIED)
+    assert is_sent == (INSERTED if has_row_security else IMPORTED)
+    assert db.copied == (() if has_row_security else COPIED)
     assert db.users == ["ann", ""]
     for file, args in sent:
         check_null_arguments(file, [args])
@@ -335,7 +335,7 @@ async def test_an_imports_arguments_reach_their_parameters(tx):
 
 async def test_a_walled_imports_arguments_reach_their_parameters():
     """An import where row-level security is on sends the messages too to where the header names them."""
-    await check_import(is_walled=True)
+    await check_import(has_row_security=True)
 
 
 async def test_an_exports_arguments_reach_their_parameters(tx):
@@ -475,7 +475,7 @@ def test_the_constraints_are_mapped(live):
 
 def test_the_foreign_key_is_mapped():
     """The foreign key, which only a race with a deletion violates, means that the conversation is not there."""
-    assert isinstance(translated(asyncpg.ForeignKeyViolationError("")), ConversationNotFoundError)
+    assert isinstance(map_driver_error(asyncpg.ForeignKeyViolationError("")), ConversationNotFoundError)
 
 
 def test_the_schema_check_needs_the_schema(live):
@@ -823,4 +823,4 @@ async def test_swapped_arguments_are_found(monkeypatch, module):
                     await check_call(function, stem, given)
             if module is importer:
                 await check_import()
-                await check_import(is_walled=True)
+                await check_import(has_row_security=True)

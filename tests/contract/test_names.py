@@ -368,7 +368,7 @@ async def services_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch
                     await import_conversations(db, user_id="v", items=items)
             quietly(dsn, *[SAID] * count)
         row = (made.id, 9, "user", "c", None, None, 1, None, made.created_at)  # as with row-level security
-        columns = [validate.texts([value]) for value in row]
+        columns = [validate.to_texts([value]) for value in row]
         await _import_conversations_messages.fetch_one(db, "u", *columns)
 
 

@@ -20,7 +20,7 @@ from chatdb.admin.check.inspection import inspect
 from chatdb.admin.migrate import apply_migrations, last_migrations, missing_migrations, rollback_migrations
 from chatdb.admin.row_security import missing_protection
 from chatdb.admin.users_link import link_users, unlink_users
-from chatdb.errors import translated
+from chatdb.errors import map_driver_error
 from tests.conftest import execute
 from tests.pool.test_pool import kill_sessions, until
 from tests.support.command import chatdb_process as command
@@ -241,7 +241,7 @@ async def test_a_pooler_that_is_full(pooled, version):
 )
 def test_a_poolers_words(words, error, told):
     """All of a pooler's own errors have one SQLSTATE; their words are told apart without the names in them."""
-    found = translated(asyncpg.PostgresError.new({"S": "FATAL", "C": "08P01", "M": words}))
+    found = map_driver_error(asyncpg.PostgresError.new({"S": "FATAL", "C": "08P01", "M": words}))
     assert type(found) is error
     assert told in str(found)
     assert "my_connections" not in str(found)

@@ -9,7 +9,7 @@ import pytest
 
 from chatdb import ConfigurationError
 from chatdb.admin.check.inspection import inspect
-from chatdb.admin.connection import connected, one
+from chatdb.admin.connection import connected, fetch_value
 from chatdb.admin.migrate import apply_migrations, rollback_migrations
 from chatdb.admin.ownership import additions, foreign_objects
 from tests.conftest import administrator, execute
@@ -37,7 +37,7 @@ def foreign(dsn: str) -> list[str]:
 def value(dsn: str, statement: str) -> object:
     """Return the one value of a statement."""
     with connected(dsn) as connection:
-        return one(connection, statement)
+        return fetch_value(connection, statement)
 
 
 def findings(dsn: str) -> dict[str, str]:

@@ -672,8 +672,8 @@ async def test_a_statement_that_forgets_its_user_reaches_nothing(walled: Place) 
             here = {"user_id": "bob", "conversation_id": conversation.id}
             await chatdb.append_message(connection, role="user", content="secret", key="k", **here)
             conversation = await chatdb.get_conversation(connection, **here)
-        for is_walled in (True, False):
-            if not is_walled:
+        for has_row_security in (True, False):
+            if not has_row_security:
                 protect_tables(walled.owner, off=True)
             for stem, file in FORGETFUL.items():
                 arguments = [argument(file, parameter.name, conversation) for parameter in file.parameters]
@@ -691,7 +691,7 @@ async def test_a_statement_that_forgets_its_user_reaches_nothing(walled: Place) 
                     or "bob" in str(answer)
                     or found != untouched
                 ):
-                    reached[is_walled].add(stem)
+                    reached[has_row_security].add(stem)
     assert reached == {True: set(), False: {*FORGETFUL}}
     print(f"figure: {len(FORGETFUL)} statements without user_id reach another user's rows; behind the wall 0")
 

@@ -165,9 +165,9 @@ class Block(nullcontext):
 class Transfer(Recorder):
     """The same as a pool and its one connection, for an import and an export; each file has rows of its own."""
 
-    def __init__(self, rows, real=None, *, is_walled=False):
+    def __init__(self, rows, real=None, *, has_row_security=False):
         super().__init__(rows, real)
-        self.is_walled = is_walled
+        self.has_row_security = has_row_security
         self.copied = ()
         self.users = []
 
@@ -184,7 +184,7 @@ class Transfer(Recorder):
 
     async def fetchrow(self, query):
         """Answer what the import asks first."""
-        return {"started_at": NOW, "sent": "[]", "is_walled": self.is_walled}
+        return {"started_at": NOW, "sent": "[]", "has_row_security": self.has_row_security}
 
     async def cursor(self, query, *args):
         """Answer a statement by a cursor."""

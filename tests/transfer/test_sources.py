@@ -420,7 +420,7 @@ def test_strange_ids_make_keys_that_can_be_stored():
     """A long id, one with NUL or a lone surrogate, or one that is no text gives a key of its own."""
     strange = ["a" * 300, "a" * 301, "\0", "\ud800", "a\0b", 7, 7.5, [1], {"a": 1}, True, "", None, "ä" * 200]
     keys = [key_of(said("ab", id=one)) for one in strange]
-    assert [validate.key("key", key) for key in keys] == keys
+    assert [validate.check_key("key", key) for key in keys] == keys
     assert len(set(keys[:6])) == 6
     assert keys[5].startswith("sharegpt:7:")
     assert keys[12].startswith("sharegpt:" + "ä" * 200)

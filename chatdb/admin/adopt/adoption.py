@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 from chatdb._core.query import data_folder
-from chatdb.admin.connection import locked, one
+from chatdb.admin.connection import advisory_lock, fetch_value
 from chatdb.errors import ChatDBError, ConfigurationError, SchemaError
 
 try:
@@ -195,7 +195,7 @@ def adopt(
     UnavailableError when another process or transaction was not done after `wait` seconds.
     """
     start = time.monotonic()
-    with locked(dsn, wait=wait) as connection:
+    with advisory_lock(dsn, wait=wait) as connection:
         for setting in _SETTINGS:
             connection.execute(setting.encode())
         connection.execute(f"set lock_timeout to {round(wait * 1000) or 1}".encode())
@@ -461,7 +461,7 @@ class _Run:
         return tuple(row)
 
     def _one(self, statement: str, *arguments: object) -> object:
-        return one(self._connection, statement, *arguments)
+        return fetch_value(self._connection, statement, *arguments)
 
     def _analyze(self, table: str) -> None:
         self._connection.execute(f"analyze pg_temp.{table}".encode())

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from chatdb.admin.check.findings import DIFFERENT, MISSING, NOTE, OK, Finding, catalog
 from chatdb.admin.check.plans import planned, served
-from chatdb.admin.connection import connected, errors, is_pooled, one, pinned_transaction
+from chatdb.admin.connection import connected, errors, fetch_value, is_pooled, may_create_schemas, pinned_transaction
 from chatdb.admin.migrate import applied_migrations, migration_files
 from chatdb.admin.ownership import additions, foreign_objects, public_is_writable
-from chatdb.admin.row_security import missing, missing_function, walls
+from chatdb.admin.row_security import missing, missing_function, read_protection
 from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.records import SchemaPart
 from chatdb.schema import NEEDED, STATEMENT
@@ -54,8 +54,8 @@ def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) ->
             found += _privileges(connection, None)
             if role is not None:
                 found += _privileges(connection, role)
-            own = str(one(connection, "select current_user"))
-            found += _wall(connection, [own] if role is None else [own, role])
+            own = str(fetch_value(connection, "select current_user"))
+            found += _row_security(connection, [own] if role is None else [own, role])
             found += _owners(connection)
             found += _clock(connection)
             found += _statements(connection, suffer=any(map(is_wrong, of_catalog)))
@@ -71,8 +71,8 @@ def is_wrong(finding: Finding) -> bool:
 
 def _server(connection: psycopg.Connection) -> list[Finding]:
     major = connection.info.server_version // 10_000
-    version = f"PostgreSQL {one(connection, 'show server_version')}"
-    encoding = one(connection, "show server_encoding")
+    version = f"PostgreSQL {fetch_value(connection, 'show server_version')}"
+    encoding = fetch_value(connection, "show server_encoding")
     if major < OLDEST:
         server = Finding("server", DIFFERENT, version, f"upgrade the server to PostgreSQL {OLDEST} or later")
     elif major > NEWEST:
@@ -85,23 +85,23 @@ def _server(connection: psycopg.Connection) -> list[Finding]:
     else:
         remedy = "create database ... encoding 'UTF8' template template0, and move the tables there"
         found.append(Finding("encoding", DIFFERENT, f"{encoding}, which cannot hold every text", remedy))
-    isolation = one(connection, "show default_transaction_isolation")
+    isolation = fetch_value(connection, "show default_transaction_isolation")
     if isolation != "read committed":
         detail = f"{isolation} by default: appends to one conversation at the same time fail and are sent again"
         remedy = "change it for the role: alter role ... set default_transaction_isolation = 'read committed'"
         found.append(Finding("isolation", NOTE, detail, remedy))
-    if one(connection, "show default_transaction_read_only") == "on":
+    if fetch_value(connection, "show default_transaction_read_only") == "on":
         found.append(Finding("read only", NOTE, "default_transaction_read_only is on: no writes are taken", ""))
-    if one(connection, "select pg_catalog.pg_is_in_recovery()"):
+    if fetch_value(connection, "select pg_catalog.pg_is_in_recovery()"):
         found.append(Finding("standby", NOTE, "the server is a standby, which takes no writes", ""))
     return found
 
 
-def _wall(connection: psycopg.Connection, roles: list[str]) -> list[Finding]:
+def _row_security(connection: psycopg.Connection, roles: list[str]) -> list[Finding]:
     """Return whether row-level security is up, as `chatdb protect` makes it, and if so for which of the roles."""
     what = "row-level security"
     try:
-        found = walls(connection)
+        found = read_protection(connection)
         if not any(each.is_on or each.is_forced or each.policy for each in found):
             return [Finding(what, OK, "off", "")]
         if any(each.is_on and each.is_forced and not each.policy and not each.others for each in found):
@@ -125,7 +125,7 @@ def _wall(connection: psycopg.Connection, roles: list[str]) -> list[Finding]:
 
 def _owners(connection: psycopg.Connection) -> list[Finding]:
     """Return what belongs to other roles than it should, and what others have added to chatdb's tables."""
-    may_create = one(connection, "select pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create')")
+    may_create = may_create_schemas(connection)
     found: list[Finding] = []
     for what, owner in foreign_objects(connection):
         # a service's role cannot tell whether the schema has the owner that it should have
@@ -146,9 +146,9 @@ def _clock(connection: psycopg.Connection) -> list[Finding]:
     try:
         with connection.transaction():
             connection.execute("set local statement_timeout = '5s'")
-            if one(connection, "select pg_catalog.row_security_active('chatdb.conversations')"):
+            if fetch_value(connection, "select pg_catalog.row_security_active('chatdb.conversations')"):
                 return []
-            ahead = one(
+            ahead = fetch_value(
                 connection,
                 "select pg_catalog.count(*) from chatdb.conversations "
                 "where updated_at > pg_catalog.now() + interval '5 minutes'",
@@ -179,7 +179,7 @@ def _pooler(dsn: str, connection: psycopg.Connection) -> Finding:
 def _search_paths(connection: psycopg.Connection, role: str | None) -> list[Finding]:
     """Return in which search_path pg_catalog is named after another schema, for this role and for another."""
     default = "select reset_val from pg_catalog.pg_settings where name = 'search_path'"
-    paths = {str(one(connection, "select current_user")): one(connection, default)}
+    paths = {str(fetch_value(connection, "select current_user")): fetch_value(connection, default)}
     if role is not None:
         # the closest setting is what a login of the role gets; the server's own is not to be seen by every role
         rows = connection.execute(
@@ -247,10 +247,10 @@ def _statements(connection: psycopg.Connection, *, suffer: bool) -> list[Finding
 
 
 def _privileges(connection: psycopg.Connection, role: str | None) -> list[Finding]:
-    name = one(connection, "select current_user") if role is None else role
+    name = fetch_value(connection, "select current_user") if role is None else role
     what = f"privileges of {name}"
-    grantee = one(connection, "select pg_catalog.quote_ident(%s::text)", name)
-    if one(connection, "select 1 from pg_catalog.pg_roles where rolname = %s", name) is None:
+    grantee = fetch_value(connection, "select pg_catalog.quote_ident(%s::text)", name)
+    if fetch_value(connection, "select 1 from pg_catalog.pg_roles where rolname = %s", name) is None:
         return [Finding(what, MISSING, "there is no such role", f"create role {grantee} login")]
     rows = connection.execute(
         """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatdb._core.query import data_folder
 from chatdb.admin.check.findings import DIFFERENT, NOTE, OK, Finding
-from chatdb.admin.connection import errors, one
+from chatdb.admin.connection import errors, fetch_value
 from chatdb.schema import NEEDED
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _plan(connection: psycopg.Connection, statement: _Statement, *, whole: bool 
         connection.execute(f"prepare {name} as {statement.sql}".encode())
         try:
             with connection.transaction():
-                plan: Any = one(connection, f"explain (format json) execute {name}{nulls}")
+                plan: Any = fetch_value(connection, f"explain (format json) execute {name}{nulls}")
         finally:  # here, because a pooler may have another server process for the next transaction
             connection.execute(f"deallocate {name}".encode())
     nodes = list(_nodes(plan[0]["Plan"]))
