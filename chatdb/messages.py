@@ -136,8 +136,8 @@ async def append_messages(
             "written"
         )
     # a message without a key is a new one, and new ones have their places in order of the batch
-    place = {key: index for index, key in enumerate(keys)}
-    return sorted(stored, key=_in_order if None in place else lambda message: place[message.key])
+    rank = {key: index for index, key in enumerate(keys)}
+    return sorted(stored, key=_in_order if None in rank else lambda message: rank[message.key])
 
 
 async def get_history(

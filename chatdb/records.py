@@ -188,9 +188,9 @@ class ImportedMessages(_Record):
 
 
 class StoredConversation(_Record):
-    """What the user has of a conversation at `place` in the arrays, with its last message in the file's range."""
+    """What is stored of the conversation at `ordinality` in the arrays, with its last message in the file's range."""
 
-    place: int
+    ordinality: int
     id: int
     last_seq: int
     created_at: datetime

@@ -22,11 +22,11 @@ with conversation as (
 
 insert into chatdb.messages (user_id, conversation_id, seq, role, content, payload, metadata, token_count, created_at)
 select
-    c.user_id, c.id, c.previous_seq + m.place, m.role, m.content, m.payload::json, m.metadata::jsonb,
+    c.user_id, c.id, c.previous_seq + m.ordinality, m.role, m.content, m.payload::json, m.metadata::jsonb,
     m.token_count, c.updated_at
 from conversation as c
 cross join unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::text[]::int4[])
-    with ordinality as m (role, content, payload, metadata, token_count, place)
+    with ordinality as m (role, content, payload, metadata, token_count, ordinality)
 returning
     id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
     token_count, key, created_at

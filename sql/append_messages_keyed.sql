@@ -15,9 +15,9 @@
 -- served by pk_conversations, uq_messages_user_id_conversation_id_key
 
 with batch as (
-    select role, content, payload, metadata::jsonb as metadata, token_count, key, place
+    select role, content, payload, metadata::jsonb as metadata, token_count, key, ordinality
     from unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::text[]::int4[], $8::text[])
-        with ordinality as m (role, content, payload, metadata, token_count, key, place)
+        with ordinality as m (role, content, payload, metadata, token_count, key, ordinality)
 ),
 
 conversation as (
@@ -38,7 +38,7 @@ message as (
         user_id, conversation_id, seq, role, content, payload, metadata, token_count, key, created_at
     )
     select
-        c.user_id, c.id, c.last_seq + b.place, b.role, b.content, b.payload::json, b.metadata, b.token_count,
+        c.user_id, c.id, c.last_seq + b.ordinality, b.role, b.content, b.payload::json, b.metadata, b.token_count,
         b.key, c.appended_at
     from conversation as c
     cross join batch as b

@@ -453,9 +453,9 @@ def _of_service(name: str, file: str | None, environment: Mapping[str, str]) -> 
     files = [Path(file)] if file else [home / ".pg_service.conf"] if home else []
     if environment.get("PGSYSCONFDIR"):
         files.append(Path(environment["PGSYSCONFDIR"], "pg_service.conf"))
-    for place in files:
+    for path in files:
         try:
-            lines = place.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError):  # none there, or not one in UTF-8
             continue
         found: dict[str, str] | None = None
@@ -502,11 +502,11 @@ def _addresses(given: Mapping[str, Any], found: _Options) -> tuple[tuple[str, ..
     if not all(map(_is_name, hosts)):
         raise ConfigurationError("the DSN's host is none that can be looked up: part of its name is empty or too long")
     pairs = [
-        (place, port)
-        for host, port in zip(hosts, ports, strict=True)
-        for place in ([host] if host else _default_hosts(port))
+        (host, port)
+        for named, port in zip(hosts, ports, strict=True)
+        for host in ([named] if named else _default_hosts(port))
     ]
-    return tuple(place for place, _ in pairs), tuple(port for _, port in pairs)
+    return tuple(host for host, _ in pairs), tuple(port for _, port in pairs)
 
 
 def _default_hosts(port: int) -> list[str]:

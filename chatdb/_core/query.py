@@ -70,6 +70,12 @@ def data_folder(name: str) -> Path:
     return inside if inside.is_dir() else package.parent / name
 
 
+def statement_files() -> list[Path]:
+    """Return the files of the statements that a service's role runs: those of functions, of import and of export."""
+    folder = data_folder("sql")
+    return sorted([*folder.glob("*.sql"), *folder.glob("transfer/*.sql")], key=lambda path: path.name)
+
+
 class Query(Generic[RecordT]):
     """
     The statement of one SQL file and the record that its rows become.
@@ -82,19 +88,19 @@ class Query(Generic[RecordT]):
         self, name: str, record: type[RecordT], *, given: tuple[str, ...] = (), repeatable: bool = False
     ) -> None:
         """
-        Read `sql/<name>.sql`.
+        Read `sql/<name>.sql`, where the name may begin with a folder: `transfer/count_user`.
 
         `given` are fields that the first arguments give, and the statement does not send back with every row.
         `repeatable` statements, which do nothing more the second time, may be sent again after a lost connection.
         """
-        self.name = name
+        self.name = name.rpartition("/")[2]
         self.record = record
         self.given = given
         self.repeatable = repeatable
         _, _, body = (data_folder("sql") / f"{name}.sql").read_text(encoding="utf-8").partition("\n\n")
         # OpenTelemetry names a span by the first word, so there is no space after the dashes; a leading /* comment */
         # would be cut off there. pg_stat_statements drops what stands before the statement's own first word.
-        self.sql = f"--chatdb.{name}\n" + _FIRST_WORD.sub(rf"\g<0> /* chatdb.{name} */", body.strip())
+        self.sql = f"--chatdb.{self.name}\n" + _FIRST_WORD.sub(rf"\g<0> /* chatdb.{self.name} */", body.strip())
         STATEMENTS.add(self.sql)
         self._decode = decoder(record, given)
 

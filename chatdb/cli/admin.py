@@ -19,12 +19,12 @@ from chatdb.cli.console import (
     err,
     fail,
     in_a_line,
-    operators_database,
     out,
     print_json,
     printable,
     progress,
 )
+from chatdb.cli.database import operators_database
 
 if TYPE_CHECKING:
     from chatdb.admin.check.findings import Finding

@@ -15,6 +15,8 @@ from chatdb.formats.items import (
     SourceConversation,
     SourceMessage,
     UnfitError,
+    as_list,
+    as_object,
     body,
     fingerprint,
     name_of,
@@ -22,7 +24,6 @@ from chatdb.formats.items import (
     short,
     storable,
 )
-from chatdb.formats.json_objects import as_list, as_object
 
 _Object: TypeAlias = dict[str, Any]
 

@@ -1,12 +1,12 @@
-"""What the readers give: a flat stream of conversations, each followed by its messages, and of what was not taken."""
+"""What every format becomes: a flat stream of conversations, each followed by its messages, and what was left out."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from chatdb._core.validate import MAX_NAME, check_content, check_payload, utf8_length
 from chatdb.errors import InvalidInputError
@@ -61,6 +61,9 @@ class Changed(NamedTuple):
     messages: int = 0
 
 
+Said: TypeAlias = tuple[str, str, str | None, object]
+"""A message's role and text, what the framework calls its kind where that says more, and the author's name."""
+
 Item: TypeAlias = SourceConversation | SourceMessage | Skipped | Changed
 
 REPLACED = "NUL or a lone surrogate replaced by U+FFFD, the original kept in the payload"
@@ -73,6 +76,8 @@ ROLES = {
     "developer": "developer",
 }
 """What the sources call the roles, in lower case."""
+
+UNKNOWN_TYPE = "it is of a type that chatdb does not know"
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -133,3 +138,23 @@ def fingerprint(messages: Iterable[tuple[str, str]]) -> str:
         digest.update(f"{word} {len(encoded)} ".encode())
         digest.update(encoded)
     return digest.hexdigest()[:16]
+
+
+def as_object(value: object) -> dict[str, Any] | None:
+    """Return a JSON object, or None if the value is none."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
+
+
+def as_list(value: object) -> list[Any] | None:
+    """Return a JSON array, or None if the value is none."""
+    return value if isinstance(value, list) else None  # pyright: ignore[reportUnknownVariableType]
+
+
+def texts_of(value: object) -> Iterator[str]:
+    """Yield the texts of a content, which is one or a list of parts."""
+    for part in [value] if isinstance(value, str) else as_list(value) or ():
+        if isinstance(part, str):
+            yield part
+        elif (fields := as_object(part)) is not None:
+            texts = map(fields.get, ("text", "refusal", "stdout", "stderr"))
+            yield from (text for text in texts if isinstance(text, str))

@@ -12,12 +12,13 @@ from chatdb.formats.items import (
     SourceConversation,
     SourceMessage,
     UnfitError,
+    as_list,
+    as_object,
     body,
     fingerprint,
     name_of,
     role,
 )
-from chatdb.formats.json_objects import as_list, as_object
 
 _USUAL = frozenset({"human", "gpt", "system"})
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 from chatdb.errors import InvalidInputError
-from chatdb.formats import chatgpt, jsonlines, sharegpt
+from chatdb.formats import chatgpt, sharegpt
 from chatdb.formats.items import Item, Skipped, UnfitError
-from chatdb.formats.json_objects import objects
+from chatdb.transfer import jsonlines
+from chatdb.transfer.json_objects import objects
 
 FORMATS: Final = ("sharegpt", "chatgpt", "chatdb")
 

@@ -1,11 +1,11 @@
-"""Import and export of a user's conversations: streamed, in bulk, each in one transaction."""
+"""Imports conversations from a stream of items: in bulk, all in one transaction."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from operator import attrgetter
@@ -15,19 +15,16 @@ from chatdb._core.query import Query
 from chatdb._core.validate import check_user_id, to_texts
 from chatdb.errors import ConfigurationError, ConflictError, mapped_driver_errors
 from chatdb.formats.items import Changed, Item, Skipped, SourceConversation, SourceMessage
-from chatdb.pool import Pool, set_user, transaction
-from chatdb.records import Conversation, Deleted, ImportedConversation, ImportedMessages, Message, StoredConversation
+from chatdb.pool import Pool, transaction
+from chatdb.records import ImportedConversation, ImportedMessages, StoredConversation
 
 if TYPE_CHECKING:
     from chatdb.pool import Connection
 
-_import_conversations = Query("import_conversations", ImportedConversation)
-_import_conversations_find = Query("import_conversations_find", StoredConversation)
-_import_conversations_extend = Query("import_conversations_extend", ImportedConversation)
-_import_conversations_messages = Query("import_conversations_messages", ImportedMessages)
-_count_user = Query("count_user", Deleted)
-_export_conversations = Query("export_conversations", Conversation)
-_export_conversations_messages = Query("export_conversations_messages", Message)
+_import_conversations = Query("transfer/import_conversations", ImportedConversation)
+_import_conversations_find = Query("transfer/import_conversations_find", StoredConversation)
+_import_conversations_extend = Query("transfer/import_conversations_extend", ImportedConversation)
+_import_conversations_messages = Query("transfer/import_conversations_messages", ImportedMessages)
 
 OTHER_OF_KEY = "the user has another conversation of this key"
 FUTURE = "a time in the future, replaced by that of the import"
@@ -106,11 +103,11 @@ def _listed(reasons: dict[str, tuple[int, int]]) -> list[dict[str, str | int]]:
 
 @dataclass(slots=True)
 class _Target:
-    """A conversation of the file, and what is known of its place in the table."""
+    """A conversation of the file, and what is known of it in the table."""
 
     source: SourceConversation
     occurrence: int
-    placed: bool = False
+    matched: bool = False
     id: int | None = None
     """Where its messages go; None while that is not known, or if they go nowhere."""
     stored: StoredConversation | None = None
@@ -151,33 +148,6 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
         with contextlib.suppress(Exception):  # the first error is the one to be seen
             await ahead  # its thread reads the caller's file
     return report
-
-
-async def count_user(pool: Pool, *, user_id: str) -> Deleted:
-    """Return how many conversations and messages `delete_user` would delete."""
-    user = check_user_id(user_id)
-    async with transaction(pool, user_id=user) as connection:
-        return await _count_user.fetch_one(connection, user)
-
-
-async def export_conversations(pool: Pool, *, user_id: str) -> AsyncGenerator[Conversation | Message, None]:
-    """
-    Iterate over all conversations of a user as they are at one moment, each followed by its messages in order.
-
-    Two server-side cursors in one read-only transaction: memory does not grow with the history.
-    """
-    user = check_user_id(user_id)
-    async with transaction(pool) as connection:  # asyncpg's own waits long for a silent server to roll back
-        with mapped_driver_errors():
-            await connection.execute("set transaction isolation level repeatable read, read only")
-        await set_user(connection, user)
-        messages = _export_conversations_messages.iterate(connection, user)
-        message = await anext(messages, None)
-        async for conversation in _export_conversations.iterate(connection, user):
-            yield conversation
-            while message is not None and message.conversation_id == conversation.id:
-                yield message
-                message = await anext(messages, None)
 
 
 def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
@@ -263,7 +233,7 @@ async def _store(
     *,
     has_row_security: bool,
 ) -> None:
-    await _place(connection, user, [target for target, _ in batch if not target.placed], started_at, report)
+    await _match_stored(connection, user, [target for target, _ in batch if not target.matched], started_at, report)
     grown: list[_Target] = []
     rows: list[tuple[Any, ...]] = []
     for target, messages in batch:
@@ -288,7 +258,7 @@ async def _store(
     await _set_last_seq(connection, user, cut_off, started_at)
 
 
-async def _place(
+async def _match_stored(
     connection: Connection, user: str, targets: list[_Target], started_at: datetime, report: ImportReport
 ) -> None:
     """Find which of the conversations are stored, and store the others."""
@@ -302,7 +272,7 @@ async def _place(
         to_texts(source.last_seq for source in sources),
     )
     for stored in found:
-        target = targets[stored.place - 1]
+        target = targets[stored.ordinality - 1]
         target.stored = stored
         if target.source.created_at not in (None, stored.created_at):
             target.refused = OTHER_OF_KEY
@@ -326,7 +296,7 @@ async def _place(
     for target, imported in zip(new, sorted(ids, key=attrgetter("id")), strict=True):
         target.id = imported.id
     for target in targets:
-        target.placed = True
+        target.matched = True
     report.conversations += len(new)
 
 

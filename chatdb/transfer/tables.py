@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from uuid import UUID
 
 from chatdb._core.validate import MAX_CONTENT, MAX_PAYLOAD, check_metadata, check_payload, utf8_length
@@ -26,20 +26,21 @@ from chatdb.errors import (
     InvalidInputError,
     UnavailableError,
 )
+from chatdb.formats import langchain, openai
 from chatdb.formats.items import (
     REPLACED,
     Changed,
     Item,
+    Said,
     Skipped,
     SourceConversation,
     SourceMessage,
     UnfitError,
+    as_object,
     name_of,
-    role,
     short,
     storable,
 )
-from chatdb.formats.json_objects import as_list, as_object
 from chatdb.records import JsonText
 
 if TYPE_CHECKING:
@@ -151,16 +152,12 @@ class _Row(NamedTuple):
     size: int | None
 
 
-_Said: TypeAlias = tuple[str, str, str | None, object]
-"""A message's role and text, what the framework calls its kind where that says more, and the author's name."""
-
-
 class _Tables(NamedTuple):
     """How a framework's tables are read."""
 
     rows: sql.Composed
     texts: sql.Composed
-    convert: Callable[[dict[str, Any]], _Said]
+    convert: Callable[[dict[str, Any]], Said]
 
 
 def read(
@@ -192,7 +189,7 @@ def read(
         raise ConfigurationError(MISSING) from None
     from chatdb.admin.connection import open_connection
 
-    with _translating(), open_connection(dsn, client_encoding="utf8", prepare_threshold=None) as source:
+    with _mapped_errors(), open_connection(dsn, client_encoding="utf8", prepare_threshold=None) as source:
         _mark_unreadable_times(source)
         source.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         source.read_only = True
@@ -218,14 +215,14 @@ def _read(source: psycopg.Connection, chosen: str, table: str | None, sessions: 
     names = _OPENAI_TABLES if table is None else (table,)
     oids = [source.execute(_OID, [_quoted(name)]).fetchone() for name in names]
     source.execute(_PIN)
-    places = [tuple(place) for row in oids if row and (place := source.execute(_NAME, row).fetchone())]
+    found = [tuple(name) for row in oids if row and (name := source.execute(_NAME, row).fetchone())]
     if table is None:
-        places = _found(source, chosen, places)
-    elif not places:
+        found = _choose_tables(source, chosen, found)
+    elif not found:
         problem = f"is not there: the database has no table {table!r}, or not of the form; looked for {_LOOKED_FOR}"
         raise InvalidInputError("table", problem)
-    tables = _tables(places)
-    wanted = {session if len(places) > 1 else _uuid(session) for session in sessions}
+    tables = _tables(found)
+    wanted = {session if len(found) > 1 else _uuid(session) for session in sessions}
     for session, messages in groupby(_messages(source, tables, sorted(wanted) or None), lambda pair: pair[0].session):
         wanted.discard(session)
         yield from _conversation(messages, tables.convert)
@@ -238,7 +235,7 @@ def _quoted(name: str) -> str:
     return ".".join(f'"{part}"' for part in name.replace('"', '""').rsplit(".", 1))
 
 
-def _found(source: psycopg.Connection, chosen: str, openai: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+def _choose_tables(source: psycopg.Connection, chosen: str, openai: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Return the schema and the name of langchain's table, or those of openai-agents' two."""
     found: dict[str, list[tuple[str, ...]]] = {}
     if chosen != "langchain" and len(openai) == len(_OPENAI_TABLES):
@@ -252,15 +249,15 @@ def _found(source: psycopg.Connection, chosen: str, openai: list[tuple[str, ...]
     raise InvalidInputError("table", f"there are several: choose by --table or --format among {', '.join(found)}")
 
 
-def _tables(places: Sequence[tuple[str, ...]]) -> _Tables:
+def _tables(qualified_names: Sequence[tuple[str, ...]]) -> _Tables:
     from psycopg import sql
 
     # of a name with %, which psycopg would take for parameters
-    tables = [sql.Identifier(*(part.replace("%", "%%") for part in place)) for place in places]
+    tables = [sql.Identifier(*(part.replace("%", "%%") for part in name)) for name in qualified_names]
     names, rows, texts, convert = (
-        (_OPENAI_TABLES, _OPENAI_ROWS, _OPENAI_TEXTS, _openai)
+        (_OPENAI_TABLES, _OPENAI_ROWS, _OPENAI_TEXTS, openai.said)
         if len(tables) > 1
-        else (("table",), _LANGCHAIN_ROWS, _LANGCHAIN_TEXTS, _langchain)
+        else (("table",), _LANGCHAIN_ROWS, _LANGCHAIN_TEXTS, langchain.said)
     )
     named = dict(zip(names, tables, strict=True))
     return _Tables(sql.SQL(rows).format(**named), sql.SQL(texts).format(**named), convert)
@@ -282,19 +279,19 @@ def _messages(
         cursor.execute(tables.rows, {"sessions": sessions})
         while page := [_Row(*row) for row in cursor.fetchmany(_PAGE)]:
             start = size = 0
-            for place, row in enumerate(page):
+            for index, row in enumerate(page):
                 _check_times(row)
-                if place > start and size + _size(row) > _BYTES:
-                    yield from _with_texts(source, tables, page[start:place])
-                    start, size = place, 0
+                if index > start and size + _size(row) > _BYTES:
+                    yield from _with_texts(source, tables, page[start:index])
+                    start, size = index, 0
                 size += _size(row)
             yield from _with_texts(source, tables, page[start:])
 
 
 def _check_times(row: _Row) -> None:
     if any(time is _UNREADABLE for time in (row.began_at, row.ended_at, row.written_at)):
-        place = "a session without messages" if row.id is None else f"the message {row.id} or its session"
-        raise InvalidInputError("table", f"{place} has a time that is infinite or outside the years 1 to 9999")
+        what = "a session without messages" if row.id is None else f"the message {row.id} or its session"
+        raise InvalidInputError("table", f"{what} has a time that is infinite or outside the years 1 to 9999")
 
 
 def _size(row: _Row) -> int:
@@ -310,7 +307,7 @@ def _with_texts(source: psycopg.Connection, tables: _Tables, rows: list[_Row]) -
 
 
 def _conversation(
-    messages: Iterator[tuple[_Row, str | None]], convert: Callable[[dict[str, Any]], _Said]
+    messages: Iterator[tuple[_Row, str | None]], convert: Callable[[dict[str, Any]], Said]
 ) -> Iterator[Item]:
     begun = False
     for seq, (row, text) in enumerate(messages, 1):
@@ -334,7 +331,7 @@ def _conversation(
 
 
 def _message(
-    seq: int, row: _Row, text: str | None, convert: Callable[[dict[str, Any]], _Said]
+    seq: int, row: _Row, text: str | None, convert: Callable[[dict[str, Any]], Said]
 ) -> tuple[SourceMessage, bool]:
     """Return a message, whose key is the number of its row, and whether characters of its text were replaced."""
     if (row.size or 0) > MAX_PAYLOAD:
@@ -357,64 +354,6 @@ def _message(
     return SourceMessage(seq, author, content, payload, metadata, None, key, _utc(row.written_at)), content != said
 
 
-_AUTHORS = {
-    **dict.fromkeys(("reasoning", "compaction", "program", "item_reference"), "assistant"),
-    **dict.fromkeys(("mcp_list_tools", "mcp_approval_request"), "assistant"),
-    **dict.fromkeys(("configuration_update", "compaction_trigger"), "developer"),
-    "mcp_approval_response": "user",
-}
-"""Who makes the items of the Responses API that have no role, besides calls and outputs."""
-
-_UNKNOWN = "it is of a type that chatdb does not know"
-
-
-def _openai(item: dict[str, Any]) -> _Said:
-    """Return what an item of the Responses API says; a call is the assistant's, its output the tool's."""
-    if "__enc__" in item:
-        raise UnfitError("it is encrypted, by openai-agents' EncryptedSession")
-    kind = item.get("type")
-    if item.get("role") is not None:
-        return role(item["role"]), "".join(_texts(item.get("content"))), None if kind == "message" else kind, None
-    if not isinstance(kind, str):
-        raise UnfitError(_UNKNOWN)
-    author, fields = _AUTHORS.get(kind), ["summary", "content"]
-    if kind.endswith("_output"):
-        author, fields = "tool", ["output", "result"]
-    elif kind.endswith("_call"):
-        author, fields = "assistant", []
-    if author is None:
-        raise UnfitError(_UNKNOWN)
-    return author, "\n".join(text for field in fields for text in _texts(item.get(field))), kind, item.get("name")
-
-
-_LANGCHAIN_ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
-
-
-def _langchain(item: dict[str, Any]) -> _Said:
-    """Return what one of LangChain's messages says; a chunk is as its message."""
-    kind, data = item.get("type"), as_object(item.get("data"))
-    if not isinstance(kind, str) or data is None:
-        raise UnfitError(_UNKNOWN)
-    whole = kind.removesuffix("MessageChunk").lower() if kind.endswith("MessageChunk") else kind
-    if whole == "remove":
-        raise UnfitError("it is an instruction to remove a message")
-    author = role(data.get("role")) if whole == "chat" else _LANGCHAIN_ROLES.get(whole)
-    if author is None:
-        raise UnfitError(_UNKNOWN)
-    usual = kind in {"human", "ai", "system", "tool"}
-    return author, "".join(_texts(data.get("content"))), None if usual else kind, data.get("name")
-
-
-def _texts(value: object) -> Iterator[str]:
-    """Yield the texts of a content, which is one or a list of parts."""
-    for part in [value] if isinstance(value, str) else as_list(value) or ():
-        if isinstance(part, str):
-            yield part
-        elif (fields := as_object(part)) is not None:
-            texts = map(fields.get, ("text", "refusal", "stdout", "stderr"))
-            yield from (text for text in texts if isinstance(text, str))
-
-
 @lru_cache
 def _metadata(kind: str | None, name: str | None) -> str | None:
     named = {"type": kind, "name": name}
@@ -426,13 +365,13 @@ def _utc(time: datetime | None) -> datetime | None:
 
 
 @contextmanager
-def _translating() -> Generator[None, None, None]:
+def _mapped_errors() -> Generator[None, None, None]:
     import psycopg
 
     try:
         yield
     except psycopg.Error as error:
-        raise _explained(error.sqlstate or "", isinstance(error, psycopg.DataError)) from error
+        raise _map_error(error.sqlstate or "", isinstance(error, psycopg.DataError)) from error
     except UnicodeDecodeError:  # of a database without an encoding; it quotes the text
         problem = "has a text that is not UTF-8"
     else:
@@ -440,7 +379,7 @@ def _translating() -> Generator[None, None, None]:
     raise InvalidInputError("table", problem)
 
 
-def _explained(state: str, is_value: bool) -> ChatDBError:
+def _map_error(state: str, is_value: bool) -> ChatDBError:
     match state:
         case "42P01" | "3F000" | "42602" | "42703" | "42601" | "42883" | "42804" | "42846" | "42809":
             return InvalidInputError("table", f"is not there, or not of the framework's form; looked for {_LOOKED_FOR}")

@@ -15,7 +15,7 @@ import pytest
 
 from chatdb import append_message, create_conversation, create_pool
 from chatdb._core.dsn import database_of
-from chatdb.cli.app import Format
+from chatdb.cli.data import Format
 from chatdb.transfer import tables
 from chatdb.transfer.files import FORMATS
 from tests.conftest import execute

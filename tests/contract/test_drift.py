@@ -35,7 +35,7 @@ from chatdb._core import decode, validate
 from chatdb.errors import BEHIND, CONFLICTS, CONSTRAINTS, map_driver_error
 from chatdb.records import Conversation, Message, Role
 from chatdb.schema import NEEDED
-from chatdb.transfer import importer
+from chatdb.transfer import exporter, importer
 from tests.conftest import new_database
 from tests.support.catalog import DATA, Live
 from tests.support.mutants import less, misfilled, swaps, without_user
@@ -341,7 +341,7 @@ async def test_a_walled_imports_arguments_reach_their_parameters():
 async def test_an_exports_arguments_reach_their_parameters(tx):
     """An export sends its two statements with the user."""
     db = Transfer(TRANSFERRED, tx)
-    assert [item async for item in importer.export_conversations(db, user_id="ann")] == []
+    assert [item async for item in exporter.export_conversations(db, user_id="ann")] == []
     assert db.users == ["ann"]
     found = {name_of(query): args for query, args in db.sent}
     assert found == {"export_conversations": ("ann",), "export_conversations_messages": ("ann",)}
@@ -350,7 +350,7 @@ async def test_an_exports_arguments_reach_their_parameters(tx):
 async def test_a_counts_argument_reaches_its_parameter(tx):
     """What chatdb delete-user counts is one user's."""
     db = Transfer(TRANSFERRED, tx)
-    counted = await importer.count_user(db, user_id="ann")
+    counted = await exporter.count_user(db, user_id="ann")
     assert (counted.conversations, counted.messages) == (1, 2)
     assert {name_of(query): args for query, args in db.sent} == {"count_user": ("ann",)}
 

@@ -34,12 +34,8 @@ from chatdb.admin.migrate import (
 from chatdb.admin.row_security import missing_protection, protect_tables
 from chatdb.admin.users_link import link_users, unlink_users
 from chatdb.transfer import tables
-from chatdb.transfer.importer import (
-    _import_conversations_messages,
-    count_user,
-    export_conversations,
-    import_conversations,
-)
+from chatdb.transfer.exporter import count_user, export_conversations
+from chatdb.transfer.importer import _import_conversations_messages, import_conversations
 from tests.conftest import execute, new_database
 from tests.support import recorder
 from tests.support.names import (

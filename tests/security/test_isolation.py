@@ -38,7 +38,8 @@ from chatdb import (
 )
 from chatdb.admin.row_security import protect_tables
 from chatdb.formats.items import Item, SourceConversation, SourceMessage
-from chatdb.transfer.importer import export_conversations, import_conversations
+from chatdb.transfer.exporter import export_conversations
+from chatdb.transfer.importer import import_conversations
 from tests.conftest import as_role, cloned
 from tests.support.pgbouncer import pgbouncer
 from tests.support.roles import Roles

@@ -26,7 +26,8 @@ from chatdb.admin.migrate import last_migrations, rollback_migrations
 from chatdb.admin.row_security import TABLES, missing_protection, protect_tables
 from chatdb.admin.users_link import link_users
 from chatdb.formats.items import Item, SourceConversation, SourceMessage
-from chatdb.transfer.importer import export_conversations, import_conversations
+from chatdb.transfer.exporter import export_conversations
+from chatdb.transfer.importer import import_conversations
 from tests.admin.test_migrate import transaction
 from tests.api.test_public_api import CALLS, call, conversation_with_a_message
 from tests.conftest import as_role, cloned, execute

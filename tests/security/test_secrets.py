@@ -27,8 +27,9 @@ from chatdb.admin.row_security import protect_tables
 from chatdb.formats.items import SourceConversation, SourceMessage
 from chatdb.records import StoredConversation
 from chatdb.transfer import tables
+from chatdb.transfer.exporter import export_conversations
 from chatdb.transfer.files import FORMATS, detect, read
-from chatdb.transfer.importer import export_conversations, import_conversations
+from chatdb.transfer.importer import import_conversations
 from tests.api.test_public_api import CALLS, NOBODYS, SIGNATURES, call
 from tests.conftest import leaks
 from tests.support.package import bindings

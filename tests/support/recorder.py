@@ -231,7 +231,7 @@ IMPORT = [
 
 TRANSFERRED = {
     "import_conversations_find": [
-        {"place": 3, "id": 53, "last_seq": 2, "created_at": _days(2), "final_seq": 2}
+        {"ordinality": 3, "id": 53, "last_seq": 2, "created_at": _days(2), "final_seq": 2}
         | {"final_key": "c2", "final_created_at": _days(12)}
     ],
     "import_conversations": [{"id": 51}, {"id": 52}],

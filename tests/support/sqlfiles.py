@@ -13,7 +13,7 @@ from pglast import ast, parse_sql
 from pglast.enums import A_Expr_Kind, BoolExprType, JoinType, SetOperation, SubLinkType
 from pglast.parser import scan
 
-from chatdb._core.query import data_folder
+from chatdb._core.query import statement_files
 
 HEADER = re.compile(
     r"-- (?P<name>\w+)\n"
@@ -36,7 +36,7 @@ HARMLESS = {
     *("row_security_active", "statement_timestamp", "timezone", "unnest"),
 }
 """The functions in the statements; others, like query_to_xml, could read tables that they name in a text."""
-TEXTS = {path.stem: path.read_text(encoding="utf-8") for path in sorted(data_folder("sql").glob("*.sql"))}
+TEXTS = {path.stem: path.read_text(encoding="utf-8") for path in statement_files()}
 Columns = dict[tuple[str, str], dict[str, tuple[str, bool]]]
 
 

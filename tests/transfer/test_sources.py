@@ -22,10 +22,9 @@ from hypothesis import strategies as st
 
 from chatdb._core import validate
 from chatdb.errors import InvalidInputError
-from chatdb.formats import json_objects, jsonlines
 from chatdb.formats.items import Changed, Skipped, SourceConversation, SourceMessage
 from chatdb.records import Conversation, JsonText, Message
-from chatdb.transfer import files
+from chatdb.transfer import files, json_objects, jsonlines
 
 CUT_INSIDE = Skipped("the file is cut off inside its last conversation", conversations=1)
 CUT_BETWEEN = Skipped("the file is cut off: its closing bracket is missing")

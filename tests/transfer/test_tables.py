@@ -20,16 +20,12 @@ import pytest
 from psycopg import sql
 
 import chatdb
+from chatdb.formats import openai
 from chatdb.formats.items import Changed, Skipped, SourceConversation, SourceMessage
 from chatdb.pool import Pool
 from chatdb.transfer import files, tables
-from chatdb.transfer.importer import (
-    CHANGED_SINCE,
-    OTHER_OF_KEY,
-    ImportReport,
-    export_conversations,
-    import_conversations,
-)
+from chatdb.transfer.exporter import export_conversations
+from chatdb.transfer.importer import CHANGED_SINCE, OTHER_OF_KEY, ImportReport, import_conversations
 from tests.conftest import as_role, execute
 from tests.transfer.test_transfer import exported, portable
 
@@ -192,7 +188,7 @@ def test_every_type_of_item_is_known() -> None:
     for item in get_args(frameworks().TResponseInputItem):
         hints = get_type_hints(item)
         (kind, *_) = get_args(next((a for a in get_args(hints["type"]) if get_args(a)), hints["type"]))
-        types[kind] = tables._openai({"type": kind, "role": next(iter(get_args(hints.get("role"))), None)})[0]
+        types[kind] = openai.said({"type": kind, "role": next(iter(get_args(hints.get("role"))), None)})[0]
     assert len(types) > 25
     assert types["mcp_call"] == types["item_reference"] == types["reasoning"] == "assistant"
     assert types["custom_tool_call_output"] == types["program_output"] == "tool"
@@ -216,7 +212,7 @@ def test_every_type_of_item_is_known() -> None:
 )
 def test_readable_text(item: dict[str, Any], text: str) -> None:
     """The content is what a person reads of an item; arguments, pictures and the like are in the payload only."""
-    assert tables._openai(item)[1] == text
+    assert openai.said(item)[1] == text
 
 
 @pytest.mark.parametrize("framework", ["openai-agents", "langchain"])

