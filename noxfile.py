@@ -163,10 +163,11 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check the form of Python, SQL and migrations."""
+    """Check the form of Python, SQL and migrations, and who imports whom."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports", "--no-cache")
     session.run("sqlfluff", "lint", "--processes", "2", "sql", "migrations")
     inside = set(Path("migrations").glob("*.sql"))
     outside = {path for path in inside if "-- transactional: false" in path.read_text()}

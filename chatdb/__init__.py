@@ -2,6 +2,7 @@
 
 import sys
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 # python -m chatdb, which an interrupt ends from here on, not after all these imports; no other program that imports it
 if sys.argv[:1] == ["-m"] and ("-m", "chatdb") in pairwise(sys.orig_argv):
@@ -10,13 +11,11 @@ if sys.argv[:1] == ["-m"] and ("-m", "chatdb") in pairwise(sys.orig_argv):
 from chatdb.conversations import (
     create_conversation,
     delete_conversation,
-    delete_user,
     get_conversation,
     get_conversation_by_key,
     list_conversations,
     update_conversation,
 )
-from chatdb.embedded.server import open_embedded
 from chatdb.errors import (
     AcquireTimeoutError,
     ChatDBError,
@@ -46,6 +45,21 @@ from chatdb.messages import (
 from chatdb.pool import create_pool, transaction
 from chatdb.records import UNSET, Conversation, Deleted, JsonText, Message, NewMessage, Role
 from chatdb.schema import check_schema
+from chatdb.users import delete_user
+
+if TYPE_CHECKING:
+    from chatdb.embedded.server import open_embedded
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import the embedded server when it is asked for: services on a server of their own never need it."""
+        if name != "open_embedded":
+            raise AttributeError(f"module 'chatdb' has no attribute {name!r}")
+        from chatdb.embedded.server import open_embedded
+
+        globals()[name] = open_embedded
+        return open_embedded
+
 
 __all__ = [
     "UNSET",

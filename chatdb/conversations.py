@@ -13,7 +13,6 @@ from chatdb._core.validate import (
     check_key,
     check_limit,
     check_text,
-    check_timeout,
     check_title,
     check_user_id,
 )
@@ -28,7 +27,6 @@ _list_conversations = Query("list_conversations", Conversation, repeatable=True)
 _list_conversations_before = Query("list_conversations_before", Conversation, repeatable=True)
 _update_conversation = Query("update_conversation", Conversation)
 _delete_conversation = Query("delete_conversation", Deleted)
-_delete_user = Query("delete_user", Deleted)
 
 
 async def create_conversation(
@@ -140,15 +138,3 @@ async def delete_conversation(db: Database, *, user_id: str, conversation_id: in
     Raises ConversationNotFoundError.
     """
     return await _delete_conversation.fetch_one(db, check_user_id(user_id), check_id(conversation_id))
-
-
-async def delete_user(db: Database, *, user_id: str, timeout: float | None = None) -> Deleted:
-    """
-    Delete every conversation of a user with all messages, and return how many rows went, 0 for an unknown user.
-
-    One statement, all or nothing. `timeout` in seconds replaces the pool's command timeout for a user with very many
-    messages.
-
-    Raises CommandTimeoutError when it takes longer.
-    """
-    return await _delete_user.fetch_one(db, check_user_id(user_id), timeout=check_timeout(timeout))

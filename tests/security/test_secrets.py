@@ -296,7 +296,9 @@ async def test_everything_public(db: chatdb.pool.Pool, told: Told) -> None:
     told.shown(NewMessage(role="user", content=MARK, payload=MARK, metadata={MARK: 1}, key=MARK))
     now = conversation.created_at
     told.shown(
-        StoredConversation(place=1, id=1, last_seq=1, created_at=now, final_seq=1, final_key=MARK, final_created_at=now)
+        StoredConversation(
+            ordinality=1, id=1, last_seq=1, created_at=now, final_seq=1, final_key=MARK, final_created_at=now
+        )
     )
     told.shown(await chatdb.delete_user(db, user_id="alice"), connect_arguments.__name__)
     items = [
