@@ -86,7 +86,7 @@ class Difference(NamedTuple):
 
     table: str
     name: str
-    found: str | None
+    actual: str | None
 
     @property
     def needed(self) -> str:
@@ -96,7 +96,7 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         kind = kind_of(self.name)
         shown = f"{self.table}.{self.name} ({self.needed if kind == 'column' else kind})"
-        return f"{shown} is {self.found}" if self.found else shown
+        return f"{shown} is {self.actual}" if self.actual else shown
 
 
 def kind_of(name: str) -> str:
@@ -111,12 +111,12 @@ def without_quotes(definition: str) -> str:
 
 def differences(parts: Iterable[SchemaPart]) -> list[Difference]:
     """Return what a database lacks or has otherwise; more than is needed is welcome."""
-    found = {(part.relation, part.name): without_quotes(part.definition) for part in parts}
+    actual = {(part.relation, part.name): without_quotes(part.definition) for part in parts}
     return [
-        Difference(table, name, found.get((table, name)))
+        Difference(table, name, actual.get((table, name)))
         for table, needed in NEEDED.items()
         for name, definition in needed.items()
-        if found.get((table, name)) != definition
+        if actual.get((table, name)) != definition
     ]
 
 
@@ -133,9 +133,9 @@ async def check_schema(db: Database) -> None:
     parts = await _check_schema.fetch_all(db)
     if not parts:
         raise SchemaError("the database has no chatdb tables: run yoyo apply, or chatdb migrate")
-    found = differences(parts)
-    missing = [str(each) for each in found if each.found is None]
-    other = [str(each) for each in found if each.found is not None]
+    all_differences = differences(parts)
+    missing = [str(difference) for difference in all_differences if difference.actual is None]
+    other = [str(difference) for difference in all_differences if difference.actual is not None]
     said = [f"lack {', '.join(missing)}: run yoyo apply, or chatdb migrate"] if missing else []
     if other:
         said.append(f"are not as this release needs them, {', '.join(other)}: chatdb check says how to mend that")

@@ -256,19 +256,19 @@ def read_dsn(
     service = given.pop("service", None) or said.pop("service", None) or environment.get("PGSERVICE")
     file = given.pop("servicefile", None) or environment.get("PGSERVICEFILE")
     by_service = _of_service(service, file, environment) if service else {}
-    found = _Options(said, by_service, by_variables)
+    options = _Options(said, by_service, by_variables)
 
-    hosts, ports = _addresses(given, found)
+    hosts, ports = _addresses(given, options)
     # each is taken, also where something given comes before it: what is left is unknown
-    user, database, password = (found.take(name, _text) for name in ("user", "dbname", "password"))
+    user, database, password = (options.take(name, _text) for name in ("user", "dbname", "password"))
     user = given.get("user") or user or _default_user()
     database = given.get("database") or database or user
     password = given.get("password", password)
-    named_file = found.take("passfile", str)
+    named_file = options.take("passfile", str)
     passfile = given.get("passfile") or named_file
     if password is None or (type(password) is str and not password):  # else what asyncpg calls for one
         password = _password(passfile, environment, hosts, ports, database, user)
-    tls, for_libpq = _tls(found, given.get("ssl"), local=all(map(_is_local, hosts)))
+    tls, for_libpq = _tls(options, given.get("ssl"), local=all(map(_is_local, hosts)))
     if service and environment.get("PGSERVICE"):
         for_libpq["service"] = service  # or libpq looks for the other one, and fails if there is none
     if passfile:
@@ -278,14 +278,14 @@ def read_dsn(
         for name, option in _SETTINGS.items()
         if environment.get(name) and environment[name].lower() != "default"
     }
-    named = {name: found.take(name, _text) for name in ("application_name", "options")}
+    named = {name: options.take(name, _text) for name in ("application_name", "options")}
     settings |= {name: value for name, value in named.items() if value is not None}
-    timeout = found.take("connect_timeout", _seconds)
+    timeout = options.take("connect_timeout", _seconds)
     if timeout is not None:
         for_libpq["connect_timeout"] = f"{math.ceil(timeout)}"
-    service_name = found.take("krbsrvname", _text)
-    attributes = found.take("target_session_attrs", _one_of(ATTRIBUTES))
-    negotiation = found.take("sslnegotiation", _one_of({"postgres", "direct"}))
+    service_name = options.take("krbsrvname", _text)
+    attributes = options.take("target_session_attrs", _one_of(ATTRIBUTES))
+    negotiation = options.take("sslnegotiation", _one_of({"postgres", "direct"}))
     if negotiation:
         for_libpq["sslnegotiation"] = negotiation
     is_direct = given.get("direct_tls", negotiation == "direct")
@@ -304,9 +304,9 @@ def read_dsn(
         tls=tls,
         krbsrvname=given.get("krbsrvname") or service_name or "postgres",
         gsslib=given.get("gsslib") or _gsslib(environment),
-        for_libpq=for_libpq | found.ignored,
+        for_libpq=for_libpq | options.ignored,
     )
-    found.refuse_rest()
+    options.refuse_rest()
     return info
 
 
@@ -402,8 +402,8 @@ def _of_text(dsn: str) -> dict[str, str]:
     user, _, password = login.partition(":")
     host, port = _host_and_port(address)
     database = parts.path.removeprefix("/")
-    found = {"user": user, "password": password, "host": host, "dbname": database}
-    options = {name: unquote(value) for name, value in found.items() if value} | ({"port": port} if port else {})
+    named = {"user": user, "password": password, "host": host, "dbname": database}
+    options = {name: unquote(value) for name, value in named.items() if value} | ({"port": port} if port else {})
     return options | _once(query)
 
 
@@ -458,19 +458,19 @@ def _of_service(name: str, file: str | None, environment: Mapping[str, str]) -> 
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError):  # none there, or not one in UTF-8
             continue
-        found: dict[str, str] | None = None
+        options: dict[str, str] | None = None
         for line in map(str.strip, lines):
             if line.startswith("["):
-                if found is not None:
+                if options is not None:
                     break
-                found = {} if line == f"[{name}]" else None
-            elif found is not None and line and not line.startswith("#"):
+                options = {} if line == f"[{name}]" else None
+            elif options is not None and line and not line.startswith("#"):
                 option, separator, value = line.partition("=")
                 if not separator or option == "service":
                     raise ConfigurationError("the service file has a line that is no option=value")
-                found.setdefault(option, value)
-        if found is not None:
-            return found
+                options.setdefault(option, value)
+        if options is not None:
+            return options
     raise ConfigurationError(
         "no service file has the service that the DSN or PGSERVICE names: check PGSERVICEFILE and ~/.pg_service.conf"
     )
@@ -485,10 +485,10 @@ def _home(environment: Mapping[str, str]) -> Path | None:
         return None
 
 
-def _addresses(given: Mapping[str, Any], found: _Options) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _addresses(given: Mapping[str, Any], options: _Options) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Return the hosts and their ports."""
-    hosts: list[str] = found.take("host", lambda value: _text(value).split(",")) or [""]
-    ports: list[int] = found.take("port", lambda value: [_port(port) for port in value.split(",")]) or [5432]
+    hosts: list[str] = options.take("host", lambda value: _text(value).split(",")) or [""]
+    ports: list[int] = options.take("port", lambda value: [_port(port) for port in value.split(",")]) or [5432]
     if given.get("host"):
         hosts = [given["host"]] if isinstance(given["host"], str) else list(given["host"])
     if given.get("port"):
@@ -553,18 +553,18 @@ def _password(
     home = _home(environment)
     file = Path(passfile) if passfile else home / ".pgpass" if home else None
     entries = _entries(file) if file else []
-    found: set[str] = set()
+    passwords: set[str] = set()
     for host, port in zip(hosts, ports, strict=True):
         wanted = ("localhost" if host in _SOCKET_FOLDERS else host, str(port), database, user)
         for *fields, password in entries:
-            if all(given == "*" or _unescaped(given) == each for given, each in zip(fields, wanted, strict=True)):
-                found.add(_unescaped(password))
+            if all(given == "*" or _unescaped(given) == value for given, value in zip(fields, wanted, strict=True)):
+                passwords.add(_unescaped(password))
                 break
-    if len(found) > 1:
+    if len(passwords) > 1:
         raise ConfigurationError(
             "the password file has different passwords for the DSN's hosts, and asyncpg sends one to all of them"
         )
-    return found.pop() if found else None
+    return passwords.pop() if passwords else None
 
 
 def _entries(file: Path) -> list[list[str]]:
@@ -618,15 +618,15 @@ def _is_local(host: str) -> bool:
 
 
 def _tls(
-    found: _Options,
+    options: _Options,
     given: ssl.SSLContext | str | bool | None,
     *,
     local: bool,
 ) -> tuple[ssl.SSLContext | str | bool, dict[str, str]]:
     """Return the demand of TLS for asyncpg, and for libpq."""
-    is_demanded = found.has("sslrootcert")
-    mode = found.take("sslmode", _one_of(SSLMODES))
-    files = {name: found.take(name, str) for name in ("sslrootcert", "sslcert", "sslkey", "sslpassword")}
+    is_demanded = options.has("sslrootcert")
+    mode = options.take("sslmode", _one_of(SSLMODES))
+    files = {name: options.take(name, str) for name in ("sslrootcert", "sslcert", "sslkey", "sslpassword")}
     files = {name: value for name, value in files.items() if value}
     if isinstance(given, str):
         mode = given

@@ -86,15 +86,15 @@ def checked(options: Mapping[str, object]) -> dict[str, Any]:
         if name not in _CHECKS:
             near = get_close_matches(name, _CHECKS, 1)
             raise ConfigurationError(f"create_pool has no option {name}{f': is {near[0]} meant?' if near else ''}")
-    found = {
+    checked_options = {
         name: _CHECKS[name](name, value) for name, value in options.items() if not (value is None and name in _OPTIONAL)
     }
-    least, most = found.get("min_size", 0), found.get("max_size", 10)
+    least, most = checked_options.get("min_size", 0), checked_options.get("max_size", 10)
     if least > most:
         raise ConfigurationError(f"min_size must be at most max_size, which is {most:,}, not {least:,}")
-    if not least <= found.get("init_size", least) <= most:
+    if not least <= checked_options.get("init_size", least) <= most:
         raise ConfigurationError(f"init_size must be min_size to max_size, which is {least:,} to {most:,}")
-    return found
+    return checked_options
 
 
 def _refuse(name: str, wanted: str, value: object) -> NoReturn:
@@ -191,7 +191,7 @@ def _one_or_more(check: Callable[[str, object], Any]) -> Callable[[str, object],
             values = [*cast("Sequence[object]", value)]
             if not values:
                 raise ConfigurationError(f"{name} must not be empty")
-            return [check(f"{name}[{index}]", each) for index, each in enumerate(values)]
+            return [check(f"{name}[{index}]", item) for index, item in enumerate(values)]
         return [check(name, value)]
 
     return check_each
@@ -226,7 +226,7 @@ def _settings(name: str, value: object) -> dict[str, str]:
         _refuse(name, "a dict of str", value)
     items = cast("list[tuple[object, object]]", [*dict.items(cast("dict[object, object]", value))])
     keys = [_text(f"a key of {name}", key) for key, _ in items]
-    return {key: _text(f"{name}.{key}", each, least=0) for key, (_, each) in zip(keys, items, strict=True)}
+    return {key: _text(f"{name}.{key}", item, least=0) for key, (_, item) in zip(keys, items, strict=True)}
 
 
 _CHECKS: Final[dict[str, Callable[[str, object], Any]]] = {

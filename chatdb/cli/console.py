@@ -42,7 +42,7 @@ class _Console(Console):
     """A console that shows texts as they are: no markup, no emoji codes, no control characters."""
 
     def print(self, *objects: Any, **options: Any) -> None:  # noqa: ANN401 - rich's own
-        super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **options)
+        super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **options)
 
 
 out = _Console(highlight=False, emoji=False, markup=False, soft_wrap=True)

@@ -122,8 +122,8 @@ def import_(
     async def work(file: Path) -> ImportReport:
         async with _database() as pool:
             if "://" in source:
-                found = tables.read(source, str(format), table=table, sessions=session or ())
-                return await _import_tables(pool, user, found)
+                items = tables.read(source, str(format), table=table, sessions=session or ())
+                return await _import_tables(pool, user, items)
             return await import_file(pool, user, file, str(format))
 
     if "://" not in source:
@@ -169,18 +169,18 @@ def list_(
         async with _database(command_timeout=10) as pool, chatdb.transaction(pool, user_id=user) as connection:
             return await chatdb.list_conversations(connection, user_id=user, limit=limit)
 
-    found = run(work())
+    conversations = run(work())
     if as_json:
-        print_json([conversation.model_dump(mode="json") for conversation in found])
+        print_json([conversation.model_dump(mode="json") for conversation in conversations])
         return
     rows = [
         (
-            str(each.id),
-            f"{each.updated_at:%Y-%m-%d %H:%M:%S}",
-            str(each.last_seq),
-            _heading(each),
+            str(conversation.id),
+            f"{conversation.updated_at:%Y-%m-%d %H:%M:%S}",
+            str(conversation.last_seq),
+            _heading(conversation),
         )
-        for each in found
+        for conversation in conversations
     ]
     heads = ("id", "last activity (UTC)", "last seq", "title or key")
     if not out.is_terminal:
@@ -240,14 +240,14 @@ def delete_user(
         async with _database(chosen, say=False) as pool:
             return await _deleted(pool, user)
 
-    found = run(counted())
-    if not dry_run and any(found.model_dump().values()):
-        confirm(f"Delete {_numbers(found)} of {in_a_line(user)} from {chosen.name}?", yes=yes)
-        found = run(deleted())
+    counts = run(counted())
+    if not dry_run and any(counts.model_dump().values()):
+        confirm(f"Delete {_numbers(counts)} of {in_a_line(user)} from {chosen.name}?", yes=yes)
+        counts = run(deleted())
     if as_json:
-        print_json({"would_delete" if dry_run else "deleted": found.model_dump()})
+        print_json({"would_delete" if dry_run else "deleted": counts.model_dump()})
     else:
-        out.print(f"{'would delete' if dry_run else 'deleted'} {_numbers(found)}")
+        out.print(f"{'would delete' if dry_run else 'deleted'} {_numbers(counts)}")
 
 
 async def _deleted(pool: Pool, user: str) -> Deleted:
@@ -269,8 +269,8 @@ async def _deleted(pool: Pool, user: str) -> Deleted:
         await asyncio.gather(deletion, return_exceptions=True)
 
 
-def _numbers(found: Deleted) -> str:
-    return f"{found.conversations:,} conversations, {found.messages:,} messages"
+def _numbers(counts: Deleted) -> str:
+    return f"{counts.conversations:,} conversations, {counts.messages:,} messages"
 
 
 async def import_file(pool: Pool, user: str, path: Path, format: str = "auto") -> ImportReport:  # noqa: A002
@@ -290,12 +290,12 @@ async def import_file(pool: Pool, user: str, path: Path, format: str = "auto") -
         return await import_conversations(pool, user_id=user, items=items())
 
 
-async def _import_tables(pool: Pool, user: str, found: Generator[Item, None, None]) -> ImportReport:
-    with progress("importing") as bar, closing(found):
+async def _import_tables(pool: Pool, user: str, source: Generator[Item, None, None]) -> ImportReport:
+    with progress("importing") as bar, closing(source):
         task = bar.add_task("tables", total=None)
 
         def items() -> Iterator[Item]:  # runs in import_conversations' thread
-            for count, item in enumerate(found):
+            for count, item in enumerate(source):
                 if count % 1_000 == 0:
                     bar.update(task, completed=count)
                 yield item

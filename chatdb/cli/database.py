@@ -79,13 +79,14 @@ def on_a_database(command: Callable[..., None]) -> Callable[..., None]:
         choose(database, embedded=embedded)
         command(**options)
 
-    own = [
+    choices = [
         inspect.Parameter("database", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=DatabaseOption),
         inspect.Parameter("embedded", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=EmbeddedOption),
     ]
     signature = inspect.signature(command, eval_str=True)
-    vars(chosen)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), *own])
-    chosen.__annotations__ = {each.name: each.annotation for each in (*signature.parameters.values(), *own)}
+    parameters = [*signature.parameters.values(), *choices]
+    vars(chosen)["__signature__"] = signature.replace(parameters=parameters)
+    chosen.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return chosen
 
 
@@ -138,11 +139,12 @@ def _refuse_partial(names: tuple[str, ...]) -> None:
         raise ConfigurationError(
             f"CHATDB_MIGRATE_URL is set, and DATABASE_URL, by which this command goes, is not: set it, {_CHOOSE}"
         )
-    found = [name for name in _LIBPQ if name in os.environ]
-    if found:
+    variables = [name for name in _LIBPQ if name in os.environ]
+    if variables:
+        are, they_lead = ("are", "they lead") if len(variables) > 1 else ("is", "it leads")
         raise ConfigurationError(
-            f"{', '.join(found)} {'are' if len(found) > 1 else 'is'} set, and {names[-1]} is not: to go where "
-            f"{'they lead' if len(found) > 1 else 'it leads'} set DATABASE_URL=postgresql://, {_CHOOSE}"
+            f"{', '.join(variables)} {are} set, and {names[-1]} is not: to go where {they_lead} set "
+            f"DATABASE_URL=postgresql://, {_CHOOSE}"
         )
 
 
@@ -218,17 +220,17 @@ def _refuse_foreign(path: Path, status: os.stat_result) -> None:
     if sys.platform == "win32":
         return
     target = path.resolve()
-    for what, found in (
+    for what, owned in (
         (path, path.lstat()),
         (target, status),
         (path.parent, path.parent.stat()),
         (target.parent, target.parent.stat()),
     ):
-        if found.st_uid not in {0, os.geteuid()}:
+        if owned.st_uid not in {0, os.geteuid()}:
             problem = f"{what} is another user's"
-        elif stat.S_ISLNK(found.st_mode) or (stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX):
+        elif stat.S_ISLNK(owned.st_mode) or (stat.S_ISDIR(owned.st_mode) and owned.st_mode & stat.S_ISVTX):
             continue  # in a sticky folder only the file's owner can replace it
-        elif found.st_mode & 0o002 or (found.st_mode & 0o020 and not _is_own_group(found.st_gid)):
+        elif owned.st_mode & 0o002 or (owned.st_mode & 0o020 and not _is_own_group(owned.st_gid)):
             problem = f"another user can write {what}"
         else:
             continue

@@ -72,8 +72,8 @@ async def _five_things(pool: Pool, out: Console) -> None:
         out.print(f"{message.seq}  {message.role:<9}  {message.content}")
 
     _head(out, "4. List the user's conversations, latest activity first")
-    for each in await chatdb.list_conversations(pool, user_id=USER, limit=3):
-        _print_conversation(out, each)
+    for conversation in await chatdb.list_conversations(pool, user_id=USER, limit=3):
+        _print_conversation(out, conversation)
 
     _head(out, "5. Delete the conversation; its messages go by CASCADE")
     deleted = await chatdb.delete_conversation(pool, user_id=USER, conversation_id=at)
@@ -108,8 +108,8 @@ async def _time_history(pool: Pool, out: Console) -> bool:
 async def _interleaved(pool: Pool) -> list[int]:
     """Return conversations of real texts whose messages were written in turns, as traffic writes them."""
     texts: list[str] = []
-    for each in await chatdb.list_conversations(pool, user_id=USER, limit=CONVERSATIONS):
-        history = await chatdb.get_history(pool, user_id=USER, conversation_id=each.id)
+    for conversation in await chatdb.list_conversations(pool, user_id=USER, limit=CONVERSATIONS):
+        history = await chatdb.get_history(pool, user_id=USER, conversation_id=conversation.id)
         texts.extend(message.content for message in history)
     made = [
         await chatdb.create_conversation(pool, user_id=USER, key=f"history-{number}", title=f"History {number}")

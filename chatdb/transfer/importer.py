@@ -263,7 +263,7 @@ async def _match_stored(
 ) -> None:
     """Find which of the conversations are stored, and store the others."""
     sources = [target.source for target in targets]
-    found = await _import_conversations_find.fetch_all(
+    matches = await _import_conversations_find.fetch_all(
         connection,
         user,
         [source.key for source in sources],
@@ -271,7 +271,7 @@ async def _match_stored(
         to_texts(target.occurrence for target in targets),
         to_texts(source.last_seq for source in sources),
     )
-    for stored in found:
+    for stored in matches:
         target = targets[stored.ordinality - 1]
         target.stored = stored
         if target.source.created_at not in (None, stored.created_at):

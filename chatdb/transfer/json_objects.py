@@ -46,7 +46,7 @@ def objects(file: BinaryIO) -> Iterator[dict[str, Any] | Skipped]:
             expected = {"[": "{]", ",": "{", "]": ""}[mark]
             offset += 1
             continue
-        while (found := _object(text, offset, dropped)) is None:
+        while (decoded := _object(text, offset, dropped)) is None:
             dropped += offset
             text, offset = text[offset:], 0
             size = len(text)
@@ -56,13 +56,13 @@ def objects(file: BinaryIO) -> Iterator[dict[str, Any] | Skipped]:
             if len(text) == size:
                 yield Skipped("the file is cut off inside its last conversation", conversations=1)
                 return
-        value, offset = found
+        value, offset = decoded
         expected = ",]" if in_array else "{"
         if offset > _CHUNK:  # the text of a large object goes before it is used, and the object before the next is read
             dropped += offset
             text, offset = text[offset:], 0
         yield value
-        del value, found
+        del value, decoded
     if expected == "[{":
         raise InvalidInputError("file", "is empty")
     if in_array and expected:

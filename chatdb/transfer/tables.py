@@ -215,14 +215,14 @@ def _read(source: psycopg.Connection, chosen: str, table: str | None, sessions: 
     names = _OPENAI_TABLES if table is None else (table,)
     oids = [source.execute(_OID, [_quoted(name)]).fetchone() for name in names]
     source.execute(_PIN)
-    found = [tuple(name) for row in oids if row and (name := source.execute(_NAME, row).fetchone())]
+    names_found = [tuple(name) for row in oids if row and (name := source.execute(_NAME, row).fetchone())]
     if table is None:
-        found = _choose_tables(source, chosen, found)
-    elif not found:
+        names_found = _choose_tables(source, chosen, names_found)
+    elif not names_found:
         problem = f"is not there: the database has no table {table!r}, or not of the form; looked for {_LOOKED_FOR}"
         raise InvalidInputError("table", problem)
-    tables = _tables(found)
-    wanted = {session if len(found) > 1 else _uuid(session) for session in sessions}
+    tables = _tables(names_found)
+    wanted = {session if len(names_found) > 1 else _uuid(session) for session in sessions}
     for session, messages in groupby(_messages(source, tables, sorted(wanted) or None), lambda pair: pair[0].session):
         wanted.discard(session)
         yield from _conversation(messages, tables.convert)
@@ -237,16 +237,16 @@ def _quoted(name: str) -> str:
 
 def _choose_tables(source: psycopg.Connection, chosen: str, openai: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Return the schema and the name of langchain's table, or those of openai-agents' two."""
-    found: dict[str, list[tuple[str, ...]]] = {}
+    candidates: dict[str, list[tuple[str, ...]]] = {}
     if chosen != "langchain" and len(openai) == len(_OPENAI_TABLES):
-        found["agent_messages"] = openai
+        candidates["agent_messages"] = openai
     if chosen != "openai-agents":
-        found |= {".".join(name): [name] for name in source.execute(_LANGCHAIN_TABLES)}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    if not found:
+        candidates |= {".".join(name): [name] for name in source.execute(_LANGCHAIN_TABLES)}
+    if len(candidates) == 1:
+        return next(iter(candidates.values()))
+    if not candidates:
         raise InvalidInputError("table", f"the database has none that can be read; looked for were {_LOOKED_FOR}")
-    raise InvalidInputError("table", f"there are several: choose by --table or --format among {', '.join(found)}")
+    raise InvalidInputError("table", f"there are several: choose by --table or --format among {', '.join(candidates)}")
 
 
 def _tables(qualified_names: Sequence[tuple[str, ...]]) -> _Tables:

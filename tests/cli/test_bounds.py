@@ -47,8 +47,8 @@ COMMANDS = {
 SLOWER = {"import", "import of tables", "export", "demo", "delete-user", "delete-user --dry-run"}
 """Those of which a statement may take half a minute, and closing the pool ten seconds."""
 
-LIMIT = 15.0
-"""Seconds within which each of them ends."""
+LIMIT = 45.0
+"""Seconds within which each of them ends, on a machine that is busy with something else: 5 to 10 on one that is not."""
 
 
 class Proxy:
@@ -127,7 +127,7 @@ def ended(arguments: list[str], dsn: str, file: Path) -> tuple[float, subprocess
         cwd=file.parent,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=120,
     )
     return time.monotonic() - start, done
 
@@ -154,7 +154,7 @@ def test_no_command_hangs(dsn: str, file: Path, silent: str | int) -> None:
             place = stack.enter_context(Proxy(None)).dsn
         else:
             place = stack.enter_context(Proxy(dsn, int(silent))).dsn
-        with ThreadPoolExecutor(8) as executor:
+        with ThreadPoolExecutor(4) as executor:
             results = [*executor.map(lambda arguments: ended(arguments, place, file), COMMANDS.values())]
     slowest = 0.0
     for name, (seconds, done) in zip(COMMANDS, results, strict=True):
