@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from chatdb._core.driver_errors import SWALLOWED
 from chatdb._core.query import Database, Query
 from chatdb._core.validate import (
     MAX_NAME,
@@ -17,7 +18,7 @@ from chatdb._core.validate import (
     check_title,
     check_user_id,
 )
-from chatdb.errors import SWALLOWED, ConfigurationError, ConversationNotFoundError, UnavailableError
+from chatdb.errors import ConfigurationError, ConversationNotFoundError, UnavailableError
 from chatdb.records import UNSET, Conversation, Deleted, Unset
 
 _create_conversation = Query("create_conversation", Conversation)

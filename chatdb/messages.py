@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NoReturn
 
+from chatdb._core.driver_errors import SWALLOWED
 from chatdb._core.query import Database, Query
 from chatdb._core.validate import (
     MAX_BIGINT,
@@ -25,7 +26,7 @@ from chatdb._core.validate import (
     to_texts,
 )
 from chatdb.conversations import get_conversation
-from chatdb.errors import SWALLOWED, ConfigurationError, ConflictError, ConversationNotFoundError, MessageNotFoundError
+from chatdb.errors import ConfigurationError, ConflictError, ConversationNotFoundError, MessageNotFoundError
 from chatdb.records import UNSET, Deleted, Message, NewMessage, Role, Unset
 
 _append_message = Query("append_message", Message)

@@ -17,6 +17,7 @@ from asyncpg.pool import PoolConnectionProxy
 from pydantic import BaseModel
 
 from chatdb._core.decode import decoder
+from chatdb._core.driver_errors import as_chatdb_error, mapped_driver_errors
 from chatdb._core.validate import type_name
 from chatdb.errors import (
     AcquireTimeoutError,
@@ -26,8 +27,6 @@ from chatdb.errors import (
     InvalidInputError,
     PoolClosedError,
     UnavailableError,
-    as_chatdb_error,
-    mapped_driver_errors,
 )
 
 if TYPE_CHECKING:

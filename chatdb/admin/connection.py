@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
+from chatdb._core.driver_errors import RLS_USER_ID, map_driver_error
 from chatdb._core.dsn import connect_arguments, libpq_dsn, server_of
-from chatdb.errors import RLS_USER_ID, ChatDBError, ConfigurationError, UnavailableError, map_driver_error
+from chatdb.errors import ChatDBError, ConfigurationError, UnavailableError
 
 try:
     import psycopg

@@ -28,6 +28,7 @@ from typing import IO, Annotated, Any, NoReturn, TypeVar
 from rich.table import Table
 
 import chatdb
+from chatdb._core.driver_errors import mapped_driver_errors
 from chatdb._core.query import Database
 from chatdb._core.validate import check_user_id
 from chatdb.cli import admin
@@ -54,7 +55,7 @@ from chatdb.cli.console import (
     say_target,
     target,
 )
-from chatdb.errors import ChatDBError, InvalidInputError, mapped_driver_errors
+from chatdb.errors import ChatDBError, InvalidInputError
 from chatdb.formats import jsonlines
 from chatdb.formats.items import Item
 from chatdb.pool import Pool
