@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import asyncpg
 
+from chatdb._core import sqlstate
+from chatdb._core.sqlstate import Kind, classify
 from chatdb.errors import (
     ChatDBError,
     CommandTimeoutError,
@@ -61,8 +63,8 @@ LINK = "fk_conversations_user"
 """The foreign key to the host's users, which `chatdb link-users` makes."""
 
 _EXHAUSTED = (
-    "a sequence of chatdb's tables has no numbers left (SQLSTATE 2200H): as the owner run alter sequence "
-    "chatdb.conversations_id_seq no maxvalue, and the same for chatdb.messages_id_seq"
+    f"a sequence of chatdb's tables has no numbers left (SQLSTATE {sqlstate.SEQUENCE_GENERATOR_LIMIT_EXCEEDED}): as "
+    "the owner run alter sequence chatdb.conversations_id_seq no maxvalue, and the same for chatdb.messages_id_seq"
 )
 
 _SCHEMA_HINT = (
@@ -106,9 +108,9 @@ _SETTINGS_HINT = (
 )
 _REFUSED_HINT = "the server{at} refused the connection (SQLSTATE {state}): {reason}"
 _REASONS = {
-    "28P01": "the user or the password is wrong, check the DSN",
-    "28000": "the user does not exist, or may not log in from here (pg_hba.conf)",
-    "3D000": "there is no database of this name, create it or check the DSN",
+    sqlstate.INVALID_PASSWORD: "the user or the password is wrong, check the DSN",
+    sqlstate.INVALID_AUTHORIZATION_SPECIFICATION: "the user does not exist, or may not log in from here (pg_hba.conf)",
+    sqlstate.INVALID_CATALOG_NAME: "there is no database of this name, create it or check the DSN",
 }
 _REASON = "the user, the password or the database is not known there, check the DSN"
 _FULL_HINT = "the server takes no connections at the moment: try again"
@@ -121,7 +123,10 @@ _ENCODING = re.compile(
 )
 _NOT_NULL = frozenset({"user_id", "conversation_id", "seq", "role", "content", "created_at"})
 # what the server undid for a reason that passes, whoever's function was running: connections, resources, locks, limits
-_TRANSIENT = frozenset({"08", "25", "40", "53", "55", "57", "58", "XX"})
+_TRANSIENT = frozenset(
+    {Kind.CONNECTION, Kind.RESOURCES, Kind.INTERNAL, Kind.INVALID_STATE, Kind.READ_ONLY, Kind.CANCELED}
+    | {Kind.SERIALIZATION, Kind.DEADLOCK, Kind.LOCK_TIMEOUT}
+)
 _NAMES = re.compile('"[^"]*"|(?<=database: ).*')
 """What of a pooler's words is a user's or a database's name."""
 
@@ -220,67 +225,83 @@ def _lost(error: Exception) -> UnavailableError:
 
 
 def _of_server(error: asyncpg.PostgresError, code: str | None, at: str) -> ChatDBError | None:
-    state = str(getattr(error, "sqlstate", None) or "")
-    name, column = getattr(error, "constraint_name", None), getattr(error, "column_name", None)
-    if name == RLS_USER_ID:
+    state, kind = error.sqlstate or "", classify(error)
+    if error.constraint_name == RLS_USER_ID:
         return ConfigurationError(NO_USER)
-    if code and state[:2] not in _TRANSIENT:
+    if code and kind not in _TRANSIENT:
         return _refused(f"function {code}", state)
-    is_chatdbs = getattr(error, "schema_name", None) in {None, "chatdb"}
-    if is_chatdbs:
+    if found := _of_constraint(error):
+        return found
+    match kind, state:
+        case _, sqlstate.CANNOT_CONNECT_NOW | sqlstate.TOO_MANY_CONNECTIONS | sqlstate.OBJECT_NOT_IN_PREREQUISITE_STATE:
+            return UnavailableError(_FULL_HINT, sent=False)
+        case _, sqlstate.SEQUENCE_GENERATOR_LIMIT_EXCEEDED:
+            return ConfigurationError(_EXHAUSTED)
+        case _, sqlstate.UNTRANSLATABLE_CHARACTER | sqlstate.CHARACTER_NOT_IN_REPERTOIRE if (
+            encoding := _ENCODING.search(str(error))
+        ):
+            return ConfigurationError(
+                f"the database's encoding, {encoding[0]}, cannot hold a character of a text: chatdb needs a database "
+                "with encoding UTF8 (see chatdb check)"
+            )
+        case Kind.VALUE | Kind.CONSTRAINT, _:
+            return InvalidInputError("argument", f"the server refused a value (SQLSTATE {state})")
+        case (Kind.SCHEMA, _) | (_, sqlstate.INVALID_COLUMN_REFERENCE):
+            return SchemaError(_SCHEMA_HINT)
+        case Kind.PRIVILEGE, _ if error.server_source_function in _RLS_FUNCTIONS:
+            return ConfigurationError(
+                "row-level security is on (chatdb protect), and the row is not that of the transaction's user: write "
+                "inside transaction(db, user_id=...) of the same user"
+            )
+        case Kind.PRIVILEGE, _:
+            return ConfigurationError("the database role lacks a privilege on chatdb's tables: grant it to the role")
+        case Kind.AUTHENTICATION, _:
+            return ConfigurationError(_REFUSED_HINT.format(at=at, state=state, reason=_REASONS.get(state, _REASON)))
+        case _, sqlstate.PROTOCOL_VIOLATION if error.server_source_function is None:
+            return _of_pooler(error, at)
+        case (Kind.PREPARED_STATEMENT, _) | (_, sqlstate.PROTOCOL_VIOLATION):
+            return ConfigurationError(_POOLER_HINT)
+        case Kind.CONNECTION, _:
+            return _lost(error)
+        case Kind.CANCELED, _:
+            return CommandTimeoutError(
+                "the server cancelled the statement, by its statement_timeout or a request", sent=True
+            )
+        case Kind.READ_ONLY, _:
+            return UnavailableError(_READ_ONLY_HINT, sent=True)
+        case Kind.SERIALIZATION | Kind.DEADLOCK | Kind.LOCK_TIMEOUT, _:
+            return UnavailableError(f"the server rolled the statement back (SQLSTATE {state}): try again", sent=True)
+        case Kind.RESOURCES | Kind.INTERNAL, _:
+            return UnavailableError(
+                f"the server failed, and undid the statement (SQLSTATE {state}): see its log", sent=True
+            )
+        case _ if isinstance(error, asyncpg.InvalidCachedStatementError):
+            return UnavailableError(_STALE_HINT, sent=True)
+        case _:  # such as a statement in a transaction that has failed: misuse
+            return None
+
+
+def _of_constraint(error: asyncpg.PostgresError) -> ChatDBError | None:
+    """Return the error of a constraint, chatdb's own or the host's."""
+    name, column = error.constraint_name, error.column_name
+    if error.schema_name in {None, "chatdb"}:
         if name in CONSTRAINTS:
             return InvalidInputError(*CONSTRAINTS[name])
         if name in CONFLICTS:
             return ConflictError(CONFLICTS[name])
         if name in BEHIND:
             return ConfigurationError(BEHIND[name])
-    match state:
-        case "25P02":  # a statement in a transaction that has failed: misuse
-            return None
-        case "23503" if is_chatdbs and name in {None, "fk_messages_conversation"}:  # Citus names no constraint
+        is_reference = error.sqlstate == sqlstate.FOREIGN_KEY_VIOLATION
+        if is_reference and name in {None, "fk_messages_conversation"}:  # Citus names no constraint
             return ConversationNotFoundError("the user has no such conversation: it was deleted meanwhile")
-        case "23503" if is_chatdbs and name == LINK:
+        if is_reference and name == LINK:
             return InvalidInputError("user_id", "is none of the host's users, to whom the database links conversations")
-        case "23502" if is_chatdbs and column in _NOT_NULL:
+        if error.sqlstate == sqlstate.NOT_NULL_VIOLATION and column in _NOT_NULL:
             return InvalidInputError(str(column), "must be given")
-        case "23502" | "23503" | "23505" | "23514" | "23P01" if getattr(error, "table_name", None):
-            part = f"constraint {name}" if name else f"NOT NULL of the column {column}"
-            table = f"{getattr(error, 'schema_name', '')}.{getattr(error, 'table_name', '')}"
-            return _refused(f"{part} of the table {table}", state)
-        case "2200H":
-            return ConfigurationError(_EXHAUSTED)
-        case "22P05" | "22021" if encoding := _ENCODING.search(str(error)):
-            return ConfigurationError(
-                f"the database's encoding, {encoding[0]}, cannot hold a character of a text: chatdb needs a database "
-                "with encoding UTF8 (see chatdb check)"
-            )
-        case "0A000" if isinstance(error, asyncpg.InvalidCachedStatementError):
-            return UnavailableError(_STALE_HINT, sent=True)
-        case "42P01" | "42703" | "3F000" | "42P10" | "42883":
-            return SchemaError(_SCHEMA_HINT)
-        case "42501" if getattr(error, "server_source_function", None) in _RLS_FUNCTIONS:
-            return ConfigurationError(
-                "row-level security is on (chatdb protect), and the row is not that of the transaction's user: write "
-                "inside transaction(db, user_id=...) of the same user"
-            )
-        case "42501":
-            return ConfigurationError("the database role lacks a privilege on chatdb's tables: grant it to the role")
-        case "08P01" if getattr(error, "server_source_function", None) is None:
-            return _of_pooler(error, at)
-        case "26000" | "42P05" | "08P01":
-            return ConfigurationError(_POOLER_HINT)
-        case "57014":
-            return CommandTimeoutError(
-                "the server cancelled the statement, by its statement_timeout or a request", sent=True
-            )
-        case "57P03" | "53300" | "55000":
-            return UnavailableError(_FULL_HINT, sent=False)
-        case "25006":
-            return UnavailableError(_READ_ONLY_HINT, sent=True)
-        case "40001" | "40P01" | "55P03":
-            return UnavailableError(f"the server rolled the statement back (SQLSTATE {state}): try again", sent=True)
-        case _:
-            return _of_class(error, state[:2], state, at)
+    if not error.table_name or classify(error) is not Kind.CONSTRAINT:
+        return None
+    part = f"constraint {name}" if name else f"NOT NULL of the column {column}"
+    return _refused(f"{part} of the table {error.schema_name}.{error.table_name}", error.sqlstate)
 
 
 def _refused(what: str, state: str) -> ConfigurationError:
@@ -300,22 +321,7 @@ def _of_pooler(error: asyncpg.PostgresError, at: str) -> ChatDBError:
     if "SSL required" in words:
         return ConfigurationError("a pooler stands in front of the database and takes TLS only: see the DSN's sslmode")
     if _REFUSED.search(words):
-        return ConfigurationError(_REFUSED_HINT.format(at=at, state="08P01", reason=_REASON))
+        return ConfigurationError(_REFUSED_HINT.format(at=at, state=sqlstate.PROTOCOL_VIOLATION, reason=_REASON))
     if _FULL.search(words):
         return UnavailableError(_FULL_HINT, sent=False)
     return _lost(error)
-
-
-def _of_class(error: asyncpg.PostgresError, kind: str, state: str, at: str) -> ChatDBError | None:
-    if kind in {"08", "57"}:
-        return _lost(error)
-    if kind in {"53", "58", "XX"}:
-        return UnavailableError(
-            f"the server failed, and undid the statement (SQLSTATE {state}): see its log", sent=True
-        )
-    if kind in {"28", "3D"}:
-        reason = _REASONS.get(state, _REASON)
-        return ConfigurationError(_REFUSED_HINT.format(at=at, state=state, reason=reason))
-    if kind in {"22", "23", "54"}:
-        return InvalidInputError("argument", f"the server refused a value (SQLSTATE {state})")
-    return None
