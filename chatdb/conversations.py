@@ -22,11 +22,11 @@ from chatdb.errors import ConfigurationError, ConversationNotFoundError, Unavail
 from chatdb.records import UNSET, Conversation, Deleted, Unset
 
 _create_conversation = Query("create_conversation", Conversation)
-_create_conversation_keyed = Query("create_conversation_keyed", Conversation, repeatable=True)
-_get_conversation = Query("get_conversation", Conversation, repeatable=True)
-_get_conversation_by_key = Query("get_conversation_by_key", Conversation, repeatable=True)
-_list_conversations = Query("list_conversations", Conversation, repeatable=True)
-_list_conversations_before = Query("list_conversations_before", Conversation, repeatable=True)
+_create_conversation_keyed = Query("create_conversation_keyed", Conversation, idempotent=True)
+_get_conversation = Query("get_conversation", Conversation, idempotent=True)
+_get_conversation_by_key = Query("get_conversation_by_key", Conversation, idempotent=True)
+_list_conversations = Query("list_conversations", Conversation, idempotent=True)
+_list_conversations_before = Query("list_conversations_before", Conversation, idempotent=True)
 _update_conversation = Query("update_conversation", Conversation)
 _delete_conversation = Query("delete_conversation", Deleted)
 _delete_user = Query("delete_user", Deleted)

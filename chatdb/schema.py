@@ -11,7 +11,7 @@ from chatdb._core.query import Database, Query
 from chatdb.errors import SchemaError
 from chatdb.records import SchemaPart
 
-_check_schema = Query("check_schema", SchemaPart, repeatable=True)
+_check_schema = Query("check_schema", SchemaPart, idempotent=True)
 STATEMENT = _check_schema.sql
 """What `check_schema` sends, for another driver."""
 
