@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from chatdb._core.driver_errors import SWALLOWED
 from chatdb._core.query import Database, Query
 from chatdb._core.validate import (
     MAX_NAME,
@@ -16,15 +17,15 @@ from chatdb._core.validate import (
     check_title,
     check_user_id,
 )
-from chatdb.errors import SWALLOWED, ConfigurationError, ConversationNotFoundError, UnavailableError
+from chatdb.errors import ConfigurationError, ConversationNotFoundError, UnavailableError
 from chatdb.records import UNSET, Conversation, Deleted, Unset
 
 _create_conversation = Query("create_conversation", Conversation)
-_create_conversation_keyed = Query("create_conversation_keyed", Conversation, repeatable=True)
-_get_conversation = Query("get_conversation", Conversation, repeatable=True)
-_get_conversation_by_key = Query("get_conversation_by_key", Conversation, repeatable=True)
-_list_conversations = Query("list_conversations", Conversation, repeatable=True)
-_list_conversations_before = Query("list_conversations_before", Conversation, repeatable=True)
+_create_conversation_keyed = Query("create_conversation_keyed", Conversation, idempotent=True)
+_get_conversation = Query("get_conversation", Conversation, idempotent=True)
+_get_conversation_by_key = Query("get_conversation_by_key", Conversation, idempotent=True)
+_list_conversations = Query("list_conversations", Conversation, idempotent=True)
+_list_conversations_before = Query("list_conversations_before", Conversation, idempotent=True)
 _update_conversation = Query("update_conversation", Conversation)
 _delete_conversation = Query("delete_conversation", Deleted)
 

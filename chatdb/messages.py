@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NoReturn
 
+from chatdb._core.driver_errors import SWALLOWED
 from chatdb._core.query import Database, Query
 from chatdb._core.validate import (
     MAX_BIGINT,
@@ -25,18 +26,18 @@ from chatdb._core.validate import (
     to_texts,
 )
 from chatdb.conversations import get_conversation
-from chatdb.errors import SWALLOWED, ConfigurationError, ConflictError, ConversationNotFoundError, MessageNotFoundError
+from chatdb.errors import ConfigurationError, ConflictError, ConversationNotFoundError, MessageNotFoundError
 from chatdb.records import UNSET, Deleted, Message, NewMessage, Role, Unset
 
 _append_message = Query("append_message", Message)
-_append_message_keyed = Query("append_message_keyed", Message, repeatable=True)
+_append_message_keyed = Query("append_message_keyed", Message, idempotent=True)
 _append_messages = Query("append_messages", Message)
 _append_messages_keyed = Query("append_messages_keyed", Message)
 # without the user and the conversation in each of its rows a page of 100 takes an eighth less time under load
-_get_history = Query("get_history", Message, given=("user_id", "conversation_id"), repeatable=True)
-_list_messages = Query("list_messages", Message, given=("user_id", "conversation_id"), repeatable=True)
-_get_message = Query("get_message", Message, repeatable=True)
-_get_message_by_key = Query("get_message_by_key", Message, repeatable=True)
+_get_history = Query("get_history", Message, given=("user_id", "conversation_id"), idempotent=True)
+_list_messages = Query("list_messages", Message, given=("user_id", "conversation_id"), idempotent=True)
+_get_message = Query("get_message", Message, idempotent=True)
+_get_message_by_key = Query("get_message_by_key", Message, idempotent=True)
 _update_message = Query("update_message", Message)
 _delete_message = Query("delete_message", Deleted)
 _delete_messages_after = Query("delete_messages_after", Deleted)
@@ -129,7 +130,7 @@ async def append_messages(
         if len(stored) < len(batch):
             await _refuse_swallowed(db, user, conversation)
         return sorted(stored, key=_in_order)
-    stored = await _append_messages_keyed.fetch_page(db, user, conversation, *columns, keys, repeatable=all(keys))
+    stored = await _append_messages_keyed.fetch_page(db, user, conversation, *columns, keys, idempotent=all(keys))
     if not stored:
         raise ConflictError(
             "some keys of the batch are stored and some are not, or a stored message has another body: nothing was "

@@ -17,19 +17,12 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 from asyncpg.transaction import Transaction, TransactionState
 
+from chatdb._core.driver_errors import map_driver_error, mapped_driver_errors
 from chatdb._core.dsn import AnyDsn, ConnectionInfo, read_dsn, server_of, text_of
 from chatdb._core.options import OF_CONNECTION, DriverOptions, checked
 from chatdb._core.query import FETCH, STATEMENTS, check_handle, fetch_rows, may_prepare_anew
 from chatdb._core.validate import check_user_id
-from chatdb.errors import (
-    AcquireTimeoutError,
-    ChatDBError,
-    ConfigurationError,
-    PoolClosedError,
-    UnavailableError,
-    map_driver_error,
-    mapped_driver_errors,
-)
+from chatdb.errors import AcquireTimeoutError, ChatDBError, ConfigurationError, PoolClosedError, UnavailableError
 
 if TYPE_CHECKING:
     AsyncpgPool = asyncpg.Pool[asyncpg.Record]

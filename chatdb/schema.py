@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from chatdb._core.driver_errors import NO_USER
 from chatdb._core.query import Database, Query
-from chatdb.errors import NO_USER, SchemaError
+from chatdb.errors import SchemaError
 from chatdb.records import SchemaPart
 
-_check_schema = Query("check_schema", SchemaPart, repeatable=True)
+_check_schema = Query("check_schema", SchemaPart, idempotent=True)
 STATEMENT = _check_schema.sql
 """What `check_schema` sends, for another driver."""
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import random
 import re
-import time
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
@@ -17,29 +15,21 @@ from asyncpg.pool import PoolConnectionProxy
 from pydantic import BaseModel
 
 from chatdb._core.decode import decoder
+from chatdb._core.driver_errors import as_chatdb_error, mapped_driver_errors
+from chatdb._core.retry import RetryPolicy
 from chatdb._core.validate import type_name
 from chatdb.errors import (
-    AcquireTimeoutError,
     ChatDBError,
     CommandTimeoutError,
     ConversationNotFoundError,
     InvalidInputError,
-    PoolClosedError,
     UnavailableError,
-    as_chatdb_error,
-    mapped_driver_errors,
 )
 
 if TYPE_CHECKING:
     from chatdb.pool import Connection
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
-
-_PAUSE: Final = (0.01, 0.1)
-"""The shortest and the longest wait before a statement is sent again, in seconds."""
-
-_PATIENCE: Final = 1.0
-"""Seconds after its first loss in which a statement may be sent again."""
 
 _PID: Final = "select pg_catalog.pg_backend_pid()"
 
@@ -85,18 +75,18 @@ class Query(Generic[RecordT]):
     """
 
     def __init__(
-        self, name: str, record: type[RecordT], *, given: tuple[str, ...] = (), repeatable: bool = False
+        self, name: str, record: type[RecordT], *, given: tuple[str, ...] = (), idempotent: bool = False
     ) -> None:
         """
         Read `sql/<name>.sql`, where the name may begin with a folder: `transfer/count_user`.
 
         `given` are fields that the first arguments give, and the statement does not send back with every row.
-        `repeatable` statements, which do nothing more the second time, may be sent again after a lost connection.
+        `idempotent` statements may be sent again after a lost connection, because they do nothing more the second time.
         """
         self.name = name.rpartition("/")[2]
         self.record = record
         self.given = given
-        self.repeatable = repeatable
+        self.idempotent = idempotent
         _, _, body = (data_folder("sql") / f"{name}.sql").read_text(encoding="utf-8").partition("\n\n")
         # OpenTelemetry names a span by the first word, so there is no space after the dashes; a leading /* comment */
         # would be cut off there. pg_stat_statements drops what stands before the statement's own first word.
@@ -120,13 +110,13 @@ class Query(Generic[RecordT]):
         page = await self.fetch_page(db, *args)
         return page[0] if page else None
 
-    async def fetch_page(self, db: Database, *args: object, repeatable: bool = False) -> list[RecordT]:
+    async def fetch_page(self, db: Database, *args: object, idempotent: bool = False) -> list[RecordT]:
         """
         Return a record per row but for an existence row at the end; no row raises ConversationNotFoundError.
 
-        `repeatable` says that with these arguments the statement is so.
+        `idempotent` says that the statement is so with these arguments.
         """
-        rows = await self._rows(db, args, None, repeatable)
+        rows = await self._rows(db, args, None, idempotent)
         if not rows:
             raise _not_found()
         if rows[-1]["id"] is None:
@@ -142,36 +132,34 @@ class Query(Generic[RecordT]):
                     yield record
 
     async def _rows(
-        self,
-        db: Database,
-        args: tuple[object, ...],
-        timeout: float | None = None,
-        repeatable: bool = False,
+        self, db: Database, args: tuple[object, ...], timeout: float | None = None, idempotent: bool = False
     ) -> list[Any]:
-        pauses, maybe_sent = None, False
+        retries: int | None = getattr(db, "retries", None)  # only chatdb's pool has the word
+        delays: Iterator[float] | None = None
+        maybe_sent = False
         while True:
             try:
-                if hasattr(db, "retries"):  # only chatdb's pool has the word
+                if retries is not None:
                     return await db.fetch(self.sql, *args, timeout=timeout)
                 return await fetch_rows(db, self.sql, args, timeout)
             except Exception as error:
                 ours = as_chatdb_error(error)
                 if ours is None:
                     raise
-                retries = getattr(db, "retries", None)  # only chatdb's pool has the word
                 if isinstance(ours, CommandTimeoutError) and retries is None and hasattr(db, "acquire"):
                     ours.sent = None  # another pool's time limit may have ended the connecting
                 if isinstance(ours, UnavailableError):
                     if maybe_sent and ours.sent is False:
                         ours.sent = None  # not this time, but before
                     maybe_sent = ours.sent is not False
-                pauses = pauses or _pauses(retries or 0)
-                may_repeat = ((repeatable or self.repeatable) and _is_loss(ours)) or _was_undone(ours)
-                pause = next(pauses, None) if may_repeat else None
-                if pause is None:
+                policy = RetryPolicy(retries or 0)
+                delays = delays or policy.backoff_delays()
+                may_retry = policy.may_retry(ours, idempotent=idempotent or self.idempotent)
+                delay = next(delays, None) if may_retry else None
+                if delay is None:
                     raise ours from ours.__cause__
-                _log.warning("%s is sent again in %.0f ms: %s", self.name, 1000 * pause, _kind(ours))
-            await asyncio.sleep(pause)
+                _log.warning("%s is sent again in %.0f ms: %s", self.name, 1000 * delay, _class_names(ours))
+            await asyncio.sleep(delay)
 
 
 async def may_prepare_anew(connection: Any) -> bool:  # noqa: ANN401 - asyncpg's, whose private part is used
@@ -236,28 +224,7 @@ def _not_found() -> ConversationNotFoundError:
     return ConversationNotFoundError("the user has no such conversation: check user_id and the id or key")
 
 
-def _pauses(retries: int) -> Iterator[float]:
-    """Iterate over the waits before each repetition, until there were so many or the time for them is over."""
-    end = time.monotonic() + _PATIENCE
-    for _ in range(retries):
-        if time.monotonic() > end:
-            return
-        yield random.uniform(*_PAUSE)  # noqa: S311 - only to keep callers apart
-
-
-def _is_loss(error: ChatDBError) -> bool:
-    """Whether a connection was lost, before or after the statement was sent, for all that is known."""
-    other = isinstance(error, AcquireTimeoutError | CommandTimeoutError | PoolClosedError)
-    return isinstance(error, UnavailableError) and not other and not error.sent
-
-
-def _was_undone(error: ChatDBError) -> bool:
-    """Whether the server rolled the statement back, so that sending it again does nothing twice, even without a key."""
-    undone = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError)
-    return isinstance(error, UnavailableError) and isinstance(error.__cause__, undone)
-
-
-def _kind(error: ChatDBError) -> str:
+def _class_names(error: ChatDBError) -> str:
     """Return the class of an error, and of the driver's below it; their messages may quote."""
     cause = error.__cause__
     return type(error).__name__ + (f" ({type(cause).__name__})" if cause else "")

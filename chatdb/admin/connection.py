@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
+from chatdb._core.driver_errors import RLS_USER_ID, map_driver_error
 from chatdb._core.dsn import connect_arguments, libpq_dsn, server_of
-from chatdb.errors import RLS_USER_ID, ChatDBError, ConfigurationError, UnavailableError, map_driver_error
+from chatdb._core.sqlstate import Kind, classify
+from chatdb.errors import ChatDBError, ConfigurationError, UnavailableError
 
 try:
     import psycopg
@@ -308,26 +310,26 @@ def may_create_schemas(connection: psycopg.Connection) -> bool:
 
 def map_psycopg_error(error: psycopg.Error, server: str = "the database server") -> ChatDBError:
     """Return chatdb's own error for the driver's, whose text may hold rows, or a password."""
-    state = error.sqlstate or ""
+    state, kind = error.sqlstate or "", classify(error)
     if error.diag.constraint_name == RLS_USER_ID or error.diag.source_function == "check_enable_rls":
         return ConfigurationError(
             f"row-level security hides rows from this role ({error.diag.message_primary}): run this as a superuser or "
             "a role with BYPASSRLS"
         )
-    if state == "42501":  # the message has names of objects only
+    if kind is Kind.PRIVILEGE:  # the message has names of objects only
         return ConfigurationError(
             f"the database role lacks a privilege ({error.diag.message_primary}): grant it, or run this as the "
             "owner of the database and of what is named"
         )
-    if state == "25006":
+    if kind is Kind.READ_ONLY:
         return ConfigurationError("the server takes no writes: is it a standby? connect to the primary")
-    if state in {"55P03", "40P01", "57014"}:
+    if kind in {Kind.LOCK_TIMEOUT, Kind.DEADLOCK, Kind.CANCELED}:
         return UnavailableError(
             f"the server gave up waiting for a lock or for time (SQLSTATE {state}), and undid the statement: run this "
             "again when fewer long transactions are open",
             sent=True,
         )
-    if state[:2] in {"08", "57"} or (isinstance(error, psycopg.OperationalError) and not state):
+    if kind is Kind.CONNECTION or (kind is Kind.CLIENT and isinstance(error, psycopg.OperationalError)):
         return UnavailableError(
             f"the connection to {server} was lost, or the server no longer answers: check that it runs, and run this "
             "again",

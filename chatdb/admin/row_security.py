@@ -11,8 +11,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from chatdb._core.driver_errors import RLS_USER_ID
 from chatdb.admin.connection import advisory_lock, fetch_value, pinned_transaction, retry_on_lock_timeout
-from chatdb.errors import RLS_USER_ID, ConfigurationError, SchemaError
+from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.schema import without_quotes
 
 if TYPE_CHECKING:

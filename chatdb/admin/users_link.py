@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, NamedTuple
 
+from chatdb._core.driver_errors import LINK
 from chatdb._core.validate import utf8_length
 from chatdb.admin.connection import (
     advisory_lock,
@@ -21,7 +22,7 @@ from chatdb.admin.connection import (
     pinned_transaction,
     retry_on_lock_timeout,
 )
-from chatdb.errors import LINK, InvalidInputError, SchemaError
+from chatdb.errors import InvalidInputError, SchemaError
 
 if TYPE_CHECKING:
     import psycopg

@@ -19,6 +19,7 @@ import typer
 from rich.table import Table
 
 import chatdb
+from chatdb._core.driver_errors import mapped_driver_errors
 from chatdb._core.query import Database
 from chatdb._core.validate import check_user_id
 from chatdb.cli.console import (
@@ -36,7 +37,7 @@ from chatdb.cli.console import (
 )
 from chatdb.cli.database import Target, drop_libpq_variables, say_target, target
 from chatdb.cli.signals import raise_interrupts, run
-from chatdb.errors import InvalidInputError, mapped_driver_errors
+from chatdb.errors import InvalidInputError
 from chatdb.formats.items import Item
 from chatdb.pool import Pool
 from chatdb.records import Conversation, Deleted, Message

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
+from chatdb._core.driver_errors import mapped_driver_errors
 from chatdb._core.query import Query
 from chatdb._core.validate import check_user_id
-from chatdb.errors import mapped_driver_errors
 from chatdb.pool import Pool, set_user, transaction
 from chatdb.records import Conversation, Deleted, Message
 

@@ -11,9 +11,10 @@ from datetime import datetime, timedelta
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from chatdb._core.driver_errors import mapped_driver_errors
 from chatdb._core.query import Query
 from chatdb._core.validate import check_user_id, to_texts
-from chatdb.errors import ConfigurationError, ConflictError, mapped_driver_errors
+from chatdb.errors import ConfigurationError, ConflictError
 from chatdb.formats.items import Changed, Item, Skipped, SourceConversation, SourceMessage
 from chatdb.pool import Pool, transaction
 from chatdb.records import ImportedConversation, ImportedMessages, StoredConversation

@@ -18,14 +18,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from uuid import UUID
 
+from chatdb._core.sqlstate import Kind, classify
 from chatdb._core.validate import MAX_CONTENT, MAX_PAYLOAD, check_metadata, check_payload, utf8_length
-from chatdb.errors import (
-    ChatDBError,
-    CommandTimeoutError,
-    ConfigurationError,
-    InvalidInputError,
-    UnavailableError,
-)
+from chatdb.errors import ChatDBError, CommandTimeoutError, ConfigurationError, InvalidInputError, UnavailableError
 from chatdb.formats import langchain, openai
 from chatdb.formats.items import (
     REPLACED,
@@ -371,7 +366,7 @@ def _mapped_errors() -> Generator[None, None, None]:
     try:
         yield
     except psycopg.Error as error:
-        raise _map_error(error.sqlstate or "", isinstance(error, psycopg.DataError)) from error
+        raise _map_error(error, isinstance(error, psycopg.DataError)) from error
     except UnicodeDecodeError:  # of a database without an encoding; it quotes the text
         problem = "has a text that is not UTF-8"
     else:
@@ -379,19 +374,19 @@ def _mapped_errors() -> Generator[None, None, None]:
     raise InvalidInputError("table", problem)
 
 
-def _map_error(state: str, is_value: bool) -> ChatDBError:
-    match state:
-        case "42P01" | "3F000" | "42602" | "42703" | "42601" | "42883" | "42804" | "42846" | "42809":
+def _map_error(error: psycopg.Error, is_value: bool) -> ChatDBError:
+    match classify(error):
+        case Kind.SCHEMA | Kind.STATEMENT:
             return InvalidInputError("table", f"is not there, or not of the framework's form; looked for {_LOOKED_FOR}")
-        case "42501":
+        case Kind.PRIVILEGE:
             return ConfigurationError("the role may not read the tables: grant it select on them")
-        case "57014":
+        case Kind.CANCELED:
             return CommandTimeoutError("the server of the tables cancelled the reading, by its time limit", sent=True)
-        case _ if state[:2] in {"08", "53", "57", "58"}:
+        case Kind.CONNECTION | Kind.RESOURCES:
             return UnavailableError("the server of the tables went away, or takes no connections: try again", sent=None)
-        case "" if not is_value:
+        case Kind.CLIENT if not is_value:
             return UnavailableError("the server of the tables went away, or no longer answers: try again", sent=None)
-        case "":
+        case Kind.CLIENT:
             return InvalidInputError("table", "has a value that cannot be read")
         case _:
-            return ChatDBError(f"the tables cannot be read (SQLSTATE {state})")
+            return ChatDBError(f"the tables cannot be read (SQLSTATE {error.sqlstate})")

@@ -10,9 +10,9 @@ import psycopg
 import pytest
 
 import chatdb
+from chatdb._core.driver_errors import LINK
 from chatdb.admin.check.inspection import inspect
 from chatdb.admin.users_link import UsersMissingError, link_users, unlink_users
-from chatdb.errors import LINK
 from tests.conftest import as_role, execute
 from tests.support.command import chatdb as command
 

@@ -30,7 +30,7 @@ from chatdb import (
     NewMessage,
 )
 from chatdb._core import validate
-from chatdb.errors import CONSTRAINTS, map_driver_error
+from chatdb._core.driver_errors import CONSTRAINTS, map_driver_error
 from tests.api.test_public_api import CALLS, NOBODYS, SIGNATURES, call
 
 MIB = 1024 * 1024

@@ -32,7 +32,7 @@ from chatdb import (
     MessageNotFoundError,
 )
 from chatdb._core import decode, validate
-from chatdb.errors import BEHIND, CONFLICTS, CONSTRAINTS, map_driver_error
+from chatdb._core.driver_errors import BEHIND, CONFLICTS, CONSTRAINTS, map_driver_error
 from chatdb.records import Conversation, Message, Role
 from chatdb.schema import NEEDED
 from chatdb.transfer import exporter, importer

@@ -15,12 +15,12 @@ import pytest
 
 import chatdb
 from chatdb import ConfigurationError, UnavailableError
+from chatdb._core.driver_errors import map_driver_error
 from chatdb._core.dsn import connect_arguments
 from chatdb.admin.check.inspection import inspect
 from chatdb.admin.migrate import apply_migrations, last_migrations, missing_migrations, rollback_migrations
 from chatdb.admin.row_security import missing_protection
 from chatdb.admin.users_link import link_users, unlink_users
-from chatdb.errors import map_driver_error
 from tests.conftest import execute
 from tests.pool.test_pool import kill_sessions, until
 from tests.support.command import chatdb_process as command

@@ -185,7 +185,7 @@ async def test_every_refusal_of_the_server(dsn: str, told: Told) -> None:
             f"update chatdb.conversations set title = repeat('{MARK}', 900)",
         ):
             try:
-                with chatdb.errors.mapped_driver_errors():
+                with chatdb._core.driver_errors.mapped_driver_errors():
                     await db.execute(statement)
             except ChatDBError as error:
                 told.error(error)

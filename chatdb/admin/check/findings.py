@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from chatdb.errors import LINK
+from chatdb._core.driver_errors import LINK
 from chatdb.records import SchemaPart
 from chatdb.schema import NEEDED, Difference, differences, kind_of
 

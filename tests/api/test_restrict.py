@@ -1,0 +1,26 @@
+"""A host's constraint that refuses a deletion, which PostgreSQL 18 tells by another SQLSTATE than those before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import chatdb
+from chatdb import ConfigurationError
+from tests.conftest import execute
+
+
+@pytest.mark.owner
+@pytest.mark.parametrize("action", ["restrict", "no action"])
+async def test_a_reference_of_the_hosts_keeps_a_conversation(dsn: str, db: Any, action: str) -> None:
+    """The error names the constraint and its table, and not an argument of the caller's."""
+    conversation = await chatdb.create_conversation(db, user_id="alice")
+    execute(
+        dsn,
+        "create table public.pins (u text, c bigint, constraint pinned foreign key (u, c) "
+        f"references chatdb.conversations (user_id, id) on delete {action})",
+        f"insert into public.pins values ('alice', {conversation.id})",
+    )
+    with pytest.raises(ConfigurationError, match=r"constraint pinned of the table public\.pins"):
+        await chatdb.delete_conversation(db, user_id="alice", conversation_id=conversation.id)
