@@ -61,20 +61,21 @@ else:
 
 Private = Any  # an object of asyncpg's of whose private parts its stubs say nothing
 
-NEEDED: Final[dict[type, list[str]]] = {
+NEEDED: Final[dict[type, tuple[str, ...]]] = {
     asyncpg.Connection: (
-        "_cancel_current_command _drop_global_statement_cache _drop_global_type_cache _drop_local_statement_cache "
-        "_drop_local_type_cache _execute _get_statement _pool_holder _pool_release_ctr _protocol _top_xact _transport"
-    ).split(),
+        "_cancel_current_command", "_drop_global_statement_cache", "_drop_global_type_cache",
+        "_drop_local_statement_cache", "_drop_local_type_cache", "_execute", "_get_statement", "_pool_holder",
+        "_pool_release_ctr", "_protocol", "_top_xact", "_transport",
+    ),
     asyncpg.Pool: (
-        "_connect_kwargs _drop_statement_cache _drop_type_cache _generation _holders _loop _queue _reset "
-        "_schedule_min_size_maintenance _setup"
-    ).split(),
-    PoolConnectionHolder: "_con _generation _in_use _max_queries _pool _proxy _release _timeout".split(),
-    PoolConnectionProxy: "_con _holder".split(),
-    Protocol: "_is_cancelling _wait_for_cancellation is_in_transaction queries_count".split(),
-    Transaction: "_connection _state".split(),
-}
+        "_connect_kwargs", "_drop_statement_cache", "_drop_type_cache", "_generation", "_holders", "_loop", "_queue",
+        "_reset", "_schedule_min_size_maintenance", "_setup",
+    ),
+    PoolConnectionHolder: ("_con", "_generation", "_in_use", "_max_queries", "_pool", "_proxy", "_release", "_timeout"),
+    PoolConnectionProxy: ("_con", "_holder"),
+    Protocol: ("_is_cancelling", "_wait_for_cancellation", "is_in_transaction", "queries_count"),
+    Transaction: ("_connection", "_state"),
+}  # fmt: skip
 """The names of asyncpg's that the fast way takes, by the class that has them."""
 
 MISSING: Final = [
