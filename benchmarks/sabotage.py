@@ -14,13 +14,14 @@ from benchmarks.server import BenchServer
 
 @dataclass(frozen=True)
 class Sabotage:
-    """What is done, and the gates of which at least these must fall."""
+    """What is done, the gates of which at least these must fall, and the run that shows it."""
 
     what: str
     falls: tuple[str, ...]
     sql: str = ""
     target: str = ""
     replacement: Any = None
+    run: tuple[str, ...] = ("test_counts.py", "--quick", "--benchmark-disable")
 
 
 async def _looks_first(db: Any, *, user_id: str, conversation_id: int, **rest: Any) -> list[chatdb.Message]:
@@ -34,6 +35,9 @@ async def _reset(connection: Any) -> None:
 
 _get_history = chatdb.get_history
 _create_pool = chatdb.create_pool
+
+TIMED = ("test_operations.py", "-k", "test_operation and asyncio and last_20")
+"""The run that times one small read, against a bare connection and against SQLModel."""
 
 ALL = {
     "nothing": Sabotage("leaves all as it is", ()),
@@ -58,6 +62,14 @@ ALL = {
         "adds an index on updated_at",
         ("hot.single", "hot.turns"),
         sql="create index on chatdb.conversations (user_id, updated_at desc)",
+    ),
+    "nothing_timed": Sabotage("leaves all as it is, and times the last 20", (), run=TIMED),
+    "asyncpgs_way": Sabotage(
+        "has the pool take asyncpg's own way, as where asyncpg has other private names",
+        ("last_20.to_raw",),
+        target="chatdb._core.asyncpg_private.FAST",
+        replacement=False,
+        run=TIMED,
     ),
 }
 

@@ -76,7 +76,7 @@ def test_bulk(
         f"\\copy chatdb.conversations (id, user_id, key, last_seq, created_at, updated_at) from {conversations}\n"
         f"\\copy chatdb.messages (user_id, conversation_id, seq, role, content, created_at) from {messages}\n"
     )
-    pool = plain.run(chatdb.create_pool(copy)._async__init__())
+    pool = plain.run(chatdb.create_pool(copy).__aenter__())
     rates: dict[str, list[float]] = {"import": [], "copy": []}
     total = CONVERSATIONS * MESSAGES
 

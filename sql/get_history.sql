@@ -12,8 +12,7 @@
 (
     select
         id, seq, role, content, payload::text as payload, metadata::text as metadata,
-        -- int8 as the id is: so the first row of a page shows every codec that the caller has set
-        token_count::int8 as token_count, key, created_at
+        token_count, key, created_at
     from chatdb.messages
     where user_id = $1 and conversation_id = $2 and seq < $3
     order by seq desc

@@ -2,9 +2,9 @@
 Rows to records.
 
 A history of 100 messages is mostly rows made into objects: validating them again costs four times as much as filling
-the records. What may be filled unvalidated are the rows of chatdb's own statements, because `tests/test_drift.py`
-proves of each that its columns are the record's fields in name, order, type and nullability, and of the functions here
-that they take them in that order.
+the records. What is filled unvalidated are the rows of chatdb's own statements whose values have the driver's own types
+(`NativeRecord`), because `tests/contract/test_drift.py` proves of each statement that its columns are the record's
+fields in name, order, type and nullability. Rows of any other handle are validated: a codec may have changed them.
 """
 
 from __future__ import annotations
@@ -12,33 +12,39 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
-from datetime import datetime
-from itertools import product, repeat
-from operator import itemgetter
-from types import NoneType
+from itertools import repeat
 from typing import Any, Final, TypeVar, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from chatdb._core.asyncpg_private import NativeRecord
 from chatdb.errors import ConfigurationError
-from chatdb.records import Conversation, JsonText, Message
+from chatdb.records import Conversation, JsonText, Message, Metadata
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
 
 Rows = Sequence[Any]
 
+FILLED: Final[tuple[type[BaseModel], ...]] = (Conversation, Message)
+"""The records that may be many, and are filled."""
+
+_CONVERTERS: Final[dict[object, str]] = {JsonText: "JsonText", Metadata: "loads"}
+"""The function that makes a field of the text that the driver gives, by the field's type."""
+
 _new: Final = object.__new__
 _fill: Final[Callable[[BaseModel, dict[str, Any]], None]] = BaseModel.__dict__["__dict__"].__set__
 
 
-def decoder(record: type[RecordT], given: tuple[str, ...] = ()) -> Callable[[Rows, Sequence[Any]], list[RecordT]]:
+def decoder(
+    record: type[RecordT], bound_fields: tuple[str, ...] = ()
+) -> Callable[[Rows, Sequence[Any]], list[RecordT]]:
     """Return the function that makes a record of each row and of the fields that a statement's first arguments give."""
     adapter: TypeAdapter[list[RecordT]] = TypeAdapter(list[record])  # type: ignore[valid-type]
 
     def validate(rows: Rows, args: Sequence[Any]) -> list[RecordT]:
-        known = dict(zip(given, args, strict=False))
+        bound = dict(zip(bound_fields, args, strict=False))
         try:
-            return adapter.validate_python([known | dict(row) for row in rows])
+            return adapter.validate_python([bound | dict(row) for row in rows])
         except ValidationError as error:
             fields = sorted({str(each["loc"][1]) for each in error.errors() if len(each["loc"]) > 1})
         # outside, because pydantic's error quotes the values
@@ -47,101 +53,36 @@ def decoder(record: type[RecordT], given: tuple[str, ...] = ()) -> Callable[[Row
             "remove it, or give chatdb a connection without it; the statement was carried out"
         )
 
-    if (record, given) not in _FILLED:
+    if record not in FILLED:
         return validate
-    fields_of, telling = _FILLED[record, given]
-    columns = [name for name in record.model_fields if name not in given]
-    plain, tell, count = _plain(record, given), itemgetter(columns.index(telling)), len(given)
+    fields_of, count = filler(filler_source(record, bound_fields)), len(bound_fields)
 
     def decode(rows: Rows, args: Sequence[Any]) -> list[RecordT]:
-        known = args[:count]
-        # a codec that the caller has set on his connection gives other types, in each row that has a value there, and
-        # what he gives may be of a type of his own
-        if not rows or (*map(type, known), *map(type, rows[0])) not in plain:
-            return validate(rows, known)
-        told = next((row for row in rows if tell(row) is not None), None) if tell(rows[0]) is None else None
-        if told is not None and (*map(type, known), *map(type, told)) not in plain:
-            return validate(rows, known)
+        if not rows or type(rows[0]) is not NativeRecord:
+            return validate(rows, args)
         records = [*map(_new, repeat(record, len(rows)))]
-        deque(map(_fill, records, fields_of(rows, *known)), 0)  # as a loop, but in C
+        deque(map(_fill, records, fields_of(rows, *args[:count])), 0)  # as a loop, but in C
         return records
 
     return decode
 
 
-def _plain(record: type[BaseModel], given: tuple[str, ...] = ()) -> frozenset[tuple[type, ...]]:
-    """Return the types that what is given and a row's values may have, if the driver decodes them by itself."""
-    drivers: dict[Any, type] = {int: int, datetime: datetime, NoneType: NoneType}  # all else is text
-    fields = record.model_fields
-    order = [*given, *(name for name in fields if name not in given)]
-    kinds = [get_args(fields[name].annotation) or [fields[name].annotation] for name in order]
-    return frozenset(product(*({drivers.get(kind, str) for kind in each} for each in kinds)))
+def filler_source(record: type[BaseModel], bound_fields: tuple[str, ...] = ()) -> str:
+    """
+    Return the source of a function that makes the fields of records of rows and of what is bound.
+
+    For a record of a, b and c, with a bound: `lambda rows, a: [{'a': a, 'b': b, 'c': c} for b, c in rows]`.
+    """
+    columns = [name for name in record.model_fields if name not in bound_fields]
+    fields = {name: name for name in record.model_fields}
+    for name, field in record.model_fields.items():
+        for kind in _CONVERTERS.keys() & {field.annotation, *get_args(field.annotation)}:
+            fields[name] = f"None if {name} is None else {_CONVERTERS[kind]}({name})"
+    items = ", ".join(f"{name!r}: {value}" for name, value in fields.items())
+    return f"lambda {', '.join(['rows', *bound_fields])}: [{{{items}}} for {', '.join(columns)} in rows]"
 
 
-def _conversations(rows: Rows) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": id_,
-            "user_id": user_id,
-            "key": key,
-            "title": title,
-            "metadata": None if metadata is None else json.loads(metadata),
-            "last_seq": last_seq,
-            "created_at": created_at,
-            "updated_at": updated_at,
-        }
-        for id_, user_id, key, title, metadata, last_seq, created_at, updated_at in rows
-    ]
-
-
-def _messages(rows: Rows) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": id_,
-            "conversation_id": conversation_id,
-            "user_id": user_id,
-            "seq": seq,
-            "role": role,
-            "content": content,
-            "payload": None if payload is None else JsonText(payload),
-            "metadata": None if metadata is None else json.loads(metadata),
-            "token_count": token_count,
-            "key": key,
-            "created_at": created_at,
-        }
-        for (
-            id_, conversation_id, user_id, seq, role, content, payload, metadata, token_count, key, created_at
-        ) in rows
-    ]  # fmt: skip
-
-
-def _messages_of(rows: Rows, user_id: str, conversation_id: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": id_,
-            "conversation_id": conversation_id,
-            "user_id": user_id,
-            "seq": seq,
-            "role": role,
-            "content": content,
-            "payload": None if payload is None else JsonText(payload),
-            "metadata": None if metadata is None else json.loads(metadata),
-            "token_count": token_count,
-            "key": key,
-            "created_at": created_at,
-        }
-        for id_, seq, role, content, payload, metadata, token_count, key, created_at in rows
-    ]
-
-
-_FILLED: Final[dict[tuple[type[BaseModel], tuple[str, ...]], tuple[Callable[..., list[dict[str, Any]]], str]]] = {
-    (Conversation, ()): (_conversations, "id"),
-    (Message, ()): (_messages, "token_count"),
-    (Message, ("user_id", "conversation_id")): (_messages_of, "id"),
-}
-"""
-The records that are filled, with the fields that arguments give; each with what makes a row's fields, and with the
-column to tell codecs by.
-
-That is the one whose type no column that is NOT NULL has; where there is none, any that is NOT NULL.
-"""
+def filler(source: str) -> Callable[..., list[dict[str, Any]]]:
+    """Return the function of a source."""
+    function: Callable[..., list[dict[str, Any]]] = eval(source, {"JsonText": JsonText, "loads": json.loads})  # noqa: S307
+    return function

@@ -91,6 +91,12 @@ def _exact(value: str) -> str:
     return value if type(value) is str else str.__str__(value)
 
 
+def check_handle(db: object, method: str) -> None:
+    """Refuse by name what has not the method of a pool or a connection."""
+    if not callable(getattr(db, method, None)):
+        raise InvalidInputError("db", f"must be a pool or an asyncpg connection, not {type_name(type(db))}")
+
+
 def check_user_id(value: object) -> str:
     """Return a `user_id`."""
     return check_text("user_id", value, least=1, most=MAX_NAME)

@@ -43,7 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import NamedTuple, Self
 from urllib.parse import quote, urlencode
 
 from chatdb._core.dsn import read_dsn
@@ -651,12 +651,12 @@ class EmbeddedPool(Pool):
         """The folder that holds the data."""
         return self._server.path
 
-    async def _async__init__(self) -> EmbeddedPool:
+    async def _open(self) -> Self:
         try:
             await _run_to_end(self._server.start, on_cancel=self._server.abort)
             # A migration that waits for another process may be left behind: it ends with the server or after its wait.
             await _run_to_end(lambda: _migrate(self._server.dsn), patience=5)
-            await super()._async__init__()
+            await super()._open()
         except BaseException:
             await _run_to_end(self._server.stop)
             raise

@@ -887,7 +887,7 @@ async def handle(
 ) -> AsyncIterator[Any]:
     """Give each kind of handle in turn."""
     # on a busy machine a server may take longer to stop a cancelled statement, and the connection would be given up
-    monkeypatch.setattr(chatdb.pool, "CANCEL_TIMEOUT", HANG)
+    monkeypatch.setattr(chatdb._core.asyncpg_private, "CANCEL_TIMEOUT", HANG)
     arguments = arguments_of(dsn)
     driver = arguments | connect_arguments(arguments["dsn"]) | {"dsn": None}
     async with contextlib.AsyncExitStack() as stack:

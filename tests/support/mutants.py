@@ -25,9 +25,8 @@ def less(parts):
         yield {key: value for key, value in parts.items() if key != name}
 
 
-def misfilled(function):
-    """Yield a function that makes fields of rows with two neighbours among the columns, or the fields, swapped."""
-    source = inspect.getsource(function)
+def misfilled(source):
+    """Yield the source of a function that fills records with two neighbours among the columns, or fields, swapped."""
 
     def lists(tree):
         kinds = {"elts": ast.Tuple, "keys": ast.Dict, "values": ast.Dict}
@@ -39,9 +38,7 @@ def misfilled(function):
             tree = ast.parse(source)
             items = lists(tree)[number]
             items[place : place + 2] = reversed(items[place : place + 2])
-            found = {}
-            exec(compile(tree, inspect.getfile(function), "exec"), function.__globals__, found)
-            yield found[function.__name__]
+            yield ast.unparse(tree)
 
 
 def neighbours(tree):

@@ -1,0 +1,147 @@
+"""Where asyncpg has not the private names that the fast way takes, chatdb takes asyncpg's own, and keeps its word."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+import chatdb
+from chatdb._core import asyncpg_private
+from chatdb._core.asyncpg_private import NEEDED, NativeRecord
+from chatdb._core.dsn import connect_arguments
+from chatdb.messages import _get_history
+from tests.api.test_public_api import conversation_with_a_message
+
+PROGRAM = Path(__file__).with_name("without_a_name.py")
+
+COMPILED = {"Protocol", "_cancel_current_command"}
+"""What asyncpg's compiled part defines or calls, so that its sources cannot have another name for it."""
+
+NAMES = [(owner.__name__, name) for owner, names in NEEDED.items() for name in names]
+
+QUICK = (
+    *("_get_statement", "_pool_release_ctr", "_transport", "_cancel_current_command", "_connect_kwargs", "_loop"),
+    *("_con", "_state", "queries_count"),
+)
+"""Those of which something depends by themselves, and one of each class; the others are for a long run."""
+
+
+def renamed(source: str, names: set[str]) -> str:
+    """Return asyncpg's source with other names for its own; the queue's class has one of asyncio's."""
+    pattern = re.compile(rf"\b({'|'.join(names)})\b")
+    head, mark, rest = source.partition("class PoolConnectionProxyMeta")
+    if mark:
+        pattern_of_head = re.compile(rf"\b({'|'.join(names - {'_queue'} or {'_none'})})\b")
+        return pattern_of_head.sub(r"\1_renamed", head) + mark + pattern.sub(r"\1_renamed", rest)
+    return pattern.sub(r"\1_renamed", source)
+
+
+def asyncpg_without(folder: Path, names: set[str]) -> Path:
+    """Make a copy of asyncpg that has other names for these, and return the folder that it is in."""
+    original = Path(asyncpg.__file__).parent
+    shutil.copytree(original, folder / "asyncpg", ignore=shutil.ignore_patterns("__pycache__", "*.pyx", "*.pxd"))
+    for path in (folder / "asyncpg").glob("*.py"):
+        path.write_text(renamed(path.read_text("utf-8"), names), "utf-8")
+    return folder
+
+
+def expected(missing: list[str]) -> dict[str, Any]:
+    """Return what the program says: a codec can be passed by or, where that is not possible, is told."""
+    return EXPECTED | {"codec": "ConfigurationError" if "Connection._get_statement" in missing else "none"}
+
+
+def outcome(dsn: str, folder: Path | str, *hidden: str) -> dict[str, Any]:
+    """Return what a program that uses chatdb says, on the asyncpg of a folder, or with names hidden at the import."""
+    command = [sys.executable, str(PROGRAM), dsn, str(folder), *hidden]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+EXPECTED = {
+    "history": ["one", "two", "three"],
+    "last": ["three"],
+    "committed": True,
+    "rolled back": True,
+    "swallowed": "ChatDBError",
+    "savepoint": True,
+    "nested": True,
+    "named user": True,
+    "cancelled": "whole",
+    "cancelled in a transaction": "whole",
+    "begin cancelled": "whole",
+    "too slow": "CommandTimeoutError",
+    "order": True,
+    "exhausted": "AcquireTimeoutError",
+    "reset": True,
+    "lost": True,
+    "dropped statements": True,
+    "another loop": ["ConfigurationError"] * 3,
+    "another process": "ConfigurationError",
+    "bare connection": ["one", "two", "three"],
+    "asyncpg's pool": ["one", "two", "three"],
+    "closed": "PoolClosedError",
+}
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [pytest.param(*pair, marks=[] if pair[1] in QUICK else pytest.mark.chaos) for pair in NAMES],
+)
+def test_each_name_can_be_missing(dsn: str, tmp_path: Path, owner: str, name: str) -> None:
+    """With any one of the names missing, every use ends as it should; a warning names it."""
+    if {owner, name} & COMPILED:
+        found = outcome(dsn, "-", owner, name)
+    else:
+        found = outcome(dsn, asyncpg_without(tmp_path, {name}))
+    missing = found.pop("missing")
+    assert f"{owner}.{name}" in missing
+    assert found.pop("warnings") == 1
+    assert found == expected(missing)
+
+
+def test_all_names_can_be_missing(dsn: str, tmp_path: Path) -> None:
+    """Nothing of asyncpg's private parts is needed."""
+    names = {name for owner, name in NAMES if not {owner, name} & COMPILED}
+    found = outcome(dsn, asyncpg_without(tmp_path, names))
+    missing = found.pop("missing")
+    assert missing == [f"{owner}.{name}" for owner, name in NAMES if name in names]
+    assert found.pop("warnings") == 1
+    assert found == expected(missing)
+
+
+def test_no_name_is_missing(dsn: str) -> None:
+    """The same program on the asyncpg that is there has the fast way, no warning, and the same outcome."""
+    found = outcome(dsn, "-")
+    assert (found.pop("missing"), found.pop("warnings")) == ([], 0)
+    assert found == expected([])
+
+
+@pytest.mark.parametrize("is_fast", [True, False], ids=["fast", "public"])
+async def test_rows_with_the_drivers_own_types(dsn: str, is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows by chatdb's pool are never validated; of other handles they need not be where private names are there."""
+    monkeypatch.setattr(asyncpg_private, "FAST", is_fast)
+    async with (
+        chatdb.create_pool(dsn) as db,
+        asyncpg.create_pool(**connect_arguments(dsn)) as plain,
+        db.acquire() as ours,
+        plain.acquire() as theirs,
+    ):
+        conversation = await conversation_with_a_message(db)
+        args = ("alice", conversation.id, 99, 99)
+        for handle in (db, ours, plain, theirs, theirs._con):
+            rows = await _get_history._rows(handle, args)
+            assert [type(row) is NativeRecord for row in rows] == [is_fast or handle in (db, ours)] * 2
+        async with chatdb.transaction(db) as inside:
+            async for row in inside.cursor(_get_history.sql, *args):
+                assert type(row) is NativeRecord
+        assert {type(row) for row in await db.fetch("select 1 union all select 2")} == {asyncpg.Record}
