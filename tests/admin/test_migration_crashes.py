@@ -22,7 +22,7 @@ from tests.conftest import database_of, execute, new_database, not_durable
 from tests.contract.test_migrations import ROOT, objects
 from tests.support.chaos import kill_server
 from tests.support.migrating import NAMES, by_yoyo, down, over, processes, up
-from tests.support.wire import Statement, Wire
+from tests.support.proxy import Proxy, Statement
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 
@@ -123,8 +123,8 @@ def _run_until(
                 os.kill(process.pid, signal.SIGKILL)
         return struck.is_set()
 
-    with tempfile.TemporaryDirectory() as folder, Wire(dsn, Path(folder), watch) as wire:
-        process = processes.Process(target=work, args=(wire.dsn, place))
+    with Proxy(dsn, watch=watch) as proxy:
+        process = processes.Process(target=work, args=(proxy.dsn, place))
         process.start()
         process.join()
     return process, struck.is_set()

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import inspect
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 
 import chatdb
 from chatdb import UNSET, Conversation, NotFoundError
-from chatdb._core.dsn import connect_arguments
+from tests.support.proxy import Proxy
 
 required = inspect.Parameter.empty
 
@@ -229,63 +226,18 @@ async def test_check_schema_is_one_statement(tx):
     assert len(db.statements) == 1
 
 
-class Wire:
-    """A way to the server that counts how often it has said "ready for query", which ends a round trip."""
-
-    def __init__(self, dsn: str) -> None:
-        found = connect_arguments(dsn)
-        self._host, self._port = (found.get("host") or ["localhost"])[0], found.get("port", 5432)
-        self._login = found.get("user", ""), found.get("password", ""), found.get("database", "")
-        self._serving: set[Any] = set()
-        self.round_trips = 0
-        self.dsn = ""
-
-    @contextlib.asynccontextmanager
-    async def opened(self) -> AsyncIterator[Wire]:
-        """Listen while the block runs."""
-        async with await asyncio.start_server(self._serve, "127.0.0.1", 0) as listener:
-            host, port = listener.sockets[0].getsockname()
-            user, password, database = map(quote, self._login)
-            self.dsn = f"postgresql://{user}:{password}@{host}:{port}/{database}?sslmode=disable"
-            yield self
-        await asyncio.gather(*self._serving)  # which Python 3.11 leaves to us
-
-    async def _serve(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-        self._serving.add(asyncio.current_task())
-        if self._host.startswith("/"):
-            opened = asyncio.open_unix_connection(f"{self._host}/.s.PGSQL.{self._port}")
-        else:
-            opened = asyncio.open_connection(self._host, self._port)
-        from_server, to_server = await opened
-        answers = asyncio.create_task(self._answer(from_server, to_client))
-        while data := await from_client.read(65536):
-            to_server.write(data)
-        await answers
-        for writer in (to_server, to_client):
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
-
-    async def _answer(self, from_server: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError):
-            while True:
-                head = await from_server.readexactly(5)  # a letter and the length of the rest
-                self.round_trips += head[:1] == b"Z"
-                to_client.write(head + await from_server.readexactly(int.from_bytes(head[1:]) - 4))
-        to_client.close()  # the server has closed first, which the client waits for
-
-
 async def test_one_round_trip_a_call(dsn):
     """On chatdb's pool each call whose statement the connection knows is one round trip."""
     counts = {}
-    async with Wire(dsn).opened() as wire, chatdb.create_pool(wire.dsn) as db:
-        for index, (name, arguments) in enumerate(CALLS):
-            with contextlib.suppress(NotFoundError):
-                await call(db, name, arguments, NOBODYS)  # prepares the statement
-            await chatdb.delete_user(db, user_id="alice")
-            conversation = await conversation_with_a_message(db)
-            before = wire.round_trips
-            await call(db, name, arguments, conversation)
-            counts[index, name] = wire.round_trips - before
+    with Proxy(dsn) as proxy:
+        async with chatdb.create_pool(proxy.dsn) as db:
+            for index, (name, arguments) in enumerate(CALLS):
+                with contextlib.suppress(NotFoundError):
+                    await call(db, name, arguments, NOBODYS)  # prepares the statement
+                await chatdb.delete_user(db, user_id="alice")
+                conversation = await conversation_with_a_message(db)
+                proxy.clear()
+                await call(db, name, arguments, conversation)
+                counts[index, name] = (proxy.round_trips, proxy.ready)
 
-    assert set(counts.values()) == {1}, counts
+    assert set(counts.values()) == {(1, 1)}, counts

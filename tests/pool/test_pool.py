@@ -10,7 +10,6 @@ import random
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
-from urllib.parse import quote, urlencode
 
 import asyncpg
 import psycopg
@@ -19,7 +18,7 @@ import pytest
 import chatdb
 from chatdb import AcquireTimeoutError, ChatDBError, ConfigurationError, Conversation, UnavailableError
 from chatdb._core.dsn import connect_arguments
-from tests.support.chaos import Gate
+from tests.support.proxy import Proxy
 
 USER = "ada"
 HANG = 30
@@ -29,93 +28,10 @@ HANG = 30
 # --- tools ---------------------------------------------------------------------------------------------------------
 
 
-class Proxy:
-    """Stands before the server on a TCP port of its own, and notes the protocol messages that pass."""
-
-    def __init__(self, dsn: str) -> None:
-        self._arguments = connect_arguments(dsn)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._client_spoke = False
-        self.answering = asyncio.Event()
-        self.answering.set()
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget what was noted."""
-        self.sent: list[str] = []
-        self.round_trips = 0
-        self.ready = 0
-
-    async def __aenter__(self) -> Proxy:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    @property
-    def dsn(self) -> str:
-        """The DSN that leads through the proxy."""
-        port = self._server.sockets[0].getsockname()[1]
-        login = {name: self._arguments[name] for name in ("user", "password") if name in self._arguments}
-        options = urlencode(login | {"sslmode": "disable"})
-        return f"postgresql://127.0.0.1:{port}/{quote(self._arguments['database'])}?{options}"
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        ended = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)
-        with contextlib.suppress(*ended), contextlib.closing(writer):
-            await self.answering.wait()
-            server_reader, server_writer = await self._connect()
-            with contextlib.closing(server_writer):
-                pumps = (
-                    asyncio.create_task(self._from_client(reader, server_writer)),
-                    asyncio.create_task(self._from_server(server_reader, writer)),
-                )
-                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-                for pump in pumps:
-                    pump.cancel()
-                await asyncio.gather(*pumps, return_exceptions=True)
-
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        host, port = self._arguments["host"][0], self._arguments.get("port") or 5432
-        if host.startswith("/"):
-            return await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
-        return await asyncio.open_connection(host, port)
-
-    async def _from_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        start = await reader.readexactly(4)  # the first message has no type
-        writer.write(start + await reader.readexactly(int.from_bytes(start) - 4))
-        while True:
-            kind, message = await self._message(reader)
-            self.sent.append(kind)
-            self.round_trips += not self._client_spoke
-            self._client_spoke = True
-            writer.write(message)
-
-    async def _from_server(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            kind, message = await self._message(reader)
-            self.ready += kind == "Z"
-            self._client_spoke = False
-            writer.write(message)
-
-    @staticmethod
-    async def _message(reader: asyncio.StreamReader) -> tuple[str, bytes]:
-        head = await reader.readexactly(5)
-        return head[:1].decode(), head + await reader.readexactly(int.from_bytes(head[1:]) - 4)
-
-
 @pytest.fixture
-async def proxy(dsn: str) -> AsyncIterator[Proxy]:
+def proxy(dsn: str) -> Iterator[Proxy]:
     """Give a proxy before the test's own database."""
-    async with Proxy(dsn) as found:
+    with Proxy(dsn) as found:
         yield found
 
 
@@ -234,7 +150,7 @@ async def test_a_server_that_is_not_there(unused_tcp_port):
 
 async def test_a_server_that_does_not_answer(proxy):
     """Making a pool ends after the acquire timeout, when the server takes the connection and says nothing."""
-    proxy.answering.clear()
+    proxy.pause()
     async with asyncio.timeout(HANG):
         with pytest.raises(AcquireTimeoutError) as caught:
             await chatdb.create_pool(proxy.dsn, acquire_timeout=0.1)
@@ -344,10 +260,10 @@ async def test_connecting_ends(proxy):
     """A connection that cannot be made in time is an AcquireTimeoutError, and its place in the pool is free again."""
     async with chatdb.create_pool(proxy.dsn, max_size=2, acquire_timeout=0.2) as pool:
         async with pool.acquire():
-            proxy.answering.clear()
+            proxy.pause()
             answers = await asyncio.gather(*(outcome(pool.fetchval("select 1"), AcquireTimeoutError) for _ in range(3)))
             assert [getattr(answer, "sent", None) for answer in answers] == [False] * 3
-            proxy.answering.set()
+            proxy.resume()
         await assert_whole(pool)
 
 
@@ -364,36 +280,29 @@ async def test_a_statement_that_takes_too_long(dsn, conversation):
     assert contents(dsn) == ["held", "next"]
 
 
-@pytest.fixture
-async def gate(dsn: str) -> AsyncIterator[Gate]:
-    """Give a proxy before the test's own database that can go silent."""
-    async with Gate(dsn) as found:
-        yield found
-
-
 async def _in_savepoint(pool: chatdb.pool.Pool, conversation: Conversation) -> None:
     async with chatdb.transaction(pool) as outer, chatdb.transaction(outer) as inner:
         await append(inner, conversation)
 
 
 @pytest.mark.parametrize("call", [append, _in_savepoint], ids=["call", "transaction"])
-async def test_a_silent_server_does_not_draw_an_error_out(gate, conversation, call):
+async def test_a_silent_server_does_not_draw_an_error_out(proxy, conversation, call):
     """The error comes after the limit and a moment, and not when the statement is known to be cancelled."""
     clock = asyncio.get_running_loop().time
-    async with chatdb.create_pool(gate.dsn, max_size=1, acquire_timeout=HANG, command_timeout=1.5) as pool:
-        gate.open.clear()
+    async with chatdb.create_pool(proxy.dsn, max_size=1, acquire_timeout=HANG, command_timeout=1.5) as pool:
+        proxy.pause()
         begun = clock()
         with pytest.raises(chatdb.CommandTimeoutError):
             await call(pool, conversation)
         assert clock() - begun < 1.5 + 1
-        gate.open.set()
+        proxy.resume()
         await assert_whole(pool)
 
 
-async def test_closing_a_pool_on_a_silent_server(gate):
+async def test_closing_a_pool_on_a_silent_server(proxy):
     """It ends without an error: the connections are dropped when the server has not closed them in time."""
-    async with asyncio.timeout(HANG), chatdb.create_pool(gate.dsn, command_timeout=0.1) as pool:
-        gate.open.clear()
+    async with asyncio.timeout(HANG), chatdb.create_pool(proxy.dsn, command_timeout=0.1) as pool:
+        proxy.pause()
     assert pool.get_size() == 0
 
 
@@ -438,13 +347,13 @@ async def test_a_cancelled_connect_gives_its_place_back(proxy):
     """Tasks cancelled while the server lets them wait for a new connection leave a whole pool."""
     async with chatdb.create_pool(proxy.dsn, max_size=3) as pool:
         async with pool.acquire():
-            proxy.answering.clear()
+            proxy.pause()
             tasks = [asyncio.create_task(pool.fetchval("select 1")) for _ in range(3)]
             await asyncio.sleep(0.05)
             for task in tasks:
                 task.cancel()
             answers = await asyncio.gather(*tasks, return_exceptions=True)
-            proxy.answering.set()
+            proxy.resume()
         assert [type(answer) for answer in answers] == [asyncio.CancelledError] * 3
         await assert_whole(pool)
 
@@ -783,11 +692,6 @@ def repetitions(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
-async def refuse(proxy: Proxy) -> None:
-    """End the proxy's connections, and take no more."""
-    await proxy.__aexit__()
-
-
 async def test_a_repetition_is_logged_without_anything_of_the_caller(dsn, conversation, caplog):
     """One record for each, with the statement's name and the errors' classes, and no text, key or DSN."""
     async with chatdb.create_pool(dsn, max_size=1) as pool:
@@ -819,7 +723,7 @@ async def test_repetitions_end(proxy, conversation, caplog, retries, least, most
     """There are as many as were asked for, with waits between them, and none later than a second after the loss."""
     clock = asyncio.get_running_loop().time
     async with chatdb.create_pool(proxy.dsn, max_size=1, retries=retries) as pool:
-        await refuse(proxy)
+        proxy.close()
         await until(lambda: pool.get_size() == 0)
         begun = clock()
         with pytest.raises(UnavailableError) as caught:
@@ -836,7 +740,7 @@ async def test_what_is_known_of_all_attempts_is_told(proxy, dsn, conversation, c
             await append(connection, conversation, "first")
             call = asyncio.create_task(append(pool, conversation, "carried out", key="key"))
             await until(lambda: _waiting(dsn) == 1)
-            await refuse(proxy)
+            proxy.close()
         with pytest.raises(UnavailableError) as caught:
             await call
         assert caught.value.sent is None
