@@ -18,10 +18,11 @@ import pytest
 
 from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded.server import EmbeddedServer
-from tests.conftest import database_of, execute, new_database, not_durable
-from tests.contract.test_migrations import ROOT, objects
 from tests.support.chaos import kill_server
+from tests.support.databases import database_of, execute, new_database, not_durable
 from tests.support.migrating import NAMES, by_yoyo, down, over, processes, up
+from tests.support.migrations import objects
+from tests.support.paths import ROOT
 from tests.support.proxy import Proxy, Statement
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]

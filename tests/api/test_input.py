@@ -31,7 +31,7 @@ from chatdb import (
 )
 from chatdb._core import validate
 from chatdb.errors import CONSTRAINTS, map_driver_error
-from tests.api.test_public_api import CALLS, NOBODYS, SIGNATURES, call
+from tests.support.calls import CALLS, NOBODYS, SIGNATURES, call
 
 MIB = 1024 * 1024
 WIDE = "👋"  # one character, four bytes

@@ -40,8 +40,8 @@ from chatdb.transfer.importer import (
     export_conversations,
     import_conversations,
 )
-from tests.conftest import execute, new_database
 from tests.support import recorder
+from tests.support.databases import execute, new_database
 from tests.support.names import (
     FILES,
     MODULES,

@@ -18,7 +18,7 @@ import chatdb
 from chatdb import AcquireTimeoutError, ConfigurationError
 from chatdb._core.dsn import connect_arguments
 from chatdb.pool import Pool
-from tests.pool.test_pool import HANG, assert_whole, kill_sessions, loop_errors, seen_by_the_server, until
+from tests.support.pools import HANG, assert_whole, kill_sessions, loop_errors, seen_by_the_server, until
 from tests.support.proxy import Proxy
 
 PID = "select pg_backend_pid() as pid"

@@ -18,23 +18,19 @@ import pytest
 import chatdb
 from chatdb import UnavailableError
 from chatdb.embedded.server import EmbeddedServer
-from tests.conftest import execute
 from tests.support.chaos import (
     assert_whole,
-    durable,
-    durable_dsn,
     figure,
     kill_server,
     kill_sessions,
     query,
-    repetitions,
     restart,
     sized,
 )
+from tests.support.databases import execute
 from tests.support.proxy import Proxy
 
-__all__ = ["durable", "durable_dsn", "repetitions"]
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600), pytest.mark.usefixtures("repetitions")]
 
 USER = "ada"
 COMMAND = 2.0

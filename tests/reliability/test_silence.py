@@ -11,8 +11,8 @@ import pytest
 
 import chatdb
 from chatdb import AcquireTimeoutError, CommandTimeoutError
-from tests.pool.test_pool import CALLS
 from tests.support.chaos import figure
+from tests.support.pools import CALLS
 from tests.support.proxy import Proxy
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]

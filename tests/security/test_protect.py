@@ -27,13 +27,13 @@ from chatdb.admin.row_security import TABLES, missing_protection, protect_tables
 from chatdb.admin.users_link import link_users
 from chatdb.formats.items import Item, SourceConversation, SourceMessage
 from chatdb.transfer.importer import export_conversations, import_conversations
-from tests.admin.test_migrate import transaction
-from tests.api.test_public_api import CALLS, call, conversation_with_a_message
-from tests.conftest import as_role, cloned, execute
-from tests.contract.test_drift import check_plan
+from tests.support.calls import CALLS, call, conversation_with_a_message
 from tests.support.catalog import DATA, Live
 from tests.support.command import chatdb as command
+from tests.support.databases import as_role, cloned, execute
+from tests.support.migrations import transaction
 from tests.support.pgbouncer import OPTIONS, VERSIONS, pgbouncer
+from tests.support.plans import check_plan
 from tests.support.proxy import Proxy, Statement
 from tests.support.roles import Roles
 from tests.support.sqlfiles import TEXTS, SqlFile, file_of, is_table

@@ -1,15 +1,12 @@
-"""What the proofs of chatdb's reliability share: servers that may be killed, a proxy that goes silent, and figures."""
+"""What the proofs of chatdb's reliability share: kills, waits and figures."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
-import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from itertools import count
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,7 @@ import pytest
 import uvloop
 
 import chatdb
-from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded.server import EmbeddedServer
-from tests.conftest import database_of, execute
-
-_serial = count()
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,
@@ -38,40 +31,6 @@ def figure(text: str) -> None:
 def sized(request: pytest.FixtureRequest, full: int, quick: int) -> int:
     """Return how much a proof does."""
     return quick if request.config.getoption("--quick") else full
-
-
-@pytest.fixture(scope="module")
-def durable() -> Iterator[EmbeddedServer]:
-    """Give a server of the module's own, that waits for the disk as one in production does, and may be killed."""
-    with tempfile.TemporaryDirectory(prefix="chatdb-chaos-", ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o711)  # where user namespaces are forbidden, root's server runs as nobody
-        with EmbeddedServer(Path(folder) / "server") as server:
-            apply_migrations(server.dsn)
-            yield server
-
-
-@pytest.fixture
-def durable_dsn(durable: EmbeddedServer) -> Iterator[str]:
-    """Give the DSN of a migrated database of the test's own on that server."""
-    name = f"chatdb_chaos_{next(_serial)}"
-    execute(database_of(durable.dsn, "postgres"), f"create database {name} template chatdb")
-    yield database_of(durable.dsn, name)
-    execute(database_of(durable.dsn, "postgres"), f"drop database {name} with (force)")
-
-
-@pytest.fixture(autouse=True)
-def repetitions() -> Iterator[list[str]]:
-    """Collect what chatdb says of its repetitions, which are too many to be shown."""
-    found: list[str] = []
-
-    def collect(record: logging.LogRecord) -> bool:
-        found.append(record.getMessage())
-        return False
-
-    logger = logging.getLogger("chatdb")
-    logger.addFilter(collect)
-    yield found
-    logger.removeFilter(collect)
 
 
 def kill_server(data: Path) -> None:

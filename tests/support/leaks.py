@@ -103,3 +103,7 @@ class Leaks(logging.Handler):
         found, self._found = self._found, []
         self._said.clear()
         return found
+
+
+leaks = Leaks()
+"""Those of this run."""

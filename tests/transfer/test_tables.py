@@ -30,10 +30,9 @@ from chatdb.transfer.importer import (
     export_conversations,
     import_conversations,
 )
-from tests.conftest import as_role, execute
-from tests.transfer.test_transfer import exported, portable
+from tests.support.databases import as_role, execute
+from tests.support.transfers import SESSION, exported, portable
 
-SESSION = "0190b1c0-0000-7000-8000-000000000001"
 OTHER = "0190b1c0-0000-7000-8000-000000000002"
 
 RUN: list[Any] = [
