@@ -33,6 +33,8 @@ from chatdb._core import validate
 from chatdb.errors import CONSTRAINTS, map_driver_error
 from tests.support.calls import CALLS, NOBODYS, SIGNATURES, call
 
+pytestmark = pytest.mark.server_independent
+
 MIB = 1024 * 1024
 WIDE = "👋"  # one character, four bytes
 MARK = "XYZZY"  # stands for a text that no message may quote

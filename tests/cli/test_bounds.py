@@ -19,7 +19,7 @@ from chatdb.admin.connection import connected, pinned_transaction
 from tests.support.command import PROGRAM, environment
 from tests.support.proxy import Proxy
 
-pytestmark = pytest.mark.owner
+pytestmark = [pytest.mark.owner, pytest.mark.server_independent]
 
 COMMANDS = {
     "list": ["list", "--user", "alice"],

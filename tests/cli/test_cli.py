@@ -21,6 +21,8 @@ from chatdb.transfer.files import FORMATS
 from tests.support.command import PROGRAM, chatdb, chatdb_process, environment, on_a_terminal
 from tests.support.databases import execute
 
+pytestmark = pytest.mark.server_independent
+
 SHAREGPT = [
     {
         "id": "a",

@@ -20,6 +20,8 @@ from chatdb._core import validate
 from tests.support.databases import as_role, execute
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.server_independent
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOXFILE = (ROOT / "noxfile.py").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")

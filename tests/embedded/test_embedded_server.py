@@ -28,6 +28,7 @@ from tests.support.embedded import lock_is_free, new_place, postmaster
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="the embedded server does not run on Windows"),
+    pytest.mark.server_independent,
 ]
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root has to become somebody else")
 NOBODY = pwd.getpwnam("nobody")

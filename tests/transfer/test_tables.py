@@ -33,6 +33,8 @@ from chatdb.transfer.importer import (
 from tests.support.databases import as_role, execute
 from tests.support.transfers import SESSION, exported, portable
 
+pytestmark = pytest.mark.server_independent
+
 OTHER = "0190b1c0-0000-7000-8000-000000000002"
 
 RUN: list[Any] = [
