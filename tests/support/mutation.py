@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import os
 import queue
 import random
@@ -26,26 +27,29 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chatdb.embedded.server import EmbeddedServer
+from tests.support.databases import in_memory, not_durable
 from tests.support.paths import ROOT
 
 API = ("tests/api/test_public_api.py", "tests/api/test_messages.py", "tests/api/test_conversations.py")
-DRIFT = ("tests/contract/test_drift.py", "tests/contract/test_names.py")
+DRIFT = ("tests/contract/test_drift.py",)
 INPUT = ("tests/api/test_arguments.py", "tests/api/test_input.py")
 ERRORS = ("tests/api/test_errors.py", "tests/api/test_causes.py")
-POOL = ("tests/pool",)
+POOL = ("tests/pool/test_pool.py", "tests/pool/test_idle_connections.py", "tests/pool/test_handles.py")
 TESTS = {
-    "chatdb/messages.py": (*API, *INPUT, *ERRORS, *DRIFT, "tests/api/test_concurrency.py", "tests/api/test_records.py"),
-    "chatdb/conversations.py": (*API, *INPUT, *ERRORS, *DRIFT, "tests/api/test_concurrency.py"),
+    "chatdb/messages.py": (*API, *INPUT, *DRIFT, *ERRORS),
+    "chatdb/conversations.py": (*API, *INPUT, *DRIFT, *ERRORS),
     "chatdb/records.py": ("tests/api/test_records.py", *API, *DRIFT),
-    "chatdb/errors.py": (*ERRORS, *API, *DRIFT, *POOL),
-    "chatdb/_core/validate.py": (*INPUT, *API, *DRIFT),
-    "chatdb/_core/query.py": (*API, *DRIFT, *ERRORS, *INPUT, "tests/security/test_secrets.py", *POOL),
-    "chatdb/_core/decode.py": (*API, "tests/api/test_records.py", *DRIFT, *POOL),
-    "chatdb/_core/dsn.py": ("tests/pool/test_dsn.py", "tests/pool/test_one_dsn.py", "tests/pool/test_tls.py"),
+    "chatdb/errors.py": (*ERRORS, *API, *DRIFT, "tests/security/test_secrets.py"),
     "chatdb/schema.py": (*API, *ERRORS, *DRIFT, "tests/admin/test_check.py"),
+    "chatdb/_core/validate.py": (*INPUT, *API, *DRIFT),
+    "chatdb/_core/query.py": (*API, *DRIFT, *ERRORS, "tests/security/test_secrets.py", "tests/pool/test_pool.py"),
+    "chatdb/_core/decode.py": (*API, "tests/api/test_records.py", *DRIFT, "tests/pool/test_handles.py"),
+    "chatdb/_core/dsn.py": ("tests/pool/test_dsn.py", "tests/pool/test_one_dsn.py", "tests/pool/test_tls.py"),
+    "chatdb/_core/options.py": ("tests/pool/test_dsn.py", "tests/api/test_input.py", *POOL),
 }
-"""The tests of a module, in the order in which they are run; of one that is not here, those of `OTHERS`."""
+"""The tests of a module, in the order in which they are run; of one that is not here, `OTHERS`."""
 OTHERS = (*API, *POOL, *ERRORS, *DRIFT)
+"""Those of every other module."""
 
 SWAPPED: dict[type[ast.AST], str] = {
     ast.Lt: "<=",
@@ -188,6 +192,14 @@ def core() -> dict[str, list[Mutation]]:
     return {name: changes for name, changes in found.items() if changes}
 
 
+def sample(found: dict[str, list[Mutation]], most: int, seed: int) -> list[Mutation]:
+    """Choose at random, of each module as many as of another where it has them."""
+    chance = random.Random(seed)
+    shuffled = [chance.sample(changes, len(changes)) for changes in found.values()]
+    rounds = (mutation for each in itertools.zip_longest(*shuffled) for mutation in each if mutation)
+    return list(itertools.islice(rounds, most))
+
+
 class Checkout:
     """A copy of the checkout, and a server, in which one mutation at a time is tried."""
 
@@ -201,34 +213,41 @@ class Checkout:
         if (ROOT / ".cache").is_dir():
             (folder / ".cache").symlink_to(ROOT / ".cache")
 
-    def passes(self, tests: tuple[str, ...], limit: float) -> bool | None:
-        """Run tests until one fails, and return whether all passed; None if they did not end in time."""
+    def failure(self, tests: tuple[str, ...], limit: float) -> str | None:
+        """Run tests until one fails, and return which, or that they did not end in time; None if all passed."""
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--server", "dsn"]
+        settings = {
+            "CHATDB_TEST_DSN": self._server.dsn,
+            "PYTHONPATH": str(self._folder),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         process = subprocess.Popen(
             [*command, *tests],
             cwd=self._folder,
-            env=os.environ
-            | {"CHATDB_TEST_DSN": self._server.dsn, "PYTHONPATH": str(self._folder), "PYTHONDONTWRITEBYTECODE": "1"},
+            env=os.environ | settings,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
         try:
-            self.said, _ = process.communicate(timeout=limit)
+            said, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+            return f"no end in {limit:g} s"
+        if process.returncode == 0:
             return None
-        return process.returncode == 0
+        failed = re.findall(r"^(?:FAILED|ERROR) ([^\s\[]+)", said, re.MULTILINE)
+        return failed[0] if failed else f"pytest ended with {process.returncode}: {said[-200:]}"
 
-    def survives(self, mutation: Mutation, limit: float) -> bool:
-        """Whether the tests of its module pass with the mutation."""
+    def killer(self, mutation: Mutation, limit: float) -> str | None:
+        """Return what noticed a mutation, or None if nothing did."""
         path = self._folder / mutation.path
         source = path.read_bytes()
         path.write_bytes(mutation.of(source))
         try:
-            return bool(self.passes(TESTS.get(mutation.path, OTHERS), limit))
+            return self.failure(TESTS.get(mutation.path, OTHERS), limit)
         finally:
             path.write_bytes(source)
 
@@ -244,7 +263,7 @@ def main() -> int:
     options = parser.parse_args()
     found = {name: changes for name, changes in core().items() if not options.modules or name in options.modules}
     every = [mutation for changes in found.values() for mutation in changes]
-    tried = random.Random(options.seed).sample(every, min(options.sample or len(every), len(every)))
+    tried = sample(found, options.sample or len(every), options.seed)
     print(f"{len(tried)} of {len(every)} mutations of {len(found)} modules, --seed {options.seed}", flush=True)
     waiting: queue.SimpleQueue[Mutation] = queue.SimpleQueue()
     for mutation in tried:
@@ -253,10 +272,12 @@ def main() -> int:
     begun = time.monotonic()
 
     def work() -> None:
-        with tempfile.TemporaryDirectory(prefix="chatdb-mutation-", ignore_cleanup_errors=True) as name:
+        place = tempfile.TemporaryDirectory(prefix="chatdb-mutation-", dir=in_memory(), ignore_cleanup_errors=True)
+        with place as name:
             folder = Path(name)
             folder.chmod(0o711)  # where user namespaces are forbidden, root's server runs as nobody
             with EmbeddedServer(folder / "server") as server:
+                not_durable(server.dsn)
                 (folder / "checkout").mkdir()
                 checkout = Checkout(folder / "checkout", server)
                 while True:
@@ -264,16 +285,22 @@ def main() -> int:
                         mutation = waiting.get_nowait()
                     except queue.Empty:
                         return
-                    survived = checkout.survives(mutation, options.limit)
-                    if survived:
+                    killer = checkout.killer(mutation, options.limit)
+                    if killer is None:
                         survivors[mutation.path].append(mutation)
-                    print("survived" if survived else "killed  ", mutation, flush=True)
+                    print(f"{mutation}\n    {f'killed by {killer}' if killer else 'SURVIVED'}", flush=True)
 
     workers = [threading.Thread(target=work) for _ in range(options.processes)]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join()
+    try:
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:
+        while not waiting.empty():
+            waiting.get()
+        for worker in workers:
+            worker.join()
     print(f"\nafter {time.monotonic() - begun:.0f} s:")
     for name in sorted({mutation.path for mutation in tried}):
         count = sum(mutation.path == name for mutation in tried)
