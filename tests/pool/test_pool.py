@@ -471,6 +471,22 @@ async def test_a_read_survives_lost_connections(dsn, conversation, noticed):
         await assert_whole(pool)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in CALLS
+        if name.startswith(("get_", "list_", "iter_", "check_")) or name.endswith((" key", " keys", "none", "nothing"))
+    ],
+)
+async def test_every_read_and_keyed_write_survives_a_lost_connection(dsn, name):
+    """What does nothing more the second time is sent again."""
+    async with chatdb.create_pool(dsn, max_size=1) as pool:
+        here = await _fill(pool, USER)
+        kill_sessions(dsn)
+        await CALLS[name](pool, here, 1)
+
+
 async def test_a_read_on_asyncpgs_own_pool_is_not_repeated(dsn, conversation):
     """There the same read raises UnavailableError: what chatdb's pool does is to repeat it."""
     async with asyncpg.create_pool(**connect_arguments(dsn), min_size=1, max_size=1) as pool:

@@ -11,6 +11,7 @@ import asyncpg
 import psycopg
 
 import chatdb
+from tests.support.calls import NOBODYS
 
 HANG = 30
 """Seconds after which something hangs."""
@@ -110,6 +111,9 @@ CALLS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
     "get_message_by_key": lambda db, at, _: chatdb.get_message_by_key(db, key="key", **at),
     "iter_messages": lambda db, at, _: _all(chatdb.iter_messages(db, **at)),
     "list_conversations": lambda db, at, _: chatdb.list_conversations(db, user_id=at["user_id"]),
+    "list_conversations, before": lambda db, at, _: chatdb.list_conversations(
+        db, user_id=at["user_id"], before=NOBODYS.model_copy(update={"user_id": at["user_id"]})
+    ),
     "list_messages": lambda db, at, _: chatdb.list_messages(db, **at),
     "list_messages, none left": lambda db, at, _: chatdb.list_messages(db, after_seq=1000, **at),
     "update_conversation": lambda db, at, n: chatdb.update_conversation(db, title=f"{n}", **at),
