@@ -39,7 +39,7 @@ TESTS = {
     "chatdb/messages.py": (*API, *INPUT, *DRIFT, *ERRORS),
     "chatdb/conversations.py": (*API, *INPUT, *DRIFT, *ERRORS),
     "chatdb/records.py": ("tests/api/test_records.py", *API, *DRIFT),
-    "chatdb/errors.py": (*ERRORS, *API, *DRIFT, "tests/security/test_secrets.py"),
+    "chatdb/errors.py": (*ERRORS, *API, *DRIFT, "tests/security/test_secrets.py", "tests/pool/test_pooler.py"),
     "chatdb/schema.py": (*API, *ERRORS, *DRIFT, "tests/admin/test_check.py"),
     "chatdb/_core/validate.py": (*INPUT, *API, *DRIFT),
     "chatdb/_core/query.py": (*API, *DRIFT, *ERRORS, "tests/security/test_secrets.py", "tests/pool/test_pool.py"),
