@@ -747,6 +747,25 @@ def test_subclasses_are_taken_by_what_they_hold(parameter, value, json_value):
     assert json.loads(getattr(validate, f"check_{parameter}")(parameter, {"a": value})) == {"a": json_value}
 
 
+class Same(list):
+    """A list with a method of its own, which does what a list's does."""
+
+    def __iter__(self):
+        """Go through the items."""
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("kind", [list, Same])
+def test_subclasses_may_be_as_deep(kind):
+    """A subclass may be nested as deep as the type itself, and no deeper."""
+    value = "text"
+    for _ in range(validate.MAX_DEPTH):
+        value = kind([value])
+    assert json.loads(validate.check_payload("payload", value))
+    with pytest.raises(InvalidInputError, match="nested"):
+        validate.check_payload("payload", kind([value]))
+
+
 @pytest.mark.parametrize("value", [FailingDict(a=1), EndlessList(), Deep(), (x for x in "ab"), range(3), Score])
 @pytest.mark.parametrize("parameter", ["payload", "metadata"])
 def test_what_only_looks_like_json_is_refused(parameter, value, monkeypatch):
