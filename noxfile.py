@@ -141,6 +141,14 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session
+def mutation(session: nox.Session) -> None:
+    """Change the core in one place at a time, and say which changes no test noticed. `-- --sample 60 --seed 1`."""
+    install(session, "test")
+    session.run("python", "-m", "tests.support.pgbouncer")
+    session.run("python", "-m", "tests.support.mutation", *session.posargs)
+
+
+@nox.session
 def schema_page(session: nox.Session) -> None:
     """Write docs/schema.md from a database to which all migrations were applied."""
     install(session, "test")

@@ -11,7 +11,7 @@ import pytest
 import uvloop
 
 from benchmarks import sabotage
-from benchmarks.figures import Figures
+from benchmarks.figures import RESULTS, Figures
 from benchmarks.gates import GATES
 from benchmarks.report import write
 from benchmarks.server import LARGE_BUFFERS, BenchServer, folder
@@ -36,7 +36,6 @@ SERVER = pytest.StashKey[BenchServer]()
 MINUTES_A_MILLION = 0.5
 """How long the load of a million messages takes, as far as it can be said."""
 
-RESULTS = Path(__file__).parent.parent / ".benchmarks"
 """Where a run leaves its figures and its report."""
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}

@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.gates import GATES, OPERATIONS, Gate
 from benchmarks.workload import Size
 
+RESULTS = Path(__file__).parent.parent / ".benchmarks"
 SAMPLES = 500
 """Single times that the file keeps of each series."""
 

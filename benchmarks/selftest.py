@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.conftest import RESULTS
+from benchmarks.figures import RESULTS
 from benchmarks.sabotage import ALL
 
 

@@ -16,12 +16,12 @@ from benchmarks.contenders import Chatdb
 from benchmarks.figures import Figures
 from benchmarks.gates import COUNTED
 from benchmarks.operations import call_of
-from benchmarks.proxy import Proxy
 from benchmarks.server import BenchServer
 from benchmarks.workload import START, YEAR, Size
 from chatdb._core.query import Query
 from chatdb.conversations import _list_conversations
 from chatdb.messages import _append_message, _append_messages, _get_history, _list_messages
+from tests.support.proxy import Proxy
 
 CALLS = 100
 

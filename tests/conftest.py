@@ -11,33 +11,36 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import asyncpg
-import psycopg
 import pytest
 import trustme
 import uvloop
-from psycopg.rows import TupleRow
 
 import chatdb
 from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded import server as embedded
-from tests.support.leaks import Leaks
+from tests.support.databases import (
+    administrator,
+    administrators,
+    as_role,
+    database_of,
+    execute,
+    in_memory,
+    new_database,
+    not_durable,
+)
+from tests.support.leaks import leaks
 from tests.support.pgbouncer import OPTIONS, VERSIONS, pgbouncer, program
 from tests.support.roles import Roles
 
 SERVERS = ("auto", "dsn", "container", "embedded", "local")
 AppOf = Callable[[str, pytest.FixtureRequest], str]
 _serial = itertools.count()
-_administrators: dict[str, psycopg.Connection[TupleRow]] = {}
-"""By its DSN, a session on each server of the tests, kept because most of them have a database made and dropped."""
-
-
-leaks = Leaks()
 
 
 def pytest_configure() -> None:
@@ -88,8 +91,8 @@ def pytest_collection_finish() -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Close what is kept for all tests, and have the controller told what was searched."""
-    while _administrators:
-        _administrators.popitem()[1].close()
+    while administrators:
+        administrators.popitem()[1].close()
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["searched"] = leaks.errors, leaks.records
 
@@ -151,16 +154,6 @@ def _say(config: pytest.Config, line: str) -> None:
         with capture.global_and_fixture_disabled():  # or pytest would take it for the first test's output
             reporter.ensure_newline()
             reporter.write_line(line)
-
-
-def in_memory() -> str | None:
-    """Return a folder that is kept in memory, if there is one with room: much of a server's work is making files."""
-    folder = "/dev/shm"
-    if not os.path.ismount(folder):
-        return None
-    there = os.statvfs(folder)
-    room = there.f_bavail * there.f_frsize > 6 * 1024**3
-    return folder if room and not there.f_flag & os.ST_NOEXEC else None
 
 
 def _named(stack: ExitStack) -> str | None:
@@ -229,54 +222,6 @@ def _local(stack: ExitStack) -> str | None:
     return f"postgresql://postgres@/postgres?host={folder}"
 
 
-def not_durable(dsn: str) -> None:
-    """Spare a server that goes with the tests its waiting for the disk; a killed process loses nothing by it."""
-    execute(dsn, "alter system set fsync = off", "alter system set full_page_writes = off", "select pg_reload_conf()")
-
-
-def database_of(server: str, name: str) -> str:
-    """Return the DSN of another database on the server."""
-    return urlunsplit(urlsplit(server)._replace(path=f"/{name}"))
-
-
-def as_role(dsn: str, role: str) -> str:
-    """Return the DSN for another role, whose password is its name."""
-    parts = urlsplit(dsn)
-    return urlunsplit(parts._replace(netloc=f"{role}:{role}@{parts.netloc.rpartition('@')[2]}"))
-
-
-def execute(dsn: str, *statements: str) -> None:
-    """Run statements on their own, outside a transaction."""
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        for statement in statements:
-            connection.execute(statement)
-
-
-def administrator(server: str) -> psycopg.Connection[TupleRow]:
-    """Return the session that is kept on a server, or a new one after a test killed the server."""
-    if server in _administrators:
-        try:
-            _administrators[server].execute("select")
-        except psycopg.OperationalError:
-            _administrators.pop(server).close()
-    if server not in _administrators:
-        _administrators[server] = psycopg.connect(server, autocommit=True)
-    return _administrators[server]
-
-
-@contextmanager
-def new_database(server: str, name: str, template: str = "template0", options: str = "") -> Iterator[str]:
-    """Give the DSN of a copy of a database; of its files, which takes a third of the time of the server's own way."""
-    session = administrator(server)
-    if session.info.server_version >= 150_000:  # older ones know no other way
-        options += " strategy file_copy"
-    session.execute(f"create database {name} template {template} {options}")
-    try:
-        yield database_of(server, name)
-    finally:
-        administrator(server).execute(f"drop database {name} with (force)")
-
-
 @pytest.fixture(scope="session")
 def roles(server: str) -> Iterator[Roles]:
     """Give the roles of docs/security.md, which can log in by their names, and a migrated database of the owner's."""
@@ -291,14 +236,6 @@ def roles(server: str) -> Iterator[Roles]:
     execute(as_role(dsn, made.owner), *as_owner)
     yield made
     execute(server, f"drop database {made.database} with (force)", *(f"drop role {role}" for role in names))
-
-
-@contextmanager
-def cloned(server: str, roles: Roles, name: str) -> Iterator[str]:
-    """Give the DSN, for the server's own role, of a clone of the roles' database."""
-    with new_database(server, name, roles.database, f"owner {roles.owner}") as dsn:
-        execute(server, *roles.on_database(name))
-        yield dsn
 
 
 @pytest.fixture(scope="session")

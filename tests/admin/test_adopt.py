@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, timedelta
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -24,12 +23,12 @@ from benchmarks.original import Conversation, Message
 from chatdb.admin.adopt.adoption import AdoptReport, Counts, adopt
 from chatdb.admin.migrate import apply_migrations, rollback_migrations
 from chatdb.errors import ConfigurationError, SchemaError, UnavailableError
-from tests.conftest import as_role, execute, new_database
 from tests.support import older as older_system
 from tests.support.command import chatdb as command
+from tests.support.databases import as_role, execute, new_database
 from tests.support.older import START, Writers, add, fill, rows, untouched
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "adoption.md").read_text(encoding="utf-8")
 REASONS = {
     reason.replace("''", "'")

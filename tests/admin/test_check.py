@@ -24,16 +24,16 @@ from chatdb.admin.check.plans import planned
 from chatdb.admin.connection import connected
 from chatdb.admin.migrate import apply_migrations, migration_files
 from chatdb.cli.app import app
-from tests.conftest import as_role, execute, new_database
-from tests.contract.test_migrations import yoyo
 from tests.support.catalog import DATA
 from tests.support.command import PROGRAM, on_a_terminal
+from tests.support.databases import as_role, execute, new_database
+from tests.support.migrations import yoyo
+from tests.support.paths import ROOT
 from tests.support.pgbouncer import VERSIONS, pgbouncer
 from tests.support.roles import Roles
 
 pytestmark = pytest.mark.owner
 
-ROOT = Path(__file__).parents[2]
 CASCADE = (
     "alter table chatdb.messages drop constraint fk_messages_conversation, add constraint fk_messages_conversation "
     "foreign key (user_id, conversation_id) references chatdb.conversations (user_id, id)"

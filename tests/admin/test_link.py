@@ -13,8 +13,8 @@ import chatdb
 from chatdb._core.driver_errors import LINK
 from chatdb.admin.check.inspection import inspect
 from chatdb.admin.users_link import UsersMissingError, link_users, unlink_users
-from tests.conftest import as_role, execute
 from tests.support.command import chatdb as command
+from tests.support.databases import as_role, execute
 
 pytestmark = pytest.mark.owner
 

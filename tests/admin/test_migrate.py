@@ -11,9 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
@@ -31,55 +29,15 @@ from chatdb.admin.migrate import (
     missing_migrations,
     rollback_migrations,
 )
-from tests.conftest import as_role, execute
-from tests.contract.test_migrations import NAMES, ROOT, objects, yoyo
 from tests.support.command import PROGRAM
 from tests.support.command import chatdb as command
+from tests.support.databases import as_role, execute
 from tests.support.migrating import migrate_at, processes
+from tests.support.migrations import CONCURRENTLY, NAMES, add, objects, release, transaction, value, yoyo
+from tests.support.paths import ROOT
 from tests.support.pgbouncer import VERSIONS, pgbouncer
 
 pytestmark = pytest.mark.owner
-
-CONCURRENTLY = """-- transactional: false
-set lock_timeout = '2s';
-create index concurrently if not exists ix_messages_created_at on chatdb.messages (created_at);
-"""
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Give a copy of the migrations."""
-    return Path(shutil.copytree(ROOT / "migrations", tmp_path / "migrations"))
-
-
-def release(folder: Path) -> None:
-    """Write the checksums of what is in a folder of migrations."""
-    with (folder / migrate.SUMS).open("w") as sums:
-        subprocess.run("sha256sum *.sql", shell=True, cwd=folder, check=True, stdout=sums)
-
-
-def add(folder: Path, name: str, sql: str, rollback: str) -> None:
-    """Add a migration to a folder and release it."""
-    (folder / f"{name}.sql").write_text(sql)
-    (folder / f"{name}.rollback.sql").write_text(rollback)
-    release(folder)
-
-
-def value(dsn: str, statement: str) -> object:
-    """Return the one value of a statement."""
-    with psycopg.connect(dsn) as connection:
-        row = connection.execute(statement.encode()).fetchone()
-        return row[0] if row else None
-
-
-@contextmanager
-def transaction(dsn: str, *statements: str) -> Iterator[psycopg.Connection]:
-    """Have a transaction open in which statements were run."""
-    with psycopg.connect(dsn) as connection:
-        for statement in statements:
-            connection.execute(statement.encode())
-        yield connection
-        connection.rollback()
 
 
 def test_twenty_at_once(empty_dsn: str) -> None:
@@ -353,26 +311,6 @@ def test_what_was_agreed_to(dsn: str) -> None:
     with pytest.raises(chatdb.SchemaError, match="migrated this database meanwhile"):
         rollback_migrations(dsn, expected=[NAMES[2]])
     assert value(dsn, "select to_regclass('chatdb.conversations') is not null")
-
-
-@pytest.fixture
-def owner(empty_dsn: str) -> Iterator[str]:
-    """Give the DSN of a role that is no superuser and owns the database."""
-    name = f"owner_{os.getpid()}"
-    execute(
-        empty_dsn,
-        f"create role {name} login password '{name}'",
-        f"grant {name} to current_user",
-        "do $$ begin execute format('alter database %I owner to " + name + "', current_database()); end $$",
-        f"grant create, usage on schema public to {name}",
-    )
-    yield as_role(empty_dsn, name)
-    execute(
-        empty_dsn,
-        "do $$ begin execute format('alter database %I owner to %I', current_database(), session_user); end $$",
-        f"drop owned by {name}",
-        f"drop role {name}",
-    )
 
 
 def test_a_role_named_chatdb(empty_dsn: str) -> None:

@@ -17,10 +17,9 @@ from sqlalchemy import Column, Integer, MetaData, NullPool, Table, create_engine
 import chatdb
 from chatdb.admin.check.inspection import inspect, is_wrong
 from chatdb.admin.migrate import applied_migrations, apply_migrations, migration_files, rollback_migrations
-from tests.admin.test_migrate import owner as owner
-from tests.admin.test_migrate import transaction, value
-from tests.conftest import as_role, execute
-from tests.contract.test_migrations import NAMES, ROOT, objects, yoyo
+from tests.support.databases import as_role, execute
+from tests.support.migrations import NAMES, objects, transaction, value, yoyo
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.owner
 

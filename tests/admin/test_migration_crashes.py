@@ -18,11 +18,12 @@ import pytest
 
 from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded.server import EmbeddedServer
-from tests.conftest import database_of, execute, new_database, not_durable
-from tests.contract.test_migrations import ROOT, objects
 from tests.support.chaos import kill_server
+from tests.support.databases import database_of, execute, new_database, not_durable
 from tests.support.migrating import NAMES, by_yoyo, down, over, processes, up
-from tests.support.wire import Statement, Wire
+from tests.support.migrations import objects
+from tests.support.paths import ROOT
+from tests.support.proxy import Proxy, Statement
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 
@@ -123,8 +124,8 @@ def _run_until(
                 os.kill(process.pid, signal.SIGKILL)
         return struck.is_set()
 
-    with tempfile.TemporaryDirectory() as folder, Wire(dsn, Path(folder), watch) as wire:
-        process = processes.Process(target=work, args=(wire.dsn, place))
+    with Proxy(dsn, watch=watch) as proxy:
+        process = processes.Process(target=work, args=(proxy.dsn, place))
         process.start()
         process.join()
     return process, struck.is_set()

@@ -10,10 +10,8 @@ import pytest
 
 import chatdb
 from chatdb.admin.migrate import apply_migrations
-from tests.admin.test_migrate import CONCURRENTLY, add
-from tests.admin.test_migrate import folder as folder
-from tests.conftest import execute
-from tests.contract.test_migrations import NAMES
+from tests.support.databases import execute
+from tests.support.migrations import CONCURRENTLY, NAMES, add
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 

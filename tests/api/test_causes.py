@@ -19,8 +19,8 @@ from chatdb import ChatDBError, ConfigurationError, ConflictError, UnavailableEr
 from chatdb._core.dsn import connect_arguments
 from chatdb.admin.check.inspection import inspect
 from chatdb.admin.migrate import apply_migrations, missing_migrations
-from tests.api.test_public_api import CALLS, call, conversation_with_a_message
-from tests.conftest import database_of, execute
+from tests.support.calls import CALLS, call, conversation_with_a_message
+from tests.support.databases import database_of, execute
 
 BODIES = {
     "42883": "perform missing_function();",

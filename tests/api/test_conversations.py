@@ -9,7 +9,7 @@ import pytest
 
 import chatdb
 from chatdb import Conversation, ConversationNotFoundError, Deleted
-from tests.api.test_public_api import SIGNATURES
+from tests.support.calls import SIGNATURES
 
 WRITTEN = "select xmin::text, ctid::text, last_seq, updated_at from chatdb.conversations where id = $1"
 IDENTITY = "select last_value from chatdb.conversations_id_seq"

@@ -39,7 +39,7 @@ from chatdb._core.dsn import connect_arguments
 from chatdb._core.query import Query
 from chatdb.admin.users_link import UsersMissingError
 from chatdb.schema import NEEDED, kind_of
-from tests.api.test_public_api import CALLS, NOBODYS, call, conversation_with_a_message
+from tests.support.calls import CALLS, NOBODYS, call, conversation_with_a_message
 
 MARK = "XYZZY"  # a text, a key or a password that no error may tell
 DSN = f"postgresql://alice:{MARK}@127.0.0.1:{{}}/chat?{{}}"

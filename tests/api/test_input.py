@@ -12,7 +12,7 @@ import traceback
 import tracemalloc
 from collections import OrderedDict, defaultdict
 from datetime import UTC, datetime
-from itertools import count, repeat
+from itertools import count, islice, repeat
 from typing import Any, NamedTuple
 
 import asyncpg
@@ -31,7 +31,9 @@ from chatdb import (
 )
 from chatdb._core import validate
 from chatdb._core.driver_errors import CONSTRAINTS, map_driver_error
-from tests.api.test_public_api import CALLS, NOBODYS, SIGNATURES, call
+from tests.support.calls import CALLS, NOBODYS, SIGNATURES, call
+
+pytestmark = pytest.mark.server_independent
 
 MIB = 1024 * 1024
 WIDE = "👋"  # one character, four bytes
@@ -745,10 +747,30 @@ def test_subclasses_are_taken_by_what_they_hold(parameter, value, json_value):
     assert json.loads(getattr(validate, f"check_{parameter}")(parameter, {"a": value})) == {"a": json_value}
 
 
+class Same(list):
+    """A list with a method of its own, which does what a list's does."""
+
+    def __iter__(self):
+        """Go through the items."""
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("kind", [list, Same])
+def test_subclasses_may_be_as_deep(kind):
+    """A subclass may be nested as deep as the type itself, and no deeper."""
+    value = "text"
+    for _ in range(validate.MAX_DEPTH):
+        value = kind([value])
+    assert json.loads(validate.check_payload("payload", value))
+    with pytest.raises(InvalidInputError, match="nested"):
+        validate.check_payload("payload", kind([value]))
+
+
 @pytest.mark.parametrize("value", [FailingDict(a=1), EndlessList(), Deep(), (x for x in "ab"), range(3), Score])
 @pytest.mark.parametrize("parameter", ["payload", "metadata"])
-def test_what_only_looks_like_json_is_refused(parameter, value):
+def test_what_only_looks_like_json_is_refused(parameter, value, monkeypatch):
     """A value that cannot be read, never ends or is no JSON is an InvalidInputError, which quotes nothing."""
+    monkeypatch.setattr(validate, "islice", lambda items, most: islice(items, most // 64))  # all would take ten seconds
     with pytest.raises(InvalidInputError) as raised:
         getattr(validate, f"check_{parameter}")(parameter, {"a": [value]})
     assert raised.value.parameter == parameter

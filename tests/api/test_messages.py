@@ -20,7 +20,7 @@ from chatdb import (
     NewMessage,
 )
 from chatdb._core.dsn import connect_arguments
-from tests.api.test_public_api import Counting
+from tests.support.calls import Counting
 
 
 @pytest.fixture

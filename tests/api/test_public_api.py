@@ -2,61 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import inspect
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from datetime import UTC, datetime
-from typing import Any
-from urllib.parse import quote
 
 import pytest
 
 import chatdb
-from chatdb import UNSET, Conversation, NotFoundError
-from chatdb._core.dsn import connect_arguments
-
-required = inspect.Parameter.empty
-
-SIGNATURES: dict[str, dict[str, Any]] = {
-    "create_conversation": {"user_id": required, "title": None, "key": None, "metadata": None},
-    "get_conversation": {"user_id": required, "conversation_id": required},
-    "get_conversation_by_key": {"user_id": required, "key": required},
-    "list_conversations": {"user_id": required, "limit": 20, "before": None},
-    "update_conversation": {"user_id": required, "conversation_id": required, "title": UNSET, "metadata": UNSET},
-    "delete_conversation": {"user_id": required, "conversation_id": required},
-    "delete_user": {"user_id": required, "timeout": None},
-    "append_message": {
-        "user_id": required,
-        "conversation_id": required,
-        "role": required,
-        "content": required,
-        "payload": None,
-        "metadata": None,
-        "token_count": None,
-        "key": None,
-    },
-    "append_messages": {"user_id": required, "conversation_id": required, "messages": required},
-    "get_history": {"user_id": required, "conversation_id": required, "limit": 100, "before_seq": None},
-    "list_messages": {"user_id": required, "conversation_id": required, "after_seq": 0, "limit": 100},
-    "iter_messages": {"user_id": required, "conversation_id": required, "after_seq": 0, "batch": 500},
-    "get_message": {"user_id": required, "conversation_id": required, "seq": required},
-    "get_message_by_key": {"user_id": required, "conversation_id": required, "key": required},
-    "update_message": {
-        "user_id": required,
-        "conversation_id": required,
-        "seq": required,
-        "content": UNSET,
-        "payload": UNSET,
-        "metadata": UNSET,
-        "token_count": UNSET,
-    },
-    "delete_message": {"user_id": required, "conversation_id": required, "seq": required},
-    "delete_messages_after": {"user_id": required, "conversation_id": required, "seq": required},
-}
-"""Every function on users' data, with the defaults of its keyword-only parameters."""
+from chatdb import NotFoundError
+from tests.support.calls import CALLS, NOBODYS, SIGNATURES, Counting, call, conversation_with_a_message, required
+from tests.support.proxy import Proxy
 
 OTHERS = {
     *("UNSET", "JsonText", "Role"),
@@ -67,72 +23,6 @@ OTHERS = {
     "ConfigurationError",
     "PoolClosedError",
 }
-
-CALLS: list[tuple[str, dict[str, Any]]] = [
-    ("create_conversation", {}),
-    ("create_conversation", {"key": "new"}),
-    ("create_conversation", {"key": "thread"}),
-    ("get_conversation", {}),
-    ("get_conversation_by_key", {"key": "thread"}),
-    ("list_conversations", {}),
-    ("list_conversations", {"before": ...}),
-    ("update_conversation", {"title": "another"}),
-    ("update_conversation", {}),
-    ("append_message", {"role": "user", "content": "hello"}),
-    ("append_message", {"role": "user", "content": "hello", "key": "new"}),
-    ("append_message", {"role": "user", "content": "first", "key": "first"}),
-    ("append_messages", {"messages": [{"role": "user", "content": "hello"}]}),
-    ("append_messages", {"messages": [{"role": "user", "content": "hello", "key": "newer"}]}),
-    ("append_messages", {"messages": [{"role": "user", "content": "first", "key": "first"}]}),
-    ("append_messages", {"messages": []}),
-    ("get_history", {}),
-    ("get_history", {"before_seq": 1}),
-    ("list_messages", {}),
-    ("iter_messages", {}),
-    ("get_message", {"seq": 1}),
-    ("get_message_by_key", {"key": "first"}),
-    ("update_message", {"seq": 1, "content": "first, corrected"}),
-    ("update_message", {"seq": 1}),
-    ("delete_message", {"seq": 1}),
-    ("delete_messages_after", {"seq": 0}),
-    ("delete_conversation", {}),
-    ("delete_user", {}),
-]
-"""A valid call of every function, more than one where it has more than one statement."""
-
-NOBODYS = Conversation(
-    id=-1,
-    user_id="bob",
-    key=None,
-    title=None,
-    metadata=None,
-    last_seq=0,
-    created_at=datetime.now(UTC),
-    updated_at=datetime.now(UTC),
-)
-"""A conversation that is not stored."""
-
-
-async def conversation_with_a_message(db: Any) -> Conversation:
-    """Store a conversation of the key "thread" that has one message of the key "first"."""
-    conversation = await chatdb.create_conversation(db, user_id="alice", key="thread")
-    await chatdb.append_message(
-        db, user_id="alice", conversation_id=conversation.id, role="user", content="first", key="first"
-    )
-    return conversation
-
-
-async def call(db: Any, name: str, arguments: dict[str, Any], conversation: Conversation) -> Any:
-    """Call a function on a conversation of its user."""
-    arguments = {"user_id": conversation.user_id} | arguments
-    if "conversation_id" in SIGNATURES[name]:
-        arguments = {"conversation_id": conversation.id} | arguments
-    if arguments.get("before") is ...:
-        arguments["before"] = conversation
-    answer = getattr(chatdb, name)(db, **arguments)
-    if name == "iter_messages":
-        return [message async for message in answer]
-    return await answer
 
 
 def test_all_names_everything_public():
@@ -192,19 +82,6 @@ def test_import_leaves_the_extras_alone(module):
     assert run.stdout.split() == []
 
 
-class Counting:
-    """A database that counts the statements on their way to a real one."""
-
-    def __init__(self, db: Any) -> None:
-        self.db = db
-        self.statements: list[str] = []
-
-    async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Any]:
-        """Count and pass on."""
-        self.statements.append(query)
-        return await self.db.fetch(query, *args, timeout=timeout)
-
-
 @pytest.mark.parametrize(("name", "arguments"), CALLS)
 async def test_one_statement_a_call(tx, name, arguments):
     """Each call sends one statement, whose first line is a comment with its name."""
@@ -230,63 +107,18 @@ async def test_check_schema_is_one_statement(tx):
     assert len(db.statements) == 1
 
 
-class Wire:
-    """A way to the server that counts how often it has said "ready for query", which ends a round trip."""
-
-    def __init__(self, dsn: str) -> None:
-        found = connect_arguments(dsn)
-        self._host, self._port = (found.get("host") or ["localhost"])[0], found.get("port", 5432)
-        self._login = found.get("user", ""), found.get("password", ""), found.get("database", "")
-        self._serving: set[Any] = set()
-        self.round_trips = 0
-        self.dsn = ""
-
-    @contextlib.asynccontextmanager
-    async def opened(self) -> AsyncIterator[Wire]:
-        """Listen while the block runs."""
-        async with await asyncio.start_server(self._serve, "127.0.0.1", 0) as listener:
-            host, port = listener.sockets[0].getsockname()
-            user, password, database = map(quote, self._login)
-            self.dsn = f"postgresql://{user}:{password}@{host}:{port}/{database}?sslmode=disable"
-            yield self
-        await asyncio.gather(*self._serving)  # which Python 3.11 leaves to us
-
-    async def _serve(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-        self._serving.add(asyncio.current_task())
-        if self._host.startswith("/"):
-            opened = asyncio.open_unix_connection(f"{self._host}/.s.PGSQL.{self._port}")
-        else:
-            opened = asyncio.open_connection(self._host, self._port)
-        from_server, to_server = await opened
-        answers = asyncio.create_task(self._answer(from_server, to_client))
-        while data := await from_client.read(65536):
-            to_server.write(data)
-        await answers
-        for writer in (to_server, to_client):
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
-
-    async def _answer(self, from_server: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError):
-            while True:
-                head = await from_server.readexactly(5)  # a letter and the length of the rest
-                self.round_trips += head[:1] == b"Z"
-                to_client.write(head + await from_server.readexactly(int.from_bytes(head[1:]) - 4))
-        to_client.close()  # the server has closed first, which the client waits for
-
-
 async def test_one_round_trip_a_call(dsn):
     """On chatdb's pool each call whose statement the connection knows is one round trip."""
     counts = {}
-    async with Wire(dsn).opened() as wire, chatdb.create_pool(wire.dsn) as db:
-        for index, (name, arguments) in enumerate(CALLS):
-            with contextlib.suppress(NotFoundError):
-                await call(db, name, arguments, NOBODYS)  # prepares the statement
-            await chatdb.delete_user(db, user_id="alice")
-            conversation = await conversation_with_a_message(db)
-            before = wire.round_trips
-            await call(db, name, arguments, conversation)
-            counts[index, name] = wire.round_trips - before
+    with Proxy(dsn) as proxy:
+        async with chatdb.create_pool(proxy.dsn) as db:
+            for index, (name, arguments) in enumerate(CALLS):
+                with contextlib.suppress(NotFoundError):
+                    await call(db, name, arguments, NOBODYS)  # prepares the statement
+                await chatdb.delete_user(db, user_id="alice")
+                conversation = await conversation_with_a_message(db)
+                proxy.clear()
+                await call(db, name, arguments, conversation)
+                counts[index, name] = (proxy.round_trips, proxy.ready)
 
-    assert set(counts.values()) == {1}, counts
+    assert set(counts.values()) == {(1, 1)}, counts

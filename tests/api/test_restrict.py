@@ -8,7 +8,7 @@ import pytest
 
 import chatdb
 from chatdb import ConfigurationError
-from tests.conftest import execute
+from tests.support.databases import execute
 
 
 @pytest.mark.owner

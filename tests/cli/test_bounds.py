@@ -6,21 +6,20 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlsplit
 
 import pytest
 
-from chatdb._core.dsn import connect_arguments
 from chatdb.admin.connection import connected, pinned_transaction
 from tests.support.command import PROGRAM, environment
+from tests.support.proxy import Proxy
 
-pytestmark = pytest.mark.owner
+pytestmark = [pytest.mark.owner, pytest.mark.server_independent]
 
 COMMANDS = {
     "list": ["list", "--user", "alice"],
@@ -49,58 +48,6 @@ SLOWER = {"import", "import of tables", "export", "demo", "delete-user", "delete
 
 LIMIT = 45.0
 """Seconds within which each of them ends, on a machine that is busy with something else: 5 to 10 on one that is not."""
-
-
-class Proxy:
-    """A listener that answers as the server does for so many bytes of its answers, and then says nothing more."""
-
-    def __init__(self, dsn: str | None, answered: int = 0) -> None:
-        self._arguments = connect_arguments(dsn) if dsn else {}
-        self._answered = answered
-        self._open = ExitStack()
-        self._listener = self._open.enter_context(closing(socket.create_server(("127.0.0.1", 0))))
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def __enter__(self) -> Proxy:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._open.close()
-
-    @property
-    def dsn(self) -> str:
-        """The DSN that leads here."""
-        login = {name: self._arguments[name] for name in ("user", "password") if name in self._arguments}
-        options = urlencode({"user": "alice"} | login | {"sslmode": "disable", "connect_timeout": "2"})
-        return f"postgresql://127.0.0.1:{self.port}/{self._arguments.get('database', 'chat')}?{options}"
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                self._open.enter_context(closing(client))
-                if self._answered:
-                    server = self._open.enter_context(closing(self._connect()))
-                    for source, target, most in ((client, server, 1 << 60), (server, client, self._answered)):
-                        threading.Thread(target=_pump, args=(source, target, most), daemon=True).start()
-
-    def _connect(self) -> socket.socket:
-        host, port = self._arguments["host"][0], self._arguments.get("port") or 5432
-        if not host.startswith("/"):
-            return socket.create_connection((host, port))
-        server = socket.socket(socket.AF_UNIX)
-        server.connect(f"{host}/.s.PGSQL.{port}")
-        return server
-
-
-def _pump(source: socket.socket, target: socket.socket, most: int) -> None:
-    with suppress(OSError):
-        while most > 0 and (data := source.recv(min(1 << 16, most))):
-            target.sendall(data)
-            most -= len(data)
 
 
 @contextmanager
@@ -151,9 +98,11 @@ def test_no_command_hangs(dsn: str, file: Path, silent: str | int) -> None:
         if silent == "black hole":
             place = stack.enter_context(full_queue())
         elif silent == "at once":
-            place = stack.enter_context(Proxy(None)).dsn
+            proxy = stack.enter_context(Proxy(dsn))
+            proxy.pause()
+            place = f"{proxy.dsn}&connect_timeout=2"
         else:
-            place = stack.enter_context(Proxy(dsn, int(silent))).dsn
+            place = f"{stack.enter_context(Proxy(dsn, answer_bytes=int(silent))).dsn}&connect_timeout=2"
         with ThreadPoolExecutor(4) as executor:
             results = [*executor.map(lambda arguments: ended(arguments, place, file), COMMANDS.values())]
     slowest = 0.0

@@ -18,8 +18,10 @@ from chatdb._core.dsn import database_of
 from chatdb.cli.data import Format
 from chatdb.transfer import tables
 from chatdb.transfer.files import FORMATS
-from tests.conftest import execute
 from tests.support.command import PROGRAM, chatdb, chatdb_process, environment, on_a_terminal
+from tests.support.databases import execute
+
+pytestmark = pytest.mark.server_independent
 
 SHAREGPT = [
     {

@@ -24,7 +24,7 @@ from chatdb._core.dsn import database_of
 from tests.support.chaos import figure, sized
 from tests.support.command import PROGRAM, chatdb, chatdb_process, environment, on_a_terminal
 
-pytestmark = pytest.mark.owner
+pytestmark = [pytest.mark.owner, pytest.mark.server_independent]
 
 NASTY = "a[/red]\x1b]0;t\x07\x7f\x9b31m\u202e\u200e\u2066b"
 """A name that is broken markup, sets a terminal's title, and turns the direction of writing."""

@@ -35,10 +35,11 @@ from chatdb._core.driver_errors import BEHIND, CONFLICTS, CONSTRAINTS, map_drive
 from chatdb.records import Conversation, Message, Role
 from chatdb.schema import NEEDED
 from chatdb.transfer import exporter, importer
-from tests.conftest import new_database
 from tests.support.catalog import DATA, Live
+from tests.support.databases import new_database
 from tests.support.mutants import less, misfilled, swaps, without_user
 from tests.support.package import bindings, fields_of, query_of, record_of
+from tests.support.plans import check_plan
 from tests.support.recorder import (
     CALLS,
     COPIED,
@@ -406,21 +407,6 @@ def test_the_limits_are_the_checks(live):
 
 
 # 8. The indexes under `served by` are those of the generic plan.
-
-WHOLE = {("Seq Scan", "conversations"), ("Seq Scan", "messages")}
-SORTS = {"get_history": {"Sort", "Incremental Sort"}, "list_messages": {"Sort", "Incremental Sort"}}
-SORTS |= {"list_conversations": {"Sort"}, "list_conversations_before": {"Sort"}}
-
-
-def check_plan(live, file):
-    """Raise unless the plan has the header's indexes, that of the existence row apart, and reads no table whole."""
-    plan = live.plan(file)
-    used = {node["Index Name"] for node in plan if "Index Name" in node}
-    used |= {index for node in plan for index in node.get("Conflict Arbiter Indexes", ())}
-    untold = {"pk_conversations"} - file.indexes if file.existence else set()
-    assert (used & live.indexes.keys()) - untold == file.indexes
-    assert not WHOLE & {(node["Node Type"], node.get("Relation Name")) for node in plan}
-    assert not {node["Node Type"] for node in plan} & SORTS.get(file.name, set())
 
 
 def check_comments(live, files):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,39 +15,10 @@ from pglast.enums import ObjectType
 
 import chatdb
 from chatdb.admin.migrate import SUMS, apply_migrations
-from tests.conftest import as_role, execute
 from tests.docs import schema_page
-
-ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "migrations").glob("*.sql"))
-NAMES = [path.stem for path in FILES if not path.stem.endswith(".rollback")]
-
-
-def yoyo(dsn: str, *arguments: str) -> str:
-    """Run yoyo in the checkout as a person would, and return what it prints."""
-    command = [str(Path(sys.executable).with_name("yoyo")), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"DATABASE_URL": dsn}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def objects(dsn: str) -> list[tuple[str, ...]]:
-    """Return what stands in the schema chatdb: columns, constraints and indexes, each by its definition."""
-    with psycopg.connect(dsn) as connection:
-        return connection.execute(
-            """
-            select c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull::text
-            from pg_class c join pg_attribute a on a.attrelid = c.oid
-            where c.relnamespace = to_regnamespace('chatdb') and a.attnum > 0 and c.relname !~ '_chatdb_migration'
-            union all
-            select conrelid::regclass::text, conname, pg_get_constraintdef(oid), ''
-            from pg_constraint where connamespace = to_regnamespace('chatdb') and conname !~ '_chatdb_migration'
-            union all
-            select tablename, indexname, indexdef, '' from pg_indexes
-            where schemaname = 'chatdb' and tablename !~ '_chatdb_migration'
-            order by 1, 2, 3
-            """
-        ).fetchall()
+from tests.support.databases import as_role, execute
+from tests.support.migrations import FILES, NAMES, objects, yoyo
+from tests.support.paths import ROOT
 
 
 def dump(dsn: str) -> str:

@@ -36,8 +36,8 @@ from chatdb.admin.users_link import link_users, unlink_users
 from chatdb.transfer import tables
 from chatdb.transfer.exporter import count_user, export_conversations
 from chatdb.transfer.importer import _import_conversations_messages, import_conversations
-from tests.conftest import execute, new_database
 from tests.support import recorder
+from tests.support.databases import execute, new_database
 from tests.support.names import (
     FILES,
     MODULES,

@@ -9,8 +9,9 @@ import psycopg
 
 from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded.server import EmbeddedServer
+from tests.support.paths import ROOT
 
-PAGE = Path(__file__).parents[2] / "docs" / "schema.md"
+PAGE = ROOT / "docs" / "schema.md"
 
 HEAD = """# Schema
 

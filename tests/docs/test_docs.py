@@ -17,9 +17,11 @@ import pytest
 import chatdb
 from chatdb import errors
 from chatdb._core import validate
-from tests.conftest import as_role, execute
+from tests.support.databases import as_role, execute
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.server_independent
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOXFILE = (ROOT / "noxfile.py").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")

@@ -24,10 +24,11 @@ import chatdb
 from chatdb.embedded import server as embedded
 from chatdb.embedded.server import EmbeddedServer
 from chatdb.errors import ConfigurationError, UnavailableError
-from tests.conftest import in_memory
+from tests.support.embedded import lock_is_free, new_place, postmaster
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="the embedded server does not run on Windows"),
+    pytest.mark.server_independent,
 ]
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root has to become somebody else")
 NOBODY = pwd.getpwnam("nobody")
@@ -100,14 +101,6 @@ def user() -> Iterator[Callable[..., User]]:
         each.kill()
 
 
-def new_place() -> Iterator[Path]:
-    """Make a folder that everyone may enter, with a path short enough for a socket, and remove it afterwards."""
-    path = Path(tempfile.mkdtemp(prefix="chatdb-", dir=in_memory() or "/tmp"))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
-
-
 def end_server(path: Path) -> None:
     """End what a test that failed has left."""
     if not lock_is_free(path):
@@ -149,12 +142,6 @@ def dummy(place: Path) -> Path:
     return place / "db"
 
 
-def lock_is_free(folder: Path) -> bool:
-    """Tell whether no process of the server is alive."""
-    with (folder / "server.lock").open("a") as lock:
-        return embedded._try_lock(lock.fileno())
-
-
 def execute(dsn: str, sql: str) -> list[tuple]:
     """Run SQL on a connection of its own and return the rows."""
     with psycopg.connect(dsn, autocommit=True, connect_timeout=5) as connection:
@@ -168,11 +155,6 @@ def is_up(dsn: str) -> bool:
         return bool(execute(dsn, "select 1"))
     except psycopg.OperationalError:
         return False
-
-
-def postmaster(folder: Path) -> int:
-    """Return the number of the server's first process."""
-    return int((folder / "data/postmaster.pid").read_text().split()[0])
 
 
 def namespaces_work() -> bool:

@@ -18,7 +18,7 @@ from chatdb._core import asyncpg_private
 from chatdb._core.asyncpg_private import NEEDED, NativeRecord
 from chatdb._core.dsn import connect_arguments
 from chatdb.messages import _get_history
-from tests.api.test_public_api import conversation_with_a_message
+from tests.support.calls import conversation_with_a_message
 
 PROGRAM = Path(__file__).with_name("without_a_name.py")
 

@@ -14,6 +14,8 @@ import chatdb
 from chatdb import ConfigurationError
 from chatdb._core.dsn import connect_arguments, libpq_dsn
 
+pytestmark = pytest.mark.server_independent
+
 CERTIFICATE = """\
 -----BEGIN CERTIFICATE-----
 MIIBgjCCASmgAwIBAgIUN/2xTWTiua2Okt2VF3lFqDJ3G4gwCgYIKoZIzj0EAwIw

@@ -18,7 +18,8 @@ import chatdb
 from chatdb import AcquireTimeoutError, ConfigurationError
 from chatdb._core.dsn import connect_arguments
 from chatdb.pool import Pool
-from tests.pool.test_pool import HANG, Proxy, assert_whole, kill_sessions, loop_errors, seen_by_the_server, until
+from tests.support.pools import HANG, assert_whole, kill_sessions, loop_errors, seen_by_the_server, until
+from tests.support.proxy import Proxy
 
 PID = "select pg_backend_pid() as pid"
 SLEEP = "select pg_sleep(30)"
@@ -192,7 +193,7 @@ async def test_a_connection_that_the_driver_gave_up_is_replaced(quiet_dsn):
 
 async def test_a_place_that_is_in_use_again_is_not_given_back(quiet_dsn):
     """A fetch that lost its connection leaves the one alone that another task has got in its place meanwhile."""
-    async with Proxy(quiet_dsn) as proxy:
+    with Proxy(quiet_dsn) as proxy:
         spare = [await asyncpg.connect(**connect_arguments(address)) for address in (quiet_dsn, proxy.dsn)]
 
         async def connect(*_: object, **__: object) -> asyncpg.Connection:
@@ -203,7 +204,7 @@ async def test_a_place_that_is_in_use_again_is_not_given_back(quiet_dsn):
             await until(lambda: is_running(quiet_dsn, SLEEP))
             waiting = asyncio.create_task(acquired(pool))
             await asyncio.sleep(0)
-            await proxy.__aexit__()
+            proxy.close()
             with pytest.raises(asyncpg.PostgresConnectionError):
                 await call
             connection = await waiting

@@ -10,7 +10,6 @@ import random
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
-from urllib.parse import quote, urlencode
 
 import asyncpg
 import psycopg
@@ -19,107 +18,29 @@ import pytest
 import chatdb
 from chatdb import AcquireTimeoutError, ChatDBError, ConfigurationError, Conversation, UnavailableError
 from chatdb._core.dsn import connect_arguments
-from tests.support.chaos import Gate
+from tests.support.pools import (
+    CALLS,
+    HANG,
+    Session,
+    answered,
+    assert_whole,
+    batch,
+    kill_sessions,
+    loop_errors,
+    seen_by_the_server,
+    until,
+)
+from tests.support.proxy import Proxy
 
 USER = "ada"
-HANG = 30
-"""Seconds after which something hangs."""
-
-
 # --- tools ---------------------------------------------------------------------------------------------------------
 
 
-class Proxy:
-    """Stands before the server on a TCP port of its own, and notes the protocol messages that pass."""
-
-    def __init__(self, dsn: str) -> None:
-        self._arguments = connect_arguments(dsn)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._client_spoke = False
-        self.answering = asyncio.Event()
-        self.answering.set()
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget what was noted."""
-        self.sent: list[str] = []
-        self.round_trips = 0
-        self.ready = 0
-
-    async def __aenter__(self) -> Proxy:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    @property
-    def dsn(self) -> str:
-        """The DSN that leads through the proxy."""
-        port = self._server.sockets[0].getsockname()[1]
-        login = {name: self._arguments[name] for name in ("user", "password") if name in self._arguments}
-        options = urlencode(login | {"sslmode": "disable"})
-        return f"postgresql://127.0.0.1:{port}/{quote(self._arguments['database'])}?{options}"
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        ended = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)
-        with contextlib.suppress(*ended), contextlib.closing(writer):
-            await self.answering.wait()
-            server_reader, server_writer = await self._connect()
-            with contextlib.closing(server_writer):
-                pumps = (
-                    asyncio.create_task(self._from_client(reader, server_writer)),
-                    asyncio.create_task(self._from_server(server_reader, writer)),
-                )
-                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-                for pump in pumps:
-                    pump.cancel()
-                await asyncio.gather(*pumps, return_exceptions=True)
-
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        host, port = self._arguments["host"][0], self._arguments.get("port") or 5432
-        if host.startswith("/"):
-            return await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
-        return await asyncio.open_connection(host, port)
-
-    async def _from_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        start = await reader.readexactly(4)  # the first message has no type
-        writer.write(start + await reader.readexactly(int.from_bytes(start) - 4))
-        while True:
-            kind, message = await self._message(reader)
-            self.sent.append(kind)
-            self.round_trips += not self._client_spoke
-            self._client_spoke = True
-            writer.write(message)
-
-    async def _from_server(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            kind, message = await self._message(reader)
-            self.ready += kind == "Z"
-            self._client_spoke = False
-            writer.write(message)
-
-    @staticmethod
-    async def _message(reader: asyncio.StreamReader) -> tuple[str, bytes]:
-        head = await reader.readexactly(5)
-        return head[:1].decode(), head + await reader.readexactly(int.from_bytes(head[1:]) - 4)
-
-
 @pytest.fixture
-async def proxy(dsn: str) -> AsyncIterator[Proxy]:
+def proxy(dsn: str) -> Iterator[Proxy]:
     """Give a proxy before the test's own database."""
-    async with Proxy(dsn) as found:
+    with Proxy(dsn) as found:
         yield found
-
-
-Session = psycopg.Connection[tuple[Any, ...]]
 
 
 @pytest.fixture
@@ -127,50 +48,6 @@ def watcher(dsn: str) -> Iterator[Session]:
     """Give a session that sees what is committed in the test's own database, for a test that looks often."""
     with psycopg.connect(dsn, autocommit=True) as session:
         yield session
-
-
-def answered(where: str | Session, question: str) -> list[tuple[Any, ...]]:
-    """Have a question answered by a session, or by one made for it."""
-    if isinstance(where, str):
-        with psycopg.connect(where, autocommit=True) as session:
-            return session.execute(question).fetchall()
-    return where.execute(question).fetchall()
-
-
-def seen_by_the_server(where: str | Session) -> list[tuple[str, str, bool]]:
-    """Return state, last statement, and whether a transaction is open, of each other session of the database."""
-    return answered(
-        where,
-        """
-        select state, query, xact_start is not null from pg_stat_activity
-        where datname = current_database() and backend_type = 'client backend' and pid <> pg_backend_pid()
-        """,
-    )
-
-
-def kill_sessions(dsn: str) -> int:
-    """End every other session of the database, while the event loop stands still and cannot notice."""
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        return connection.execute("""
-            select count(pg_terminate_backend(pid, 10000)) from pg_stat_activity
-            where datname = current_database() and backend_type = 'client backend' and pid <> pg_backend_pid()
-        """).fetchone()[0]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that comes soon."""
-    async with asyncio.timeout(HANG):
-        while not condition():  # noqa: ASYNC110 - what is waited for happens in the server
-            await asyncio.sleep(0.01)
-
-
-async def assert_whole(pool: asyncpg.Pool) -> None:
-    """Prove that all connections of the pool can be used at the same time, and none has a transaction open."""
-    async with asyncio.timeout(HANG), contextlib.AsyncExitStack() as stack:
-        connections = [await stack.enter_async_context(pool.acquire()) for _ in range(pool.get_max_size())]
-        pids = [await connection.fetchval("select pg_backend_pid()") for connection in connections]
-        assert len(set(pids)) == pool.get_max_size()
-        assert not any(connection.is_in_transaction() for connection in connections)
 
 
 async def outcome(call: Coroutine[Any, Any, Any], *expected: type[BaseException]) -> Any:
@@ -234,7 +111,7 @@ async def test_a_server_that_is_not_there(unused_tcp_port):
 
 async def test_a_server_that_does_not_answer(proxy):
     """Making a pool ends after the acquire timeout, when the server takes the connection and says nothing."""
-    proxy.answering.clear()
+    proxy.pause()
     async with asyncio.timeout(HANG):
         with pytest.raises(AcquireTimeoutError) as caught:
             await chatdb.create_pool(proxy.dsn, acquire_timeout=0.1)
@@ -344,10 +221,10 @@ async def test_connecting_ends(proxy):
     """A connection that cannot be made in time is an AcquireTimeoutError, and its place in the pool is free again."""
     async with chatdb.create_pool(proxy.dsn, max_size=2, acquire_timeout=0.2) as pool:
         async with pool.acquire():
-            proxy.answering.clear()
+            proxy.pause()
             answers = await asyncio.gather(*(outcome(pool.fetchval("select 1"), AcquireTimeoutError) for _ in range(3)))
             assert [getattr(answer, "sent", None) for answer in answers] == [False] * 3
-            proxy.answering.set()
+            proxy.resume()
         await assert_whole(pool)
 
 
@@ -364,50 +241,33 @@ async def test_a_statement_that_takes_too_long(dsn, conversation):
     assert contents(dsn) == ["held", "next"]
 
 
-@pytest.fixture
-async def gate(dsn: str) -> AsyncIterator[Gate]:
-    """Give a proxy before the test's own database that can go silent."""
-    async with Gate(dsn) as found:
-        yield found
-
-
 async def _in_savepoint(pool: chatdb.pool.Pool, conversation: Conversation) -> None:
     async with chatdb.transaction(pool) as outer, chatdb.transaction(outer) as inner:
         await append(inner, conversation)
 
 
 @pytest.mark.parametrize("call", [append, _in_savepoint], ids=["call", "transaction"])
-async def test_a_silent_server_does_not_draw_an_error_out(gate, conversation, call):
+async def test_a_silent_server_does_not_draw_an_error_out(proxy, conversation, call):
     """The error comes after the limit and a moment, and not when the statement is known to be cancelled."""
     clock = asyncio.get_running_loop().time
-    async with chatdb.create_pool(gate.dsn, max_size=1, acquire_timeout=HANG, command_timeout=1.5) as pool:
-        gate.open.clear()
+    async with chatdb.create_pool(proxy.dsn, max_size=1, acquire_timeout=HANG, command_timeout=1.5) as pool:
+        proxy.pause()
         begun = clock()
         with pytest.raises(chatdb.CommandTimeoutError):
             await call(pool, conversation)
         assert clock() - begun < 1.5 + 1
-        gate.open.set()
+        proxy.resume()
         await assert_whole(pool)
 
 
-async def test_closing_a_pool_on_a_silent_server(gate):
+async def test_closing_a_pool_on_a_silent_server(proxy):
     """It ends without an error: the connections are dropped when the server has not closed them in time."""
-    async with asyncio.timeout(HANG), chatdb.create_pool(gate.dsn, command_timeout=0.1) as pool:
-        gate.open.clear()
+    async with asyncio.timeout(HANG), chatdb.create_pool(proxy.dsn, command_timeout=0.1) as pool:
+        proxy.pause()
     assert pool.get_size() == 0
 
 
 # --- cancellation ----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def loop_errors() -> Any:
-    """Collect what would only be logged: errors in callbacks and tasks, and transactions that somebody left open."""
-    errors: list[dict[str, Any]] = []
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda _, context: errors.append(context))
-    yield errors
-    loop.set_exception_handler(None)
 
 
 async def test_cancelled_waiters_leave_the_queue(dsn):
@@ -438,13 +298,13 @@ async def test_a_cancelled_connect_gives_its_place_back(proxy):
     """Tasks cancelled while the server lets them wait for a new connection leave a whole pool."""
     async with chatdb.create_pool(proxy.dsn, max_size=3) as pool:
         async with pool.acquire():
-            proxy.answering.clear()
+            proxy.pause()
             tasks = [asyncio.create_task(pool.fetchval("select 1")) for _ in range(3)]
             await asyncio.sleep(0.05)
             for task in tasks:
                 task.cancel()
             answers = await asyncio.gather(*tasks, return_exceptions=True)
-            proxy.answering.set()
+            proxy.resume()
         assert [type(answer) for answer in answers] == [asyncio.CancelledError] * 3
         await assert_whole(pool)
 
@@ -507,54 +367,6 @@ async def _bystander(dsn: str) -> Conversation:
 # --- round trips -----------------------------------------------------------------------------------------------------
 
 
-async def _all(messages: AsyncIterator[chatdb.Message]) -> list[chatdb.Message]:
-    return [message async for message in messages]
-
-
-def _batch(number: int, *, keyed: bool) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": "x", "key": f"{number} {place}" if keyed else None} for place in range(3)]
-
-
-CALLS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
-    "append_message": lambda db, at, _: chatdb.append_message(db, role="user", content="x", **at),
-    "append_message, new key": lambda db, at, n: chatdb.append_message(
-        db, role="user", content="x", key=f"new {n}", **at
-    ),
-    "append_message, stored key": lambda db, at, _: chatdb.append_message(
-        db, role="user", content="x", key="key", **at
-    ),
-    "append_messages": lambda db, at, n: chatdb.append_messages(db, messages=_batch(n, keyed=False), **at),
-    "append_messages, none": lambda db, at, _: chatdb.append_messages(db, messages=[], **at),
-    "append_messages, new keys": lambda db, at, n: chatdb.append_messages(db, messages=_batch(n + 1, keyed=True), **at),
-    "append_messages, stored keys": lambda db, at, _: chatdb.append_messages(db, messages=_batch(0, keyed=True), **at),
-    "check_schema": lambda db, _, __: chatdb.check_schema(db),
-    "create_conversation": lambda db, at, _: chatdb.create_conversation(db, user_id=at["user_id"]),
-    "create_conversation, new key": lambda db, at, _: chatdb.create_conversation(db, user_id=at["user_id"], key="new"),
-    "create_conversation, stored key": lambda db, at, _: chatdb.create_conversation(
-        db, user_id=at["user_id"], key="key"
-    ),
-    "delete_conversation": lambda db, at, _: chatdb.delete_conversation(db, **at),
-    "delete_message": lambda db, at, _: chatdb.delete_message(db, seq=1, **at),
-    "delete_messages_after": lambda db, at, _: chatdb.delete_messages_after(db, seq=1, **at),
-    "delete_user": lambda db, at, _: chatdb.delete_user(db, user_id=at["user_id"]),
-    "get_conversation": lambda db, at, _: chatdb.get_conversation(db, **at),
-    "get_conversation_by_key": lambda db, at, _: chatdb.get_conversation_by_key(db, user_id=at["user_id"], key="key"),
-    "get_history": lambda db, at, _: chatdb.get_history(db, **at),
-    "get_history, before": lambda db, at, _: chatdb.get_history(db, before_seq=1, **at),
-    "get_message": lambda db, at, _: chatdb.get_message(db, seq=1, **at),
-    "get_message_by_key": lambda db, at, _: chatdb.get_message_by_key(db, key="key", **at),
-    "iter_messages": lambda db, at, _: _all(chatdb.iter_messages(db, **at)),
-    "list_conversations": lambda db, at, _: chatdb.list_conversations(db, user_id=at["user_id"]),
-    "list_messages": lambda db, at, _: chatdb.list_messages(db, **at),
-    "list_messages, none left": lambda db, at, _: chatdb.list_messages(db, after_seq=1000, **at),
-    "update_conversation": lambda db, at, n: chatdb.update_conversation(db, title=f"{n}", **at),
-    "update_conversation, nothing": lambda db, at, _: chatdb.update_conversation(db, **at),
-    "update_message": lambda db, at, n: chatdb.update_message(db, seq=1, token_count=n, **at),
-    "update_message, nothing": lambda db, at, _: chatdb.update_message(db, seq=1, **at),
-}
-"""A call of each function on a database, and of each of its statements."""
-
-
 def test_every_function_is_counted():
     """The table of calls has every public function that works on a database."""
     functions = {name for name in chatdb.__all__ if "db" in _parameters(getattr(chatdb, name))} - {"transaction"}
@@ -570,7 +382,7 @@ async def _fill(db: Any, user: str) -> dict[str, Any]:
     conversation = await chatdb.create_conversation(db, user_id=user, key="key")
     here = {"user_id": user, "conversation_id": conversation.id}
     await chatdb.append_message(db, role="user", content="x", key="key", **here)
-    await chatdb.append_messages(db, messages=_batch(0, keyed=True), **here)
+    await chatdb.append_messages(db, messages=batch(0, keyed=True), **here)
     return here
 
 
@@ -657,6 +469,22 @@ async def test_a_read_survives_lost_connections(dsn, conversation, noticed):
         )
         assert answers == [conversation] * 8
         await assert_whole(pool)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in CALLS
+        if name.startswith(("get_", "list_", "iter_", "check_")) or name.endswith((" key", " keys", "none", "nothing"))
+    ],
+)
+async def test_every_read_and_keyed_write_survives_a_lost_connection(dsn, name):
+    """What does nothing more the second time is sent again."""
+    async with chatdb.create_pool(dsn, max_size=1) as pool:
+        here = await _fill(pool, USER)
+        kill_sessions(dsn)
+        await CALLS[name](pool, here, 1)
 
 
 async def test_a_read_on_asyncpgs_own_pool_is_not_repeated(dsn, conversation):
@@ -783,11 +611,6 @@ def repetitions(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
-async def refuse(proxy: Proxy) -> None:
-    """End the proxy's connections, and take no more."""
-    await proxy.__aexit__()
-
-
 async def test_a_repetition_is_logged_without_anything_of_the_caller(dsn, conversation, caplog):
     """One record for each, with the statement's name and the errors' classes, and no text, key or DSN."""
     async with chatdb.create_pool(dsn, max_size=1) as pool:
@@ -819,7 +642,7 @@ async def test_repetitions_end(proxy, conversation, caplog, retries, least, most
     """There are as many as were asked for, with waits between them, and none later than a second after the loss."""
     clock = asyncio.get_running_loop().time
     async with chatdb.create_pool(proxy.dsn, max_size=1, retries=retries) as pool:
-        await refuse(proxy)
+        proxy.close()
         await until(lambda: pool.get_size() == 0)
         begun = clock()
         with pytest.raises(UnavailableError) as caught:
@@ -836,7 +659,7 @@ async def test_what_is_known_of_all_attempts_is_told(proxy, dsn, conversation, c
             await append(connection, conversation, "first")
             call = asyncio.create_task(append(pool, conversation, "carried out", key="key"))
             await until(lambda: _waiting(dsn) == 1)
-            await refuse(proxy)
+            proxy.close()
         with pytest.raises(UnavailableError) as caught:
             await call
         assert caught.value.sent is None

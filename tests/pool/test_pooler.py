@@ -21,10 +21,10 @@ from chatdb.admin.check.inspection import inspect
 from chatdb.admin.migrate import apply_migrations, last_migrations, missing_migrations, rollback_migrations
 from chatdb.admin.row_security import missing_protection
 from chatdb.admin.users_link import link_users, unlink_users
-from tests.conftest import execute
-from tests.pool.test_pool import kill_sessions, until
 from tests.support.command import chatdb_process as command
+from tests.support.databases import execute
 from tests.support.pgbouncer import OPTIONS, VERSIONS, pgbouncer
+from tests.support.pools import kill_sessions, until
 
 Pooled = Callable[..., str]
 PREPARED = "select count(*) from pg_prepared_statements"

@@ -16,6 +16,8 @@ from chatdb import ConfigurationError
 from chatdb._core.dsn import libpq_dsn
 from tests.support.pgbouncer import pgbouncer
 
+pytestmark = pytest.mark.server_independent
+
 
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:

@@ -16,7 +16,7 @@ from pglast import parse_sql
 import chatdb
 from chatdb._core.query import STATEMENTS
 from chatdb.transfer.exporter import export_conversations
-from tests.api.test_public_api import CALLS, call, conversation_with_a_message
+from tests.support.calls import CALLS, call, conversation_with_a_message
 
 VARIANTS = ("", "_keyed", "_before")
 

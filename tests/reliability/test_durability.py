@@ -14,11 +14,10 @@ import pytest
 import chatdb
 from chatdb import CommandTimeoutError, UnavailableError
 from chatdb.embedded.server import EmbeddedServer
-from tests.conftest import execute
-from tests.support.chaos import durable, durable_dsn, figure, kill_sessions, query, repetitions, restart, sized, until
+from tests.support.chaos import figure, kill_sessions, query, restart, sized, until
+from tests.support.databases import execute
 
-__all__ = ["durable", "durable_dsn", "repetitions"]
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600), pytest.mark.usefixtures("repetitions")]
 
 USER = "ada"
 HANG = 300

@@ -17,7 +17,7 @@ import chatdb
 from chatdb import UNSET, ChatDBError, ConfigurationError, InvalidInputError, JsonText, NewMessage
 from chatdb._core.dsn import connect_arguments, libpq_dsn
 from chatdb.transfer import files
-from tests.api.test_public_api import SIGNATURES, required
+from tests.support.calls import SIGNATURES, required
 from tests.support.seeds import DSNS, FILES, SECRET
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.embedded.test_embedded_server import lock_is_free, new_place, postmaster
 from tests.support.chaos import figure, sized
 from tests.support.command import PROGRAM, environment
+from tests.support.embedded import lock_is_free, new_place, postmaster
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3_600)]
 

@@ -18,23 +18,19 @@ import pytest
 import chatdb
 from chatdb import UnavailableError
 from chatdb.embedded.server import EmbeddedServer
-from tests.conftest import execute
 from tests.support.chaos import (
-    Gate,
     assert_whole,
-    durable,
-    durable_dsn,
     figure,
     kill_server,
     kill_sessions,
     query,
-    repetitions,
     restart,
     sized,
 )
+from tests.support.databases import execute
+from tests.support.proxy import Proxy
 
-__all__ = ["durable", "durable_dsn", "repetitions"]
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600), pytest.mark.usefixtures("repetitions")]
 
 USER = "ada"
 COMMAND = 2.0
@@ -130,16 +126,17 @@ async def test_ended_sessions(request, dsn):
 async def test_a_silent_network(request, dsn, held):
     """After 5 s in which nothing comes through, and then all or none of it does, the same pool goes on."""
     silence = 5.0 if held == "held back" or not request.config.getoption("--quick") else COMMAND
-    async with Gate(dsn) as gate, pool_on(gate.dsn) as pool:
-        traffic = Traffic(pool)
-        async with traffic.running():
-            gate.open.clear()
-            await asyncio.sleep(silence)
-            if held == "lost":
-                gate.cut()
-            gate.open.set()
-            again = await traffic.service_again(time.monotonic())
-        await assert_whole(pool, dsn)
+    with Proxy(dsn) as proxy:
+        async with pool_on(proxy.dsn) as pool:
+            traffic = Traffic(pool)
+            async with traffic.running():
+                proxy.pause()
+                await asyncio.sleep(silence)
+                if held == "lost":
+                    proxy.cut()
+                proxy.resume()
+                again = await traffic.service_again(time.monotonic())
+            await assert_whole(pool, dsn)
     assert traffic.failed > 0
     report(f"network silent for {silence:g} s, what was sent {held}", again, traffic)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
 
 import chatdb
 from chatdb import AcquireTimeoutError, CommandTimeoutError
-from tests.pool.test_pool import CALLS
-from tests.support.chaos import Gate, figure
+from tests.support.chaos import figure
+from tests.support.pools import CALLS
+from tests.support.proxy import Proxy
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
@@ -36,15 +37,15 @@ def test_every_function_is_called():
 
 
 @pytest.fixture
-async def gate(dsn: str) -> AsyncIterator[Gate]:
+def proxy(dsn: str) -> Iterator[Proxy]:
     """Give a proxy before the test's own database."""
-    async with Gate(dsn) as found:
+    with Proxy(dsn) as found:
         yield found
 
 
-def pool_on(gate: Gate, **options: Any) -> chatdb.pool.Pool:
+def pool_on(proxy: Proxy, **options: Any) -> chatdb.pool.Pool:
     """Make a pool with short limits."""
-    return chatdb.create_pool(gate.dsn, acquire_timeout=ACQUIRE, command_timeout=COMMAND, **options)
+    return chatdb.create_pool(proxy.dsn, acquire_timeout=ACQUIRE, command_timeout=COMMAND, **options)
 
 
 async def timed(call: Coroutine[Any, Any, Any]) -> tuple[float, BaseException | None]:
@@ -75,38 +76,38 @@ def judge(what: str, answers: list[tuple[float, BaseException | None]], kind: ty
 AT = {"user_id": "ada", "conversation_id": 1}
 
 
-async def test_a_server_that_never_answers_the_connect(gate):
+async def test_a_server_that_never_answers_the_connect(proxy):
     """Every call ends by AcquireTimeoutError, which names the server, and so does a new pool."""
-    async with pool_on(gate, max_size=len(EVERY)) as pool:
-        gate.open.clear()
-        gate.cut()
+    async with pool_on(proxy, max_size=len(EVERY)) as pool:
+        proxy.pause()
+        proxy.cut()
         await asyncio.sleep(0.1)
         answers = await asyncio.gather(*(timed(call(pool, AT, 1)) for call in EVERY.values()))
 
         async def make() -> None:
-            await pool_on(gate)
+            await pool_on(proxy)
 
         answers.append(await timed(make()))
         pool.terminate()
     judge("connect never answered", answers, AcquireTimeoutError, "could be made within")
 
 
-async def test_a_server_that_goes_silent_on_statements(gate):
+async def test_a_server_that_goes_silent_on_statements(proxy):
     """Every call on an open connection ends by CommandTimeoutError, which says that the server did not answer."""
-    async with pool_on(gate, min_size=len(EVERY), max_size=len(EVERY)) as pool:
-        gate.open.clear()
+    async with pool_on(proxy, min_size=len(EVERY), max_size=len(EVERY)) as pool:
+        proxy.pause()
         answers = await asyncio.gather(*(timed(call(pool, AT, 1)) for call in EVERY.values()))
         pool.terminate()
     judge("statement never answered", answers, CommandTimeoutError, "within the command timeout")
 
 
-async def test_silence_after_a_wait_for_the_connection(gate):
+async def test_silence_after_a_wait_for_the_connection(proxy):
     """Who has waited for a connection, and then for an answer, waits no longer than for both."""
-    async with pool_on(gate, min_size=len(EVERY), max_size=len(EVERY)) as pool:
+    async with pool_on(proxy, min_size=len(EVERY), max_size=len(EVERY)) as pool:
         held = [await pool.acquire() for _ in EVERY]
         waiting = [asyncio.create_task(timed(call(pool, AT, 1))) for call in EVERY.values()]
         await asyncio.sleep(0.8 * ACQUIRE)
-        gate.open.clear()
+        proxy.pause()
         for connection in held:
             await pool.release(connection)
         answers = await asyncio.gather(*waiting)
@@ -114,9 +115,9 @@ async def test_silence_after_a_wait_for_the_connection(gate):
     judge("statement never answered after a wait", answers, CommandTimeoutError, "within the command timeout")
 
 
-async def test_silence_inside_a_transaction(gate):
+async def test_silence_inside_a_transaction(proxy):
     """The COMMIT, and a statement in the block, end like a call, and so does the way out of the block."""
-    async with pool_on(gate, min_size=2, max_size=2) as pool:
+    async with pool_on(proxy, min_size=2, max_size=2) as pool:
 
         async def run(statement: bool) -> None:
             async with chatdb.transaction(pool) as outer, chatdb.transaction(outer) as connection:
@@ -129,7 +130,7 @@ async def test_silence_inside_a_transaction(gate):
         tasks = [asyncio.create_task(run(statement)) for statement in (False, True)]
         for _ in tasks:
             await ready.acquire()
-        gate.open.clear()
+        proxy.pause()
         silent.set()
         answers = await asyncio.gather(*(timed(asyncio.wait_for(task, HANG)) for task in tasks))
         pool.terminate()

@@ -40,12 +40,10 @@ from chatdb.admin.row_security import protect_tables
 from chatdb.formats.items import Item, SourceConversation, SourceMessage
 from chatdb.transfer.exporter import export_conversations
 from chatdb.transfer.importer import import_conversations
-from tests.conftest import as_role, cloned
+from tests.support.calls import CONVERSATION_CALLS, MISSING, iterated
+from tests.support.databases import as_role, cloned
 from tests.support.pgbouncer import pgbouncer
 from tests.support.roles import Roles
-
-MISSING = 2**62
-"""An id that no conversation ever has."""
 
 OF_USERS = {
     name
@@ -155,11 +153,6 @@ async def outcome(call: Coroutine[Any, Any, Any]) -> Any:
         return await call
     except ChatDBError as error:
         return error
-
-
-async def iterated(db: Any, **arguments: Any) -> list[Message]:
-    """Run `iter_messages` to its end."""
-    return [message async for message in chatdb.iter_messages(db, **arguments)]
 
 
 SNAPSHOT_CONVERSATIONS = """
@@ -572,30 +565,13 @@ def test_users_share_nothing_behind_both_walls(
     print(f"figure: {examples} sequences of 40 calls by 2 users, behind both walls and one pooled connection: 0 shared")
 
 
-CALLS: dict[str, dict[str, Any]] = {
-    "append_message": {"role": "user", "content": "x", "key": "k"},
-    "append_messages": {"messages": [{"role": "user", "content": "x", "key": "k"}, {"role": "user", "content": "y"}]},
-    "delete_conversation": {},
-    "delete_message": {"seq": 1},
-    "delete_messages_after": {"seq": 0},
-    "get_conversation": {},
-    "get_history": {},
-    "get_message": {"seq": 1},
-    "get_message_by_key": {"key": "k"},
-    "iter_messages": {},
-    "list_messages": {},
-    "update_conversation": {"title": "x"},
-    "update_message": {"seq": 1, "content": "x"},
-}
-
-
 def test_every_function_on_a_conversation_is_called():
     """The table of calls has the functions that take a conversation_id, all of them."""
     functions = {name for name in OF_USERS if "conversation_id" in inspect.signature(getattr(chatdb, name)).parameters}
-    assert set(CALLS) == functions
+    assert set(CONVERSATION_CALLS) == functions
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", CONVERSATION_CALLS)
 async def test_a_foreign_conversation_looks_like_a_missing_one(db, name):
     """The same error of the same words after the same statement, and what the other user has is as it was."""
     conversation = await chatdb.create_conversation(db, user_id="bob", key="k")
@@ -608,7 +584,7 @@ async def test_a_foreign_conversation_looks_like_a_missing_one(db, name):
     async def call(number: int) -> tuple[Any, ...]:
         counting = Counting(db)
         with pytest.raises(ChatDBError) as caught:
-            await function(counting, user_id="ada", conversation_id=number, **CALLS[name])
+            await function(counting, user_id="ada", conversation_id=number, **CONVERSATION_CALLS[name])
         return type(caught.value), caught.value.args, vars(caught.value), caught.value.__cause__, counting.sent
 
     foreign, missing = await call(conversation.id), await call(MISSING)

@@ -12,7 +12,7 @@ from chatdb.admin.check.inspection import inspect
 from chatdb.admin.connection import connected, fetch_value
 from chatdb.admin.migrate import apply_migrations, rollback_migrations
 from chatdb.admin.ownership import additions, foreign_objects
-from tests.conftest import administrator, execute
+from tests.support.databases import administrator, execute
 
 pytestmark = pytest.mark.owner
 

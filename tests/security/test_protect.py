@@ -28,17 +28,16 @@ from chatdb.admin.users_link import link_users
 from chatdb.formats.items import Item, SourceConversation, SourceMessage
 from chatdb.transfer.exporter import export_conversations
 from chatdb.transfer.importer import import_conversations
-from tests.admin.test_migrate import transaction
-from tests.api.test_public_api import CALLS, call, conversation_with_a_message
-from tests.conftest import as_role, cloned, execute
-from tests.contract.test_drift import check_plan
-from tests.pool.test_pool import Proxy
+from tests.support.calls import CALLS, call, conversation_with_a_message
 from tests.support.catalog import DATA, Live
 from tests.support.command import chatdb as command
+from tests.support.databases import as_role, cloned, execute
+from tests.support.migrations import transaction
 from tests.support.pgbouncer import OPTIONS, VERSIONS, pgbouncer
+from tests.support.plans import check_plan
+from tests.support.proxy import Proxy, Statement
 from tests.support.roles import Roles
 from tests.support.sqlfiles import TEXTS, SqlFile, file_of, is_table
-from tests.support.wire import Statement, Wire
 
 _serial = itertools.count()
 
@@ -459,13 +458,14 @@ async def test_the_reader_and_the_owner_are_held_back(walled: Place, users: Any)
 
 async def test_it_costs_two_round_trips(walled: Place) -> None:
     """A call in a transaction of its user's takes three round trips, and each further one in it one more."""
-    async with Proxy(walled.app) as proxy, chatdb.create_pool(proxy.dsn, max_size=1) as db:
-        for calls in (1, 1, 3):
-            proxy.clear()
-            async with chatdb.transaction(db, user_id="ada") as connection:
-                for _ in range(calls):
-                    await chatdb.list_conversations(connection, user_id="ada")
-        assert ("".join(proxy.sent), proxy.round_trips) == ("QBESBESBESQ", 5)
+    with Proxy(walled.app) as proxy:
+        async with chatdb.create_pool(proxy.dsn, max_size=1) as db:
+            for calls in (1, 1, 3):
+                proxy.clear()
+                async with chatdb.transaction(db, user_id="ada") as connection:
+                    for _ in range(calls):
+                        await chatdb.list_conversations(connection, user_id="ada")
+            assert ("".join(proxy.sent), proxy.round_trips) == ("QBESBESBESQ", 5)
 
 
 # the pool that names the user of each call
@@ -495,25 +495,26 @@ async def test_every_function_works_on_the_pool(server: str, roles: Roles, walle
 
 async def test_a_call_on_the_pool_is_three_round_trips(walled: Place) -> None:
     """Each call is BEGIN with the user, the statement and COMMIT; a statement of the host's own names its user."""
-    async with Proxy(walled.app) as proxy, chatdb.create_pool(proxy.dsn, max_size=1, row_level_security=True) as db:
-        conversation = await conversation_with_a_message(db)
-        here = {"user_id": "alice", "conversation_id": conversation.id}
-        for _ in range(2):
+    with Proxy(walled.app) as proxy:
+        async with chatdb.create_pool(proxy.dsn, max_size=1, row_level_security=True) as db:
+            conversation = await conversation_with_a_message(db)
+            here = {"user_id": "alice", "conversation_id": conversation.id}
+            for _ in range(2):
+                proxy.clear()
+                await chatdb.get_history(db, **here)
+            assert ("".join(proxy.sent), proxy.round_trips) == ("QBESQ", 3)
+            await assert_refused(db)
+            async with chatdb.transaction(db, user_id="alice") as connection:
+                await chatdb.append_message(connection, role="user", content="x", **here)
+                proxy.clear()
+                await chatdb.get_history(connection, **here)
+                assert proxy.round_trips == 1
             proxy.clear()
-            await chatdb.get_history(db, **here)
-        assert ("".join(proxy.sent), proxy.round_trips) == ("QBESQ", 3)
-        await assert_refused(db)
-        async with chatdb.transaction(db, user_id="alice") as connection:
-            await chatdb.append_message(connection, role="user", content="x", **here)
-            proxy.clear()
-            await chatdb.get_history(connection, **here)
-            assert proxy.round_trips == 1
-        proxy.clear()
-        with pytest.raises(chatdb.MessageNotFoundError):
-            await chatdb.get_message(db, seq=99, **here)
-        with pytest.raises(chatdb.ConflictError):
-            await chatdb.append_message(db, role="user", content="another text", key="first", **here)
-        assert len(await chatdb.get_history(db, **here)) == 2
+            with pytest.raises(chatdb.MessageNotFoundError):
+                await chatdb.get_message(db, seq=99, **here)
+            with pytest.raises(chatdb.ConflictError):
+                await chatdb.append_message(db, role="user", content="another text", key="first", **here)
+            assert len(await chatdb.get_history(db, **here)) == 2
 
 
 @pytest.mark.parametrize("user", ["o'brien", "back\\slash", "\\'; drop table chatdb.messages; --", "ünï 💬", "'", "\\"])
@@ -521,24 +522,22 @@ async def test_a_call_on_the_pool_is_three_round_trips(walled: Place) -> None:
 async def test_any_user_can_be_named(walled: Place, user: str, escape: str) -> None:
     """Whatever is in a user_id is the user_id, and the transaction leaves nothing to reset."""
     settings = {"standard_conforming_strings": escape}
-    async with (
-        Proxy(walled.app) as proxy,
-        chatdb.create_pool(proxy.dsn, max_size=1, row_level_security=True, server_settings=settings) as db,
-    ):
-        await chatdb.create_conversation(db, user_id=user)
-        proxy.clear()
-        async with chatdb.transaction(db, user_id=user) as connection:
-            assert await connection.fetchval("select current_setting('chatdb.user_id')") == user
-        assert "".join(proxy.sent).count("Q") == 3, "BEGIN, COMMIT and, after a foreign statement, the reset"
-        proxy.clear()
-        assert [each.user_id for each in await chatdb.list_conversations(db, user_id=user)] == [user]
-        async with chatdb.transaction(db, user_id=user):
-            pass
-        assert "".join(proxy.sent).count("Q") == 4
+    with Proxy(walled.app) as proxy:
+        async with chatdb.create_pool(proxy.dsn, max_size=1, row_level_security=True, server_settings=settings) as db:
+            await chatdb.create_conversation(db, user_id=user)
+            proxy.clear()
+            async with chatdb.transaction(db, user_id=user) as connection:
+                assert await connection.fetchval("select current_setting('chatdb.user_id')") == user
+            assert "".join(proxy.sent).count("Q") == 3, "BEGIN, COMMIT and, after a foreign statement, the reset"
+            proxy.clear()
+            assert [each.user_id for each in await chatdb.list_conversations(db, user_id=user)] == [user]
+            async with chatdb.transaction(db, user_id=user):
+                pass
+            assert "".join(proxy.sent).count("Q") == 4
 
 
 @pytest.mark.parametrize("answered", [False, True], ids=["before", "after"])
-async def test_a_lost_commit(walled: Place, tmp_path: Path, answered: bool) -> None:
+async def test_a_lost_commit(walled: Place, answered: bool) -> None:
     """When the connection is lost at COMMIT nobody knows: `.sent` is None, and a keyed write is sent again."""
     cut = 0
 
@@ -548,8 +547,8 @@ async def test_a_lost_commit(walled: Place, tmp_path: Path, answered: bool) -> N
         cut -= lost
         return lost
 
-    with Wire(walled.app, tmp_path, watch) as wire:
-        async with chatdb.create_pool(wire.dsn, row_level_security=True) as db:
+    with Proxy(walled.app, watch=watch) as proxy:
+        async with chatdb.create_pool(proxy.dsn, row_level_security=True) as db:
             number = (await chatdb.create_conversation(db, user_id="ada")).id
             here: dict[str, Any] = {"user_id": "ada", "conversation_id": number, "role": "user"}
             cut = 1
@@ -563,11 +562,11 @@ async def test_a_lost_commit(walled: Place, tmp_path: Path, answered: bool) -> N
     assert stored == (["a first text"] * answered + ["a second text"])
 
 
-async def test_a_lost_begin(walled: Place, tmp_path: Path) -> None:
+async def test_a_lost_begin(walled: Place) -> None:
     """A connection that is lost before the statement was sent is told so, and nothing is stored."""
     lost = False
-    with Wire(walled.app, tmp_path, lambda statement: lost and statement.sql.startswith("begin")) as wire:
-        async with chatdb.create_pool(wire.dsn, row_level_security=True) as db:
+    with Proxy(walled.app, watch=lambda statement: lost and statement.sql.startswith("begin")) as proxy:
+        async with chatdb.create_pool(proxy.dsn, row_level_security=True) as db:
             number = (await chatdb.create_conversation(db, user_id="ada")).id
             lost = True
             with pytest.raises(chatdb.UnavailableError) as caught:

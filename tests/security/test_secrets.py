@@ -30,8 +30,8 @@ from chatdb.transfer import tables
 from chatdb.transfer.exporter import export_conversations
 from chatdb.transfer.files import FORMATS, detect, read
 from chatdb.transfer.importer import import_conversations
-from tests.api.test_public_api import CALLS, NOBODYS, SIGNATURES, call
-from tests.conftest import leaks
+from tests.support.calls import CALLS, NOBODYS, SIGNATURES, call
+from tests.support.leaks import leaks
 from tests.support.package import bindings
 
 MARK = "XYZZY"

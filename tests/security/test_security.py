@@ -13,11 +13,10 @@ import pytest
 
 import chatdb
 from chatdb.admin.migrate import apply_migrations
-from tests.api.test_public_api import CALLS as EVERY_CALL
-from tests.api.test_public_api import call, conversation_with_a_message
-from tests.conftest import as_role, cloned, execute
-from tests.security.test_isolation import CALLS, MISSING, iterated
+from tests.support.calls import CALLS as EVERY_CALL
+from tests.support.calls import CONVERSATION_CALLS, MISSING, call, conversation_with_a_message, iterated
 from tests.support.catalog import DATA
+from tests.support.databases import as_role, cloned, execute
 from tests.support.roles import Roles
 from tests.support.sqlfiles import TEXTS, file_of
 
@@ -219,7 +218,7 @@ async def test_how_long_a_foreign_id_takes(filled: str, pytestconfig: pytest.Con
     times: dict[str, list[float]] = {"foreign": [], "missing": []}
     async with chatdb.create_pool(filled, max_size=1) as db:
         for number in range(rounds):
-            for name, arguments in CALLS.items():
+            for name, arguments in CONVERSATION_CALLS.items():
                 function = iterated if name == "iter_messages" else getattr(chatdb, name)
                 turns = [("foreign", BOB), ("missing", NOBODY)]
                 for kind, whose in turns if number % 2 else turns[::-1]:

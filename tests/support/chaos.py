@@ -1,30 +1,21 @@
-"""What the proofs of chatdb's reliability share: servers that may be killed, a proxy that goes silent, and figures."""
+"""What the proofs of chatdb's reliability share: kills, waits and figures."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
-import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from itertools import count
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode
 
 import psycopg
 import pytest
 import uvloop
 
 import chatdb
-from chatdb._core.dsn import connect_arguments
-from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded.server import EmbeddedServer
-from tests.conftest import database_of, execute
-
-_serial = count()
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,
@@ -40,40 +31,6 @@ def figure(text: str) -> None:
 def sized(request: pytest.FixtureRequest, full: int, quick: int) -> int:
     """Return how much a proof does."""
     return quick if request.config.getoption("--quick") else full
-
-
-@pytest.fixture(scope="module")
-def durable() -> Iterator[EmbeddedServer]:
-    """Give a server of the module's own, that waits for the disk as one in production does, and may be killed."""
-    with tempfile.TemporaryDirectory(prefix="chatdb-chaos-", ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o711)  # where user namespaces are forbidden, root's server runs as nobody
-        with EmbeddedServer(Path(folder) / "server") as server:
-            apply_migrations(server.dsn)
-            yield server
-
-
-@pytest.fixture
-def durable_dsn(durable: EmbeddedServer) -> Iterator[str]:
-    """Give the DSN of a migrated database of the test's own on that server."""
-    name = f"chatdb_chaos_{next(_serial)}"
-    execute(database_of(durable.dsn, "postgres"), f"create database {name} template chatdb")
-    yield database_of(durable.dsn, name)
-    execute(database_of(durable.dsn, "postgres"), f"drop database {name} with (force)")
-
-
-@pytest.fixture(autouse=True)
-def repetitions() -> Iterator[list[str]]:
-    """Collect what chatdb says of its repetitions, which are too many to be shown."""
-    found: list[str] = []
-
-    def collect(record: logging.LogRecord) -> bool:
-        found.append(record.getMessage())
-        return False
-
-    logger = logging.getLogger("chatdb")
-    logger.addFilter(collect)
-    yield found
-    logger.removeFilter(collect)
 
 
 def kill_server(data: Path) -> None:
@@ -144,68 +101,6 @@ async def assert_whole(pool: chatdb.pool.Pool, dsn: str, others: int = 0) -> Non
     await until(lambda: sessions(dsn) == pool.get_max_size() + others, 10)
     idle = f"select count(*) {OTHERS} and (state like 'idle in%%' or xact_start is not null)"
     assert await asyncio.to_thread(query, dsn, idle) == [(0,)]
-
-
-class Gate:
-    """A proxy on a TCP port that passes everything on, or, while `open` is not set, accepts everything in silence."""
-
-    def __init__(self, dsn: str) -> None:
-        self._arguments = connect_arguments(dsn)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.open = asyncio.Event()
-        self.open.set()
-
-    async def __aenter__(self) -> Gate:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        self.cut()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def cut(self) -> None:
-        """End all connections."""
-        for task in self._tasks:
-            task.cancel()
-
-    @property
-    def dsn(self) -> str:
-        """The DSN that leads through the proxy."""
-        port = self._server.sockets[0].getsockname()[1]
-        login = {name: self._arguments[name] for name in ("user", "password") if name in self._arguments}
-        options = urlencode(login | {"sslmode": "disable"})
-        return f"postgresql://127.0.0.1:{port}/{quote(self._arguments['database'])}?{options}"
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        with contextlib.suppress(OSError, asyncio.CancelledError), contextlib.closing(writer):
-            await self.open.wait()
-            host, port = self._arguments["host"][0], self._arguments.get("port") or 5432
-            if host.startswith("/"):
-                server_reader, server_writer = await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
-            else:
-                server_reader, server_writer = await asyncio.open_connection(host, port)
-            with contextlib.closing(server_writer):
-                pumps = [
-                    asyncio.create_task(self._pump(reader, server_writer)),
-                    asyncio.create_task(self._pump(server_reader, writer)),
-                ]
-                try:
-                    await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    for pump in pumps:
-                        pump.cancel()
-                    await asyncio.gather(*pumps, return_exceptions=True)
-
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(1 << 16):
-            await self.open.wait()
-            writer.write(data)
-            await writer.drain()
 
 
 @contextlib.asynccontextmanager

@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from chatdb._core.dsn import connect_arguments
-from tests.transfer.test_tables import SESSION
+from tests.support.transfers import SESSION
 
 __all__ = [
     "CHAT",

@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +23,10 @@ PRIVATE = frozenset({"content", "payload", "metadata", "title", "key", "messages
 """The names under which the package's functions have what is private."""
 PLANTED = frozenset({"XYZZY", "s3cr3t", "Ich heiße Ute"})
 """What tests say in private only."""
+TEXTS = (str, dict, list, tuple, set, NewMessage, Message, Conversation)
+"""What has texts."""
+MOST = 10_000
+"""How many items of a list are looked at: some tests' lists have millions of numbers, or no end."""
 TERMS = PRIVATE | set(NewMessage.model_fields) | ROLES
 """Words of the errors themselves, which tests say in private too."""
 
@@ -41,8 +46,9 @@ def _words(value: object, depth: int) -> Iterator[str]:
     elif isinstance(value, dict):
         yield from words([*value, *value.values()], depth)
     elif isinstance(value, list | tuple | set) and depth:
-        for each in value:
-            yield from words(each, depth - 1)
+        for each in islice(value, MOST):
+            if isinstance(each, TEXTS):
+                yield from words(each, depth - 1)
 
 
 def passwords(dsn: object) -> Iterator[str]:
@@ -103,3 +109,7 @@ class Leaks(logging.Handler):
         found, self._found = self._found, []
         self._said.clear()
         return found
+
+
+leaks = Leaks()
+"""Those of this run."""

@@ -20,6 +20,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import pytest
 
 from chatdb._core.dsn import connect_arguments
+from tests.support.paths import ROOT
 
 VERSIONS = ("1.18", "1.24")
 """The last before prepared statements were tracked that a Debian has, and the first that does so by default."""
@@ -32,7 +33,7 @@ SUITES = {
 """The Debian that has each, and the libraries that only this one needs."""
 PACKAGES = "pgbouncer libc6 libgcc-s1 libaudit1 libcap-ng0 libcap2 libpam0g libsystemd0 libzstd1"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-CACHE = Path(os.environ.get("CHATDB_TEST_CACHE", Path(__file__).parents[2] / ".cache"))
+CACHE = Path(os.environ.get("CHATDB_TEST_CACHE", ROOT / ".cache"))
 
 
 @cache

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
+from tests.support.paths import ROOT
+
+GUIDE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from chatdb.formats.items import Changed, Skipped, SourceConversation, SourceMes
 from chatdb.records import Conversation, JsonText, Message
 from chatdb.transfer import files, json_objects, jsonlines
 
+pytestmark = pytest.mark.server_independent
+
 CUT_INSIDE = Skipped("the file is cut off inside its last conversation", conversations=1)
 CUT_BETWEEN = Skipped("the file is cut off: its closing bracket is missing")
 NO_END = Skipped("the file is cut off: its end line is missing")

@@ -26,10 +26,11 @@ from chatdb.pool import Pool
 from chatdb.transfer import files, tables
 from chatdb.transfer.exporter import export_conversations
 from chatdb.transfer.importer import CHANGED_SINCE, OTHER_OF_KEY, ImportReport, import_conversations
-from tests.conftest import as_role, execute
-from tests.transfer.test_transfer import exported, portable
+from tests.support.databases import as_role, execute
+from tests.support.transfers import SESSION, exported, portable
 
-SESSION = "0190b1c0-0000-7000-8000-000000000001"
+pytestmark = pytest.mark.server_independent
+
 OTHER = "0190b1c0-0000-7000-8000-000000000002"
 
 RUN: list[Any] = [

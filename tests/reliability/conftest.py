@@ -1,0 +1,51 @@
+"""Servers that may be killed, and what chatdb says of its repetitions."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from chatdb.admin.migrate import apply_migrations
+from chatdb.embedded.server import EmbeddedServer
+from tests.support.databases import database_of, execute
+
+_serial = count()
+
+
+@pytest.fixture(scope="module")
+def durable() -> Iterator[EmbeddedServer]:
+    """Give a server of the module's own, that waits for the disk as one in production does, and may be killed."""
+    with tempfile.TemporaryDirectory(prefix="chatdb-chaos-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o711)  # where user namespaces are forbidden, root's server runs as nobody
+        with EmbeddedServer(Path(folder) / "server") as server:
+            apply_migrations(server.dsn)
+            yield server
+
+
+@pytest.fixture
+def durable_dsn(durable: EmbeddedServer) -> Iterator[str]:
+    """Give the DSN of a migrated database of the test's own on that server."""
+    name = f"chatdb_chaos_{next(_serial)}"
+    execute(database_of(durable.dsn, "postgres"), f"create database {name} template chatdb")
+    yield database_of(durable.dsn, name)
+    execute(database_of(durable.dsn, "postgres"), f"drop database {name} with (force)")
+
+
+@pytest.fixture
+def repetitions() -> Iterator[list[str]]:
+    """Collect what chatdb says of its repetitions, which are too many to be shown."""
+    found: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        found.append(record.getMessage())
+        return False
+
+    logger = logging.getLogger("chatdb")
+    logger.addFilter(collect)
+    yield found
+    logger.removeFilter(collect)

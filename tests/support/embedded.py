@@ -1,0 +1,30 @@
+"""Folders of embedded servers, and the processes behind them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from chatdb.embedded import server as embedded
+from tests.support.databases import in_memory
+
+
+def new_place() -> Iterator[Path]:
+    """Make a folder that everyone may enter, with a path short enough for a socket, and remove it afterwards."""
+    path = Path(tempfile.mkdtemp(prefix="chatdb-", dir=in_memory() or "/tmp"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+def lock_is_free(folder: Path) -> bool:
+    """Tell whether no process of the server is alive."""
+    with (folder / "server.lock").open("a") as lock:
+        return embedded._try_lock(lock.fileno())
+
+
+def postmaster(folder: Path) -> int:
+    """Return the number of the server's first process."""
+    return int((folder / "data/postmaster.pid").read_text().split()[0])

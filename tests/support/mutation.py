@@ -1,0 +1,321 @@
+"""
+Mutation testing of the core: `nox -s mutation`, or `python -m tests.support.mutation --sample 60 --seed 1`.
+
+It changes one thing in one module, runs the tests of that module in a copy of the checkout, and says which changes no
+test noticed. It does so in two processes, each with a copy and a server of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import itertools
+import os
+import queue
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from chatdb.embedded.server import EmbeddedServer
+from tests.support.databases import in_memory, not_durable
+from tests.support.paths import ROOT
+
+API = ("tests/api/test_public_api.py", "tests/api/test_messages.py", "tests/api/test_conversations.py")
+DRIFT = ("tests/contract/test_drift.py",)
+INPUT = ("tests/api/test_arguments.py", "tests/api/test_input.py")
+ERRORS = ("tests/api/test_errors.py", "tests/api/test_causes.py")
+POOL = ("tests/pool/test_pool.py", "tests/pool/test_idle_connections.py", "tests/pool/test_handles.py")
+TESTS = {
+    "chatdb/messages.py": (*API, *INPUT, *DRIFT, *ERRORS),
+    "chatdb/conversations.py": (*API, *INPUT, *DRIFT, *ERRORS),
+    "chatdb/records.py": ("tests/api/test_records.py", *API, *DRIFT),
+    "chatdb/errors.py": (*ERRORS, *API, *DRIFT, "tests/security/test_secrets.py", "tests/pool/test_pooler.py"),
+    "chatdb/schema.py": (*API, *ERRORS, *DRIFT, "tests/admin/test_check.py"),
+    "chatdb/_core/validate.py": (*INPUT, *API, *DRIFT),
+    "chatdb/_core/query.py": (
+        *API,
+        *INPUT,
+        *DRIFT,
+        *ERRORS,
+        "tests/security/test_secrets.py",
+        "tests/pool/test_pool.py",
+    ),
+    "chatdb/_core/decode.py": (*API, "tests/api/test_records.py", *DRIFT, "tests/pool/test_handles.py"),
+    "chatdb/_core/dsn.py": ("tests/pool/test_dsn.py", "tests/pool/test_one_dsn.py", "tests/pool/test_tls.py"),
+    "chatdb/_core/options.py": ("tests/pool/test_dsn.py", "tests/api/test_input.py", *POOL),
+}
+"""The tests of a module, in the order in which they are run; of one that is not here, `OTHERS`."""
+OTHERS = (*API, *POOL, *ERRORS, *DRIFT)
+"""Those of every other module."""
+
+SWAPPED: dict[type[ast.AST], str] = {
+    ast.Lt: "<=",
+    ast.LtE: "<",
+    ast.Gt: ">=",
+    ast.GtE: ">",
+    ast.Eq: "!=",
+    ast.NotEq: "==",
+    ast.Is: "is not",
+    ast.IsNot: "is",
+    ast.In: "not in",
+    ast.NotIn: "in",
+    ast.Add: "-",
+    ast.Sub: "+",
+    ast.Mult: "//",
+}
+
+
+class Mutation(NamedTuple):
+    """A change of a module: what stands between two places in its bytes becomes something else."""
+
+    path: str
+    line: int
+    start: int
+    end: int
+    before: str
+    after: str
+
+    def of(self, source: bytes) -> bytes:
+        """Return the changed source."""
+        return source[: self.start] + self.after.encode() + source[self.end :]
+
+    def __str__(self) -> str:
+        before, after = (" ".join(text.split()) for text in (self.before, self.after))
+        return f"{self.path}:{self.line}: {before[:90]}  ->  {after[:90] or '(nothing)'}"
+
+
+def mutations(path: str, source: str) -> Iterator[Mutation]:
+    """Yield every mutation of a module; what only type checkers or readers look at is left alone."""
+    starts = [0]
+    for line in source.encode().splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    encoded = source.encode()
+
+    def place(node: ast.AST) -> tuple[int, int]:
+        return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+
+    def text(node: ast.AST) -> str:
+        start, end = place(node)
+        return encoded[start:end].decode()
+
+    for node in _executed(ast.parse(source)):
+        for changed, after in _changes(node, text):
+            start, end = place(changed)
+            yield Mutation(path, changed.lineno, start, end, text(changed), after)
+
+
+def _executed(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes below one, but for annotations, docstrings, decorators and blocks for type checkers."""
+    for name, field in ast.iter_fields(node):
+        if name in {"annotation", "returns", "decorator_list", "type_params"}:
+            continue
+        for child in field if isinstance(field, list) else [field]:
+            if not isinstance(child, ast.AST) or _is_only_read(child):
+                continue
+            yield child
+            yield from _executed(child)
+
+
+def _is_only_read(node: ast.AST) -> bool:
+    match node:
+        case ast.Expr(value=ast.Constant()) | ast.If(test=ast.Name(id="TYPE_CHECKING")) | ast.Assert():
+            return True
+        case ast.FunctionDef(name="__repr__" | "__str__"):
+            return True
+        case ast.Call(func=ast.Name(id="TypeVar" | "cast")):
+            return True
+    return False
+
+
+def _changes(node: ast.AST, text: Callable[[ast.AST], str]) -> Iterator[tuple[ast.AST, str]]:
+    """Yield what a node, or its condition, may become."""
+    match node:
+        case ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test) if not _is_swapped(test):
+            yield test, f"(not ({text(test)}))"
+        case ast.Compare(left=left, ops=[operator], comparators=[right]) if type(operator) in SWAPPED:
+            yield node, f"{_wrapped(text(left))} {SWAPPED[type(operator)]} {_wrapped(text(right))}"
+        case ast.BinOp(left=left, op=operator, right=right) if type(operator) in SWAPPED and _is_number(node):
+            yield node, f"{_wrapped(text(left))} {SWAPPED[type(operator)]} {_wrapped(text(right))}"
+        case ast.BoolOp(op=operator, values=values):
+            other = " or " if isinstance(operator, ast.And) else " and "
+            yield node, f"({other.join(_wrapped(text(value)) for value in values)})"
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            yield node, _wrapped(text(operand))
+        case ast.Constant(value=bool(value)):
+            yield node, str(not value)
+        case ast.Constant(value=int(value)):
+            yield node, str(value + 1)
+        case ast.Raise() | ast.AugAssign() | ast.Expr(value=ast.Call() | ast.Await()) | ast.Delete():
+            yield node, "pass"
+        case ast.Return(value=ast.expr() as value) if text(value) != "None":
+            yield node, "return None"
+        case ast.Continue():
+            yield node, "break"
+        case ast.Break():
+            yield node, "continue"
+        case ast.Call(func=func, args=args, keywords=[*others, ast.keyword(arg=str())]) if not any(
+            isinstance(each, ast.GeneratorExp) for each in args
+        ):
+            yield node, f"{text(func)}({', '.join(text(each) for each in (*args, *others))})"
+
+
+def _is_swapped(test: ast.expr) -> bool:
+    """Whether swapping its comparison negates a condition."""
+    return isinstance(test, ast.Compare) and isinstance(
+        test.ops[0], (ast.Eq, ast.NotEq, ast.Is, ast.IsNot, ast.In, ast.NotIn)
+    )
+
+
+def _wrapped(part: str) -> str:
+    return part if re.fullmatch(r"[\w.]+|[\w.]+\([^()]*\)", part) else f"({part})"
+
+
+def _is_number(node: ast.BinOp) -> bool:
+    """Whether no text is put together, as far as can be seen."""
+    return not any(
+        isinstance(each, (ast.JoinedStr, ast.List, ast.Tuple, ast.Dict)) or _is_text(each) for each in ast.walk(node)
+    )
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def core() -> dict[str, list[Mutation]]:
+    """Return every mutation of each module of the core."""
+    paths = sorted([*(ROOT / "chatdb").glob("*.py"), *(ROOT / "chatdb" / "_core").glob("*.py")])
+    names = [str(path.relative_to(ROOT)) for path in paths]
+    found = {name: list(mutations(name, (ROOT / name).read_text(encoding="utf-8"))) for name in names}
+    return {name: changes for name, changes in found.items() if changes}
+
+
+def sample(found: dict[str, list[Mutation]], most: int, seed: int) -> list[Mutation]:
+    """Choose at random, of each module as many as of another where it has them."""
+    chance = random.Random(seed)
+    shuffled = [chance.sample(changes, len(changes)) for changes in found.values()]
+    rounds = (mutation for each in itertools.zip_longest(*shuffled) for mutation in each if mutation)
+    return list(itertools.islice(rounds, most))
+
+
+class Checkout:
+    """A copy of the checkout, and a server, in which one mutation at a time is tried."""
+
+    def __init__(self, folder: Path, server: EmbeddedServer) -> None:
+        self._folder, self._server = folder, server
+        listed = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+        for name in subprocess.check_output(listed, cwd=ROOT, text=True).split("\0"):
+            if name and (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, folder / name)
+        if (ROOT / ".cache").is_dir():
+            (folder / ".cache").symlink_to(ROOT / ".cache")
+
+    def failure(self, tests: tuple[str, ...], limit: float) -> str | None:
+        """Run tests until one fails, and return which, or that they did not end in time; None if all passed."""
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--server", "dsn"]
+        settings = {
+            "CHATDB_TEST_DSN": self._server.dsn,
+            "PYTHONPATH": str(self._folder),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        process = subprocess.Popen(
+            [*command, *tests],
+            cwd=self._folder,
+            env=os.environ | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            said, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return f"no end in {limit:g} s"
+        if process.returncode == 0:
+            return None
+        failed = re.findall(r"^(?:FAILED|ERROR) ([^\s\[]+)", said, re.MULTILINE)
+        return failed[0] if failed else f"pytest ended with {process.returncode}: {said[-200:]}"
+
+    def killer(self, mutation: Mutation, limit: float) -> str | None:
+        """Return what noticed a mutation, or None if nothing did."""
+        path = self._folder / mutation.path
+        source = path.read_bytes()
+        path.write_bytes(mutation.of(source))
+        try:
+            return self.failure(TESTS.get(mutation.path, OTHERS), limit)
+        finally:
+            path.write_bytes(source)
+
+
+def main() -> int:
+    """Try a sample, or all, and say what survived."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--sample", type=int, default=60, help="how many mutations are tried; 0 for all")
+    parser.add_argument("--seed", type=int, default=random.randrange(10_000))
+    parser.add_argument("--modules", nargs="*", help="only these, such as chatdb/messages.py")
+    parser.add_argument("--limit", type=float, default=240, help="seconds for the tests of a mutation")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    found = {name: changes for name, changes in core().items() if not options.modules or name in options.modules}
+    every = [mutation for changes in found.values() for mutation in changes]
+    tried = sample(found, options.sample or len(every), options.seed)
+    print(f"{len(tried)} of {len(every)} mutations of {len(found)} modules, --seed {options.seed}", flush=True)
+    waiting: queue.SimpleQueue[Mutation] = queue.SimpleQueue()
+    for mutation in tried:
+        waiting.put(mutation)
+    survivors: dict[str, list[Mutation]] = defaultdict(list)
+    begun = time.monotonic()
+
+    def work() -> None:
+        place = tempfile.TemporaryDirectory(prefix="chatdb-mutation-", dir=in_memory(), ignore_cleanup_errors=True)
+        with place as name:
+            folder = Path(name)
+            folder.chmod(0o711)  # where user namespaces are forbidden, root's server runs as nobody
+            with EmbeddedServer(folder / "server") as server:
+                not_durable(server.dsn)
+                (folder / "checkout").mkdir()
+                checkout = Checkout(folder / "checkout", server)
+                while True:
+                    try:
+                        mutation = waiting.get_nowait()
+                    except queue.Empty:
+                        return
+                    killer = checkout.killer(mutation, options.limit)
+                    if killer is None:
+                        survivors[mutation.path].append(mutation)
+                    print(f"{mutation}\n    {f'killed by {killer}' if killer else 'SURVIVED'}", flush=True)
+
+    workers = [threading.Thread(target=work) for _ in range(options.processes)]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:
+        while not waiting.empty():
+            waiting.get()
+        for worker in workers:
+            worker.join()
+    print(f"\nafter {time.monotonic() - begun:.0f} s:")
+    for name in sorted({mutation.path for mutation in tried}):
+        count = sum(mutation.path == name for mutation in tried)
+        print(f"{name}: {count - len(survivors[name])} killed, {len(survivors[name])} survived")
+        for mutation in sorted(survivors[name]):
+            print(f"  {mutation}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""The check of a statement's plan."""
+
+from __future__ import annotations
+
+WHOLE = {("Seq Scan", "conversations"), ("Seq Scan", "messages")}
+SORTS = {"get_history": {"Sort", "Incremental Sort"}, "list_messages": {"Sort", "Incremental Sort"}}
+SORTS |= {"list_conversations": {"Sort"}, "list_conversations_before": {"Sort"}}
+
+
+def check_plan(live, file):
+    """Raise unless the plan has the header's indexes, that of the existence row apart, and reads no table whole."""
+    plan = live.plan(file)
+    used = {node["Index Name"] for node in plan if "Index Name" in node}
+    used |= {index for node in plan for index in node.get("Conflict Arbiter Indexes", ())}
+    untold = {"pk_conversations"} - file.indexes if file.existence else set()
+    assert (used & live.indexes.keys()) - untold == file.indexes
+    assert not WHOLE & {(node["Node Type"], node.get("Relation Name")) for node in plan}
+    assert not {node["Node Type"] for node in plan} & SORTS.get(file.name, set())
