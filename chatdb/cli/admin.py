@@ -169,8 +169,8 @@ def adopt(
     The older system can go on writing, and the next run brings what came since. What does not fit is kept aside, with
     the reason. One that was killed is taken up where it was.
     """
-    from chatdb.admin.adopt.adoption import Counts
-    from chatdb.admin.adopt.adoption import adopt as run
+    from chatdb.admin.adopt import Counts
+    from chatdb.admin.adopt import adopt as run
 
     if delete_gone and not (dry_run or yes or sys.stdin.isatty()):
         fail("--delete-gone asks before it deletes. Say so with --yes")
