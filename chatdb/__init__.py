@@ -16,7 +16,7 @@ from chatdb.conversations import (
     list_conversations,
     update_conversation,
 )
-from chatdb.embedded.server import open_embedded
+from chatdb.embedded import open_embedded
 from chatdb.errors import (
     AcquireTimeoutError,
     ChatDBError,
