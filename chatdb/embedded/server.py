@@ -186,7 +186,7 @@ class EmbeddedServer:
         self._check_abort()
 
     def _launch(self, lock: int) -> None:
-        launcher = Launcher(self._folder, self._package, self._version, lock=lock, deadline=self._deadline)
+        launcher = Launcher(self._folder, self._package, self._version, lock, self._deadline)
         launcher.launch(self._check_abort)
 
     def stop(self) -> None:

@@ -1,8 +1,8 @@
 """
 Checks a database for `chatdb check`: whether it has what this release needs, and how to fix what differs.
 
-The catalog is compared as `check_schema` does it. The checks that need more statements are here: the server, the privileges
-of roles, the migrations, and the indexes that the planner takes for the statements under `sql/`.
+The catalog is compared as `check_schema` does it. The checks that need more statements are here: the server, the
+privileges of roles, the migrations, and the indexes that the planner takes for the statements under `sql/`.
 """
 
 from __future__ import annotations
