@@ -48,14 +48,14 @@ from chatdb.schema import check_schema
 from chatdb.users import delete_user
 
 if TYPE_CHECKING:
-    from chatdb.embedded.server import open_embedded
+    from chatdb.embedded import open_embedded
 else:
 
     def __getattr__(name: str) -> object:
         """Import the embedded server when it is asked for: services on a server of their own never need it."""
         if name != "open_embedded":
             raise AttributeError(f"module 'chatdb' has no attribute {name!r}")
-        from chatdb.embedded.server import open_embedded
+        from chatdb.embedded import open_embedded
 
         globals()[name] = open_embedded
         return open_embedded

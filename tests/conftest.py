@@ -23,7 +23,8 @@ import uvloop
 
 import chatdb
 from chatdb.admin.migrate import apply_migrations
-from chatdb.embedded import server as embedded
+from chatdb.embedded import EmbeddedServer
+from chatdb.embedded.process import RunAs
 from tests.support.databases import (
     administrator,
     administrators,
@@ -181,7 +182,7 @@ def _embedded(stack: ExitStack) -> str:
     place = tempfile.TemporaryDirectory(prefix="chatdb-test-", dir=in_memory(), ignore_cleanup_errors=True)
     folder = stack.enter_context(place)
     Path(folder).chmod(0o711)  # where user namespaces are forbidden, root's server runs as nobody
-    return stack.enter_context(embedded.EmbeddedServer(Path(folder) / "server")).dsn
+    return stack.enter_context(EmbeddedServer(Path(folder) / "server")).dsn
 
 
 def _local(stack: ExitStack) -> str | None:
@@ -195,30 +196,30 @@ def _local(stack: ExitStack) -> str | None:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chatdb-test-", dir=in_memory())))
     log = folder / "log"
 
-    def run(way: embedded._Way, program: str, *arguments: str) -> bool:
-        drop = way.uid != os.geteuid()
+    def run(run_as: RunAs, program: str, *arguments: str) -> bool:
+        drop = run_as.uid != os.geteuid()
         with log.open("ab") as output:
             done = subprocess.run(
-                [*way.prefix, "env", programs / program, "-D", folder / "data", *arguments],
+                [*run_as.prefix, "env", programs / program, "-D", folder / "data", *arguments],
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                user=way.uid if drop else None,
-                group=way.gid if drop else None,
+                user=run_as.uid if drop else None,
+                group=run_as.gid if drop else None,
                 extra_groups=[] if drop else None,
             )
         return done.returncode == 0
 
-    def start(way: embedded._Way) -> bool:
-        os.chown(folder, way.uid, way.gid)
-        initdb = run(way, "initdb", "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--locale=C")
-        return initdb and run(way, "pg_ctl", "start", "-w", "-o", f"-k {folder} -c listen_addresses=''")
+    def start(run_as: RunAs) -> bool:
+        os.chown(folder, run_as.uid, run_as.gid)
+        initdb = run(run_as, "initdb", "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--locale=C")
+        return initdb and run(run_as, "pg_ctl", "start", "-w", "-o", f"-k {folder} -c listen_addresses=''")
 
-    way = next(filter(start, embedded._ways()), None)
-    if way is None:
+    run_as = next(filter(start, RunAs.candidates()), None)
+    if run_as is None:
         pytest.exit(f"the PostgreSQL in {programs} does not start:\n{log.read_text()}", returncode=3)
-    stack.callback(run, way, "pg_ctl", "stop", "-m", "immediate")
+    stack.callback(run, run_as, "pg_ctl", "stop", "-m", "immediate")
     return f"postgresql://postgres@/postgres?host={folder}"
 
 

@@ -2,8 +2,7 @@
 Applies the files under `migrations/`, and takes them back. They are yoyo's files, and `yoyo apply` works on them too.
 
 The bookkeeping is `chatdb._chatdb_migration`, with a checksum of each file, because yoyo knows only a file's name.
-A migration and its row are one transaction. yoyo keeps its own tables in the first schema of a role's search_path,
-beside those of a host's migrations; what `yoyo apply` recorded there under chatdb's names is taken over.
+A migration and its row are one transaction. What `yoyo apply` recorded under chatdb's names is copied to it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from typing import Final, NamedTuple, cast
 from chatdb._core.query import data_folder
 from chatdb._core.validate import type_name
 from chatdb.admin.connection import (
-    APPLICATION,
     advisory_lock,
     connected,
     fetch_value,
@@ -32,7 +30,8 @@ from chatdb.admin.connection import (
     retry_on_lock_timeout,
 )
 from chatdb.admin.ownership import foreign_objects
-from chatdb.errors import ConfigurationError, InvalidInputError, SchemaError, UnavailableError
+from chatdb.admin.yoyo import applied_by_yoyo, remove_first_release, remove_yoyo_record, yoyo_lock
+from chatdb.errors import ConfigurationError, InvalidInputError, SchemaError
 
 try:
     import psycopg
@@ -42,13 +41,12 @@ except ImportError:
 
 SUMS = "SHA256SUMS"
 WAIT = 60.0
-"""How long by default, in seconds, another process may be at it, and tables may be busy."""
+"""Maximum wait, in seconds, for another operator command and for table locks."""
 
 Report = Callable[[str, float], None]
-"""What is called with a migration's name and its seconds when it is done."""
+"""Called with a migration's name and its seconds when it is done."""
 
-
-_MOST_WAIT: Final = 86_400.0
+_MAX_WAIT: Final = 86_400.0
 
 _log = logging.getLogger("chatdb")
 
@@ -77,11 +75,11 @@ def migration_files(folder: Path | None = None) -> list[MigrationFile]:
     folder = folder or data_folder("migrations")
     lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     released = {name: checksum for checksum, name in (line.split() for line in lines)}
-    found = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.sql"))}
-    for name in sorted(released.keys() | found.keys()):
-        if name not in found:
+    texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.sql"))}
+    for name in sorted(released.keys() | texts.keys()):
+        if name not in texts:
             raise ConfigurationError(f"the migration {name} is missing from {folder}: install chatdb again")
-        if released.get(name) != _checksum(found[name]):
+        if released.get(name) != _checksum(texts[name]):
             raise ConfigurationError(
                 f"the migration {name} is not as it was released: its checksum differs from that in {SUMS}. Restore "
                 "the file, and put the change into a new migration"
@@ -91,10 +89,10 @@ def migration_files(folder: Path | None = None) -> list[MigrationFile]:
             name.removesuffix(".sql"),
             folder / name,
             sql,
-            found[f"{name.removesuffix('.sql')}.rollback.sql"],
+            texts[f"{name.removesuffix('.sql')}.rollback.sql"],
             released[name],
         )
-        for name, sql in found.items()
+        for name, sql in texts.items()
         if not name.endswith(".rollback.sql")
     ]
 
@@ -120,7 +118,7 @@ def apply_migrations(
         _refuse_foreign_objects(connection)
         _warn_of_encoding(connection)
         missing = _missing(connection, files, to)
-        _compare(connection, files)
+        _check_contents(connection, files)
         _rebuild_indexes(connection, deadline)
         if not missing and _applied(connection, files).keys() <= _recorded(connection).keys():
             return []
@@ -129,7 +127,7 @@ def apply_migrations(
                 return []
             raise ConfigurationError("the database role may not create a schema: migrate as the database's owner")
         with _worker(dsn, connection, missing, deadline) as worker:
-            retry_on_lock_timeout(lambda: _take_over(worker, files), deadline)
+            retry_on_lock_timeout(lambda: _prepare_bookkeeping(worker, files), deadline)
             for file in missing:
                 start = time.monotonic()
                 _run(worker, file.sql, partial(_record, worker, file), deadline)
@@ -170,7 +168,7 @@ def rollback_migrations(
         with _worker(dsn, connection, last, deadline) as worker:
             for file in last:
                 start = time.monotonic()
-                _run(worker, file.rollback, partial(_forget, worker, file), deadline)
+                _run(worker, file.rollback, partial(_remove_record, worker, file), deadline)
                 if report is not None:
                     report(file.name, time.monotonic() - start)
     return [file.name for file in last]
@@ -182,7 +180,7 @@ def missing_migrations(dsn: str, *, to: str | None = None, folder: Path | None =
     files = migration_files(folder)
     with pinned_transaction(dsn) as connection:
         _warn_of_encoding(connection)
-        _compare(connection, files)
+        _check_contents(connection, files)
         return _missing(connection, files, to)
 
 
@@ -197,7 +195,7 @@ def last_migrations(
     files = migration_files(folder)
     with pinned_transaction(dsn) as connection:
         return [
-            (file, {f"chatdb.{table}": _count(connection, table) for table in _dropped(file) & _tables(connection)})
+            (file, {f"chatdb.{table}": _count(connection, table) for table in _drops(file) & _tables(connection)})
             for file in _last(connection, files, to)
         ]
 
@@ -211,8 +209,8 @@ def applied_migrations(dsn: str, *, folder: Path | None = None) -> dict[str, str
 def _check_arguments(to: object, wait: object) -> None:
     if to is not None and not isinstance(to, str):
         raise InvalidInputError("to", f"must be a str or None, not {type_name(type(to))}")
-    if type(wait) not in {int, float} or not 0 <= cast("float", wait) <= _MOST_WAIT:
-        raise InvalidInputError("wait", f"must be a number of seconds from 0 to {_MOST_WAIT:,.0f}")
+    if type(wait) not in {int, float} or not 0 <= cast("float", wait) <= _MAX_WAIT:
+        raise InvalidInputError("wait", f"must be a number of seconds from 0 to {_MAX_WAIT:,.0f}")
 
 
 def _warn_of_encoding(connection: psycopg.Connection) -> None:
@@ -230,10 +228,10 @@ def _checksum(text: str) -> str:
 
 
 def _refuse_foreign_objects(connection: psycopg.Connection) -> None:
-    found = foreign_objects(connection)
-    if found:
+    foreign = foreign_objects(connection)
+    if foreign:
         raise ConfigurationError(
-            f"in the schema chatdb {'; '.join(map(str, found))}, which could run code with this role's privileges: "
+            f"in the schema chatdb {'; '.join(map(str, foreign))}, which could run code with this role's privileges: "
             "drop it, or give it to the database's owner (alter ... owner to)"
         )
 
@@ -260,74 +258,17 @@ def _recorded(connection: psycopg.Connection) -> dict[str, str]:
         ) from None
 
 
-class _Older(NamedTuple):
-    """The tables of a schema in which yoyo, and the first release of chatdb, keep what was applied."""
-
-    schema: str
-    names: list[str]
-
-    @property
-    def has_checksums(self) -> bool:
-        return {"_yoyo_migration", "_chatdb_migration"} <= {*self.names}
-
-
-def _older(connection: psycopg.Connection) -> list[_Older]:
-    """Return the schemas in which yoyo keeps tables, without those tables that are another role's or run code."""
-    found = connection.execute(
-        """
-        select pg_catalog.quote_ident(n.nspname::text), pg_catalog.array_agg(c.relname::text)
-        from pg_catalog.pg_class as c
-        inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
-        inner join pg_catalog.pg_roles as r on r.oid = c.relowner
-        where c.relname in ('_yoyo_migration', '_chatdb_migration', 'yoyo_lock')
-          and n.nspname <> 'chatdb'
-          and c.relkind = 'r'
-          and not (c.relhastriggers or c.relhasrules or c.relrowsecurity or c.relhassubclass)
-          and (
-              r.rolsuper or r.rolname = current_user
-              or r.oid = (
-                  select d.datdba from pg_catalog.pg_database as d
-                  where d.datname = pg_catalog.current_database()
-              )
-          )
-          and pg_catalog.has_schema_privilege(n.oid, 'usage')
-          and pg_catalog.has_table_privilege(c.oid, 'select')
-          and (
-              c.relname <> 'yoyo_lock'
-              or pg_catalog.has_table_privilege(c.oid, 'insert') and pg_catalog.has_table_privilege(c.oid, 'delete')
-          )
-        group by n.nspname
-        order by n.nspname <> 'public', n.nspname
-        """
-    ).fetchall()
-    return [_Older(schema, names) for schema, names in found]
-
-
-def _by_yoyo(connection: psycopg.Connection, files: list[MigrationFile]) -> set[str]:
-    """Return the names of the migrations that `yoyo apply` has recorded."""
-    names = [file.name for file in files]
-    return {
-        name
-        for older in _older(connection)
-        if "_yoyo_migration" in older.names
-        for (name,) in connection.execute(
-            f"select migration_id from {older.schema}._yoyo_migration where migration_id = any(%s)".encode(),  # noqa: S608
-            [names],
-        )
-    }
-
-
-def _named(files: list[MigrationFile], to: str) -> int:
-    """Return the place of a migration, given by its name or number."""
-    for place, file in enumerate(files):
+def _index(files: list[MigrationFile], to: str) -> int:
+    """Return the index of a migration, given by its name or number."""
+    for index, file in enumerate(files):
         if to in {file.name, file.name.partition(".")[0]}:
-            return place
+            return index
     raise InvalidInputError("to", f"must be one of {', '.join(file.name for file in files)}")
 
 
 def _missing(connection: psycopg.Connection, files: list[MigrationFile], to: str | None) -> list[MigrationFile]:
     applied = _applied(connection, files)
-    wanted = files if to is None else files[: _named(files, to) + 1]
+    wanted = files if to is None else files[: _index(files, to) + 1]
     if to is not None and any(file.name in applied for file in files[len(wanted) :]):
         raise InvalidInputError("to", "is behind the database: chatdb rollback --to takes migrations back")
     return [file for file in wanted if file.name not in applied]
@@ -345,25 +286,26 @@ def _last(connection: psycopg.Connection, files: list[MigrationFile], to: str | 
     last = [file for file in reversed(files) if file.name in applied]
     if to is None:
         return last[:1]
-    kept = 0 if to == "0" else _named(files, to) + 1
+    kept = 0 if to == "0" else _index(files, to) + 1
     return [file for file in last if file not in files[:kept]]
 
 
 def _applied(connection: psycopg.Connection, files: list[MigrationFile]) -> dict[str, str | None]:
     """Return what is recorded as applied, by chatdb or by yoyo, and whose tables are there."""
     tables = _tables(connection)
-    recorded: dict[str, str | None] = dict.fromkeys(_by_yoyo(connection, files)) | _recorded(connection)
+    by_yoyo = applied_by_yoyo(connection, [file.name for file in files])
+    recorded: dict[str, str | None] = dict.fromkeys(by_yoyo) | _recorded(connection)
     if not _has_schema(connection):
         return {}
-    gone = {file.name for file in files if not _dropped(file) <= tables}  # yoyo rollback has dropped them
-    return {name: recorded[name] for name in sorted(recorded) if name not in gone}
+    dropped = {file.name for file in files if not _drops(file) <= tables}  # yoyo rollback has dropped them
+    return {name: recorded[name] for name in sorted(recorded) if name not in dropped}
 
 
 def _has_schema(connection: psycopg.Connection) -> bool:
     return fetch_value(connection, "select oid from pg_catalog.pg_namespace where nspname = 'chatdb'") is not None
 
 
-def _compare(connection: psycopg.Connection, files: list[MigrationFile]) -> None:
+def _check_contents(connection: psycopg.Connection, files: list[MigrationFile]) -> None:
     recorded = _applied(connection, files)
     for file in files:
         if (recorded.get(file.name) or file.checksum) != file.checksum:
@@ -373,24 +315,13 @@ def _compare(connection: psycopg.Connection, files: list[MigrationFile]) -> None
             )
 
 
-_FIRST_RELEASE = {
-    "0001.create-schema": "ca8762c20fe438de5a9206b91001b125a171d40ea0933dd9f134f163ecfe9ed2",
-    "0002.create-conversations": "d5c2f640603ae6ecda98e4795965b7f037968ae3775acf516ddef6d1348d2d97",
-    "0003.create-messages": "04cc9c66f9f0e4e6e869f8e58df0f3b7dc3acf95e6a6f49310380f7a9f9bc43a",
-}
-"""The names and checksums by which the first release recorded its migrations, each of which has to be run again."""
-
-_FIRST_TABLES = (("0002", "conversations"), ("0003", "messages"))
-
-
-def _take_over(connection: psycopg.Connection, files: list[MigrationFile]) -> None:
-    """Have chatdb's own bookkeeping, and in it what yoyo has recorded; remove what the first release recorded."""
+def _prepare_bookkeeping(connection: psycopg.Connection, files: list[MigrationFile]) -> None:
+    """Create chatdb's bookkeeping, and copy to it what yoyo has recorded; remove what the first release recorded."""
     with connection.transaction():
         connection.execute("set local lock_timeout = '2s'")
         is_new = "_chatdb_migration" not in _tables(connection)
-        made = {"0001.create-schema"} if _has_schema(connection) else set[str]()
-        made |= {f"{number}.create-{table}" for number, table in _FIRST_TABLES if table in _tables(connection)}
-        by_yoyo = _by_yoyo(connection, files) & _applied(connection, files).keys()
+        objects = _tables(connection) | ({"schema"} if _has_schema(connection) else set[str]())
+        by_yoyo = applied_by_yoyo(connection, [*_applied(connection, files)])
         connection.execute("create schema if not exists chatdb")
         connection.execute(
             "create table if not exists chatdb._chatdb_migration (migration_id text primary key, sha256 text not null, "
@@ -402,8 +333,7 @@ def _take_over(connection: psycopg.Connection, files: list[MigrationFile]) -> No
             if file.name in by_yoyo:
                 _record(connection, file, replace=False)
         if is_new:
-            for older in _older(connection):
-                _remove_first_release(connection, older, made=made, by_yoyo=bool(by_yoyo))
+            remove_first_release(connection, objects, by_yoyo=bool(by_yoyo))
 
 
 # default privileges are for the tables of data
@@ -424,34 +354,6 @@ _REVOKE = """
 """
 
 
-def _remove_first_release(connection: psycopg.Connection, older: _Older, *, made: set[str], by_yoyo: bool) -> None:
-    """
-    Remove the rows of the first release's migrations, whose names a host's own may have.
-
-    They are chatdb's if what they make, `made`, is there, and its checksums stand beside them; without checksums, if
-    all three are there. The first release wrote its checksum also beside a host's migration that had hidden its own.
-    """
-    names = [*_FIRST_RELEASE]
-    rows = f"{older.schema}._yoyo_migration"
-    if older.has_checksums:
-        checksums = f"{older.schema}._chatdb_migration"
-        connection.execute(
-            f"delete from {rows} as y using {checksums} as c where y.migration_id = c.migration_id "  # noqa: S608
-            "and y.applied_at_utc = c.applied_at_utc and c.sha256 = any(%s) and y.migration_id = any(%s)".encode(),
-            [[*_FIRST_RELEASE.values()], [*made]],
-        )
-        connection.execute(
-            f"delete from {checksums} where sha256 = any(%s)".encode(),  # noqa: S608 - a quoted name
-            [[*_FIRST_RELEASE.values()]],
-        )
-        if fetch_value(connection, f"select true from {checksums} limit 1") is None:  # noqa: S608
-            connection.execute(f"drop table {checksums}".encode())
-    elif made == {*names} and not by_yoyo and "_yoyo_migration" in older.names:
-        mine = "migration_id = any(%s)"
-        if fetch_value(connection, f"select pg_catalog.count(*) from {rows} where {mine}", names) == len(names):  # noqa: S608
-            connection.execute(f"delete from {rows} where {mine}".encode(), [names])  # noqa: S608
-
-
 def _record(connection: psycopg.Connection, file: MigrationFile, *, replace: bool = True) -> None:
     action = "do nothing"
     if replace:
@@ -466,14 +368,11 @@ def _record(connection: psycopg.Connection, file: MigrationFile, *, replace: boo
     )
 
 
-def _forget(connection: psycopg.Connection, file: MigrationFile) -> None:
+def _remove_record(connection: psycopg.Connection, file: MigrationFile) -> None:
     """Remove a migration from chatdb's bookkeeping, which the first one's rollback drops, and from yoyo's."""
     if "_chatdb_migration" in _tables(connection):
         connection.execute("delete from chatdb._chatdb_migration where migration_id = %s", [file.name])
-    for older in _older(connection):
-        if "_yoyo_migration" in older.names:
-            rows = f"{older.schema}._yoyo_migration"
-            connection.execute(f"delete from {rows} where migration_id = %s".encode(), [file.name])  # noqa: S608
+    remove_yoyo_record(connection, file.name)
 
 
 def _run(worker: psycopg.Connection, sql: str, record: Callable[[], None], deadline: float) -> None:
@@ -501,12 +400,11 @@ def _is_transactional(sql: str) -> bool:
 def _worker(
     dsn: str, lock: psycopg.Connection, work: list[MigrationFile], deadline: float
 ) -> Generator[psycopg.Connection]:
-    """Give a second connection for the work; the first one keeps other commands and `yoyo apply` away."""
-    held = all(_is_transactional(file.sql) for file in work)
-    schemas = [older.schema for older in _older(lock) if "yoyo_lock" in older.names]
+    """Open a second connection for the work; the first one keeps other commands and `yoyo apply` away."""
+    in_transaction = all(_is_transactional(file.sql) for file in work)
     with connected(dsn) as worker:
         prepare_session(worker)
-        with _yoyos_lock(lock, schemas[0], held=held, deadline=deadline) if schemas else nullcontext():
+        with yoyo_lock(lock, in_transaction=in_transaction, deadline=deadline):
             yield worker
 
 
@@ -540,7 +438,7 @@ _INVALID = """
 """
 
 
-def _dropped(file: MigrationFile) -> set[str]:
+def _drops(file: MigrationFile) -> set[str]:
     """Return the names of the tables that a migration's rollback drops, in the schema chatdb."""
     return {*re.findall(r"^drop table if exists chatdb\.([a-z]\w*)", file.rollback, re.MULTILINE)}
 
@@ -549,58 +447,3 @@ def _count(connection: psycopg.Connection, table: str) -> int | None:
     if fetch_value(connection, "select pg_catalog.row_security_active(%s)", f"chatdb.{table}"):
         return None
     return int(str(fetch_value(connection, f"select pg_catalog.count(*) from chatdb.{table}")))  # noqa: S608 - a name in a released file
-
-
-@contextmanager
-def _yoyos_lock(connection: psycopg.Connection, schema: str, *, held: bool, deadline: float) -> Generator[None]:
-    """
-    Have the row in yoyo_lock that keeps `yoyo apply` away.
-
-    `held` in an open transaction it goes with its process, however that ends, and `yoyo apply` waits in its INSERT. But
-    CREATE INDEX CONCURRENTLY waits for such a waiting one: for it the row is committed, with a negative number, by
-    which the next process knows it for the row of one that was killed.
-    """
-    while True:
-        connection.execute(_FREE_YOYOS_LOCK.format(schema=schema).encode(), {"application": APPLICATION})
-        connection.execute("begin")
-        connection.execute("set local idle_in_transaction_session_timeout = 0")
-        if fetch_value(connection, _TAKE_YOYOS_LOCK.format(schema=schema)) is not None:
-            break
-        connection.execute("rollback")
-        if time.monotonic() > deadline:
-            raise UnavailableError(
-                "yoyo's own lock is taken: yoyo apply is at work, or was killed; in the second case run yoyo "
-                "break-lock, and this again",
-                sent=False,
-            )
-        time.sleep(0.2)
-    if not held:
-        connection.execute("commit")
-    try:
-        yield
-    finally:
-        with suppress(psycopg.Error):  # one that is lost has lost the row with its transaction
-            connection.execute(
-                b"rollback"
-                if held
-                else f"delete from {schema}.yoyo_lock where pid = -pg_catalog.pg_backend_pid()".encode()  # noqa: S608
-            )
-
-
-_TAKE_YOYOS_LOCK = """
-    insert into {schema}.yoyo_lock (locked, ctime, pid)
-    values (1, pg_catalog.now() at time zone 'UTC', -pg_catalog.pg_backend_pid())
-    on conflict do nothing returning pid
-"""
-
-# a row with a positive number is yoyo's own, and left over if no session is old enough to be that yoyo's
-_FREE_YOYOS_LOCK = """
-    delete from {schema}.yoyo_lock as l
-    where l.pid < 0 or not exists (
-        select from pg_catalog.pg_stat_activity as a
-        where a.datname = pg_catalog.current_database()
-          and coalesce(a.backend_type, 'client backend') = 'client backend'
-          and coalesce(a.application_name, '') <> %(application)s
-          and coalesce(a.backend_start < l.ctime at time zone 'UTC' + interval '1 minute', true)
-    )
-"""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TABLES = ("conversations", "messages")
 WAIT = 60.0
-"""How long by default, in seconds, another process may be at it, and tables may be busy."""
+"""Maximum wait, in seconds, for another operator command and for table locks."""
 
 _FUNCTION = f"chatdb.{RLS_USER_ID}()"
 _BODY = f"""
@@ -71,14 +71,14 @@ def protect_tables(dsn: str, *, off: bool = False, wait: float = WAIT) -> list[s
     with advisory_lock(dsn, wait=wait) as connection:
         statements = _statements(connection, off=off)
 
-        def carry_out() -> None:
+        def run_statements() -> None:
             with connection.transaction():
                 connection.execute("set local lock_timeout = '2s'")
                 for statement in statements:
                     connection.execute(statement.encode())
 
         if statements:
-            retry_on_lock_timeout(carry_out, deadline)
+            retry_on_lock_timeout(run_statements, deadline)
     return statements
 
 
@@ -89,12 +89,12 @@ def missing_protection(dsn: str, *, off: bool = False) -> list[str]:
 
 
 def _statements(connection: psycopg.Connection, *, off: bool) -> list[str]:
-    found = read_protection(connection)
+    tables = read_protection(connection)
     if off:
-        statements = [statement for protection in found for statement in _down(protection)]
+        statements = [statement for table in tables for statement in _drop_statements(table)]
         exists = fetch_value(connection, "select pg_catalog.to_regprocedure(%s) is not null", _FUNCTION)
         return [*statements, f"drop function {_FUNCTION}"] if exists else statements
-    return [*missing_function(connection), *(statement for protection in found for statement in missing(protection))]
+    return [*missing_function(connection), *(statement for table in tables for statement in missing_statements(table))]
 
 
 def read_protection(connection: psycopg.Connection) -> list[TableProtection]:
@@ -131,7 +131,7 @@ def missing_function(connection: psycopg.Connection) -> list[str]:
     return statements
 
 
-def missing(protection: TableProtection) -> list[str]:
+def missing_statements(protection: TableProtection) -> list[str]:
     """Return the statements that complete a table's protection; ConfigurationError where it has another policy."""
     table = protection.table
     if protection.others:
@@ -150,7 +150,7 @@ def missing(protection: TableProtection) -> list[str]:
     return statements
 
 
-def _down(protection: TableProtection) -> list[str]:
+def _drop_statements(protection: TableProtection) -> list[str]:
     table = protection.table
     statements: list[str] = []
     if protection.is_on or protection.is_forced:
@@ -161,14 +161,14 @@ def _down(protection: TableProtection) -> list[str]:
 
 
 def _read_table(connection: psycopg.Connection, table: str) -> TableProtection:
-    found = connection.execute(
+    row = connection.execute(
         """
         select oid, relrowsecurity, relforcerowsecurity from pg_catalog.pg_class
         where relnamespace = pg_catalog.to_regnamespace('chatdb') and relname = %s
         """,
         [table],
     ).fetchone()
-    if found is None:
+    if row is None:
         raise SchemaError(f"the database has no table chatdb.{table}: run yoyo apply, or chatdb migrate")
     policies = connection.execute(
         """
@@ -177,8 +177,8 @@ def _read_table(connection: psycopg.Connection, table: str) -> TableProtection:
             coalesce(pg_catalog.pg_get_expr(polwithcheck, polrelid), '')
         from pg_catalog.pg_policy where polrelid = %s order by polname
         """,
-        [found[0]],
+        [row[0]],
     ).fetchall()
     own = next((policy[1:] for policy in policies if policy[0] == f"rls_{table}"), None)
     others = [name for name, is_permissive, *_ in policies if is_permissive and name != f"rls_{table}"]
-    return TableProtection(table, bool(found[1]), bool(found[2]), own, others)
+    return TableProtection(table, bool(row[1]), bool(row[2]), own, others)

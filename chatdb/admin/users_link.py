@@ -1,8 +1,8 @@
 """
-Links conversations to the host's own table of users: who is deleted there takes his conversations along.
+Links conversations to the host's own table of users: deleting a user there deletes the user's conversations.
 
-The foreign key is made in two statements, of which the first does not look at the rows and the second locks nobody out.
-Whatever a process that was killed has left, the next run brings to its end.
+The foreign key is added NOT VALID, which does not read the rows, and then validated, which blocks no writer. A run
+finishes what an earlier one that was killed has left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import psycopg
 
 WAIT = 60.0
-"""How long by default, in seconds, another process may be at it, and tables may be busy."""
+"""Maximum wait, in seconds, for another operator command and for table locks."""
 
 SHOWN = 20
 _TEXTS = ("text", "varchar", "bpchar", "name")
@@ -41,12 +41,12 @@ class UsersMissingError(InvalidInputError):
     users: list[str]
     total: int
 
-    def __init__(self, place: str, users: Sequence[str], total: int) -> None:
+    def __init__(self, column: str, users: Sequence[str], total: int) -> None:
         more = f" and {total - len(users)} more" if total > len(users) else ""
         super().__init__(
             "table",
-            f"{place} lacks {total} users who have conversations: {', '.join(map(repr, users))}{more}; add them there, "
-            "or delete their conversations, and run this again",
+            f"{column} lacks {total} users who have conversations: {', '.join(map(repr, users))}{more}; add them "
+            "there, or delete their conversations, and run this again",
         )
         self.users = list(users)
         self.total = total
@@ -67,7 +67,7 @@ class _Target(NamedTuple):
     column: str
 
     @property
-    def place(self) -> str:
+    def reference(self) -> str:
         return f"{self.table}({self.column})"
 
 
@@ -239,7 +239,7 @@ def _refuse_missing(connection: psycopg.Connection, target: _Target) -> None:
             """.encode()  # noqa: S608 - names that the server has quoted
         ).fetchall()
     if rows:
-        raise UsersMissingError(target.place, [user for user, _ in rows], rows[0][1])
+        raise UsersMissingError(target.reference, [user for user, _ in rows], rows[0][1])
 
 
 def _add(connection: psycopg.Connection, target: _Target, deadline: float) -> None:

@@ -129,7 +129,7 @@ def check(
     if as_json:
         print_json([each._asdict() for each in found])
     elif not out.is_terminal:
-        for row in (("what", "state", "detail", "remedy"), *found):
+        for row in (("what", "state", "detail", "hint"), *found):
             print("\t".join(map(in_a_line, row)))
         print(verdict)
     else:
@@ -144,9 +144,9 @@ def _show(found: list[Finding]) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for what, state, detail, remedy in found:
+    for what, state, detail, hint in found:
         name = Text(in_a_line(what), style="bold")
-        lines = [Text(printable(text)) for text in (detail, remedy and f"-> {remedy}") if text]
+        lines = [Text(printable(text)) for text in (detail, hint and f"-> {hint}") if text]
         table.add_row(Text(state, style=_COLORS[state]), Text("\n").join([name, *lines]))
     out.print(table, soft_wrap=False)
 
@@ -169,8 +169,8 @@ def adopt(
     The older system can go on writing, and the next run brings what came since. What does not fit is kept aside, with
     the reason. One that was killed is taken up where it was.
     """
-    from chatdb.admin.adopt.adoption import Counts
-    from chatdb.admin.adopt.adoption import adopt as run
+    from chatdb.admin.adopt import Counts
+    from chatdb.admin.adopt import adopt as run
 
     if delete_gone and not (dry_run or yes or sys.stdin.isatty()):
         fail("--delete-gone asks before it deletes. Say so with --yes")

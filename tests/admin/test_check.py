@@ -1,4 +1,4 @@
-"""`chatdb check` and `check_schema` on real databases, whole and damaged: each damage is found, named and mended."""
+"""`chatdb check` and `check_schema` on real databases, whole and damaged: each damage is found, named and fixed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import chatdb
 from chatdb._core.dsn import database_of
 from chatdb.admin.check import inspection
 from chatdb.admin.check.inspection import inspect, is_wrong
-from chatdb.admin.check.plans import planned
+from chatdb.admin.check.plans import check_plans
 from chatdb.admin.connection import connected
 from chatdb.admin.migrate import apply_migrations, migration_files
 from chatdb.cli.app import app
@@ -63,11 +63,11 @@ def run(dsn: str, *arguments: str, code: int, program: tuple[str, ...] = ()) -> 
 
 
 def wrong(dsn: str, *arguments: str, program: tuple[str, ...] = ()) -> dict[str, tuple[str, str]]:
-    """Return what `chatdb check --json` finds missing or different, each with its state and remedy."""
+    """Return what `chatdb check --json` finds missing or different, each with its state and hint."""
     found = json.loads(run(dsn, "--json", *arguments, code=1, program=program))
     places = [each["state"] in {"missing", "different"} for each in found]
     assert places == sorted(places), "what is wrong comes last"
-    return {each["what"]: (each["state"], each["remedy"]) for each, is_bad in zip(found, places, strict=True) if is_bad}
+    return {each["what"]: (each["state"], each["hint"]) for each, is_bad in zip(found, places, strict=True) if is_bad}
 
 
 def checked(dsn: str) -> str:
@@ -84,9 +84,9 @@ def checked(dsn: str) -> str:
     return asyncio.run(check())
 
 
-def mend(dsn: str, remedy: str) -> None:
-    """Do what a remedy says."""
-    for statement in re.split("; (?:or, to have it empty: )?|, then ", remedy):
+def fix(dsn: str, hint: str) -> None:
+    """Do what a hint says."""
+    for statement in re.split("; (?:or, to have it empty: )?|, then ", hint):
         if statement == "chatdb migrate":
             apply_migrations(dsn)
         elif statement != "restore it from a backup":
@@ -210,7 +210,7 @@ def test_more_is_welcome(dsn: str) -> None:
     }.values(),
 )
 def test_damage_to_the_catalog(dsn: str, damage: str, found: dict[str, str]) -> None:
-    """What was done to a table is found and named by both, nothing else is, and the remedies mend it."""
+    """What was done to a table is found and named by both, nothing else is, and the hints fix it."""
     execute(dsn, damage)
     bad = wrong(dsn)
     assert {what: state for what, (state, _) in bad.items()} == found
@@ -220,29 +220,29 @@ def test_damage_to_the_catalog(dsn: str, damage: str, found: dict[str, str]) -> 
         if what.startswith("migration"):  # which check_schema does not read
             continue
         assert what.split(" ")[1].removeprefix("messages.").removeprefix("conversations.") in said
-    for _, remedy in bad.values():
-        mend(dsn, remedy)
+    for _, hint in bad.values():
+        fix(dsn, hint)
     if "drop expression" in damage:  # the column was made anew, and its index went with the old one
         (index,) = filter(is_wrong, inspect(dsn))
-        mend(dsn, index.remedy)
+        fix(dsn, index.hint)
     assert [each for each in inspect(dsn) if is_wrong(each)] == []
     assert checked(dsn) == ""
 
 
-def test_remedies_are_what_one_would_do(dsn: str) -> None:
-    """A remedy is the statement for the very damage, no more: validate, reindex, alter the one column."""
+def test_hints_are_what_one_would_do(dsn: str) -> None:
+    """A hint is the statement for the very damage, no more: validate, reindex, alter the one column."""
     execute(
         dsn,
         f"{CASCADE} on delete cascade not valid",
         "alter table chatdb.messages alter column content drop not null, alter column role type varchar(20)",
         f"update pg_index set indisvalid = false where indexrelid = 'chatdb.{KEY}'::regclass",
     )
-    remedies = {what: remedy for what, (_, remedy) in wrong(dsn).items()}
-    assert remedies.pop("column messages.role").startswith(
+    hints = {what: hint for what, (_, hint) in wrong(dsn).items()}
+    assert hints.pop("column messages.role").startswith(
         'alter table chatdb.messages alter column role type text collate "C" using role::text'
     )
-    assert remedies.pop("check ck_messages_role").startswith("alter table chatdb.messages drop constraint ck_messages_")
-    assert remedies == {
+    assert hints.pop("check ck_messages_role").startswith("alter table chatdb.messages drop constraint ck_messages_")
+    assert hints == {
         "foreign key fk_messages_conversation": (
             "alter table chatdb.messages validate constraint fk_messages_conversation"
         ),
@@ -257,7 +257,7 @@ def test_no_schema_at_all(empty_dsn: str) -> None:
     assert set(bad) == {"schema chatdb", *(f"migration {file.name}" for file in migration_files())}
     assert set(bad.values()) == {("missing", "chatdb migrate")}
     assert "run yoyo apply" in checked(empty_dsn)
-    mend(empty_dsn, "chatdb migrate")
+    fix(empty_dsn, "chatdb migrate")
     run(empty_dsn, code=0)
 
 
@@ -291,7 +291,7 @@ def test_an_edited_file(dsn: str, tmp_path: Path) -> None:
     assert edited.what == "migration files"
     assert "0003.chatdb-create-messages.sql" in edited.detail
     script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from chatdb.cli.app import main; main()"
-    assert wrong(dsn, program=(sys.executable, "-c", script)) == {"migration files": ("different", edited.remedy)}
+    assert wrong(dsn, program=(sys.executable, "-c", script)) == {"migration files": ("different", edited.hint)}
 
 
 @pytest.fixture
@@ -309,7 +309,7 @@ def role(dsn: str):
 
 
 def test_a_revoked_privilege(dsn: str, role: str) -> None:
-    """What a role lacks is named, and granted by the remedy; a role that is not there is said to be so."""
+    """What a role lacks is named, and granted by the hint; a role that is not there is said to be so."""
     run(dsn, "--role", role, code=0)
     execute(
         dsn,
@@ -319,13 +319,13 @@ def test_a_revoked_privilege(dsn: str, role: str) -> None:
     found = [each for each in json.loads(run(dsn, "--role", role, "--json", code=1)) if each["state"] != "ok"]
     found = [each for each in found if each["what"] not in {"users", "schema public"}]
     assert [(each["what"], each["state"]) for each in found] == [(f"privileges of {role}", "missing")] * 2
-    assert {each["remedy"] for each in found} == {
+    assert {each["hint"] for each in found} == {
         f'grant update, delete on chatdb.messages to "{role}"',
         f'grant usage on schema chatdb to "{role}"',
     }
     run(dsn, code=0)  # the connecting role has them
     for each in found:
-        mend(dsn, each["remedy"])
+        fix(dsn, each["hint"])
     run(dsn, "--role", role, code=0)
     assert wrong(dsn, "--role", "nobody-such") == {
         "privileges of nobody-such": ("missing", 'create role "nobody-such" login')
@@ -388,12 +388,12 @@ def test_an_index_that_a_failed_build_left(dsn: str) -> None:
 def test_the_plans(dsn: str) -> None:
     """With much in the tables each statement is planned with its index; without them those are named that lack one."""
     with connected(dsn) as connection:
-        assert "too small to tell" in planned(connection)[0].detail
+        assert "too small to tell" in check_plans(connection)[0].detail
         connection.execute(DATA.encode())
-        (found,) = planned(connection)
+        (found,) = check_plans(connection)
         assert (found.state, found.detail) == ("ok", "each is planned with an index")
         connection.execute(f"alter table chatdb.messages drop constraint pk_messages; drop index chatdb.{KEY}".encode())
-        bad = {each.what: each.detail for each in planned(connection) if is_wrong(each)}
+        bad = {each.what: each.detail for each in check_plans(connection) if is_wrong(each)}
         assert bad["statement get_history"] == "no index serves it: it reads the whole of messages"
         assert "SQLSTATE 42P10" in bad["statement append_message_keyed"]
         assert "statement list_conversations" not in bad
@@ -413,19 +413,19 @@ def test_a_planner_that_shuns_indexes(dsn: str) -> None:
         connection.execute(f"alter database {connection.info.dbname} set random_page_cost = 100")
     found = {each.what: each for each in inspect(dsn)}
     assert found["statement append_message"].state == "note"
-    assert found["statement append_message"].remedy.startswith("analyze ")
+    assert found["statement append_message"].hint.startswith("analyze ")
     assert not any(map(is_wrong, found.values()))
 
 
 def test_it_changes_nothing(dsn: str) -> None:
     """The check reads only: a role that may only read runs it, and a session is left as it was."""
     with connected(dsn) as connection:
-        planned(connection)
+        check_plans(connection)
         assert connection.execute("select name from pg_prepared_statements where name like 'chatdb%'").fetchall() == []
         assert connection.execute("show enable_seqscan").fetchone() == ("on",)
         assert connection.execute("show plan_cache_mode").fetchone() == ("auto",)
         connection.execute("set default_transaction_read_only = on")
-        assert [each.state for each in planned(connection)] == ["ok"]
+        assert [each.state for each in check_plans(connection)] == ["ok"]
 
 
 def test_how_it_is_shown(dsn: str) -> None:

@@ -513,7 +513,7 @@ async def test_conversations_that_are_ahead_of_the_clock(dsn: str, db: Any) -> N
     finding = {each.what: each for each in inspect(dsn)}["clock"]
     assert finding.state == "note"
     assert finding.detail.startswith("1 conversations are ahead")
-    execute(dsn, *finding.remedy.split("; "))
+    execute(dsn, *finding.hint.split("; "))
     later = await append(db, conversation)
     assert later.created_at < ahead.created_at
     assert "clock" not in {each.what for each in inspect(dsn)}

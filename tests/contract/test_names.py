@@ -21,7 +21,7 @@ import chatdb
 from chatdb._core import validate
 from chatdb._core.dsn import connect_arguments
 from chatdb._core.query import Query
-from chatdb.admin.adopt import adoption as adopt
+from chatdb.admin.adopt import adopt, runner
 from chatdb.admin.check.findings import DIFFERENT
 from chatdb.admin.check.inspection import inspect
 from chatdb.admin.migrate import (
@@ -288,8 +288,8 @@ FRAMEWORKS = (
 
 def operators_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run what an operator runs."""
-    statement = adopt._statement
-    monkeypatch.setattr(adopt, "_statement", lambda name: ran.add(f"adopt/{name}") or statement(name))
+    statement = runner._statement
+    monkeypatch.setattr(runner, "_statement", lambda file: ran.add(f"adopt/{file}") or statement(file))
     assert missing_migrations(dsn)
     assert apply_migrations(dsn)
     assert apply_migrations(dsn) == []
@@ -299,14 +299,14 @@ def operators_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch) -> 
     apply_migrations(dsn)
     inspect(dsn)
     inspect(dsn, role="pg_read_all_data")
-    adopt.adopt(dsn, dry_run=True)
-    adopt.adopt(dsn)
+    adopt(dsn, dry_run=True)
+    adopt(dsn)
     quietly(dsn, *NEWER)
-    adopt.adopt(dsn)
-    adopt.adopt(dsn, delete_gone=lambda _: True)
+    adopt(dsn)
+    adopt(dsn, delete_gone=lambda _: True)
     for table in ("messages", "conversations"):
         quietly(dsn, f"alter table public.{table} rename to away")
-        adopt.adopt(dsn, dry_run=True)
+        adopt(dsn, dry_run=True)
         quietly(dsn, f"alter table public.away rename to {table}")
     quietly(dsn, "drop table public.messages, public.conversations")
     quietly(dsn, "create table public.users (id varchar primary key)")

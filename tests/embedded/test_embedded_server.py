@@ -21,8 +21,9 @@ import psycopg
 import pytest
 
 import chatdb
-from chatdb.embedded import server as embedded
-from chatdb.embedded.server import EmbeddedServer
+from chatdb.embedded import EmbeddedServer, pool
+from chatdb.embedded.folder import try_lock
+from chatdb.embedded.process import LOG_BYTES, Launcher, RunAs
 from chatdb.errors import ConfigurationError, UnavailableError
 from tests.support.embedded import lock_is_free, new_place, postmaster
 
@@ -38,10 +39,10 @@ USER = """
 import os, sys
 from pathlib import Path
 from chatdb import errors
-from chatdb.embedded import server as embedded
+from chatdb.embedded import EmbeddedServer
 
 folder, uid, gid = sys.argv[1:]
-server = embedded.EmbeddedServer(folder)
+server = EmbeddedServer(folder)
 if int(uid) != os.geteuid():  # now, because Python may be where only root can go
     os.setgroups([]), os.setgid(int(gid)), os.setuid(int(uid))
 try:
@@ -159,7 +160,7 @@ def is_up(dsn: str) -> bool:
 
 def namespaces_work() -> bool:
     """Tell whether root may make a user namespace."""
-    prefix = embedded._ways()[0].prefix
+    prefix = RunAs.candidates()[0].prefix
     with tempfile.TemporaryFile() as output:
         return subprocess.run([*prefix, "true"], stdout=output, stderr=output, check=False).returncode == 0
 
@@ -175,8 +176,8 @@ def everyone_can_run_it() -> bool:
 @pytest.fixture
 def as_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the second way of root the first."""
-    ways = embedded._ways()
-    monkeypatch.setattr(embedded, "_ways", ways[::-1].copy)
+    candidates = RunAs.candidates()
+    monkeypatch.setattr(RunAs, "candidates", candidates[::-1].copy)
 
 
 # One process
@@ -240,20 +241,20 @@ async def test_any_path_will_do(name: str, folder: Path) -> None:
     await asyncio.to_thread(folder.rename, server.path)
     try:
         await asyncio.to_thread(server.start)
-        assert server._socket.parent == Path("/tmp")
-        assert stat.S_IMODE(server._socket.stat().st_mode) == 0o700
+        assert server._folder.socket.parent == Path("/tmp")
+        assert stat.S_IMODE(server._folder.socket.stat().st_mode) == 0o700
         connection = await asyncpg.connect(server.dsn)
         await connection.close()
         assert is_up(server.dsn)
     finally:
         await asyncio.to_thread(server.stop)
         await asyncio.to_thread(server.path.rename, folder)
-        server._socket.rmdir()
+        server._folder.socket.rmdir()
 
 
 def test_the_log_is_bounded_and_quotes_no_text(folder: Path) -> None:
     """A large log is emptied at the next start, and a failed statement's values do not get into it."""
-    (folder / "server.log").write_bytes(b"x" * (embedded._LOG_BYTES + 1))
+    (folder / "server.log").write_bytes(b"x" * (LOG_BYTES + 1))
     with EmbeddedServer(folder) as server:
         with pytest.raises(psycopg.errors.CheckViolation):
             execute(server.dsn, "create temp table t (a text check (a <> 'secret')); insert into t values ('secret')")
@@ -346,7 +347,7 @@ async def test_a_cancelled_open_leaves_no_server(delay: float, again: bool, fold
 
 async def test_a_failed_migration_leaves_no_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An open that fails after its server has started stops it."""
-    monkeypatch.setattr(embedded, "_migrate", lambda dsn: execute(dsn, "select 1/0"))
+    monkeypatch.setattr(pool, "_migrate", lambda dsn: execute(dsn, "select 1/0"))
     with pytest.raises(psycopg.errors.DivisionByZero):
         await chatdb.open_embedded(folder)
     assert lock_is_free(folder)
@@ -388,11 +389,11 @@ def test_a_fork_does_not_stop_its_parents_server(folder: Path) -> None:
         )
         subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
         assert is_up(server.dsn)
-        assert server._process == os.getpid()
-        server._process = 1
+        assert server._pid == os.getpid()
+        server._pid = 1
         server.stop()
         assert is_up(server.dsn)
-        server._process = os.getpid()
+        server._pid = os.getpid()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is sent at all")
@@ -402,7 +403,7 @@ def test_a_foreign_process_gets_no_signal(folder: Path) -> None:
         (folder / "server.lock").open("a") as lock,
         subprocess.Popen(["sleep", "60"], cwd=folder / "data") as victim,
     ):
-        assert embedded._try_lock(lock.fileno())
+        assert try_lock(lock.fileno())
         lines = (str(victim.pid), str(folder / "data"), "1", "5432", str(folder / "socket"), "", "  0", "stopping")
         (folder / "data/postmaster.pid").write_text("\n".join(lines))
         server = EmbeddedServer(folder)
@@ -427,7 +428,7 @@ def test_what_makes_a_process_the_server(folder: Path, lacks: str | None) -> Non
             [sys.executable, *command], executable=program, cwd=cwd, pass_fds=held, stdout=subprocess.PIPE
         ) as process:
             process.stdout.readline()
-            found = EmbeddedServer(folder)._is_server(process.pid)
+            found = EmbeddedServer(folder)._server.is_server(process.pid)
             process.kill()
         assert found is (lacks is None)
 
@@ -516,7 +517,7 @@ def test_a_start_waits_for_what_is_left_of_a_killed_server(folder: Path) -> None
         child = connection.info.backend_pid
         os.kill(child, signal.SIGSTOP)
         os.kill(postmaster(folder), signal.SIGKILL)
-        while server._peer() is not None:
+        while server._server.peer() is not None:
             time.sleep(0.001)
         second = EmbeddedServer(folder)
         starting = threading.Thread(target=second.start)
@@ -611,11 +612,11 @@ def test_namespaces_that_are_forbidden_are_noticed(place: Path, monkeypatch: pyt
 @pytest.mark.skipif(not namespaces_work(), reason="user namespaces are forbidden here")
 def test_root_can_change_the_way(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The data follow when the same folder is run in a namespace, as nobody, and in a namespace again."""
-    ways = embedded._ways()
+    candidates = RunAs.candidates()
     with EmbeddedServer(place / "db") as server:
         execute(server.dsn, "create table t as select 1 as n")
-    for order in (ways[::-1], ways):
-        monkeypatch.setattr(embedded, "_ways", order.copy)
+    for order in (candidates[::-1], candidates):
+        monkeypatch.setattr(RunAs, "candidates", order.copy)
         with EmbeddedServer(place / "db") as server:
             owners = {path.stat().st_uid for path in (place / "db/data").rglob("*")}
             assert owners == {order[0].uid}
@@ -651,8 +652,8 @@ def test_programs_that_nobody_can_reach_are_copied_once(place: Path, as_nobody: 
 @root_only
 def test_a_folder_that_nobody_can_reach(place: Path, as_nobody: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where namespaces are forbidden, a folder below one of root's own is refused, and the message says so."""
-    ways = embedded._ways()
-    monkeypatch.setattr(embedded, "_ways", ways[:1].copy)
+    candidates = RunAs.candidates()
+    monkeypatch.setattr(RunAs, "candidates", candidates[:1].copy)
     place.chmod(0o700)
     with pytest.raises(ConfigurationError, match=r"no user nobody can reach .*/db: choose another folder"):
         EmbeddedServer(place / "db").start()
@@ -846,7 +847,7 @@ def test_a_server_that_cannot_start_is_reported_at_once(dummy: Path) -> None:
 
 def test_initdb_that_fails_is_reported(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the log, and nothing is left that looks like data."""
-    monkeypatch.setattr(EmbeddedServer, "_run", lambda self, way, lock, *command, **_: "initdb" not in str(command[0]))
+    monkeypatch.setattr(Launcher, "_run", lambda self, run_as, *command, **_: "initdb" not in str(command[0]))
     with pytest.raises(UnavailableError, match=r"no database.*/server\.log") as caught:
         EmbeddedServer(place / "db").start()
     assert caught.value.sent is False
@@ -857,7 +858,10 @@ def test_a_start_does_not_wait_forever(folder: Path) -> None:
     """Another's endless start, here one of this process's, ends in UnavailableError."""
     waiting = EmbeddedServer(folder)
     waiting._timeout = 0.1
-    with EmbeddedServer(folder)._alone(), pytest.raises(UnavailableError, match=r"not ready within 0.1 s.*server\.log"):
+    with (
+        EmbeddedServer(folder)._exclusive(),
+        pytest.raises(UnavailableError, match=r"not ready within 0.1 s.*server\.log"),
+    ):
         waiting.start()
 
 

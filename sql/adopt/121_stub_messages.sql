@@ -1,0 +1,11 @@
+-- stub_messages
+-- Stands in for the older system's messages where that table does not exist.
+
+create temporary table original_messages (
+    id bigint,
+    conversation_id bigint,
+    user_id text collate "C",
+    role text,
+    content text,
+    created_at timestamptz
+)

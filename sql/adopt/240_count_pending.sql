@@ -1,0 +1,8 @@
+-- count_pending
+-- Counts the batches, the messages in them, and the missing conversations that messages name.
+
+select
+    pg_catalog.count(distinct batch) as batches,
+    coalesce(pg_catalog.sum(messages) filter (where batch is not null), 0)::int8 as total,
+    pg_catalog.count(*) filter (where batch is null) as orphans
+from pg_temp.pending

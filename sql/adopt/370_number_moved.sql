@@ -1,0 +1,7 @@
+-- number_moved
+-- Numbers the new messages of the conversations that are renumbered.
+
+insert into pg_temp.batch_seqs (id, conversation_id, seq, is_late)
+select id, conversation_id, seq, false as is_late
+from pg_temp.batch_moves
+where old_seq is null

@@ -1,0 +1,20 @@
+-- move_messages
+-- Gives the messages that move their new seq, on a detour because a seq has to be unique at any moment, and records it.
+-- Several statements.
+
+update chatdb.messages as d
+set seq = d.seq + 1099511627776
+from pg_temp.batch_moves as v
+where v.old_seq <> v.seq
+  and d.user_id = v.user_id and d.conversation_id = v.conversation_id and d.seq = v.old_seq;
+
+update chatdb.messages as d
+set seq = v.seq
+from pg_temp.batch_moves as v
+where v.old_seq <> v.seq
+  and d.user_id = v.user_id and d.conversation_id = v.conversation_id and d.seq = v.old_seq + 1099511627776;
+
+update chatdb_adopt.messages as a
+set seq = v.seq
+from pg_temp.batch_moves as v
+where v.old_seq <> v.seq and a.id = v.id;

@@ -1,0 +1,16 @@
+-- count_writers
+-- Counts the transactions that have written to the originals, or are about to, and have not ended.
+
+select pg_catalog.count(distinct virtualtransaction) as writers
+from pg_catalog.pg_locks
+where locktype = 'relation'
+  and database = (
+      select oid
+      from pg_catalog.pg_database
+      where datname = pg_catalog.current_database()
+  )
+  and relation in (
+      pg_catalog.to_regclass('public.conversations')::oid, pg_catalog.to_regclass('public.messages')::oid
+  )
+  and mode in ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+  and pid is distinct from pg_catalog.pg_backend_pid()

@@ -1,0 +1,33 @@
+-- exclude_extended
+-- Excludes from deletion the conversations to which somebody appended in chatdb, and their messages, and a conversation
+-- of whose adopted messages one is still among the originals. Several statements.
+
+delete from pg_temp.deleted_upstream_messages as g
+where exists (
+    select from chatdb_adopt.conversations as a
+    inner join chatdb.conversations as d on d.user_id = a.user_id and d.id = a.id
+    where a.id = g.conversation_id and d.last_seq <> a.last_seq
+)
+or exists (
+    select from pg_temp.original_messages as m
+    where m.id = g.id
+);
+
+delete from pg_temp.deleted_upstream_conversations as g
+where exists (
+    select from chatdb_adopt.conversations as a
+    inner join chatdb.conversations as d on d.user_id = a.user_id and d.id = a.id
+    where a.id = g.id and d.last_seq <> a.last_seq
+)
+or exists (
+    select from pg_temp.original_conversations as c
+    where c.id = g.id
+)
+or g.id in (
+    select a.conversation_id
+    from chatdb_adopt.messages as a
+    where not exists (
+        select from pg_temp.deleted_upstream_messages as m
+        where m.id = a.id
+    )
+);

@@ -1,0 +1,6 @@
+-- forget_messages
+-- Removes the deleted messages from what is recorded as adopted.
+
+delete from chatdb_adopt.messages as a
+using pg_temp.deleted_upstream_messages as g
+where g.id = a.id

@@ -1,7 +1,0 @@
--- place_moved
--- Gives the new messages of the conversations that are renumbered their seq.
-
-insert into pg_temp.batch_places (id, conversation_id, seq, is_late)
-select id, conversation_id, seq, false as is_late
-from pg_temp.batch_moves
-where old_seq is null
