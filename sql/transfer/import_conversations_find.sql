@@ -42,7 +42,8 @@ found as (
 )
 
 select
-    f.ordinality, f.id, f.last_seq, f.created_at, m.seq as final_seq, m.key as final_key, m.created_at as final_created_at
+    f.ordinality, f.id, f.last_seq, f.created_at, m.seq as final_seq, m.key as final_key,
+    m.created_at as final_created_at
 from found as f
 left join lateral (
     select seq, key, created_at
