@@ -99,11 +99,7 @@ async def _refuse_swallowed(db: Database, user_id: str, conversation_id: int) ->
 
 
 async def append_messages(
-    db: Database,
-    *,
-    user_id: str,
-    conversation_id: int,
-    messages: Iterable[NewMessage | Mapping[str, Any]],
+    db: Database, *, user_id: str, conversation_id: int, messages: Iterable[NewMessage | Mapping[str, Any]]
 ) -> list[Message]:
     """
     Append messages in their order, all or nothing, and return them as they are stored.
@@ -154,11 +150,7 @@ async def get_history(
     """
     before = MAX_BIGINT if before_seq is None else check_seq("before_seq", before_seq)
     newest_first = await _get_history.fetch_page(
-        db,
-        check_user_id(user_id),
-        check_id(conversation_id),
-        before,
-        check_limit("limit", limit),
+        db, check_user_id(user_id), check_id(conversation_id), before, check_limit("limit", limit)
     )
     newest_first.reverse()
     return newest_first

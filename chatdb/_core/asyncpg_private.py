@@ -43,12 +43,7 @@ from asyncpg.transaction import Transaction, TransactionState
 from chatdb._core.driver_errors import map_driver_error
 from chatdb._core.dsn import server_of
 from chatdb._core.validate import check_handle
-from chatdb.errors import (
-    AcquireTimeoutError,
-    ConfigurationError,
-    PoolClosedError,
-    UnavailableError,
-)
+from chatdb.errors import AcquireTimeoutError, ConfigurationError, PoolClosedError, UnavailableError
 
 if TYPE_CHECKING:
     AsyncpgPool = asyncpg.Pool[asyncpg.Record]
@@ -358,11 +353,7 @@ async def fetch_rows(db: Any, sql: str, args: tuple[object, ...], timeout: float
 
 
 def _execute(
-    connection: Private,
-    query: str,
-    args: tuple[Any, ...],
-    timeout: float | None,
-    record_class: type[Any] | None = None,
+    connection: Private, query: str, args: tuple[Any, ...], timeout: float | None, record_class: type[Any] | None = None
 ) -> Private:
     """Do what a connection's `fetch` does, which would check its owner once more; chatdb's own rows are native ones."""
     if not FAST or AsyncpgConnection.fetch is not _FETCH:  # a tool that traces is to see the statement

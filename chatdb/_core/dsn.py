@@ -230,9 +230,7 @@ def text_of(dsn: object) -> str:
 
 
 def read_dsn(
-    dsn: AnyDsn | ConnectionInfo,
-    given: Mapping[str, Any] | None = None,
-    environment: Mapping[str, str] | None = None,
+    dsn: AnyDsn | ConnectionInfo, given: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None
 ) -> ConnectionInfo:
     """
     Read a DSN, with what libpq takes from a service file, a password file and the environment where it says nothing.
@@ -618,10 +616,7 @@ def _is_local(host: str) -> bool:
 
 
 def _tls(
-    options: _Options,
-    given: ssl.SSLContext | str | bool | None,
-    *,
-    local: bool,
+    options: _Options, given: ssl.SSLContext | str | bool | None, *, local: bool
 ) -> tuple[ssl.SSLContext | str | bool, dict[str, str]]:
     """Return the demand of TLS for asyncpg, and for libpq."""
     is_demanded = options.has("sslrootcert")
