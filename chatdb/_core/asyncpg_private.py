@@ -308,14 +308,9 @@ def _guarded(name: str, *, runs: bool) -> Any:  # noqa: ANN401 - a method of any
 for _name in ("add_listener", "execute", "executemany", "fetch", "fetchmany", "fetchrow", "fetchval", "prepare"):
     setattr(PoolConnection, _name, _guarded(_name, runs=True))
 for _name in (
-    "copy_from_query",
-    "copy_from_table",
-    "copy_records_to_table",
-    "copy_to_table",
-    "reset_type_codec",
-    "set_builtin_type_codec",
-    "set_type_codec",
-):
+    "copy_from_query", "copy_from_table", "copy_records_to_table", "copy_to_table", "reset_type_codec",
+    "set_builtin_type_codec", "set_type_codec",
+):  # fmt: skip
     setattr(PoolConnection, _name, _guarded(_name, runs=False))
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from chatdb.errors import ConfigurationError
 
@@ -32,32 +32,18 @@ SSLMODES: Final = frozenset({"disable", "allow", "prefer", "require", "verify-ca
 _IGNORED: Final = frozenset({
     "channel_binding",  # asyncpg has no SCRAM-SHA-256-PLUS; the verified certificate is what binds
     "client_encoding",  # always UTF-8
-    "fallback_application_name",
-    "gssencmode",
-    "keepalives",
-    "keepalives_count",
-    "keepalives_idle",
-    "keepalives_interval",
-    "sslcompression",
-    "tcp_user_timeout",
+    "fallback_application_name", "gssencmode", "keepalives", "keepalives_count", "keepalives_idle",
+    "keepalives_interval", "sslcompression", "tcp_user_timeout",
 })  # fmt: skip
-_VARIABLES: Final = {
+_SAME_NAME: Final = (
+    "host", "krbsrvname", "options", "passfile", "password", "port", "sslcert", "sslkey", "sslmode", "sslnegotiation",
+    "sslrootcert", "user",
+)  # fmt: skip
+_VARIABLES: Final = {f"PG{option.upper()}": option for option in _SAME_NAME} | {
     "PGAPPNAME": "application_name",
     "PGCONNECT_TIMEOUT": "connect_timeout",
     "PGDATABASE": "dbname",
-    "PGHOST": "host",
-    "PGKRBSRVNAME": "krbsrvname",
-    "PGOPTIONS": "options",
-    "PGPASSFILE": "passfile",
-    "PGPASSWORD": "password",
-    "PGPORT": "port",
-    "PGSSLCERT": "sslcert",
-    "PGSSLKEY": "sslkey",
-    "PGSSLMODE": "sslmode",
-    "PGSSLNEGOTIATION": "sslnegotiation",
-    "PGSSLROOTCERT": "sslrootcert",
     "PGTARGETSESSIONATTRS": "target_session_attrs",
-    "PGUSER": "user",
 }
 _SETTINGS: Final = {"PGDATESTYLE": "datestyle", "PGGEQO": "geqo", "PGTZ": "timezone"}
 """What libpq sends with each connection, whatever the DSN says."""
@@ -289,6 +275,7 @@ def read_dsn(
     is_direct = given.get("direct_tls", negotiation == "direct")
     if is_direct and tls in ("disable", "allow", "prefer"):
         raise ConfigurationError("direct_tls (sslnegotiation=direct) needs sslmode=require, verify-ca or verify-full")
+    gsslib = "gssapi" if os.name != "nt" or environment.get("PGGSSLIB") == "gssapi" else "sspi"
     info = ConnectionInfo(
         hosts=hosts,
         ports=ports,
@@ -301,15 +288,11 @@ def read_dsn(
         direct_tls=is_direct,
         tls=tls,
         krbsrvname=given.get("krbsrvname") or service_name or "postgres",
-        gsslib=given.get("gsslib") or _gsslib(environment),
+        gsslib=given.get("gsslib") or gsslib,
         for_libpq=for_libpq | options.ignored,
     )
     options.refuse_rest()
     return info
-
-
-def _gsslib(environment: Mapping[str, str]) -> str:
-    return "gssapi" if os.name != "nt" or environment.get("PGGSSLIB") == "gssapi" else "sspi"
 
 
 class _Options:
@@ -317,7 +300,8 @@ class _Options:
 
     def __init__(self, *sources: dict[str, str]) -> None:
         self._sources = sources
-        self.ignored = {name: value for source in reversed(sources) for name, value in source.items() if _ignores(name)}
+        merged = {name: value for source in reversed(sources) for name, value in source.items()}
+        self.ignored = {name: value for name, value in merged.items() if name in _IGNORED}
 
     def take(self, name: str, read: Callable[[str], Any]) -> Any:  # noqa: ANN401
         values = [source.pop(name, None) for source in self._sources]
@@ -337,7 +321,7 @@ class _Options:
 
     def refuse_rest(self) -> None:
         for source, where in zip(self._sources, ("DSN", "service"), strict=False):
-            left = {name: value for name, value in source.items() if not _ignores(name)}
+            left = {name: value for name, value in source.items() if name not in _IGNORED}
             if any("@" in value for value in left.values()) or not all(map(_PLAIN.fullmatch, left)):
                 raise ConfigurationError(_UNENCODED)  # it may be a part of the password that looks like an option
             if left:
@@ -348,10 +332,6 @@ class _Options:
 
 class _WrongError(ValueError):
     """Says what is wrong with an option's value, without quoting it."""
-
-
-def _ignores(name: str) -> bool:
-    return name in _IGNORED
 
 
 def _one_of(choices: Iterable[str]) -> Callable[[str], str]:
@@ -389,7 +369,8 @@ def _of_text(dsn: str) -> dict[str, str]:
         raise ConfigurationError("the DSN is not UTF-8: write what is outside ASCII as the percent-encoding of UTF-8")
     try:
         parts = urlsplit(dsn)
-        query = _query_of(parts)
+        written = parts.query.replace("+", "%2B")  # unlike in a web address + is +
+        query = parse_qsl(written, keep_blank_values=True, strict_parsing=True) if written else []
     except ValueError:
         query, parts = [], urlsplit("")
     # an @ behind the host's place is that of a password with an unencoded / or ?
@@ -422,12 +403,6 @@ def _once(query: list[tuple[str, str]]) -> dict[str, str]:
     if any(":" in host and not _is_address(host) for host in named.get("host", "").split(",") if host[:1] != "/"):
         raise ConfigurationError("the DSN's option host has a port in it: write host=one,two&port=5432,5433")
     return named
-
-
-def _query_of(parts: SplitResult) -> list[tuple[str, str]]:
-    """Return the options of a DSN, in which unlike in a web address + is +."""
-    query = parts.query.replace("+", "%2B")
-    return parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
 
 
 def _host_and_port(address: str) -> tuple[str, str]:
