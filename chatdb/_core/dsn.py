@@ -243,13 +243,11 @@ def read_dsn(
     options = _Options(said, by_service, by_variables)
 
     hosts, ports = _addresses(given, options)
-    # each is taken, also where something given comes before it: what is left is unknown
-    user, database, password = (options.take(name, _text) for name in ("user", "dbname", "password"))
-    user = given.get("user") or user or _default_user()
-    database = given.get("database") or database or user
+    user = options.take("user", _text, given.get("user")) or _default_user()
+    database = options.take("dbname", _text, given.get("database")) or user
+    password = options.take("password", _text)
     password = given.get("password", password)
-    named_file = options.take("passfile", str)
-    passfile = given.get("passfile") or named_file
+    passfile = options.take("passfile", str, given.get("passfile"))
     if password is None or (type(password) is str and not password):  # else what asyncpg calls for one
         password = _password(passfile, environment, hosts, ports, database, user)
     tls, for_libpq = _tls(options, given.get("ssl"), local=all(map(_is_local, hosts)))
@@ -267,8 +265,8 @@ def read_dsn(
     timeout = options.take("connect_timeout", _seconds)
     if timeout is not None:
         for_libpq["connect_timeout"] = f"{math.ceil(timeout)}"
-    service_name = options.take("krbsrvname", _text)
-    attributes = options.take("target_session_attrs", _one_of(ATTRIBUTES))
+    service_name = options.take("krbsrvname", _text, given.get("krbsrvname"))
+    attributes = options.take("target_session_attrs", _one_of(ATTRIBUTES), given.get("target_session_attrs"))
     negotiation = options.take("sslnegotiation", _one_of({"postgres", "direct"}))
     if negotiation:
         for_libpq["sslnegotiation"] = negotiation
@@ -283,11 +281,11 @@ def read_dsn(
         password=password,
         database=database,
         timeout=given.get("timeout", timeout) or None,  # libpq's 0 is for no limit
-        target_session_attrs=given.get("target_session_attrs") or attributes or "any",
+        target_session_attrs=attributes or "any",
         server_settings=settings | given.get("server_settings", {}),
         direct_tls=is_direct,
         tls=tls,
-        krbsrvname=given.get("krbsrvname") or service_name or "postgres",
+        krbsrvname=service_name or "postgres",
         gsslib=given.get("gsslib") or gsslib,
         for_libpq=for_libpq | options.ignored,
     )
@@ -303,17 +301,20 @@ class _Options:
         merged = {name: value for source in reversed(sources) for name, value in source.items()}
         self.ignored = {name: value for name, value in merged.items() if name in _IGNORED}
 
-    def take(self, name: str, read: Callable[[str], Any]) -> Any:  # noqa: ANN401
+    def take(self, name: str, read: Callable[[str], Any], given: object = None) -> Any:  # noqa: ANN401
+        """Take an option away, as what is left is unknown, and return it, or what is given and comes before it."""
         values = [source.pop(name, None) for source in self._sources]
         for value, where in zip(values, ("DSN", "service", "environment"), strict=True):
             if value is None:
                 continue
             try:
-                return read(value)
+                found = read(value)
             except ValueError as error:
                 problem = str(error) if isinstance(error, _WrongError) else "has a value that cannot be read"
+            else:
+                return given or found
             raise ConfigurationError(f"the {where}'s {'option ' if where == 'DSN' else ''}{name} {problem}")
-        return None
+        return given
 
     def has(self, name: str) -> bool:
         """Whether somebody has written an option down for this database, not for the whole environment."""
@@ -400,7 +401,7 @@ def _once(query: list[tuple[str, str]]) -> dict[str, str]:
         if mode != "true" and mode not in SSLMODES:
             raise ConfigurationError("the DSN's option ssl must be true, or what sslmode takes")
         named.setdefault("sslmode", "require" if mode == "true" else mode)
-    if any(":" in host and not _is_address(host) for host in named.get("host", "").split(",") if host[:1] != "/"):
+    if any(":" in host and not _address(host) for host in named.get("host", "").split(",") if host[:1] != "/"):
         raise ConfigurationError("the DSN's option host has a port in it: write host=one,two&port=5432,5433")
     return named
 
@@ -564,12 +565,11 @@ def _unescaped(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text)
 
 
-def _is_address(host: str) -> bool:
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        ipaddress.ip_address(host)
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _is_name(host: str) -> bool:
@@ -585,9 +585,8 @@ def _is_name(host: str) -> bool:
 
 
 def _is_local(host: str) -> bool:
-    if host.startswith("/") or host == "localhost":
-        return True
-    return _is_address(host) and ipaddress.ip_address(host).is_loopback
+    address = _address(host)
+    return host.startswith("/") or host == "localhost" or (address is not None and address.is_loopback)
 
 
 def _tls(

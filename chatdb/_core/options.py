@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, cast
 import asyncpg
 
 from chatdb._core.dsn import ATTRIBUTES, SSLMODES
-from chatdb._core.validate import MAX_INT, type_name
+from chatdb._core.validate import MAX_INT, number_of, type_name
 from chatdb.errors import ConfigurationError
 
 MIN_LIFETIME: Final = 0.05
@@ -121,22 +120,10 @@ def _fit(fits: Callable[[Any], bool], wanted: str, *, read: Callable[[object], o
 
 def _integer(least: int, most: int = MAX_INT) -> _Check:
     wanted = f"an int of {least:,} to {most:,}"
-    return _fit(lambda number: type(number) is int and least <= number <= most, wanted, read=_number)
+    return _fit(lambda number: type(number) is int and least <= number <= most, wanted, read=number_of)
 
 
-def _number(value: object) -> float:
-    """Return a number that is finite, and a time that timers take, else NaN."""
-    kind = type(value)
-    if issubclass(kind, float):
-        number = float.__float__(cast("float", value))
-    elif issubclass(kind, int) and kind is not bool and abs(int.__int__(cast("int", value))) <= MAX_INT:
-        number = int.__int__(cast("int", value))  # as it was written, for the errors that quote it
-    else:
-        return math.nan
-    return number if abs(number) <= MAX_INT else math.nan
-
-
-_seconds: Final = _fit(lambda number: number > 0, f"a number of seconds above 0, to {MAX_INT:,}", read=_number)
+_seconds: Final = _fit(lambda number: number > 0, f"a number of seconds above 0, to {MAX_INT:,}", read=number_of)
 
 
 def _text(name: str, value: object, *, least: int = 1) -> str:
@@ -206,10 +193,10 @@ _CHECKS: Final[dict[str, _Check]] = {
     "max_inactive_connection_lifetime": _fit(
         lambda number: number == 0 or number >= MIN_LIFETIME,
         f"0, for no limit, or a number of seconds from {MIN_LIFETIME} to {MAX_INT:,}",
-        read=_number,
+        read=number_of,
     ),
     "max_cached_statement_lifetime": _fit(
-        lambda number: number >= 0, f"0, for no limit, or a number of seconds, to {MAX_INT:,}", read=_number
+        lambda number: number >= 0, f"0, for no limit, or a number of seconds, to {MAX_INT:,}", read=number_of
     ),
     **dict.fromkeys(("row_level_security", "direct_tls"), _fit(lambda value: type(value) is bool, "True or False")),
     **dict.fromkeys(("connect", "setup", "init", "reset"), _fit(callable, "a coroutine function")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +12,6 @@ from datetime import datetime
 from decimal import Decimal
 from difflib import get_close_matches
 from itertools import accumulate, islice
-from math import isfinite
 from typing import Any, Final, NoReturn, TypeGuard, cast, get_args
 
 from chatdb.errors import InvalidInputError
@@ -84,11 +84,6 @@ def type_name(kind: type) -> str:
 _BUILTINS: Final = frozenset(
     {"bool", "bytes", "complex", "dict", "float", "int", "list", "object", "set", "str", "tuple"}
 )
-
-
-def _exact(value: str) -> str:
-    """Return the characters of a str as a plain one: a subclass may have methods of its own."""
-    return value if type(value) is str else str.__str__(value)
 
 
 def check_handle(db: object, method: str) -> None:
@@ -268,12 +263,21 @@ def check_timeout(value: object) -> float | None:
     """Return a time limit in seconds, or None for the pool's."""
     if value is None:
         return None
-    kind = type(value)
-    if issubclass(kind, float) or (issubclass(kind, int) and kind is not bool):
-        number: float = (float.__float__ if issubclass(kind, float) else int.__int__)(cast("Any", value))
-        if 0 < number <= MAX_INT:
-            return float(number)
+    number = number_of(value)
+    if number > 0:
+        return float(number)
     raise InvalidInputError("timeout", f"must be a number of seconds above 0, to {MAX_INT:,}, or None")
+
+
+def number_of(value: object) -> float:
+    """Return a number that is finite, and a time that timers take, else NaN."""
+    kind = type(value)
+    number: float = math.nan
+    if issubclass(kind, float):
+        number = float.__float__(cast("float", value))
+    elif issubclass(kind, int) and kind is not bool:
+        number = int.__int__(cast("int", value))  # as it was written, for the errors that quote it
+    return number if abs(number) <= MAX_INT else math.nan
 
 
 def _size(text: str | None) -> int:
@@ -395,7 +399,7 @@ def _fault(parameter: str, value: object) -> str | None:
                 seen.add(id(item))
                 todo.append(_steps(path, item))
         elif issubclass(kind, float):
-            if not isfinite(item):
+            if not math.isfinite(item):
                 return f"{path} is not finite"
         elif issubclass(kind, int):
             try:
@@ -563,7 +567,7 @@ def _walk(parameter: str, value: object, *, for_jsonb: bool, most: int) -> int:
                     raise InvalidInputError(parameter, f"must have strings as keys: {_fault(parameter, value)}")
                 characters += str.__len__(name) + 4
                 if for_jsonb:
-                    utf8_length(parameter, _exact(name))
+                    utf8_length(parameter, str.__str__(name))
             for item in members:
                 kind = type(item)
                 if kind is str:
@@ -581,7 +585,7 @@ def _walk(parameter: str, value: object, *, for_jsonb: bool, most: int) -> int:
                 elif issubclass(kind, str):
                     characters += str.__len__(item)
                     if for_jsonb:
-                        utf8_length(parameter, _exact(item))
+                        utf8_length(parameter, str.__str__(item))
                 elif for_jsonb and issubclass(kind, float):
                     written = float.__repr__(item)
                     if "e" in written:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any, TypeAlias
 
-from chatdb._core.validate import MAX_TITLE, check_metadata
+from chatdb._core.validate import MAX_TITLE
 from chatdb.formats.items import (
     REPLACED,
     Changed,
@@ -19,6 +18,7 @@ from chatdb.formats.items import (
     as_object,
     body,
     fingerprint,
+    metadata_of,
     name_of,
     role,
     short,
@@ -70,7 +70,7 @@ def conversation(source: _Object) -> list[Item]:
         keys.add(key)
         latest = _time(message.get("create_time")) or latest
         model = short((as_object(message.get("metadata")) or {}).get("model_slug"))
-        metadata = _metadata(model, short(author.get("name")))
+        metadata = metadata_of(model=model, name=short(author.get("name")))
         messages.append(SourceMessage(seq, known, content, payload, metadata, None, key, latest))
         said.append((known, text))
 
@@ -131,12 +131,6 @@ def _text(content: _Object) -> tuple[str, bool]:
     texts = [content.get(name) for name in _TEXTS]
     texts += [(as_object(thought) or {}).get("content") for thought in as_list(content.get("thoughts")) or ()]
     return "\n".join(text for text in texts if text and isinstance(text, str)), False
-
-
-@lru_cache
-def _metadata(model: str | None, name: str | None) -> str | None:
-    named = {"model": model, "name": name}
-    return check_metadata("metadata", {key: value for key, value in named.items() if value} or None)
 
 
 def _title(value: object) -> tuple[str | None, bool]:
