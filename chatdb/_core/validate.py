@@ -7,15 +7,15 @@ import json
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from decimal import Decimal
 from difflib import get_close_matches
 from itertools import accumulate, islice
-from typing import Any, Final, NoReturn, TypeGuard, cast, get_args
+from typing import Any, Final, NoReturn, TypeGuard, TypeVar, cast, get_args
 
 from chatdb.errors import InvalidInputError
-from chatdb.records import Conversation, JsonText, NewMessage, Role
+from chatdb.records import UNSET, Conversation, JsonText, NewMessage, Role
 
 ROLES: Final = frozenset(get_args(Role))
 MAX_LIMIT: Final = 10_000
@@ -38,6 +38,8 @@ _PAUSE_BYTES: Final = 1024 * 1024
 
 _NAMES: Final = dict.fromkeys(NewMessage.model_fields)
 _REQUIRED: Final = {name for name, field in NewMessage.model_fields.items() if field.is_required()}
+
+CheckedT = TypeVar("CheckedT")
 
 MessageRow = tuple[str, str, str | None, str | None, int | None, str | None]
 """A message's role, content, payload, metadata, token count and key."""
@@ -64,6 +66,11 @@ def utf8_length(parameter: str, value: str) -> int:
     except UnicodeEncodeError as error:
         start = error.start
     raise InvalidInputError(parameter, f"has a lone surrogate at position {start}, which UTF-8 cannot hold")
+
+
+def if_given(check: Callable[[str, object], CheckedT], parameter: str, value: object) -> tuple[bool, CheckedT | None]:
+    """Return whether an argument is given, and its value, checked."""
+    return (False, None) if value is UNSET else (True, check(parameter, value))
 
 
 def check_str(parameter: str, value: object) -> str:
@@ -102,9 +109,9 @@ def check_key(parameter: str, value: object) -> str | None:
     return None if value is None else check_text(parameter, value, least=1, most=MAX_NAME)
 
 
-def check_title(value: object) -> str | None:
+def check_title(parameter: str, value: object) -> str | None:
     """Return a title, or None for none."""
-    return None if value is None else check_text("title", value, least=0, most=MAX_TITLE)
+    return None if value is None else check_text(parameter, value, least=0, most=MAX_TITLE)
 
 
 def check_int(parameter: str, value: object, *, least: int, most: int = MAX_BIGINT) -> int:

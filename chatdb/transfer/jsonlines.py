@@ -166,7 +166,7 @@ def _time(name: str, value: object) -> datetime:
 
 _CONVERSATION: dict[str, Callable[[str, Any], Any]] = {
     "key": check_key,
-    "title": lambda _, value: check_title(value),
+    "title": check_title,
     "metadata": check_conversation_metadata,
     "last_seq": partial(check_int, least=0, most=MAX_LAST_SEQ),
     "created_at": _time,
