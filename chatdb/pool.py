@@ -193,7 +193,6 @@ async def transaction(db: AsyncpgPool | Connection, *, user_id: str | None = Non
     swallowed; asyncpg's own `connection.transaction()` says nothing then, and the writes are gone.
     """
     user = None if user_id is None else check_user_id(user_id)
-    check_handle(db, "is_in_transaction" if not isinstance(db, asyncpg.Pool) else "acquire")
     if isinstance(db, asyncpg.Pool):
         with mapped_driver_errors():
             connection = await db.acquire()
@@ -203,6 +202,7 @@ async def transaction(db: AsyncpgPool | Connection, *, user_id: str | None = Non
         finally:
             await db.release(connection)
     else:
+        check_handle(db, "is_in_transaction")
         async with _committed(db, user):
             yield db
 

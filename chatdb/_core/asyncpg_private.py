@@ -191,10 +191,6 @@ class PoolConnection(AsyncpgConnection):
         """Raise ConfigurationError in another process or event loop."""
         check_owner(self._process, self._home, "connection", may_be_stopped=may_be_stopped)
 
-    async def close(self, *, timeout: float | None = None) -> None:
-        self.check_owner()
-        await super().close(timeout=timeout)
-
     def terminate(self) -> None:
         self.check_owner(may_be_stopped=True)
         super().terminate()
@@ -308,7 +304,7 @@ def _guarded(name: str, *, runs: bool) -> Any:  # noqa: ANN401 - a method of any
 for _name in ("add_listener", "execute", "executemany", "fetch", "fetchmany", "fetchrow", "fetchval", "prepare"):
     setattr(PoolConnection, _name, _guarded(_name, runs=True))
 for _name in (
-    "copy_from_query", "copy_from_table", "copy_records_to_table", "copy_to_table", "reset_type_codec",
+    "close", "copy_from_query", "copy_from_table", "copy_records_to_table", "copy_to_table", "reset_type_codec",
     "set_builtin_type_codec", "set_type_codec",
 ):  # fmt: skip
     setattr(PoolConnection, _name, _guarded(_name, runs=False))
