@@ -16,6 +16,7 @@ from chatdb._core.validate import (
     check_text,
     check_title,
     check_user_id,
+    if_given,
 )
 from chatdb.errors import ConfigurationError, ConversationNotFoundError, UnavailableError
 from chatdb.records import UNSET, Conversation, Deleted, Unset
@@ -48,7 +49,7 @@ async def create_conversation(
     Raises InvalidInputError.
     """
     user = check_user_id(user_id)
-    title = check_title(title)
+    title = check_title("title", title)
     data = check_conversation_metadata("metadata", metadata)
     key = check_key("key", key)
     if key is None:
@@ -123,10 +124,8 @@ async def update_conversation(
         db,
         user,
         conversation,
-        title is not UNSET,
-        None if title is UNSET else check_title(title),
-        metadata is not UNSET,
-        None if metadata is UNSET else check_conversation_metadata("metadata", metadata),
+        *if_given(check_title, "title", title),
+        *if_given(check_conversation_metadata, "metadata", metadata),
     )
 
 

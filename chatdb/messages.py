@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping
 from operator import attrgetter
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from chatdb._core.driver_errors import SWALLOWED
 from chatdb._core.query import Database, Query
@@ -23,6 +23,7 @@ from chatdb._core.validate import (
     check_text,
     check_token_count,
     check_user_id,
+    if_given,
     to_texts,
 )
 from chatdb.conversations import get_conversation
@@ -41,6 +42,8 @@ _get_message_by_key = Query("get_message_by_key", Message, idempotent=True)
 _update_message = Query("update_message", Message)
 _delete_message = Query("delete_message", Deleted)
 _delete_messages_after = Query("delete_messages_after", Deleted)
+
+_FoundT = TypeVar("_FoundT", Message, Deleted)
 
 _in_order = attrgetter("seq")
 
@@ -99,11 +102,7 @@ async def _refuse_swallowed(db: Database, user_id: str, conversation_id: int) ->
 
 
 async def append_messages(
-    db: Database,
-    *,
-    user_id: str,
-    conversation_id: int,
-    messages: Iterable[NewMessage | Mapping[str, Any]],
+    db: Database, *, user_id: str, conversation_id: int, messages: Iterable[NewMessage | Mapping[str, Any]]
 ) -> list[Message]:
     """
     Append messages in their order, all or nothing, and return them as they are stored.
@@ -154,11 +153,7 @@ async def get_history(
     """
     before = MAX_BIGINT if before_seq is None else check_seq("before_seq", before_seq)
     newest_first = await _get_history.fetch_page(
-        db,
-        check_user_id(user_id),
-        check_id(conversation_id),
-        before,
-        check_limit("limit", limit),
+        db, check_user_id(user_id), check_id(conversation_id), before, check_limit("limit", limit)
     )
     newest_first.reverse()
     return newest_first
@@ -253,14 +248,10 @@ async def update_message(
     message = await _update_message.fetch_optional(
         db,
         *at,
-        content is not UNSET,
-        None if content is UNSET else check_content("content", content),
-        payload is not UNSET,
-        None if payload is UNSET else check_payload("payload", payload),
-        metadata is not UNSET,
-        None if metadata is UNSET else check_metadata("metadata", metadata),
-        token_count is not UNSET,
-        None if token_count is UNSET else check_token_count("token_count", token_count),
+        *if_given(check_content, "content", content),
+        *if_given(check_payload, "payload", payload),
+        *if_given(check_metadata, "metadata", metadata),
+        *if_given(check_token_count, "token_count", token_count),
     )
     return _present(message)
 
@@ -274,9 +265,7 @@ async def delete_message(db: Database, *, user_id: str, conversation_id: int, se
     deleted = await _delete_message.fetch_one(
         db, check_user_id(user_id), check_id(conversation_id), check_seq("seq", seq)
     )
-    if deleted.messages == 0:
-        raise _no_message()
-    return deleted
+    return _present(deleted if deleted.messages else None)
 
 
 async def delete_messages_after(db: Database, *, user_id: str, conversation_id: int, seq: int) -> Deleted:
@@ -292,11 +281,7 @@ async def delete_messages_after(db: Database, *, user_id: str, conversation_id: 
     )
 
 
-def _present(message: Message | None) -> Message:
-    if message is None:
-        raise _no_message()
-    return message
-
-
-def _no_message() -> MessageNotFoundError:
-    return MessageNotFoundError("the conversation has no such message: check seq or key")
+def _present(found: _FoundT | None) -> _FoundT:
+    if found is None:
+        raise MessageNotFoundError("the conversation has no such message: check seq or key")
+    return found

@@ -27,6 +27,18 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("chatdb")
 
+_DEFAULTS: Final[dict[str, Any]] = {
+    "min_size": 0,
+    "max_size": 10,
+    "acquire_timeout": 10.0,
+    "command_timeout": 30.0,
+    "retries": 2,
+    "row_level_security": False,
+    # below the five minutes after which a serverless database closes idle connections
+    "max_inactive_connection_lifetime": 240.0,
+}
+"""What a pool has that is made without `create_pool`, whose own defaults are the same."""
+
 
 class Pool(PoolBase):
     """
@@ -47,32 +59,8 @@ class Pool(PoolBase):
     retries: int
     row_level_security: bool
 
-    def __init__(
-        self,
-        dsn: AnyDsn | ConnectionInfo,
-        *,
-        min_size: int = 0,
-        max_size: int = 10,
-        acquire_timeout: float = 10.0,
-        command_timeout: float = 30.0,
-        retries: int = 2,
-        row_level_security: bool = False,
-        # below the five minutes after which a serverless database closes idle connections
-        max_inactive_connection_lifetime: float = 240.0,
-        **driver_options: Unpack[DriverOptions],
-    ) -> None:
-        options = checked(
-            {
-                "min_size": min_size,
-                "max_size": max_size,
-                "acquire_timeout": acquire_timeout,
-                "command_timeout": command_timeout,
-                "retries": retries,
-                "row_level_security": row_level_security,
-                "max_inactive_connection_lifetime": max_inactive_connection_lifetime,
-                **driver_options,
-            }
-        )
+    def __init__(self, dsn: AnyDsn | ConnectionInfo, **given_options: Any) -> None:  # noqa: ANN401 - create_pool's
+        options = checked(_DEFAULTS | given_options)
         given = {name: options.pop(name) for name in OF_CONNECTION & options.keys()}
         self.retries = options.pop("retries")
         self.row_level_security = options.pop("row_level_security")
@@ -205,7 +193,6 @@ async def transaction(db: AsyncpgPool | Connection, *, user_id: str | None = Non
     swallowed; asyncpg's own `connection.transaction()` says nothing then, and the writes are gone.
     """
     user = None if user_id is None else check_user_id(user_id)
-    check_handle(db, "is_in_transaction" if not isinstance(db, asyncpg.Pool) else "acquire")
     if isinstance(db, asyncpg.Pool):
         with mapped_driver_errors():
             connection = await db.acquire()
@@ -215,6 +202,7 @@ async def transaction(db: AsyncpgPool | Connection, *, user_id: str | None = Non
         finally:
             await db.release(connection)
     else:
+        check_handle(db, "is_in_transaction")
         async with _committed(db, user):
             yield db
 

@@ -43,12 +43,7 @@ from asyncpg.transaction import Transaction, TransactionState
 from chatdb._core.driver_errors import map_driver_error
 from chatdb._core.dsn import server_of
 from chatdb._core.validate import check_handle
-from chatdb.errors import (
-    AcquireTimeoutError,
-    ConfigurationError,
-    PoolClosedError,
-    UnavailableError,
-)
+from chatdb.errors import AcquireTimeoutError, ConfigurationError, PoolClosedError, UnavailableError
 
 if TYPE_CHECKING:
     AsyncpgPool = asyncpg.Pool[asyncpg.Record]
@@ -196,10 +191,6 @@ class PoolConnection(AsyncpgConnection):
         """Raise ConfigurationError in another process or event loop."""
         check_owner(self._process, self._home, "connection", may_be_stopped=may_be_stopped)
 
-    async def close(self, *, timeout: float | None = None) -> None:
-        self.check_owner()
-        await super().close(timeout=timeout)
-
     def terminate(self) -> None:
         self.check_owner(may_be_stopped=True)
         super().terminate()
@@ -313,14 +304,9 @@ def _guarded(name: str, *, runs: bool) -> Any:  # noqa: ANN401 - a method of any
 for _name in ("add_listener", "execute", "executemany", "fetch", "fetchmany", "fetchrow", "fetchval", "prepare"):
     setattr(PoolConnection, _name, _guarded(_name, runs=True))
 for _name in (
-    "copy_from_query",
-    "copy_from_table",
-    "copy_records_to_table",
-    "copy_to_table",
-    "reset_type_codec",
-    "set_builtin_type_codec",
-    "set_type_codec",
-):
+    "close", "copy_from_query", "copy_from_table", "copy_records_to_table", "copy_to_table", "reset_type_codec",
+    "set_builtin_type_codec", "set_type_codec",
+):  # fmt: skip
     setattr(PoolConnection, _name, _guarded(_name, runs=False))
 
 
@@ -358,11 +344,7 @@ async def fetch_rows(db: Any, sql: str, args: tuple[object, ...], timeout: float
 
 
 def _execute(
-    connection: Private,
-    query: str,
-    args: tuple[Any, ...],
-    timeout: float | None,
-    record_class: type[Any] | None = None,
+    connection: Private, query: str, args: tuple[Any, ...], timeout: float | None, record_class: type[Any] | None = None
 ) -> Private:
     """Do what a connection's `fetch` does, which would check its owner once more; chatdb's own rows are native ones."""
     if not FAST or AsyncpgConnection.fetch is not _FETCH:  # a tool that traces is to see the statement

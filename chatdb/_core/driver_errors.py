@@ -137,11 +137,12 @@ def map_driver_error(error: Exception, server: str = "") -> ChatDBError | None:
 
     `server` is what it was connected to, as a person reads it, where that is known.
     """
+    at = f" at {server}" if server else ""
     if isinstance(error, asyncpg.PostgresError):
         code = _function_of(error)
         # what the server adds quotes the row ("Failing row contains (1, my secret message)"), and a traceback shows it
         vars(error).update(detail=None, context=None)
-        return _of_server(error, code, f" at {server}" if server else "")
+        return _of_server(error, code, at)
     if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
         wanted = _ATTRIBUTE.search(str(error))
         return UnavailableError(_ATTRIBUTES_HINT.format(wanted[0] if wanted else "..."), sent=False)
@@ -162,7 +163,6 @@ def map_driver_error(error: Exception, server: str = "") -> ChatDBError | None:
         )
     if isinstance(error, OSError):
         refused = isinstance(error, ConnectionRefusedError | FileNotFoundError | socket.gaierror)
-        at = f" at {server}" if server else ""
         return UnavailableError(
             f"the database server{at} cannot be reached ({_reason(error)}): check that it runs and that the DSN names "
             "its host and port",

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from chatdb.errors import ConfigurationError
 
@@ -32,32 +32,18 @@ SSLMODES: Final = frozenset({"disable", "allow", "prefer", "require", "verify-ca
 _IGNORED: Final = frozenset({
     "channel_binding",  # asyncpg has no SCRAM-SHA-256-PLUS; the verified certificate is what binds
     "client_encoding",  # always UTF-8
-    "fallback_application_name",
-    "gssencmode",
-    "keepalives",
-    "keepalives_count",
-    "keepalives_idle",
-    "keepalives_interval",
-    "sslcompression",
-    "tcp_user_timeout",
+    "fallback_application_name", "gssencmode", "keepalives", "keepalives_count", "keepalives_idle",
+    "keepalives_interval", "sslcompression", "tcp_user_timeout",
 })  # fmt: skip
-_VARIABLES: Final = {
+_SAME_NAME: Final = (
+    "host", "krbsrvname", "options", "passfile", "password", "port", "sslcert", "sslkey", "sslmode", "sslnegotiation",
+    "sslrootcert", "user",
+)  # fmt: skip
+_VARIABLES: Final = {f"PG{option.upper()}": option for option in _SAME_NAME} | {
     "PGAPPNAME": "application_name",
     "PGCONNECT_TIMEOUT": "connect_timeout",
     "PGDATABASE": "dbname",
-    "PGHOST": "host",
-    "PGKRBSRVNAME": "krbsrvname",
-    "PGOPTIONS": "options",
-    "PGPASSFILE": "passfile",
-    "PGPASSWORD": "password",
-    "PGPORT": "port",
-    "PGSSLCERT": "sslcert",
-    "PGSSLKEY": "sslkey",
-    "PGSSLMODE": "sslmode",
-    "PGSSLNEGOTIATION": "sslnegotiation",
-    "PGSSLROOTCERT": "sslrootcert",
     "PGTARGETSESSIONATTRS": "target_session_attrs",
-    "PGUSER": "user",
 }
 _SETTINGS: Final = {"PGDATESTYLE": "datestyle", "PGGEQO": "geqo", "PGTZ": "timezone"}
 """What libpq sends with each connection, whatever the DSN says."""
@@ -230,9 +216,7 @@ def text_of(dsn: object) -> str:
 
 
 def read_dsn(
-    dsn: AnyDsn | ConnectionInfo,
-    given: Mapping[str, Any] | None = None,
-    environment: Mapping[str, str] | None = None,
+    dsn: AnyDsn | ConnectionInfo, given: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None
 ) -> ConnectionInfo:
     """
     Read a DSN, with what libpq takes from a service file, a password file and the environment where it says nothing.
@@ -259,13 +243,11 @@ def read_dsn(
     options = _Options(said, by_service, by_variables)
 
     hosts, ports = _addresses(given, options)
-    # each is taken, also where something given comes before it: what is left is unknown
-    user, database, password = (options.take(name, _text) for name in ("user", "dbname", "password"))
-    user = given.get("user") or user or _default_user()
-    database = given.get("database") or database or user
+    user = options.take("user", _text, given.get("user")) or _default_user()
+    database = options.take("dbname", _text, given.get("database")) or user
+    password = options.take("password", _text)
     password = given.get("password", password)
-    named_file = options.take("passfile", str)
-    passfile = given.get("passfile") or named_file
+    passfile = options.take("passfile", str, given.get("passfile"))
     if password is None or (type(password) is str and not password):  # else what asyncpg calls for one
         password = _password(passfile, environment, hosts, ports, database, user)
     tls, for_libpq = _tls(options, given.get("ssl"), local=all(map(_is_local, hosts)))
@@ -283,14 +265,15 @@ def read_dsn(
     timeout = options.take("connect_timeout", _seconds)
     if timeout is not None:
         for_libpq["connect_timeout"] = f"{math.ceil(timeout)}"
-    service_name = options.take("krbsrvname", _text)
-    attributes = options.take("target_session_attrs", _one_of(ATTRIBUTES))
+    service_name = options.take("krbsrvname", _text, given.get("krbsrvname"))
+    attributes = options.take("target_session_attrs", _one_of(ATTRIBUTES), given.get("target_session_attrs"))
     negotiation = options.take("sslnegotiation", _one_of({"postgres", "direct"}))
     if negotiation:
         for_libpq["sslnegotiation"] = negotiation
     is_direct = given.get("direct_tls", negotiation == "direct")
     if is_direct and tls in ("disable", "allow", "prefer"):
         raise ConfigurationError("direct_tls (sslnegotiation=direct) needs sslmode=require, verify-ca or verify-full")
+    gsslib = "gssapi" if os.name != "nt" or environment.get("PGGSSLIB") == "gssapi" else "sspi"
     info = ConnectionInfo(
         hosts=hosts,
         ports=ports,
@@ -298,20 +281,16 @@ def read_dsn(
         password=password,
         database=database,
         timeout=given.get("timeout", timeout) or None,  # libpq's 0 is for no limit
-        target_session_attrs=given.get("target_session_attrs") or attributes or "any",
+        target_session_attrs=attributes or "any",
         server_settings=settings | given.get("server_settings", {}),
         direct_tls=is_direct,
         tls=tls,
-        krbsrvname=given.get("krbsrvname") or service_name or "postgres",
-        gsslib=given.get("gsslib") or _gsslib(environment),
+        krbsrvname=service_name or "postgres",
+        gsslib=given.get("gsslib") or gsslib,
         for_libpq=for_libpq | options.ignored,
     )
     options.refuse_rest()
     return info
-
-
-def _gsslib(environment: Mapping[str, str]) -> str:
-    return "gssapi" if os.name != "nt" or environment.get("PGGSSLIB") == "gssapi" else "sspi"
 
 
 class _Options:
@@ -319,19 +298,23 @@ class _Options:
 
     def __init__(self, *sources: dict[str, str]) -> None:
         self._sources = sources
-        self.ignored = {name: value for source in reversed(sources) for name, value in source.items() if _ignores(name)}
+        merged = {name: value for source in reversed(sources) for name, value in source.items()}
+        self.ignored = {name: value for name, value in merged.items() if name in _IGNORED}
 
-    def take(self, name: str, read: Callable[[str], Any]) -> Any:  # noqa: ANN401
+    def take(self, name: str, read: Callable[[str], Any], given: object = None) -> Any:  # noqa: ANN401
+        """Take an option away, as what is left is unknown, and return it, or what is given and comes before it."""
         values = [source.pop(name, None) for source in self._sources]
         for value, where in zip(values, ("DSN", "service", "environment"), strict=True):
             if value is None:
                 continue
             try:
-                return read(value)
+                found = read(value)
             except ValueError as error:
                 problem = str(error) if isinstance(error, _WrongError) else "has a value that cannot be read"
+            else:
+                return given or found
             raise ConfigurationError(f"the {where}'s {'option ' if where == 'DSN' else ''}{name} {problem}")
-        return None
+        return given
 
     def has(self, name: str) -> bool:
         """Whether somebody has written an option down for this database, not for the whole environment."""
@@ -339,7 +322,7 @@ class _Options:
 
     def refuse_rest(self) -> None:
         for source, where in zip(self._sources, ("DSN", "service"), strict=False):
-            left = {name: value for name, value in source.items() if not _ignores(name)}
+            left = {name: value for name, value in source.items() if name not in _IGNORED}
             if any("@" in value for value in left.values()) or not all(map(_PLAIN.fullmatch, left)):
                 raise ConfigurationError(_UNENCODED)  # it may be a part of the password that looks like an option
             if left:
@@ -350,10 +333,6 @@ class _Options:
 
 class _WrongError(ValueError):
     """Says what is wrong with an option's value, without quoting it."""
-
-
-def _ignores(name: str) -> bool:
-    return name in _IGNORED
 
 
 def _one_of(choices: Iterable[str]) -> Callable[[str], str]:
@@ -391,7 +370,8 @@ def _of_text(dsn: str) -> dict[str, str]:
         raise ConfigurationError("the DSN is not UTF-8: write what is outside ASCII as the percent-encoding of UTF-8")
     try:
         parts = urlsplit(dsn)
-        query = _query_of(parts)
+        written = parts.query.replace("+", "%2B")  # unlike in a web address + is +
+        query = parse_qsl(written, keep_blank_values=True, strict_parsing=True) if written else []
     except ValueError:
         query, parts = [], urlsplit("")
     # an @ behind the host's place is that of a password with an unencoded / or ?
@@ -421,15 +401,9 @@ def _once(query: list[tuple[str, str]]) -> dict[str, str]:
         if mode != "true" and mode not in SSLMODES:
             raise ConfigurationError("the DSN's option ssl must be true, or what sslmode takes")
         named.setdefault("sslmode", "require" if mode == "true" else mode)
-    if any(":" in host and not _is_address(host) for host in named.get("host", "").split(",") if host[:1] != "/"):
+    if any(":" in host and not _address(host) for host in named.get("host", "").split(",") if host[:1] != "/"):
         raise ConfigurationError("the DSN's option host has a port in it: write host=one,two&port=5432,5433")
     return named
-
-
-def _query_of(parts: SplitResult) -> list[tuple[str, str]]:
-    """Return the options of a DSN, in which unlike in a web address + is +."""
-    query = parts.query.replace("+", "%2B")
-    return parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
 
 
 def _host_and_port(address: str) -> tuple[str, str]:
@@ -591,12 +565,11 @@ def _unescaped(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text)
 
 
-def _is_address(host: str) -> bool:
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        ipaddress.ip_address(host)
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _is_name(host: str) -> bool:
@@ -612,16 +585,12 @@ def _is_name(host: str) -> bool:
 
 
 def _is_local(host: str) -> bool:
-    if host.startswith("/") or host == "localhost":
-        return True
-    return _is_address(host) and ipaddress.ip_address(host).is_loopback
+    address = _address(host)
+    return host.startswith("/") or host == "localhost" or (address is not None and address.is_loopback)
 
 
 def _tls(
-    options: _Options,
-    given: ssl.SSLContext | str | bool | None,
-    *,
-    local: bool,
+    options: _Options, given: ssl.SSLContext | str | bool | None, *, local: bool
 ) -> tuple[ssl.SSLContext | str | bool, dict[str, str]]:
     """Return the demand of TLS for asyncpg, and for libpq."""
     is_demanded = options.has("sslrootcert")

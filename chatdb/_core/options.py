@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, cast
 
 import asyncpg
 
 from chatdb._core.dsn import ATTRIBUTES, SSLMODES
-from chatdb._core.validate import MAX_INT, type_name
+from chatdb._core.validate import MAX_INT, number_of, type_name
 from chatdb.errors import ConfigurationError
 
 MIN_LIFETIME: Final = 0.05
@@ -97,8 +96,7 @@ def checked(options: Mapping[str, object]) -> dict[str, Any]:
     return checked_options
 
 
-def _refuse(name: str, wanted: str, value: object) -> NoReturn:
-    raise ConfigurationError(f"{name} must be {wanted}, not {_shown(value)}")
+_Check = Callable[[str, object], Any]
 
 
 def _shown(value: object) -> str:
@@ -108,54 +106,24 @@ def _shown(value: object) -> str:
     return type_name(type(value))
 
 
-def _integer(least: int, most: int = MAX_INT) -> Callable[[str, object], int]:
-    def check(name: str, value: object) -> int:
-        if issubclass(type(value), int) and type(value) is not bool:
-            number = int.__int__(cast("int", value))
-            if least <= number <= most:
-                return number
-        _refuse(name, f"an int of {least:,} to {most:,}", value)
+def _fit(fits: Callable[[Any], bool], wanted: str, *, read: Callable[[object], object] = lambda value: value) -> _Check:
+    """Return a check that takes what fits, once it is read."""
+
+    def check(name: str, value: object) -> object:
+        found = read(value)
+        if fits(found):
+            return found
+        raise ConfigurationError(f"{name} must be {wanted}, not {_shown(value)}")
 
     return check
 
 
-def _number(value: object) -> float:
-    """Return a number that is finite, and a time that timers take, else NaN."""
-    kind = type(value)
-    if issubclass(kind, float):
-        number = float.__float__(cast("float", value))
-    elif issubclass(kind, int) and kind is not bool and abs(int.__int__(cast("int", value))) <= MAX_INT:
-        number = int.__int__(cast("int", value))  # as it was written, for the errors that quote it
-    else:
-        return math.nan
-    return number if abs(number) <= MAX_INT else math.nan
+def _integer(least: int, most: int = MAX_INT) -> _Check:
+    wanted = f"an int of {least:,} to {most:,}"
+    return _fit(lambda number: type(number) is int and least <= number <= most, wanted, read=number_of)
 
 
-def _seconds(name: str, value: object) -> float:
-    number = _number(value)
-    if number > 0:
-        return number
-    _refuse(name, f"a number of seconds above 0, to {MAX_INT:,}", value)
-
-
-def _lifetime(name: str, value: object) -> float:
-    number = _number(value)
-    if number == 0 or number >= MIN_LIFETIME:
-        return number
-    _refuse(name, f"0, for no limit, or a number of seconds from {MIN_LIFETIME} to {MAX_INT:,}", value)
-
-
-def _cache_lifetime(name: str, value: object) -> float:
-    number = _number(value)
-    if number >= 0:
-        return number
-    _refuse(name, f"0, for no limit, or a number of seconds, to {MAX_INT:,}", value)
-
-
-def _boolean(name: str, value: object) -> bool:
-    if type(value) is bool:
-        return value
-    _refuse(name, "True or False", value)
+_seconds: Final = _fit(lambda number: number > 0, f"a number of seconds above 0, to {MAX_INT:,}", read=number_of)
 
 
 def _text(name: str, value: object, *, least: int = 1) -> str:
@@ -164,7 +132,7 @@ def _text(name: str, value: object, *, least: int = 1) -> str:
         if len(text) >= least and "\0" not in text and text.encode(errors="ignore").decode() == text:
             return text
         raise ConfigurationError(f"{name} must be a str without NUL and lone surrogates{', not empty' * least}")
-    _refuse(name, "a str", value)
+    raise ConfigurationError(f"{name} must be a str, not {_shown(value)}")
 
 
 def _path(name: str, value: object) -> str:
@@ -176,16 +144,16 @@ def _path(name: str, value: object) -> str:
     return _text(name, value)
 
 
-def _one_of(choices: frozenset[str]) -> Callable[[str, object], str]:
+def _one_of(choices: frozenset[str], *, before: str = "") -> _Check:
     def check(name: str, value: object) -> str:
         if issubclass(type(value), str) and str.__str__(cast("str", value)) in choices:
             return str.__str__(cast("str", value))
-        raise ConfigurationError(f"{name} must be one of {', '.join(sorted(choices))}")
+        raise ConfigurationError(f"{name} must be {before}one of {', '.join(sorted(choices))}")
 
     return check
 
 
-def _one_or_more(check: Callable[[str, object], Any]) -> Callable[[str, object], list[Any]]:
+def _one_or_more(check: _Check) -> _Check:
     def check_each(name: str, value: object) -> list[Any]:
         if type(value) is list or type(value) is tuple:
             values = [*cast("Sequence[object]", value)]
@@ -201,71 +169,49 @@ def _password(name: str, value: object) -> object:
     return value if callable(value) else _text(name, value, least=0)
 
 
-def _function(name: str, value: object) -> object:
-    if callable(value):
-        return value
-    _refuse(name, "a coroutine function", value)
-
-
-def _record_class(name: str, value: object) -> object:
-    if isinstance(value, type) and issubclass(value, asyncpg.Record):
-        return cast("object", value)
-    _refuse(name, "a subclass of asyncpg.Record", value)  # pyright: ignore[reportUnknownArgumentType]
-
-
 def _tls(name: str, value: object) -> object:
     if type(value) is bool or issubclass(type(value), ssl.SSLContext):
         return value
-    if issubclass(type(value), str) and str.__str__(cast("str", value)) in SSLMODES:
-        return str.__str__(cast("str", value))
-    raise ConfigurationError(f"{name} must be an SSLContext, True, False, or one of {', '.join(sorted(SSLMODES))}")
+    return _one_of(SSLMODES, before="an SSLContext, True, False, or ")(name, value)
 
 
 def _settings(name: str, value: object) -> dict[str, str]:
     if not issubclass(type(value), dict):
-        _refuse(name, "a dict of str", value)
+        raise ConfigurationError(f"{name} must be a dict of str, not {_shown(value)}")
     items = cast("list[tuple[object, object]]", [*dict.items(cast("dict[object, object]", value))])
     keys = [_text(f"a key of {name}", key) for key, _ in items]
     return {key: _text(f"{name}.{key}", item, least=0) for key, (_, item) in zip(keys, items, strict=True)}
 
 
-_CHECKS: Final[dict[str, Callable[[str, object], Any]]] = {
-    "min_size": _integer(0, _MOST_CONNECTIONS),
+_CHECKS: Final[dict[str, _Check]] = {
+    **dict.fromkeys(("min_size", "init_size"), _integer(0, _MOST_CONNECTIONS)),
     "max_size": _integer(1, _MOST_CONNECTIONS),
-    "init_size": _integer(0, _MOST_CONNECTIONS),
-    "acquire_timeout": _seconds,
-    "command_timeout": _seconds,
-    "retries": _integer(0),
-    "row_level_security": _boolean,
-    "max_inactive_connection_lifetime": _lifetime,
     "max_queries": _integer(1),
-    "connect": _function,
-    "setup": _function,
-    "init": _function,
-    "reset": _function,
-    "record_class": _record_class,
-    "host": _one_or_more(_text),
     "port": _one_or_more(_integer(1, 65_535)),
-    "user": _text,
+    **dict.fromkeys(("retries", "statement_cache_size", "max_cacheable_statement_size"), _integer(0)),
+    **dict.fromkeys(("acquire_timeout", "command_timeout", "timeout"), _seconds),
+    "max_inactive_connection_lifetime": _fit(
+        lambda number: number == 0 or number >= MIN_LIFETIME,
+        f"0, for no limit, or a number of seconds from {MIN_LIFETIME} to {MAX_INT:,}",
+        read=number_of,
+    ),
+    "max_cached_statement_lifetime": _fit(
+        lambda number: number >= 0, f"0, for no limit, or a number of seconds, to {MAX_INT:,}", read=number_of
+    ),
+    **dict.fromkeys(("row_level_security", "direct_tls"), _fit(lambda value: type(value) is bool, "True or False")),
+    **dict.fromkeys(("connect", "setup", "init", "reset"), _fit(callable, "a coroutine function")),
+    "record_class": _fit(
+        lambda value: isinstance(value, type) and issubclass(value, asyncpg.Record), "a subclass of asyncpg.Record"
+    ),
+    "host": _one_or_more(_text),
+    **dict.fromkeys(("user", "service", "database", "krbsrvname"), _text),
     "password": _password,
-    "passfile": _path,
-    "service": _text,
-    "servicefile": _path,
-    "database": _text,
-    "timeout": _seconds,
-    "statement_cache_size": _integer(0),
-    "max_cached_statement_lifetime": _cache_lifetime,
-    "max_cacheable_statement_size": _integer(0),
+    **dict.fromkeys(("passfile", "servicefile"), _path),
     "ssl": _tls,
-    "direct_tls": _boolean,
     "server_settings": _settings,
     "target_session_attrs": _one_of(ATTRIBUTES),
-    "krbsrvname": _text,
     "gsslib": _one_of(frozenset({"gssapi", "sspi"})),
 }
 
-_OPTIONAL: Final = frozenset({
-    "init_size", "connect", "setup", "init", "reset", "host", "port", "user", "password", "passfile", "service",
-    "servicefile", "database", "ssl", "direct_tls", "server_settings", "target_session_attrs", "krbsrvname", "gsslib",
-})  # fmt: skip
+_OPTIONAL: Final = OF_CONNECTION - {"timeout"} | {"init_size", "connect", "setup", "init", "reset"}
 """Those whose None means that nothing is given, as asyncpg has it."""

@@ -15,12 +15,7 @@ from chatdb._core.asyncpg_private import STATEMENTS, fetch_rows
 from chatdb._core.decode import decoder
 from chatdb._core.driver_errors import as_chatdb_error, mapped_driver_errors
 from chatdb._core.retry import RetryPolicy
-from chatdb.errors import (
-    ChatDBError,
-    CommandTimeoutError,
-    ConversationNotFoundError,
-    UnavailableError,
-)
+from chatdb.errors import ChatDBError, CommandTimeoutError, ConversationNotFoundError, UnavailableError
 
 if TYPE_CHECKING:
     from chatdb._core.asyncpg_private import Connection

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from decimal import Decimal
 from difflib import get_close_matches
 from itertools import accumulate, islice
-from math import isfinite
-from typing import Any, Final, NoReturn, TypeGuard, cast, get_args
+from typing import Any, Final, NoReturn, TypeGuard, TypeVar, cast, get_args
 
 from chatdb.errors import InvalidInputError
-from chatdb.records import Conversation, JsonText, NewMessage, Role
+from chatdb.records import UNSET, Conversation, JsonText, NewMessage, Role
 
 ROLES: Final = frozenset(get_args(Role))
 MAX_LIMIT: Final = 10_000
@@ -38,6 +38,8 @@ _PAUSE_BYTES: Final = 1024 * 1024
 
 _NAMES: Final = dict.fromkeys(NewMessage.model_fields)
 _REQUIRED: Final = {name for name, field in NewMessage.model_fields.items() if field.is_required()}
+
+CheckedT = TypeVar("CheckedT")
 
 MessageRow = tuple[str, str, str | None, str | None, int | None, str | None]
 """A message's role, content, payload, metadata, token count and key."""
@@ -66,6 +68,11 @@ def utf8_length(parameter: str, value: str) -> int:
     raise InvalidInputError(parameter, f"has a lone surrogate at position {start}, which UTF-8 cannot hold")
 
 
+def if_given(check: Callable[[str, object], CheckedT], parameter: str, value: object) -> tuple[bool, CheckedT | None]:
+    """Return whether an argument is given, and its value, checked."""
+    return (False, None) if value is UNSET else (True, check(parameter, value))
+
+
 def check_str(parameter: str, value: object) -> str:
     """Return the characters of a str; what only pretends to be one, such as a mock, is refused."""
     if type(value) is str:
@@ -86,11 +93,6 @@ _BUILTINS: Final = frozenset(
 )
 
 
-def _exact(value: str) -> str:
-    """Return the characters of a str as a plain one: a subclass may have methods of its own."""
-    return value if type(value) is str else str.__str__(value)
-
-
 def check_handle(db: object, method: str) -> None:
     """Refuse by name what has not the method of a pool or a connection."""
     if not callable(getattr(db, method, None)):
@@ -107,9 +109,9 @@ def check_key(parameter: str, value: object) -> str | None:
     return None if value is None else check_text(parameter, value, least=1, most=MAX_NAME)
 
 
-def check_title(value: object) -> str | None:
+def check_title(parameter: str, value: object) -> str | None:
     """Return a title, or None for none."""
-    return None if value is None else check_text("title", value, least=0, most=MAX_TITLE)
+    return None if value is None else check_text(parameter, value, least=0, most=MAX_TITLE)
 
 
 def check_int(parameter: str, value: object, *, least: int, most: int = MAX_BIGINT) -> int:
@@ -268,12 +270,21 @@ def check_timeout(value: object) -> float | None:
     """Return a time limit in seconds, or None for the pool's."""
     if value is None:
         return None
-    kind = type(value)
-    if issubclass(kind, float) or (issubclass(kind, int) and kind is not bool):
-        number: float = (float.__float__ if issubclass(kind, float) else int.__int__)(cast("Any", value))
-        if 0 < number <= MAX_INT:
-            return float(number)
+    number = number_of(value)
+    if number > 0:
+        return float(number)
     raise InvalidInputError("timeout", f"must be a number of seconds above 0, to {MAX_INT:,}, or None")
+
+
+def number_of(value: object) -> float:
+    """Return a number that is finite, and a time that timers take, else NaN."""
+    kind = type(value)
+    number: float = math.nan
+    if issubclass(kind, float):
+        number = float.__float__(cast("float", value))
+    elif issubclass(kind, int) and kind is not bool:
+        number = int.__int__(cast("int", value))  # as it was written, for the errors that quote it
+    return number if abs(number) <= MAX_INT else math.nan
 
 
 def _size(text: str | None) -> int:
@@ -395,7 +406,7 @@ def _fault(parameter: str, value: object) -> str | None:
                 seen.add(id(item))
                 todo.append(_steps(path, item))
         elif issubclass(kind, float):
-            if not isfinite(item):
+            if not math.isfinite(item):
                 return f"{path} is not finite"
         elif issubclass(kind, int):
             try:
@@ -563,7 +574,7 @@ def _walk(parameter: str, value: object, *, for_jsonb: bool, most: int) -> int:
                     raise InvalidInputError(parameter, f"must have strings as keys: {_fault(parameter, value)}")
                 characters += str.__len__(name) + 4
                 if for_jsonb:
-                    utf8_length(parameter, _exact(name))
+                    utf8_length(parameter, str.__str__(name))
             for item in members:
                 kind = type(item)
                 if kind is str:
@@ -581,7 +592,7 @@ def _walk(parameter: str, value: object, *, for_jsonb: bool, most: int) -> int:
                 elif issubclass(kind, str):
                     characters += str.__len__(item)
                     if for_jsonb:
-                        utf8_length(parameter, _exact(item))
+                        utf8_length(parameter, str.__str__(item))
                 elif for_jsonb and issubclass(kind, float):
                     written = float.__repr__(item)
                     if "e" in written:

@@ -3,27 +3,10 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any, TypeAlias
 
-from chatdb._core.validate import MAX_TITLE, check_metadata
-from chatdb.formats.items import (
-    REPLACED,
-    Changed,
-    Item,
-    Skipped,
-    SourceConversation,
-    SourceMessage,
-    UnfitError,
-    as_list,
-    as_object,
-    body,
-    fingerprint,
-    name_of,
-    role,
-    short,
-    storable,
-)
+from chatdb._core.validate import MAX_TITLE
+from chatdb.formats import items
 
 _Object: TypeAlias = dict[str, Any]
 
@@ -33,7 +16,7 @@ _TEXTS = ("text", "result", "content", "user_profile", "user_instructions", "mod
 _NEVER = datetime.min.replace(tzinfo=UTC)
 
 
-def conversation(source: _Object) -> list[Item]:
+def conversation(source: _Object) -> list[items.Item]:
     """
     Return a conversation, the messages of its current branch, and how many are on others.
 
@@ -42,13 +25,13 @@ def conversation(source: _Object) -> list[Item]:
 
     Raises UnfitError when there is a message that cannot be taken, or none on the branch.
     """
-    mapping = as_object(source.get("mapping"))
+    mapping = items.as_object(source.get("mapping"))
     if mapping is None:
-        raise UnfitError("it has no tree of messages")
-    nodes = {name: node for name, value in mapping.items() if (node := as_object(value))}
+        raise items.UnfitError("it has no tree of messages")
+    nodes = {name: node for name, value in mapping.items() if (node := items.as_object(value))}
     branch = _messages([nodes[name] for name in _branch(nodes, source.get("current_node"))])
     if not branch:
-        raise UnfitError("no messages")
+        raise items.UnfitError("no messages")
     elsewhere = len(_messages(list(nodes.values()))) - len(branch)
 
     updated_at = _time(source.get("update_time"))
@@ -56,38 +39,36 @@ def conversation(source: _Object) -> list[Item]:
     created_at = _time(source.get("create_time")) or next(iter(times), updated_at)
 
     said: list[tuple[str, str]] = []
-    messages: list[SourceMessage] = []
+    messages: list[items.SourceMessage] = []
     keys: set[str | None] = set()
     latest, replaced = created_at, 0
     for seq, message in enumerate(branch, 1):
-        author = as_object(message.get("author")) or {}
-        known = role(author.get("role"))
-        text, is_all = _text(as_object(message.get("content")) or {})
-        content, payload = body(text, None if is_all else message)
+        author = items.as_object(message.get("author")) or {}
+        known = items.role(author.get("role"))
+        text, is_all = _text(items.as_object(message.get("content")) or {})
+        content, payload = items.body(text, None if is_all else message)
         replaced += content != text
-        key = short(message.get("id"))
+        key = items.short(message.get("id"))
         key = None if key in keys else key
         keys.add(key)
         latest = _time(message.get("create_time")) or latest
-        model = short((as_object(message.get("metadata")) or {}).get("model_slug"))
-        metadata = _metadata(model, short(author.get("name")))
-        messages.append(SourceMessage(seq, known, content, payload, metadata, None, key, latest))
+        model = items.short((items.as_object(message.get("metadata")) or {}).get("model_slug"))
+        metadata = items.metadata_of(model=model, name=items.short(author.get("name")))
+        messages.append(items.SourceMessage(seq, known, content, payload, metadata, None, key, latest))
         said.append((known, text))
 
-    name = name_of(source.get("conversation_id")) or name_of(source.get("id"))
-    key = f"chatgpt:{name}" if name else f"chatgpt::{fingerprint(said)}"
+    name = items.name_of(source.get("conversation_id")) or items.name_of(source.get("id"))
+    key = f"chatgpt:{name}" if name else f"chatgpt::{items.fingerprint(said)}"
     title, is_cut = _title(source.get("title"))
-    items: list[Item] = [
-        SourceConversation(key, title, None, len(messages), created_at, updated_at or latest),
-        *messages,
-    ]
+    head = items.SourceConversation(key, title, None, len(messages), created_at, updated_at or latest)
+    stream: list[items.Item] = [head, *messages]
     if is_cut:
-        items.append(Changed("a title of over 1,000 characters cut", conversations=1))
+        stream.append(items.Changed("a title of over 1,000 characters cut", conversations=1))
     if replaced:
-        items.append(Changed(REPLACED, messages=replaced))
+        stream.append(items.Changed(items.REPLACED, messages=replaced))
     if elsewhere:
-        items.append(Skipped("on another branch than the current one", messages=elsewhere))
-    return items
+        stream.append(items.Skipped("on another branch than the current one", messages=elsewhere))
+    return stream
 
 
 def _branch(nodes: dict[str, _Object], current: object) -> list[str]:
@@ -104,11 +85,11 @@ def _branch(nodes: dict[str, _Object], current: object) -> list[str]:
 
 
 def _messages(nodes: list[_Object]) -> list[_Object]:
-    return [message for node in nodes if (message := as_object(node.get("message"))) is not None]
+    return [message for node in nodes if (message := items.as_object(node.get("message"))) is not None]
 
 
 def _written(node: _Object) -> datetime:
-    return _time((as_object(node.get("message")) or {}).get("create_time")) or _NEVER
+    return _time((items.as_object(node.get("message")) or {}).get("create_time")) or _NEVER
 
 
 def _time(seconds: object) -> datetime | None:
@@ -123,24 +104,19 @@ def _time(seconds: object) -> datetime | None:
 
 def _text(content: _Object) -> tuple[str, bool]:
     """Return a content's readable text, and whether that is all of it."""
-    parts = as_list(content.get("parts"))
+    parts = items.as_list(content.get("parts"))
     if parts is not None:
-        texts = [part if isinstance(part, str) else (as_object(part) or {}).get("text") for part in parts]
+        texts = [part if isinstance(part, str) else (items.as_object(part) or {}).get("text") for part in parts]
         is_all = content.get("content_type") == "text" and all(isinstance(part, str) for part in parts)
         return "\n".join(text for text in texts if isinstance(text, str)), is_all
     texts = [content.get(name) for name in _TEXTS]
-    texts += [(as_object(thought) or {}).get("content") for thought in as_list(content.get("thoughts")) or ()]
+    thoughts = items.as_list(content.get("thoughts")) or ()
+    texts += [(items.as_object(thought) or {}).get("content") for thought in thoughts]
     return "\n".join(text for text in texts if text and isinstance(text, str)), False
-
-
-@lru_cache
-def _metadata(model: str | None, name: str | None) -> str | None:
-    named = {"model": model, "name": name}
-    return check_metadata("metadata", {key: value for key, value in named.items() if value} or None)
 
 
 def _title(value: object) -> tuple[str | None, bool]:
     """Return a conversation's title, and whether it was cut."""
     if not isinstance(value, str):
         return None, False
-    return storable(value[:MAX_TITLE]), len(value) > MAX_TITLE
+    return items.storable(value[:MAX_TITLE]), len(value) > MAX_TITLE

@@ -6,9 +6,10 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from chatdb._core.validate import MAX_NAME, check_content, check_payload, utf8_length
+from chatdb._core.validate import MAX_NAME, check_content, check_metadata, check_payload, utf8_length
 from chatdb.errors import InvalidInputError
 
 
@@ -120,6 +121,12 @@ def body(text: str, original: object = None) -> tuple[str, str | None]:
     if parameter == "content":
         raise UnfitError("it has a text of over 4 MiB")
     raise UnfitError("it has a message whose original is over 16 MiB or nested deeper than 200 levels")
+
+
+@lru_cache
+def metadata_of(**named: str | None) -> str | None:
+    """Return short texts by their names as metadata, without those that are none, or None for none at all."""
+    return check_metadata("metadata", {name: text for name, text in named.items() if text} or None)
 
 
 def name_of(identifier: object) -> str:

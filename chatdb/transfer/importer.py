@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
+from itertools import count
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,9 @@ class _Target:
 
 _Batch = list[tuple[_Target, list[SourceMessage]]]
 
+_LastSeq = tuple[_Target, int, int]
+"""A conversation whose last_seq changes, the value before and the new one."""
+
 
 async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item]) -> ImportReport:
     """
@@ -156,7 +160,7 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
     batch: _Batch = []
     size = characters = seq = 0
     keys: set[str] = set()
-    occurrences: Counter[datetime | None] = Counter()
+    occurrences: defaultdict[datetime | None, Iterator[int]] = defaultdict(count)
     for item in items:
         match item:
             case SourceMessage():
@@ -172,13 +176,9 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
                 if len(batch) >= _BATCH_CONVERSATIONS or key in keys:
                     yield batch
                     batch, size, characters, keys = [], 0, 0, set[str]()
-                if key is None:
-                    occurrence = occurrences[item.created_at]
-                    occurrences[item.created_at] += 1
-                else:
-                    occurrence = 0
+                if key is not None:
                     keys.add(key)
-                batch.append((_Target(item, occurrence), []))
+                batch.append((_Target(item, next(occurrences[item.created_at]) if key is None else 0), []))
                 seq = 0
             case Skipped():
                 if item.seq:
@@ -235,14 +235,12 @@ async def _store(
     has_row_security: bool,
 ) -> None:
     await _match_stored(connection, user, [target for target, _ in batch if not target.matched], started_at, report)
-    grown: list[_Target] = []
+    grown: list[_LastSeq] = []
     rows: list[tuple[Any, ...]] = []
     for target, messages in batch:
         new = messages if target.stored is None else _new_messages(target, target.stored, messages, grown, report)
         rows.extend((user, target.id, *message[:-1], message.created_at or started_at) for message in new)
-    await _set_last_seq(
-        connection, user, [(t, t.stored.last_seq, t.source.last_seq) for t in grown if t.stored], started_at
-    )
+    await _set_last_seq(connection, user, grown, started_at)
     report.extended_conversations += len(grown)
     if not has_row_security:
         with mapped_driver_errors():
@@ -305,7 +303,7 @@ def _new_messages(
     target: _Target,
     stored: StoredConversation,
     messages: list[SourceMessage],
-    grown: list[_Target],
+    grown: list[_LastSeq],
     report: ImportReport,
 ) -> list[SourceMessage]:
     """Return those behind the stored ones, once the last of these was seen to be the file's at its place."""
@@ -319,7 +317,7 @@ def _new_messages(
                 report.stored_conversations -= target.source.last_seq <= stored.last_seq
             elif target.source.last_seq > stored.last_seq:
                 target.id = stored.id
-                grown.append(target)
+                grown.append((target, stored.last_seq, target.source.last_seq))
         if target.refused is not None:
             report.skip(target.refused, messages=1)
         elif message.seq > stored.last_seq:
@@ -339,10 +337,7 @@ def _is_final(message: SourceMessage, stored: StoredConversation) -> bool:
     return message.key == stored.final_key
 
 
-async def _set_last_seq(
-    connection: Connection, user: str, changes: list[tuple[_Target, int, int]], started_at: datetime
-) -> None:
-    """Change each target's last_seq from a value to another."""
+async def _set_last_seq(connection: Connection, user: str, changes: list[_LastSeq], started_at: datetime) -> None:
     if not changes:
         return
     targets, old, new = zip(*changes, strict=True)

@@ -16,11 +16,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from itertools import count
 from typing import Any, BinaryIO, Final
 
 from chatdb._core.validate import (
-    MAX_TITLE,
     check_content,
     check_conversation_metadata,
     check_int,
@@ -28,7 +28,8 @@ from chatdb._core.validate import (
     check_metadata,
     check_payload,
     check_role,
-    check_text,
+    check_seq,
+    check_title,
     check_token_count,
 )
 from chatdb.errors import InvalidInputError
@@ -78,8 +79,7 @@ def read(file: BinaryIO) -> Iterator[Item]:
     Raises InvalidInputError, which names the line and the field, for anything that is not as it was written.
     """
     lines = _lines(file)
-    nothing: tuple[str, dict[str, Any]] = ("line 1", {})
-    line, fields = next(lines, nothing)
+    line, fields = next(lines, ("line 1", dict[str, Any]()))
     if fields.get("type") != "chatdb":
         raise InvalidInputError(line, "must be the header of chatdb's JSON lines")
     if _taken(line, fields, {"version": _number})["version"] != VERSION:
@@ -145,16 +145,7 @@ def _taken(line: str, fields: dict[str, Any], checks: dict[str, Callable[[str, A
     raise InvalidInputError(f"{line}, {field}", problem)
 
 
-def _number(name: str, value: object) -> int:
-    return check_int(name, value, least=0)
-
-
-def _last_seq(name: str, value: object) -> int:
-    return check_int(name, value, least=0, most=MAX_LAST_SEQ)
-
-
-def _title(name: str, value: object) -> str | None:
-    return None if value is None else check_text(name, value, least=0, most=MAX_TITLE)
+_number: Final = partial(check_int, least=0)
 
 
 def _payload(name: str, value: object) -> str | None:
@@ -175,14 +166,14 @@ def _time(name: str, value: object) -> datetime:
 
 _CONVERSATION: dict[str, Callable[[str, Any], Any]] = {
     "key": check_key,
-    "title": _title,
+    "title": check_title,
     "metadata": check_conversation_metadata,
-    "last_seq": _last_seq,
+    "last_seq": partial(check_int, least=0, most=MAX_LAST_SEQ),
     "created_at": _time,
     "updated_at": _time,
 }
 _MESSAGE: dict[str, Callable[[str, Any], Any]] = {
-    "seq": _number,
+    "seq": check_seq,
     "role": check_role,
     "content": check_content,
     "payload": _payload,

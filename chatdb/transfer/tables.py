@@ -13,29 +13,14 @@ import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from uuid import UUID
 
 from chatdb._core.sqlstate import Kind, classify
-from chatdb._core.validate import MAX_CONTENT, MAX_PAYLOAD, check_metadata, check_payload, utf8_length
+from chatdb._core.validate import MAX_CONTENT, MAX_PAYLOAD, check_payload, utf8_length
 from chatdb.errors import ChatDBError, CommandTimeoutError, ConfigurationError, InvalidInputError, UnavailableError
-from chatdb.formats import langchain, openai
-from chatdb.formats.items import (
-    REPLACED,
-    Changed,
-    Item,
-    Said,
-    Skipped,
-    SourceConversation,
-    SourceMessage,
-    UnfitError,
-    as_object,
-    name_of,
-    short,
-    storable,
-)
+from chatdb.formats import items, langchain, openai
 from chatdb.records import JsonText
 
 if TYPE_CHECKING:
@@ -152,7 +137,7 @@ class _Tables(NamedTuple):
 
     rows: sql.Composed
     texts: sql.Composed
-    convert: Callable[[dict[str, Any]], Said]
+    convert: Callable[[dict[str, Any]], items.Said]
 
 
 def read(
@@ -161,7 +146,7 @@ def read(
     *,
     table: str | None = None,
     sessions: Sequence[str] = (),
-) -> Generator[Item, None, None]:
+) -> Generator[items.Item, None, None]:
     """
     Yield each session as a conversation, and its messages in the framework's order, with its own item as the payload.
 
@@ -206,7 +191,7 @@ def _mark_unreadable_times(source: psycopg.Connection) -> None:
     source.adapters.register_loader("timestamp", Loader)
 
 
-def _read(source: psycopg.Connection, chosen: str, table: str | None, sessions: Sequence[str]) -> Iterator[Item]:
+def _read(source: psycopg.Connection, chosen: str, table: str | None, sessions: Sequence[str]) -> Iterator[items.Item]:
     names = _OPENAI_TABLES if table is None else (table,)
     oids = [source.execute(_OID, [_quoted(name)]).fetchone() for name in names]
     source.execute(_PIN)
@@ -222,7 +207,7 @@ def _read(source: psycopg.Connection, chosen: str, table: str | None, sessions: 
         wanted.discard(session)
         yield from _conversation(messages, tables.convert)
     if wanted:
-        yield Skipped("there is no session of this id", conversations=len(wanted))
+        yield items.Skipped("there is no session of this id", conversations=len(wanted))
 
 
 def _quoted(name: str) -> str:
@@ -302,57 +287,53 @@ def _with_texts(source: psycopg.Connection, tables: _Tables, rows: list[_Row]) -
 
 
 def _conversation(
-    messages: Iterator[tuple[_Row, str | None]], convert: Callable[[dict[str, Any]], Said]
-) -> Iterator[Item]:
+    messages: Iterator[tuple[_Row, str | None]], convert: Callable[[dict[str, Any]], items.Said]
+) -> Iterator[items.Item]:
     begun = False
     for seq, (row, text) in enumerate(messages, 1):
-        key = name_of(row.session)
+        key = items.name_of(row.session)
         if row.messages == 0 or not key:
-            yield Skipped("its session has no id" if row.messages else "no messages", 1, row.messages)
+            yield items.Skipped("its session has no id" if row.messages else "no messages", 1, row.messages)
             return
         try:
             message, is_replaced = _message(seq, row, text, convert)
-        except UnfitError as error:
-            yield Skipped(str(error), messages=1, seq=seq if begun else 0)
+        except items.UnfitError as error:
+            yield items.Skipped(str(error), messages=1, seq=seq if begun else 0)
             continue
         if not begun:
-            yield SourceConversation(key, None, None, row.messages, _utc(row.began_at), _utc(row.ended_at))
+            yield items.SourceConversation(key, None, None, row.messages, _utc(row.began_at), _utc(row.ended_at))
             begun = True
         yield message
         if is_replaced:
-            yield Changed(REPLACED, messages=1)
+            yield items.Changed(items.REPLACED, messages=1)
     if not begun:
-        yield Skipped("none of its messages can be taken", conversations=1)
+        yield items.Skipped("none of its messages can be taken", conversations=1)
 
 
 def _message(
-    seq: int, row: _Row, text: str | None, convert: Callable[[dict[str, Any]], Said]
-) -> tuple[SourceMessage, bool]:
+    seq: int, row: _Row, text: str | None, convert: Callable[[dict[str, Any]], items.Said]
+) -> tuple[items.SourceMessage, bool]:
     """Return a message, whose key is the number of its row, and whether characters of its text were replaced."""
     if (row.size or 0) > MAX_PAYLOAD:
-        raise UnfitError("it has over 16 MiB as JSON")
+        raise items.UnfitError("it has over 16 MiB as JSON")
     try:
         payload = check_payload("payload", JsonText(text or ""))
     except InvalidInputError:
         payload = None
     if payload is None:
-        raise UnfitError("it is no JSON, or has NaN, numbers of over 4,300 digits or nesting deeper than 200 levels")
-    item = as_object(json.loads(payload))
+        raise items.UnfitError(
+            "it is no JSON, or has NaN, numbers of over 4,300 digits or nesting deeper than 200 levels"
+        )
+    item = items.as_object(json.loads(payload))
     if item is None:
-        raise UnfitError("it is no JSON object")
+        raise items.UnfitError("it is no JSON object")
     author, said, kind, name = convert(item)
-    content = storable(said)
+    content = items.storable(said)
     if len(content.encode()) > MAX_CONTENT:
-        raise UnfitError("it has a text of over 4 MiB")
-    metadata = _metadata(short(kind), short(name))
-    key = str(row.id)
-    return SourceMessage(seq, author, content, payload, metadata, None, key, _utc(row.written_at)), content != said
-
-
-@lru_cache
-def _metadata(kind: str | None, name: str | None) -> str | None:
-    named = {"type": kind, "name": name}
-    return check_metadata("metadata", {key: value for key, value in named.items() if value} or None)
+        raise items.UnfitError("it has a text of over 4 MiB")
+    metadata = items.metadata_of(type=items.short(kind), name=items.short(name))
+    message = items.SourceMessage(seq, author, content, payload, metadata, None, str(row.id), _utc(row.written_at))
+    return message, content != said
 
 
 def _utc(time: datetime | None) -> datetime | None:

@@ -834,7 +834,7 @@ async def test_odd_strings_are_sent_as_they_are():
     for taken in (
         validate.check_user_id(odd),
         validate.check_key("key", odd),
-        validate.check_title(odd),
+        validate.check_title("title", odd),
         validate.check_role("role", odd),
         validate.check_content("content", odd),
         (await validate.check_messages([{"role": odd, "content": odd, "key": odd}]))[0][-1],
