@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-# what a terminal would obey: a name must not move the cursor, set the title or turn the direction of writing
 _BLANKS = {ord("\n"): " ", ord("\t"): " "}
+# what a terminal would obey: a name must not move the cursor, set the title or turn the direction of writing
 _RANGES = ((0x00, 0x20), (0x7F, 0xA0), (0x061C, 0x061D), (0x200E, 0x2010), (0x2028, 0x202F), (0x2066, 0x206A))
 _CONTROLS = {code for first, end in _RANGES for code in range(first, end)} - {*_BLANKS}
 _REPLACED = dict.fromkeys(_CONTROLS, "\N{REPLACEMENT CHARACTER}")

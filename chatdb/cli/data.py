@@ -80,7 +80,7 @@ def demo(
 
     async def work() -> bool:
         async with _database(chosen) as pool:
-            return await run_demo(pool, file, out, import_file)
+            return await run_demo(pool, file, import_file)
 
     is_met = run(work())
     where = "--embedded" if chosen.dsn is None else "--database DSN"

@@ -79,7 +79,11 @@ def adopt(
             _adopt(connection, runner, report, progress)
             _verify(runner, report)
         if delete_gone is not None and any(report.gone) and not dry_run:
-            _delete_gone(runner, report, delete_gone)
+            runner.run(steps.FIND_DELETED_UPSTREAM)
+            report.gone = runner.counts("deleted_upstream")
+            if delete_gone(report.gone):
+                runner.run_atomically(steps.DELETE)
+                report.deleted = runner.counts("deleted")
     report.seconds = time.monotonic() - start
     return report
 
@@ -182,11 +186,3 @@ def _verify(runner: Runner, report: AdoptReport) -> None:
     report.gone = runner.counts("deleted_upstream")
     report.deleted_in_chatdb = runner.counts("deleted_in_chatdb")
     report.changed_users = numbers["changed_users"]
-
-
-def _delete_gone(runner: Runner, report: AdoptReport, agrees: Callable[[Counts], bool]) -> None:
-    runner.run(steps.FIND_DELETED_UPSTREAM)
-    report.gone = runner.counts("deleted_upstream")
-    if agrees(report.gone):
-        runner.run_atomically(steps.DELETE)
-        report.deleted = runner.counts("deleted")
