@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import asyncpg
 
@@ -23,27 +23,21 @@ from chatdb._core.sqlstate import Kind, classify
 from chatdb.errors import ChatDBError, ConfigurationError, UnavailableError
 
 try:
-    import psycopg
+    import psycopg as psycopg  # for the other modules, too, as here it is said what to install
     from psycopg.conninfo import conninfo_to_dict, make_conninfo
+    from psycopg.rows import dict_row as dict_row
 except ImportError:
     raise ConfigurationError("the drivers for migrations are not installed: pip install 'chatdb[migrate]'") from None
 
 if TYPE_CHECKING:
     from psycopg.abc import RV, PQGen
-    from psycopg.rows import TupleRow
-
-    _Base = psycopg.Connection[TupleRow]
-else:
-    _Base = psycopg.Connection
 
 errors = psycopg.errors
-"""The driver's, for modules that import this one first, because it says what to install."""
-
 APPLICATION = "chatdb operator"
+WAIT = 60.0
+"""Maximum wait, in seconds, for another operator command and for table locks."""
 _LOCK = 0x636861746462  # "chatdb"
 _NO_ROUTE = "set CHATDB_MIGRATE_URL to the direct connection (on Neon the host without -pooler)"
-_LOOKS = ("set local lock_timeout = '10s'", "set local statement_timeout = '5min'")
-"""The bounds of what only looks: some of it counts the rows of large tables."""
 
 _CONNECT_SECONDS = 10
 _SILENT_SECONDS = 5.0
@@ -62,7 +56,7 @@ _ACTIVITY = "select state from pg_catalog.pg_stat_activity where pid operator(pg
 _KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 30_000}
 
 
-class _Connection(_Base):
+class _Connection(psycopg.Connection):
     """
     A connection whose statements may take as long as they need, but only while the server is at work on them.
 
@@ -201,22 +195,18 @@ def pinned_transaction(dsn: str) -> Generator[psycopg.Connection]:
     For what only looks, also through a pooler, which would give a session with other settings to the next client.
     """
     with connected(dsn) as connection, connection.transaction():
-        _prepare(connection, "local")
-        for limit in _LOOKS:
-            connection.execute(limit.encode())
+        prepare_session(connection, "local")
+        connection.execute("set local lock_timeout = '10s'")
+        connection.execute("set local statement_timeout = '5min'")  # some of it counts the rows of large tables
         yield connection
 
 
-def prepare_session(connection: psycopg.Connection) -> None:
-    """Have a session, which no pooler gives to others, be as the operators' commands need it until its end."""
-    _prepare(connection, "session")
-
-
-def _prepare(connection: psycopg.Connection, scope: str) -> None:
+def prepare_session(connection: psycopg.Connection, scope: Literal["session", "local"] = "session") -> None:
     """
     Have functions, operators and types found in pg_catalog only, and no time limit end the session or its lock.
 
-    Otherwise an operator in `public` that fits the types better is taken, and anyone may have put one there.
+    For a session, which no pooler gives to others, until its end; or for the transaction that is open. Otherwise an
+    operator in `public` that fits the types better is taken, and anyone may have put one there.
     """
     connection.execute(f"set {scope} search_path to pg_catalog, pg_temp".encode())
     connection.execute(
@@ -262,15 +252,14 @@ def is_pooled(dsn: str, connection: psycopg.Connection) -> bool:
     A pooler announces a process number of its own. If so, a second connection opens a transaction, and gets the server
     process that the idle first one believes to have.
     """
-    if fetch_value(connection, "select pg_catalog.pg_backend_pid()") == connection.info.backend_pid:
+    process = "select pg_catalog.pg_backend_pid()"
+    if fetch_value(connection, process) == connection.info.backend_pid:
         return False
     for _ in range(3):  # others may be quicker to take the process
         with connected(dsn) as second:
-            before = fetch_value(connection, "select pg_catalog.pg_backend_pid()")
+            before = fetch_value(connection, process)
             with second.transaction():
-                if fetch_value(second, "select pg_catalog.pg_backend_pid()") == before:
-                    return True
-                if fetch_value(connection, "select pg_catalog.pg_backend_pid()") != before:
+                if fetch_value(second, process) == before or fetch_value(connection, process) != before:
                     return True
     return False
 
@@ -288,24 +277,10 @@ def retry_on_lock_timeout(work: Callable[[], object], deadline: float) -> None:
             return
 
 
-@contextmanager
-def original_search_path(connection: psycopg.Connection) -> Generator[None]:
-    """Have a session find tables as its role does by default, until the end of the block, which changes nothing."""
-    with connection.transaction(force_rollback=True):
-        connection.execute("set local search_path to default")
-        yield
-
-
-def fetch_value(connection: psycopg.Connection, statement: str, *arguments: object) -> object:
+def fetch_value(connection: psycopg.Connection, statement: str, *arguments: object) -> Any:  # noqa: ANN401 - any type
     """Return the first value of a statement's first row, None without a row."""
     row = connection.execute(statement.encode(), arguments or None).fetchone()
     return row[0] if row else None
-
-
-def may_create_schemas(connection: psycopg.Connection) -> bool:
-    """Whether the role may create schemas in this database, as its owner may."""
-    statement = "select pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create')"
-    return fetch_value(connection, statement) is True
 
 
 def map_psycopg_error(error: psycopg.Error, server: str = "the database server") -> ChatDBError:

@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final, NamedTuple, cast
@@ -21,27 +20,25 @@ from typing import Final, NamedTuple, cast
 from chatdb._core.query import data_folder
 from chatdb._core.validate import type_name
 from chatdb.admin.connection import (
+    WAIT,
     advisory_lock,
     connected,
     fetch_value,
-    may_create_schemas,
     pinned_transaction,
     prepare_session,
+    psycopg,
     retry_on_lock_timeout,
 )
-from chatdb.admin.ownership import foreign_objects
+from chatdb.admin.ownership import foreign_objects, may_create_schemas
 from chatdb.admin.yoyo import applied_by_yoyo, remove_first_release, remove_yoyo_record, yoyo_lock
 from chatdb.errors import ConfigurationError, InvalidInputError, SchemaError
 
 try:
-    import psycopg
     import sqlparse  # which yoyo splits the files by, too
 except ImportError:
     raise ConfigurationError("yoyo is not installed: pip install 'chatdb[migrate]'") from None
 
 SUMS = "SHA256SUMS"
-WAIT = 60.0
-"""Maximum wait, in seconds, for another operator command and for table locks."""
 
 Report = Callable[[str, float], None]
 """Called with a migration's name and its seconds when it is done."""
@@ -79,21 +76,15 @@ def migration_files(folder: Path | None = None) -> list[MigrationFile]:
     for name in sorted(released.keys() | texts.keys()):
         if name not in texts:
             raise ConfigurationError(f"the migration {name} is missing from {folder}: install chatdb again")
-        if released.get(name) != _checksum(texts[name]):
+        if released.get(name) != hashlib.sha256(texts[name].encode()).hexdigest():
             raise ConfigurationError(
                 f"the migration {name} is not as it was released: its checksum differs from that in {SUMS}. Restore "
                 "the file, and put the change into a new migration"
             )
     return [
-        MigrationFile(
-            name.removesuffix(".sql"),
-            folder / name,
-            sql,
-            texts[f"{name.removesuffix('.sql')}.rollback.sql"],
-            released[name],
-        )
+        MigrationFile(stem, folder / name, sql, texts[f"{stem}.rollback.sql"], released[name])
         for name, sql in texts.items()
-        if not name.endswith(".rollback.sql")
+        if not (stem := name.removesuffix(".sql")).endswith(".rollback")
     ]
 
 
@@ -129,10 +120,7 @@ def apply_migrations(
         with _worker(dsn, connection, missing, deadline) as worker:
             retry_on_lock_timeout(lambda: _prepare_bookkeeping(worker, files), deadline)
             for file in missing:
-                start = time.monotonic()
-                _run(worker, file.sql, partial(_record, worker, file), deadline)
-                if report is not None:
-                    report(file.name, time.monotonic() - start)
+                _run(worker, file, file.sql, _record, deadline, report)
     return [file.name for file in missing]
 
 
@@ -167,10 +155,7 @@ def rollback_migrations(
         _refuse_foreign_objects(connection)
         with _worker(dsn, connection, last, deadline) as worker:
             for file in last:
-                start = time.monotonic()
-                _run(worker, file.rollback, partial(_remove_record, worker, file), deadline)
-                if report is not None:
-                    report(file.name, time.monotonic() - start)
+                _run(worker, file, file.rollback, _remove_record, deadline, report)
     return [file.name for file in last]
 
 
@@ -221,10 +206,6 @@ def _warn_of_encoding(connection: psycopg.Connection) -> None:
             "encoding 'UTF8' template template0",
             encoding,
         )
-
-
-def _checksum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _refuse_foreign_objects(connection: psycopg.Connection) -> None:
@@ -375,21 +356,31 @@ def _remove_record(connection: psycopg.Connection, file: MigrationFile) -> None:
     remove_yoyo_record(connection, file.name)
 
 
-def _run(worker: psycopg.Connection, sql: str, record: Callable[[], None], deadline: float) -> None:
+def _run(
+    worker: psycopg.Connection,
+    file: MigrationFile,
+    sql: str,
+    record: Callable[[psycopg.Connection, MigrationFile], None],
+    deadline: float,
+    report: Report | None,
+) -> None:
     """Run a migration's statements and record it, in one transaction unless its first line says otherwise."""
 
     def work() -> None:
         with worker.transaction() if _is_transactional(sql) else nullcontext():
             for statement in sqlparse.split(sql):
                 worker.execute(statement.encode())
-            record()
+            record(worker, file)
 
+    start = time.monotonic()
     try:
         retry_on_lock_timeout(work, deadline)
     finally:
         if not _is_transactional(sql):
             with suppress(psycopg.Error):
                 worker.execute("reset lock_timeout")
+    if report is not None:
+        report(file.name, time.monotonic() - start)
 
 
 def _is_transactional(sql: str) -> bool:
@@ -446,4 +437,5 @@ def _drops(file: MigrationFile) -> set[str]:
 def _count(connection: psycopg.Connection, table: str) -> int | None:
     if fetch_value(connection, "select pg_catalog.row_security_active(%s)", f"chatdb.{table}"):
         return None
-    return int(str(fetch_value(connection, f"select pg_catalog.count(*) from chatdb.{table}")))  # noqa: S608 - a name in a released file
+    count: int = fetch_value(connection, f"select pg_catalog.count(*) from chatdb.{table}")  # noqa: S608 - a released file's
+    return count

@@ -6,12 +6,10 @@ Who owns a table or a trigger's function decides what happens when somebody else
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from chatdb.admin.connection import fetch_value, psycopg
 from chatdb.schema import NEEDED
-
-if TYPE_CHECKING:
-    import psycopg
 
 
 class ForeignObject(NamedTuple):
@@ -22,16 +20,6 @@ class ForeignObject(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.what} belongs to the role {self.owner}"
-
-
-class Addition(NamedTuple):
-    """A trigger, rule, policy or child table that a host added to chatdb's tables, or an event trigger."""
-
-    what: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.what} {self.detail}"
 
 
 # pg_has_role answers true to every superuser, so it is asked for other roles only
@@ -155,11 +143,21 @@ def foreign_objects(connection: psycopg.Connection) -> list[ForeignObject]:
     return [ForeignObject(*row) for row in connection.execute(_FOREIGN).fetchall()]
 
 
-def additions(connection: psycopg.Connection) -> list[Addition]:
-    """Return the triggers, rules and child tables of chatdb's tables, the policies not its own, and event triggers."""
-    return [Addition(*row) for row in connection.execute(_ADDED, {"tables": [*NEEDED]}).fetchall()]
+def additions(connection: psycopg.Connection) -> list[tuple[str, str]]:
+    """
+    Return what a host has added to chatdb's tables, or to the database, and what that does.
+
+    It is triggers, rules and child tables of chatdb's tables, policies that are not its own, and event triggers.
+    """
+    return [(what, detail) for what, detail in connection.execute(_ADDED, {"tables": [*NEEDED]})]
 
 
 def public_is_writable(connection: psycopg.Connection) -> bool:
     """Whether every role may create objects in the schema `public`, which is in the search_path of most sessions."""
     return connection.execute(_WRITABLE).fetchone() is not None
+
+
+def may_create_schemas(connection: psycopg.Connection) -> bool:
+    """Whether the role may create schemas in this database, as its owner may."""
+    statement = "select pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create')"
+    return fetch_value(connection, statement) is True

@@ -9,19 +9,14 @@ named the policies raise an error: no rows at all would look like an empty accou
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from chatdb._core.driver_errors import RLS_USER_ID
-from chatdb.admin.connection import advisory_lock, fetch_value, pinned_transaction, retry_on_lock_timeout
+from chatdb.admin.connection import WAIT, advisory_lock, fetch_value, pinned_transaction, psycopg, retry_on_lock_timeout
 from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.schema import without_quotes
 
-if TYPE_CHECKING:
-    import psycopg
-
 TABLES = ("conversations", "messages")
-WAIT = 60.0
-"""Maximum wait, in seconds, for another operator command and for table locks."""
 
 _FUNCTION = f"chatdb.{RLS_USER_ID}()"
 _BODY = f"""

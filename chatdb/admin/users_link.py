@@ -9,26 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import cycle
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from chatdb._core.driver_errors import LINK
 from chatdb._core.validate import utf8_length
-from chatdb.admin.connection import (
-    advisory_lock,
-    errors,
-    fetch_value,
-    original_search_path,
-    pinned_transaction,
-    retry_on_lock_timeout,
-)
+from chatdb.admin.connection import WAIT, advisory_lock, fetch_value, pinned_transaction, psycopg, retry_on_lock_timeout
 from chatdb.errors import InvalidInputError, SchemaError
-
-if TYPE_CHECKING:
-    import psycopg
-
-WAIT = 60.0
-"""Maximum wait, in seconds, for another operator command and for table locks."""
 
 SHOWN = 20
 _TEXTS = ("text", "varchar", "bpchar", "name")
@@ -66,10 +54,6 @@ class _Target(NamedTuple):
     table: str
     column: str
 
-    @property
-    def reference(self) -> str:
-        return f"{self.table}({self.column})"
-
 
 def link_users(dsn: str, *, table: str, column: str = "id", wait: float = WAIT, dry_run: bool = False) -> Link:
     """
@@ -81,28 +65,22 @@ def link_users(dsn: str, *, table: str, column: str = "id", wait: float = WAIT, 
     Raises UsersMissingError, InvalidInputError where the column cannot be referenced or another is, SchemaError without
     chatdb's tables, and ConfigurationError and UnavailableError as `apply_migrations` does; all can be run again.
     """
-    if dry_run:
-        with pinned_transaction(dsn) as connection:
-            target = _target(connection, table, column)
-            steps = _steps(connection, target)
-            if "add" in steps:
-                _refuse_missing(connection, target)
-            return Link(target.table, target.column, steps)
     deadline = time.monotonic() + wait
-    with advisory_lock(dsn, wait=wait) as connection:
+    with pinned_transaction(dsn) if dry_run else advisory_lock(dsn, wait=wait) as connection:
         target = _target(connection, table, column)
         steps = _steps(connection, target)
         if "add" in steps:
             _refuse_missing(connection, target)
-            _add(connection, target, deadline)
-        if "validate" in steps:
+            if not dry_run:
+                _add(connection, target, deadline)
+        if "validate" in steps and not dry_run:
             try:
                 retry_on_lock_timeout(lambda: _validate(connection), deadline)
-            except errors.ForeignKeyViolation:
+            except psycopg.errors.ForeignKeyViolation:
                 _drop(connection, target.oid, deadline)
                 _refuse_missing(connection, target)
                 raise
-    return Link(target.table, target.column, steps)
+        return Link(target.table, target.column, steps)
 
 
 def unlink_users(dsn: str, *, wait: float = WAIT, dry_run: bool = False) -> bool:
@@ -167,18 +145,16 @@ def _table(connection: psycopg.Connection, table: str) -> int:
     """Return the table of a name as in SQL, or else the one that is spelled so, capital letters and all."""
     utf8_length("table", table)
     schema, _, rest = table.partition(".")
-    spelled = [_quoted(table), f"{_quoted(schema)}.{_quoted(rest)}"]
+    statement = "select pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid"
+    for name in (table, _quoted(table), f"{_quoted(schema)}.{_quoted(rest)}"):
+        # what is no name in SQL is an error; the server's later releases answer null
+        with suppress(psycopg.errors.SyntaxError, psycopg.errors.InvalidName, psycopg.errors.FeatureNotSupported):
+            with connection.transaction(force_rollback=True):  # tables are found as the role does by default
+                connection.execute("set local search_path to default")
+                oid: int | None = fetch_value(connection, statement, name)
+            if oid is not None:
+                return oid
     problem = f'the database has no table {table!r}: write it as in SQL, like public.users or public."Users"'
-    for name in (table, *spelled):
-        try:
-            with original_search_path(connection):
-                oid = fetch_value(
-                    connection, "select pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid", name
-                )
-        except (errors.SyntaxError, errors.InvalidName, errors.FeatureNotSupported):
-            continue  # it is no name in SQL; the server's later releases answer null
-        if oid is not None:
-            return int(str(oid))
     raise InvalidInputError("table", problem)
 
 
@@ -187,15 +163,15 @@ def _column(connection: psycopg.Connection, table: int, column: str) -> str:
     utf8_length("column", column)
     try:
         with connection.transaction():
-            folded = fetch_value(connection, "select pg_catalog.parse_ident(%s::text)", column)
-    except errors.InvalidParameterValue:  # it is no name in SQL, such as one with a space
+            folded: list[str] = fetch_value(connection, "select pg_catalog.parse_ident(%s::text)", column)
+    except psycopg.errors.InvalidParameterValue:  # it is no name in SQL, such as one with a space
         return column
     statement = (
         "select attname::text from pg_catalog.pg_attribute "
         "where attrelid = %s::oid and attnum > 0 and not attisdropped and attname = any(%s::name[])"
     )
     there = {name for (name,) in connection.execute(statement.encode(), [table, folded]).fetchall()}
-    return str(folded[0]) if isinstance(folded, list) and folded[0] in there and len(folded) == 1 else column  # pyright: ignore[reportUnknownArgumentType]
+    return folded[0] if folded[0] in there and len(folded) == 1 else column
 
 
 def _quoted(name: str) -> str:
@@ -239,7 +215,7 @@ def _refuse_missing(connection: psycopg.Connection, target: _Target) -> None:
             """.encode()  # noqa: S608 - names that the server has quoted
         ).fetchall()
     if rows:
-        raise UsersMissingError(target.reference, [user for user, _ in rows], rows[0][1])
+        raise UsersMissingError(f"{target.table}({target.column})", [user for user, _ in rows], rows[0][1])
 
 
 def _add(connection: psycopg.Connection, target: _Target, deadline: float) -> None:
@@ -270,9 +246,8 @@ def _alter(connection: psycopg.Connection, users: int, mode: str, statement: str
     have, there is one that lets them end.
     """
     name = fetch_value(connection, "select %s::oid::regclass::text", users)
-    may_lock = fetch_value(
-        connection, "select pg_catalog.has_table_privilege(%s::oid, 'update, delete, truncate')", users
-    )
+    privileges = "select pg_catalog.has_table_privilege(%s::oid, 'update, delete, truncate')"
+    may_lock = fetch_value(connection, privileges, users)
     firsts = cycle([name, "chatdb.conversations"] if may_lock else ["chatdb.conversations"])
 
     def work() -> None:

@@ -9,13 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, NamedTuple
 
-from chatdb.admin.connection import APPLICATION, errors, fetch_value
+from chatdb.admin.connection import APPLICATION, errors, fetch_value, psycopg
 from chatdb.errors import UnavailableError
-
-if TYPE_CHECKING:
-    import psycopg
 
 _FIRST_RELEASE = {
     "0001.create-schema": "ca8762c20fe438de5a9206b91001b125a171d40ea0933dd9f134f163ecfe9ed2",
@@ -25,21 +21,13 @@ _FIRST_RELEASE = {
 """The names and checksums of the first release's migrations, each of which has to be run again."""
 
 
-class _YoyoSchema(NamedTuple):
-    """A schema with the tables in which yoyo, and the first release of chatdb, record what was applied."""
+def _find_yoyo_schemas(connection: psycopg.Connection) -> dict[str, list[str]]:
+    """
+    Return the schemas in which yoyo, and the first release of chatdb, have tables that record what was applied.
 
-    name: str
-    tables: list[str]
-
-    @property
-    def has_checksums(self) -> bool:
-        return {"_yoyo_migration", "_chatdb_migration"} <= {*self.tables}
-
-
-def _find_yoyo_schemas(connection: psycopg.Connection) -> list[_YoyoSchema]:
-    """Return the schemas in which yoyo has tables, without those tables that are another role's or run code."""
-    rows = connection.execute(
-        """
+    Of these tables without those that are another role's or run code.
+    """
+    statement = """
         select pg_catalog.quote_ident(n.nspname::text), pg_catalog.array_agg(c.relname::text)
         from pg_catalog.pg_class as c
         inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
@@ -64,18 +52,17 @@ def _find_yoyo_schemas(connection: psycopg.Connection) -> list[_YoyoSchema]:
         group by n.nspname
         order by n.nspname <> 'public', n.nspname
         """
-    ).fetchall()
-    return [_YoyoSchema(name, tables) for name, tables in rows]
+    return dict(connection.execute(statement).fetchall())
 
 
 def applied_by_yoyo(connection: psycopg.Connection, names: list[str]) -> set[str]:
     """Return which of the migrations `yoyo apply` has recorded."""
     return {
         name
-        for schema in _find_yoyo_schemas(connection)
-        if "_yoyo_migration" in schema.tables
+        for schema, tables in _find_yoyo_schemas(connection).items()
+        if "_yoyo_migration" in tables
         for (name,) in connection.execute(
-            f"select migration_id from {schema.name}._yoyo_migration where migration_id = any(%s)".encode(),  # noqa: S608
+            f"select migration_id from {schema}._yoyo_migration where migration_id = any(%s)".encode(),  # noqa: S608
             [names],
         )
     }
@@ -83,10 +70,9 @@ def applied_by_yoyo(connection: psycopg.Connection, names: list[str]) -> set[str
 
 def remove_yoyo_record(connection: psycopg.Connection, name: str) -> None:
     """Remove a migration from what `yoyo apply` has recorded."""
-    for schema in _find_yoyo_schemas(connection):
-        if "_yoyo_migration" in schema.tables:
-            rows = f"{schema.name}._yoyo_migration"
-            connection.execute(f"delete from {rows} where migration_id = %s".encode(), [name])  # noqa: S608
+    for schema, tables in _find_yoyo_schemas(connection).items():
+        if "_yoyo_migration" in tables:
+            connection.execute(f"delete from {schema}._yoyo_migration where migration_id = %s".encode(), [name])  # noqa: S608
 
 
 def remove_first_release(connection: psycopg.Connection, objects: set[str], *, by_yoyo: bool) -> None:
@@ -96,33 +82,23 @@ def remove_first_release(connection: psycopg.Connection, objects: set[str], *, b
     They are chatdb's if what they create is among `objects` and its checksums are beside them; without checksums, if
     all three were created. The first release wrote its checksum also beside a host's migration that had hidden its own.
     """
-    created = {name for name in _FIRST_RELEASE if name.partition(".create-")[2] in objects}
-    for schema in _find_yoyo_schemas(connection):
-        _remove_first_release(connection, schema, created, by_yoyo=by_yoyo)
-
-
-def _remove_first_release(
-    connection: psycopg.Connection, schema: _YoyoSchema, created: set[str], *, by_yoyo: bool
-) -> None:
-    names = [*_FIRST_RELEASE]
-    rows = f"{schema.name}._yoyo_migration"
-    if schema.has_checksums:
-        checksums = f"{schema.name}._chatdb_migration"
-        connection.execute(
-            f"delete from {rows} as y using {checksums} as c where y.migration_id = c.migration_id "  # noqa: S608
-            "and y.applied_at_utc = c.applied_at_utc and c.sha256 = any(%s) and y.migration_id = any(%s)".encode(),
-            [[*_FIRST_RELEASE.values()], [*created]],
-        )
-        connection.execute(
-            f"delete from {checksums} where sha256 = any(%s)".encode(),  # noqa: S608 - a quoted name
-            [[*_FIRST_RELEASE.values()]],
-        )
-        if fetch_value(connection, f"select true from {checksums} limit 1") is None:  # noqa: S608
-            connection.execute(f"drop table {checksums}".encode())
-    elif created == {*names} and not by_yoyo and "_yoyo_migration" in schema.tables:
-        mine = "migration_id = any(%s)"
-        if fetch_value(connection, f"select pg_catalog.count(*) from {rows} where {mine}", names) == len(names):  # noqa: S608
-            connection.execute(f"delete from {rows} where {mine}".encode(), [names])  # noqa: S608
+    names, sums = [*_FIRST_RELEASE], [*_FIRST_RELEASE.values()]
+    created = [name for name in names if name.partition(".create-")[2] in objects]
+    for schema, tables in _find_yoyo_schemas(connection).items():
+        rows, checksums = f"{schema}._yoyo_migration", f"{schema}._chatdb_migration"
+        if {"_yoyo_migration", "_chatdb_migration"} <= {*tables}:
+            connection.execute(
+                f"delete from {rows} as y using {checksums} as c where y.migration_id = c.migration_id "  # noqa: S608
+                "and y.applied_at_utc = c.applied_at_utc and c.sha256 = any(%s) and y.migration_id = any(%s)".encode(),
+                [sums, created],
+            )
+            connection.execute(f"delete from {checksums} where sha256 = any(%s)".encode(), [sums])  # noqa: S608
+            if fetch_value(connection, f"select true from {checksums} limit 1") is None:  # noqa: S608
+                connection.execute(f"drop table {checksums}".encode())
+        elif created == names and not by_yoyo and "_yoyo_migration" in tables:
+            mine = f"from {rows} where migration_id = any(%s)"
+            if fetch_value(connection, f"select pg_catalog.count(*) {mine}", names) == len(names):
+                connection.execute(f"delete {mine}".encode(), [names])
 
 
 @contextmanager
@@ -134,15 +110,16 @@ def yoyo_lock(connection: psycopg.Connection, *, in_transaction: bool, deadline:
     INSERT. But CREATE INDEX CONCURRENTLY would wait for that INSERT: for it the row is committed. Its negative number
     tells the next process that the row was chatdb's, in case this one is killed.
     """
-    schema = next((schema for schema in _find_yoyo_schemas(connection) if "yoyo_lock" in schema.tables), None)
+    schemas = _find_yoyo_schemas(connection).items()
+    schema = next((schema for schema, tables in schemas if "yoyo_lock" in tables), None)
     if schema is None:
         yield
         return
     while True:
-        connection.execute(_DELETE_STALE_LOCK.format(schema=schema.name).encode(), {"application": APPLICATION})
+        connection.execute(_DELETE_STALE_LOCK.format(schema=schema).encode(), {"application": APPLICATION})
         connection.execute("begin")
         connection.execute("set local idle_in_transaction_session_timeout = 0")
-        if fetch_value(connection, _INSERT_LOCK.format(schema=schema.name)) is not None:
+        if fetch_value(connection, _INSERT_LOCK.format(schema=schema)) is not None:
             break
         connection.execute("rollback")
         if time.monotonic() > deadline:
@@ -161,7 +138,7 @@ def yoyo_lock(connection: psycopg.Connection, *, in_transaction: bool, deadline:
             connection.execute(
                 b"rollback"
                 if in_transaction
-                else f"delete from {schema.name}.yoyo_lock where pid = -pg_catalog.pg_backend_pid()".encode()  # noqa: S608
+                else f"delete from {schema}.yoyo_lock where pid = -pg_catalog.pg_backend_pid()".encode()  # noqa: S608
             )
 
 

@@ -21,6 +21,7 @@ from chatdb.cli.console import (
     in_a_line,
     out,
     print_json,
+    print_result,
     printable,
     progress,
 )
@@ -56,18 +57,13 @@ def migrate(
     with operators_database() as (dsn, _):
         if dry_run:
             missing = missing_migrations(dsn, to=to)
-            if as_json:
-                print_json({"would_apply": [file.name for file in missing]})
+            names = [file.name for file in missing]
             for file in missing if not as_json else ():
                 print(f"-- {file.path.name}\n\n{file.sql}")
-            if not missing and not as_json:
-                out.print("nothing to apply")
-            return
-        applied = apply_migrations(dsn, to=to, wait=wait, report=None if as_json else _say("applied"))
-    if as_json:
-        print_json({"applied": applied})
-    elif not applied:
-        out.print("nothing to apply")
+        else:
+            names = apply_migrations(dsn, to=to, wait=wait, report=None if as_json else _say("applied"))
+    done = {"would_apply" if dry_run else "applied": names}
+    print_result(done, "" if names else "nothing to apply", as_json=as_json)
 
 
 def rollback(
@@ -85,23 +81,18 @@ def rollback(
 
     with operators_database() as (dsn, database):
         last = last_migrations(dsn, to=to)
+        names = [file.name for file, _ in last]
         if not as_json or not yes:
             for file, tables in last:
                 counted = ", ".join(f"{_rows(count)} of {table}" for table, count in tables.items())
                 err.print(f"{file.name}: {file.warning}" + (f" Deletes {counted}." if counted else ""), style="yellow")
-        taken_back: list[str] = []
         if last and not dry_run:
             confirm(f"Take back {len(last)} migrations of {database}, with all data that they hold?", yes=yes)
-            names = [file.name for file, _ in last]
-            taken_back = rollback_migrations(
-                dsn, to=to, expected=names, wait=wait, report=None if as_json else _say("took back")
-            )
-    if as_json:
-        rows = {table: count for _, tables in last for table, count in tables.items()}
-        names = [file.name for file, _ in last] if dry_run else taken_back
-        print_json({"would_take_back" if dry_run else "taken_back": names, "rows": rows})
-    elif not last:
-        out.print("nothing to take back")
+            report = None if as_json else _say("took back")
+            names = rollback_migrations(dsn, to=to, expected=names, wait=wait, report=report)
+    rows = {table: count for _, tables in last for table, count in tables.items()}
+    done = {"would_take_back" if dry_run else "taken_back": names, "rows": rows}
+    print_result(done, "" if last else "nothing to take back", as_json=as_json)
 
 
 _COLORS = {"ok": "green", "note": "cyan", "missing": "red", "different": "red"}
@@ -188,7 +179,7 @@ def adopt(
             wait=wait,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    print_json(report.as_dict()) if as_json else out.print(report.described())
+    print_result(report.as_dict(), report.described(), as_json=as_json)
 
 
 def link_users(
@@ -212,12 +203,9 @@ def link_users(
     if unlink:
         with operators_database() as (dsn, _):
             was_linked = unlink_users(dsn, wait=wait, dry_run=dry_run)
-        if as_json:
-            print_json({"would_unlink" if dry_run else "unlinked": was_linked})
-        elif was_linked:
-            out.print("would unlink conversations from users" if dry_run else "unlinked conversations from users")
-        else:
-            out.print("nothing to unlink")
+        done = "would unlink" if dry_run else "unlinked"
+        text = f"{done} conversations from users" if was_linked else "nothing to unlink"
+        print_result({done.replace(" ", "_"): was_linked}, text, as_json=as_json)
         return
     if table is None:
         raise typer.BadParameter("name the host's table of users, or --unlink", param_hint="--table")
@@ -229,13 +217,12 @@ def link_users(
             raise
         print_json({"missing": error.users, "total": error.total})
         raise typer.Exit(1) from None
-    if as_json:
-        print_json({"table": link.table, "column": link.column, "would_do" if dry_run else "done": link.steps})
-    elif not link.steps:
-        out.print(f"conversations are linked to {link.table}({link.column}) already")
-    else:
+    text = f"conversations are linked to {link.table}({link.column}) already"
+    if link.steps:
         said = "would link" if dry_run else "linked"
-        out.print(f"{said} conversations to {link.table}({link.column}): {', '.join(link.steps)} the foreign key")
+        text = f"{said} conversations to {link.table}({link.column}): {', '.join(link.steps)} the foreign key"
+    result = {"table": link.table, "column": link.column, "would_do" if dry_run else "done": link.steps}
+    print_result(result, text, as_json=as_json)
 
 
 def protect(
@@ -255,15 +242,10 @@ def protect(
 
     with operators_database() as (dsn, _):
         statements = missing_protection(dsn, off=off) if dry_run else protect_tables(dsn, off=off, wait=wait)
-    if as_json:
-        print_json({"would_run" if dry_run else "ran": statements})
-        return
-    for statement in statements:
-        out.print(f"{statement};")
-    if not statements:
-        out.print("nothing to do")
-    elif not dry_run:
-        out.print(f"row-level security is {'off' if off else 'on'}")
+    lines = [f"{statement};" for statement in statements] or ["nothing to do"]
+    if statements and not dry_run:
+        lines.append(f"row-level security is {'off' if off else 'on'}")
+    print_result({"would_run" if dry_run else "ran": statements}, "\n".join(lines), as_json=as_json)
 
 
 def _rows(count: int | None) -> str:

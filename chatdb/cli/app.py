@@ -47,22 +47,12 @@ app = typer.Typer(
     """,
 )
 
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": data.demo,
-    "import": data.import_,
-    "export": data.export,
-    "list": data.list_,
-    "show": data.show,
-    "delete-user": data.delete_user,
-    "migrate": admin.migrate,
-    "rollback": admin.rollback,
-    "check": admin.check,
-    "link-users": admin.link_users,
-    "adopt": admin.adopt,
-    "protect": admin.protect,
-}
-for _name, _command in _COMMANDS.items():
-    app.command(_name)(on_a_database(_command))
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    *(data.demo, data.import_, data.export, data.list_, data.show, data.delete_user),
+    *(admin.migrate, admin.rollback, admin.check, admin.link_users, admin.adopt, admin.protect),
+)
+for _command in _COMMANDS:
+    app.command(_command.__name__.rstrip("_").replace("_", "-"))(on_a_database(_command))
 
 
 def main() -> None:

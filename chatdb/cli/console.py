@@ -11,20 +11,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-if sys.platform != "win32":
-    pass
-
+_BLANKS = {ord("\n"): " ", ord("\t"): " "}
 # what a terminal would obey: a name must not move the cursor, set the title or turn the direction of writing
-_CONTROLS = {
-    *range(0x20),
-    *range(0x7F, 0xA0),
-    0x061C,
-    *range(0x200E, 0x2010),
-    *range(0x2028, 0x202F),
-    *range(0x2066, 0x206A),
-} - {ord("\n"), ord("\t")}
+_RANGES = ((0x00, 0x20), (0x7F, 0xA0), (0x061C, 0x061D), (0x200E, 0x2010), (0x2028, 0x202F), (0x2066, 0x206A))
+_CONTROLS = {code for first, end in _RANGES for code in range(first, end)} - {*_BLANKS}
 _REPLACED = dict.fromkeys(_CONTROLS, "\N{REPLACEMENT CHARACTER}")
-_IN_A_LINE = _REPLACED | {ord("\n"): " ", ord("\t"): " "}
+_IN_A_LINE = _REPLACED | _BLANKS
 _ESCAPED = {code: f"\\u{code:04x}" for code in _CONTROLS}
 
 
@@ -51,6 +43,14 @@ err = _Console(stderr=True, highlight=False, emoji=False, markup=False, soft_wra
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+def print_result(value: object, text: str, *, as_json: bool) -> None:
+    """Print what a command has done, or would do, as JSON, or as text where there is something to say."""
+    if as_json:
+        print_json(value)
+    elif text:
+        out.print(text)
 
 
 def print_json(value: object) -> None:

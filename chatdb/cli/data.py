@@ -9,13 +9,14 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator
 from contextlib import aclosing, asynccontextmanager, closing, contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, Annotated
 
 import typer
+from rich.progress import Progress
 from rich.table import Table
 
 import chatdb
@@ -33,6 +34,7 @@ from chatdb.cli.console import (
     json_lines,
     out,
     print_json,
+    print_result,
     progress,
 )
 from chatdb.cli.database import Target, drop_libpq_variables, say_target, target
@@ -45,12 +47,8 @@ from chatdb.transfer import files, jsonlines, tables
 from chatdb.transfer.exporter import count_user, export_conversations
 from chatdb.transfer.importer import ImportReport, import_conversations
 
-
-def _checked_user(user: str) -> str:
-    return check_user_id(user)  # before a server is started
-
-
-User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversations.", callback=_checked_user)]
+# checked before a server is started
+User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversations.", callback=check_user_id)]
 
 
 class Format(StrEnum):
@@ -82,7 +80,7 @@ def demo(
 
     async def work() -> bool:
         async with _database(chosen) as pool:
-            return await run_demo(pool, file, out, import_file)
+            return await run_demo(pool, file, import_file)
 
     is_met = run(work())
     where = "--embedded" if chosen.dsn is None else "--database DSN"
@@ -134,10 +132,7 @@ def import_(
     start = time.monotonic()
     with _saved_input() if source == "-" else nullcontext(Path(source)) as file:
         report = run(work(file))
-    if as_json:
-        print_json(report.as_dict())
-    else:
-        out.print(report.described(time.monotonic() - start))
+    print_result(report.as_dict(), report.described(time.monotonic() - start), as_json=as_json)
     if report.took_nothing:
         raise typer.Exit(1)
 
@@ -175,13 +170,8 @@ def list_(
         print_json([conversation.model_dump(mode="json") for conversation in conversations])
         return
     rows = [
-        (
-            str(conversation.id),
-            f"{conversation.updated_at:%Y-%m-%d %H:%M:%S}",
-            str(conversation.last_seq),
-            _heading(conversation),
-        )
-        for conversation in conversations
+        (str(each.id), f"{each.updated_at:%Y-%m-%d %H:%M:%S}", str(each.last_seq), _heading(each))
+        for each in conversations
     ]
     heads = ("id", "last activity (UTC)", "last seq", "title or key")
     if not out.is_terminal:
@@ -205,16 +195,15 @@ def show(
     async def work() -> None:
         async with _database(command_timeout=10) as pool, chatdb.transaction(pool, user_id=user) as connection:
             head = await chatdb.get_conversation(connection, user_id=user, conversation_id=conversation)
-            lines = json_lines() if as_json else None
-            if lines is not None:
+            messages = _messages(connection, user, conversation, last)
+            if as_json:
+                lines = json_lines()
                 lines.write(jsonlines.conversation_line(head))
-            else:
-                title = _heading(head)
-                out.print(f"conversation {head.id}: {title}", style="bold")
-            async for message in _messages(connection, user, conversation, last):
-                if lines is not None:
+                async for message in messages:
                     lines.write(jsonlines.message_line(message))
-                else:
+            else:
+                out.print(f"conversation {head.id}: {_heading(head)}", style="bold")
+                async for message in messages:
                     moment = f"{message.created_at:%Y-%m-%d %H:%M:%S}"
                     out.print(f"\n#{message.seq} {message.role} {moment}", style="bold cyan")
                     out.print(message.content)
@@ -224,7 +213,7 @@ def show(
 
 def delete_user(
     user: Annotated[
-        str, typer.Argument(metavar="USER", help="Whose conversations are deleted.", callback=_checked_user)
+        str, typer.Argument(metavar="USER", help="Whose conversations are deleted.", callback=check_user_id)
     ],
     dry_run: DryRun = False,
     yes: Yes = False,
@@ -237,37 +226,32 @@ def delete_user(
         async with _database(chosen) as pool:
             return await count_user(pool, user_id=user)
 
-    async def deleted() -> Deleted:
-        async with _database(chosen, say=False) as pool:
-            return await _deleted(pool, user)
-
     counts = run(counted())
     if not dry_run and any(counts.model_dump().values()):
         confirm(f"Delete {_numbers(counts)} of {in_a_line(user)} from {chosen.name}?", yes=yes)
-        counts = run(deleted())
-    if as_json:
-        print_json({"would_delete" if dry_run else "deleted": counts.model_dump()})
-    else:
-        out.print(f"{'would delete' if dry_run else 'deleted'} {_numbers(counts)}")
+        counts = run(_delete(chosen, user))
+    done = "would delete" if dry_run else "deleted"
+    print_result({done.replace(" ", "_"): counts.model_dump()}, f"{done} {_numbers(counts)}", as_json=as_json)
 
 
-async def _deleted(pool: Pool, user: str) -> Deleted:
+async def _delete(chosen: Target, user: str) -> Deleted:
     """Delete a user's conversations, for as long as it takes while the server answers."""
+    async with _database(chosen, say=False) as pool:
 
-    async def delete() -> Deleted:
-        async with chatdb.transaction(pool, user_id=user) as connection:
-            return await chatdb.delete_user(connection, user_id=user, timeout=86_400)
+        async def delete() -> Deleted:
+            async with chatdb.transaction(pool, user_id=user) as connection:
+                return await chatdb.delete_user(connection, user_id=user, timeout=86_400)
 
-    deletion = asyncio.create_task(delete())
-    try:
-        while not (await asyncio.wait([deletion], timeout=5))[0]:
-            with mapped_driver_errors():
-                async with pool.acquire() as other:
-                    await other.execute("select", timeout=5)
-        return await deletion
-    finally:
-        deletion.cancel()
-        await asyncio.gather(deletion, return_exceptions=True)
+        deletion = asyncio.create_task(delete())
+        try:
+            while not (await asyncio.wait([deletion], timeout=5))[0]:
+                with mapped_driver_errors():
+                    async with pool.acquire() as other:
+                        await other.execute("select", timeout=5)
+            return await deletion
+        finally:
+            deletion.cancel()
+            await asyncio.gather(deletion, return_exceptions=True)
 
 
 def _numbers(counts: Deleted) -> str:
@@ -278,30 +262,29 @@ async def import_file(pool: Pool, user: str, path: Path, format: str = "auto") -
     """Import a file, with a progress bar on a terminal."""
     with progress("importing") as bar, files.opened(path) as parts:
 
-        def items() -> Iterator[Item]:  # runs in import_conversations' thread
+        def items() -> Iterator[Item]:
             for part in parts:
-                task = bar.add_task(in_a_line(part.name), total=part.size)
-                chosen = files.detect(part.file) if format == "auto" else format
-                for count, item in enumerate(files.read(part.file, chosen)):
-                    if count % 1_000 == 0:
-                        bar.update(task, completed=part.file.tell())
-                    yield item
-                bar.update(task, completed=part.size)
+                read = files.read(part.file, files.detect(part.file) if format == "auto" else format)
+                yield from _shown(bar, in_a_line(part.name), read, part.size, part.file)
 
         return await import_conversations(pool, user_id=user, items=items())
 
 
 async def _import_tables(pool: Pool, user: str, source: Generator[Item, None, None]) -> ImportReport:
     with progress("importing") as bar, closing(source):
-        task = bar.add_task("tables", total=None)
+        return await import_conversations(pool, user_id=user, items=_shown(bar, "tables", source))
 
-        def items() -> Iterator[Item]:  # runs in import_conversations' thread
-            for count, item in enumerate(source):
-                if count % 1_000 == 0:
-                    bar.update(task, completed=count)
-                yield item
 
-        return await import_conversations(pool, user_id=user, items=items())
+def _shown(
+    bar: Progress, name: str, items: Iterable[Item], size: int | None = None, file: IO[bytes] | None = None
+) -> Iterator[Item]:
+    """Yield items, in import_conversations' thread, and show how far that is: the bytes of a file, or their number."""
+    task = bar.add_task(name, total=size)
+    for count, item in enumerate(items):
+        if count % 1_000 == 0:
+            bar.update(task, completed=file.tell() if file else count)
+        yield item
+    bar.update(task, completed=size)
 
 
 async def _export(user: str, file: IO[bytes]) -> tuple[int, int]:

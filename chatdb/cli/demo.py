@@ -9,16 +9,13 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import chatdb
+from chatdb.cli.console import out
 from chatdb.errors import ConfigurationError, ConversationNotFoundError
 from chatdb.pool import Pool
 from chatdb.records import Conversation
 from chatdb.transfer.importer import ImportReport
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 USER = "chatdb-demo"
 TARGET_MS = 100.0
@@ -28,7 +25,7 @@ CALLS = 1_000
 
 
 async def run_demo(
-    pool: Pool, file: Path | None, out: Console, import_file: Callable[[Pool, str, Path], Awaitable[ImportReport]]
+    pool: Pool, file: Path | None, import_file: Callable[[Pool, str, Path], Awaitable[ImportReport]]
 ) -> bool:
     """Run the demonstration for the user `chatdb-demo`, and return whether the history met its target."""
     await chatdb.check_schema(pool)
@@ -36,23 +33,23 @@ async def run_demo(
         version = await connection.fetchval("show server_version")
     out.print(f"PostgreSQL {version}, with the tables that this release needs")
 
-    _head(out, "Import of real conversations")
+    _head("Import of real conversations")
     with _real_conversations(file) as path:
         start = time.perf_counter()
         report = await import_file(pool, USER, path)
     out.print(report.described(time.perf_counter() - start))
 
-    await _five_things(pool, out)
-    return await _time_history(pool, out)
+    await _five_things(pool)
+    return await _time_history(pool)
 
 
-async def _five_things(pool: Pool, out: Console) -> None:
-    _head(out, "1. Create a conversation")
+async def _five_things(pool: Pool) -> None:
+    _head("1. Create a conversation")
     conversation = await chatdb.create_conversation(pool, user_id=USER, title="Shopping list")
-    _print_conversation(out, conversation)
+    _print_conversation(conversation)
     at = conversation.id
 
-    _head(out, "2. Add messages")
+    _head("2. Add messages")
     await chatdb.append_message(
         pool, user_id=USER, conversation_id=at, role="user", content="Add milk to my list, please."
     )
@@ -67,15 +64,15 @@ async def _five_things(pool: Pool, out: Console) -> None:
     )
     out.print("one message, then two in one statement")
 
-    _head(out, "3. Read the history, oldest first")
+    _head("3. Read the history, oldest first")
     for message in await chatdb.get_history(pool, user_id=USER, conversation_id=at):
         out.print(f"{message.seq}  {message.role:<9}  {message.content}")
 
-    _head(out, "4. List the user's conversations, latest activity first")
+    _head("4. List the user's conversations, latest activity first")
     for conversation in await chatdb.list_conversations(pool, user_id=USER, limit=3):
-        _print_conversation(out, conversation)
+        _print_conversation(conversation)
 
-    _head(out, "5. Delete the conversation; its messages go by CASCADE")
+    _head("5. Delete the conversation; its messages go by CASCADE")
     deleted = await chatdb.delete_conversation(pool, user_id=USER, conversation_id=at)
     out.print(f"deleted {deleted.conversations} conversation, {deleted.messages} messages")
     try:
@@ -84,13 +81,11 @@ async def _five_things(pool: Pool, out: Console) -> None:
         out.print(f"its history now: {type(error).__name__}: {error}")
 
 
-async def _time_history(pool: Pool, out: Console) -> bool:
-    _head(out, f"History of {MESSAGES} messages against {TARGET_MS:g} ms")
+async def _time_history(pool: Pool) -> bool:
+    _head(f"History of {MESSAGES} messages against {TARGET_MS:g} ms")
     conversations = await _interleaved(pool)
-    choose = random.Random(0)  # noqa: S311 - the same calls in every run
     times: list[float] = []
-    for _ in range(CALLS):
-        conversation = choose.choice(conversations)
+    for conversation in random.Random(0).choices(conversations, k=CALLS):  # noqa: S311 - the same in every run
         start = time.perf_counter()
         history = await chatdb.get_history(pool, user_id=USER, conversation_id=conversation, limit=MESSAGES)
         times.append((time.perf_counter() - start) * 1_000)
@@ -115,19 +110,15 @@ async def _interleaved(pool: Pool) -> list[int]:
         await chatdb.create_conversation(pool, user_id=USER, key=f"history-{number}", title=f"History {number}")
         for number in range(CONVERSATIONS)
     ]
+    unfinished = [conversation for conversation in made if conversation.last_seq < MESSAGES]
     text = itertools.cycle(texts or ["Hello."])
     for _ in range(MESSAGES // 2):
-        for conversation in made:
-            if conversation.last_seq >= MESSAGES:  # of an earlier demonstration
-                continue
+        for conversation in unfinished:
             await chatdb.append_messages(
                 pool,
                 user_id=USER,
                 conversation_id=conversation.id,
-                messages=[
-                    {"role": "user", "content": next(text)},
-                    {"role": "assistant", "content": next(text)},
-                ],
+                messages=[{"role": "user", "content": next(text)}, {"role": "assistant", "content": next(text)}],
             )
     return [conversation.id for conversation in made]
 
@@ -147,11 +138,11 @@ def _real_conversations(file: Path | None) -> Generator[Path, None, None]:
         yield path
 
 
-def _head(out: Console, text: str) -> None:
+def _head(text: str) -> None:
     out.print(f"\n{text}", style="bold")
 
 
-def _print_conversation(out: Console, conversation: Conversation) -> None:
+def _print_conversation(conversation: Conversation) -> None:
     created, updated = (f"{time:%Y-%m-%d %H:%M:%S} UTC" for time in (conversation.created_at, conversation.updated_at))
     out.print(
         f"id {conversation.id}, {conversation.title or conversation.key}, last_seq {conversation.last_seq}, "

@@ -89,10 +89,8 @@ class Folder:
         if status.st_uid != os.geteuid():
             raise ConfigurationError(f"the folder {self.path} is another user's: {OTHER_FOLDER}")
         if status.st_mode & 0o022:
-            problem = f"the folder {self.path} can be written by other users"
-            raise ConfigurationError(
-                f"{problem}: run chmod go-w on it if they have put nothing there, or {OTHER_FOLDER}"
-            )
+            hint = f"run chmod go-w on it if they have put nothing there, or {OTHER_FOLDER}"
+            raise ConfigurationError(f"the folder {self.path} can be written by other users: {hint}")
         if above.st_mode & 0o002 and not above.st_mode & stat.S_ISVTX:
             problem = f"every user can replace the folder {self.path}"
             raise ConfigurationError(f"{problem}: run chmod o-w, or chmod +t, on {self.path.parent}, or {OTHER_FOLDER}")

@@ -53,10 +53,10 @@ def _deferred_signals(on_signal: Callable[[], object]) -> Generator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
-    for deferred in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if callable(handler := signal.getsignal(deferred)):
-            handlers[deferred] = handler
+    deferred = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers: dict[int, Callable[[int, FrameType | None], object]] = {
+        number: handler for number in deferred if callable(handler := signal.getsignal(number))
+    }
     caught: list[int] = []
     deferring = True
 
@@ -186,8 +186,7 @@ class EmbeddedServer:
         self._check_abort()
 
     def _launch(self, lock: int) -> None:
-        launcher = Launcher(self._folder, self._package, self._version, lock, self._deadline)
-        launcher.launch(self._check_abort)
+        Launcher(self._folder, self._package, self._version, lock, self._deadline).launch(self._check_abort)
 
     def stop(self) -> None:
         """Leave the server, and stop it if nobody else uses it. Does nothing if this object did not start it."""

@@ -110,7 +110,7 @@ def test_additions_to_the_tables_are_named(mallory: str, dsn: str) -> None:
         "create table public.child () inherits (chatdb.messages)",
     )
     with connected(dsn) as connection:
-        found = [each.what for each in additions(connection)]
+        found = [what for what, _ in additions(connection)]
     assert found == [
         "trigger audit on chatdb.messages",
         "rule quiet on chatdb.conversations",

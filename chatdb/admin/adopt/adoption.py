@@ -5,20 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 from chatdb.admin.adopt import steps
-from chatdb.admin.adopt.originals import TABLES, check_originals
 from chatdb.admin.adopt.report import NONE, AdoptReport, Counts
 from chatdb.admin.adopt.runner import Runner
-from chatdb.admin.connection import advisory_lock, fetch_value
+from chatdb.admin.connection import WAIT, advisory_lock, fetch_value, psycopg
 from chatdb.errors import ChatDBError, SchemaError
-
-if TYPE_CHECKING:
-    import psycopg
-
-WAIT = 60.0
-"""Maximum wait, in seconds, for another operator command and for locked rows."""
 
 BATCH_SIZE = 20_000
 """About how many messages are adopted in one transaction."""
@@ -26,14 +18,28 @@ BATCH_SIZE = 20_000
 Progress = Callable[[int, int], None]
 """Called with the number of rows that are done, and of all that were found."""
 
-# what a run needs, whatever the settings of the role or the server are
+_IDS = ("integer", "bigint")
+_TEXTS = ("character varying", "text")
+_TIMES = ("timestamp without time zone", "timestamp with time zone")
+_USERS = (*_TEXTS, "uuid", *_IDS)
+_TABLES = {
+    "conversations": {"id": _IDS, "user_id": _USERS, "created_at": _TIMES, "updated_at": _TIMES},
+    "messages": {
+        "id": _IDS,
+        "conversation_id": _IDS,
+        "user_id": _USERS,
+        "role": _TEXTS,
+        "content": _TEXTS,
+        "created_at": _TIMES,
+    },
+}
+"""The tables of the older system, with their columns and the types that are taken."""
+
+# what a run needs beside what advisory_lock sets, whatever the settings of the role or the server are
 _SETTINGS = (
     "set default_transaction_isolation to 'repeatable read'",
     "set timezone to 'UTC'",
     "set row_security to off",  # rows that a policy hides are an error
-    "set statement_timeout to 0",
-    "set idle_in_transaction_session_timeout to 0",
-    "set idle_session_timeout to 0",
     "set jit to off",
     "set work_mem to '64MB'",
     "set temp_buffers to '64MB'",  # in which a batch fits
@@ -67,15 +73,64 @@ def adopt(
         connection.execute(f"set lock_timeout to {round(wait * 1000) or 1}".encode())
         connection.prepare_threshold = None  # a plan is made for what a batch has
         runner = Runner(connection, {"batch_size": batch}, dry_run=dry_run)
-        check_originals(connection, runner, report)
+        _check_originals(connection, runner, report)
         runner.run(steps.SET_UP)
         with connection.transaction(force_rollback=True) if dry_run else nullcontext():
             _adopt(connection, runner, report, progress)
             _verify(runner, report)
         if delete_gone is not None and any(report.gone) and not dry_run:
-            _delete_gone(runner, report, delete_gone)
+            runner.run(steps.FIND_DELETED_UPSTREAM)
+            report.gone = runner.counts("deleted_upstream")
+            if delete_gone(report.gone):
+                runner.run_atomically(steps.DELETE)
+                report.deleted = runner.counts("deleted")
     report.seconds = time.monotonic() - start
     return report
+
+
+def _check_originals(connection: psycopg.Connection, runner: Runner, report: AdoptReport) -> None:
+    """
+    Compare the tables with what is expected. Reports those that are missing, and the columns that are not copied.
+
+    Raises SchemaError, with all that differs.
+    """
+    for table in ("chatdb.conversations", "chatdb.messages"):
+        if not fetch_value(connection, "select pg_catalog.to_regclass(%s) is not null", table):
+            raise SchemaError(f"the database lacks the table {table}: run chatdb migrate first")
+    differences: list[str] = []
+    extra_columns: dict[str, dict[str, str]] = {}
+    for name, expected in _TABLES.items():
+        table = f"public.{name}"
+        statement = "select relkind from pg_catalog.pg_class where oid = pg_catalog.to_regclass(%s)"
+        kind = fetch_value(connection, statement, table)
+        if kind is None:
+            report.missing.append(table)
+            continue
+        runner.numbers[f"has_{name}"] = 1
+        if kind not in ("r", "p"):
+            differences.append(f"{table} is no table")
+        columns = {row["name"]: row for row in runner.execute(steps.FIND_COLUMNS, table)}
+        for column, accepted in expected.items():
+            if column not in columns:
+                differences.append(f"{table} has no column {column}")
+            elif (found := columns[column]["type"]) not in accepted:
+                differences.append(f"{table}.{column} is {found}, not {' or '.join(accepted)}")
+        extra_columns[table] = {column: row["identifier"] for column, row in columns.items() if column not in expected}
+        if not differences and not columns["id"]["is_primary_key"]:
+            statement = f"select pg_catalog.count(*) - pg_catalog.count(distinct id) from {table}"  # noqa: S608 - of _TABLES
+            if doubtful := fetch_value(connection, statement):
+                problem = f"{doubtful:,} rows whose id is null or another row's"
+                differences.append(f"{table} has no primary key, and {problem}")
+    if len(report.missing) == len(_TABLES):
+        raise SchemaError(f"there is nothing to adopt: looked for the tables {' and '.join(report.missing)}")
+    if differences:
+        raise SchemaError(f"these are not the tables that chatdb can adopt: {'; '.join(differences)}")
+    for table, identifiers in extra_columns.items():
+        if not identifiers:
+            continue
+        counts = [f"pg_catalog.count({identifier})" for identifier in identifiers.values()]
+        row = connection.execute(f"select {', '.join(counts)} from {table}".encode()).fetchone()  # noqa: S608 - quoted
+        report.extra_columns |= dict(zip((f"{table}.{name}" for name in identifiers), row or (), strict=True))
 
 
 def _adopt(connection: psycopg.Connection, runner: Runner, report: AdoptReport, progress: Progress | None) -> None:
@@ -89,7 +144,7 @@ def _adopt(connection: psycopg.Connection, runner: Runner, report: AdoptReport, 
         )
     rows = 0
     for _ in range(numbers["batches"]):
-        runner.run(steps.BATCH)
+        runner.run_atomically(steps.BATCH)
         report.adopted = report.adopted.plus(runner.counts("adopted"))
         report.late += numbers["late"]
         report.renumbered += numbers["renumbered"]
@@ -97,7 +152,7 @@ def _adopt(connection: psycopg.Connection, runner: Runner, report: AdoptReport, 
         rows += numbers["rows"]
         if progress is not None:
             progress(rows, max(rows, numbers["total"]))
-    runner.run(steps.ORPHANS)
+    runner.run_atomically(steps.ORPHANS)
     _add_reasons(runner, report)
     runner.run(steps.FINISH)
     if report.adopted.messages > BATCH_SIZE and not report.dry_run:  # so that the first queries have plans that fit
@@ -113,9 +168,9 @@ def _add_reasons(runner: Runner, report: AdoptReport) -> None:
 def _verify(runner: Runner, report: AdoptReport) -> None:
     """Compare the originals with what is recorded, and that with chatdb, in one snapshot."""
     runner.run(steps.COUNT_WRITERS)
-    runner.run(steps.VERIFY)
+    runner.run_atomically(steps.VERIFY)
     numbers = runner.numbers
-    for name in TABLES:
+    for name in _TABLES:
         found = numbers[f"adopted_{name}"] + numbers[f"quarantined_{name}"] + numbers[f"remaining_{name}"]
         if found != numbers[f"originals_{name}"]:
             raise ChatDBError(
@@ -131,11 +186,3 @@ def _verify(runner: Runner, report: AdoptReport) -> None:
     report.gone = runner.counts("deleted_upstream")
     report.deleted_in_chatdb = runner.counts("deleted_in_chatdb")
     report.changed_users = numbers["changed_users"]
-
-
-def _delete_gone(runner: Runner, report: AdoptReport, agrees: Callable[[Counts], bool]) -> None:
-    runner.run(steps.FIND_DELETED_UPSTREAM)
-    report.gone = runner.counts("deleted_upstream")
-    if agrees(report.gone):
-        runner.run(steps.DELETE)
-        report.deleted = runner.counts("deleted")

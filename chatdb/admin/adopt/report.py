@@ -76,31 +76,27 @@ class AdoptReport:
         """Return the numbers and reasons as lines of text."""
         adopts, keeps = ("would adopt", "would keep aside") if self.dry_run else ("adopted", "kept aside")
         speed = f" ({self.adopted.messages / self.seconds:,.0f} messages/s)" if self.adopted.messages else ""
-        lines = [f"{table} is not there" for table in self.missing]
-        lines.append(f"{adopts} {self.adopted}" + ("" if self.dry_run else f" in {self.seconds:.1f} s{speed}"))
-        if any(self.adopted_before):
-            lines.append(f"adopted before: {self.adopted_before}")
-        lines += [f"{keeps} {counts}: {reason}" for reason, counts in self.aside.items()]
-        if self.renumbered:
-            lines.append(f"renumbered {self.renumbered:,} messages, because others came between them")
-        if self.late:
-            lines.append(f"late: {self.late:,} messages stand behind others, before which they belong by their time")
-        if any(self.gone):
-            lines.append(f"gone from the originals since they were adopted: {self.gone}")
-        if any(self.deleted):
-            lines.append(f"deleted of these: {self.deleted}")
-        if any(self.deleted_in_chatdb):
-            lines.append(f"deleted in chatdb since they were adopted: {self.deleted_in_chatdb}")
-        if self.changed_users:
-            lines.append(f"adopted under another user than they have now: {self.changed_users:,} conversations")
-        lines += [
-            f"not brought over: the column {name}, which has a value in {rows:,} rows"
-            for name, rows in self.extra_columns.items()
+        took = "" if self.dry_run else f" in {self.seconds:.1f} s{speed}"
+        said = [
+            *((True, f"{table} is not there") for table in self.missing),
+            (True, f"{adopts} {self.adopted}{took}"),
+            (any(self.adopted_before), f"adopted before: {self.adopted_before}"),
+            *((True, f"{keeps} {counts}: {reason}") for reason, counts in self.aside.items()),
+            (self.renumbered, f"renumbered {self.renumbered:,} messages, because others came between them"),
+            (self.late, f"late: {self.late:,} messages stand behind others, before which they belong by their time"),
+            (any(self.gone), f"gone from the originals since they were adopted: {self.gone}"),
+            (any(self.deleted), f"deleted of these: {self.deleted}"),
+            (any(self.deleted_in_chatdb), f"deleted in chatdb since they were adopted: {self.deleted_in_chatdb}"),
+            (
+                self.changed_users,
+                f"adopted under another user than they have now: {self.changed_users:,} conversations",
+            ),
+            *(
+                (True, f"not brought over: the column {name}, which has a value in {rows:,} rows")
+                for name, rows in self.extra_columns.items()
+            ),
+            (any(self.remaining), f"written since: {self.remaining}; run this again"),
+            (self.writers, f"{self.writers:,} transactions that write to the originals have not ended; run this again"),
+            (self.is_complete, f"nothing is left: the originals' {self.originals} are all adopted or kept aside"),
         ]
-        if any(self.remaining):
-            lines.append(f"written since: {self.remaining}; run this again")
-        if self.writers:
-            lines.append(f"{self.writers:,} transactions that write to the originals have not ended; run this again")
-        if self.is_complete:
-            lines.append(f"nothing is left: the originals' {self.originals} are all adopted or kept aside")
-        return "\n".join(lines)
+        return "\n".join(line for is_true, line in said if is_true)

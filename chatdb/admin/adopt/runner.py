@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
-
-import psycopg
-from psycopg.rows import DictRow, dict_row
+from typing import Any
 
 from chatdb._core.query import data_folder
 from chatdb.admin.adopt.report import Counts
-from chatdb.admin.adopt.steps import Phase, Step
+from chatdb.admin.adopt.steps import Step
+from chatdb.admin.connection import dict_row, psycopg
 
 _RETRIES = 5
 _LOCK_TABLE = "lock table chatdb.conversations in share row exclusive mode"
@@ -34,27 +33,43 @@ class Runner:
         self._connection = connection
         self._dry_run = dry_run
 
-    def run(self, phase: Phase) -> None:
-        """Run the steps of a phase."""
+    def run(self, phase: tuple[Step, ...]) -> None:
+        """Run the steps of a phase one after the other, each in a transaction of its own."""
         self.reasons = {}
-        steps = [step for step in phase.steps if step.dry_run in {None, self._dry_run}]
-        if phase.is_atomic and not self._dry_run:
-            self._retry_on_conflict(lambda: self._run_all(steps))
-        else:
-            self._run_all(steps)
+        for step in phase:
+            is_wanted = not step.when or self.numbers[step.when]
+            is_unwanted = step.unless and self.numbers[step.unless]
+            if step.dry_run in {None, self._dry_run} and is_wanted and not is_unwanted:
+                self._run_step(step)
+
+    def run_atomically(self, phase: tuple[Step, ...]) -> None:
+        """
+        Run the steps of a phase in one transaction, again if other transactions wrote to the same conversations.
+
+        The last attempt locks the table, so that nobody else can write.
+        """
+        if self._dry_run:
+            self.run(phase)
+            return
+        for retries in range(_RETRIES + 1):
+            try:
+                with self._connection.transaction():
+                    if retries == _RETRIES:
+                        self._connection.execute(_LOCK_TABLE)
+                    self.run(phase)
+                    return
+            except _CONFLICTS:
+                if retries == _RETRIES:
+                    raise
+                time.sleep(0.05 * (retries + 1))
 
     def counts(self, name: str) -> Counts:
         """Return what was reported under a name of conversations and of messages."""
         return Counts(self.numbers[f"{name}_conversations"], self.numbers[f"{name}_messages"])
 
-    def execute(self, file: str, *arguments: object) -> psycopg.Cursor[DictRow]:
+    def execute(self, file: str, *arguments: object) -> psycopg.Cursor[dict[str, Any]]:
         """Run the statement of a file of `sql/adopt`."""
         return psycopg.RawCursor(self._connection, row_factory=dict_row).execute(_statement(file), arguments or None)
-
-    def _run_all(self, steps: list[Step]) -> None:
-        for step in steps:
-            if (not step.when or self.numbers[step.when]) and not (step.unless and self.numbers[step.unless]):
-                self._run_step(step)
 
     def _run_step(self, step: Step) -> None:
         cursor = self.execute(step.file, *(self.numbers[name] for name in step.arguments))
@@ -66,25 +81,6 @@ class Runner:
             self.numbers[step.rowcount] = cursor.rowcount
         if step.analyze:
             self._connection.execute(f"analyze pg_temp.{step.analyze}".encode())
-
-    def _retry_on_conflict(self, work: Callable[[], None]) -> None:
-        """
-        Run work in a transaction, again if other transactions wrote to the same conversations.
-
-        The last attempt locks the table, so that nobody else can write.
-        """
-        retries = 0
-        while True:
-            try:
-                with self._connection.transaction():
-                    if retries == _RETRIES:
-                        self._connection.execute(_LOCK_TABLE)
-                    return work()
-            except _CONFLICTS:
-                if retries == _RETRIES:
-                    raise
-                retries += 1
-                time.sleep(0.05 * retries)
 
 
 @cache

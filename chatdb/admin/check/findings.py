@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from chatdb._core.driver_errors import LINK
@@ -21,36 +21,42 @@ class Finding(NamedTuple):
     what: str
     state: str
     detail: str
-    hint: str
+    hint: str = ""
 
 
-def check_parts(parts: Sequence[SchemaPart], *, served: Mapping[str, Sequence[str]], unapplied: bool) -> list[Finding]:
+def check_parts(
+    parts: Sequence[SchemaPart], *, served: Mapping[str, Sequence[str]], unapplied: bool
+) -> Iterator[Finding]:
     """
-    Return a finding for each table, key, group of CHECKs and index, and for each part that is not as it should be.
+    Yield a finding for each table, key, group of CHECKs and index, and for each part that is not as it should be.
 
     `served` has the statements that each index serves. What is missing while migrations are `unapplied` is theirs.
     """
     wrong = {(difference.table, difference.name): difference for difference in differences(parts)}
     relations = {part.relation for part in parts}
-    findings: list[Finding] = []
     for table, needed in NEEDED.items():
         if table not in relations:
-            findings.append(Finding(f"table {table}", MISSING, "is not there", _restore(unapplied=unapplied)))
+            hint = "chatdb migrate" if unapplied else "restore it from a backup; or, to have it empty, chatdb migrate"
+            yield Finding(f"table {table}", MISSING, "is not there", hint)
             continue
         correct = [name for name in needed if (table, name) not in wrong]
         columns = sum(kind_of(name) == "column" for name in correct)
         checks = [name for name in correct if kind_of(name) == "check"]
-        findings.append(Finding(f"table {table}", OK, f"{columns} columns are as they should be", ""))
-        findings.append(Finding(f"checks of {table}", OK, ", ".join(checks), ""))
+        yield Finding(f"table {table}", OK, f"{columns} columns are as they should be")
+        yield Finding(f"checks of {table}", OK, ", ".join(checks))
         for name in needed:
             kind = kind_of(name)
             if (table, name) in wrong:
-                findings.append(_difference(wrong[table, name], unapplied=unapplied))
+                yield _difference(wrong[table, name], unapplied=unapplied)
             elif kind == "foreign key":
-                findings.append(Finding(f"cascade {name}", OK, "a deleted conversation takes its messages along", ""))
+                yield Finding(f"cascade {name}", OK, "a deleted conversation takes its messages along")
             elif kind in {"primary key", "index"}:
-                findings.append(Finding(f"{kind} {name}", OK, f"valid; serves {', '.join(served[name])}", ""))
-    return [*findings, *_leftovers(parts), *_link(parts)]
+                yield Finding(f"{kind} {name}", OK, f"valid; serves {', '.join(served[name])}")
+    for part in parts:  # an invalid index that is not chatdb's own costs every write and serves nothing
+        if part.definition.endswith(" INVALID") and part.name not in NEEDED.get(part.relation, ()):
+            detail = "is invalid: left over by a build that failed"
+            yield Finding(f"index {part.name}", NOTE, detail, "chatdb migrate")
+    yield _link(parts)
 
 
 def _difference(difference: Difference, *, unapplied: bool) -> Finding:
@@ -65,7 +71,8 @@ def _difference(difference: Difference, *, unapplied: bool) -> Finding:
         return Finding(what, DIFFERENT, detail, _alter(difference, current))
     rest = current.removeprefix(difference.needed).strip()
     if rest == "INVALID":
-        return Finding(what, DIFFERENT, "is invalid, so that no statement uses it", _reindex(name))
+        hint = f"reindex index concurrently chatdb.{name}"
+        return Finding(what, DIFFERENT, "is invalid, so that no statement uses it", hint)
     if rest == "NOT VALID":
         hint = f"alter table chatdb.{table} validate constraint {name}"
         return Finding(what, DIFFERENT, "is not validated: older rows may break it", hint)
@@ -74,8 +81,7 @@ def _difference(difference: Difference, *, unapplied: bool) -> Finding:
         return Finding(what, DIFFERENT, "does nothing, because its triggers are disabled", hint)
     if kind == "index":
         return Finding(what, DIFFERENT, detail, f"drop index concurrently chatdb.{name}; {_add(difference)}")
-    hint = f"alter table chatdb.{table} drop constraint {name}; {_add(difference)}"
-    return Finding(what, DIFFERENT, detail, hint)
+    return Finding(what, DIFFERENT, detail, f"alter table chatdb.{table} drop constraint {name}; {_add(difference)}")
 
 
 def _add(difference: Difference) -> str:
@@ -119,34 +125,15 @@ def _parsed(definition: str) -> dict[str, str]:
     return match.groupdict("") if match else {}
 
 
-def _reindex(name: str) -> str:
-    return f"reindex index concurrently chatdb.{name}"
-
-
-def _restore(*, unapplied: bool) -> str:
-    if unapplied:
-        return "chatdb migrate"
-    return "restore it from a backup; or, to have it empty, chatdb migrate"
-
-
-def _leftovers(parts: Sequence[SchemaPart]) -> list[Finding]:
-    """Return a note for each invalid index that is not chatdb's own: it costs every write and serves nothing."""
-    return [
-        Finding(f"index {part.name}", NOTE, "is invalid: left over by a build that failed", "chatdb migrate")
-        for part in parts
-        if part.definition.endswith(" INVALID") and part.name not in NEEDED.get(part.relation, ())
-    ]
-
-
-def _link(parts: Sequence[SchemaPart]) -> list[Finding]:
+def _link(parts: Sequence[SchemaPart]) -> Finding:
     link = next((part.definition for part in parts if (part.relation, part.name) == ("conversations", LINK)), None)
     if link is None:
-        return [Finding("users", NOTE, "not linked to a table of the host's, which is optional: chatdb link-users", "")]
+        return Finding("users", NOTE, "not linked to a table of the host's, which is optional: chatdb link-users")
     users = link.partition(" REFERENCES ")[2]
     if users.endswith(" ON DELETE CASCADE"):
         detail = f"linked to {users.removesuffix(' ON DELETE CASCADE')}, whose deletion takes the conversations along"
-        return [Finding("users", OK, detail, "")]
+        return Finding("users", OK, detail)
     if users.endswith(" ON DELETE CASCADE NOT VALID"):
         hint = "chatdb link-users, with the same --table and --column"
-        return [Finding("users", DIFFERENT, f"the link is not validated: {users}", hint)]
-    return [Finding("users", DIFFERENT, f"the link is another: {users}", "chatdb link-users --unlink, and link anew")]
+        return Finding("users", DIFFERENT, f"the link is not validated: {users}", hint)
+    return Finding("users", DIFFERENT, f"the link is another: {users}", "chatdb link-users --unlink, and link anew")

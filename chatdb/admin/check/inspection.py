@@ -8,21 +8,18 @@ privileges of roles, the migrations, and the indexes that the planner takes for 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from chatdb.admin.check.findings import DIFFERENT, MISSING, NOTE, OK, Finding, check_parts
 from chatdb.admin.check.plans import check_plans, statements_by_index
-from chatdb.admin.connection import connected, errors, fetch_value, is_pooled, may_create_schemas, pinned_transaction
+from chatdb.admin.connection import connected, errors, fetch_value, is_pooled, pinned_transaction, psycopg
 from chatdb.admin.migrate import applied_migrations, migration_files
-from chatdb.admin.ownership import additions, foreign_objects, public_is_writable
+from chatdb.admin.ownership import additions, foreign_objects, may_create_schemas, public_is_writable
 from chatdb.admin.row_security import missing_function, missing_statements, read_protection
 from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.records import SchemaPart
 from chatdb.schema import NEEDED, STATEMENT
-
-if TYPE_CHECKING:
-    import psycopg
 
 OLDEST, NEWEST = 14, 18
 """The major versions of PostgreSQL that this release is made for."""
@@ -41,21 +38,20 @@ def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) ->
     """
     with connected(dsn) as connection:
         pooler = _pooler(dsn, connection)
-    migrations = _migrations(dsn, folder)
+    migrations = [*_migrations(dsn, folder)]
     with pinned_transaction(dsn) as connection:
-        findings = [*_server(connection), pooler, *migrations]
-        findings += _search_paths(connection, role)
+        own = fetch_value(connection, "select current_user")
+        roles = [own] if role is None else [own, role]
+        findings = [*_server(connection), pooler, *migrations, *_search_paths(connection, own, role)]
         rows = connection.execute(STATEMENT.encode()).fetchall()
         parts = [SchemaPart(relation=relation, name=name, definition=text) for relation, name, text in rows]
         if parts:
             unapplied = any(finding.state == MISSING for finding in migrations)
-            of_catalog = check_parts(parts, served=statements_by_index(), unapplied=unapplied)
+            of_catalog = [*check_parts(parts, served=statements_by_index(), unapplied=unapplied)]
             findings += of_catalog
-            findings += _privileges(connection, None)
-            if role is not None:
-                findings += _privileges(connection, role)
-            own = str(fetch_value(connection, "select current_user"))
-            findings += _row_security(connection, [own] if role is None else [own, role])
+            for name in roles:
+                findings += _privileges(connection, name)
+            findings += _row_security(connection, roles)
             findings += _owners(connection)
             findings += _clock(connection)
             findings += _statements(connection, suffer=any(map(is_wrong, of_catalog)))
@@ -69,32 +65,31 @@ def is_wrong(finding: Finding) -> bool:
     return finding.state in {MISSING, DIFFERENT}
 
 
-def _server(connection: psycopg.Connection) -> list[Finding]:
+def _server(connection: psycopg.Connection) -> Iterator[Finding]:
     major = connection.info.server_version // 10_000
     version = f"PostgreSQL {fetch_value(connection, 'show server_version')}"
     encoding = fetch_value(connection, "show server_encoding")
     if major < OLDEST:
-        server = Finding("server", DIFFERENT, version, f"upgrade the server to PostgreSQL {OLDEST} or later")
+        yield Finding("server", DIFFERENT, version, f"upgrade the server to PostgreSQL {OLDEST} or later")
     elif major > NEWEST:
-        server = Finding("server", NOTE, f"{version}, with which this release was not tried", "")
+        yield Finding("server", NOTE, f"{version}, with which this release was not tried")
     else:
-        server = Finding("server", OK, version, "")
-    findings = [server, Finding("extensions", OK, "none is needed", "")]
+        yield Finding("server", OK, version)
+    yield Finding("extensions", OK, "none is needed")
     if encoding == "UTF8":
-        findings.append(Finding("encoding", OK, "UTF8", ""))
+        yield Finding("encoding", OK, "UTF8")
     else:
         hint = "create database ... encoding 'UTF8' template template0, and move the tables there"
-        findings.append(Finding("encoding", DIFFERENT, f"{encoding}, which cannot hold every text", hint))
+        yield Finding("encoding", DIFFERENT, f"{encoding}, which cannot hold every text", hint)
     isolation = fetch_value(connection, "show default_transaction_isolation")
     if isolation != "read committed":
         detail = f"{isolation} by default: appends to one conversation at the same time fail and are sent again"
         hint = "change it for the role: alter role ... set default_transaction_isolation = 'read committed'"
-        findings.append(Finding("isolation", NOTE, detail, hint))
+        yield Finding("isolation", NOTE, detail, hint)
     if fetch_value(connection, "show default_transaction_read_only") == "on":
-        findings.append(Finding("read only", NOTE, "default_transaction_read_only is on: no writes are taken", ""))
+        yield Finding("read only", NOTE, "default_transaction_read_only is on: no writes are taken")
     if fetch_value(connection, "select pg_catalog.pg_is_in_recovery()"):
-        findings.append(Finding("standby", NOTE, "the server is a standby, which takes no writes", ""))
-    return findings
+        yield Finding("standby", NOTE, "the server is a standby, which takes no writes")
 
 
 def _row_security(connection: psycopg.Connection, roles: list[str]) -> list[Finding]:
@@ -103,11 +98,11 @@ def _row_security(connection: psycopg.Connection, roles: list[str]) -> list[Find
     try:
         tables = read_protection(connection)
         if not any(table.is_on or table.is_forced or table.policy for table in tables):
-            return [Finding(what, OK, "off", "")]
+            return [Finding(what, OK, "off")]
         if any(table.is_on and table.is_forced and not table.policy and not table.others for table in tables):
             return [Finding(what, DIFFERENT, "on without a policy: no row is seen", "chatdb protect")]
         if not any(table.policy for table in tables):
-            return [Finding(what, NOTE, "on, without chatdb's policies", "")]
+            return [Finding(what, NOTE, "on, without chatdb's policies")]
         if missing_function(connection) or any(map(missing_statements, tables)):
             return [Finding(what, DIFFERENT, "up in part", "chatdb protect")]
     except SchemaError:  # a table is not there, which is its own finding
@@ -116,29 +111,29 @@ def _row_security(connection: psycopg.Connection, roles: list[str]) -> list[Find
         return [Finding(what, DIFFERENT, str(error), "drop policy, or chatdb protect --off")]
     statement = "select rolname, rolsuper or rolbypassrls from pg_catalog.pg_roles where rolname = any(%s)"
     return [
-        Finding(f"{what} for {name}", NOTE, "on, but a superuser, or one with BYPASSRLS, is above it", "")
+        Finding(f"{what} for {name}", NOTE, "on, but a superuser, or one with BYPASSRLS, is above it")
         if is_above
-        else Finding(f"{what} for {name}", OK, "on: a transaction sees the rows of the user that it names", "")
+        else Finding(f"{what} for {name}", OK, "on: a transaction sees the rows of the user that it names")
         for name, is_above in connection.execute(statement, [roles])
     ]
 
 
-def _owners(connection: psycopg.Connection) -> list[Finding]:
-    """Return what belongs to other roles than it should, and what others have added to chatdb's tables."""
+def _owners(connection: psycopg.Connection) -> Iterator[Finding]:
+    """Yield what belongs to other roles than it should, and what others have added to chatdb's tables."""
     may_create = may_create_schemas(connection)
-    findings: list[Finding] = []
-    for what, owner in foreign_objects(connection):
+    foreign = foreign_objects(connection)
+    for what, owner in foreign:
         # a service's role cannot tell whether the schema has the owner that it should have
         state = DIFFERENT if may_create or not what.startswith("schema ") else NOTE
         detail = f"the role {owner}, who can change it and run code of its own when others use it"
-        findings.append(Finding(f"owner of {what}", state, detail, f"look at it, then: alter {what} owner to ..."))
-    if not findings:
-        findings.append(Finding("owners", OK, "the schema chatdb and everything in it belong to its owner", ""))
-    findings += [Finding(what, NOTE, detail, "") for what, detail in additions(connection)]
+        yield Finding(f"owner of {what}", state, detail, f"look at it, then: alter {what} owner to ...")
+    if not foreign:
+        yield Finding("owners", OK, "the schema chatdb and everything in it belong to its owner")
+    for what, detail in additions(connection):
+        yield Finding(what, NOTE, detail)
     if public_is_writable(connection):
         detail = "every role may create functions in it, which the statements of others can call by mistake"
-        findings.append(Finding("schema public", NOTE, detail, "revoke create on schema public from public"))
-    return findings
+        yield Finding("schema public", NOTE, detail, "revoke create on schema public from public")
 
 
 def _clock(connection: psycopg.Connection) -> list[Finding]:
@@ -167,19 +162,15 @@ def _clock(connection: psycopg.Connection) -> list[Finding]:
 
 def _pooler(dsn: str, connection: psycopg.Connection) -> Finding:
     if is_pooled(dsn, connection):
-        return Finding(
-            "pooler",
-            NOTE,
-            "a transaction pooler stands in front of the database: a service can work through it",
-            "for chatdb migrate set CHATDB_MIGRATE_URL to the direct connection",
-        )
-    return Finding("pooler", OK, "none in transaction mode", "")
+        detail = "a transaction pooler stands in front of the database: a service can work through it"
+        return Finding("pooler", NOTE, detail, "for chatdb migrate set CHATDB_MIGRATE_URL to the direct connection")
+    return Finding("pooler", OK, "none in transaction mode")
 
 
-def _search_paths(connection: psycopg.Connection, role: str | None) -> list[Finding]:
+def _search_paths(connection: psycopg.Connection, own: str, role: str | None) -> list[Finding]:
     """Return in which search_path pg_catalog is named after another schema, for this role and for another."""
     default = "select reset_val from pg_catalog.pg_settings where name = 'search_path'"
-    paths = {str(fetch_value(connection, "select current_user")): fetch_value(connection, default)}
+    paths = {own: fetch_value(connection, default)}
     if role is not None:
         # the closest setting is what a login of the role gets; the server's own is not to be seen by every role
         rows = connection.execute(
@@ -210,30 +201,30 @@ def _search_paths(connection: psycopg.Connection, role: str | None) -> list[Find
     ]
 
 
-def _migrations(dsn: str, folder: Path | None) -> list[Finding]:
+def _migrations(dsn: str, folder: Path | None) -> Iterator[Finding]:
     try:
         files = migration_files(folder)
     except ConfigurationError as error:
-        return [Finding("migration files", DIFFERENT, str(error), "restore the file, or install chatdb again")]
+        yield Finding("migration files", DIFFERENT, str(error), "restore the file, or install chatdb again")
+        return
     try:
         applied = applied_migrations(dsn, folder=folder)
     except ConfigurationError:
-        return [Finding("migrations", NOTE, "this role may not read which were applied: ask the database's owner", "")]
-    findings: list[Finding] = []
+        yield Finding("migrations", NOTE, "this role may not read which were applied: ask the database's owner")
+        return
     for file in files:
         what = f"migration {file.name}"
         if file.name not in applied:
-            findings.append(Finding(what, MISSING, "is not applied", "chatdb migrate"))
+            yield Finding(what, MISSING, "is not applied", "chatdb migrate")
         elif applied[file.name] is None:
-            findings.append(Finding(what, OK, "applied by yoyo, which keeps no checksum", ""))
+            yield Finding(what, OK, "applied by yoyo, which keeps no checksum")
         elif applied[file.name] == file.checksum:
-            findings.append(Finding(what, OK, "applied as it was released", ""))
+            yield Finding(what, OK, "applied as it was released")
         else:
             hint = "use the release that applied it, or take it back by that release's chatdb rollback"
-            findings.append(Finding(what, DIFFERENT, "was applied with another content than this release's", hint))
-    newer = sorted(applied.keys() - {file.name for file in files})
-    detail = "applied by another release, probably a newer one"
-    return findings + [Finding(f"migration {name}", NOTE, detail, "") for name in newer]
+            yield Finding(what, DIFFERENT, "was applied with another content than this release's", hint)
+    for name in sorted(applied.keys() - {file.name for file in files}):
+        yield Finding(f"migration {name}", NOTE, "applied by another release, probably a newer one")
 
 
 def _statements(connection: psycopg.Connection, *, suffer: bool) -> list[Finding]:
@@ -243,14 +234,13 @@ def _statements(connection: psycopg.Connection, *, suffer: bool) -> list[Finding
     if not suffer or not hurt:
         return findings
     detail = f"{len(hurt)} suffer from what is wrong with the tables: {', '.join(hurt)}"
-    return [finding for finding in findings if not is_wrong(finding)] + [Finding("statements", NOTE, detail, "")]
+    return [finding for finding in findings if not is_wrong(finding)] + [Finding("statements", NOTE, detail)]
 
 
-def _privileges(connection: psycopg.Connection, role: str | None) -> list[Finding]:
-    name = fetch_value(connection, "select current_user") if role is None else role
-    what = f"privileges of {name}"
-    grantee = fetch_value(connection, "select pg_catalog.quote_ident(%s::text)", name)
-    if fetch_value(connection, "select 1 from pg_catalog.pg_roles where rolname = %s", name) is None:
+def _privileges(connection: psycopg.Connection, role: str) -> list[Finding]:
+    what = f"privileges of {role}"
+    grantee = fetch_value(connection, "select pg_catalog.quote_ident(%s::text)", role)
+    if fetch_value(connection, "select 1 from pg_catalog.pg_roles where rolname = %s", role) is None:
         return [Finding(what, MISSING, "there is no such role", f"create role {grantee} login")]
     rows = connection.execute(
         """
@@ -260,7 +250,7 @@ def _privileges(connection: psycopg.Connection, role: str | None) -> list[Findin
         union all
         select null, 'usage', pg_catalog.has_schema_privilege(%(role)s, 'chatdb', 'usage')
         """,
-        {"role": name, "privileges": PRIVILEGES, "tables": [*NEEDED]},
+        {"role": role, "privileges": PRIVILEGES, "tables": [*NEEDED]},
     )
     lacking: dict[str | None, list[str]] = defaultdict(list)
     for table, privilege, is_granted in rows:
@@ -268,7 +258,7 @@ def _privileges(connection: psycopg.Connection, role: str | None) -> list[Findin
             lacking[table].append(privilege)
     if not lacking:
         detail = f"usage of the schema, {', '.join(PRIVILEGES)} on {' and '.join(NEEDED)}"
-        return [Finding(what, OK, detail, "")]
+        return [Finding(what, OK, detail)]
     return [
         Finding(
             what,

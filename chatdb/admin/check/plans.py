@@ -5,18 +5,17 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from chatdb._core.query import statement_files
 from chatdb.admin.check.findings import DIFFERENT, NOTE, OK, Finding
-from chatdb.admin.connection import errors, fetch_value
+from chatdb.admin.connection import errors, fetch_value, psycopg
 from chatdb.schema import NEEDED
-
-if TYPE_CHECKING:
-    import psycopg
 
 SMALL = 1 << 16
 """Bytes of a table up to which the planner rightly reads it whole."""
+
+_ANALYZE = "analyze chatdb.conversations, chatdb.messages; on an SSD also set random_page_cost = 1.1"
 
 
 class _Statement(NamedTuple):
@@ -53,6 +52,7 @@ def check_plans(connection: psycopg.Connection) -> list[Finding]:
     others: list[str] = []
     unseen: list[str] = []
     for statement in _statements():
+        what = f"statement {statement.name}"
         try:
             plan = _plan(connection, statement)
             forced = _plan(connection, statement, whole=False) if plan.whole else plan
@@ -60,39 +60,28 @@ def check_plans(connection: psycopg.Connection) -> list[Finding]:
             unseen.append(statement.name)
         except (errors.ProgrammingError, errors.NotSupportedError) as error:  # the latter by a host's rule
             detail = f"the server refuses it (SQLSTATE {error.sqlstate})"
-            findings.append(Finding(f"statement {statement.name}", DIFFERENT, detail, "fix the tables and indexes"))
+            findings.append(Finding(what, DIFFERENT, detail, "fix the tables and indexes"))
         else:
             if forced.whole:
-                findings.append(_served_by_none(statement, forced))
-            elif plan.whole - small:
-                findings.append(_reads_whole(statement, plan.whole - small))
+                detail = f"no index serves it: it reads the whole of {', '.join(sorted(forced.whole))}"
+                hint = f"fix {', '.join(sorted(statement.indexes)) or 'the tables'}"
+                findings.append(Finding(what, DIFFERENT, detail, hint))
+            elif plan.whole - small:  # of a user who has most of a table, the planner may be right
+                detail = f"is planned to read the whole of {', '.join(sorted(plan.whole - small))}"
+                findings.append(Finding(what, NOTE, detail, _ANALYZE))
             elif plan.whole:
                 forced_off.append(statement.name)
             elif not small and not statement.indexes <= plan.indexes:
                 others.append(f"{statement.name} ({', '.join(sorted(plan.indexes))})")
     if unseen:
-        findings.append(Finding("statements", NOTE, f"{len(unseen)} are not planned, for lack of privileges", ""))
+        findings.append(Finding("statements", NOTE, f"{len(unseen)} are not planned, for lack of privileges"))
     if not findings:
         detail = "each is planned with an index"
         detail += ", though the tables are too small to tell" if small else ""
         detail += f" ({len(forced_off)} with enable_seqscan = off)" if forced_off else ""
         detail += f"; not with that of its file at present: {', '.join(others)}" if others else ""
-        findings.append(Finding("statements", OK, detail, ""))
+        findings.append(Finding("statements", OK, detail))
     return findings
-
-
-def _served_by_none(statement: _Statement, plan: _Plan) -> Finding:
-    detail = f"no index serves it: it reads the whole of {', '.join(sorted(plan.whole))}"
-    return Finding(
-        f"statement {statement.name}", DIFFERENT, detail, f"fix {', '.join(sorted(statement.indexes)) or 'the tables'}"
-    )
-
-
-def _reads_whole(statement: _Statement, tables: set[str]) -> Finding:
-    """Return a note: of a user who has most of a table, the planner may be right."""
-    detail = f"is planned to read the whole of {', '.join(sorted(tables))}"
-    hint = "analyze chatdb.conversations, chatdb.messages; on an SSD also set random_page_cost = 1.1"
-    return Finding(f"statement {statement.name}", NOTE, detail, hint)
 
 
 def _statements() -> Iterator[_Statement]:
