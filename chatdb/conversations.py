@@ -1,10 +1,14 @@
-"""The functions on conversations: one SQL file each, of the same name."""
+"""
+The functions on conversations: one SQL file each, of the same name.
+
+Decisions: docs/decisions/0002-tenant-first-keys.md, 0003-the-list-is-ordered-by-day.md
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from chatdb._core.driver_errors import SWALLOWED
+from chatdb._core.driver_errors import ROW_SUPPRESSED
 from chatdb._core.query import Database, Query
 from chatdb._core.validate import (
     MAX_NAME,
@@ -56,7 +60,7 @@ async def create_conversation(
         try:
             return await _create_conversation.fetch_one(db, user, title, data)
         except ConversationNotFoundError:  # it gave no row
-            raise ConfigurationError(SWALLOWED.format("conversations")) from None
+            raise ConfigurationError(ROW_SUPPRESSED.format("conversations")) from None
     for _ in range(3):
         # empty if another caller stored the key between the statement's look and its insertion
         stored = await _create_conversation_keyed.fetch_all(db, user, title, data, key)

@@ -1,4 +1,8 @@
-"""The functions on messages: one SQL file each, of the same name."""
+"""
+The functions on messages: one SQL file each, of the same name.
+
+Decisions: docs/decisions/0001-seq-is-a-counter.md, 0002-tenant-first-keys.md
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,12 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NoReturn, TypeVar
 
-from chatdb._core.driver_errors import SWALLOWED
+from chatdb._core.driver_errors import ROW_SUPPRESSED
 from chatdb._core.query import Database, Query
 from chatdb._core.validate import (
     MAX_BIGINT,
     MAX_NAME,
+    as_text_array,
     check_content,
     check_id,
     check_key,
@@ -24,7 +29,6 @@ from chatdb._core.validate import (
     check_token_count,
     check_user_id,
     if_given,
-    to_texts,
 )
 from chatdb.conversations import get_conversation
 from chatdb.errors import ConfigurationError, ConflictError, ConversationNotFoundError, MessageNotFoundError
@@ -35,8 +39,8 @@ _append_message_keyed = Query("append_message_keyed", Message, idempotent=True)
 _append_messages = Query("append_messages", Message)
 _append_messages_keyed = Query("append_messages_keyed", Message)
 # without the user and the conversation in each of its rows a page of 100 takes an eighth less time under load
-_get_history = Query("get_history", Message, bound_fields=("user_id", "conversation_id"), idempotent=True)
-_list_messages = Query("list_messages", Message, bound_fields=("user_id", "conversation_id"), idempotent=True)
+_get_history = Query("get_history", Message, fields_from_args=("user_id", "conversation_id"), idempotent=True)
+_list_messages = Query("list_messages", Message, fields_from_args=("user_id", "conversation_id"), idempotent=True)
 _get_message = Query("get_message", Message, idempotent=True)
 _get_message_by_key = Query("get_message_by_key", Message, idempotent=True)
 _update_message = Query("update_message", Message)
@@ -84,21 +88,21 @@ async def append_message(
         try:
             return await _append_message.fetch_one(db, *body)
         except ConversationNotFoundError:
-            await _refuse_swallowed(db, user_id, conversation_id)
+            await _raise_row_suppressed(db, user_id, conversation_id)
     message = await _append_message_keyed.fetch_optional(db, *body, key)
     if message is None:
         try:
             await get_message_by_key(db, user_id=user_id, conversation_id=conversation_id, key=key)
         except MessageNotFoundError:
-            raise ConfigurationError(SWALLOWED.format("messages")) from None
+            raise ConfigurationError(ROW_SUPPRESSED.format("messages")) from None
         raise ConflictError("the key is that of a stored message with another body: use a new key for a new message")
     return message
 
 
-async def _refuse_swallowed(db: Database, user_id: str, conversation_id: int) -> NoReturn:
+async def _raise_row_suppressed(db: Database, user_id: str, conversation_id: int) -> NoReturn:
     """Say why an append gave no row: there is no such conversation, or a trigger of the host's returned NULL."""
     await get_conversation(db, user_id=user_id, conversation_id=conversation_id)
-    raise ConfigurationError(SWALLOWED.format("messages"))
+    raise ConfigurationError(ROW_SUPPRESSED.format("messages"))
 
 
 async def append_messages(
@@ -120,14 +124,14 @@ async def append_messages(
         await get_conversation(db, user_id=user, conversation_id=conversation)
         return []
     *columns, token_counts, keys = map(list, zip(*batch, strict=True))
-    columns.append(to_texts(token_counts))
+    columns.append(as_text_array(token_counts))
     if not any(keys):
         try:
             stored = await _append_messages.fetch_page(db, user, conversation, *columns)
         except ConversationNotFoundError:
             stored = []
         if len(stored) < len(batch):
-            await _refuse_swallowed(db, user, conversation)
+            await _raise_row_suppressed(db, user, conversation)
         return sorted(stored, key=_in_order)
     stored = await _append_messages_keyed.fetch_page(db, user, conversation, *columns, keys, idempotent=all(keys))
     if not stored:
@@ -207,7 +211,7 @@ async def get_message(db: Database, *, user_id: str, conversation_id: int, seq: 
 
     Raises ConversationNotFoundError, or MessageNotFoundError when the conversation has no message there.
     """
-    return _present(
+    return _or_not_found(
         await _get_message.fetch_optional(db, check_user_id(user_id), check_id(conversation_id), check_seq("seq", seq))
     )
 
@@ -219,7 +223,7 @@ async def get_message_by_key(db: Database, *, user_id: str, conversation_id: int
     Raises ConversationNotFoundError, or MessageNotFoundError when the conversation has no such message.
     """
     name = check_text("key", key, least=1, most=MAX_NAME)
-    return _present(
+    return _or_not_found(
         await _get_message_by_key.fetch_optional(db, check_user_id(user_id), check_id(conversation_id), name)
     )
 
@@ -244,7 +248,7 @@ async def update_message(
     """
     at = (check_user_id(user_id), check_id(conversation_id), check_seq("seq", seq))
     if content is UNSET and payload is UNSET and metadata is UNSET and token_count is UNSET:
-        return _present(await _get_message.fetch_optional(db, *at))
+        return _or_not_found(await _get_message.fetch_optional(db, *at))
     message = await _update_message.fetch_optional(
         db,
         *at,
@@ -253,7 +257,7 @@ async def update_message(
         *if_given(check_metadata, "metadata", metadata),
         *if_given(check_token_count, "token_count", token_count),
     )
-    return _present(message)
+    return _or_not_found(message)
 
 
 async def delete_message(db: Database, *, user_id: str, conversation_id: int, seq: int) -> Deleted:
@@ -265,7 +269,7 @@ async def delete_message(db: Database, *, user_id: str, conversation_id: int, se
     deleted = await _delete_message.fetch_one(
         db, check_user_id(user_id), check_id(conversation_id), check_seq("seq", seq)
     )
-    return _present(deleted if deleted.messages else None)
+    return _or_not_found(deleted if deleted.messages else None)
 
 
 async def delete_messages_after(db: Database, *, user_id: str, conversation_id: int, seq: int) -> Deleted:
@@ -281,7 +285,7 @@ async def delete_messages_after(db: Database, *, user_id: str, conversation_id: 
     )
 
 
-def _present(found: _FoundT | None) -> _FoundT:
+def _or_not_found(found: _FoundT | None) -> _FoundT:
     if found is None:
         raise MessageNotFoundError("the conversation has no such message: check seq or key")
     return found

@@ -12,10 +12,18 @@ from typing import TYPE_CHECKING, Any, Final, Unpack
 import asyncpg
 
 from chatdb._core import asyncpg_private
-from chatdb._core.asyncpg_private import STATEMENTS, PoolBase, begin_as, check_owner, commit, fetch_rows, roll_back
+from chatdb._core.asyncpg_private import (
+    STATEMENTS,
+    PoolBase,
+    begin_for_user,
+    check_process_and_loop,
+    commit,
+    fetch_rows,
+    roll_back,
+)
 from chatdb._core.driver_errors import mapped_driver_errors
-from chatdb._core.dsn import AnyDsn, ConnectionInfo, read_dsn, text_of
-from chatdb._core.options import OF_CONNECTION, DriverOptions, checked
+from chatdb._core.dsn import AnyDsn, ConnectionInfo, dsn_to_str, read_dsn
+from chatdb._core.options import CONNECTION_OPTIONS, DriverOptions, check_options
 from chatdb._core.validate import check_handle, check_user_id
 from chatdb.errors import ChatDBError, ConfigurationError, UnavailableError
 
@@ -60,8 +68,8 @@ class Pool(PoolBase):
     row_level_security: bool
 
     def __init__(self, dsn: AnyDsn | ConnectionInfo, **given_options: Any) -> None:  # noqa: ANN401 - create_pool's
-        options = checked(_DEFAULTS | given_options)
-        given = {name: options.pop(name) for name in OF_CONNECTION & options.keys()}
+        options = check_options(_DEFAULTS | given_options)
+        given = {name: options.pop(name) for name in CONNECTION_OPTIONS & options.keys()}
         self.retries = options.pop("retries")
         self.row_level_security = options.pop("row_level_security")
         defaults: dict[str, Any] = {
@@ -87,16 +95,16 @@ class Pool(PoolBase):
         With `row_level_security` a statement of chatdb's own, whose first argument is the user, takes three round
         trips: BEGIN with the user, the statement, COMMIT.
         """
-        self._check_owner()
+        self._check_process_and_loop()
         if self.row_level_security and args and query in STATEMENTS:
             try:
-                return await self._fetch_as(args[0], query, args, timeout)
+                return await self._fetch_for_user(args[0], query, args, timeout)
             # the transaction is undone, and the statement will be prepared anew
             except (asyncpg.InvalidCachedStatementError, asyncpg.InvalidSQLStatementNameError):
-                return await self._fetch_as(args[0], query, args, timeout)
+                return await self._fetch_for_user(args[0], query, args, timeout)
         return await self._run(query, args, timeout, record_class)
 
-    async def _fetch_as(self, user: str, query: str, args: tuple[Any, ...], timeout: float | None) -> list[Any]:
+    async def _fetch_for_user(self, user: str, query: str, args: tuple[Any, ...], timeout: float | None) -> list[Any]:
         async with transaction(self, user_id=user) as connection:
             return await fetch_rows(connection, query, args, timeout)
 
@@ -108,7 +116,7 @@ class Pool(PoolBase):
         """
         if self._state != "open":
             return
-        self._check_owner()
+        self._check_process_and_loop()
         try:
             async with asyncio.timeout(self._acquire_timeout):
                 await super().close()  # it drops the connections if it is cancelled
@@ -122,13 +130,13 @@ class Pool(PoolBase):
     def terminate(self) -> None:
         """Drop all connections at once."""
         if self._state == "open":
-            check_owner(self._process, self._loop, "pool", may_be_stopped=True)
+            check_process_and_loop(self._process, self._loop, "pool", may_be_stopped=True)
             super().terminate()
             self._state = "closed"
 
     async def expire_connections(self) -> None:
         """Replace each connection when it is next acquired."""
-        self._check_owner()
+        self._check_process_and_loop()
         await super().expire_connections()
 
 
@@ -161,7 +169,7 @@ def create_pool(
 
     Raises ConfigurationError at once, which names the option; when awaited, also UnavailableError.
     """
-    text = ("" if dsn is None else text_of(dsn)) or os.environ.get("DATABASE_URL")
+    text = ("" if dsn is None else dsn_to_str(dsn)) or os.environ.get("DATABASE_URL")
     if not text:
         raise ConfigurationError("no database is named: pass a dsn, or set DATABASE_URL=postgresql://...")
     return Pool(
@@ -197,25 +205,25 @@ async def transaction(db: AsyncpgPool | Connection, *, user_id: str | None = Non
         with mapped_driver_errors():
             connection = await db.acquire()
         try:
-            async with _committed(connection, user):
+            async with _transaction_block(connection, user):
                 yield connection
         finally:
             await db.release(connection)
     else:
         check_handle(db, "is_in_transaction")
-        async with _committed(db, user):
+        async with _transaction_block(db, user):
             yield db
 
 
 @contextlib.asynccontextmanager
-async def _committed(connection: Connection, user: str | None) -> AsyncGenerator[None, None]:
+async def _transaction_block(connection: Connection, user: str | None) -> AsyncGenerator[None, None]:
     is_savepoint = connection.is_in_transaction()
     block = connection.transaction()
     try:
         before = await _begin(connection, block, user, is_savepoint)
         yield
         if is_savepoint and user is not None:  # its end would leave the setting to the transaction around it
-            await set_user(connection, before or "")
+            await set_rls_user(connection, before or "")
     except BaseException:
         await roll_back(connection, block, is_savepoint=is_savepoint)
         raise
@@ -235,7 +243,7 @@ async def _committed(connection: Connection, user: str | None) -> AsyncGenerator
         )
 
 
-async def set_user(connection: Connection, user: str) -> str | None:
+async def set_rls_user(connection: Connection, user: str) -> str | None:
     """Have row-level security show the rows of a user until the transaction ends, and return whose it showed before."""
     with mapped_driver_errors():
         before: str | None = await connection.fetchval(_SET_USER, user)
@@ -255,8 +263,8 @@ async def _begin(connection: Connection, block: Transaction, user: str | None, i
         with mapped_driver_errors():
             if user is None or is_savepoint or not asyncpg_private.FAST:
                 await block.start()
-                return None if user is None else await set_user(connection, user)
-            await begin_as(connection, block, user)
+                return None if user is None else await set_rls_user(connection, user)
+            await begin_for_user(connection, block, user)
             return None
     except UnavailableError as error:
         error.sent = False  # nothing of the block was

@@ -32,6 +32,8 @@ class JsonText(str):
     JSON as its text, kept byte for byte: the order of keys, the writing of numbers and escapes, the white space.
 
     A `str` in every respect, so it can be passed on to a model provider or an HTTP response as it is.
+
+    Decision: docs/decisions/0004-payload-is-json.md
     """
 
     __slots__ = ()

@@ -18,6 +18,8 @@ is unknown. What is lost beside speed:
 - Without `_pool_release_ctr` a prepared statement or a cursor does not check its process and event loop, without
   `_transport` and `_cancel_current_command` a forked process can disturb its parent's connections, and without
   `Pool._loop` a pool must be made in a running event loop.
+
+Decision: docs/decisions/0007-the-pools-fast-path.md
 """
 # pyright: reportPrivateUsage=false
 
@@ -88,7 +90,7 @@ IDLE_CHECKS_PER_LIFETIME: Final = 8
 STATEMENTS: Final[set[str]] = set()
 """The statements of chatdb's own, which leave nothing in the session that they run in."""
 
-BEGIN_AS: Final = "begin; select pg_catalog.set_config('chatdb.user_id', {}, true)"
+BEGIN_FOR_USER: Final = "begin; select pg_catalog.set_config('chatdb.user_id', {}, true)"
 """Begins a transaction that names its user, in one round trip."""
 
 _NO_LOOP: Final[Any] = None if "Pool._loop" in MISSING else object()
@@ -107,7 +109,7 @@ _RESET: Final = (
 
 _TRANSACTION: Final = re.compile(
     r"(?:begin|commit|rollback|(?:savepoint|release savepoint|rollback to) \w+);?"
-    + f"|{re.escape(BEGIN_AS)}".replace(r"\{\}", r"E'(?:[^'\\]|''|\\\\)*'"),
+    + f"|{re.escape(BEGIN_FOR_USER)}".replace(r"\{\}", r"E'(?:[^'\\]|''|\\\\)*'"),
     re.IGNORECASE,
 )
 """What leaves nothing in the session."""
@@ -133,13 +135,15 @@ _get_statement: Final[Private] = getattr(asyncpg.Connection, "_get_statement", N
 _release_counter: Final[Private] = getattr(asyncpg.Connection, "_pool_release_ctr", None)
 
 
-class NativeRecord(asyncpg.Record):
+class DefaultCodecRecord(asyncpg.Record):
     """A row whose values have the driver's own types, whatever codecs the caller has set: it need not be validated."""
 
     __slots__ = ()
 
 
-def check_owner(process: int, loop: asyncio.AbstractEventLoop, what: str, *, may_be_stopped: bool = False) -> None:
+def check_process_and_loop(
+    process: int, loop: asyncio.AbstractEventLoop, what: str, *, may_be_stopped: bool = False
+) -> None:
     """
     Raise ConfigurationError unless this is the process and the running event loop that opened a pool or connection.
 
@@ -187,12 +191,12 @@ class PoolConnection(AsyncpgConnection):
         if os.getpid() == self._process:  # else there is nothing to close, and nobody to warn
             super().__del__()
 
-    def check_owner(self, *, may_be_stopped: bool = False) -> None:
+    def check_process_and_loop(self, *, may_be_stopped: bool = False) -> None:
         """Raise ConfigurationError in another process or event loop."""
-        check_owner(self._process, self._home, "connection", may_be_stopped=may_be_stopped)
+        check_process_and_loop(self._process, self._home, "connection", may_be_stopped=may_be_stopped)
 
     def terminate(self) -> None:
-        self.check_owner(may_be_stopped=True)
+        self.check_process_and_loop(may_be_stopped=True)
         super().terminate()
 
     def _cancel_current_command(self, waiter: asyncio.Future[None], *args: Private) -> None:
@@ -202,7 +206,7 @@ class PoolConnection(AsyncpgConnection):
             waiter.set_result(None)
             self._home.call_soon(super().terminate)
 
-    def cut_off(self, nowhere: socket.socket) -> None:
+    def disconnect_after_fork(self, nowhere: socket.socket) -> None:
         """
         Have the socket lead nowhere, in a forked process.
 
@@ -229,21 +233,21 @@ class PoolConnection(AsyncpgConnection):
         return super().cursor(query, *args, **options)
 
     def transaction(self, **options: Any) -> Transaction:  # noqa: ANN401 - asyncpg's own
-        self.check_owner()
+        self.check_process_and_loop()
         return super().transaction(**options)
 
     if "Connection._get_statement" not in MISSING:
 
         def _get_statement(self, query: str, timeout: float | None, **options: Any) -> Any:  # noqa: ANN401
             if query in STATEMENTS:
-                options |= {"ignore_custom_codec": True, "record_class": NativeRecord}
+                options |= {"ignore_custom_codec": True, "record_class": DefaultCodecRecord}
             return _get_statement(self, query, timeout, **options)
 
     if "Connection._pool_release_ctr" not in MISSING:
 
         def _releases(self) -> object:
             # a prepared statement, a cursor and a transaction ask for it before each use, and for nothing else
-            self.check_owner()
+            self.check_process_and_loop()
             return _release_counter.__get__(self)
 
         _pool_release_ctr = property(_releases, _release_counter.__set__)
@@ -268,7 +272,7 @@ def _cut_off_all() -> None:
     other.close()
     with nowhere:
         for connection in _connections:
-            connection.cut_off(nowhere)
+            connection.disconnect_after_fork(nowhere)
 
 
 if hasattr(os, "register_at_fork"):
@@ -277,7 +281,7 @@ if hasattr(os, "register_at_fork"):
 
 def _begin_call(connection: PoolConnection, query: object) -> bool:
     """Check the owner of a connection, and return whether a statement drops what the driver has prepared."""
-    connection.check_owner()
+    connection.check_process_and_loop()
     if query is None or query in STATEMENTS or (isinstance(query, str) and _TRANSACTION.fullmatch(query)):
         return False
     connection._needs_reset = True
@@ -350,7 +354,7 @@ def _execute(
     if not FAST or AsyncpgConnection.fetch is not _FETCH:  # a tool that traces is to see the statement
         return connection.fetch(query, *args, timeout=timeout, record_class=record_class)
     if query in STATEMENTS:
-        return connection._execute(query, args, 0, timeout, ignore_custom_codec=True, record_class=NativeRecord)
+        return connection._execute(query, args, 0, timeout, ignore_custom_codec=True, record_class=DefaultCodecRecord)
     return connection._execute(query, args, 0, timeout, record_class=record_class)
 
 
@@ -381,7 +385,7 @@ async def _forget_statements(connection: Private) -> None:
         await connection.reload_schema_state()
 
 
-class _Lending(AcquireContext):
+class _AcquireContext(AcquireContext):
     """What `acquire` returns: asyncpg's, of a connection that the pool lends in order."""
 
     pool: Any
@@ -389,13 +393,13 @@ class _Lending(AcquireContext):
     async def __aenter__(self) -> Proxy:
         if self.connection is not None or self.done:
             raise asyncpg.InterfaceError("a connection is already acquired")
-        connection: Proxy = await self.pool.lend(self.timeout)
+        connection: Proxy = await self.pool.acquire_fifo(self.timeout)
         self.connection = connection
         return connection
 
     def __await__(self) -> Generator[Any, None, Proxy]:
         self.done = True
-        lending: Coroutine[Any, Any, Proxy] = self.pool.lend(self.timeout)
+        lending: Coroutine[Any, Any, Proxy] = self.pool.acquire_fifo(self.timeout)
         return lending.__await__()
 
 
@@ -425,7 +429,7 @@ class PoolBase(AsyncpgPool):
 
     async def _open(self) -> Self:
         if self._state in {"open", "closed"}:
-            self._check_owner()
+            self._check_process_and_loop()
             return self
         is_first = self._state == "new"
         if is_first:
@@ -437,18 +441,18 @@ class PoolBase(AsyncpgPool):
             if is_first:
                 self._state = "closed"
             if isinstance(error, Exception):
-                self._raise_unlent(error, self._acquire_timeout)
+                self._raise_acquire_error(error, self._acquire_timeout)
             raise
         self._state = "open"
         self._schedule_idle_check()
         return self
 
-    def _check_owner(self) -> None:
+    def _check_process_and_loop(self) -> None:
         if self._state == "new":
             self._check_init()
-        # written out, because a call costs: check_owner says what is wrong
+        # written out, because a call costs: check_process_and_loop says what is wrong
         elif os.getpid() != self._process or asyncio._get_running_loop() is not self._loop:
-            check_owner(self._process, self._loop, "pool")
+            check_process_and_loop(self._process, self._loop, "pool")
 
     def _check_init(self) -> None:
         if self._state == "closed":
@@ -456,7 +460,7 @@ class PoolBase(AsyncpgPool):
         if self._state != "open":
             raise PoolClosedError("the pool is not open: await it, or enter it by async with, first", sent=False)
 
-    def _raise_unlent(self, error: Exception, timeout: float, *, is_exhausted: bool = False) -> NoReturn:
+    def _raise_acquire_error(self, error: Exception, timeout: float, *, is_exhausted: bool = False) -> NoReturn:
         """Raise the error of a connection that was not to be had: of its statement, nothing was sent."""
         if is_exhausted:
             raise AcquireTimeoutError(
@@ -477,11 +481,11 @@ class PoolBase(AsyncpgPool):
 
     def acquire(self, *, timeout: float | None = None) -> AcquireContext:
         """Take a connection from the pool, by `await` or `async with`."""
-        return _Lending(self, timeout)
+        return _AcquireContext(self, timeout)
 
-    async def lend(self, timeout: float | None) -> Proxy:
+    async def acquire_fifo(self, timeout: float | None) -> Proxy:
         """Return a connection: one task at a time waits at asyncpg's unfair queue, the others in order before it."""
-        self._check_owner()
+        self._check_process_and_loop()
         self._check_init()
         if self.is_closing():
             raise PoolClosedError("the pool is closed", sent=False)
@@ -494,7 +498,9 @@ class PoolBase(AsyncpgPool):
                     return await super().acquire()
             except Exception as error:  # noqa: BLE001 - raised again, as what it means
                 are_all_in_use = self.get_size() - self.get_idle_size() == self.get_max_size()
-                self._raise_unlent(error, timeout, is_exhausted=isinstance(error, TimeoutError) and are_all_in_use)
+                self._raise_acquire_error(
+                    error, timeout, is_exhausted=isinstance(error, TimeoutError) and are_all_in_use
+                )
         self._waiting += 1
         try:
             async with asyncio.timeout_at(deadline), self._fifo_lock:
@@ -503,7 +509,7 @@ class PoolBase(AsyncpgPool):
                     private._queue.put_nowait(holder)
                     raise PoolClosedError("the pool is closed", sent=False)
         except TimeoutError as error:
-            self._raise_unlent(error, timeout, is_exhausted=True)
+            self._raise_acquire_error(error, timeout, is_exhausted=True)
         finally:
             self._waiting -= 1
         try:
@@ -513,14 +519,14 @@ class PoolBase(AsyncpgPool):
             private._queue.put_nowait(holder)
             private._schedule_min_size_maintenance()
             if isinstance(error, Exception):
-                self._raise_unlent(error, timeout)
+                self._raise_acquire_error(error, timeout)
             raise
         holder._timeout = timeout
         return connection
 
     async def release(self, connection: Any, *, timeout: float | None = None) -> None:  # noqa: ANN401 - asyncpg's proxy
         """Reset a connection and give it back; if a cancelled statement is still running, that goes on by itself."""
-        self._check_owner()
+        self._check_process_and_loop()
         inner = getattr(connection, "_con", None)
         releasing = super().release(connection, timeout=timeout)
         may_take_long = not FAST or (inner is not None and inner._protocol._is_cancelling())
@@ -531,7 +537,7 @@ class PoolBase(AsyncpgPool):
     ) -> list[Any]:
         """Run a statement on a connection of the pool, where one is idle without asyncpg's way to and from it."""
         holder: Private = self._take_idle() if FAST else None
-        lent: Private = None if holder else await self.lend(None)
+        lent: Private = None if holder else await self.acquire_fifo(None)
         if FAST:
             holder = holder or lent._holder
         connection = holder._con if FAST else lent
@@ -624,9 +630,9 @@ async def _release_with_timeout(release: Coroutine[Any, Any, None]) -> None:
         releasing.result()
 
 
-async def begin_as(connection: Connection, block: Private, user: str) -> None:
+async def begin_for_user(connection: Connection, block: Private, user: str) -> None:
     """Begin a transaction that names its user, as asyncpg's own `start` begins one, to which nothing can be added."""
-    await connection.execute(BEGIN_AS.format(literal(user)))
+    await connection.execute(BEGIN_FOR_USER.format(literal(user)))
     block._connection._top_xact = block
     block._state = TransactionState.STARTED
 

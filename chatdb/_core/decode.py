@@ -2,9 +2,11 @@
 Rows to records.
 
 A history of 100 messages is mostly rows made into objects: validating them again costs four times as much as filling
-the records. What is filled unvalidated are the rows of chatdb's own statements whose values have the driver's own types
-(`NativeRecord`), because `tests/contract/test_drift.py` proves of each statement that its columns are the record's
+the records. Rows of chatdb's own statements are not validated if their values have the driver's own types
+(`DefaultCodecRecord`): `tests/contract/test_drift.py` proves for each statement that its columns are the record's
 fields in name, order, type and nullability. Rows of any other handle are validated: a codec may have changed them.
+
+Decision: docs/decisions/0005-rows-are-not-validated-again.md
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any, Final, TypeVar, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from chatdb._core.asyncpg_private import NativeRecord
+from chatdb._core.asyncpg_private import DefaultCodecRecord
 from chatdb.errors import ConfigurationError
 from chatdb.records import Conversation, JsonText, Message, Metadata
 
@@ -36,13 +38,13 @@ _fill: Final[Callable[[BaseModel, dict[str, Any]], None]] = BaseModel.__dict__["
 
 
 def decoder(
-    record: type[RecordT], bound_fields: tuple[str, ...] = ()
+    record: type[RecordT], fields_from_args: tuple[str, ...] = ()
 ) -> Callable[[Rows, Sequence[Any]], list[RecordT]]:
     """Return the function that makes a record of each row and of the fields that a statement's first arguments give."""
     adapter: TypeAdapter[list[RecordT]] = TypeAdapter(list[record])  # type: ignore[valid-type]
 
     def validate(rows: Rows, args: Sequence[Any]) -> list[RecordT]:
-        bound = dict(zip(bound_fields, args, strict=False))
+        bound = dict(zip(fields_from_args, args, strict=False))
         try:
             return adapter.validate_python([bound | dict(row) for row in rows])
         except ValidationError as error:
@@ -55,10 +57,10 @@ def decoder(
 
     if record not in FILLED:
         return validate
-    fields_of, count = filler(filler_source(record, bound_fields)), len(bound_fields)
+    fields_of, count = filler(filler_source(record, fields_from_args)), len(fields_from_args)
 
     def decode(rows: Rows, args: Sequence[Any]) -> list[RecordT]:
-        if not rows or type(rows[0]) is not NativeRecord:
+        if not rows or type(rows[0]) is not DefaultCodecRecord:
             return validate(rows, args)
         records = [*map(_new, repeat(record, len(rows)))]
         deque(map(_fill, records, fields_of(rows, *args[:count])), 0)  # as a loop, but in C
@@ -67,19 +69,19 @@ def decoder(
     return decode
 
 
-def filler_source(record: type[BaseModel], bound_fields: tuple[str, ...] = ()) -> str:
+def filler_source(record: type[BaseModel], fields_from_args: tuple[str, ...] = ()) -> str:
     """
     Return the source of a function that makes the fields of records of rows and of what is bound.
 
     For a record of a, b and c, with a bound: `lambda rows, a: [{'a': a, 'b': b, 'c': c} for b, c in rows]`.
     """
-    columns = [name for name in record.model_fields if name not in bound_fields]
+    columns = [name for name in record.model_fields if name not in fields_from_args]
     fields = {name: name for name in record.model_fields}
     for name, field in record.model_fields.items():
         for kind in _CONVERTERS.keys() & {field.annotation, *get_args(field.annotation)}:
             fields[name] = f"None if {name} is None else {_CONVERTERS[kind]}({name})"
     items = ", ".join(f"{name!r}: {value}" for name, value in fields.items())
-    return f"lambda {', '.join(['rows', *bound_fields])}: [{{{items}}} for {', '.join(columns)} in rows]"
+    return f"lambda {', '.join(['rows', *fields_from_args])}: [{{{items}}} for {', '.join(columns)} in rows]"
 
 
 def filler(source: str) -> Callable[..., list[dict[str, Any]]]:

@@ -45,7 +45,7 @@ CONFLICTS: dict[str, str] = {
 }
 """The constraints that a caller can run into, each with the sentence of its ConflictError."""
 
-BEHIND: dict[str, str] = {
+STALE_COUNTERS: dict[str, str] = {
     "pk_conversations": (
         "the sequence of chatdb.conversations.id is behind the rows, as after a restore: as the owner run "
         "select setval('chatdb.conversations_id_seq', (select max(id) from chatdb.conversations))"
@@ -76,7 +76,7 @@ What row-level security's function, of the same name in the schema chatdb, gives
 it raises where no user is named.
 """
 
-SWALLOWED = (
+ROW_SUPPRESSED = (
     "a trigger or rule on chatdb.{}, which is not chatdb's, left a row out, and that is not stored: see chatdb check"
 )
 NO_USER = (
@@ -289,8 +289,8 @@ def _of_constraint(error: asyncpg.PostgresError) -> ChatDBError | None:
             return InvalidInputError(*CONSTRAINTS[name])
         if name in CONFLICTS:
             return ConflictError(CONFLICTS[name])
-        if name in BEHIND:
-            return ConfigurationError(BEHIND[name])
+        if name in STALE_COUNTERS:
+            return ConfigurationError(STALE_COUNTERS[name])
         is_reference = error.sqlstate == sqlstate.FOREIGN_KEY_VIOLATION
         if is_reference and name in {None, "fk_messages_conversation"}:  # Citus names no constraint
             return ConversationNotFoundError("the user has no such conversation: it was deleted meanwhile")

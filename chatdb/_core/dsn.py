@@ -121,7 +121,7 @@ class ConnectionInfo:
     """A context, or `disable`, `allow` or `prefer`."""
     krbsrvname: str
     gsslib: str
-    for_libpq: Mapping[str, str] = field(repr=False)
+    libpq_extras: Mapping[str, str] = field(repr=False)
     """What libpq needs to be told otherwise: TLS, the service, time, and what asyncpg has no word for."""
 
     def asyncpg(self) -> dict[str, Any]:
@@ -156,7 +156,7 @@ class ConnectionInfo:
             "options": self.server_settings.get("options", ""),
             "krbsrvname": self.krbsrvname,
         }
-        return {name: value for name, value in options.items() if value is not None} | dict(self.for_libpq)
+        return {name: value for name, value in options.items() if value is not None} | dict(self.libpq_extras)
 
     def url(self, scheme: str = "postgresql") -> str:
         """Return the same as a URL, which yoyo and psql take."""
@@ -192,7 +192,7 @@ def database_of(dsn: AnyDsn | ConnectionInfo) -> str:
     return f"{info.database} at {server_of(info.asyncpg())}"
 
 
-def text_of(dsn: object) -> str:
+def dsn_to_str(dsn: object) -> str:
     """Return the text of a DSN, or of an object that holds one."""
     held = dsn
     for _ in range(3):
@@ -235,7 +235,7 @@ def read_dsn(
         if environment.get(name) and environment[name] not in harmless:
             raise ConfigurationError(f"the environment's {name} is nothing that asyncpg can follow: unset it")
     given = dict(given or {})
-    said = _of_text(text_of(dsn))
+    said = _of_text(dsn_to_str(dsn))
     by_variables = {option: environment[name] for name, option in _VARIABLES.items() if environment.get(name)}
     service = given.pop("service", None) or said.pop("service", None) or environment.get("PGSERVICE")
     file = given.pop("servicefile", None) or environment.get("PGSERVICEFILE")
@@ -250,11 +250,11 @@ def read_dsn(
     passfile = options.take("passfile", str, given.get("passfile"))
     if password is None or (type(password) is str and not password):  # else what asyncpg calls for one
         password = _password(passfile, environment, hosts, ports, database, user)
-    tls, for_libpq = _tls(options, given.get("ssl"), local=all(map(_is_local, hosts)))
+    tls, libpq_extras = _tls(options, given.get("ssl"), local=all(map(_is_local, hosts)))
     if service and environment.get("PGSERVICE"):
-        for_libpq["service"] = service  # or libpq looks for the other one, and fails if there is none
+        libpq_extras["service"] = service  # or libpq looks for the other one, and fails if there is none
     if passfile:
-        for_libpq["passfile"] = passfile
+        libpq_extras["passfile"] = passfile
     settings = {
         option: environment[name]
         for name, option in _SETTINGS.items()
@@ -264,12 +264,12 @@ def read_dsn(
     settings |= {name: value for name, value in named.items() if value is not None}
     timeout = options.take("connect_timeout", _seconds)
     if timeout is not None:
-        for_libpq["connect_timeout"] = f"{math.ceil(timeout)}"
+        libpq_extras["connect_timeout"] = f"{math.ceil(timeout)}"
     service_name = options.take("krbsrvname", _text, given.get("krbsrvname"))
     attributes = options.take("target_session_attrs", _one_of(ATTRIBUTES), given.get("target_session_attrs"))
     negotiation = options.take("sslnegotiation", _one_of({"postgres", "direct"}))
     if negotiation:
-        for_libpq["sslnegotiation"] = negotiation
+        libpq_extras["sslnegotiation"] = negotiation
     is_direct = given.get("direct_tls", negotiation == "direct")
     if is_direct and tls in ("disable", "allow", "prefer"):
         raise ConfigurationError("direct_tls (sslnegotiation=direct) needs sslmode=require, verify-ca or verify-full")
@@ -287,7 +287,7 @@ def read_dsn(
         tls=tls,
         krbsrvname=service_name or "postgres",
         gsslib=given.get("gsslib") or gsslib,
-        for_libpq=for_libpq | options.ignored,
+        libpq_extras=libpq_extras | options.ignored,
     )
     options.refuse_rest()
     return info

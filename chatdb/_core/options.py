@@ -61,7 +61,7 @@ class DriverOptions(TypedDict, total=False):
     gsslib: Literal["gssapi", "sspi"] | None
 
 
-OF_CONNECTION: Final = frozenset({
+CONNECTION_OPTIONS: Final = frozenset({
     "host", "port", "user", "password", "passfile", "service", "servicefile", "database", "timeout", "ssl",
     "direct_tls", "server_settings", "target_session_attrs", "krbsrvname", "gsslib",
 })  # fmt: skip
@@ -73,7 +73,7 @@ _NOT_TAKEN: Final = {
 }
 
 
-def checked(options: Mapping[str, object]) -> dict[str, Any]:
+def check_options(options: Mapping[str, object]) -> dict[str, Any]:
     """
     Return the options with values of the plain types, without those that are None where that means "not given".
 
@@ -213,5 +213,5 @@ _CHECKS: Final[dict[str, _Check]] = {
     "gsslib": _one_of(frozenset({"gssapi", "sspi"})),
 }
 
-_OPTIONAL: Final = OF_CONNECTION - {"timeout"} | {"init_size", "connect", "setup", "init", "reset"}
+_OPTIONAL: Final = CONNECTION_OPTIONS - {"timeout"} | {"init_size", "connect", "setup", "init", "reset"}
 """Those whose None means that nothing is given, as asyncpg has it."""

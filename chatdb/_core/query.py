@@ -56,27 +56,29 @@ class Query(Generic[RecordT]):
 
     An *existence row*, all null, is how a statement says that the conversation is there though the message is not, or
     though there are no more messages; no row at all says that the user has no such conversation.
+
+    Decisions: docs/decisions/0008-existence-row.md, 0009-one-statement-per-operation.md
     """
 
     def __init__(
-        self, name: str, record: type[RecordT], *, bound_fields: tuple[str, ...] = (), idempotent: bool = False
+        self, name: str, record: type[RecordT], *, fields_from_args: tuple[str, ...] = (), idempotent: bool = False
     ) -> None:
         """
         Read `sql/<name>.sql`, where the name may begin with a folder: `transfer/count_user`.
 
-        `bound_fields` are fields that the first arguments give, and the statement does not send back with every row.
+        `fields_from_args` are fields that the first arguments give; the statement does not send them back in each row.
         `idempotent` statements may be sent again after a lost connection, because they do nothing more the second time.
         """
         self.name = name.rpartition("/")[2]
         self.record = record
-        self.bound_fields = bound_fields
+        self.fields_from_args = fields_from_args
         self.idempotent = idempotent
         _, _, body = (data_folder("sql") / f"{name}.sql").read_text(encoding="utf-8").partition("\n\n")
         # OpenTelemetry names a span by the first word, so there is no space after the dashes; a leading /* comment */
         # would be cut off there. pg_stat_statements drops what stands before the statement's own first word.
         self.sql = f"--chatdb.{self.name}\n" + _FIRST_WORD.sub(rf"\g<0> /* chatdb.{self.name} */", body.strip())
         STATEMENTS.add(self.sql)
-        self._decode = decoder(record, bound_fields)
+        self._decode = decoder(record, fields_from_args)
 
     async def fetch_all(self, db: Database, *args: object) -> list[RecordT]:
         """Return a record per row."""

@@ -171,7 +171,7 @@ def check_before(value: object) -> tuple[datetime, int]:
     return updated_at, check_id(fields.get("id"), parameter="before")
 
 
-def to_texts(values: Iterable[object]) -> list[str | None]:
+def as_text_array(values: Iterable[object]) -> list[str | None]:
     """
     Return numbers or times as texts.
 
@@ -449,7 +449,7 @@ def _checked(parameter: str, value: object, *, for_jsonb: bool, most: int) -> tu
     except _OverriddenError:
         pass
     try:
-        value = _plain(value, MAX_DEPTH, {})
+        value = _copy_containers(value, MAX_DEPTH, {})
     except RecursionError:
         problem = _TOO_DEEP
     except Exception as error:  # noqa: BLE001 - the caller's class may raise anything
@@ -513,7 +513,7 @@ def _least_digits(number: int) -> int:
     return number.bit_length() * 3 // 10
 
 
-def _plain(value: Any, levels: int, known: dict[int, tuple[Any, Any]]) -> Any:  # noqa: ANN401 - any value
+def _copy_containers(value: Any, levels: int, known: dict[int, tuple[Any, Any]]) -> Any:  # noqa: ANN401 - any value
     """Copy dicts, lists and tuples, each once, as their own methods give their items."""
     kind: Any = type(value)
     if not issubclass(kind, dict | list | tuple):
@@ -525,9 +525,9 @@ def _plain(value: Any, levels: int, known: dict[int, tuple[Any, Any]]) -> Any:  
     # no valid value has as many items: an endless iterator ends here
     if issubclass(kind, dict):
         pairs = islice(value.items(), MAX_PAYLOAD)
-        copy: Any = {name: _plain(item, levels - 1, known) for name, item in pairs}
+        copy: Any = {name: _copy_containers(item, levels - 1, known) for name, item in pairs}
     else:
-        copy = [_plain(item, levels - 1, known) for item in islice(value, MAX_PAYLOAD)]
+        copy = [_copy_containers(item, levels - 1, known) for item in islice(value, MAX_PAYLOAD)]
     known[id(value)] = (value, copy)  # keeps the value, and so its id
     return copy
 

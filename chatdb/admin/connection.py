@@ -312,7 +312,7 @@ def map_psycopg_error(error: psycopg.Error, server: str = "the database server")
         )
     names = [name for name in (error.diag.table_name, error.diag.constraint_name) if name]
     place = f" at {', '.join(names)}" if names else ""
-    return ChatDBError(f"the server refused a statement (SQLSTATE {state}){place}; run this again once that is mended")
+    return ChatDBError(f"the server refused a statement (SQLSTATE {state}){place}; run this again once that is fixed")
 
 
 def _holder(connection: psycopg.Connection) -> str:

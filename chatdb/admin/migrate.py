@@ -3,6 +3,8 @@ Applies the files under `migrations/`, and takes them back. They are yoyo's file
 
 The bookkeeping is `chatdb._chatdb_migration`, with a checksum of each file, because yoyo knows only a file's name.
 A migration and its row are one transaction. What `yoyo apply` recorded under chatdb's names is copied to it.
+
+Decision: docs/decisions/0006-yoyo.md
 """
 
 from __future__ import annotations
@@ -108,7 +110,7 @@ def apply_migrations(
     with advisory_lock(dsn, wait=wait) as connection:
         _refuse_foreign_objects(connection)
         _warn_of_encoding(connection)
-        missing = _missing(connection, files, to)
+        missing = _pending(connection, files, to)
         _check_contents(connection, files)
         _rebuild_indexes(connection, deadline)
         if not missing and _applied(connection, files).keys() <= _recorded(connection).keys():
@@ -166,7 +168,7 @@ def missing_migrations(dsn: str, *, to: str | None = None, folder: Path | None =
     with pinned_transaction(dsn) as connection:
         _warn_of_encoding(connection)
         _check_contents(connection, files)
-        return _missing(connection, files, to)
+        return _pending(connection, files, to)
 
 
 def last_migrations(
@@ -247,7 +249,7 @@ def _index(files: list[MigrationFile], to: str) -> int:
     raise InvalidInputError("to", f"must be one of {', '.join(file.name for file in files)}")
 
 
-def _missing(connection: psycopg.Connection, files: list[MigrationFile], to: str | None) -> list[MigrationFile]:
+def _pending(connection: psycopg.Connection, files: list[MigrationFile], to: str | None) -> list[MigrationFile]:
     applied = _applied(connection, files)
     wanted = files if to is None else files[: _index(files, to) + 1]
     if to is not None and any(file.name in applied for file in files[len(wanted) :]):

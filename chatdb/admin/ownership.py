@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from chatdb.admin.connection import fetch_value, psycopg
-from chatdb.schema import NEEDED
+from chatdb.schema import EXPECTED_SCHEMA
 
 
 class ForeignObject(NamedTuple):
@@ -143,13 +143,13 @@ def foreign_objects(connection: psycopg.Connection) -> list[ForeignObject]:
     return [ForeignObject(*row) for row in connection.execute(_FOREIGN).fetchall()]
 
 
-def additions(connection: psycopg.Connection) -> list[tuple[str, str]]:
+def host_objects(connection: psycopg.Connection) -> list[tuple[str, str]]:
     """
     Return what a host has added to chatdb's tables, or to the database, and what that does.
 
     It is triggers, rules and child tables of chatdb's tables, policies that are not its own, and event triggers.
     """
-    return [(what, detail) for what, detail in connection.execute(_ADDED, {"tables": [*NEEDED]})]
+    return [(what, detail) for what, detail in connection.execute(_ADDED, {"tables": [*EXPECTED_SCHEMA]})]
 
 
 def public_is_writable(connection: psycopg.Connection) -> bool:

@@ -77,7 +77,7 @@ def protect_tables(dsn: str, *, off: bool = False, wait: float = WAIT) -> list[s
     return statements
 
 
-def missing_protection(dsn: str, *, off: bool = False) -> list[str]:
+def protection_statements(dsn: str, *, off: bool = False) -> list[str]:
     """Return the statements that `protect_tables` would run, without changing anything."""
     with pinned_transaction(dsn) as connection:
         return _statements(connection, off=off)

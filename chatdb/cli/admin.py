@@ -18,11 +18,11 @@ from chatdb.cli.console import (
     confirm,
     err,
     fail,
-    in_a_line,
     out,
     print_json,
     print_result,
     printable,
+    printable_line,
     progress,
 )
 from chatdb.cli.database import operators_database
@@ -105,7 +105,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """
-    Compare the database with what this release needs, and say how to mend what is wrong.
+    Compare the database with what this release needs, and say how to fix what is wrong.
 
     Nothing is changed. What is missing or different comes last, then the verdict. Exit status 1 if something is wrong.
     """
@@ -121,7 +121,7 @@ def check(
         print_json([each._asdict() for each in found])
     elif not out.is_terminal:
         for row in (("what", "state", "detail", "hint"), *found):
-            print("\t".join(map(in_a_line, row)))
+            print("\t".join(map(printable_line, row)))
         print(verdict)
     else:
         _show(found)
@@ -136,7 +136,7 @@ def _show(found: list[Finding]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for what, state, detail, hint in found:
-        name = Text(in_a_line(what), style="bold")
+        name = Text(printable_line(what), style="bold")
         lines = [Text(printable(text)) for text in (detail, hint and f"-> {hint}") if text]
         table.add_row(Text(state, style=_COLORS[state]), Text("\n").join([name, *lines]))
     out.print(table, soft_wrap=False)
@@ -238,10 +238,10 @@ def protect(
     chatdb.transaction(db, user_id=...): a statement that names no user is an error.
     Superusers and roles with BYPASSRLS are not held back. Does nothing if all is as it should be.
     """
-    from chatdb.admin.row_security import missing_protection, protect_tables
+    from chatdb.admin.row_security import protect_tables, protection_statements
 
     with operators_database() as (dsn, _):
-        statements = missing_protection(dsn, off=off) if dry_run else protect_tables(dsn, off=off, wait=wait)
+        statements = protection_statements(dsn, off=off) if dry_run else protect_tables(dsn, off=off, wait=wait)
     lines = [f"{statement};" for statement in statements] or ["nothing to do"]
     if statements and not dry_run:
         lines.append(f"row-level security is {'off' if off else 'on'}")

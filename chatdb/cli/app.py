@@ -21,7 +21,7 @@ from typing import Annotated, NoReturn
 
 from chatdb.cli import admin, data
 from chatdb.cli.console import err, fail, out
-from chatdb.cli.database import DatabaseOption, EmbeddedOption, choose, on_a_database, read_env_file
+from chatdb.cli.database import DatabaseOption, EmbeddedOption, on_a_database, read_env_file, set_database_options
 from chatdb.cli.signals import SIGNALS, ignore_signals, is_of_an_interrupt, raise_interrupt
 from chatdb.errors import ChatDBError
 
@@ -113,5 +113,5 @@ def _environment(
     database: DatabaseOption = None,
     embedded: EmbeddedOption = False,
 ) -> None:
-    choose(database, embedded=embedded, anew=True)
+    set_database_options(database, embedded=embedded, anew=True)
     read_env_file(env_file)

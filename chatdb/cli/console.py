@@ -25,7 +25,7 @@ def printable(text: str) -> str:
     return text.translate(_REPLACED)
 
 
-def in_a_line(text: str) -> str:
+def printable_line(text: str) -> str:
     """Return a name without what a terminal would obey, and without line breaks and tabs."""
     return text.translate(_IN_A_LINE)
 

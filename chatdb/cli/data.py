@@ -30,14 +30,14 @@ from chatdb.cli.console import (
     confirm,
     err,
     fail,
-    in_a_line,
     json_lines,
     out,
     print_json,
     print_result,
+    printable_line,
     progress,
 )
-from chatdb.cli.database import Target, drop_libpq_variables, say_target, target
+from chatdb.cli.database import Target, drop_libpq_variables, resolve_database, say_target
 from chatdb.cli.signals import raise_interrupts, run
 from chatdb.errors import InvalidInputError
 from chatdb.formats.items import Item
@@ -74,7 +74,7 @@ def demo(
     """
     from chatdb.cli.demo import USER, run_demo
 
-    chosen = target()
+    chosen = resolve_database()
     if chosen.dsn is None and "DATABASE_URL" in os.environ:
         err.print("DATABASE_URL is not used by the demonstration: --database DSN runs it there", style="dim")
 
@@ -220,7 +220,7 @@ def delete_user(
     as_json: AsJson = False,
 ) -> None:
     """Delete all conversations and messages of a user. Says how many there are, and asks."""
-    chosen = target("DATABASE_URL")
+    chosen = resolve_database("DATABASE_URL")
 
     async def counted() -> Deleted:
         async with _database(chosen) as pool:
@@ -228,7 +228,7 @@ def delete_user(
 
     counts = run(counted())
     if not dry_run and any(counts.model_dump().values()):
-        confirm(f"Delete {_numbers(counts)} of {in_a_line(user)} from {chosen.name}?", yes=yes)
+        confirm(f"Delete {_numbers(counts)} of {printable_line(user)} from {chosen.name}?", yes=yes)
         counts = run(_delete(chosen, user))
     done = "would delete" if dry_run else "deleted"
     print_result({done.replace(" ", "_"): counts.model_dump()}, f"{done} {_numbers(counts)}", as_json=as_json)
@@ -265,7 +265,7 @@ async def import_file(pool: Pool, user: str, path: Path, format: str = "auto") -
         def items() -> Iterator[Item]:
             for part in parts:
                 read = files.read(part.file, files.detect(part.file) if format == "auto" else format)
-                yield from _shown(bar, in_a_line(part.name), read, part.size, part.file)
+                yield from _shown(bar, printable_line(part.name), read, part.size, part.file)
 
         return await import_conversations(pool, user_id=user, items=items())
 
@@ -351,7 +351,7 @@ async def _messages(db: Database, user: str, conversation: int, last: int | None
 async def _database(
     chosen: Target | None = None, *, say: bool = True, command_timeout: float = 30
 ) -> AsyncGenerator[Pool, None]:
-    dsn, name = chosen or target("DATABASE_URL")
+    dsn, name = chosen or resolve_database("DATABASE_URL")
     if say:
         say_target(name)
     if dsn is not None:
@@ -365,4 +365,4 @@ async def _database(
 
 
 def _heading(conversation: Conversation) -> str:
-    return in_a_line(conversation.title or conversation.key or "")
+    return printable_line(conversation.title or conversation.key or "")

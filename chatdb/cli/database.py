@@ -58,7 +58,7 @@ class _Choice:
 _choice = _Choice()
 
 
-def choose(database: str | None, *, embedded: bool, anew: bool = False) -> None:
+def set_database_options(database: str | None, *, embedded: bool, anew: bool = False) -> None:
     """Take the options --database and --embedded, which stand before the command or after it."""
     if anew:
         _choice.database, _choice.embedded = None, False
@@ -76,7 +76,7 @@ def on_a_database(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def chosen(*, database: str | None, embedded: bool, **options: object) -> None:
-        choose(database, embedded=embedded)
+        set_database_options(database, embedded=embedded)
         command(**options)
 
     choices = [
@@ -97,7 +97,7 @@ class Target(NamedTuple):
     name: str
 
 
-def target(*names: str) -> Target:
+def resolve_database(*names: str) -> Target:
     """
     Return the database that the command line names, else the first of these settings, else the embedded server.
 
@@ -162,7 +162,7 @@ def drop_libpq_variables() -> None:
 @contextmanager
 def operators_database() -> Generator[tuple[str, str]]:
     """Give the DSN for what changes tables, and the database's name: by CHATDB_MIGRATE_URL, else as other commands."""
-    dsn, name = target("CHATDB_MIGRATE_URL", "DATABASE_URL")
+    dsn, name = resolve_database("CHATDB_MIGRATE_URL", "DATABASE_URL")
     say_target(name)
     if dsn is not None:
         raise_interrupts()
@@ -203,7 +203,7 @@ def read_env_file(named: Path | None) -> None:
     taken: dict[str, str] = {}
     for binding in parse_stream(io.StringIO(text)):
         if binding.error:
-            raise ConfigurationError(f"the file {path} cannot be read from line {binding.original.line}: mend the line")
+            raise ConfigurationError(f"the file {path} cannot be read from line {binding.original.line}: fix the line")
         if binding.key in SETTINGS:
             if not binding.value:
                 raise ConfigurationError(f"the file {path} sets {binding.key} to nothing: give a value or remove it")

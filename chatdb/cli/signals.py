@@ -34,23 +34,23 @@ def run(work: Coroutine[Any, Any, _Result]) -> _Result:
 
         for number in before:
             signal.signal(number, cancel)
-        _hold_back(False)
+        _block_signals(False)
         try:
             return await work
         finally:
-            _hold_back(True)
+            _block_signals(True)
 
     before = {number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
-    _hold_back(True)
+    _block_signals(True)
     try:
         return asyncio.run(interruptible())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _hold_back(False)
+        _block_signals(False)
 
 
-def _hold_back(wanted: bool) -> None:
+def _block_signals(wanted: bool) -> None:
     if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_BLOCK if wanted else signal.SIG_UNBLOCK, SIGNALS)
 

@@ -17,6 +17,8 @@ The kernel frees the locks of a process that ends, in whatever way, so nothing h
 which are used again and differ between containers. A server whose users were killed runs on until the next user, who
 takes it over, stops it. A signal that Python handles, a cancelled task and the end of the process do stop it: starting
 and stopping are not interrupted half-way, and what is still in use at exit is stopped there.
+
+Decision: docs/decisions/0010-embedded-server.md
 """
 
 from __future__ import annotations

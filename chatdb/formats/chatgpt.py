@@ -23,15 +23,15 @@ def conversation(source: _Object) -> list[items.Item]:
     A message that is more than a text keeps its original in `payload`. Where a time is missing, that of the message
     before it is taken, or of the conversation.
 
-    Raises UnfitError when there is a message that cannot be taken, or none on the branch.
+    Raises UnsupportedItemError when there is a message that cannot be taken, or none on the branch.
     """
     mapping = items.as_object(source.get("mapping"))
     if mapping is None:
-        raise items.UnfitError("it has no tree of messages")
+        raise items.UnsupportedItemError("it has no tree of messages")
     nodes = {name: node for name, value in mapping.items() if (node := items.as_object(value))}
     branch = _messages([nodes[name] for name in _branch(nodes, source.get("current_node"))])
     if not branch:
-        raise items.UnfitError("no messages")
+        raise items.UnsupportedItemError("no messages")
     elsewhere = len(_messages(list(nodes.values()))) - len(branch)
 
     updated_at = _time(source.get("update_time"))
@@ -119,4 +119,4 @@ def _title(value: object) -> tuple[str | None, bool]:
     """Return a conversation's title, and whether it was cut."""
     if not isinstance(value, str):
         return None, False
-    return items.storable(value[:MAX_TITLE]), len(value) > MAX_TITLE
+    return items.replace_unstorable(value[:MAX_TITLE]), len(value) > MAX_TITLE

@@ -62,7 +62,7 @@ class Changed(NamedTuple):
     messages: int = 0
 
 
-Said: TypeAlias = tuple[str, str, str | None, object]
+ParsedMessage: TypeAlias = tuple[str, str, str | None, object]
 """A message's role and text, what the framework calls its kind where that says more, and the author's name."""
 
 Item: TypeAlias = SourceConversation | SourceMessage | Skipped | Changed
@@ -83,7 +83,7 @@ UNKNOWN_TYPE = "it is of a type that chatdb does not know"
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
-class UnfitError(Exception):
+class UnsupportedItemError(Exception):
     """A conversation cannot be taken, for the reason that is the message; it is skipped as a whole."""
 
 
@@ -91,11 +91,11 @@ def role(word: object) -> str:
     """Return the role that a source's word stands for."""
     known = ROLES.get(word.lower()) if isinstance(word, str) else None
     if known is None:
-        raise UnfitError("it has a role that chatdb does not know")
+        raise UnsupportedItemError("it has a role that chatdb does not know")
     return known
 
 
-def storable(text: str) -> str:
+def replace_unstorable(text: str) -> str:
     """Return the text with U+FFFD for each NUL and lone surrogate, which PostgreSQL cannot hold."""
     try:
         utf8_length("text", text)
@@ -106,12 +106,12 @@ def storable(text: str) -> str:
 
 def short(value: object) -> str | None:
     """Return a short text such as an id or a name, or None."""
-    return storable(value) if isinstance(value, str) and 1 <= len(value) <= MAX_NAME else None
+    return replace_unstorable(value) if isinstance(value, str) and 1 <= len(value) <= MAX_NAME else None
 
 
 def body(text: str, original: object = None) -> tuple[str, str | None]:
     """Return the content and the payload that keep a text, and the original if there is more to it."""
-    content = storable(text)
+    content = replace_unstorable(text)
     if original is None and content != text:
         original = {"content": text}
     try:
@@ -119,8 +119,8 @@ def body(text: str, original: object = None) -> tuple[str, str | None]:
     except InvalidInputError as error:
         parameter = error.parameter
     if parameter == "content":
-        raise UnfitError("it has a text of over 4 MiB")
-    raise UnfitError("it has a message whose original is over 16 MiB or nested deeper than 200 levels")
+        raise UnsupportedItemError("it has a text of over 4 MiB")
+    raise UnsupportedItemError("it has a message whose original is over 16 MiB or nested deeper than 200 levels")
 
 
 @lru_cache
@@ -132,7 +132,7 @@ def metadata_of(**named: str | None) -> str | None:
 def name_of(identifier: object) -> str:
     """Return a source's id as a part of a key: a long or strange one by its hash, one that is no id as none."""
     name = str(identifier) if isinstance(identifier, str | int) else ""
-    if len(name) > 200 or storable(name) != name:
+    if len(name) > 200 or replace_unstorable(name) != name:
         return "sha256-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
     return name
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from chatdb.formats.items import UNKNOWN_TYPE, Said, UnfitError, as_object, role, texts_of
+from chatdb.formats.items import UNKNOWN_TYPE, ParsedMessage, UnsupportedItemError, as_object, role, texts_of
 
 _ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
 
 
-def said(item: dict[str, Any]) -> Said:
+def parse_message(item: dict[str, Any]) -> ParsedMessage:
     """Return what one of LangChain's messages says; a chunk is as its message."""
     kind, data = item.get("type"), as_object(item.get("data"))
     if not isinstance(kind, str) or data is None:
-        raise UnfitError(UNKNOWN_TYPE)
+        raise UnsupportedItemError(UNKNOWN_TYPE)
     whole = kind.removesuffix("MessageChunk").lower() if kind.endswith("MessageChunk") else kind
     if whole == "remove":
-        raise UnfitError("it is an instruction to remove a message")
+        raise UnsupportedItemError("it is an instruction to remove a message")
     author = role(data.get("role")) if whole == "chat" else _ROLES.get(whole)
     if author is None:
-        raise UnfitError(UNKNOWN_TYPE)
+        raise UnsupportedItemError(UNKNOWN_TYPE)
     usual = kind in {"human", "ai", "system", "tool"}
     return author, "".join(texts_of(data.get("content"))), None if usual else kind, data.get("name")

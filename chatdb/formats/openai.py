@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from chatdb.formats.items import UNKNOWN_TYPE, Said, UnfitError, role, texts_of
+from chatdb.formats.items import UNKNOWN_TYPE, ParsedMessage, UnsupportedItemError, role, texts_of
 
 _AUTHORS = {
     **dict.fromkeys(("reasoning", "compaction", "program", "item_reference"), "assistant"),
@@ -15,20 +15,20 @@ _AUTHORS = {
 """Who makes the items of the Responses API that have no role, besides calls and outputs."""
 
 
-def said(item: dict[str, Any]) -> Said:
+def parse_message(item: dict[str, Any]) -> ParsedMessage:
     """Return what an item of the Responses API says; a call is the assistant's, its output the tool's."""
     if "__enc__" in item:
-        raise UnfitError("it is encrypted, by openai-agents' EncryptedSession")
+        raise UnsupportedItemError("it is encrypted, by openai-agents' EncryptedSession")
     kind = item.get("type")
     if item.get("role") is not None:
         return role(item["role"]), "".join(texts_of(item.get("content"))), None if kind == "message" else kind, None
     if not isinstance(kind, str):
-        raise UnfitError(UNKNOWN_TYPE)
+        raise UnsupportedItemError(UNKNOWN_TYPE)
     author, fields = _AUTHORS.get(kind), ["summary", "content"]
     if kind.endswith("_output"):
         author, fields = "tool", ["output", "result"]
     elif kind.endswith("_call"):
         author, fields = "assistant", []
     if author is None:
-        raise UnfitError(UNKNOWN_TYPE)
+        raise UnsupportedItemError(UNKNOWN_TYPE)
     return author, "\n".join(text for field in fields for text in texts_of(item.get(field))), kind, item.get("name")

@@ -17,13 +17,13 @@ def conversation(source: dict[str, Any]) -> list[items.Item]:
     Ids repeat, also with different contents, so the key holds a hash of the roles and texts too: the same conversation
     has the same key in every import, whatever came before it.
 
-    Raises UnfitError when there is a message that cannot be taken, or none.
+    Raises UnsupportedItemError when there is a message that cannot be taken, or none.
     """
     listed = items.as_list(source["conversations"] if "conversations" in source else source.get("items"))
     if listed is None:
-        raise items.UnfitError("it has no list of messages")
+        raise items.UnsupportedItemError("it has no list of messages")
     if not listed:
-        raise items.UnfitError("no messages")
+        raise items.UnsupportedItemError("no messages")
     said: list[tuple[str, str]] = []
     messages: list[items.Item] = []
     replaced = 0
@@ -32,7 +32,7 @@ def conversation(source: dict[str, Any]) -> list[items.Item]:
         word, text = fields.get("from", fields.get("role")), fields.get("value", fields.get("content"))
         known = items.role(word)
         if not isinstance(text, str):
-            raise items.UnfitError("it has a message without a text")
+            raise items.UnsupportedItemError("it has a message without a text")
         content, payload = items.body(text)
         replaced += content != text
         metadata = None if word in _USUAL else check_metadata("metadata", {"from": word})

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from chatdb._core.driver_errors import mapped_driver_errors
 from chatdb._core.query import Query
 from chatdb._core.validate import check_user_id
-from chatdb.pool import Pool, set_user, transaction
+from chatdb.pool import Pool, set_rls_user, transaction
 from chatdb.records import Conversation, Deleted, Message
 
 _count_user = Query("transfer/count_user", Deleted)
@@ -32,7 +32,7 @@ async def export_conversations(pool: Pool, *, user_id: str) -> AsyncGenerator[Co
     async with transaction(pool) as connection:  # asyncpg's own waits long for a silent server to roll back
         with mapped_driver_errors():
             await connection.execute("set transaction isolation level repeatable read, read only")
-        await set_user(connection, user)
+        await set_rls_user(connection, user)
         messages = _export_conversations_messages.iterate(connection, user)
         message = await anext(messages, None)
         async for conversation in _export_conversations.iterate(connection, user):

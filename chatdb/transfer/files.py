@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 from chatdb.errors import InvalidInputError
 from chatdb.formats import chatgpt, sharegpt
-from chatdb.formats.items import Item, Skipped, UnfitError
+from chatdb.formats.items import Item, Skipped, UnsupportedItemError
 from chatdb.transfer import jsonlines
 from chatdb.transfer.json_objects import objects
 
@@ -162,7 +162,7 @@ def _converted(file: BinaryIO, convert: Callable[[dict[str, Any]], list[Item]]) 
             return
         try:
             items = convert(value)
-        except UnfitError as error:
+        except UnsupportedItemError as error:
             items = [Skipped(str(error), conversations=1)]
         yield from items
         del value, items  # before the next is read

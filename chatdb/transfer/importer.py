@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatdb._core.driver_errors import mapped_driver_errors
 from chatdb._core.query import Query
-from chatdb._core.validate import check_user_id, to_texts
+from chatdb._core.validate import as_text_array, check_user_id
 from chatdb.errors import ConfigurationError, ConflictError
 from chatdb.formats.items import Changed, Item, Skipped, SourceConversation, SourceMessage
 from chatdb.pool import Pool, transaction
@@ -147,7 +147,7 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
             latest = started_at + CLOCKS_DIFFER
             while (batch := await asyncio.shield(ahead)) is not None:
                 ahead = asyncio.create_task(asyncio.to_thread(next, batches, None))
-                batch = _without_future(batch, latest, report)
+                batch = _drop_future_times(batch, latest, report)
                 await _store(connection, user, batch, started_at, report, has_row_security=has_row_security)
     finally:
         with contextlib.suppress(Exception):  # the first error is the one to be seen
@@ -191,7 +191,7 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
     yield batch
 
 
-def _without_future(batch: _Batch, latest: datetime, report: ImportReport) -> _Batch:
+def _drop_future_times(batch: _Batch, latest: datetime, report: ImportReport) -> _Batch:
     """Remove times after the latest, which would keep a conversation on top: those of the import replace them."""
 
     def known(time: datetime | None) -> datetime | None:
@@ -234,7 +234,7 @@ async def _store(
     *,
     has_row_security: bool,
 ) -> None:
-    await _match_stored(connection, user, [target for target, _ in batch if not target.matched], started_at, report)
+    await _find_or_create(connection, user, [target for target, _ in batch if not target.matched], started_at, report)
     grown: list[_LastSeq] = []
     rows: list[tuple[Any, ...]] = []
     for target, messages in batch:
@@ -246,7 +246,7 @@ async def _store(
         with mapped_driver_errors():
             await connection.copy_records_to_table("messages", schema_name="chatdb", columns=_COLUMNS, records=rows)
     elif rows:  # the server takes no COPY where row-level security is on
-        _, *columns = map(to_texts, zip(*rows, strict=True))
+        _, *columns = map(as_text_array, zip(*rows, strict=True))
         await _import_conversations_messages.fetch_one(connection, user, *columns)
     report.messages += len(rows)
     cut_off = [
@@ -257,7 +257,7 @@ async def _store(
     await _set_last_seq(connection, user, cut_off, started_at)
 
 
-async def _match_stored(
+async def _find_or_create(
     connection: Connection, user: str, targets: list[_Target], started_at: datetime, report: ImportReport
 ) -> None:
     """Find which of the conversations are stored, and store the others."""
@@ -266,9 +266,9 @@ async def _match_stored(
         connection,
         user,
         [source.key for source in sources],
-        to_texts(source.created_at for source in sources),
-        to_texts(target.occurrence for target in targets),
-        to_texts(source.last_seq for source in sources),
+        as_text_array(source.created_at for source in sources),
+        as_text_array(target.occurrence for target in targets),
+        as_text_array(source.last_seq for source in sources),
     )
     for stored in matches:
         target = targets[stored.ordinality - 1]
@@ -286,9 +286,9 @@ async def _match_stored(
             [target.source.key for target in new],
             [target.source.title for target in new],
             [target.source.metadata for target in new],
-            to_texts(target.source.last_seq for target in new),
-            to_texts(target.source.created_at or started_at for target in new),
-            to_texts(target.source.updated_at or started_at for target in new),
+            as_text_array(target.source.last_seq for target in new),
+            as_text_array(target.source.created_at or started_at for target in new),
+            as_text_array(target.source.updated_at or started_at for target in new),
         )
     except ConflictError as error:
         raise ConflictError("another caller stores the same conversations at this moment: import again") from error
@@ -344,10 +344,10 @@ async def _set_last_seq(connection: Connection, user: str, changes: list[_LastSe
     changed = await _import_conversations_extend.fetch_all(
         connection,
         user,
-        to_texts(target.id for target in targets),
-        to_texts(old),
-        to_texts(new),
-        to_texts(target.source.updated_at or started_at for target in targets),
+        as_text_array(target.id for target in targets),
+        as_text_array(old),
+        as_text_array(new),
+        as_text_array(target.source.updated_at or started_at for target in targets),
     )
     if len(changed) < len(changes):
         raise ConflictError("another caller appended to one of the conversations meanwhile: import again")

@@ -137,7 +137,7 @@ class _Tables(NamedTuple):
 
     rows: sql.Composed
     texts: sql.Composed
-    convert: Callable[[dict[str, Any]], items.Said]
+    convert: Callable[[dict[str, Any]], items.ParsedMessage]
 
 
 def read(
@@ -235,9 +235,9 @@ def _tables(qualified_names: Sequence[tuple[str, ...]]) -> _Tables:
     # of a name with %, which psycopg would take for parameters
     tables = [sql.Identifier(*(part.replace("%", "%%") for part in name)) for name in qualified_names]
     names, rows, texts, convert = (
-        (_OPENAI_TABLES, _OPENAI_ROWS, _OPENAI_TEXTS, openai.said)
+        (_OPENAI_TABLES, _OPENAI_ROWS, _OPENAI_TEXTS, openai.parse_message)
         if len(tables) > 1
-        else (("table",), _LANGCHAIN_ROWS, _LANGCHAIN_TEXTS, langchain.said)
+        else (("table",), _LANGCHAIN_ROWS, _LANGCHAIN_TEXTS, langchain.parse_message)
     )
     named = dict(zip(names, tables, strict=True))
     return _Tables(sql.SQL(rows).format(**named), sql.SQL(texts).format(**named), convert)
@@ -287,7 +287,7 @@ def _with_texts(source: psycopg.Connection, tables: _Tables, rows: list[_Row]) -
 
 
 def _conversation(
-    messages: Iterator[tuple[_Row, str | None]], convert: Callable[[dict[str, Any]], items.Said]
+    messages: Iterator[tuple[_Row, str | None]], convert: Callable[[dict[str, Any]], items.ParsedMessage]
 ) -> Iterator[items.Item]:
     begun = False
     for seq, (row, text) in enumerate(messages, 1):
@@ -297,7 +297,7 @@ def _conversation(
             return
         try:
             message, is_replaced = _message(seq, row, text, convert)
-        except items.UnfitError as error:
+        except items.UnsupportedItemError as error:
             yield items.Skipped(str(error), messages=1, seq=seq if begun else 0)
             continue
         if not begun:
@@ -311,26 +311,26 @@ def _conversation(
 
 
 def _message(
-    seq: int, row: _Row, text: str | None, convert: Callable[[dict[str, Any]], items.Said]
+    seq: int, row: _Row, text: str | None, convert: Callable[[dict[str, Any]], items.ParsedMessage]
 ) -> tuple[items.SourceMessage, bool]:
     """Return a message, whose key is the number of its row, and whether characters of its text were replaced."""
     if (row.size or 0) > MAX_PAYLOAD:
-        raise items.UnfitError("it has over 16 MiB as JSON")
+        raise items.UnsupportedItemError("it has over 16 MiB as JSON")
     try:
         payload = check_payload("payload", JsonText(text or ""))
     except InvalidInputError:
         payload = None
     if payload is None:
-        raise items.UnfitError(
+        raise items.UnsupportedItemError(
             "it is no JSON, or has NaN, numbers of over 4,300 digits or nesting deeper than 200 levels"
         )
     item = items.as_object(json.loads(payload))
     if item is None:
-        raise items.UnfitError("it is no JSON object")
+        raise items.UnsupportedItemError("it is no JSON object")
     author, said, kind, name = convert(item)
-    content = items.storable(said)
+    content = items.replace_unstorable(said)
     if len(content.encode()) > MAX_CONTENT:
-        raise items.UnfitError("it has a text of over 4 MiB")
+        raise items.UnsupportedItemError("it has a text of over 4 MiB")
     metadata = items.metadata_of(type=items.short(kind), name=items.short(name))
     message = items.SourceMessage(seq, author, content, payload, metadata, None, str(row.id), _utc(row.written_at))
     return message, content != said

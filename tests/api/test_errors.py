@@ -38,7 +38,7 @@ from chatdb import (
 from chatdb._core.dsn import connect_arguments
 from chatdb._core.query import Query
 from chatdb.admin.users_link import UsersMissingError
-from chatdb.schema import NEEDED, kind_of
+from chatdb.schema import EXPECTED_SCHEMA, kind_of
 from tests.support.calls import CALLS, NOBODYS, call, conversation_with_a_message
 
 MARK = "XYZZY"  # a text, a key or a password that no error may tell
@@ -459,10 +459,10 @@ async def test_a_database_with_older_migrations(tx, older, missing, name, argume
 
 
 @pytest.mark.owner
-@pytest.mark.parametrize("table", NEEDED)
+@pytest.mark.parametrize("table", EXPECTED_SCHEMA)
 async def test_check_schema_misses_every_part(tx, table):
     """Whatever column, constraint or index is dropped, the check names it."""
-    for part, definition in NEEDED[table].items():
+    for part, definition in EXPECTED_SCHEMA[table].items():
         kind = kind_of(part)
         if kind == "index":
             statement = f"drop index chatdb.{part}"

@@ -31,9 +31,9 @@ from chatdb import (
     MessageNotFoundError,
 )
 from chatdb._core import decode, validate
-from chatdb._core.driver_errors import BEHIND, CONFLICTS, CONSTRAINTS, map_driver_error
+from chatdb._core.driver_errors import CONFLICTS, CONSTRAINTS, STALE_COUNTERS, map_driver_error
 from chatdb.records import Conversation, Message, Role
-from chatdb.schema import NEEDED
+from chatdb.schema import EXPECTED_SCHEMA
 from chatdb.transfer import exporter, importer
 from tests.support.catalog import DATA, Live
 from tests.support.databases import new_database
@@ -161,7 +161,7 @@ def check_columns(live, file, record=None):
     python = {"int8": int, "int4": int, "text": str, "timestamptz": datetime}
     _, columns = live.described(file.sql)
     assert file.record == record.__name__
-    assert file.given == query_of(file.name).bound_fields
+    assert file.given == query_of(file.name).fields_from_args
     fields = fields_of(record, without=file.given)
     assert [(name, python.get(kind)) for name, kind, _ in columns] == [field[:2] for field in fields]
 
@@ -246,7 +246,7 @@ def check_filled(record, given, fields_of_rows):
 FILLED = pytest.mark.parametrize(
     ("record", "given"),
     sorted(
-        {(query.record, query.bound_fields) for _, _, query in bindings() if query.record in decode.FILLED},
+        {(query.record, query.fields_from_args) for _, _, query in bindings() if query.record in decode.FILLED},
         key=lambda pair: (pair[0].__name__, pair[1]),
     ),
 )
@@ -284,7 +284,7 @@ def test_rows_of_an_unknown_handle_are_validated(record, given):
 
 async def check_call(function, stem, given, real=None):
     """Raise unless a call is one statement whose arguments stand where the header names them; return them."""
-    rows = stored(record_of(stem), without=query_of(stem).bound_fields) * (len(given.get("messages", ())) or 1)
+    rows = stored(record_of(stem), without=query_of(stem).fields_from_args) * (len(given.get("messages", ())) or 1)
     db = Recorder(rows, real)
     await call(function, db, given)
     bound = inspect.signature(getattr(chatdb, function)).bind(db, **given)
@@ -365,7 +365,7 @@ def test_every_function_is_called():
 @pytest.mark.parametrize(("function", "stem", "given"), [item for item in CALLS if file_of(item[1]).existence])
 async def test_an_existence_row_is_no_record(function, stem, given):
     """Where a header promises an existence row, the function makes nothing of it, or an error of its own."""
-    record, without = record_of(stem), query_of(stem).bound_fields
+    record, without = record_of(stem), query_of(stem).fields_from_args
     existence = dict.fromkeys(record.model_fields)
     with suppress(ConflictError, MessageNotFoundError, ConfigurationError):
         assert await call(function, Recorder([existence]), given) == []
@@ -431,7 +431,7 @@ def test_tables_and_indexes_say_what_they_serve(live):
 # 9. The schema's constraints = the error map, and all that it has = what check_schema needs.
 
 
-def check_errors(live, constraints=CONSTRAINTS, conflicts=CONFLICTS, behind=BEHIND):
+def check_errors(live, constraints=CONSTRAINTS, conflicts=CONFLICTS, behind=STALE_COUNTERS):
     """Raise unless every constraint and unique index is mapped once, a CHECK to the parameter of its column's name."""
     unique = {name for name, (_, is_unique) in live.indexes.items() if is_unique}
     assert sorted([*constraints, *conflicts, *behind, FOREIGN_KEY]) == sorted(live.constraints.keys() | unique)
@@ -439,7 +439,7 @@ def check_errors(live, constraints=CONSTRAINTS, conflicts=CONFLICTS, behind=BEHI
         assert live.constraints[name][0] == [parameter]
 
 
-def check_needed(live, needed=NEEDED):
+def check_needed(live, needed=EXPECTED_SCHEMA):
     """Raise unless check_schema needs what the migrations make, all of it."""
     found = defaultdict(dict)
     for table, name, definition in live.rows(file_of("check_schema").sql):
@@ -774,10 +774,17 @@ def test_a_changed_map_or_limit_is_found(live):
         (check_errors, [{"constraints": part} for part in less(CONSTRAINTS)]),
         (check_errors, [{"constraints": CONSTRAINTS | {"ck_messages_key": ("role", "")}}]),
         (check_errors, [{"conflicts": part} for part in less(CONFLICTS)]),
-        (check_errors, [{"behind": part} for part in less(BEHIND)]),
+        (check_errors, [{"behind": part} for part in less(STALE_COUNTERS)]),
         (check_errors, [{"conflicts": CONFLICTS | {"ck_messages_key": ""}}]),
-        (check_needed, [{"needed": NEEDED | {table: part}} for table in NEEDED for part in less(NEEDED[table])]),
-        (check_needed, [{"needed": NEEDED | {"messages": NEEDED["messages"] | {"seq": "integer"}}}]),
+        (
+            check_needed,
+            [
+                {"needed": EXPECTED_SCHEMA | {table: part}}
+                for table in EXPECTED_SCHEMA
+                for part in less(EXPECTED_SCHEMA[table])
+            ],
+        ),
+        (check_needed, [{"needed": EXPECTED_SCHEMA | {"messages": EXPECTED_SCHEMA["messages"] | {"seq": "integer"}}}]),
     ]:
         for change in changes:
             with pytest.raises(AssertionError):

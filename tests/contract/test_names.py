@@ -31,7 +31,7 @@ from chatdb.admin.migrate import (
     missing_migrations,
     rollback_migrations,
 )
-from chatdb.admin.row_security import missing_protection, protect_tables
+from chatdb.admin.row_security import protect_tables, protection_statements
 from chatdb.admin.users_link import link_users, unlink_users
 from chatdb.transfer import tables
 from chatdb.transfer.exporter import count_user, export_conversations
@@ -317,7 +317,7 @@ def operators_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch) -> 
     link_users(dsn, table="users")
     inspect(dsn)
     protect_tables(dsn)
-    missing_protection(dsn)
+    protection_statements(dsn)
     inspect(dsn)
     protect_tables(dsn, off=True)
     unlink_users(dsn)
@@ -364,7 +364,7 @@ async def services_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch
                     await import_conversations(db, user_id="v", items=items)
             quietly(dsn, *[SAID] * count)
         row = (made.id, 9, "user", "c", None, None, 1, None, made.created_at)  # as with row-level security
-        columns = [validate.to_texts([value]) for value in row]
+        columns = [validate.as_text_array([value]) for value in row]
         await _import_conversations_messages.fetch_one(db, "u", *columns)
 
 

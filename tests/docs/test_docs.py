@@ -101,9 +101,25 @@ def test_the_limits_and_errors() -> None:
 
 def test_every_link_leads_somewhere() -> None:
     """Links between the documents lead to files that there are."""
-    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_decisions() -> None:
+    """Each decision is in the list, is linked from the code, and names files that there are."""
+    folder = ROOT / "docs" / "decisions"
+    listed = (folder / "README.md").read_text(encoding="utf-8")
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "chatdb").rglob("*.py"))
+    files = sorted(folder.glob("0*.md"))
+    assert len(files) >= 10
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        assert f"]({file.name})" in listed
+        assert file.name in code
+        assert all(f"**{part}.**" in text for part in ("Context", "Decision", "Figures", "Rejected", "Where")), file
+        for named in re.findall(r"`((?:chatdb|sql|migrations|tests|benchmarks)/[\w./-]*)`", text):
+            assert (ROOT / named).exists(), (file.name, named)
 
 
 def test_every_session_exists() -> None:

@@ -19,7 +19,7 @@ import uvloop
 import chatdb
 from chatdb import ConfigurationError
 from chatdb._core.dsn import connect_arguments
-from chatdb.pool import check_owner
+from chatdb.pool import check_process_and_loop
 
 FORK = multiprocessing.get_context("fork")
 HANG = 30
@@ -298,8 +298,8 @@ async def test_a_lent_connection_comes_back_clean(dsn):
 async def test_the_process_is_told_apart_from_the_loop():
     """A process that goes on with the loop that it has inherited is refused too."""
     with pytest.raises(ConfigurationError, match="another process"):
-        check_owner(os.getpid() + 1, asyncio.get_running_loop(), "pool")
-    check_owner(os.getpid(), asyncio.get_running_loop(), "pool")
+        check_process_and_loop(os.getpid() + 1, asyncio.get_running_loop(), "pool")
+    check_process_and_loop(os.getpid(), asyncio.get_running_loop(), "pool")
 
 
 async def test_a_busy_connection_is_not_handed_on(dsn):

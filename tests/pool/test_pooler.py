@@ -19,7 +19,7 @@ from chatdb._core.driver_errors import map_driver_error
 from chatdb._core.dsn import connect_arguments
 from chatdb.admin.check.inspection import inspect
 from chatdb.admin.migrate import apply_migrations, last_migrations, missing_migrations, rollback_migrations
-from chatdb.admin.row_security import missing_protection
+from chatdb.admin.row_security import protection_statements
 from chatdb.admin.users_link import link_users, unlink_users
 from tests.support.command import chatdb_process as command
 from tests.support.databases import execute
@@ -259,7 +259,7 @@ def test_a_look_leaves_the_pooled_session_as_it_was(pooled, dsn):
         lambda: inspect(through),
         lambda: missing_migrations(through),
         lambda: last_migrations(through),
-        lambda: missing_protection(through),
+        lambda: protection_statements(through),
         lambda: link_users(through, table="users", dry_run=True),
         lambda: unlink_users(through, dry_run=True),
         lambda: apply_migrations(through),

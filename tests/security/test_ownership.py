@@ -11,7 +11,7 @@ from chatdb import ConfigurationError
 from chatdb.admin.check.inspection import inspect
 from chatdb.admin.connection import connected, fetch_value
 from chatdb.admin.migrate import apply_migrations, rollback_migrations
-from chatdb.admin.ownership import additions, foreign_objects
+from chatdb.admin.ownership import foreign_objects, host_objects
 from tests.support.databases import administrator, execute
 
 pytestmark = pytest.mark.owner
@@ -50,7 +50,7 @@ def test_nothing_is_foreign_in_a_migrated_database(mallory: str, empty_dsn: str)
     assert foreign(empty_dsn) == []
     apply_migrations(empty_dsn)
     with connected(empty_dsn) as connection:
-        assert (foreign_objects(connection), additions(connection)) == ([], [])
+        assert (foreign_objects(connection), host_objects(connection)) == ([], [])
 
 
 def test_a_foreign_schema_and_table_are_named(mallory: str, empty_dsn: str) -> None:
@@ -110,7 +110,7 @@ def test_additions_to_the_tables_are_named(mallory: str, dsn: str) -> None:
         "create table public.child () inherits (chatdb.messages)",
     )
     with connected(dsn) as connection:
-        found = [what for what, _ in additions(connection)]
+        found = [what for what, _ in host_objects(connection)]
     assert found == [
         "trigger audit on chatdb.messages",
         "rule quiet on chatdb.conversations",

@@ -23,7 +23,7 @@ import chatdb
 from chatdb import ConfigurationError, Conversation, ConversationNotFoundError, Deleted
 from chatdb.admin.check.inspection import inspect
 from chatdb.admin.migrate import last_migrations, rollback_migrations
-from chatdb.admin.row_security import TABLES, missing_protection, protect_tables
+from chatdb.admin.row_security import TABLES, protect_tables, protection_statements
 from chatdb.admin.users_link import link_users
 from chatdb.formats.items import Item, SourceConversation, SourceMessage
 from chatdb.transfer.exporter import export_conversations
@@ -117,10 +117,10 @@ def test_on_and_off(place: Place) -> None:
 def test_a_wall_with_a_hole_is_mended(walled: Place, roles: Roles, change: str) -> None:
     """Whatever part of the wall is missing or was changed, the command puts it back."""
     execute(walled.owner, change)
-    assert missing_protection(walled.owner)
+    assert protection_statements(walled.owner)
     assert checked(walled.owner, roles.app) == {"row-level security": "different"}
     assert protect_tables(walled.owner)
-    assert missing_protection(walled.owner) == []
+    assert protection_statements(walled.owner) == []
 
 
 def test_an_older_wall_is_replaced(place: Place, roles: Roles) -> None:
@@ -145,7 +145,7 @@ def test_an_older_wall_is_replaced(place: Place, roles: Roles) -> None:
 def test_settings_of_the_role_are_no_difference(walled: Place, roles: Roles, setting: str) -> None:
     """However the server writes the names for a role, a wall that is whole is seen as whole."""
     execute(walled.superuser, f"alter role {roles.owner} in database {roles_database(walled)} set {setting}")
-    assert missing_protection(walled.owner) == []
+    assert protection_statements(walled.owner) == []
 
 
 def roles_database(place: Place) -> str:
@@ -163,7 +163,7 @@ def test_whoever_protects_the_tables_owner_has_the_function(place: Place, roles:
     with psycopg.connect(place.app) as connection:
         connection.execute("set chatdb.user_id = 'ada'")
         assert connection.execute("select from chatdb.messages").fetchall() == []
-    assert missing_protection(place.owner) == []
+    assert protection_statements(place.owner) == []
 
 
 def test_a_planted_function_is_replaced(place: Place, roles: Roles) -> None:
@@ -257,7 +257,7 @@ def test_a_busy_table(place: Place) -> None:
     with transaction(place.app, "select from chatdb.messages") as connection:
         with pytest.raises(chatdb.UnavailableError, match="55P03"):
             protect_tables(place.owner, wait=0)
-        assert missing_protection(place.owner)
+        assert protection_statements(place.owner)
         timer = threading.Timer(2.5, connection.rollback)
         timer.start()
         assert len(protect_tables(place.owner, wait=60)) == 6

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import chatdb
 from chatdb.formats.items import Skipped, SourceConversation, SourceMessage
 from chatdb.records import UNSET, Conversation, SchemaPart
-from chatdb.schema import NEEDED
+from chatdb.schema import EXPECTED_SCHEMA
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 STORED = {
@@ -125,7 +125,7 @@ async def call(function, db, given):
 def stored(record, without=()):
     """Return rows as the server might answer."""
     if record is SchemaPart:
-        parts = [(table, name, kind) for table, columns in NEEDED.items() for name, kind in columns.items()]
+        parts = [(table, name, kind) for table, columns in EXPECTED_SCHEMA.items() for name, kind in columns.items()]
         return [dict(zip(record.model_fields, part, strict=True)) for part in parts]
     return [{name: STORED[name] for name in record.model_fields if name not in without}]
 

@@ -189,7 +189,7 @@ def test_every_type_of_item_is_known() -> None:
     for item in get_args(frameworks().TResponseInputItem):
         hints = get_type_hints(item)
         (kind, *_) = get_args(next((a for a in get_args(hints["type"]) if get_args(a)), hints["type"]))
-        types[kind] = openai.said({"type": kind, "role": next(iter(get_args(hints.get("role"))), None)})[0]
+        types[kind] = openai.parse_message({"type": kind, "role": next(iter(get_args(hints.get("role"))), None)})[0]
     assert len(types) > 25
     assert types["mcp_call"] == types["item_reference"] == types["reasoning"] == "assistant"
     assert types["custom_tool_call_output"] == types["program_output"] == "tool"
@@ -213,7 +213,7 @@ def test_every_type_of_item_is_known() -> None:
 )
 def test_readable_text(item: dict[str, Any], text: str) -> None:
     """The content is what a person reads of an item; arguments, pictures and the like are in the payload only."""
-    assert openai.said(item)[1] == text
+    assert openai.parse_message(item)[1] == text
 
 
 @pytest.mark.parametrize("framework", ["openai-agents", "langchain"])

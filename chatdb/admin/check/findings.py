@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from chatdb._core.driver_errors import LINK
 from chatdb.records import SchemaPart
-from chatdb.schema import NEEDED, Difference, differences, kind_of
+from chatdb.schema import EXPECTED_SCHEMA, Difference, differences, kind_of
 
 OK, NOTE, MISSING, DIFFERENT = "ok", "note", "missing", "different"
 
@@ -24,7 +24,7 @@ class Finding(NamedTuple):
     hint: str = ""
 
 
-def check_parts(
+def check_schema_objects(
     parts: Sequence[SchemaPart], *, served: Mapping[str, Sequence[str]], unapplied: bool
 ) -> Iterator[Finding]:
     """
@@ -34,7 +34,7 @@ def check_parts(
     """
     wrong = {(difference.table, difference.name): difference for difference in differences(parts)}
     relations = {part.relation for part in parts}
-    for table, needed in NEEDED.items():
+    for table, needed in EXPECTED_SCHEMA.items():
         if table not in relations:
             hint = "chatdb migrate" if unapplied else "restore it from a backup; or, to have it empty, chatdb migrate"
             yield Finding(f"table {table}", MISSING, "is not there", hint)
@@ -53,7 +53,7 @@ def check_parts(
             elif kind in {"primary key", "index"}:
                 yield Finding(f"{kind} {name}", OK, f"valid; serves {', '.join(served[name])}")
     for part in parts:  # an invalid index that is not chatdb's own costs every write and serves nothing
-        if part.definition.endswith(" INVALID") and part.name not in NEEDED.get(part.relation, ()):
+        if part.definition.endswith(" INVALID") and part.name not in EXPECTED_SCHEMA.get(part.relation, ()):
             detail = "is invalid: left over by a build that failed"
             yield Finding(f"index {part.name}", NOTE, detail, "chatdb migrate")
     yield _link(parts)
@@ -77,7 +77,7 @@ def _difference(difference: Difference, *, unapplied: bool) -> Finding:
         hint = f"alter table chatdb.{table} validate constraint {name}"
         return Finding(what, DIFFERENT, "is not validated: older rows may break it", hint)
     if rest == "DISABLED":
-        hint = "; ".join(f"alter table chatdb.{name} enable trigger all" for name in NEEDED)
+        hint = "; ".join(f"alter table chatdb.{name} enable trigger all" for name in EXPECTED_SCHEMA)
         return Finding(what, DIFFERENT, "does nothing, because its triggers are disabled", hint)
     if kind == "index":
         return Finding(what, DIFFERENT, detail, f"drop index concurrently chatdb.{name}; {_add(difference)}")

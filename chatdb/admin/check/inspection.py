@@ -11,15 +11,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from chatdb.admin.check.findings import DIFFERENT, MISSING, NOTE, OK, Finding, check_parts
+from chatdb.admin.check.findings import DIFFERENT, MISSING, NOTE, OK, Finding, check_schema_objects
 from chatdb.admin.check.plans import check_plans, statements_by_index
 from chatdb.admin.connection import connected, errors, fetch_value, is_pooled, pinned_transaction, psycopg
 from chatdb.admin.migrate import applied_migrations, migration_files
-from chatdb.admin.ownership import additions, foreign_objects, may_create_schemas, public_is_writable
+from chatdb.admin.ownership import foreign_objects, host_objects, may_create_schemas, public_is_writable
 from chatdb.admin.row_security import missing_function, missing_statements, read_protection
 from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.records import SchemaPart
-from chatdb.schema import NEEDED, STATEMENT
+from chatdb.schema import CHECK_SCHEMA_SQL, EXPECTED_SCHEMA
 
 OLDEST, NEWEST = 14, 18
 """The major versions of PostgreSQL that this release is made for."""
@@ -43,11 +43,11 @@ def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) ->
         own = fetch_value(connection, "select current_user")
         roles = [own] if role is None else [own, role]
         findings = [*_server(connection), pooler, *migrations, *_search_paths(connection, own, role)]
-        rows = connection.execute(STATEMENT.encode()).fetchall()
+        rows = connection.execute(CHECK_SCHEMA_SQL.encode()).fetchall()
         parts = [SchemaPart(relation=relation, name=name, definition=text) for relation, name, text in rows]
         if parts:
             unapplied = any(finding.state == MISSING for finding in migrations)
-            of_catalog = [*check_parts(parts, served=statements_by_index(), unapplied=unapplied)]
+            of_catalog = [*check_schema_objects(parts, served=statements_by_index(), unapplied=unapplied)]
             findings += of_catalog
             for name in roles:
                 findings += _privileges(connection, name)
@@ -129,7 +129,7 @@ def _owners(connection: psycopg.Connection) -> Iterator[Finding]:
         yield Finding(f"owner of {what}", state, detail, f"look at it, then: alter {what} owner to ...")
     if not foreign:
         yield Finding("owners", OK, "the schema chatdb and everything in it belong to its owner")
-    for what, detail in additions(connection):
+    for what, detail in host_objects(connection):
         yield Finding(what, NOTE, detail)
     if public_is_writable(connection):
         detail = "every role may create functions in it, which the statements of others can call by mistake"
@@ -250,14 +250,14 @@ def _privileges(connection: psycopg.Connection, role: str) -> list[Finding]:
         union all
         select null, 'usage', pg_catalog.has_schema_privilege(%(role)s, 'chatdb', 'usage')
         """,
-        {"role": role, "privileges": PRIVILEGES, "tables": [*NEEDED]},
+        {"role": role, "privileges": PRIVILEGES, "tables": [*EXPECTED_SCHEMA]},
     )
     lacking: dict[str | None, list[str]] = defaultdict(list)
     for table, privilege, is_granted in rows:
         if not is_granted:
             lacking[table].append(privilege)
     if not lacking:
-        detail = f"usage of the schema, {', '.join(PRIVILEGES)} on {' and '.join(NEEDED)}"
+        detail = f"usage of the schema, {', '.join(PRIVILEGES)} on {' and '.join(EXPECTED_SCHEMA)}"
         return [Finding(what, OK, detail)]
     return [
         Finding(

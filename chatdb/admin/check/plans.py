@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from chatdb._core.query import statement_files
 from chatdb.admin.check.findings import DIFFERENT, NOTE, OK, Finding
 from chatdb.admin.connection import errors, fetch_value, psycopg
-from chatdb.schema import NEEDED
+from chatdb.schema import EXPECTED_SCHEMA
 
 SMALL = 1 << 16
 """Bytes of a table up to which the planner rightly reads it whole."""
@@ -124,6 +124,6 @@ def _small(connection: psycopg.Connection) -> set[str]:
     rows = connection.execute(
         "select relname from pg_catalog.pg_class where relnamespace = 'chatdb'::regnamespace and relname = any(%s) "
         "and pg_catalog.pg_relation_size(oid) <= %s",
-        [[*NEEDED], SMALL],
+        [[*EXPECTED_SCHEMA], SMALL],
     )
     return {name for (name,) in rows}
