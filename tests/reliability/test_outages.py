@@ -17,6 +17,7 @@ import pytest
 
 import chatdb
 from chatdb import UnavailableError
+from chatdb.embedded.process import Launcher
 from chatdb.embedded.server import EmbeddedServer
 from tests.support.chaos import (
     assert_whole,
@@ -164,17 +165,19 @@ def standby(primary: EmbeddedServer) -> Iterator[tuple[str, Callable[[], None]]]
     """Run a replica of the server that confirms every commit; give the folder of its socket, and what promotes it."""
     with tempfile.TemporaryDirectory(prefix="chatdb-chaos-", ignore_cleanup_errors=True) as name:
         folder, data = Path(name), Path(name) / "data"
-        with primary._opened("server.lock") as lock:
-            primary._deadline = time.monotonic() + 60
-            way = primary._choose_way(lock)
-            programs = primary._programs(way, lock)
+        with primary._folder.opened("server.lock") as lock:
+
+            def launcher() -> Launcher:
+                return Launcher(primary._folder, primary._package, primary._version, lock, time.monotonic() + 60)
+
+            run_as = launcher()._choose_run_as()
+            programs = launcher()._find_programs(run_as)
 
             def run(program: str, *arguments: str | Path) -> None:
-                primary._deadline = time.monotonic() + 60
-                assert primary._run(way, lock, programs / program, "-D", data, *arguments), f"{program} failed"
+                assert launcher()._run(run_as, programs / program, "-D", data, *arguments), f"{program} failed"
 
-            os.chown(folder, way.uid, way.gid)
-            upstream = f"host={primary._socket} port=5432 user=postgres application_name=standby"
+            os.chown(folder, run_as.uid, run_as.gid)
+            upstream = f"host={primary._folder.socket} port=5432 user=postgres application_name=standby"
             run("pg_basebackup", "-d", upstream, "-R", "-X", "stream", "-c", "fast")
             options = f"-k {folder} -c listen_addresses='' -c port=5432 -c hot_standby=on"
             run("pg_ctl", "start", "-w", "-o", options, "-l", folder / "log")
@@ -190,7 +193,7 @@ async def test_a_fail_over(durable):
     """A multi-host DSN finds the promoted replica by itself, and what was acknowledged before is there."""
     hosts: list[str] = []
     with standby(durable) as (folder, promote):
-        hosts = [quote(host, safe="") for host in (str(durable._socket), folder)]
+        hosts = [quote(host, safe="") for host in (str(durable._folder.socket), folder)]
         dsn = f"postgresql://postgres@/chatdb?host={','.join(hosts)}&port=5432&target_session_attrs=read-write"
         replica = f"postgresql://postgres@/chatdb?host={hosts[1]}&port=5432"
         async with pool_on(dsn) as pool:

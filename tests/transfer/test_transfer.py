@@ -372,14 +372,14 @@ def test_memory_does_not_grow_with_the_file(request: pytest.FixtureRequest, dsn:
         import asyncio, sys
         from pathlib import Path
         import chatdb
-        from chatdb.cli import app as cli
-        from chatdb.transfer import importer as transfer
+        from chatdb.cli.data import import_file
+        from chatdb.transfer.exporter import export_conversations
 
         async def main():
             async with chatdb.create_pool(sys.argv[1]) as db:
-                report = await cli.import_file(db, "alice", Path(sys.argv[2]))
+                report = await import_file(db, "alice", Path(sys.argv[2]))
                 count = 0
-                async for _ in transfer.export_conversations(db, user_id="alice"):
+                async for _ in export_conversations(db, user_id="alice"):
                     count += 1
                 assert count == report.conversations + report.messages > int(sys.argv[3]), count
 
