@@ -55,7 +55,7 @@ class Kind(Enum):
     STATEMENT = SYNTAX_ERROR, INVALID_NAME, DATATYPE_MISMATCH, WRONG_OBJECT_TYPE, CANNOT_COERCE
     CONSTRAINT = ("23",)
     VALUE = "22", "54"
-    OTHER = ()
+    OTHER = ("other",)  # not an SQLSTATE; the Enum of Python 3.11.2 takes no empty tuple
 
 
 _KINDS: Final = {state: kind for kind in Kind for state in kind.value}
