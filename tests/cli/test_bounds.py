@@ -103,7 +103,7 @@ def test_no_command_hangs(dsn: str, file: Path, silent: str | int) -> None:
             place = f"{proxy.dsn}&connect_timeout=2"
         else:
             place = f"{stack.enter_context(Proxy(dsn, answer_bytes=int(silent))).dsn}&connect_timeout=2"
-        with ThreadPoolExecutor(4) as executor:
+        with ThreadPoolExecutor(8) as executor:
             results = [*executor.map(lambda arguments: ended(arguments, place, file), COMMANDS.values())]
     slowest = 0.0
     for name, (seconds, done) in zip(COMMANDS, results, strict=True):
