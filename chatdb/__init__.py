@@ -60,6 +60,9 @@ else:
         globals()[name] = open_embedded
         return open_embedded
 
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "UNSET", "AcquireTimeoutError", "ChatDBError", "CommandTimeoutError", "ConfigurationError", "ConflictError",

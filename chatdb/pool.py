@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import os
 from collections.abc import AsyncGenerator
@@ -34,18 +35,6 @@ if TYPE_CHECKING:
     from chatdb._core.asyncpg_private import Connection as Connection
 
 _log = logging.getLogger("chatdb")
-
-_DEFAULTS: Final[dict[str, Any]] = {
-    "min_size": 0,
-    "max_size": 10,
-    "acquire_timeout": 10.0,
-    "command_timeout": 30.0,
-    "retries": 2,
-    "row_level_security": False,
-    # below the five minutes after which a serverless database closes idle connections
-    "max_inactive_connection_lifetime": 240.0,
-}
-"""What a pool has that is made without `create_pool`, whose own defaults are the same."""
 
 
 class Pool(PoolBase):
@@ -149,6 +138,7 @@ def create_pool(
     command_timeout: float = 30.0,
     retries: int = 2,
     row_level_security: bool = False,
+    # below the five minutes after which a serverless database closes idle connections
     max_inactive_connection_lifetime: float = 240.0,
     **options: Unpack[DriverOptions],
 ) -> Pool:
@@ -183,6 +173,14 @@ def create_pool(
         max_inactive_connection_lifetime=max_inactive_connection_lifetime,
         **options,
     )
+
+
+_DEFAULTS: Final = {
+    parameter.name: parameter.default
+    for parameter in inspect.signature(create_pool).parameters.values()
+    if parameter.kind is parameter.KEYWORD_ONLY
+}
+"""Those of a pool that is made without `create_pool`, as the embedded server's is."""
 
 
 @contextlib.asynccontextmanager

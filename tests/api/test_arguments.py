@@ -10,6 +10,7 @@ import ssl
 import traceback
 import uuid
 from collections import UserDict
+from collections.abc import Awaitable, Callable
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -191,26 +192,44 @@ VALID = dict(reversed(CALLS))
 PLACES = [(name, parameter) for name, parameters in SIGNATURES.items() for parameter in parameters]
 
 
-@pytest.mark.parametrize(("name", "parameter"), PLACES)
-async def test_every_parameter(tx: asyncpg.Connection, name: str, parameter: str) -> None:
-    """An odd value is taken, or is an InvalidInputError that names the parameter, and nothing is sent."""
-    conversation = await conversation_with_a_message(tx)
+async def refused_wrongly(
+    tx: asyncpg.Connection,
+    parameter: str,
+    send: Callable[[Counting, Any], Awaitable[object]],
+    taken: tuple[type[ChatDBError], ...] = (),
+) -> dict[str, str]:
+    """
+    Send each odd value, and return what became of those that are neither taken nor refused by the parameter's name.
+
+    `taken` are the errors of a value that chatdb has taken and the database answers.
+    """
     wrong = {}
     for label in ODD:
         block = tx.transaction()
         await block.start()
         db = Counting(tx)
         try:
-            await call(db, name, VALID[name] | {parameter: odd(label)}, conversation)
+            await send(db, odd(label))
         except InvalidInputError as error:
             if db.statements or not str(error).startswith(parameter) or not error.parameter.startswith(parameter):
                 wrong[label] = f"{len(db.statements)} sent, {error}"
-        except (NotFoundError, UnavailableError):
-            pass  # it was taken
+        except taken:
+            pass
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the wrong one
             wrong[label] = repr(error)[:200]
         await block.rollback()
-    assert wrong == {}
+    return wrong
+
+
+@pytest.mark.parametrize(("name", "parameter"), PLACES)
+async def test_every_parameter(tx: asyncpg.Connection, name: str, parameter: str) -> None:
+    """An odd value is taken, or is an InvalidInputError that names the parameter, and nothing is sent."""
+    conversation = await conversation_with_a_message(tx)
+
+    async def send(db: Counting, value: Any) -> None:
+        await call(db, name, VALID[name] | {parameter: value}, conversation)
+
+    assert await refused_wrongly(tx, parameter, send, (NotFoundError, UnavailableError)) == {}
 
 
 FIELDS = list(NewMessage.model_fields)
@@ -221,21 +240,12 @@ FIELDS = list(NewMessage.model_fields)
 async def test_every_field_of_a_message(tx: asyncpg.Connection, kind: Any, field: str) -> None:
     """So it is with the fields of the messages in a batch."""
     conversation = await conversation_with_a_message(tx)
-    wrong = {}
-    for label in ODD:
-        block = tx.transaction()
-        await block.start()
-        db = Counting(tx)
-        batch = [kind(**{"role": "user", "content": "", field: odd(label)})]
-        try:
-            await call(db, "append_messages", {"messages": batch}, conversation)
-        except InvalidInputError as error:
-            if db.statements or not error.parameter.startswith(f"messages[0].{field}"):
-                wrong[label] = f"{len(db.statements)} sent, {error}"
-        except Exception as error:  # noqa: BLE001
-            wrong[label] = repr(error)[:200]
-        await block.rollback()
-    assert wrong == {}
+
+    async def send(db: Counting, value: Any) -> None:
+        batch = [kind(**{"role": "user", "content": "", field: value})]
+        await call(db, "append_messages", {"messages": batch}, conversation)
+
+    assert await refused_wrongly(tx, f"messages[0].{field}", send) == {}
 
 
 @pytest.mark.parametrize("label", [label for label in ODD if label != "NewMessage"])

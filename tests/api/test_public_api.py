@@ -70,6 +70,14 @@ def test_everything_public_is_documented():
     assert [name for name, found in documented.items() if not vars(found).get("__doc__", found.__doc__)] == []
 
 
+def test_everything_public_is_listed() -> None:
+    """What `dir` lists has all that is public, and another name is an AttributeError."""
+    program = "import chatdb; print(*sorted(set(chatdb.__all__) - set(dir(chatdb)))); chatdb.open_embeded"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.split() == []
+    assert "AttributeError: module 'chatdb' has no attribute 'open_embeded'" in run.stderr
+
+
 @pytest.mark.parametrize("module", ["chatdb", "chatdb.pool", "chatdb.schema", "chatdb._core.dsn"])
 def test_import_leaves_the_extras_alone(module):
     """Importing chatdb imports nothing that only an extra needs, and none of the packages beside the core."""

@@ -52,6 +52,8 @@ TESTS = {
     ),
     "chatdb/_core/decode.py": (*API, "tests/api/test_records.py", *DRIFT, "tests/pool/test_handles.py"),
     "chatdb/_core/dsn.py": ("tests/pool/test_dsn.py", "tests/pool/test_one_dsn.py", "tests/pool/test_tls.py"),
+    "chatdb/__init__.py": (*API, "tests/cli/test_commands.py"),
+    "chatdb/__main__.py": ("tests/cli/test_commands.py",),
     "chatdb/_core/options.py": ("tests/pool/test_dsn.py", "tests/api/test_input.py", *POOL),
 }
 """The tests of a module, in the order in which they are run; of one that is not here, `OTHERS`."""
