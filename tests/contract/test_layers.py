@@ -24,8 +24,8 @@ BREACHES = {
     ),
     "an extra": ("users.py", "def f():\n    import psycopg", "The core imports no"),
     "at once": ("__init__.py", "import chatdb.transfer.files", "chatdb itself imports"),
-    "a driver": ("formats/items.py", "import asyncpg", "The formats know no"),
-    "a file": ("formats/openai.py", "import pathlib", "The formats know no"),
+    "a driver": ("formats/items.py", "import asyncpg", "The formats use no"),
+    "a file": ("formats/openai.py", "import pathlib", "The formats use no"),
     "a cycle": ("_core/decode.py", "import chatdb._core.query", "No modules import each other"),
 }
 

@@ -197,6 +197,17 @@ def test_the_folder_of_archives(tmp_path: Path) -> None:
     assert "has chatdb-1.1.0.tar.gz, not" in archive_problems(tmp_path, "1.2.0", TRACKED)[0]
 
 
+def test_the_session_never_uploads() -> None:
+    """`nox -s release` runs the checks, and no command that uploads."""
+    source = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    (session,) = (
+        node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "release"
+    )
+    words = {node.value for node in ast.walk(session) if isinstance(node, ast.Constant)}
+    assert {"source", "archives", "installed", "twine", "check", "--strict"} <= words
+    assert "upload" not in words
+
+
 def test_pre_commit_runs_the_linters() -> None:
     """The hooks are the commands of `nox -s lint` and `nox -s types`, with the tools of the group `lint`."""
     tree = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8"))
