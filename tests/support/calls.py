@@ -1,4 +1,4 @@
-"""The public functions, with calls of each."""
+"""The signatures of the public functions, and calls of each."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     "delete_message": {"user_id": required, "conversation_id": required, "seq": required},
     "delete_messages_after": {"user_id": required, "conversation_id": required, "seq": required},
 }
-"""Every function on users' data, with the defaults of its keyword-only parameters."""
+"""Every function on user data, with the defaults of its keyword-only parameters."""
 CALLS: list[tuple[str, dict[str, Any]]] = [
     ("create_conversation", {}),
     ("create_conversation", {"key": "new"}),
@@ -77,7 +77,7 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("delete_conversation", {}),
     ("delete_user", {}),
 ]
-"""A valid call of every function, more than one where it has more than one statement."""
+"""Valid calls of every function, one per statement."""
 NOBODYS = Conversation(
     id=-1,
     user_id="bob",
@@ -92,7 +92,7 @@ NOBODYS = Conversation(
 
 
 async def conversation_with_a_message(db: Any) -> Conversation:
-    """Store a conversation of the key "thread" that has one message of the key "first"."""
+    """Create a conversation with the key "thread" and one message with the key "first"."""
     conversation = await chatdb.create_conversation(db, user_id="alice", key="thread")
     await chatdb.append_message(
         db, user_id="alice", conversation_id=conversation.id, role="user", content="first", key="first"
@@ -101,7 +101,7 @@ async def conversation_with_a_message(db: Any) -> Conversation:
 
 
 async def call(db: Any, name: str, arguments: dict[str, Any], conversation: Conversation) -> Any:
-    """Call a function on a conversation of its user."""
+    """Call a function on a conversation as its user."""
     arguments = {"user_id": conversation.user_id} | arguments
     if "conversation_id" in SIGNATURES[name]:
         arguments = {"conversation_id": conversation.id} | arguments
@@ -114,24 +114,24 @@ async def call(db: Any, name: str, arguments: dict[str, Any], conversation: Conv
 
 
 class Counting:
-    """A database that counts the statements on their way to a real one."""
+    """A database that records statements and passes them to a real one."""
 
     def __init__(self, db: Any) -> None:
         self.db = db
         self.statements: list[str] = []
 
     async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Any]:
-        """Count and pass on."""
+        """Record a statement and run it."""
         self.statements.append(query)
         return await self.db.fetch(query, *args, timeout=timeout)
 
 
 MISSING = 2**62
-"""An id that no conversation ever has."""
+"""An id that no conversation has."""
 
 
 async def iterated(db: Any, **arguments: Any) -> list[Message]:
-    """Run `iter_messages` to its end."""
+    """Exhaust `iter_messages`."""
     return [message async for message in chatdb.iter_messages(db, **arguments)]
 
 
@@ -150,4 +150,4 @@ CONVERSATION_CALLS: dict[str, dict[str, Any]] = {
     "update_conversation": {"title": "x"},
     "update_message": {"seq": 1, "content": "x"},
 }
-"""A valid call of every function on a conversation."""
+"""A valid call of every function that takes a conversation."""

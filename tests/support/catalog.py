@@ -1,4 +1,4 @@
-"""A migrated database as the drift checks see it: what the server says about it."""
+"""The catalog of a migrated database, for the drift checks."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ DATA = """
 
     analyze chatdb.conversations, chatdb.messages;
 
-    -- as where no disk has to spin; at the default the choice of an index depends on the server's settings
+    -- as on an SSD; with the default, the choice of an index depends on the server's settings
     set random_page_cost = 1.1;
 """
-"""Enough for the planner's choices to be real ones."""
+"""Enough rows for realistic plans."""
 
 
 class Live:
-    """A database. What it says of its tables is asked once, so after a change it is another `Live`."""
+    """A live database. Catalog queries are cached: create another `Live` after a change."""
 
     def __init__(self, connection: psycopg.Connection) -> None:
         self.connection = connection
@@ -41,7 +41,7 @@ class Live:
 
     @cached_property
     def columns(self) -> Columns:
-        """The columns of each table, each with its type and whether it is NOT NULL."""
+        """The columns of each table, with type and NOT NULL."""
         rows = self.rows(
             """
             select relnamespace::regnamespace::text, relname, attname, format_type(atttypid, atttypmod), attnotnull
@@ -57,7 +57,7 @@ class Live:
 
     @cached_property
     def indexes(self) -> dict[str, tuple[str, bool]]:
-        """The valid indexes, each with its table and whether it is unique."""
+        """The valid indexes, with table and uniqueness."""
         rows = self.rows(
             """
             select i.relname, t.relname, indisunique
@@ -69,7 +69,7 @@ class Live:
 
     @cached_property
     def comments(self) -> dict[str, str | None]:
-        """The tables and indexes, each with its comment."""
+        """The comments of tables and indexes."""
         rows = self.rows(
             r"""
             select relname, obj_description(oid, 'pg_class') from pg_class
@@ -81,7 +81,7 @@ class Live:
 
     @cached_property
     def constraints(self) -> dict[str, tuple[list[str], str]]:
-        """The constraints other than NOT NULL, each with its columns and its definition without parentheses."""
+        """The constraints except NOT NULL, with columns and definition without parentheses."""
         rows = self.rows(
             r"""
             select conname,
@@ -96,9 +96,9 @@ class Live:
 
     def described(self, statement: str) -> tuple[list[str], list[tuple[str, str, bool | None]]]:
         """
-        Return the types of a statement's parameters, and of each column name, type and NOT NULL.
+        Return the types of a statement's parameters, and the name, type and NOT NULL of each result column.
 
-        The last is None where the server names no origin: for an expression, and for a UNION.
+        NOT NULL is None where the server reports no origin, as for an expression or a UNION.
         """
         libpq = self.connection.pgconn
         result = libpq.prepare(b"", statement.encode())

@@ -1,4 +1,4 @@
-"""What the proofs of chatdb's reliability share: kills, waits and figures."""
+"""Kills, waits and figures for the reliability tests."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 
 
 def figure(text: str) -> None:
-    """Print what a proof has found."""
+    """Print a result of a test."""
     print(f"figure: {text}")
 
 
 def sized(request: pytest.FixtureRequest, full: int, quick: int) -> int:
-    """Return how much a proof does."""
+    """Return the size of a test: `full`, or `quick` with --quick."""
     return quick if request.config.getoption("--quick") else full
 
 
 def kill_server(data: Path) -> None:
-    """Kill all processes of the server with this data folder at once."""
+    """Kill all processes of the server with this data folder."""
     postmaster = int((data / "postmaster.pid").read_text().split()[0])
-    os.kill(postmaster, signal.SIGSTOP)  # or it could start one more
+    os.kill(postmaster, signal.SIGSTOP)  # so that it starts no other process
     children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
     for pid in (*map(int, children), postmaster):
         with contextlib.suppress(ProcessLookupError):
@@ -44,14 +44,14 @@ def kill_server(data: Path) -> None:
 
 
 def restart(server: EmbeddedServer) -> None:
-    """Kill all processes of a server, and start it again."""
+    """Kill all processes of a server, and restart it."""
     kill_server(server.path / "data")
     server.stop()
     server.start()
 
 
 def query(dsn: str, statement: str, *arguments: object) -> list[tuple[Any, ...]]:
-    """Return the rows of a statement, run in a session of its own."""
+    """Run a statement in a new session, and return its rows."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         return connection.execute(statement, arguments or None).fetchall()
 
@@ -74,17 +74,17 @@ def kill_sessions(dsn: str) -> int:
 
 
 async def until(condition: Callable[[], bool], seconds: float) -> float:
-    """Wait for a condition, and return how long it took; a hang is an error."""
+    """Wait for a condition, and return the seconds it took. Raise TimeoutError after `seconds`."""
     clock = asyncio.get_running_loop().time
     begun = clock()
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - what is waited for happens elsewhere
+        while not condition():  # noqa: ASYNC110 - it changes outside the loop
             await asyncio.sleep(0.01)
     return clock() - begun
 
 
 async def outcome(call: Coroutine[Any, Any, Any], *expected: type[BaseException]) -> Any:
-    """Return the result of a call, or its error if it is an expected one."""
+    """Return the result of a call, or its error if that is expected."""
     try:
         return await call
     except expected as error:
@@ -92,7 +92,7 @@ async def outcome(call: Coroutine[Any, Any, Any], *expected: type[BaseException]
 
 
 async def assert_whole(pool: chatdb.pool.Pool, dsn: str, others: int = 0) -> None:
-    """Prove that the pool has all its connections, none in a transaction, and the server no session besides."""
+    """Assert that all connections of the pool work, none is in a transaction, and no other session is left."""
     async with asyncio.timeout(30), contextlib.AsyncExitStack() as stack:
         connections = [await stack.enter_async_context(pool.acquire()) for _ in range(pool.get_max_size())]
         pids = [await connection.fetchval("select pg_backend_pid()") for connection in connections]
@@ -105,7 +105,7 @@ async def assert_whole(pool: chatdb.pool.Pool, dsn: str, others: int = 0) -> Non
 
 @contextlib.asynccontextmanager
 async def in_background(*calls: Coroutine[Any, Any, Any]) -> AsyncIterator[None]:
-    """Run calls beside a block and end them with it."""
+    """Run calls while a block runs, then cancel them."""
     tasks = [asyncio.create_task(call) for call in calls]
     try:
         yield

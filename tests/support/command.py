@@ -1,4 +1,4 @@
-"""The command line, run in this process, or as its users run it in one of its own."""
+"""Runs the command line, in this process or in a new one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SETTINGS = ("DATABASE_URL", "CHATDB_MIGRATE_URL", "CHATDB_HOME")
 
 
 def environment(env: dict[str, str]) -> dict[str, str]:
-    """Return the tests' environment without chatdb's settings, and with these."""
+    """Return the environment with these variables and without chatdb's other settings."""
     return {name: value for name, value in os.environ.items() if name not in SETTINGS} | env
 
 
 def chatdb(*arguments: str | Path, env: dict[str, str], code: int = 0, cwd: Path | None = None) -> str:
-    """Run what `chatdb` runs; return what it says: its standard output, or where it fails its standard error."""
+    """Run `chatdb` in this process, and return its standard output, or its standard error if it fails."""
     output, errors = (TextIOWrapper(BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -34,7 +34,7 @@ def chatdb(*arguments: str | Path, env: dict[str, str], code: int = 0, cwd: Path
             mock.patch.dict(os.environ, environment(env), clear=True),
             mock.patch.object(sys, "argv", ["chatdb", *map(str, arguments)]),
             chdir(cwd or Path.cwd()),
-            mock.patch.object(sys, "stdin", StringIO()),  # a terminal would be asked
+            mock.patch.object(sys, "stdin", StringIO()),  # chatdb asks questions on a terminal
             redirect_stdout(output),
             redirect_stderr(errors),
             pytest.raises(SystemExit) as ended,
@@ -49,7 +49,7 @@ def chatdb(*arguments: str | Path, env: dict[str, str], code: int = 0, cwd: Path
 
 
 def chatdb_process(*arguments: str | Path, env: dict[str, str], code: int = 0, cwd: Path | None = None) -> str:
-    """Run `chatdb` as a process, for what depends on one; as `chatdb` does."""
+    """Run `chatdb` as a process. Return the same as `chatdb()`."""
     command = [PROGRAM, *arguments]
     done = subprocess.run(
         command, env=environment(env), cwd=cwd, capture_output=True, text=True, encoding="utf-8", check=False
@@ -60,14 +60,14 @@ def chatdb_process(*arguments: str | Path, env: dict[str, str], code: int = 0, c
 
 
 def on_a_terminal(*arguments: str, env: dict[str, str], code: int = 0, errors: bool = False) -> str:
-    """Run `chatdb` with a terminal as its output, with `errors` for those too, and return what it shows there."""
+    """Run `chatdb` with its output, and with `errors` its errors, on a terminal. Return what the terminal shows."""
     ours, theirs = pty.openpty()
     stderr = theirs if errors else None
     terminal = os.environ | {"COLUMNS": "200"} | env
     with subprocess.Popen([PROGRAM, *arguments], env=terminal, stdout=theirs, stderr=stderr) as process:
         os.close(theirs)
         shown = b""
-        with suppress(OSError):  # the end of a terminal
+        with suppress(OSError):  # Linux reports the end of a terminal as an error
             while more := os.read(ours, 1024):
                 shown += more
     os.close(ours)

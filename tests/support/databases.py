@@ -1,4 +1,4 @@
-"""What the tests do to databases: run statements as a role, and make and drop one."""
+"""Creates and drops databases for the tests, and runs statements in them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from psycopg.rows import TupleRow
 from tests.support.roles import Roles
 
 administrators: dict[str, psycopg.Connection[TupleRow]] = {}
-"""By its DSN, a session on each server of the tests, kept because most of them have a database made and dropped."""
+"""An open session per server, by DSN. Most tests create and drop a database."""
 
 
 def in_memory() -> str | None:
-    """Return a folder that is kept in memory, if there is one with room: much of a server's work is making files."""
+    """Return a folder in memory if it has 6 GiB free: a test server spends much of its time creating files."""
     folder = "/dev/shm"
     if not os.path.ismount(folder):
         return None
@@ -27,30 +27,30 @@ def in_memory() -> str | None:
 
 
 def not_durable(dsn: str) -> None:
-    """Spare a server that goes with the tests its waiting for the disk; a killed process loses nothing by it."""
+    """Turn off fsync on a disposable server. A killed process still loses nothing."""
     execute(dsn, "alter system set fsync = off", "alter system set full_page_writes = off", "select pg_reload_conf()")
 
 
 def database_of(server: str, name: str) -> str:
-    """Return the DSN of another database on the server."""
+    """Return the DSN of another database on the same server."""
     return urlunsplit(urlsplit(server)._replace(path=f"/{name}"))
 
 
 def as_role(dsn: str, role: str) -> str:
-    """Return the DSN for another role, whose password is its name."""
+    """Return the DSN for another role. Its password is its name."""
     parts = urlsplit(dsn)
     return urlunsplit(parts._replace(netloc=f"{role}:{role}@{parts.netloc.rpartition('@')[2]}"))
 
 
 def execute(dsn: str, *statements: str) -> None:
-    """Run statements on their own, outside a transaction."""
+    """Run each statement outside a transaction."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         for statement in statements:
             connection.execute(statement)
 
 
 def administrator(server: str) -> psycopg.Connection[TupleRow]:
-    """Return the session that is kept on a server, or a new one after a test killed the server."""
+    """Return the open session on a server. Reconnect if a test killed the server."""
     if server in administrators:
         try:
             administrators[server].execute("select")
@@ -63,9 +63,9 @@ def administrator(server: str) -> psycopg.Connection[TupleRow]:
 
 @contextmanager
 def new_database(server: str, name: str, template: str = "template0", options: str = "") -> Iterator[str]:
-    """Give the DSN of a copy of a database; of its files, which takes a third of the time of the server's own way."""
+    """Create a copy of a database, yield its DSN and drop it. Copying files takes a third of the default's time."""
     session = administrator(server)
-    if session.info.server_version >= 150_000:  # older ones know no other way
+    if session.info.server_version >= 150_000:  # older servers always copy files
         options += " strategy file_copy"
     session.execute(f"create database {name} template {template} {options}")
     try:
@@ -76,7 +76,7 @@ def new_database(server: str, name: str, template: str = "template0", options: s
 
 @contextmanager
 def cloned(server: str, roles: Roles, name: str) -> Iterator[str]:
-    """Give the DSN, for the server's own role, of a clone of the roles' database."""
+    """Yield the DSN of a clone of the roles' database, for the role of the server's DSN."""
     with new_database(server, name, roles.database, f"owner {roles.owner}") as dsn:
         execute(server, *roles.on_database(name))
         yield dsn

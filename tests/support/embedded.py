@@ -12,7 +12,7 @@ from tests.support.databases import in_memory
 
 
 def new_place() -> Iterator[Path]:
-    """Make a folder that everyone may enter, with a path short enough for a socket, and remove it afterwards."""
+    """Yield a temporary folder that all users can enter, with a path short enough for a socket."""
     path = Path(tempfile.mkdtemp(prefix="chatdb-", dir=in_memory() or "/tmp"))
     path.chmod(0o755)
     yield path
@@ -20,11 +20,11 @@ def new_place() -> Iterator[Path]:
 
 
 def lock_is_free(folder: Path) -> bool:
-    """Tell whether no process of the server is alive."""
+    """Return whether no process of the server is alive."""
     with (folder / "server.lock").open("a") as lock:
         return try_lock(lock.fileno())
 
 
 def postmaster(folder: Path) -> int:
-    """Return the number of the server's first process."""
+    """Return the process ID of the postmaster."""
     return int((folder / "data/postmaster.pid").read_text().split()[0])

@@ -1,4 +1,4 @@
-"""The frameworks whose tables chatdb imports, and what they write; of its own, because it takes seconds to import."""
+"""The frameworks whose tables chatdb imports. A separate module, because importing it takes seconds."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ CHAT: list[BaseMessage] = [
 
 @asynccontextmanager
 async def agent_session(dsn: str, name: str = "s1", **options: Any) -> AsyncIterator[SQLAlchemySession]:
-    """Give openai-agents' own session on a database, with its tables made by it."""
+    """Yield a session of openai-agents, which creates its tables."""
     engine = create_async_engine(
         "postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(**connect_arguments(dsn)), poolclass=NullPool
     )
@@ -64,7 +64,7 @@ async def agent_session(dsn: str, name: str = "s1", **options: Any) -> AsyncIter
 
 
 def chat(dsn: str, session: str = SESSION, messages: Sequence[BaseMessage] = CHAT, table: str = "chat_history") -> None:
-    """Have langchain-postgres store messages."""
+    """Store messages with langchain-postgres."""
     with psycopg.connect(dsn) as connection:
         PostgresChatMessageHistory.create_tables(connection, table)
         PostgresChatMessageHistory(table, session, sync_connection=connection).add_messages(messages)

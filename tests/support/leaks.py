@@ -1,4 +1,4 @@
-"""Looks, in every test, whether an error of chatdb's or a log record tells what its caller said in private."""
+"""Searches chatdb's errors and all log records in every test for private values of the caller."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from chatdb._core.validate import ROLES
 
 PACKAGE = str(Path(chatdb.__file__).parent)
 PRIVATE = frozenset({"content", "payload", "metadata", "title", "key", "messages", "text", "items", "item"})
-"""The names under which the package's functions have what is private."""
+"""The names of local variables in chatdb that hold private values."""
 PLANTED = frozenset({"XYZZY", "s3cr3t", "Ich heiße Ute"})
-"""What tests say in private only."""
+"""Private values that tests use."""
 TEXTS = (str, dict, list, tuple, set, NewMessage, Message, Conversation)
-"""What has texts."""
+"""Types that contain texts."""
 MOST = 10_000
-"""How many items of a list are looked at: some tests' lists have millions of numbers, or no end."""
+"""Maximum number of items to search in a list: some lists in tests have millions of items, or are infinite."""
 TERMS = PRIVATE | set(NewMessage.model_fields) | ROLES
-"""Words of the errors themselves, which tests say in private too."""
+"""Words that occur both in errors and in private values."""
 
 
 def words(value: object, depth: int = 9) -> Iterator[str]:
-    """Go through the texts in what is private, unless a sentence may have them by chance, or cannot have them."""
-    with suppress(Exception):  # a test's class that raises
+    """Yield the texts in a private value, except those that are too short, too long or too common to search for."""
+    with suppress(Exception):  # classes in tests may raise
         yield from _words(value, depth)
 
 
@@ -52,16 +52,16 @@ def _words(value: object, depth: int) -> Iterator[str]:
 
 
 def passwords(dsn: object) -> Iterator[str]:
-    """Go through the passwords in a DSN, but for a role's own name."""
+    """Yield the passwords in a DSN, except a password that equals the role's name."""
     told = ""
-    with suppress(Exception):  # a test's class that raises
+    with suppress(Exception):  # classes in tests may raise
         told = str(dsn)
     for user, password, option in re.findall(r"//([^:@/]*):([^@/]+)@|[?&\s]password=([^&\s]+)", told):
         yield from words([unquote(each) for each in (password, option) if each != user])
 
 
 def said(frame: FrameType | None) -> Iterator[str]:
-    """Go through what the package's functions that are under way were told in private."""
+    """Yield the private values in the frames of chatdb on the stack."""
     while frame is not None:
         if frame.f_code.co_filename.startswith(PACKAGE):
             yield from words([value for name, value in frame.f_locals.items() if name in PRIVATE])
@@ -70,7 +70,7 @@ def said(frame: FrameType | None) -> Iterator[str]:
 
 
 class Leaks(logging.Handler):
-    """Searches each error as it is made, and each log record as it would be written."""
+    """Searches each error when it is created, and each log record as formatted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,10 +79,10 @@ class Leaks(logging.Handler):
         self._said: deque[str] = deque(maxlen=100)
 
     def watch(self) -> None:
-        """Search from now on."""
+        """Start to search."""
         leaks = self
 
-        def __init__(self: ChatDBError, *args: Any) -> None:  # noqa: N807 - it takes the place of one
+        def __init__(self: ChatDBError, *args: Any) -> None:  # noqa: N807 - replaces __init__
             super(ChatDBError, self).__init__(*args)
             leaks.errors += 1
             private = [*said(sys._getframe(1))]
@@ -94,7 +94,7 @@ class Leaks(logging.Handler):
         logging.getLogger("chatdb").setLevel(logging.DEBUG)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Search a log record, which may come after the call, for what was said last."""
+        """Search a log record for recent private values: it may be written after the call."""
         self.records += 1
         self._said.extend(said(sys._getframe(1)))
         self._search(f"log of {record.name}", self.format(record), self._said)
@@ -105,11 +105,11 @@ class Leaks(logging.Handler):
                 self._found.append(f"{what} tells {word!r}: {told[:300]}")
 
     def of_this_test(self) -> list[str]:
-        """Return what was found since the last test, and forget what was said in it."""
+        """Return and reset the findings of a test."""
         found, self._found = self._found, []
         self._said.clear()
         return found
 
 
 leaks = Leaks()
-"""Those of this run."""
+"""The findings of this run."""

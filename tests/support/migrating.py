@@ -1,4 +1,4 @@
-"""What tests have other processes do with migrations; a module of its own, which these have imported beforehand."""
+"""Migrations in other processes. A separate module, so that the fork server can preload it."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ processes.set_forkserver_preload([__name__])
 
 
 def migrate_at(barrier: threading.Barrier, queue: multiprocessing.Queue[list[str]], dsn: str) -> None:
-    """Migrate when all are there."""
+    """Migrate once all processes are ready."""
     barrier.wait()
     queue.put(apply_migrations(dsn))
 
 
 def up(dsn: str, place: int) -> None:
-    """Apply the migration of this place, the last that is wanted."""
+    """Apply migrations up to the one at this index."""
     apply_migrations(dsn, to=NAMES[place])
 
 
 def down(dsn: str, place: int) -> None:
-    """Take the migration of this place back."""
+    """Roll back the migration at this index."""
     rollback_migrations(dsn, to=NAMES[place - 1] if place else "0")
 
 
 def over(dsn: str, place: int) -> None:
-    """Bring a database of the first release over."""
+    """Migrate a database of the first release."""
     apply_migrations(dsn)
 
 
 def by_yoyo(dsn: str, place: int) -> None:
-    """Apply all as `yoyo apply` does."""
+    """Apply all migrations as `yoyo apply` does."""
     backend = yoyo.get_backend(libpq_dsn(dsn, scheme="postgresql"))
     with backend.lock():
         backend.apply_migrations(backend.to_apply(yoyo.read_migrations(str(migration_files()[0].path.parent))))

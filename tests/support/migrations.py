@@ -1,4 +1,4 @@
-"""The migrations of the checkout, and what the tests do with them."""
+"""The migrations of the checkout, and helpers for tests of migrations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = [path.stem for path in FILES if not path.stem.endswith(".rollback")]
 
 
 def yoyo(dsn: str, *arguments: str) -> str:
-    """Run yoyo in the checkout as a person would, and return what it prints."""
+    """Run yoyo in the checkout, and return its output."""
     command = [str(Path(sys.executable).with_name("yoyo")), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"DATABASE_URL": dsn}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -27,7 +27,7 @@ def yoyo(dsn: str, *arguments: str) -> str:
 
 
 def objects(dsn: str) -> list[tuple[str, ...]]:
-    """Return what stands in the schema chatdb: columns, constraints and indexes, each by its definition."""
+    """Return the columns, constraints and indexes of the schema chatdb, with their definitions."""
     with psycopg.connect(dsn) as connection:
         return connection.execute(
             """
@@ -52,20 +52,20 @@ create index concurrently if not exists ix_messages_created_at on chatdb.message
 
 
 def release(folder: Path) -> None:
-    """Write the checksums of what is in a folder of migrations."""
+    """Write the checksums of a folder of migrations."""
     with (folder / migrate.SUMS).open("w") as sums:
         subprocess.run("sha256sum *.sql", shell=True, cwd=folder, check=True, stdout=sums)
 
 
 def add(folder: Path, name: str, sql: str, rollback: str) -> None:
-    """Add a migration to a folder and release it."""
+    """Add a migration to a folder, and update the checksums."""
     (folder / f"{name}.sql").write_text(sql)
     (folder / f"{name}.rollback.sql").write_text(rollback)
     release(folder)
 
 
 def value(dsn: str, statement: str) -> object:
-    """Return the one value of a statement."""
+    """Return the single value of a statement."""
     with psycopg.connect(dsn) as connection:
         row = connection.execute(statement.encode()).fetchone()
         return row[0] if row else None
@@ -73,7 +73,7 @@ def value(dsn: str, statement: str) -> object:
 
 @contextmanager
 def transaction(dsn: str, *statements: str) -> Iterator[psycopg.Connection]:
-    """Have a transaction open in which statements were run."""
+    """Run statements in a transaction that stays open during the block."""
     with psycopg.connect(dsn) as connection:
         for statement in statements:
             connection.execute(statement.encode())

@@ -1,4 +1,4 @@
-"""Makers of mutations, which the drift checks must find."""
+"""Mutations that the drift checks must detect."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 
 
 def without_user(text):
-    """Yield a text with each condition on the user loosened, and each inserted user replaced, in several ways."""
+    """Yield variants of a statement with one condition on the user loosened or one inserted user replaced."""
     for found in re.finditer(r"((?:\w+\.)?user_id) = \$1", text):
         column = found[1]
         for condition in ("true", f"{column} = $2", f"{column} >= $1", f"{column} = {column}", f"({found[0]} or true)"):
@@ -20,13 +20,13 @@ def without_user(text):
 
 
 def less(parts):
-    """Yield a dict without each of its parts in turn."""
+    """Yield copies of a dict, each without one key."""
     for name in parts:
         yield {key: value for key, value in parts.items() if key != name}
 
 
 def misfilled(source):
-    """Yield the source of a function that fills records with two neighbours among the columns, or fields, swapped."""
+    """Yield variants of a filler's source with two adjacent columns or fields swapped."""
 
     def lists(tree):
         kinds = {"elts": ast.Tuple, "keys": ast.Dict, "values": ast.Dict}
@@ -42,7 +42,7 @@ def misfilled(source):
 
 
 def neighbours(tree):
-    """Yield the lists of what is sent, each with every place in it that has a next."""
+    """Yield each list of arguments that is sent, with each index that has a successor."""
     for node in ast.walk(ast.Module(tree.body[0].body, [])):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "").startswith(("fetch_", "iterate")):
             yield from ((node.args, place) for place in range(1, len(node.args) - 1))
@@ -51,7 +51,7 @@ def neighbours(tree):
 
 
 def swaps(module):
-    """Yield each function that sends something with two neighbours among what it sends swapped."""
+    """Yield variants of each function of a module with two adjacent arguments swapped."""
     for name, function in inspect.getmembers(module, inspect.isfunction):
         if (
             function.__module__ == module.__name__

@@ -1,8 +1,8 @@
 """
 Mutation testing of the core: `nox -s mutation`, or `python -m tests.support.mutation --sample 60 --seed 1`.
 
-It changes one thing in one module, runs the tests of that module in a copy of the checkout, and says which changes no
-test noticed. It does so in two processes, each with a copy and a server of its own.
+It makes one change at a time to one module, runs the tests of that module in a copy of the checkout, and lists the
+changes that no test detects. Two processes work in parallel, each with its own copy and server.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ TESTS = {
     "chatdb/__main__.py": ("tests/cli/test_commands.py",),
     "chatdb/_core/options.py": ("tests/pool/test_dsn.py", "tests/api/test_input.py", *POOL),
 }
-"""The tests of a module, in the order in which they are run; of one that is not here, `OTHERS`."""
+"""The tests of each module in the order of their run. Modules not listed here have `OTHERS`."""
 OTHERS = (*API, *POOL, *ERRORS, *DRIFT)
-"""Those of every other module."""
+"""The tests of all other modules."""
 
 SWAPPED: dict[type[ast.AST], str] = {
     ast.Lt: "<=",
@@ -78,7 +78,7 @@ SWAPPED: dict[type[ast.AST], str] = {
 
 
 class Mutation(NamedTuple):
-    """A change of a module: what stands between two places in its bytes becomes something else."""
+    """A change of a module: replaces the bytes between two offsets."""
 
     path: str
     line: int
@@ -97,7 +97,7 @@ class Mutation(NamedTuple):
 
 
 def mutations(path: str, source: str) -> Iterator[Mutation]:
-    """Yield every mutation of a module; what only type checkers or readers look at is left alone."""
+    """Yield every mutation of a module, except in code that only type checkers or readers see."""
     starts = [0]
     for line in source.encode().splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
@@ -117,7 +117,7 @@ def mutations(path: str, source: str) -> Iterator[Mutation]:
 
 
 def _executed(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes below one, but for annotations, docstrings, decorators and blocks for type checkers."""
+    """Yield the descendants of a node, except annotations, docstrings, decorators and TYPE_CHECKING blocks."""
     for name, field in ast.iter_fields(node):
         if name in {"annotation", "returns", "decorator_list", "type_params"}:
             continue
@@ -140,7 +140,7 @@ def _is_only_read(node: ast.AST) -> bool:
 
 
 def _changes(node: ast.AST, text: Callable[[ast.AST], str]) -> Iterator[tuple[ast.AST, str]]:
-    """Yield what a node, or its condition, may become."""
+    """Yield replacements for a node or its condition."""
     match node:
         case ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test) if not _is_swapped(test):
             yield test, f"(not ({text(test)}))"
@@ -172,7 +172,7 @@ def _changes(node: ast.AST, text: Callable[[ast.AST], str]) -> Iterator[tuple[as
 
 
 def _is_swapped(test: ast.expr) -> bool:
-    """Whether swapping its comparison negates a condition."""
+    """Return whether another mutation of the comparison already negates the condition."""
     return isinstance(test, ast.Compare) and isinstance(
         test.ops[0], (ast.Eq, ast.NotEq, ast.Is, ast.IsNot, ast.In, ast.NotIn)
     )
@@ -183,7 +183,7 @@ def _wrapped(part: str) -> str:
 
 
 def _is_number(node: ast.BinOp) -> bool:
-    """Whether no text is put together, as far as can be seen."""
+    """Return whether an operation does not obviously build a text or a collection."""
     return not any(
         isinstance(each, (ast.JoinedStr, ast.List, ast.Tuple, ast.Dict)) or _is_text(each) for each in ast.walk(node)
     )
@@ -194,7 +194,7 @@ def _is_text(node: ast.AST) -> bool:
 
 
 def core() -> dict[str, list[Mutation]]:
-    """Return every mutation of each module of the core."""
+    """Return all mutations of each module of the core."""
     paths = sorted([*(ROOT / "chatdb").glob("*.py"), *(ROOT / "chatdb" / "_core").glob("*.py")])
     names = [str(path.relative_to(ROOT)) for path in paths]
     found = {name: list(mutations(name, (ROOT / name).read_text(encoding="utf-8"))) for name in names}
@@ -202,7 +202,7 @@ def core() -> dict[str, list[Mutation]]:
 
 
 def sample(found: dict[str, list[Mutation]], most: int, seed: int) -> list[Mutation]:
-    """Choose at random, of each module as many as of another where it has them."""
+    """Choose mutations at random, the same number from each module where possible."""
     chance = random.Random(seed)
     shuffled = [chance.sample(changes, len(changes)) for changes in found.values()]
     rounds = (mutation for each in itertools.zip_longest(*shuffled) for mutation in each if mutation)
@@ -210,7 +210,7 @@ def sample(found: dict[str, list[Mutation]], most: int, seed: int) -> list[Mutat
 
 
 class Checkout:
-    """A copy of the checkout, and a server, in which one mutation at a time is tried."""
+    """A copy of the checkout and a server, for one mutation at a time."""
 
     def __init__(self, folder: Path, server: EmbeddedServer) -> None:
         self._folder, self._server = folder, server
@@ -223,7 +223,7 @@ class Checkout:
             (folder / ".cache").symlink_to(ROOT / ".cache")
 
     def failure(self, tests: tuple[str, ...], limit: float) -> str | None:
-        """Run tests until one fails, and return which, or that they did not end in time; None if all passed."""
+        """Run tests until one fails. Return its name or the reason, or None if all pass."""
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--server", "dsn"]
         settings = {
             "CHATDB_TEST_DSN": self._server.dsn,
@@ -251,7 +251,7 @@ class Checkout:
         return failed[0] if failed else f"pytest ended with {process.returncode}: {said[-200:]}"
 
     def killer(self, mutation: Mutation, limit: float) -> str | None:
-        """Return what noticed a mutation, or None if nothing did."""
+        """Return the test that detects a mutation, or None."""
         path = self._folder / mutation.path
         source = path.read_bytes()
         path.write_bytes(mutation.of(source))
@@ -262,7 +262,7 @@ class Checkout:
 
 
 def main() -> int:
-    """Try a sample, or all, and say what survived."""
+    """Try a sample of the mutations, and list the survivors."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--sample", type=int, default=60, help="how many mutations are tried; 0 for all")
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
@@ -284,7 +284,7 @@ def main() -> int:
         place = tempfile.TemporaryDirectory(prefix="chatdb-mutation-", dir=in_memory(), ignore_cleanup_errors=True)
         with place as name:
             folder = Path(name)
-            folder.chmod(0o711)  # where user namespaces are forbidden, root's server runs as nobody
+            folder.chmod(0o711)  # without user namespaces, a server started by root runs as nobody
             with EmbeddedServer(folder / "server") as server:
                 not_durable(server.dsn)
                 (folder / "checkout").mkdir()

@@ -1,4 +1,4 @@
-"""The SQL of chatdb's files and modules, as PostgreSQL's own parser sees it, and which names others could take."""
+"""Finds names in chatdb's SQL that objects in other schemas could shadow, with PostgreSQL's own parser."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from tests.support.sqlfiles import _walk
 PACKAGE = Path(chatdb.__file__).parent
 FILES = sorted([*data_folder("sql").rglob("*.sql"), *data_folder("migrations").glob("*.sql")])
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "findings.py")
-"""All but the one whose SQL is only shown, in the words of a database."""
+"""All modules except the one whose SQL is only displayed."""
 
 SCHEMAS = {"pg_catalog", "chatdb", "chatdb_adopt", "pg_temp", "information_schema"}
 TYPES = {
     *("bool", "boolean", "date", "int4", "int8", "json", "jsonb", "name", "oid", "text", "timestamp", "timestamptz"),
     *("uuid", "regclass", "regcollation", "regnamespace"),
 }
-"""The types that are named without pg_catalog, where they are found first unless a search_path names that later."""
+"""Types used without pg_catalog. PostgreSQL finds them there first unless the search_path lists pg_catalog later."""
 READS_ORIGINALS = {"110_view_conversations", "120_view_messages"}
-"""The files that name tables in `public`: those of the older system."""
+"""The files that read the older system's tables in `public`."""
 
 _VERBS = (
     *(
@@ -53,7 +53,7 @@ _EXPRESSION = re.compile(r"[^:]*(?:\b(?:pg_catalog|information_schema)\.\S|\bcur
 
 
 PLACEHOLDER = _F = "filled_in"
-"""What stands for a name that a module fills in, quoted by the server or by psycopg."""
+"""Placeholder for a name that a module inserts, quoted by the server or psycopg."""
 _RECORD = (
     "insert into chatdb._chatdb_migration (migration_id, sha256, chatdb_version, applied_at_utc) values (null, null, "
     "null, pg_catalog.now() at time zone 'UTC') on conflict (migration_id)"
@@ -61,7 +61,7 @@ _RECORD = (
 
 
 def _in_outline(create: str) -> str:
-    """Return a CREATE FUNCTION with its name and its body filled in."""
+    """Return a CREATE FUNCTION with placeholders for its name and body."""
     return re.sub(r"\$rls\$[\s\S]*\$rls\$", f"$rls${_F}$rls$", create.replace(protect._FUNCTION, _F, 1))
 
 
@@ -73,22 +73,22 @@ COMPLETED = {
     "drop index concurrently if exists": f"drop index concurrently if exists {_F}",
     f"{_RECORD} {_F}": f"{_RECORD} do update set sha256 = excluded.sha256",
 }
-"""The texts in which something else than a name, a parameter or a number is filled in, and what they become."""
+"""Texts into which a module inserts more than a name, parameter or number, with a complete statement for each."""
 PROSE = {
     "analyze chatdb.conversations, chatdb.messages; on an SSD also set random_page_cost = 1.1",
     "create database ... encoding 'UTF8' template template0, and move the tables there",
     "drop policy, or chatdb protect --off",
     "set CHATDB_MIGRATE_URL to the direct connection (on Neon the host without -pooler)",
 }
-"""Sentences that begin as SQL does."""
+"""Sentences that begin like SQL."""
 
 
 class UnparsedError(AssertionError):
-    """A text that looks like SQL, and is none for PostgreSQL's parser."""
+    """A text looks like SQL, but PostgreSQL's parser rejects it."""
 
 
 def parsed(sql: str) -> list[Any]:
-    """Return the nodes of a text of SQL, with those of the blocks of PL/pgSQL in it."""
+    """Return the syntax nodes of SQL, including those of PL/pgSQL blocks."""
     nodes: list[Any] = []
     try:
         for statement in parse_sql(sql):
@@ -115,7 +115,7 @@ def _function(body: str) -> str:
 
 
 def _queries(tree: Any) -> Iterator[str]:
-    """Iterate over the statements and the expressions in a block of PL/pgSQL."""
+    """Yield the statements and expressions of a PL/pgSQL block."""
     if isinstance(tree, list):
         for part in tree:
             yield from _queries(part)
@@ -130,10 +130,10 @@ def _queries(tree: Any) -> Iterator[str]:
 
 def gaps(sql: str, *, schemas: frozenset[str] = frozenset()) -> list[str]:
     """
-    Return the functions, types, collations, tables and qualified operators that are not pg_catalog's or chatdb's.
+    Return the functions, types, collations, tables and qualified operators outside pg_catalog and chatdb.
 
-    An operator without a schema is not among them, because which one it is depends on the types: `test_names` has the
-    server resolve those.
+    Unqualified operators are not included, because they depend on the types of their operands. In `test_names` the
+    server resolves them.
     """
     nodes = parsed(sql)
     ctes = {node.ctename for node in nodes if isinstance(node, ast.CommonTableExpr)}
@@ -146,7 +146,7 @@ def gaps(sql: str, *, schemas: frozenset[str] = frozenset()) -> list[str]:
         match node:
             case ast.FuncCall():
                 *schema, name = _parts(node.funcname)
-                # PostgreSQL itself takes pg_catalog's for several arguments, and only without the schema
+                # with several arguments PostgreSQL always uses pg_catalog's unnest, and accepts no schema
                 if schema not in (["pg_catalog"], ["chatdb"]) and not (name == "unnest" and len(node.args or ()) > 1):
                     found.append(f"function {'.'.join([*schema, name])}")
             case ast.TypeName(names=[*_]):
@@ -175,7 +175,7 @@ def _parts(name: Any) -> list[str]:
 
 
 def _operators(node: Any) -> list[list[str]]:
-    """Return the operators of a node by their names, also those of IN, BETWEEN and IS DISTINCT FROM."""
+    """Return the names of a node's operators, including those of IN, BETWEEN and IS DISTINCT FROM."""
     match node:
         case ast.A_Expr(kind=A_Expr_Kind.AEXPR_BETWEEN | A_Expr_Kind.AEXPR_NOT_BETWEEN):
             return [["<="], [">="]]
@@ -191,15 +191,15 @@ def _operators(node: Any) -> list[list[str]]:
 
 
 def unqualified(sql: str) -> list[str]:
-    """Return the operators without a schema, one for each place."""
+    """Return the unqualified operators, once per occurrence."""
     return [parts[0] for node in parsed(sql) for parts in _operators(node) if len(parts) == 1]
 
 
 def strings(module: Path) -> list[str]:
     """
-    Return the SQL in a module's texts, with a name or a parameter for what is filled in.
+    Return the SQL in a module's string constants, with placeholders for inserted parts.
 
-    Not seen is a text that begins with what is filled in, such as the verb of a REINDEX.
+    A text that begins with an inserted part, such as the verb of a REINDEX, is missing.
     """
     found: list[str] = []
     for text in map(_filled, _texts(python.parse(module.read_text(encoding="utf-8")))):
@@ -215,7 +215,7 @@ def strings(module: Path) -> list[str]:
 def _texts(tree: python.Module) -> Iterator[str]:
     inner = {id(part) for node in python.walk(tree) if isinstance(node, python.JoinedStr) for part in node.values}
     inner |= {
-        id(node.body[0].value)  # a docstring
+        id(node.body[0].value)  # docstrings
         for node in python.walk(tree)
         if isinstance(node, python.Module | python.ClassDef | python.FunctionDef | python.AsyncFunctionDef)
         and node.body
@@ -237,10 +237,10 @@ def _filled(text: str) -> str:
 
 
 def called(sql: str) -> set[str]:
-    """Return the names of the functions in a text of SQL."""
+    """Return the names of the functions in SQL."""
     return {_parts(node.funcname)[-1] for node in parsed(sql) if isinstance(node, ast.FuncCall)}
 
 
 def operators(sql: str) -> set[str]:
-    """Return the names of the operators in a text of SQL."""
+    """Return the names of the operators in SQL."""
     return {parts[-1] for node in parsed(sql) for parts in _operators(node)}

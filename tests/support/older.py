@@ -1,4 +1,4 @@
-"""An older system beside chatdb: its Alembic migration, its SQLModel entities, and a service that writes by them."""
+"""An older system beside chatdb: its Alembic migration, SQLModel entities and a service that writes with them."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def upgrade():
 
 
 def migrate(dsn: str, folder: Path) -> None:
-    """Run the older system's Alembic migration, written into a folder."""
+    """Write the older system's Alembic migration into a folder, and run it."""
     (folder / "versions").mkdir()
     (folder / "env.py").write_text(ENV)
     (folder / "versions" / "3f0c1d2e4b5a_tables.py").write_text(REVISION)
@@ -105,12 +105,12 @@ def _url(dsn: str) -> str:
 
 
 def session(dsn: str) -> Session:
-    """Return a session of the older system's own entities."""
+    """Return a session for the older system's entities."""
     return Session(create_engine(_url(dsn), poolclass=NullPool))
 
 
 def fill(dsn: str, conversations: int = 12, messages: int = 9) -> None:
-    """Store conversations of three users whose messages came interleaved, some at the same time or out of order."""
+    """Store conversations of three users with interleaved messages. Some have equal times or are out of order."""
     dice = random.Random(20260301)
     with session(dsn) as older:
         made = [
@@ -136,7 +136,7 @@ def fill(dsn: str, conversations: int = 12, messages: int = 9) -> None:
 
 
 def add(dsn: str, *rows: Conversation | Message) -> list[int]:
-    """Store rows as the older system does, and return their ids."""
+    """Store rows with the older system, and return their ids."""
     with session(dsn) as older:
         for row in rows:
             older.add(row)
@@ -147,14 +147,14 @@ def add(dsn: str, *rows: Conversation | Message) -> list[int]:
 
 
 def rows(dsn: str) -> tuple[list[Conversation], list[Message]]:
-    """Return all conversations, and all messages in their order, as the older system reads them."""
+    """Return all conversations and all messages in the older system's order."""
     with session(dsn) as older:
         messages = select(Message).order_by(Message.created_at, Message.id)  # type: ignore[arg-type]
         return list(older.exec(select(Conversation).order_by(Conversation.id))), list(older.exec(messages))  # type: ignore[arg-type]
 
 
 def untouched(dsn: str) -> list[tuple[object, ...]]:
-    """Return a row for all that is in public: each table's rows as they lie there, columns, constraints, indexes."""
+    """Return a fingerprint of `public`: the physical rows, columns, constraints and indexes of each table."""
     with psycopg.connect(dsn) as connection:
         found = connection.execute(
             "select c.oid, c.relname, c.relfilenode, c.relacl::text, c.relhastriggers, md5(pg_get_indexdef(c.oid)), "
@@ -176,12 +176,12 @@ def untouched(dsn: str) -> list[tuple[object, ...]]:
 
 
 class Writers:
-    """The older system's service at work: its own code, in a thread, until it is stopped or refused."""
+    """The older system's service, which writes in a thread until it is stopped or refused."""
 
     def __init__(self, dsn: str, tasks: int = 4) -> None:
-        """Note what the service needs; `with` starts it."""
+        """Prepare the service. `with` starts it."""
         self.acknowledged: set[int] = set()
-        """The ids of the messages whose commit was answered."""
+        """The ids of messages whose commit was acknowledged."""
         self.refused: list[Exception] = []
         self._dsn = dsn
         self._tasks = tasks
@@ -196,12 +196,12 @@ class Writers:
         self.stop()
 
     def stop(self) -> None:
-        """Let what is under way end, and stop."""
+        """Finish the writes in progress, and stop."""
         self._stop.set()
         self._thread.join()
 
     def wait_for(self, more: int) -> None:
-        """Wait until so many more messages are stored."""
+        """Wait until this many more messages are stored."""
         goal = len(self.acknowledged) + more
         while len(self.acknowledged) < goal and self._thread.is_alive():
             self._stop.wait(0.005)
@@ -232,7 +232,7 @@ class Writers:
     async def _add(self, older, dice: random.Random, user: str, conversation: int) -> Message:
         if dice.random() < 0.7:
             return await original.add_message(older, user, conversation, "user", f"of {user}")
-        # a slow request: its time and its id are older than what others commit before it
+        # a slow request: its time and id are older than those of messages committed earlier
         message = Message(conversation_id=conversation, user_id=user, role="assistant", content="slowly")
         older.add(message)
         await older.flush()
@@ -242,5 +242,5 @@ class Writers:
         return message
 
 
-class _Refused(Exception):  # noqa: N818 - no error, but the way out
-    """The database takes the service's writes no more."""
+class _Refused(Exception):  # noqa: N818 - control flow, not an error
+    """The database refuses the service's writes."""

@@ -1,4 +1,4 @@
-"""The package as the drift checks see it: its Query objects and the fields of its records."""
+"""The Query objects and record fields of the package, for the drift checks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chatdb._core.query import Query
 
 @cache
 def bindings():
-    """Return every Query of the package with its module and its variable."""
+    """Return every Query of the package, with module and variable name."""
     package = Path(chatdb.__file__).parent
     paths = [path for path in package.rglob("*.py") if re.search(r"^\w+ = Query\(", path.read_text("utf-8"), re.M)]
     names = [".".join(path.relative_to(package.parent).with_suffix("").parts) for path in paths]
@@ -25,17 +25,17 @@ def bindings():
 
 
 def query_of(stem):
-    """Return the Query that a file is bound by."""
+    """Return the Query of a file."""
     return next(query for _, _, query in bindings() if query.name == stem)
 
 
 def record_of(stem):
-    """Return the record that a file is bound with."""
+    """Return the record of a file."""
     return query_of(stem).record
 
 
 def fields_of(record, without=()):
-    """Return a record's fields, each with the type that the driver gives and whether it may be None."""
+    """Return a record's fields, with the driver's type and whether None is allowed."""
     names = [name for name in record.model_fields if name not in without]
     hints = {name: hint for name, hint in typing.get_type_hints(record).items() if name in names}
     fields = []

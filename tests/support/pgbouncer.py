@@ -1,4 +1,4 @@
-"""Real PgBouncers for tests: the machine's, else Debian's packages unpacked into a folder, without being installed."""
+"""PgBouncers for tests: the installed one, or Debian's packages unpacked into a folder."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from chatdb._core.dsn import connect_arguments
 from tests.support.paths import ROOT
 
 VERSIONS = ("1.18", "1.24")
-"""The last before prepared statements were tracked that a Debian has, and the first that does so by default."""
+"""Debian's last release that does not track prepared statements, and its first that does so by default."""
 OPTIONS: dict[str, dict[str, int]] = {"1.18": {"statement_cache_size": 0}, "1.24": {}}
-"""What create_pool needs behind each."""
+"""The options of create_pool behind each version."""
 SUITES = {
     "1.18": ("bookworm", "libevent-2.1-7 libssl3 libc-ares2 libgcrypt20 libgpg-error0 liblz4-1 liblzma5"),
     "1.24": ("trixie", "libevent-2.1-7t64 libssl3t64 libcares2 zlib1g"),
 }
-"""The Debian that has each, and the libraries that only this one needs."""
+"""The Debian release of each version, and the libraries that only this version needs."""
 PACKAGES = "pgbouncer libc6 libgcc-s1 libaudit1 libcap-ng0 libcap2 libpam0g libsystemd0 libzstd1"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 CACHE = Path(os.environ.get("CHATDB_TEST_CACHE", ROOT / ".cache"))
@@ -38,24 +38,24 @@ CACHE = Path(os.environ.get("CHATDB_TEST_CACHE", ROOT / ".cache"))
 
 @cache
 def program(version: str) -> list[str]:
-    """Return the command that runs a PgBouncer of this version; skips the test where there is none to be had."""
+    """Return the command for this version of PgBouncer. Skip the test if none can be found or fetched."""
     found = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     if found and f"PgBouncer {version}." in subprocess.run([found, "--version"], capture_output=True, text=True).stdout:
         return [found]
     folder = CACHE / f"pgbouncer-{version}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "pgbouncer.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches, and the others find it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches it for all
         if not folder.exists():
             _fetch(version, folder)
-    # with its own C library, for the machine's may be older than it needs
+    # its own C library, because the machine's may be too old
     libraries = [*folder.glob("lib/*-linux-gnu"), *folder.glob("usr/lib/*-linux-gnu")]
     loader = next(path for library in libraries for path in library.glob("ld-linux*.so.*"))
     return [str(loader), "--library-path", ":".join(map(str, libraries)), str(folder / "usr" / "sbin" / "pgbouncer")]
 
 
 def _fetch(version: str, folder: Path) -> None:
-    """Unpack Debian's packages into a folder, which has its name when all is there."""
+    """Unpack Debian's packages, then rename the folder, so that it is always complete."""
     if shutil.which("apt-get") is None or not KEYRING.exists():
         pytest.skip(f"no PgBouncer {version} on this machine, and no apt-get with debian-archive-keyring to fetch it")
     suite, libraries = SUITES[version]
@@ -72,7 +72,7 @@ def _fetch(version: str, folder: Path) -> None:
             "Dir::State::status": state / "status",
             "Dir::Cache": state,
             "Acquire::Languages": "none",
-            "APT::Sandbox::User": "root",  # the folder is the caller's own
+            "APT::Sandbox::User": "root",  # the folder belongs to the caller
         }
         apt = ["apt-get", "-q", *(f"-o{option}={value}" for option, value in options.items())]
         for words in (["update", "--error-on=any"], ["download", *PACKAGES.split(), *libraries.split()]):
@@ -88,13 +88,13 @@ def _fetch(version: str, folder: Path) -> None:
 def pgbouncer(
     server: str, folder: Path, version: str = "1.18", *, mode: str = "transaction", **settings: object
 ) -> Iterator[str]:
-    """Run a PgBouncer in front of a server, with its files in a folder, and give the DSN of the same database on it."""
+    """Run a PgBouncer in front of a server, and yield the DSN of the same database through it."""
     command = [*program(version), str(folder / "pgbouncer.ini")]
     arguments = connect_arguments(server)
     user, password = arguments.get("user", "postgres"), arguments.get("password", "")
     upstream = f"host={arguments['host'][0]} port={arguments.get('port', 5432)} user={user}"
     upstream += f" password={password}" if password else ""
-    with socket.socket() as free:  # PgBouncer's socket needs a number too
+    with socket.socket() as free:  # PgBouncer needs a port even for a socket
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = {
@@ -109,7 +109,7 @@ def pgbouncer(
     } | settings
     lines = [f"{name} = {value}" for name, value in options.items()]
     (folder / "pgbouncer.ini").write_text("\n".join(["[databases]", f"* = {upstream}", "[pgbouncer]", *lines, ""]))
-    if os.geteuid() == 0:  # it refuses root, and must reach root's sockets
+    if os.geteuid() == 0:  # it refuses to run as root, but must reach root's sockets
         nobody = pwd.getpwnam("nobody")
         command = ["unshare", "--user", f"--map-user={nobody.pw_uid}", f"--map-group={nobody.pw_gid}", *command]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
@@ -133,5 +133,5 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], folder: Path) -> None
 
 if __name__ == "__main__":
     for each in VERSIONS:
-        with contextlib.suppress(pytest.skip.Exception):  # the tests will say so
+        with contextlib.suppress(pytest.skip.Exception):  # the tests report it
             program(each)

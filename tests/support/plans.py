@@ -1,4 +1,4 @@
-"""The check of a statement's plan."""
+"""Checks the plan of a statement."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ SORTS |= {"list_conversations": {"Sort"}, "list_conversations_before": {"Sort"}}
 
 
 def check_plan(live, file):
-    """Raise unless the plan has the header's indexes, that of the existence row apart, and reads no table whole."""
+    """Raise unless the plan uses the header's indexes, except for the existence row, and scans no whole table."""
     plan = live.plan(file)
     used = {node["Index Name"] for node in plan if "Index Name" in node}
     used |= {index for node in plan for index in node.get("Conflict Arbiter Indexes", ())}

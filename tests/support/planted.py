@@ -1,4 +1,4 @@
-"""What a role without privileges can put into a `public` that others may write to, and whether it was called."""
+"""Objects that an unprivileged role can plant in a writable `public`, and a count of their calls."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ KINDS = (
     *("regnamespace", "regrole", "json", "jsonb", "bool", "timestamptz", "timestamp", "date", "interval", "uuid"),
     *("text[]", "varchar[]", "name[]", "int4[]", "int8[]", "oid[]", "timestamptz[]", '"char"[]', "int2vector"),
 )
-"""The types of chatdb's columns and arguments, of the catalog's, and of a host's tables; those of pg_catalog."""
+"""Types in pg_catalog of chatdb's columns and arguments, of the catalog and of a host's tables."""
 DOMAINS = ("sql_identifier", "character_data", "cardinal_number", "yes_or_no")
 ANY = ("anyelement", "anyarray")
 NAMED = ("text", "int8", "int4", "json", "jsonb", "bool", "timestamptz", "timestamp", "date", "oid", "name", "uuid")
-"""The types of which there is one of the same name in `public`."""
+"""Types that have a namesake in `public`."""
 MAKERS = ("+", "-", "*", "/", "%", "||", "<<", ">>", "|", "&", "#", "->", "->>")
-"""The operators that give back something else than true or false."""
+"""Operators that do not return a boolean."""
 
-# A call counts whatever becomes of its transaction; where a transaction only reads it is an error.
+# A sequence counts calls even if the transaction rolls back. In a read-only transaction a call is an error.
 _BODY = "begin perform pg_catalog.nextval('public.planted'::pg_catalog.regclass); return null; end"
 _PLANT = """
 do $do$
@@ -85,7 +85,7 @@ end $do$
 
 @contextmanager
 def planter(server: str) -> Iterator[str]:
-    """Give a role that may do nothing but what everybody may."""
+    """Yield a role with no privileges except those of PUBLIC."""
     name = f"chatdb_test_{os.getpid()}_planter"
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute(f"create role {name}".encode())
@@ -95,10 +95,10 @@ def planter(server: str) -> Iterator[str]:
 
 def plant(dsn: str, role: str, *, functions: set[str], operators: set[str]) -> None:
     """
-    Put overloads into `public`, as a role that may create things there because everybody may.
+    Plant overloads in `public`, as a role that can create objects there because PUBLIC can.
 
-    Of each operator for any two types, of each function for any type and for two, and types, and a type to which any
-    other is cast without being asked.
+    They overload each operator for any two types, and each function for any one or two types. Others are namesakes of
+    types, and a type with an implicit cast from any other.
     """
     kinds = [f"pg_catalog.{name}" for name in (*KINDS, *ANY)] + [f"information_schema.{name}" for name in DOMAINS]
     few = [f"pg_catalog.{name}" for name in ("text", "varchar", "name", "int4", "int8", "oid", "jsonb", "bool")]
@@ -122,7 +122,7 @@ def plant(dsn: str, role: str, *, functions: set[str], operators: set[str]) -> N
 
 
 def planted_calls(dsn: str) -> tuple[int, list[str]]:
-    """Return how often something planted was called, and what, as far as the server has counted it by now."""
+    """Return the number of calls of planted objects, and their names, as counted so far."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("set search_path to pg_catalog")
         (calls,) = connection.execute("select case when is_called then last_value else 0 end from public.planted")

@@ -1,4 +1,4 @@
-"""What tests of the pool look at and wait for, and calls of each function, each for another round."""
+"""Helpers for tests of the pool, and calls of each function that can be repeated."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import chatdb
 from tests.support.calls import NOBODYS
 
 HANG = 30
-"""Seconds after which something hangs."""
+"""Seconds after which a test counts as hung."""
 Session = psycopg.Connection[tuple[Any, ...]]
 
 
 def answered(where: str | Session, question: str) -> list[tuple[Any, ...]]:
-    """Have a question answered by a session, or by one made for it."""
+    """Run a query in a session, or in a new one if `where` is a DSN."""
     if isinstance(where, str):
         with psycopg.connect(where, autocommit=True) as session:
             return session.execute(question).fetchall()
@@ -27,7 +27,7 @@ def answered(where: str | Session, question: str) -> list[tuple[Any, ...]]:
 
 
 def seen_by_the_server(where: str | Session) -> list[tuple[str, str, bool]]:
-    """Return state, last statement, and whether a transaction is open, of each other session of the database."""
+    """Return state, last statement and whether a transaction is open for each other session of the database."""
     return answered(
         where,
         """
@@ -38,7 +38,7 @@ def seen_by_the_server(where: str | Session) -> list[tuple[str, str, bool]]:
 
 
 def kill_sessions(dsn: str) -> int:
-    """End every other session of the database, while the event loop stands still and cannot notice."""
+    """End every other session of the database, while the event loop is blocked and cannot notice."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         return connection.execute("""
             select count(pg_terminate_backend(pid, 10000)) from pg_stat_activity
@@ -47,14 +47,14 @@ def kill_sessions(dsn: str) -> int:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that comes soon."""
+    """Wait for a condition."""
     async with asyncio.timeout(HANG):
-        while not condition():  # noqa: ASYNC110 - what is waited for happens in the server
+        while not condition():  # noqa: ASYNC110 - it changes in the server
             await asyncio.sleep(0.01)
 
 
 async def assert_whole(pool: asyncpg.Pool) -> None:
-    """Prove that all connections of the pool can be used at the same time, and none has a transaction open."""
+    """Assert that all connections of the pool work at the same time, and none is in a transaction."""
     async with asyncio.timeout(HANG), contextlib.AsyncExitStack() as stack:
         connections = [await stack.enter_async_context(pool.acquire()) for _ in range(pool.get_max_size())]
         pids = [await connection.fetchval("select pg_backend_pid()") for connection in connections]
@@ -64,7 +64,7 @@ async def assert_whole(pool: asyncpg.Pool) -> None:
 
 @contextlib.contextmanager
 def loop_errors() -> Any:
-    """Collect what would only be logged: errors in callbacks and tasks, and transactions that somebody left open."""
+    """Collect the errors that the event loop would only log, such as those in callbacks and tasks."""
     errors: list[dict[str, Any]] = []
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: errors.append(context))
@@ -77,7 +77,7 @@ async def _all(messages: AsyncIterator[chatdb.Message]) -> list[chatdb.Message]:
 
 
 def batch(number: int, *, keyed: bool) -> list[dict[str, Any]]:
-    """Return three messages, of a round's own keys if they are to have some."""
+    """Return three messages, with keys of this round if `keyed`."""
     return [{"role": "user", "content": "x", "key": f"{number} {place}" if keyed else None} for place in range(3)]
 
 
@@ -121,4 +121,4 @@ CALLS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
     "update_message": lambda db, at, n: chatdb.update_message(db, seq=1, token_count=n, **at),
     "update_message, nothing": lambda db, at, _: chatdb.update_message(db, seq=1, **at),
 }
-"""A call of each function on a database, and of each of its statements."""
+"""Calls of each function that takes a database, one per statement."""

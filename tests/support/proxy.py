@@ -1,4 +1,4 @@
-"""The proxy of the tests: it passes on what goes between a client and PostgreSQL, counts it, and can disturb it."""
+"""A proxy between a client and PostgreSQL that counts messages and can disturb them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIMPLE, PARSE, READY = "Q", "P", "Z"
 
 
 class Statement(NamedTuple):
-    """A statement on its way: its text on one line, and whether the server has answered it."""
+    """A statement in transit: its text on one line, and whether the server has answered."""
 
     sql: str
     answered: bool
@@ -28,7 +28,7 @@ Watch = Callable[[Statement], bool]
 
 
 class Message(NamedTuple):
-    """A message of PostgreSQL's protocol: its kind, empty for a client's first one, and all its bytes."""
+    """A message of PostgreSQL's protocol: its type, empty for the startup message, and all its bytes."""
 
     kind: str
     data: bytes
@@ -36,15 +36,15 @@ class Message(NamedTuple):
 
 class Proxy:
     """
-    A proxy on a port of the loopback interface; `dsn` leads through it. It works in threads, until `close`.
+    A proxy on a loopback port, reached through `dsn`. It runs in threads until `close`.
 
-    A client's messages are noted in `sent` by their kinds, its statements in `statements` by their texts.
-    `round_trips` counts how often a client speaks after the server did, `ready` how often the server is ready for the
-    next query. Everything is noted before it is passed on. The first message of a connection is not noted.
+    `sent` records the types of the client's messages, `statements` the texts of its statements. `round_trips` counts
+    client messages that follow a server message, `ready` the server's ReadyForQuery messages. Each message is recorded
+    before it is forwarded. The startup message is not recorded.
 
-    `watch` is called before each statement is passed on, and before the server's "ready" after it is. Its connection
-    waits until it returns, and is cut if it returns True. After `answer_bytes` of a connection's answers, the
-    server's side of it is silent. `delay` is how many seconds later everything arrives, in either direction.
+    `watch` is called before a statement is forwarded, and again before the ReadyForQuery that ends it. The connection
+    waits until it returns, and is cut if it returns True. After `answer_bytes` of answers the server's side of a
+    connection goes silent. `delay` adds latency in seconds in each direction.
     """
 
     def __init__(
@@ -73,31 +73,31 @@ class Proxy:
         self.close()
 
     def clear(self) -> None:
-        """Forget what was noted."""
+        """Clear the recorded messages."""
         self.sent: list[str] = []
         self.statements: list[str] = []
         self.round_trips = 0
         self.ready = 0
 
     def pause(self) -> None:
-        """Pass nothing on until `resume`; connections are still accepted."""
+        """Forward nothing until `resume`. Connections are still accepted."""
         self.passing.clear()
 
     def resume(self) -> None:
-        """Pass on what came during a pause, and what comes."""
+        """Forward again, starting with the messages received during the pause."""
         self.passing.set()
 
     def cut(self) -> None:
-        """End all connections; what they have not passed on is lost."""
+        """Cut all connections. Data not yet forwarded is lost."""
         with self._lock:
             links = list(self._links)
         for link in links:
             link.cut()
 
     def close(self) -> None:
-        """End all connections, and accept no more."""
+        """Cut all connections, and stop accepting."""
         with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the accepting thread
         self._accepting.join()
         self._listener.close()
         self.cut()
@@ -118,7 +118,7 @@ class Proxy:
         return server
 
     def note_sent(self, kind: str, sql: str | None, *, first: bool) -> None:
-        """Note a client's message, and whether it is the first after one of the server's."""
+        """Record a client's message, and whether it follows a server message."""
         with self._lock:
             self.sent.append(kind)
             self.round_trips += first
@@ -126,7 +126,7 @@ class Proxy:
                 self.statements.append(sql)
 
     def note_ready(self) -> None:
-        """Note that the server is ready for the next query."""
+        """Record a ReadyForQuery."""
         with self._lock:
             self.ready += 1
 
@@ -141,7 +141,7 @@ class Proxy:
 
 
 class _Link:
-    """A connection: one thread passes on what the client sends, another what the server answers."""
+    """A connection with one thread per direction."""
 
     def __init__(self, proxy: Proxy, client: socket.socket) -> None:
         self._proxy = proxy
@@ -177,7 +177,7 @@ class _Link:
     def _pass_on(
         self, messages: Iterator[list[Message]], outlet: _Outlet, note: Callable[[Message], Statement | None]
     ) -> None:
-        """Pass messages on, as many at once as came at once, until one side ends or the connection is cut."""
+        """Forward messages in the batches received, until one side ends or the connection is cut."""
         watch = self._proxy.watch
         try:
             for came in messages:
@@ -198,7 +198,7 @@ class _Link:
                 if outlet.is_silent:
                     self._ended.wait()
         except OSError:
-            pass  # the connection is at its end
+            pass  # the connection has ended
         finally:
             outlet.flush()
             self.cut()
@@ -226,7 +226,7 @@ class _Link:
 
 
 class _Outlet:
-    """What goes out of a socket, in order: at once or after a delay, and no more than so many bytes."""
+    """Sends to a socket in order, with an optional delay and limit of bytes."""
 
     def __init__(self, target: socket.socket, delay: float, most: int | None = None) -> None:
         self._target, self._delay, self._most = target, delay, most
@@ -264,14 +264,14 @@ class _Outlet:
 
 
 def _messages(source: socket.socket, *, startup: bool = False) -> Iterator[list[Message]]:
-    """Yield what comes, in whole messages; a client's first has no kind."""
+    """Yield batches of complete messages. The startup message has no type."""
     data = bytearray()
     while more := source.recv(CHUNK):
         data += more
         messages: list[Message] = []
         at = 0
         while True:
-            length = at if startup else at + 1  # where it stands
+            length = at if startup else at + 1  # offset of the length field
             end = length + int.from_bytes(data[length : length + 4])
             if len(data) < length + 4 or len(data) < end:
                 break

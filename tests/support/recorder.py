@@ -1,4 +1,4 @@
-"""A database that writes down what it is sent, and the calls by which every statement is sent."""
+"""A database that records statements, and calls that send every statement."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STORED = {
     "conversations": 1,
     "messages": 2,
 }
-"""What the server answers, by the names of columns."""
+"""The server's answers, by column."""
 
 USER = {"user_id": "ann"}
 CHAT = USER | {"conversation_id": 6}
@@ -83,11 +83,11 @@ CALLS = [
     ("delete_messages_after", "delete_messages_after", PLACE),
     ("check_schema", "check_schema", {}),
 ]
-"""A function, the file that it sends, and arguments, which differ from one another."""
+"""Functions, each with the file that it sends and distinct arguments."""
 
 
 def expected(parameter, given):
-    """Return what a statement is to get under a name of its header."""
+    """Return the expected value of a parameter in a file's header."""
     match parameter.split("_", 1):
         case ["set", name]:
             return given[name] is not UNSET
@@ -103,7 +103,7 @@ def expected(parameter, given):
 
 
 def _texts(values):
-    """Return what an array is sent as."""
+    """Return an array in the form in which it is sent."""
     return [None if value is None else str(value) for value in values]
 
 
@@ -112,7 +112,7 @@ def _as_sent(value):
 
 
 def module_of(function):
-    """Return the module that has a public function."""
+    """Return the module of a public function."""
     return inspect.getmodule(getattr(chatdb, function))
 
 
@@ -123,7 +123,7 @@ async def call(function, db, given):
 
 
 def stored(record, without=()):
-    """Return rows as the server might answer."""
+    """Return rows that the server might send."""
     if record is SchemaPart:
         parts = [(table, name, kind) for table, columns in EXPECTED_SCHEMA.items() for name, kind in columns.items()]
         return [dict(zip(record.model_fields, part, strict=True)) for part in parts]
@@ -131,12 +131,12 @@ def stored(record, without=()):
 
 
 def name_of(query):
-    """Return what the name line of a statement says."""
+    """Return the name in the first line of a statement."""
     return query.partition("\n")[0].removeprefix("--chatdb.")
 
 
 class Recorder:
-    """A database that answers every statement with the same rows, once the real one, if any, has taken it too."""
+    """A database that answers every statement with the same rows, after running it on the real one, if given."""
 
     def __init__(self, rows, real=None):
         self.rows = rows
@@ -163,7 +163,7 @@ class Block(nullcontext):
 
 
 class Transfer(Recorder):
-    """The same as a pool and its one connection, for an import and an export; each file has rows of its own."""
+    """A pool and its only connection, for imports and exports, with separate rows for each file."""
 
     def __init__(self, rows, real=None, *, has_row_security=False):
         super().__init__(rows, real)
@@ -172,10 +172,10 @@ class Transfer(Recorder):
         self.users = []
 
     async def execute(self, query):
-        """Take a setting of the transaction."""
+        """Accept a setting of the transaction."""
 
     async def fetchval(self, query, user):
-        """Take the user whose rows are to be seen, and say that there was none before."""
+        """Record the user of row-level security, and return that none was set."""
         self.users.append(user)
 
     async def fetch(self, query, /, *args, timeout=None):
@@ -183,20 +183,20 @@ class Transfer(Recorder):
         return (await super().fetch(query, *args, timeout=timeout))[name_of(query)]
 
     async def fetchrow(self, query):
-        """Answer what the import asks first."""
+        """Answer the first query of an import."""
         return {"started_at": NOW, "sent": "[]", "has_row_security": self.has_row_security}
 
     async def cursor(self, query, *args):
-        """Answer a statement by a cursor."""
+        """Answer a statement with a cursor."""
         pages = [[], await self.fetch(query, *args)]
         return SimpleNamespace(fetch=lambda _: asyncio.sleep(0, pages.pop()))
 
     async def copy_records_to_table(self, table, *, schema_name, columns, records):
-        """Keep what is copied, by the names of the columns."""
+        """Record the copied rows, by column."""
         self.copied = [dict(zip(columns, record, strict=True)) for record in records]
 
     def acquire(self):
-        """Give itself as the connection."""
+        """Return itself as the connection."""
         return nullcontext(self)
 
     def transaction(self, **options):
@@ -204,7 +204,7 @@ class Transfer(Recorder):
         return Block()
 
     def is_in_transaction(self):
-        """Say that a transaction has begun, so that nobody commits one."""
+        """Report an open transaction, so that none is committed."""
         return True
 
 
@@ -227,7 +227,7 @@ IMPORT = [
     _message(2, "c2"),
     _message(3, "c3"),
 ]
-"""A file, of whose conversations the second ends early and the third is stored but for its last message."""
+"""A file: its second conversation ends early, and all but the last message of the third are already stored."""
 
 TRANSFERRED = {
     "import_conversations_find": [
@@ -274,13 +274,13 @@ IMPORTED = [
         USER | _extension(52, 4, 1, _days(3)),
     ),
 ]
-"""What is to be sent for that file, by the names of the headers."""
+"""What the import of this file sends, by the names in the headers."""
 
 COPIED = [
     USER | {"conversation_id": conversation} | _message(seq, key)._asdict()
     for conversation, seq, key in [(51, 1, "a1"), (52, 1, "b1"), (53, 3, "c3")]
 ]
-"""What is to be copied, by the names of the columns."""
+"""What it copies, by column."""
 
 INSERTED = [
     *IMPORTED[:3],
@@ -290,4 +290,4 @@ INSERTED = [
     ),
     *IMPORTED[3:],
 ]
-"""What is to be sent instead of IMPORTED and COPIED where row-level security is on."""
+"""What it sends instead of IMPORTED and COPIED with row-level security on."""

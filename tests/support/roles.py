@@ -1,4 +1,4 @@
-"""The roles of docs/security.md, made by the SQL that stands there, under names of a test run's own."""
+"""The roles of docs/security.md, created by the SQL on that page, with names for this test run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GUIDE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 
 @dataclass(frozen=True)
 class Roles:
-    """The names of the roles and of a migrated database, which is the owner's."""
+    """The names of the roles, and of a migrated database that belongs to the owner."""
 
     owner: str
     app: str
@@ -20,7 +20,7 @@ class Roles:
     database: str
 
     def blocks(self, database: str | None = None) -> list[list[str]]:
-        """Return the statements of each block of SQL in the guide, for a database: as a superuser, there, as owner."""
+        """Return the statements of each SQL block: as a superuser, as a superuser in the database, as the owner."""
         names = {"chatdb_owner": self.owner, "chatdb_app": self.app, "chatdb_reader": self.reader}
         names["chat"] = database or self.database
         sql = re.findall(r"^```sql\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
@@ -28,5 +28,5 @@ class Roles:
         return [[statement.strip() for statement in block.split(";") if statement.strip()] for block in renamed]
 
     def on_database(self, database: str) -> list[str]:
-        """Return the statements on a database as such, which no clone of it inherits."""
+        """Return the statements on the database itself, which a clone does not inherit."""
         return [statement for statement in self.blocks(database)[0] if " on database " in statement]

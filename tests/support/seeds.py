@@ -1,4 +1,4 @@
-"""DSNs and files that are as they should be, for the fuzzing to change."""
+"""Valid DSNs and files for the fuzzers to mutate."""
 
 from __future__ import annotations
 
@@ -54,4 +54,4 @@ WORDS = {
     "dsn": ("%zz", "%00", "%ff", "#", "@", "[", "]", ",", "port=", "sslmode=verify-full", "connect_timeout="),
     "file": ("NaN", "Infinity", "1e999", "1e19", "-1", "null", "true", "{}", "[]", "[[[[[[[[", "\\ud800", "\\u0000"),
 }
-"""What the parsers may stumble over, for the fuzzing that goes by coverage, which makes up longer words seldom."""
+"""Words for the coverage-guided fuzzer, which rarely finds longer ones by itself."""

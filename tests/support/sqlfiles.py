@@ -1,4 +1,4 @@
-"""A SQL file as the drift checks see it: the header by its grammar, the statement by PostgreSQL's own parser."""
+"""Parses SQL files for the drift checks: the header with a grammar, the statement with PostgreSQL's own parser."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ HEADER = re.compile(
 PARAMETER = re.compile(
     r"-- \$(?P<number>\d+) (?P<name>\w+) (?P<type>\w+(?:\[\])?)(?P<null> null)?(?: {4}(?P<remark>\S.*))?"
 )
-NEVER_NULL = {"count", "row_number", "concat_ws"}  # the last with a separator that is not null
+NEVER_NULL = {"count", "row_number", "concat_ws"}  # concat_ws with a separator that is not null
 HARMLESS = {
     *("cardinality", "coalesce", "concat", "concat_ws", "count", "current_setting", "format_type"),
     *("pg_get_constraintdef", "pg_get_expr", "pg_get_indexdef", "quote_ident", "replace", "row_number"),
     *("row_security_active", "statement_timestamp", "timezone", "unnest"),
 }
-"""The functions in the statements; others, like query_to_xml, could read tables that they name in a text."""
+"""The functions allowed in statements. Others, such as query_to_xml, could read tables named in a text."""
 TEXTS = {path.stem: path.read_text(encoding="utf-8") for path in statement_files()}
 Columns = dict[tuple[str, str], dict[str, tuple[str, bool]]]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A line of the header; an array is nullable when its elements are."""
+    """A parameter in the header. An array is nullable if its elements are."""
 
     number: int
     name: str
@@ -52,7 +52,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class SqlFile:
-    """What a file's header says, and the text that the server is sent."""
+    """The contents of a file's header, and the text sent to the server."""
 
     name: str
     parameters: tuple[Parameter, ...]
@@ -66,19 +66,19 @@ class SqlFile:
 
     @cached_property
     def statement(self) -> Any:
-        """The one statement, parsed."""
+        """The syntax tree of the statement."""
         statements = parse_sql(self.sql)
         assert len(statements) == 1, f"{self.name} has {len(statements)} statements"
         return statements[0].stmt
 
     @cached_property
     def nodes(self) -> tuple[Any, ...]:
-        """The statement and all that it is made of."""
+        """All nodes of the statement."""
         return tuple(_walk(self.statement))
 
     @cached_property
     def ctes(self) -> dict[str, Any]:
-        """The statements of the WITH clause, by name."""
+        """The queries of the WITH clause, by name."""
         found = [node for node in self.nodes if isinstance(node, ast.CommonTableExpr)]
         assert not any(node.aliascolnames for node in found), "a WITH clause that renames columns"
         assert len({node.ctename for node in found}) == len(found), "two WITH queries of one name"
@@ -86,13 +86,13 @@ class SqlFile:
 
 
 def named(name: str, body: str) -> str:
-    """Return a statement with its name behind its first word."""
+    """Return a statement with its name as a comment after the first word."""
     start = next(token.end + 1 for token in scan(body) if token.name != "SQL_COMMENT")
     return f"{body[:start]} /* chatdb.{name} */{body[start:]}"
 
 
 def parse(text: str) -> SqlFile:
-    """Read a file; its header must follow the grammar."""
+    """Parse a file. Raise AssertionError if the header does not follow the grammar."""
     header = HEADER.fullmatch(text)
     assert header, f"not a header: {text.partition(chr(10) * 2)[0]}"
     lines = [(line, PARAMETER.fullmatch(line)) for line in (header["parameters"] or "").splitlines()]
@@ -121,7 +121,7 @@ def parse(text: str) -> SqlFile:
 
 @cache
 def file_of(stem: str) -> SqlFile:
-    """Return a file under `sql/`, read."""
+    """Parse a file under `sql/`."""
     return parse(TEXTS[stem])
 
 
@@ -136,30 +136,30 @@ def _walk(node: Any) -> Iterator[Any]:
 
 
 def branches(query: Any) -> list[Any]:
-    """Return the statements that a UNION is made of, or the one statement."""
+    """Return the branches of a UNION, or the query itself."""
     if isinstance(query, ast.SelectStmt) and query.op != SetOperation.SETOP_NONE:
         return branches(query.larg) + branches(query.rarg)
     return [query]
 
 
 def outputs(query: Any) -> list[Any]:
-    """Return what a statement gives back, column by column."""
+    """Return the result columns of a statement."""
     if isinstance(query, ast.SelectStmt):
         return list(query.targetList or ())
     return list(query.returningClause.exprs if query.returningClause else ())
 
 
 def is_existence(query: Any) -> bool:
-    """Return whether a statement gives nothing but nulls."""
+    """Return whether a statement returns only nulls."""
     return all(isinstance(target.val, ast.A_Const) and target.val.isnull for target in outputs(query))
 
 
 def existence_gaps(file: SqlFile) -> list[str]:
     """
-    Return what could let an existence row stand where the header does not say, or keep it away.
+    Return what could add an existence row against the header, or omit it.
 
-    It may be left out by a condition, where there is any record; or stand at the end, before a limit that the records
-    alone may reach. The limit then is theirs too, which also keeps the server from reading both branches in parallel.
+    Either a condition excludes it if there is any record, or it comes last, under a limit that the records alone can
+    reach. The records then have the same limit, which also keeps the server from reading both branches in parallel.
     """
     kinds = [is_existence(query) for query in branches(file.statement)]
     if file.existence is None:
@@ -182,7 +182,7 @@ def existence_gaps(file: SqlFile) -> list[str]:
 
 
 def _excludes(existence: Any, records: Any) -> bool:
-    """Return whether a condition of an existence row says that there are no records."""
+    """Return whether a condition of the existence row implies that there are no records."""
     for condition in _conjuncts(existence.whereClause):
         match condition:
             case ast.BoolExpr(
@@ -200,7 +200,7 @@ def _excludes(existence: Any, records: Any) -> bool:
 
 
 def ungiven(file: SqlFile) -> list[str]:
-    """Return the columns, of those that the header has the rows do without, that are not those of the arguments."""
+    """Return the columns that the header omits from the rows, but the statement does not compare with arguments."""
     numbers = {parameter.name: parameter.number for parameter in file.parameters}
     gaps: list[str] = []
     for query in branches(file.statement) if file.given else ():
@@ -217,12 +217,12 @@ def ungiven(file: SqlFile) -> list[str]:
 
 
 def uncast(node: Any) -> Any:
-    """Return what is below any casts."""
+    """Return a node without its casts."""
     return uncast(node.arg) if isinstance(node, ast.TypeCast) else node
 
 
 def names(node: Any) -> list[str]:
-    """Return the parts of the name of a column, where `*` is none, or of an operator."""
+    """Return the parts of a column's or an operator's name. `*` is no part."""
     parts = node.fields if isinstance(node, ast.ColumnRef) else node.name
     return [part.sval for part in parts if isinstance(part, ast.String)]
 
@@ -235,7 +235,7 @@ def _conjuncts(condition: Any) -> list[Any]:
 
 @dataclass
 class Source:
-    """Something that a statement reads or writes, with the conditions that every row of it must meet."""
+    """A table, CTE or function in a statement, with the conditions on its rows."""
 
     node: Any
     alias: str
@@ -244,7 +244,7 @@ class Source:
 
 
 class Level:
-    """One SELECT, UPDATE or DELETE without those inside it."""
+    """One SELECT, UPDATE or DELETE without its subqueries."""
 
     def __init__(self, query: Any) -> None:
         self.sources: list[Source] = []
@@ -269,7 +269,7 @@ class Level:
         return left + right
 
     def source_of(self, column: ast.ColumnRef) -> Source:
-        """Return where a column comes from; it is qualified where there is a choice."""
+        """Return the source of a column. An ambiguous column must be qualified."""
         *qualifier, _ = names(column)
         found = [source for source in self.sources if not qualifier or source.alias == qualifier[-1]]
         assert len(found) == 1, f"{'.'.join(names(column))} may come from {len(found)} sources"
@@ -277,7 +277,7 @@ class Level:
 
 
 def is_table(node: Any) -> bool:
-    """Return whether a node names a table of users' data."""
+    """Return whether a node is a table with user data."""
     return isinstance(node, ast.RangeVar) and node.schemaname == "chatdb"
 
 
@@ -285,8 +285,8 @@ def isolation_gaps(file: SqlFile) -> list[str]:
     """
     Return where a statement could reach another user's rows.
 
-    Every table of users' data must have the condition `user_id = $1` on its own level; every row inserted must have
-    `$1` as its user, or the user of a row that was read so. Whatever else could read a table is a gap.
+    Every table with user data needs the condition `user_id = $1` on its own level. Every inserted row needs `$1` as its
+    user, or the user of a row selected with that condition. Any other way to read a table is a gap.
     """
     gaps: list[str] = []
     seen: list[Any] = []
@@ -318,7 +318,7 @@ def isolation_gaps(file: SqlFile) -> list[str]:
 
 
 def _is_harmless(function: ast.FuncCall) -> bool:
-    """Return whether a function is one of the server's that reads no tables."""
+    """Return whether a function belongs to the server and reads no tables."""
     *schema, name = (part.sval for part in function.funcname)
     return name in HARMLESS and schema in ([], ["pg_catalog"])
 
@@ -357,7 +357,7 @@ def _insertion_gaps(query: ast.InsertStmt, ctes: dict[str, Any]) -> list[str]:
 
 
 def _is_users(value: Any, branch: Any, ctes: dict[str, Any]) -> bool:
-    """Return whether a value is the user_id of a CTE, who there is the user_id of a guarded table."""
+    """Return whether a value is the user_id of a CTE that selects it from a guarded table."""
     if not isinstance(value, ast.ColumnRef):
         return False
     cte = ctes.get(getattr(Level(branch).source_of(value).node, "relname", None))
@@ -373,13 +373,13 @@ def _is_users(value: Any, branch: Any, ctes: dict[str, Any]) -> bool:
 
 
 def _name(output: ast.ResTarget) -> str | None:
-    """Return the name of a column of a statement's result."""
+    """Return the name of a result column."""
     value = uncast(output.val)
     return output.name or (names(value)[-1] if isinstance(value, ast.ColumnRef) else None)
 
 
 def nullable(file: SqlFile, columns: Columns) -> list[bool]:
-    """Return for each column of a statement's result whether it may be null, an existence row apart."""
+    """Return for each result column whether it may be null, existence rows aside."""
     rows = [query for query in branches(file.statement) if not is_existence(query)]
     return [
         any(part)
@@ -401,7 +401,7 @@ def _may_be_null(value: Any, level: Level, file: SqlFile, columns: Columns) -> b
             return all(_may_be_null(argument, level, file, columns) for argument in value.args)
         case ast.FuncCall():
             return value.funcname[-1].sval not in NEVER_NULL
-        case ast.SubLink():  # a count alone is always one row
+        case ast.SubLink():  # a count alone always returns one row
             (output,) = outputs(value.subselect)
             return not (isinstance(output.val, ast.FuncCall) and output.val.funcname[-1].sval == "count")
         case ast.ColumnRef():
@@ -428,7 +428,7 @@ def _column_may_be_null(column: ast.ColumnRef, level: Level, file: SqlFile, colu
 
 
 def meetings(file: SqlFile) -> dict[int, set[str]]:
-    """Return for each parameter the columns that it is compared with, stored in or read as."""
+    """Return for each parameter the columns to which it is compared, stored or aliased."""
     met: dict[int, set[str]] = defaultdict(set)
 
     def meet(value: Any, column: str) -> None:

@@ -1,4 +1,4 @@
-"""Exports, and a session of another framework."""
+"""Exports, and the id of a session in another framework."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SESSION = "0190b1c0-0000-7000-8000-000000000001"
 
 
 async def exported(db: Pool, user: str = "alice") -> bytes:
-    """Return what `chatdb export` would write."""
+    """Return the output of `chatdb export`."""
     lines = [jsonlines.header()]
     conversations = messages = 0
     async for record in export_conversations(db, user_id=user):
@@ -28,6 +28,6 @@ async def exported(db: Pool, user: str = "alice") -> bytes:
 
 
 def portable(text: bytes) -> list[dict[str, Any]]:
-    """Return exported lines without what another database or user gives anew."""
+    """Return exported lines without the fields that differ between databases and users."""
     lines = [json.loads(line) for line in text.splitlines()]
     return [{name: value for name, value in line.items() if name not in ("id", "user_id")} for line in lines]

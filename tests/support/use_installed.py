@@ -1,4 +1,4 @@
-"""What the nox session `wheel` runs in a clean environment, in another folder: the demo on the installed package."""
+"""Runs the demo and commands on the installed package, for the nox session `wheel`."""
 
 import asyncio
 import json
