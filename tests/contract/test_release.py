@@ -126,6 +126,13 @@ WHEEL = {
 }
 
 
+def test_no_git(tmp_path: Path) -> None:
+    """Outside a git checkout the check ends with a sentence."""
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.0"\n')
+    with pytest.raises(SystemExit, match="not a git checkout"):
+        source_problems(tmp_path)
+
+
 def test_good_archives() -> None:
     """Archives that hold what git tracks are in order."""
     assert sdist_problems(SDIST, TRACKED) == []

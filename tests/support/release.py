@@ -42,9 +42,9 @@ EXTRAS = ("dotenv", "platformdirs", "psycopg", "psycopg2", "rich", "sqlparse", "
 
 def version_problems(version: str, changelog: str, tags: list[str]) -> list[str]:
     """
-    Return what disagrees between the version, the changelog and the tags on HEAD.
+    Return the disagreements between the version, the changelog and the tags on HEAD.
 
-    The newest heading names the version. With a tag on HEAD it also has the date; otherwise it may say `unreleased`.
+    The newest heading names the version. With a tag on HEAD it also has a date; otherwise it may say `unreleased`.
     """
     problems = [f"the tag {tag} is on HEAD, but the version is {version}" for tag in tags if tag != f"v{version}"]
     newest = next((line for line in changelog.splitlines() if line.startswith("## ")), "")
@@ -71,7 +71,7 @@ def _is_date(text: str) -> bool:
 
 
 def source_problems(root: Path) -> tuple[list[str], list[str]]:
-    """Return the problems of a checkout, and notes on what was not checked."""
+    """Return the problems of a checkout, and notes on what is uncommitted or not checked."""
     version = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("version")
     if version is None:
         return ["pyproject.toml has no project.version"], []
@@ -80,7 +80,7 @@ def source_problems(root: Path) -> tuple[list[str], list[str]]:
     changed = _git(root, "status", "--porcelain")
     notes: list[str] = []
     if not tags:
-        notes.append(f"HEAD has no tag: not checked that it is v{version} and that the changelog has a date")
+        notes.append(f"HEAD has no tag: v{version} and the date in the changelog are not checked")
         notes += [f"uncommitted: {line}" for line in changed]
     else:
         problems += [f"uncommitted, and HEAD has the tag {tags[0]}: {line}" for line in changed]
@@ -88,7 +88,9 @@ def source_problems(root: Path) -> tuple[list[str], list[str]]:
 
 
 def _git(root: Path, *arguments: str) -> list[str]:
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"release: this is not a git checkout, or git fails: {done.stderr.strip()}")
     return done.stdout.splitlines()
 
 
@@ -178,7 +180,7 @@ def main(command: str, *arguments: str) -> None:
         print(f"release: {note}")
     if problems:
         sys.exit("\n".join(f"release: {problem}" for problem in problems))
-    print(f"release: {command} is in order")
+    print(f"release: {command}: no problems")
 
 
 if __name__ == "__main__":
