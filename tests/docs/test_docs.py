@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psycopg
 import pytest
 
@@ -28,45 +31,111 @@ GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
 def block(section: str, language: str) -> str:
-    """Return the block of code in a section of README.md."""
+    """Return the first block of a language in a section of README.md."""
     found = re.search(rf"^## {section}\n.*?^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert found, section
     return found[1]
 
 
-def shell(script: str, dsn: str, folder: Path) -> str:
-    """Run a block as a person would who has the environment's programs on his path."""
+def shell(script: str, dsn: str | None, folder: Path) -> str:
+    """Run a block with the environment's programs on the path; without a DSN, on an embedded server in the folder."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "DATABASE_URL": dsn}
+    database = {"DATABASE_URL": dsn} if dsn else {"CHATDB_HOME": str(folder / "home")}
+    env = os.environ | {"PATH": path} | database
     done = subprocess.run(["bash", "-euc", script], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def test_the_quick_start(tmp_path: Path) -> None:
+    """The demo prints README's sample but for the numbers; the next two commands list and delete its data."""
+    conversation = {"id": "a", "conversations": [{"from": "human", "value": "hello from the file"}]}
+    (tmp_path / "conversations.json").write_text(json.dumps([conversation]))
+    listing, deletion = re.findall(r"`\.venv/bin/(chatdb [^`]+)`", README)
+    script = f"chatdb demo --file conversations.json; {listing}; {deletion} --yes; {listing} --json"
+    output = shell(script, None, tmp_path)
+    lines = iter([_without_numbers(line) for line in output.splitlines()])
+    for line in block("Quick start", "text").splitlines():
+        assert line in {"", "..."} or _without_numbers(line) in lines, line
+    assert "History 49" in output
+    assert output.endswith("\n[]\n")
+
+
+def _without_numbers(line: str) -> str:
+    return re.sub(r"\d+(?:[.,]\d+)*", "0", line)
+
+
 def test_the_program(tmp_path: Path) -> None:
-    """README's program runs as it stands."""
+    """README's program runs unchanged and prints what README shows."""
     done = subprocess.run(
-        [sys.executable, "-c", block("Use", "python")],
+        [sys.executable, "-c", block("Plain asyncio", "python")],
         env=os.environ | {"CHATDB_HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "1 user Add milk, please.\n2 assistant Milk is on your list.\n"
+    assert done.stdout == block("Plain asyncio", "text")
+
+
+async def test_the_fastapi_service(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README's service appends, reads, and maps errors to statuses and public sentences."""
+    monkeypatch.setenv("DATABASE_URL", dsn)
+    service: dict[str, Any] = {"__name__": "service"}
+    exec(block("FastAPI", "python"), service)
+    app = service["app"]
+    alice, bob = {"X-User": "alice"}, {"X-User": "bob"}
+    async with app.router.lifespan_context(app):
+        made = await chatdb.create_conversation(app.state.db, user_id="alice")
+        path = f"/conversations/{made.id}/messages"
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://service", headers=alice) as client:
+            appended = await client.post(path, json={"content": "hi", "key": "1"})
+            assert (appended.status_code, appended.json()["seq"]) == (200, 1)
+            assert (await client.post(path, json={"content": "hi", "key": "1"})).json() == appended.json()
+            assert (await client.post(path, json={"content": "ho"})).json()["seq"] == 2
+            assert [message["content"] for message in (await client.get(path)).json()] == ["hi", "ho"]
+            alices = {"user_id": "alice", "conversation_id": made.id}
+            await chatdb.append_message(app.state.db, **alices, role="tool", content="", payload=[1, None])
+            assert (await client.get(path)).json()[-1]["payload"] == "[1, null]"
+            assert (await client.get(path, params={"before_seq": 2})).json() == [appended.json()]
+            for answer, status, error in (
+                (await client.get(path, headers=bob), 404, chatdb.ConversationNotFoundError),
+                (await client.post(path, headers=bob, json={"content": "hi"}), 404, chatdb.ConversationNotFoundError),
+                (await client.post(path, json={"content": "ho", "key": "1"}), 409, chatdb.ConflictError),
+                (await client.post(path, json={"content": "\0"}), 422, chatdb.InvalidInputError),
+            ):
+                assert (answer.status_code, answer.json()) == (status, {"detail": error.public})
+            schema = await client.get("/openapi.json")
+            assert schema.json()["paths"].keys() == {path.replace(str(made.id), "{conversation_id}")}
+            await app.state.db.close()
+            closed = await client.get(path)
+            assert (closed.status_code, closed.json()) == (503, {"detail": chatdb.PoolClosedError.public})
+
+
+def test_the_table_of_functions() -> None:
+    """README's table has every public function."""
+    table = re.search(r"^## Functions\n\n(\|.*?)\n\n", README, re.MULTILINE | re.DOTALL)
+    assert table
+    functions = {name for name in chatdb.__all__ if inspect.isfunction(getattr(chatdb, name))}
+    assert functions <= set(re.findall(r"`(\w+)`", table[1]))
 
 
 def test_the_migrations(empty_dsn: str) -> None:
-    """README's commands for the migrations run in the checkout."""
+    """README's migration commands run in the checkout, and `yoyo rollback` undoes the last migration."""
     script = block("Migrations", "sh")
     assert script.count("postgresql://localhost/chat") == 1
     shell(script.replace("postgresql://localhost/chat", f"'{empty_dsn}'"), empty_dsn, ROOT)
     with psycopg.connect(empty_dsn) as connection:
         assert connection.execute("select count(*) from chatdb.messages").fetchone() == (0,)
+    shell("yoyo rollback", empty_dsn, ROOT)
+    with psycopg.connect(empty_dsn) as connection:
+        found = connection.execute("select to_regclass('chatdb.messages'), to_regclass('chatdb.conversations')")
+        assert found.fetchone() == (None, "chatdb.conversations")
 
 
 @pytest.mark.owner
 def test_the_command_line(dsn: str, tmp_path: Path) -> None:
-    """README's commands of the command line run one after another."""
+    """README's commands run one after another."""
     conversation = {"id": "a", "conversations": [{"from": "human", "value": "hello from the file"}]}
     (tmp_path / "conversations.json").write_text(json.dumps([conversation]))
     assert "hello from the file" in shell(block("Command line", "sh"), dsn, tmp_path)
@@ -75,7 +144,7 @@ def test_the_command_line(dsn: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("section", ["Quick start", "Tests"])
 def test_one_command(section: str) -> None:
-    """The two sections have one command each, which .ci/run runs."""
+    """The section has a single command, which .ci/run runs."""
     assert len(block(section, "sh").splitlines()) == 1
     assert f'"{section}"' in (ROOT / ".ci" / "run").read_text()
 
@@ -100,8 +169,8 @@ def test_the_limits_and_errors() -> None:
 
 
 def test_every_link_leads_somewhere() -> None:
-    """Links between the documents lead to files that there are."""
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
+    """Every link between documents leads to an existing file."""
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
@@ -133,11 +202,28 @@ def test_every_session_exists() -> None:
     assert all(f"{command}\n" in ci for command in block("Benchmarks", "sh").splitlines() if "--quick" in command)
 
 
+def promised(pattern: str) -> tuple[str, ...]:
+    """Return the versions that README, the changelog, and the page on compatibility all name."""
+    pages = (README, *((ROOT / name).read_text(encoding="utf-8") for name in ("CHANGELOG.md", "docs/compatibility.md")))
+    matches = [re.search(pattern, page) for page in pages]
+    assert all(matches)
+    (versions,) = {match.groups() for match in matches if match}
+    return versions
+
+
+def test_the_versions_of_python() -> None:
+    """The sessions run on every Python that README promises."""
+    oldest, newest = promised(r"Python (3\.\d+) to (3\.\d+)")
+    listed = re.search(r"^PYTHONS = \[(.*)\]$", NOXFILE, re.MULTILINE)
+    assert listed
+    versions = re.findall(r"3\.\d+", listed[1])
+    assert (versions[0], versions[-1]) == (oldest, newest)
+    assert f'requires-python = ">={oldest}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
 def test_the_versions_of_postgresql() -> None:
-    """The sessions run on each PostgreSQL that README promises, and every submission on the oldest."""
-    promised = re.search(r"PostgreSQL (\d+) to (\d+)", README)
-    assert promised
-    oldest, newest = map(int, promised.groups())
+    """The sessions run on every PostgreSQL that README promises, and each submission runs on the oldest."""
+    oldest, newest = map(int, promised(r"PostgreSQL (\d+) to (\d+)"))
     listed = re.search(r"^POSTGRESQLS = \[(.*)\]$", NOXFILE, re.MULTILINE)
     assert listed
     assert [int(version) for version in re.findall(r"\d+", listed[1])] == [*range(oldest, newest + 1)]
