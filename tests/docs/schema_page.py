@@ -1,4 +1,4 @@
-"""Writes docs/schema.md from a live database: `python -m tests.docs.schema_page`, or `nox -s schema_page`."""
+"""Write docs/schema.md from a live database: `python -m tests.docs.schema_page` or `nox -s schema_page`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PAGE = ROOT / "docs" / "schema.md"
 
 HEAD = """# Schema
 
-Written by `nox -s schema_page` from a database to which all migrations were applied; a test compares the two.
-Everything is in the PostgreSQL schema `chatdb`. The user leads every key.
+`nox -s schema_page` generates this page from a fully migrated database; a test compares the two. All tables are in the
+PostgreSQL schema `chatdb`. Every key starts with `user_id`.
 
 ```mermaid
 erDiagram
@@ -25,7 +25,7 @@ erDiagram
 
 
 def page(connection: psycopg.Connection) -> str:
-    """Return the page for the database's schema."""
+    """Return the page that describes the database's schema."""
     connection.execute("set search_path = ''")
     tables = _rows(
         connection,
@@ -56,7 +56,7 @@ def page(connection: psycopg.Connection) -> str:
 
 
 def main() -> None:
-    """Write the page."""
+    """Migrate a temporary database and write the page from it."""
     with tempfile.TemporaryDirectory() as folder, EmbeddedServer(Path(folder) / "server") as server:
         apply_migrations(server.dsn)
         with psycopg.connect(server.dsn) as connection:
