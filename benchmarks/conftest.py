@@ -1,4 +1,4 @@
-"""The fixtures of the benchmarks, and the judgement at the end: `pytest benchmarks` fails if a gate falls."""
+"""Fixtures of the benchmarks and the final judgement: `pytest benchmarks` fails if a gate fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.server import LARGE_BUFFERS, BenchServer, folder
 from benchmarks.workload import SIZES, Size
 
 ORDER = ("test_load", "test_counts", "test_operations", "test_bulk", "test_target", "test_growth")
-"""The suites in their order: those that restart the server come last."""
+"""The suites in run order. The suites that restart the server are last."""
 
 SUITES = {
     "counts": "test_counts",
@@ -27,40 +27,48 @@ SUITES = {
     "target": "test_target",
     "growth": "test_growth",
 }
-"""Where the figures of each group of gates come from."""
+"""The suite that measures each group of gates."""
 
 FIGURES = pytest.StashKey[Figures]()
 
 SERVER = pytest.StashKey[BenchServer]()
 
 MINUTES_A_MILLION = 0.5
-"""How long the load of a million messages takes, as far as it can be said."""
+"""Estimated time to load a million messages."""
 
-"""Where a run leaves its figures and its report."""
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    """Add what the nox sessions choose by, and pytest-benchmark, which only these need."""
+    """Add the options of the nox sessions, and pytest-benchmark, which only the benchmarks need."""
     pluginmanager.import_plugin("pytest_benchmark.plugin")
     group = parser.getgroup("chatdb")
-    group.addoption("--quick", action="store_true", help="100 k messages: counts, plans and the 100 ms target only")
-    group.addoption("--size", choices=SIZES, default="1m", help="the database of the side-by-side suites (1m)")
-    group.addoption("--largest", choices=("1m", "10m"), default="10m", help="the end of the growth curve (10m)")
-    group.addoption("--report", type=Path, help="the folder of the report (.benchmarks/report)")
-    group.addoption("--sabotage", choices=sabotage.ALL, help="break something, to see a gate fall")
+    group.addoption(
+        "--quick", action="store_true", help="run only counts, plans and the 100 ms target, on 100 k messages"
+    )
+    group.addoption(
+        "--size", choices=SIZES, default="1m", help="database size for the side-by-side suites (default 1m)"
+    )
+    group.addoption(
+        "--largest",
+        choices=("1m", "10m"),
+        default="10m",
+        help="largest database size of the growth curve (default 10m)",
+    )
+    group.addoption("--report", type=Path, help="folder for the report (default .benchmarks/report)")
+    group.addoption("--sabotage", choices=sabotage.ALL, help="break chatdb on purpose, to see a gate fail")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin a run."""
+    """Register the mark and start recording figures."""
     config.addinivalue_line("markers", "full: not in a quick run")
     config.addinivalue_line("filterwarnings", "default::pytest_benchmark.logger.PytestBenchmarkWarning")
     config.stash[FIGURES] = Figures(quick=config.getoption("--quick"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the suites in order, and leave out what a quick run has no time for."""
+    """Sort the suites, and deselect the slow tests in a quick run."""
     quick = config.getoption("--quick")
     left_out = [item for item in items if quick and item.get_closest_marker("full")]
     config.hook.pytest_deselected(items=left_out)
@@ -68,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Note which gates this run judges: those of the suites that run."""
+    """Select the gates to judge: those whose suites run."""
     config = session.config
     suites = {_suite(item) for item in session.items}
     judged = {gate.name for gate in GATES if SUITES[gate.group] in suites}
@@ -98,7 +106,7 @@ def _sizes(session: pytest.Session) -> list[Size]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """Start the server and load what is missing, before the first test and its time limit begin."""
+    """Start the server and load missing data before the time limit of the first test starts."""
     if session.config.option.collectonly or not session.items:
         return
     server = session.config.stash[SERVER] = BenchServer()
@@ -110,11 +118,14 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     needed, free = sum(size.gigabytes for size in missing), shutil.disk_usage(folder()).free / 1e9
     names, minutes = " and ".join(size.name for size in missing), max(millions * MINUTES_A_MILLION, 1)
     print(
-        f"\nloading {names} messages, once, into {folder()}: about {minutes:.0f} minutes and {needed:.1f} of "
-        f"{free:.0f} GB free; interrupted, it goes on where it was"
+        f"\nloading {names} messages, once, into {folder()}: takes about {minutes:.0f} minutes and {needed:.1f} of "
+        f"{free:.0f} GB free; an interrupted load continues in the next run"
     )
     if needed > free:
-        pytest.exit(f"the disk of {folder()} has {free:.1f} GB free: set CHATDB_BENCH_HOME to another", returncode=4)
+        pytest.exit(
+            f"{folder()} has only {free:.1f} GB of free disk space: set CHATDB_BENCH_HOME to another folder",
+            returncode=4,
+        )
     for size in missing:
         server.load(size)
 
@@ -124,7 +135,7 @@ def _suite(item: pytest.Item) -> str:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Keep the figures, write the report, and fail if a gate fell."""
+    """Save the figures, write the report, and fail the run if a gate failed."""
     config = session.config
     figures = config.stash[FIGURES]
     if SERVER in config.stash:
@@ -141,7 +152,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say of each gate what came of it, those that fell last."""
+    """Print the result of each gate, failures last."""
     figures = config.stash[FIGURES]
     judged = [(gate, *figures.judge(gate)) for gate in GATES]
     terminalreporter.section("gates")
@@ -151,7 +162,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for gate, value, passed in judged:
         if passed is False:
             told = f"{gate.title}: not measured" if value is None else gate.judged(value)
-            terminalreporter.write_line(f"FELL    {told}", red=True)
+            terminalreporter.write_line(f"FAILED  {told}", red=True)
     if not config.getoption("--sabotage"):
         report = config.getoption("--report") or RESULTS / "report"
         terminalreporter.write_line(f"figures: {RESULTS / 'run.json'}, report: {report / 'benchmarks.html'}")
@@ -159,25 +170,25 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def figures(pytestconfig: pytest.Config) -> Figures:
-    """Give what collects the run's figures."""
+    """Return the figures of this run."""
     return pytestconfig.stash[FIGURES]
 
 
 @pytest.fixture(scope="session")
 def server(pytestconfig: pytest.Config, figures: Figures) -> BenchServer:
-    """Give the benchmarks' own server."""
+    """Return the benchmark server, and record its version and settings."""
     server = pytestconfig.stash[SERVER]
     with server.connect() as connection:
         figures.run["versions"]["PostgreSQL"] = connection.info.parameter_status("server_version")
         names = ("shared_buffers", "fsync", "synchronous_commit", "max_wal_size", "random_page_cost", "jit")
         figures.run["settings"] = {name: connection.execute(f"show {name}").fetchone()[0] for name in names}
-        figures.run["settings"]["shared_buffers for 10 M and the growth"] = LARGE_BUFFERS["shared_buffers"]
+        figures.run["settings"]["shared_buffers for 10 M and growth"] = LARGE_BUFFERS["shared_buffers"]
     return server
 
 
 @pytest.fixture(scope="session")
 def size(pytestconfig: pytest.Config, figures: Figures) -> Size:
-    """Give the size of the side-by-side suites."""
+    """Return the database size for the side-by-side suites."""
     size = SIZES["100k" if figures.quick else pytestconfig.getoption("--size")]
     figures.run["sizes"].append(size.name)
     return size
@@ -185,7 +196,7 @@ def size(pytestconfig: pytest.Config, figures: Figures) -> Size:
 
 @pytest.fixture(scope="session")
 def copy(server: BenchServer, size: Size, pytestconfig: pytest.Config) -> Iterator[str]:
-    """Give the DSN of a copy of the data, which the run may change."""
+    """Yield the DSN of a copy of the data, which the run may change."""
     name = "bench_run"
     with server.copied(size, name) as dsn, sabotage.applied(pytestconfig.getoption("--sabotage"), server, name):
         yield dsn
@@ -193,19 +204,19 @@ def copy(server: BenchServer, size: Size, pytestconfig: pytest.Config) -> Iterat
 
 @pytest.fixture(scope="module", params=LOOPS)
 def loop(request: pytest.FixtureRequest) -> str:
-    """Give the name of an event loop."""
+    """Return the name of an event loop."""
     return request.param
 
 
 @pytest.fixture(scope="module")
 def runner(loop: str) -> Iterator[asyncio.Runner]:
-    """Give one event loop for all calls of a suite: making one is not what is measured."""
+    """Yield one event loop for all calls of a suite, so that creating it is not measured."""
     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
         yield runner
 
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[asyncio.Runner]:
-    """Give asyncio's own loop, where the other one would say nothing new."""
+    """Yield asyncio's own loop, for suites where uvloop would show nothing new."""
     with asyncio.Runner() as runner:
         yield runner

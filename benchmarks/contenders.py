@@ -1,8 +1,8 @@
 """
-The same work by four clients: chatdb through its pool, and what its users would write or take instead.
+Four clients that do the same work: chatdb through its pool, and three alternatives that its users might choose.
 
-Each has the same methods. `lane` is the number of the task that calls: the clients without a pool keep a connection
-for each. What they return is what a program gets from them: chatdb's and SQLModel's records, the drivers' rows.
+All have the same methods. `lane` is the number of the calling task; clients without a pool keep a connection for each.
+They return what a program would receive: records from chatdb and SQLModel, rows from the drivers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MESSAGE = (
 )
 CONVERSATION = "id, user_id, key, title, metadata::text as metadata, last_seq, created_at, updated_at"
 
-# the least that has the same effects: the best index for a read; for an append, the counter and the time of the list
+# minimal statements with the same effects: the best index for a read; the counter and list time for an append
 HISTORY = (
     f"select {MESSAGE} from chatdb.messages where user_id = $1 and conversation_id = $2 and seq < $3 "
     "order by seq desc limit $4"
@@ -59,7 +59,7 @@ NEWEST = 2**63 - 1
 
 
 class Contender(ABC):
-    """A client, opened with as many connections as tasks will use it."""
+    """A client with one connection for each task that uses it."""
 
     name: ClassVar[str]
 
@@ -84,11 +84,11 @@ class Contender(ABC):
 
     @abstractmethod
     async def history(self, at: Place, limit: int, *, before: int = NEWEST, lane: int = 0) -> list[Any]:
-        """Read the newest messages before a place."""
+        """Read the newest messages before a seq."""
 
     @abstractmethod
     async def whole(self, at: Place) -> int:
-        """Read a whole conversation and return how many messages it has."""
+        """Read a whole conversation and return the number of messages."""
 
     @abstractmethod
     async def append(self, at: Place, text: str, *, lane: int = 0) -> object:
@@ -100,7 +100,7 @@ class Contender(ABC):
 
     @abstractmethod
     async def list(self, user_id: str) -> list[Any]:
-        """Read the latest 20 conversations of a user."""
+        """Read a user's latest 20 conversations."""
 
     @abstractmethod
     async def create(self, user_id: str) -> object:
@@ -108,23 +108,23 @@ class Contender(ABC):
 
     @abstractmethod
     async def delete(self, at: Place) -> object:
-        """Delete a conversation with its messages."""
+        """Delete a conversation and its messages."""
 
 
 class Keyed(Contender):
-    """A client that can repeat a write by its key."""
+    """A client that can repeat a write with its key."""
 
     @abstractmethod
     async def append_keyed(self, at: Place, text: str, key: str) -> object:
-        """Append a message under a key that is new."""
+        """Append a message with a new key."""
 
     @abstractmethod
     async def append_again(self, at: Place, text: str, key: str) -> object:
-        """Append a message under a key that is stored: get the stored one."""
+        """Append a message with a stored key, and return the stored message."""
 
     @abstractmethod
     async def get_or_create(self, user_id: str, key: str) -> object:
-        """Get the conversation of a key that is stored."""
+        """Return the conversation with a stored key."""
 
 
 class RawAsyncpg(Keyed):
@@ -143,7 +143,7 @@ class RawAsyncpg(Keyed):
             await connection.close()
 
     async def history(self, at: Place, limit: int, *, before: int = NEWEST, lane: int = 0) -> list[Any]:
-        """Read the newest messages before a place."""
+        """Read the newest messages before a seq."""
         return await self.bare[lane].fetch(HISTORY, at.user_id, at.id, before, limit)
 
     async def whole(self, at: Place) -> int:
@@ -159,15 +159,15 @@ class RawAsyncpg(Keyed):
         return await self.bare[0].fetch(TURN, at.user_id, at.id, ROLES[0], text, ROLES[1], reply)
 
     async def append_keyed(self, at: Place, text: str, key: str) -> object:
-        """Append a message under a key, with no thought of a repetition."""
+        """Append a message with a key, without handling repetition."""
         return await self.bare[0].fetchrow(APPEND, at.user_id, at.id, ROLES[0], text, key)
 
     async def append_again(self, at: Place, text: str, key: str) -> object:
-        """Read the message of a key."""
+        """Read a message by its key."""
         return await self.bare[0].fetchrow(BY_KEY, at.user_id, at.id, key)
 
     async def list(self, user_id: str) -> list[Any]:
-        """Read the latest 20 conversations of a user."""
+        """Read a user's latest 20 conversations."""
         return await self.bare[0].fetch(LIST, user_id, 20)
 
     async def create(self, user_id: str) -> object:
@@ -175,16 +175,16 @@ class RawAsyncpg(Keyed):
         return await self.bare[0].fetchrow(CREATE, user_id, None)
 
     async def get_or_create(self, user_id: str, key: str) -> object:
-        """Read the conversation of a key."""
+        """Read a conversation by its key."""
         return await self.bare[0].fetchrow(GET_BY_KEY, user_id, key)
 
     async def delete(self, at: Place) -> object:
-        """Delete a conversation; its messages go by the cascade."""
+        """Delete a conversation. The cascade deletes its messages."""
         return await self.bare[0].execute(DELETE, at.user_id, at.id)
 
 
 class Chatdb(Keyed):
-    """chatdb, through its pool."""
+    """chatdb through its pool."""
 
     name = "chatdb"
 
@@ -197,7 +197,7 @@ class Chatdb(Keyed):
         await self.pool.close()
 
     async def history(self, at: Place, limit: int, *, before: int = NEWEST, lane: int = 0) -> list[Any]:
-        """Read the newest messages before a place."""
+        """Read the newest messages before a seq."""
         return await chatdb.get_history(
             self.pool, user_id=at.user_id, conversation_id=at.id, limit=limit, before_seq=before
         )
@@ -221,17 +221,17 @@ class Chatdb(Keyed):
         return await chatdb.append_messages(self.pool, user_id=at.user_id, conversation_id=at.id, messages=messages)
 
     async def append_keyed(self, at: Place, text: str, key: str) -> object:
-        """Append a message under a key."""
+        """Append a message with a key."""
         return await chatdb.append_message(
             self.pool, user_id=at.user_id, conversation_id=at.id, role="user", content=text, key=key
         )
 
     async def append_again(self, at: Place, text: str, key: str) -> object:
-        """Append a message again."""
+        """Append the same message again."""
         return await self.append_keyed(at, text, key)
 
     async def list(self, user_id: str) -> list[Any]:
-        """Read the latest 20 conversations of a user."""
+        """Read a user's latest 20 conversations."""
         return await chatdb.list_conversations(self.pool, user_id=user_id)
 
     async def create(self, user_id: str) -> object:
@@ -239,11 +239,11 @@ class Chatdb(Keyed):
         return await chatdb.create_conversation(self.pool, user_id=user_id)
 
     async def get_or_create(self, user_id: str, key: str) -> object:
-        """Get the conversation of a key."""
+        """Get or create a conversation by its key."""
         return await chatdb.create_conversation(self.pool, user_id=user_id, key=key)
 
     async def delete(self, at: Place) -> object:
-        """Delete a conversation, and count."""
+        """Delete a conversation and return the counts."""
         return await chatdb.delete_conversation(self.pool, user_id=at.user_id, conversation_id=at.id)
 
 
@@ -266,13 +266,13 @@ class Psycopg(Contender):
             await connection.close()
 
     async def _run(self, lane: int, statement: str, *arguments: object) -> list[Any]:
-        # its raw cursor takes the statements as asyncpg does, with $1
+        # the raw cursor accepts $1, as asyncpg does
         async with psycopg.AsyncRawCursor(self.bare[lane]) as cursor:
             await cursor.execute(statement.encode(), arguments, binary=True)
             return await cursor.fetchall() if cursor.description else []
 
     async def history(self, at: Place, limit: int, *, before: int = NEWEST, lane: int = 0) -> list[Any]:
-        """Read the newest messages before a place."""
+        """Read the newest messages before a seq."""
         return await self._run(lane, HISTORY, at.user_id, at.id, before, limit)
 
     async def whole(self, at: Place) -> int:
@@ -288,7 +288,7 @@ class Psycopg(Contender):
         return await self._run(0, TURN, at.user_id, at.id, ROLES[0], text, ROLES[1], reply)
 
     async def list(self, user_id: str) -> list[Any]:
-        """Read the latest 20 conversations of a user."""
+        """Read a user's latest 20 conversations."""
         return await self._run(0, LIST, user_id, 20)
 
     async def create(self, user_id: str) -> object:
@@ -296,17 +296,17 @@ class Psycopg(Contender):
         return await self._run(0, CREATE, user_id, None)
 
     async def delete(self, at: Place) -> object:
-        """Delete a conversation; its messages go by the cascade."""
+        """Delete a conversation. The cascade deletes its messages."""
         return await self._run(0, DELETE, at.user_id, at.id)
 
 
 class Original(Contender):
-    """The original documents' code, on its own tables with the same rows."""
+    """The original documents' code on its own tables, with the same rows."""
 
     name = "SQLModel"
 
     async def open(self) -> None:
-        """Make the engine and its connections."""
+        """Create the engine and open its connections."""
         self.engine = original.engine(self.dsn, self.connections)
         self.session = original.sessions(self.engine)
         await asyncio.gather(*(self._connect() for _ in range(self.connections)))
@@ -320,7 +320,7 @@ class Original(Contender):
         await self.engine.dispose()
 
     async def history(self, at: Place, limit: int, *, before: int = NEWEST, lane: int = 0) -> list[Any]:
-        """Read the newest messages; it has no other pages."""
+        """Read the newest messages. This layer has no other pages."""
         async with self.session() as session:
             return await original.history(session, at.user_id, at.id, limit)
 
@@ -334,13 +334,13 @@ class Original(Contender):
             return await original.add_message(session, at.user_id, at.id, ROLES[0], text)
 
     async def turn(self, at: Place, text: str, reply: str) -> object:
-        """Append a message and the answer to it, as the service does: two requests to the layer."""
+        """Append a message and the answer to it in two calls, as the service does."""
         await self.append(at, text)
         async with self.session() as session:
             return await original.add_message(session, at.user_id, at.id, ROLES[1], reply)
 
     async def list(self, user_id: str) -> list[Any]:
-        """Read the latest 20 conversations of a user."""
+        """Read a user's latest 20 conversations."""
         async with self.session() as session:
             return await original.list_conversations(session, user_id, 20)
 
@@ -350,6 +350,6 @@ class Original(Contender):
             return await original.create_conversation(session, user_id)
 
     async def delete(self, at: Place) -> object:
-        """Delete a conversation; its messages go by the cascade."""
+        """Delete a conversation. The cascade deletes its messages."""
         async with self.session() as session:
             return await original.delete_conversation(session, at.user_id, at.id)

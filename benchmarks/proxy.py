@@ -1,4 +1,4 @@
-"""A proxy that makes the way to the server longer, in a process of its own: it is to take no time of the client's."""
+"""A proxy that adds network latency. It runs in a process of its own, so that it uses none of the client's time."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tests.support.proxy import Proxy
 def _serve(dsn: str, delay: float, parent: Connection) -> None:
     proxy = Proxy(dsn, delay=delay)
     parent.send(proxy.dsn)
-    parent.recv()  # until the parent closes, or ends
+    parent.recv()  # blocks until the parent closes the pipe or exits
 
 
 @contextlib.contextmanager
 def far(dsn: str, round_trip: float) -> Iterator[str]:
-    """Give the DSN of a proxy in a process of its own that makes each round trip longer, by so many seconds."""
+    """Yield the DSN of a proxy process that adds `round_trip` seconds to each round trip."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(dsn, round_trip / 2, theirs), daemon=True)

@@ -1,7 +1,7 @@
 """
-The report of a benchmark run: its figures as Markdown and as HTML, with plots.
+The report of a benchmark run, as Markdown and HTML with plots.
 
-The document is a list of blocks, built once and rendered twice. The same figures give the same bytes.
+The document is a list of blocks, built once and rendered twice. The same figures produce the same bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from matplotlib.ticker import NullLocator, StrMethodFormatter
 TARGET_MS = 100
 RAW, CHATDB, SQLMODEL = "raw asyncpg", "chatdb", "SQLModel"
 COLOURS = {RAW: "#8c8c8c", CHATDB: "#0072b2", "psycopg 3": "#e69f00", SQLMODEL: "#882255"}
-"""Each contender's colour in every plot; they also differ in lightness, for those who see fewer colours."""
+"""Each contender's colour in every plot. The colours also differ in lightness, for colour-blind readers."""
 OTHER, LIMIT = "#009e73", "#b42318"
 NONE = "\N{EN DASH}"
 PLOTS: dict[Any, Any] = {
@@ -66,7 +66,7 @@ Run = dict[str, Any]
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading: 1 is the title's level."""
+    """A heading. The title has level 1."""
 
     text: str
     level: int = 2
@@ -74,14 +74,14 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Running text, in which `code` and **what went wrong** may be marked."""
+    """Running text, which may contain `code` and **failures** in bold."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text; the first columns, as many as `left` says, hold words, the others figures."""
+    """Cells of text. The first `left` columns hold words, the others figures."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -90,7 +90,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """An SVG, the name of its file, and what it shows."""
+    """An SVG with its file name and caption."""
 
     name: str
     svg: str
@@ -101,7 +101,7 @@ Block = Heading | Paragraph | Table | Plot
 
 
 def number(value: float | None, unit: str = "") -> str:
-    """Return a figure with as many digits as mean something."""
+    """Return a figure rounded to its meaningful digits, or a dash for None."""
     if value is None:
         return NONE
     digits = 0 if abs(value) >= 1000 or value == int(value) else 1 if abs(value) >= 10 else 2
@@ -109,22 +109,22 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def duration(us: float) -> str:
-    """Return microseconds in the unit that reads best."""
+    """Return microseconds in the most readable unit."""
     return f"{us:g} µs" if us < 1000 else f"{us / 1000:g} ms" if us < 1e6 else f"{us / 1e6:g} s"
 
 
 def ratio(row: dict[str, float], name: str, base: str) -> float | None:
-    """Return how many times one contender's figure is another's, where both are known."""
+    """Return one contender's figure divided by another's, or None if either is unknown."""
     return row[name] / row[base] if name in row and row.get(base) else None
 
 
 def unique(items: Iterable[str]) -> list[str]:
-    """Return each item once, in the order of its first appearance."""
+    """Return the distinct items in order of first appearance."""
     return list(dict.fromkeys(items))
 
 
 def by_loop(rows: list[Run], field: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return a field by loop, in that by title, and in that by contender."""
+    """Return a field of each row, nested by loop, title and contender."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(row["loop"], {}).setdefault(row["title"], {})[row["contender"]] = row[field]
@@ -132,13 +132,13 @@ def by_loop(rows: list[Run], field: str) -> dict[str, dict[str, dict[str, Any]]]
 
 
 def contenders(rows: list[Run]) -> list[str]:
-    """Return who took part: those with a colour of their own first."""
+    """Return the contenders that took part, first those with a colour of their own."""
     present = [row["contender"] for row in rows]
     return unique([*(name for name in COLOURS if name in present), *present])
 
 
 def comparison(titles: dict[str, dict[str, float]], names: list[str], *pairs: tuple[str, str]) -> Table:
-    """Return a row for each title: every contender's figure, and the ratios of pairs of them."""
+    """Return a table with a row for each title: every contender's figure and the ratio of each pair."""
     rows = [
         (title, *(number(row.get(name)) for name in names), *(number(ratio(row, *pair), "x") for pair in pairs))
         for title, row in titles.items()
@@ -147,9 +147,9 @@ def comparison(titles: dict[str, dict[str, float]], names: list[str], *pairs: tu
 
 
 def plot(name: str, caption: str, size: tuple[int, int, float], draw: Callable[[Figure, Any], None]) -> Plot:
-    """Let a function draw on rows and columns of axes, and leave out of the SVG what differs from run to run."""
+    """Let `draw` fill a grid of axes, and remove from the SVG whatever varies between runs."""
     rows, columns, height = size
-    with mpl.rc_context(PLOTS | {"svg.hashsalt": name}):  # so that ids differ between the plots of a page
+    with mpl.rc_context(PLOTS | {"svg.hashsalt": name}):  # keeps ids distinct between the plots of a page
         figure = Figure(figsize=(9, height), layout="constrained", facecolor="white")
         draw(figure, figure.subplots(rows, columns, squeeze=False))
         file = io.StringIO()
@@ -172,7 +172,7 @@ def log_scale(axes: Axes, low: float, high: float, text: Callable[[float], str] 
 
 
 def bars(axes: Axes, groups: list[str], values: dict[str, list[float | None]], base: int, form: str) -> None:
-    """Draw a group of horizontal bars for each label, one bar a contender, from the base."""
+    """Draw a group of horizontal bars for each label, one bar for each contender, starting at `base`."""
     height = 0.8 / len(values)
     for place, (name, row) in enumerate(values.items()):
         for group, value in enumerate(row):
@@ -186,12 +186,12 @@ def bars(axes: Axes, groups: list[str], values: dict[str, list[float | None]], b
 
 
 def mark(axes: Axes, text: str, x: float, y: float, offset: tuple[int, int], **style: Any) -> None:
-    """Write a figure beside what it belongs to."""
+    """Write a figure beside its data point."""
     axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", **style)
 
 
 def curve(axes: Axes, sample: list[float], **style: Any) -> tuple[float, float]:
-    """Draw the share of calls that took at most so long, up to p99, and return where it begins and ends."""
+    """Draw the cumulative share of calls by time, up to p99, and return the first and last time."""
     ordered = sorted(sample)
     shares = [*range(0, 99, 2), 99]
     points = [ordered[round(share / 100 * (len(ordered) - 1))] for share in shares]
@@ -202,18 +202,18 @@ def curve(axes: Axes, sample: list[float], **style: Any) -> tuple[float, float]:
 
 
 def legend(figure: Figure, names: list[str]) -> None:
-    """Say above the plot which colour is whose."""
+    """Draw the legend above the plot."""
     handles = [Patch(color=COLOURS.get(name, OTHER), label=name) for name in names]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(names))
 
 
 def summary(run: Run) -> list[Block]:
-    """Return the title, and what came out."""
+    """Return the title and the outcome."""
     judged = [gate for gate in run["gates"] if gate["passed"] is not None]
     fell = [f"{gate['title']} ({number(gate['value'], gate['unit'])})" for gate in judged if not gate["passed"]]
     outcome = f"All {len(judged)} gates passed" if judged else "No gate was judged"
     if fell:
-        outcome = f"**{len(fell)} of {len(judged)} gates fell**: {'; '.join(fell)}"
+        outcome = f"**{len(fell)} of {len(judged)} gates failed**: {'; '.join(fell)}"
     if judged and len(judged) < len(run["gates"]):
         outcome += f"; {len(run['gates']) - len(judged)} not judged in this run"
     started = datetime.fromisoformat(run["started"])
@@ -221,12 +221,12 @@ def summary(run: Run) -> list[Block]:
     sizes = ", ".join(size.replace("k", " k").replace("m", " M") for size in run["sizes"])
     what = f"{run['mode'].capitalize()} run" + (f" on {sizes} messages" if sizes else "")
     when = f"{started.day} {started:%B %Y, %H:%M %Z}".rstrip()
-    text = f"{outcome}. {what}: {when}, {minutes} min {seconds} s long."
+    text = f"{outcome}. {what}, {when}, in {minutes} min {seconds} s."
     return [Heading("chatdb: benchmarks", 1), Paragraph(text)]
 
 
 def target(run: Run) -> list[Block]:
-    """Return the history of 100 messages in each place, against 100 ms."""
+    """Return the times of a history of 100 messages in each case, compared with the target."""
     places, blue = run["places"], COLOURS[CHATDB]
     if not places:
         return []
@@ -242,21 +242,19 @@ def target(run: Run) -> list[Block]:
         axes.set_ylim(len(places) - 0.5, -0.5)
         highest = max(TARGET_MS, *(place["p99_ms"] for place in places))
         log_scale(axes, min(place["median_ms"] for place in places) / 1.5, highest * 1.3)
-        axes.set_xlabel("ms, logarithmic")
+        axes.set_xlabel("ms (log scale)")
 
     slowest = max(places, key=lambda place: place["p99_ms"])
     text = (
-        "The newest 100 messages of a conversation, as records, by chatdb through its pool. "
-        f"The highest p99 is {number(slowest['p99_ms'])} ms: {slowest['name']}."
+        "chatdb reads the newest 100 messages of a conversation as records through its pool. "
+        f"The highest p99 is {number(slowest['p99_ms'])} ms ({slowest['name']})."
     )
     rows = [
         (p["name"], p["title"], *(number(p[field]) for field in ("calls", "median_ms", "p99_ms")), yes)
         for p, yes in ((p, "yes" if p["p99_ms"] < TARGET_MS else "**no**") for p in places)
     ]
-    head = ("Place", "What it is", "Calls", "Median, ms", "p99, ms", f"Under {TARGET_MS} ms")
-    caption = (
-        "The median (ring) and p99 (dot, and the figure on the right) of a history of 100. The red line is the target."
-    )
+    head = ("Case", "Description", "Calls", "Median, ms", "p99, ms", f"Under {TARGET_MS} ms")
+    caption = "Median (ring) and p99 (dot, value on the right) of a history of 100. The red line is the target."
     return [
         Heading(f"The target: 100 messages in under {TARGET_MS} ms"),
         Paragraph(text),
@@ -266,27 +264,32 @@ def target(run: Run) -> list[Block]:
 
 
 def operations(run: Run) -> list[Block]:
-    """Return each operation's times: tables, ratios and distributions."""
+    """Return each operation's times as tables, ratios and distributions."""
     if not run["timings"]:
         return []
     text = (
-        "The contenders do the same work in one run, in turn: raw asyncpg on one bare connection, chatdb through its "
-        "pool. The last columns say how many times raw asyncpg's time chatdb takes, and how many times chatdb's time "
-        "SQLModel takes."
+        "The contenders do the same work in one run and take turns. Raw asyncpg uses one bare connection, chatdb its "
+        "pool. The last two columns give chatdb's time as a multiple of raw asyncpg's, and SQLModel's as a multiple of "
+        "chatdb's."
     )
     blocks: list[Block] = [Heading("Operations"), Paragraph(text)]
     if floor := run["floor"]:
         kind = "median" if "median_us" in floor else "mean"
-        blocks.append(Paragraph(f"The server's own floor: {floor['text']}: {kind} {number(floor[f'{kind}_us'])} µs."))
+        blocks.append(
+            Paragraph(
+                f"The server alone takes {number(floor[f'{kind}_us'])} µs for a history of 100 ({kind}; "
+                f"{floor['text']})."
+            )
+        )
     names = contenders(run["timings"])
     for loop, titles in by_loop(run["timings"], "median_us").items():
-        blocks.append(Heading(f"Median of a call on {loop}, µs", 3))
+        blocks.append(Heading(f"Median call time on {loop}, µs", 3))
         blocks.append(comparison(titles, names, (CHATDB, RAW), (SQLMODEL, CHATDB)))
     return [*blocks, *ratios(run), *distributions(run)]
 
 
 def ratios(run: Run) -> list[Block]:
-    """Return the plot of medians against raw asyncpg's."""
+    """Return the plot of medians relative to raw asyncpg's."""
     medians = by_loop(run["timings"], "median_us")
     titles = unique(row["title"] for row in run["timings"] if row["contender"] == RAW)
     names = [name for name in contenders(run["timings"]) if name != RAW]
@@ -307,14 +310,14 @@ def ratios(run: Run) -> list[Block]:
         legend(figure, names)
 
     caption = (
-        "Median time against raw asyncpg's, which is 1: shorter is better, left of the line is faster. Logarithmic."
+        "Median time relative to raw asyncpg, the line at 1x. Shorter is better, left of the line is faster. Log scale."
     )
     size = (1, len(against), 0.8 + 0.5 * len(titles))
-    return [Heading("Against raw asyncpg", 3), plot("ratios", caption, size, draw)]
+    return [Heading("Relative to raw asyncpg", 3), plot("ratios", caption, size, draw)]
 
 
 def distributions(run: Run) -> list[Block]:
-    """Return the plots of how the times of each operation are spread, one for each loop."""
+    """Return the plots of each operation's distribution of call times, one for each loop."""
     blocks: list[Block] = []
     for loop, titles in by_loop([row for row in run["timings"] if row["times_us"]], "times_us").items():
 
@@ -328,15 +331,13 @@ def distributions(run: Run) -> list[Block]:
             legend(figure, contenders(run["timings"]))
 
         rows = -(-len(titles) // 3)
-        caption = (
-            f"The share of calls on {loop} that took at most so long, up to p99. Further left is faster. Logarithmic."
-        )
+        caption = f"Cumulative share of calls on {loop} by time, up to p99. Further left is faster. Log scale."
         blocks.append(plot(f"distributions_{loop}", caption, (rows, 3, 0.5 + 1.6 * rows), draw))
-    return [Heading("How the times are spread", 3), *blocks] if blocks else []
+    return [Heading("Distribution of call times", 3), *blocks] if blocks else []
 
 
 def throughput(run: Run) -> list[Block]:
-    """Return how much each contender gets done in a second."""
+    """Return each contender's throughput."""
     found = by_loop(run["throughput"], "per_second")
     names = contenders(run["throughput"])
     titles = unique(row["title"] for row in run["throughput"])
@@ -353,17 +354,20 @@ def throughput(run: Run) -> list[Block]:
 
     blocks: list[Block] = [Heading("Throughput")]
     for loop, rows in found.items():
-        blocks.append(Heading(f"Done in a second on {loop}", 3))
+        blocks.append(Heading(f"Operations per second on {loop}", 3))
         blocks.append(comparison(rows, names, (CHATDB, RAW), (CHATDB, SQLMODEL)))
     if not found:
         return []
-    caption = "Done in a second, on as many connections each: longer is better. Each panel has a scale of its own."
+    caption = (
+        "Operations per second, with 16 connections for chatdb and SQLModel and one per task for raw asyncpg. Longer "
+        "is better. Each panel has its own scale."
+    )
     size = (len(titles), 1, 0.6 + len(titles) * (0.5 + 0.6 * len(found)))
     return [*blocks, plot("throughput", caption, size, draw)]
 
 
 def growth(run: Run) -> list[Block]:
-    """Return what a history of 100 costs in tables of each size."""
+    """Return the cost of a history of 100 by table size."""
     sizes = sorted(run["growth"], key=lambda size: size["messages"])
     at = [size["messages"] for size in sizes]
     if len(sizes) < 2:
@@ -381,21 +385,21 @@ def growth(run: Run) -> list[Block]:
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             log_scale(axes, at[0] / 2, at[-1] * 2)
             axes.set_xticks(at, [number(messages) for messages in at])
-            axes.set_xlabel("messages in the table, logarithmic")
+            axes.set_xlabel("messages in the table (log scale)")
         grid[0][0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
 
     rows = [[number(size[field]) for field in ("messages", "median_us", "p99_us", "buffers")] for size in sizes]
-    caption = "A history of 100: its median and p99 (left), and the blocks that it touches (right)."
+    caption = "A history of 100: median and p99 (left), blocks touched (right)."
     return [
         Heading("Growth"),
-        Paragraph("The same history of 100 in larger tables: its cost should follow the history, not the table."),
+        Paragraph("A history of 100 in tables of different sizes. The cost should depend on the history only."),
         Table(("Messages", "Median, µs", "p99, µs", "Blocks"), rows, left=0),
         plot("growth", caption, (1, 2, 3.2), draw),
     ]
 
 
 def cold(run: Run) -> list[Block]:
-    """Return the plot of how the times of a history of 100 are spread in each place."""
+    """Return the plot of the distribution of times of a history of 100 in each case."""
     places = sorted((place for place in run["places"] if place["times_ms"]), key=lambda place: place["median_ms"])
     if len(places) < 2:
         return []
@@ -411,36 +415,36 @@ def cold(run: Run) -> list[Block]:
             }
             ends.append(curve(axes, place["times_ms"], label=place["name"], **style))
         log_scale(axes, min(ends)[0] * 0.9, max(TARGET_MS, *(end for _, end in ends)) * 1.3)
-        axes.set_xlabel("ms, logarithmic")
+        axes.set_xlabel("ms (log scale)")
         figure.legend(loc="outside right upper")
 
-    caption = "The share of histories of 100 that took at most so long, up to p99. The red line is the target."
-    return [Heading("Cold against warm"), plot("places", caption, (1, 1, 3.4), draw)]
+    caption = "Cumulative share of histories of 100 by time, up to p99. The red line is the target."
+    return [Heading("Cold and warm"), plot("places", caption, (1, 1, 3.4), draw)]
 
 
 def counts(run: Run) -> list[Block]:
-    """Return what the server did for one call of each operation."""
+    """Return what one call of each operation costs the server."""
     fields = ("statements", "round_trips", "buffers", "wal_bytes")
     rows = [(row["title"], *(number(row[field]) for field in fields)) for row in run["counts"]]
-    text = "One call by chatdb, counted and not timed. Blocks are the shared buffers of 8 KiB that the server touches."
+    text = "One chatdb call, counted rather than timed. Blocks are the 8 KiB shared buffers that the server touches."
     table = Table(("Operation", "Statements", "Round trips", "Blocks", "WAL, bytes"), rows)
     return [Heading("Counts"), Paragraph(text), table] if rows else []
 
 
 def verdict(gate: Run) -> list[str]:
-    """Return a gate's value, its limit, how much of the limit is left or by how much it is missed, and the outcome."""
+    """Return a gate's value, limit, margin as a percentage of the limit, and outcome."""
     value, limit, margin = gate["value"], gate["limit"], NONE
     if value is not None and limit:
         left = 100 * (value / limit - 1) * (-1 if gate["at_most"] else 1)
         margin = f"{round(left, 1) + 0:+.1f}"
     sign = "≤" if gate["at_most"] else "≥"
-    outcome = {True: "passed", False: "**fell**", None: "not judged"}[gate["passed"]]
+    outcome = {True: "passed", False: "**failed**", None: "not judged"}[gate["passed"]]
     return [number(value, gate["unit"]), f"{sign} {number(limit, gate['unit'])}", margin, outcome]
 
 
 def gates(run: Run) -> list[Block]:
-    """Return each gate's value beside its limit, a table for each group."""
-    text = "The run fails if one falls. The margin is in % of the limit; below 0 the limit is missed."
+    """Return the gates, one table for each group."""
+    text = "The run fails if any gate fails. The margin is a percentage of the limit; a negative margin is a miss."
     blocks: list[Block] = [Heading("Gates"), Paragraph(text)] if run["gates"] else []
     for group in unique(gate["group"] for gate in run["gates"]):
         rows = [(gate["title"], *verdict(gate)) for gate in run["gates"] if gate["group"] == group]
@@ -449,19 +453,19 @@ def gates(run: Run) -> list[Block]:
 
 
 def surroundings(run: Run) -> list[Block]:
-    """Return what the figures were taken on, and how to read and repeat them."""
+    """Return the environment of the run, and how to read and repeat it."""
     blocks: list[Block] = []
-    for title, field in (("Machine", "machine"), ("Versions", "versions"), ("Settings of the server", "settings")):
+    for title, field in (("Machine", "machine"), ("Versions", "versions"), ("Server settings", "settings")):
         rows = [(key.replace("_gib", ", GiB"), str(value)) for key, value in run[field].items()]
         blocks += [Heading(title), Table(("What", "Value"), rows, left=2)] if rows else []
     how = (
         "`nox -s bench -- --report docs` repeats the run and writes this report; `nox -s bench -- --quick` "
         "takes under 4 minutes and judges counts, plans and the target. Ratios come from one run in which the "
-        "contenders take turns in rounds, so they carry over to other machines. Absolute times do not. The "
-        "p99s against the target are those of the best of five rounds: what chatdb costs is in each of them, "
-        "other work on a shared machine is not. The other p99s are upper bounds. Counts have no noise."
+        "contenders take turns in rounds, so they apply to other machines; absolute times do not. A p99 compared with "
+        "the target comes from the best of five rounds: chatdb's own cost is part of every round, other load on a "
+        "shared machine is not. The other p99s are upper bounds. Counts have no noise."
     )
-    return [*blocks, Heading("How to read it, how to repeat it"), Paragraph(how)]
+    return [*blocks, Heading("How to read and repeat the run"), Paragraph(how)]
 
 
 def to_markdown(block: Block) -> str:
@@ -506,7 +510,7 @@ def to_html(block: Block) -> str:
 
 
 def write(run: Run, folder: Path) -> None:
-    """Write benchmarks.md, benchmarks.html and benchmarks/*.svg into a folder; older plots there go."""
+    """Write benchmarks.md, benchmarks.html and benchmarks/*.svg into a folder, and delete older plots there."""
     parts = (summary, target, operations, throughput, growth, cold, counts, gates, surroundings)
     blocks = [block for part in parts for block in part(run)]
     plots = folder / "benchmarks"
@@ -525,10 +529,10 @@ def write(run: Run, folder: Path) -> None:
 
 
 def main() -> None:
-    """Write the report of a run that was kept as JSON."""
+    """Write the report of a run from its JSON file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=main.__doc__)
-    parser.add_argument("run", type=Path, help="the figures, a JSON file")
-    parser.add_argument("folder", type=Path, help="where the report goes")
+    parser.add_argument("run", type=Path, help="JSON file with the figures")
+    parser.add_argument("folder", type=Path, help="folder for the report")
     arguments = parser.parse_args()
     write(json.loads(arguments.run.read_text(encoding="utf-8")), arguments.folder)
 

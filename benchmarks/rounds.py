@@ -1,4 +1,4 @@
-"""Times clients side by side: round by round, each in its turn, so that what slows the machine slows them all."""
+"""Time clients side by side in interleaved rounds, so that anything that slows the machine slows all of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 Call = Callable[[], Awaitable[object]]
 
 WARMUP = 2
-"""Rounds that are not counted: statements are prepared and caches filled."""
+"""Uncounted rounds, which prepare statements and fill caches."""
 
 
 def interleave(
@@ -24,9 +24,9 @@ def interleave(
     each: int,
 ) -> dict[str, list[float]]:
     """
-    Return each client's times in seconds, of `rounds` rounds of `each` calls one after another.
+    Return each client's times in seconds, from `rounds` rounds of `each` sequential calls.
 
-    pytest-benchmark times chatdb's part of a round; the others' parts stand before it, in another order each time.
+    pytest-benchmark times chatdb's part of a round. The others run before it, in an order that rotates.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     others = [name for name in calls if name != "chatdb"]
@@ -45,7 +45,7 @@ def interleave(
             runner.run(block(name))
 
     gc.collect()
-    gc.freeze()  # what the suites before have left is not collected again and again at this one's cost
+    gc.freeze()  # keeps the garbage collector from scanning earlier suites' objects during this one
     benchmark.pedantic(lambda: runner.run(block("chatdb")), setup=before, rounds=rounds, warmup_rounds=WARMUP)
     gc.unfreeze()
     return {name: series[WARMUP * each :] for name, series in times.items()}

@@ -1,4 +1,4 @@
-"""Ways to break chatdb on purpose: `nox -s bench_selftest` shows for each the gate that falls."""
+"""Ways to break chatdb on purpose. `nox -s bench_selftest` shows that a gate fails for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.server import BenchServer
 
 @dataclass(frozen=True)
 class Sabotage:
-    """What is done, the gates of which at least these must fall, and the run that shows it."""
+    """A way to break chatdb, the gates that must fail (others may), and the run that shows it."""
 
     what: str
     falls: tuple[str, ...]
@@ -37,23 +37,23 @@ _get_history = chatdb.get_history
 _create_pool = chatdb.create_pool
 
 TIMED = ("test_operations.py", "-k", "test_operation and asyncio and last_20")
-"""The run that times one small read, against a bare connection and against SQLModel."""
+"""The run that times one small read with chatdb, a bare connection and SQLModel."""
 
 ALL = {
-    "nothing": Sabotage("leaves all as it is", ()),
+    "nothing": Sabotage("changes nothing", ()),
     "drop_index": Sabotage(
-        "drops the index of the list",
+        "drops the index that serves the list",
         ("plans.unexpected", "list_20_spread.buffers"),
         sql="drop index chatdb.ix_conversations_user_id_active_on",
     ),
     "reset_query": Sabotage(
-        "has the pool send asyncpg's reset query after each call",
+        "makes the pool send asyncpg's reset query after each call",
         ("history_100.round_trips", "history_100.statements", "append.round_trips"),
         target="chatdb.create_pool",
         replacement=lambda *args, **options: _create_pool(*args, reset=_reset, **options),
     ),
     "two_statements": Sabotage(
-        "looks the conversation up before its history is read",
+        "looks up the conversation before reading its history",
         ("history_100.statements", "history_100.round_trips", "last_20.statements"),
         target="chatdb.get_history",
         replacement=_looks_first,
@@ -63,9 +63,9 @@ ALL = {
         ("hot.single", "hot.turns"),
         sql="create index on chatdb.conversations (user_id, updated_at desc)",
     ),
-    "nothing_timed": Sabotage("leaves all as it is, and times the last 20", (), run=TIMED),
+    "nothing_timed": Sabotage("changes nothing and times the last 20", (), run=TIMED),
     "asyncpgs_way": Sabotage(
-        "has the pool take asyncpg's own way, as where asyncpg has other private names",
+        "makes the pool fall back to asyncpg's own way, as if asyncpg had other private names",
         ("last_20.to_raw",),
         target="chatdb._core.asyncpg_private.FAST",
         replacement=False,
@@ -76,7 +76,7 @@ ALL = {
 
 @contextmanager
 def applied(name: str | None, server: BenchServer, database: str) -> Iterator[None]:
-    """Have a sabotage in force, if one is named."""
+    """Apply a sabotage, if one is named, until the end of the block."""
     chosen = ALL.get(name or "", Sabotage("", ()))
     if chosen.sql:
         with server.connect(database) as connection:

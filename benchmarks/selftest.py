@@ -1,4 +1,4 @@
-"""Sees each gate fall that a sabotage is to bring down, and none without one: `nox -s bench_selftest`."""
+"""Check that each sabotage makes its gates fail and that no gate fails without one: `nox -s bench_selftest`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.sabotage import ALL
 
 
 def judged(name: str) -> tuple[dict[str, str], dict[str, str], int]:
-    """Return the gates that fell under a sabotage and those that stood, each with its value, and the exit status."""
+    """Return the gates that failed and that passed under a sabotage, with their values, and the exit status."""
     suite, *options = ALL[name].run
     command = [
         sys.executable,
@@ -26,7 +26,7 @@ def judged(name: str) -> tuple[dict[str, str], dict[str, str], int]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     path = RESULTS / f"sabotage-{name}.json"
     if done.returncode not in {0, 1} or not path.exists():
-        sys.exit(f"the run under {name} did not come to its end:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+        sys.exit(f"the run with {name} did not finish:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
     gates = json.loads(path.read_text(encoding="utf-8"))["gates"]
     path.unlink()
     down, up = (
@@ -41,22 +41,22 @@ def judged(name: str) -> tuple[dict[str, str], dict[str, str], int]:
 
 
 def main() -> int:
-    """Run all, and return 1 if a gate stood that was to fall, or fell that was to stand."""
+    """Run every sabotage, and return 1 if a gate passed that should fail or failed that should pass."""
     wrong = 0
     for name, sabotage in ALL.items():
         down, up, status = judged(name)
         stood = [gate for gate in sabotage.falls if gate not in down]
-        is_part = sabotage.run[0] != "test_counts.py"  # then most gates have no figure, and pytest's status is 1
+        is_part = sabotage.run[0] != "test_counts.py"  # most gates then have no figure, so pytest's status is 1
         wrong += bool(stood) or (not sabotage.falls and bool(down)) or (not is_part and bool(status) != bool(down))
         print(f"{name}: {sabotage.what}")
         for gate, told in down.items():
-            print(f"    FELL   {gate}: {told}")
+            print(f"    FAILED {gate}: {told}")
         for gate in stood:
-            print(f"    STOOD  {gate}, which was to fall")
+            print(f"    PASSED {gate}, which should have failed")
         for gate, told in up.items() if is_part else ():
-            print(f"    stood  {gate}: {told}")
+            print(f"    passed {gate}: {told}")
         if not down and not sabotage.falls:
-            print("    all stand")
+            print("    all passed")
     print(f"{len(ALL) - wrong} passed, {wrong} failed")
     return int(wrong > 0)
 

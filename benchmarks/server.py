@@ -1,4 +1,4 @@
-"""The server of the benchmarks: chatdb's embedded PostgreSQL, in a folder that is kept, with settings of its own."""
+"""The benchmark server: chatdb's embedded PostgreSQL with its own settings, in a folder that persists."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from chatdb.embedded.server import EmbeddedServer
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 LARGE_BUFFERS = {"shared_buffers": f"{(MEMORY >> 20) * 2 // 5}MB"}
-"""40 % of the memory, the most that PostgreSQL's manual has for a server of its own: 10 M messages fit into 9 GB."""
+"""40 % of memory, the most that PostgreSQL's manual suggests for a dedicated server. 10 M messages fit into 9 GB."""
 
 SETTINGS = {
     "shared_preload_libraries": "pg_stat_statements",
     "pg_stat_statements.track": "top",
     "pg_stat_statements.track_planning": "off",
-    # PostgreSQL's default, so that 1 M messages (0.9 GB) are to it what a service's table is to larger ones
+    # PostgreSQL's default: 1 M messages (0.9 GB) exceed it, as a service's table exceeds a larger one
     "shared_buffers": "128MB",
     "effective_cache_size": f"{(MEMORY >> 20) * 3 // 4}MB",
-    "checkpoint_timeout": "1h",  # none in the middle of a measurement: the suites ask for theirs
+    "checkpoint_timeout": "1h",  # keeps checkpoints out of measurements; suites that need one request it
     "track_io_timing": "on",
     "max_connections": "200",
     "autovacuum_naptime": "1h",
@@ -36,24 +36,24 @@ SETTINGS = {
 
 
 def folder() -> Path:
-    """Return where the server and its data are kept."""
+    """Return the folder of the server and its data."""
     return Path(os.environ.get("CHATDB_BENCH_HOME") or Path(__file__).parent.parent / ".benchmarks" / "server")
 
 
 class BenchServer:
-    """A server with the databases of the sizes; `dsn(name)` is that of a database."""
+    """The server, which holds a database for each size."""
 
     def __init__(self) -> None:
         self._embedded = EmbeddedServer(folder())
         self.programs: Path = self._embedded._package / "pginstall" / "bin"
 
     def start(self) -> None:
-        """Start the server, with its settings."""
+        """Start the server with its settings."""
         self._embedded.start()
         self.restart()
 
     def restart(self, *, cold: bool = False, **other: str) -> None:
-        """Stop and start the server, with other settings than usual; `cold` also has the kernel forget its files."""
+        """Restart the server with changed settings; `cold` also drops its files from the kernel's cache."""
         with self.connect() as connection:
             for name, value in (SETTINGS | other).items():
                 connection.execute(sql.SQL("alter system set {} = {}").format(sql.SQL(name), sql.Literal(value)))
@@ -75,7 +75,7 @@ class BenchServer:
 
     @contextmanager
     def setting(self, name: str, value: str) -> Iterator[None]:
-        """Have another setting in force, which needs no restart."""
+        """Change a setting that needs no restart until the end of the block."""
         with self.connect() as connection:
             connection.execute(sql.SQL("alter system set {} = {}").format(sql.SQL(name), sql.Literal(value)))
             connection.execute("select pg_reload_conf()")
@@ -90,11 +90,11 @@ class BenchServer:
         return urlunsplit(urlsplit(self._embedded.dsn)._replace(path=f"/{database}"))
 
     def connect(self, database: str = "postgres") -> psycopg.Connection:
-        """Connect, for statements about the benchmark."""
+        """Connect in autocommit mode, for statements that are not measured."""
         return psycopg.connect(self.dsn(database), autocommit=True)
 
     def is_loaded(self, size: Size) -> bool:
-        """Whether a database of this size is there as it should be."""
+        """Return whether a complete database of this size exists."""
         return self._loaded(size) == fingerprint(size)
 
     def _loaded(self, size: Size) -> str | None:
@@ -105,7 +105,7 @@ class BenchServer:
         return found and found[0]
 
     def load(self, size: Size, *, quiet: bool = False) -> str:
-        """Return the name of a database of this size, which is loaded, or loaded further, if it is not there."""
+        """Load the database of this size, or finish an interrupted load, and return its name."""
         wanted, found = fingerprint(size), self._loaded(size)
         if found == wanted:
             return size.database
@@ -121,7 +121,7 @@ class BenchServer:
         return size.database
 
     def prewarm(self, size: Size) -> None:
-        """Read a database's messages into memory, as if it had run for long."""
+        """Read a database's messages into memory, as on a server that has run for long."""
         with self.connect(size.database) as connection:
             connection.execute("create extension if not exists pg_prewarm")
             connection.execute(
@@ -133,7 +133,7 @@ class BenchServer:
 
     @contextmanager
     def copied(self, size: Size, name: str) -> Iterator[str]:
-        """Give the DSN of a copy of a loaded database, to be written to and dropped."""
+        """Yield the DSN of a writable copy of a loaded database, and drop the copy afterwards."""
         source, copy = sql.Identifier(self.load(size)), sql.Identifier(name)
         with self.connect() as connection:
             connection.execute(sql.SQL("drop database if exists {} with (force)").format(copy))

@@ -1,4 +1,4 @@
-"""The import's write path, with the rows in memory, beside psql's copy of the same rows into the same tables."""
+"""The write path of imports, with rows in memory, compared with psql's copy of the same rows to the same tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.full
 CONVERSATIONS = 600
 USER = "imported"
 FIRST_ID = 1_000_000_000
-"""Ids that no conversation of the data has."""
+"""Ids from here on are unused in the data."""
 
 
 def _items(texts: list[str]) -> list[SourceConversation | SourceMessage]:
@@ -59,7 +59,7 @@ def test_bulk(
     benchmark: Any, server: BenchServer, copy: str, plain: asyncio.Runner, tmp_path: Path, figures: Figures
 ) -> None:
     """
-    60,000 messages of 600 conversations by the import, and by psql's copy from a file, in turns.
+    Import 60,000 messages of 600 conversations, alternating with psql's copy from a file.
     """
     items = _items([text.replace("\0", "") for text in real_texts()])
     conversations, messages = tmp_path / "conversations", tmp_path / "messages"
@@ -103,5 +103,5 @@ def test_bulk(
 
     benchmark.pedantic(imported, setup=copied, rounds=5, warmup_rounds=1)
     plain.run(pool.close())
-    # the best rounds: the others have the disk's or a neighbour's pauses
+    # the best rounds: the disk or other load on the machine delays the others
     figures.bulk(max(rates["import"]), max(rates["copy"]))

@@ -1,4 +1,4 @@
-"""What can be counted: statements, round trips, buffers, WAL, plans, HOT updates. No clock, so no noise."""
+"""Counts without noise: statements, round trips, buffers, WAL, plans and HOT updates."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ CALLS = 100
 
 @pytest.fixture(scope="module")
 def counter(server: BenchServer, copy: str) -> Iterator[psycopg.Connection]:
-    """Give a connection that counts, apart from those that are counted."""
+    """Yield a separate connection that reads the server's counters."""
     with psycopg.connect(copy, autocommit=True) as connection:
         connection.execute("create extension if not exists pg_stat_statements")
-        # a whole page is written for the first change after a checkpoint: how many, is a matter of chance
+        # otherwise the first change of a page after a checkpoint writes the whole page, which makes WAL counts random
         with server.setting("full_page_writes", "off"):
             yield connection
 
 
 @pytest.fixture(scope="module")
 def proxied(copy: str, plain: asyncio.Runner) -> Iterator[tuple[Proxy, Chatdb]]:
-    """Give chatdb with one connection, through a proxy that counts."""
+    """Yield chatdb with one connection through a proxy that counts round trips."""
     proxy = Proxy(copy)
     contender = Chatdb(proxy.dsn)
     plain.run(contender.open())
@@ -57,7 +57,7 @@ def test_counts(
     figures: Figures,
 ) -> None:
     """
-    Each operation is one statement and one round trip, and touches as few blocks as its gate says.
+    Each operation takes one statement and one round trip, and touches no more blocks than its gate allows.
     """
     proxy, contender = proxied
     call = call_of(operation, contender, size)
@@ -66,7 +66,7 @@ def test_counts(
         for _ in range(times):
             await call()
 
-    plain.run(repeat(CALLS // 5))  # the statement is prepared, its plan generic, and most pages have been written since
+    plain.run(repeat(CALLS // 5))  # prepares the statement, makes its plan generic, and writes most pages once
     counter.execute("select pg_stat_statements_reset()")
     before = proxy.round_trips
     plain.run(repeat(CALLS))
@@ -80,7 +80,7 @@ def test_counts(
     figures.counted(operation, statements / CALLS, trips, buffers / CALLS, wal / CALLS if wal > 0 else None)
 
 
-# the statements that must stay quick, each with the index and the kinds of node that its plan may have
+# each hot statement, with the index its plan must use and the node types it may contain
 _SCANS = {"Index Scan", "Index Only Scan", "Limit", "Append", "Result", "ModifyTable", "CTE Scan", "Subquery Scan"}
 PLANS: list[tuple[Query, str, set[str]]] = [
     (_get_history, "pk_messages", _SCANS),
@@ -93,7 +93,7 @@ PLANS: list[tuple[Query, str, set[str]]] = [
 
 def test_plans(counter: psycopg.Connection, figures: Figures) -> None:
     """
-    The generic plan of each hot statement has its index, and neither a full sort nor a sequential scan.
+    The generic plan of each hot statement uses its index, without a full sort or a sequential scan.
     """
     wrong = []
     for query, index, allowed in PLANS:
@@ -107,7 +107,7 @@ def test_plans(counter: psycopg.Connection, figures: Figures) -> None:
 
 
 def _nodes(plan: dict[str, Any]) -> tuple[set[str], set[str]]:
-    """Return the kinds of node in a plan, and the indexes."""
+    """Return the node types and the indexes of a plan."""
     kinds, indexes = {plan["Node Type"]}, {plan["Index Name"]} if "Index Name" in plan else set()
     for each in plan.get("Plans", []):
         more, others = _nodes(each)
@@ -124,11 +124,11 @@ def test_hot(
     kind: str, query: Query, times: int, size: Size, copy: str, counter: psycopg.Connection, figures: Figures
 ) -> None:
     """
-    Most appends leave the index of the list alone: ten of a conversation on each of five days, or five turns.
+    Most appends do not update the list's index: ten appends or five turns a day, for five days.
     """
     clock = "statement_timestamp()"
     assert query.sql.count(clock) == 1
-    text = query.sql.replace(clock, "current_setting('bench.now')::timestamptz")  # days pass without waiting
+    text = query.sql.replace(clock, "current_setting('bench.now')::timestamptz")  # lets days pass without waiting
     chance = random.Random(kind)
     first = 0 if kind == "single" else HOT_CONVERSATIONS
     places = [size.place(first + number) for number in range(HOT_CONVERSATIONS)]
@@ -161,7 +161,7 @@ def _updates(counter: psycopg.Connection) -> tuple[int, int]:
 
 def test_memory(size: Size, plain: asyncio.Runner, proxied: tuple[Proxy, Chatdb], figures: Figures) -> None:
     """
-    A whole conversation of 10,000 messages goes by in bounded memory.
+    Reading a whole conversation of 10,000 messages takes bounded memory.
     """
     _, contender = proxied
     plain.run(contender.whole(size.long))

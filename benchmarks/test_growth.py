@@ -1,4 +1,4 @@
-"""What the history costs as the table grows from 100 k to 10 M messages, the sizes side by side."""
+"""The cost of the history as the table grows from 100 k to 10 M messages, with all sizes side by side."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROUNDS, EACH = 40, 25
 
 @pytest.fixture(scope="module")
 def sizes(server: BenchServer, pytestconfig: pytest.Config, figures: Figures) -> Iterator[list[Size]]:
-    """Give the sizes, on a server with the buffers of one of its own, which hold what they can."""
+    """Yield the sizes, on a server with the buffers of a dedicated one, filled with messages."""
     largest = SIZES[pytestconfig.getoption("--largest")]
     sizes = [size for size in SIZES.values() if size.messages <= largest.messages]
     for size in sizes:
@@ -40,7 +40,7 @@ def test_growth(
     benchmark: Any, server: BenchServer, sizes: list[Size], plain: asyncio.Runner, figures: Figures
 ) -> None:
     """
-    Random histories of each size in turns: neither the time nor the blocks grow with the table.
+    Read random histories of each size in turns: neither time nor blocks grow with the table.
     """
     clients = {size: Chatdb(server.dsn(size.database)) for size in sizes}
     chance = random.Random(0)
@@ -62,7 +62,7 @@ def test_growth(
 
     for client in clients.values():
         plain.run(client.open())
-        # a backend that has run for long has every buffer in its page table; a new one pays for each at its first touch
+        # maps every buffer into the backend's page table, as in a long-lived one; otherwise each first touch costs time
         plain.run(client.pool.fetch("set max_parallel_workers_per_gather = 0"))
         plain.run(client.pool.fetch("select count(*) from chatdb.messages where role = ''", timeout=600))
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""The load of the data: interrupted, it goes on where it was, and the rows are those of one that was not."""
+"""Loading the data: an interrupted load continues, and its rows equal those of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ROWS = """
         md5(string_agg(md5((user_id, conversation_id, seq, role, content, created_at)::text), '' order by id))
     from chatdb.messages
 """
-"""Without the ids, of which an interrupted COPY leaves some out."""
+"""A digest of the rows without ids, because an interrupted COPY skips some."""
 STORED = "select count(*) from chatdb.messages"
 
 
 def test_an_interrupted_load_goes_on(server: BenchServer) -> None:
-    """A load that was cancelled twice ends with the rows, in the order, of a whole one."""
+    """A load that is cancelled twice ends with the same rows in the same order as an uninterrupted one."""
     whole = SIZES["100k"]
     size = replace(whole, name="interrupted")
     database = server.load(whole)
@@ -45,7 +45,7 @@ def test_an_interrupted_load_goes_on(server: BenchServer) -> None:
 
 
 async def _interrupted(dsn: str, before: int) -> None:
-    """Load until there is more than before, and a batch is under way."""
+    """Load until more rows than `before` are stored, then cancel during a batch."""
     loading = asyncio.create_task(load(dsn, replace(SIZES["100k"], name="interrupted"), quiet=True))
     connection = await asyncpg.connect(**connect_arguments(dsn))
     stored = 0

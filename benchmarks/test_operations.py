@@ -1,4 +1,4 @@
-"""The operations side by side, in one run, by chatdb and by what its users would write or take instead."""
+"""The operations side by side in one run: chatdb and the alternatives that its users might choose."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ ROUNDS = {
     "delete": (20, 3),
     "list_20_busy": (20, 10),
 }
-"""Rounds and calls in each, where it is not 40 of 25: more where a gate is near."""
+"""Rounds and calls per round that differ from 40 and 25. Operations close to their gate have more."""
 
 KEYED = {"append_keyed", "append_again", "get_or_create"}
-"""Operations that only chatdb has; beside them stands what a bare statement would take."""
+"""Operations that only chatdb offers. raw asyncpg runs a bare statement for comparison."""
 
 
 @pytest.fixture(scope="module")
 def everyone(copy: str, runner: asyncio.Runner, size: Size) -> Iterator[list[Contender]]:
-    """Give all clients, each with one connection."""
+    """Yield all clients, each with one connection."""
     kinds = [RawAsyncpg, Chatdb, Psycopg, *([Original] if size.has_original else [])]
     made = [kind(copy) for kind in kinds]
     for each in made:
@@ -60,11 +60,11 @@ def test_operation(
     figures: Figures,
 ) -> None:
     """
-    Each operation by all clients, their rounds interleaved.
+    Time each operation with all clients, in interleaved rounds.
     """
     able = [each for each in everyone if isinstance(each, Keyed) or operation not in KEYED]
     if operation == "page_middle":
-        able = [each for each in able if not isinstance(each, Original)]  # it has no pages
+        able = [each for each in able if not isinstance(each, Original)]  # the original has no pages
     calls = {each.name: call_of(operation, each, size) for each in able}
     rounds, each = ROUNDS.get(operation, (40, 25))
     figures.timed(operation, loop, interleave(benchmark, runner, calls, rounds=rounds, each=each))
@@ -75,7 +75,7 @@ def test_operation_far(
     benchmark: Any, operation: str, copy: str, size: Size, loop: str, runner: asyncio.Runner, figures: Figures
 ) -> None:
     """
-    An append on a network of 1 ms, where each round trip counts.
+    Time an append with 1 ms round trips, which dominate the time.
     """
     with far(copy, 0.001) as dsn:
         made = [Chatdb(dsn), Original(dsn)]
@@ -92,7 +92,7 @@ def test_mixed_load(
     benchmark: Any, tasks: int, copy: str, size: Size, loop: str, runner: asyncio.Runner, figures: Figures
 ) -> None:
     """
-    Tasks that read histories four times of five, and else append; 16 connections for each client but raw asyncpg.
+    Run tasks with 80 % reads of a history and 20 % appends; raw asyncpg has a connection per task, the others 16.
     """
     made: list[Contender] = [RawAsyncpg(copy, tasks), Chatdb(copy, 16), Original(copy, 16)]
     rates: dict[str, list[float]] = {each.name: [] for each in made}
@@ -124,7 +124,7 @@ def test_mixed_load(
 
 def test_floor(server: BenchServer, copy: str, size: Size, tmp_path: Path, figures: Figures) -> None:
     """
-    The server's own floor: the same prepared statement by pgbench, which makes no rows into objects.
+    Time the server alone: pgbench runs the same prepared statement and creates no objects from the rows.
     """
     with server.connect("bench_run") as connection:
         connection.execute("create table public.places (n int primary key, u text, i bigint)")
@@ -142,4 +142,4 @@ def test_floor(server: BenchServer, copy: str, size: Size, tmp_path: Path, figur
     command = [server.programs / "pgbench", "-n", "-M", "prepared", "-r", "-t", "3000", "-f", script, copy]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     (mean,) = map(float, re.findall(r"^ +([\d.]+) +\d+ +select id,", done.stdout, re.MULTILINE))
-    figures.run["floor"] = {"mean_us": mean * 1000, "text": "pgbench, the statement of raw asyncpg, 1 client, prepared"}
+    figures.run["floor"] = {"mean_us": mean * 1000, "text": "pgbench, 1 client, raw asyncpg's prepared statement"}

@@ -1,4 +1,4 @@
-"""The history of 100 where its 100 ms are in danger: in a large table, under load, from a cold disk, far away."""
+"""The history of 100 where it might exceed 100 ms: a large table, load, a cold disk, a distant server."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LARGE = "10m"
 
 @pytest.fixture(scope="module", params=["main", pytest.param(LARGE, marks=pytest.mark.full)])
 def at(request: pytest.FixtureRequest, pytestconfig: pytest.Config, size: Size, server: BenchServer) -> Iterator[Size]:
-    """Give the size of the run, and the largest one."""
+    """Yield the size of the run, then the largest one."""
     if request.param == LARGE and pytestconfig.getoption("--largest") != LARGE:
-        pytest.skip("--largest leaves it out")
+        pytest.skip("--largest excludes this size")
     chosen = SIZES[LARGE] if request.param == LARGE else size
     server.load(chosen)
     server.restart(**(LARGE_BUFFERS if request.param == LARGE else {}))
@@ -35,7 +35,7 @@ def at(request: pytest.FixtureRequest, pytestconfig: pytest.Config, size: Size, 
 
 
 async def _read(client: Chatdb, size: Size, chance: random.Random, times: int) -> list[float]:
-    """Read random histories one after another, and return how long each took."""
+    """Read random histories one after another, and return the time of each."""
     taken = []
     for _ in range(times):
         place = size.place(chance.randrange(size.conversations))
@@ -47,7 +47,7 @@ async def _read(client: Chatdb, size: Size, chance: random.Random, times: int) -
 
 
 def _measured(benchmark: Any, runner: asyncio.Runner, dsn: str, size: Size, *, tasks: int = 1) -> list[list[float]]:
-    """Return the times of all tasks' reads by round, after one that is not counted."""
+    """Return the times of all tasks' reads by round, without the warm-up round."""
     client = Chatdb(dsn, CONNECTIONS if tasks > 1 else 1)
     chance = random.Random(f"{size} {tasks}")
     rounds: list[list[float]] = []
@@ -69,7 +69,7 @@ def _name(size: Size, place: str) -> tuple[str, str]:
 
 def test_warm(benchmark: Any, server: BenchServer, at: Size, plain: asyncio.Runner, figures: Figures) -> None:
     """
-    Random conversations, one after another.
+    Read random conversations one after another.
     """
     name, where = _name(at, "warm")
     times = _measured(benchmark, plain, server.dsn(at.database), at)
@@ -78,7 +78,7 @@ def test_warm(benchmark: Any, server: BenchServer, at: Size, plain: asyncio.Runn
 
 def test_tasks(benchmark: Any, server: BenchServer, at: Size, plain: asyncio.Runner, figures: Figures) -> None:
     """
-    64 tasks on a pool of 16, the wait for a connection included.
+    Read with 64 tasks on a pool of 16; the times include the wait for a connection.
     """
     name, where = _name(at, "tasks")
     times = _measured(benchmark, plain, server.dsn(at.database), at, tasks=TASKS)
@@ -90,22 +90,22 @@ def test_far(
     benchmark: Any, place: str, away: int, server: BenchServer, at: Size, plain: asyncio.Runner, figures: Figures
 ) -> None:
     """
-    A server 1 ms and 10 ms away.
+    Read with round trips of 1 ms and 10 ms.
     """
     name, where = _name(at, place)
     with far(server.dsn(at.database), away / 1000) as dsn:
         times = _measured(benchmark, plain, dsn, at)
-    figures.place(name, f"{where}{away} ms away", times)
+    figures.place(name, f"{where}{away} ms round trip", times)
 
 
 def test_cold(benchmark: Any, server: BenchServer, at: Size, plain: asyncio.Runner, figures: Figures) -> None:
     """
-    A server that was restarted, its files dropped from the kernel's cache: each history comes from the disk.
+    Read after a restart, with the server's files dropped from the kernel's cache: each history comes from disk.
     """
     name, where = _name(at, "cold")
     chance = random.Random(str(at))
     client = Chatdb(server.dsn(at.database))
-    reads = 20 if at.messages < 1_000_000 else 50  # few, so that hardly any finds a page that another has read
+    reads = 20 if at.messages < 1_000_000 else 50  # few, so that hardly any read finds a page cached by another
     times: list[float] = []
 
     def restarted() -> None:

