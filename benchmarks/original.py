@@ -1,5 +1,5 @@
 """
-The baseline: the persistence layer from the documents that chatdb replaces.
+The baseline: the persistence layer in the documents that chatdb started from.
 
 It has SQLModel entities with the original's indexes, SQLAlchemy's asyncio sessions on asyncpg, and the service's own
 steps: look up the conversation by its user, add the message, update `updated_at`, commit, refresh. The only change is

@@ -34,7 +34,7 @@ ROUNDS = {
 """Rounds and calls per round that differ from 40 and 25. Operations close to their gate have more."""
 
 KEYED = {"append_keyed", "append_again", "get_or_create"}
-"""Operations that only chatdb offers. raw asyncpg runs a bare statement for comparison."""
+"""Operations that only chatdb offers. Raw asyncpg runs a bare statement for comparison."""
 
 
 @pytest.fixture(scope="module")
