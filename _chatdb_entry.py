@@ -1,7 +1,7 @@
 """
-The console script `chatdb`, of which an interrupt ends each moment with status 130 and one line.
+Console script `chatdb`: an interrupt at any moment prints one line and exits with status 130.
 
-It stands outside the package, because importing that takes a third of a second already.
+Outside the package, because importing the package alone takes a third of a second.
 """
 
 import os
@@ -9,19 +9,19 @@ import signal
 
 
 def main() -> None:
-    """Import the command line and run it."""
+    """Import and run the command line."""
     from chatdb.cli.app import main as run
 
     run()
 
 
 def _end(*_: object) -> None:
-    """End at once: nothing has begun, and KeyboardInterrupt during an import can be lost or turned into an error."""
+    """Exit at once: nothing needs cleanup yet, and a KeyboardInterrupt during an import can get lost."""
     try:
         os.write(2, b"chatdb: interrupted\n")
     finally:
         os._exit(130)
 
 
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # keep an ignored SIGINT ignored
     signal.signal(signal.SIGINT, _end)

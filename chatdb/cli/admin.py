@@ -1,4 +1,4 @@
-"""The commands for whoever runs the database: migrate, rollback, check, adopt, link-users and protect."""
+"""Operator commands: migrate, rollback, check, adopt, link-users and protect."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from chatdb.cli.database import operators_database
 if TYPE_CHECKING:
     from chatdb.admin.check.findings import Finding
 
+ShowSql = Annotated[bool, typer.Option("--dry-run", help="Print the SQL that would run, without changing anything.")]
 Wait = Annotated[
     float,
     typer.Option(
@@ -40,17 +41,19 @@ Wait = Annotated[
 
 def migrate(
     to: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The last migration to apply, by its name or number.")
+        str | None, typer.Option(metavar="NAME", help="Last migration to apply, by name or number. Default: all.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the SQL that would be run, and run none.")] = False,
+    dry_run: ShowSql = False,
     wait: Wait = 60,
     as_json: AsJson = False,
 ) -> None:
     """
-    Create chatdb's tables, or bring them up to this release; does nothing if they are.
+    Create chatdb's tables or upgrade them to this release.
 
-    The files and the bookkeeping are those of yoyo apply, and either may follow the other. Many may run at once. One
-    that was killed is taken up where it was; an invalid index is rebuilt.
+    Does nothing if the tables are up to date. Several processes can run it at
+    once: one works, the others wait. It completes what a killed run left
+    unfinished and rebuilds invalid indexes. Compatible with yoyo apply; you can
+    alternate between them.
     """
     from chatdb.admin.migrate import apply_migrations, missing_migrations
 
@@ -69,14 +72,21 @@ def migrate(
 def rollback(
     to: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The last migration to keep, by its name or number; 0 takes all back."),
+        typer.Option(
+            metavar="NAME",
+            help="Last migration to keep, by name or number (0: none). Default: all but the last.",
+        ),
     ] = None,
     dry_run: DryRun = False,
     yes: Yes = False,
     wait: Wait = 60,
     as_json: AsJson = False,
 ) -> None:
-    """Take the last migration back, or all after --to. This deletes the data of the tables that it drops."""
+    """
+    Roll back the last migration. Deletes the data in the tables it drops.
+
+    Shows how many rows it would delete and asks for confirmation.
+    """
     from chatdb.admin.migrate import last_migrations, rollback_migrations
 
     with operators_database() as (dsn, database):
@@ -87,12 +97,14 @@ def rollback(
                 counted = ", ".join(f"{_rows(count)} of {table}" for table, count in tables.items())
                 err.print(f"{file.name}: {file.warning}" + (f" Deletes {counted}." if counted else ""), style="yellow")
         if last and not dry_run:
-            confirm(f"Take back {len(last)} migrations of {database}, with all data that they hold?", yes=yes)
-            report = None if as_json else _say("took back")
+            confirm(
+                f"Roll back {len(last)} migration(s) of {database} and delete the data in the dropped tables?", yes=yes
+            )
+            report = None if as_json else _say("rolled back")
             names = rollback_migrations(dsn, to=to, expected=names, wait=wait, report=report)
     rows = {table: count for _, tables in last for table, count in tables.items()}
     done = {"would_take_back" if dry_run else "taken_back": names, "rows": rows}
-    print_result(done, "" if last else "nothing to take back", as_json=as_json)
+    print_result(done, "" if last else "nothing to roll back", as_json=as_json)
 
 
 _COLORS = {"ok": "green", "note": "cyan", "missing": "red", "different": "red"}
@@ -100,14 +112,15 @@ _COLORS = {"ok": "green", "note": "cyan", "missing": "red", "different": "red"}
 
 def check(
     role: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A role whose privileges to check, such as the service's.")
+        str | None, typer.Option(metavar="NAME", help="Also check the privileges of this role, such as the service's.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """
-    Compare the database with what this release needs, and say how to fix what is wrong.
+    Compare the database with what this release needs.
 
-    Nothing is changed. What is missing or different comes last, then the verdict. Exit status 1 if something is wrong.
+    Changes nothing. Prints how to fix each problem; problems come last, before
+    the verdict. Exits with status 1 if something is missing or different.
     """
     from chatdb.admin.check.inspection import inspect, is_wrong
 
@@ -116,7 +129,7 @@ def check(
     wrong = sum(map(is_wrong, found))
     verdict = "ok: the database has what this release needs"
     if wrong:
-        verdict = f"not ok: {wrong} things are missing or different, see the last lines above"
+        verdict = f"not ok: {wrong} missing or different, see the last lines above"
     if as_json:
         print_json([each._asdict() for each in found])
     elif not out.is_terminal:
@@ -131,7 +144,7 @@ def check(
 
 
 def _show(found: list[Finding]) -> None:
-    """Show a finding in a line for its name, whole at 80 columns, and lines for what there is to say of it."""
+    """Print each finding: its name unbroken on one line, then its detail and hint."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -147,7 +160,8 @@ def adopt(
     delete_gone: Annotated[
         bool,
         typer.Option(
-            "--delete-gone", help="Delete from chatdb what was adopted and is gone from the older tables since; asks."
+            "--delete-gone",
+            help="Delete from chatdb what was adopted and later deleted from the older tables. Asks for confirmation.",
         ),
     ] = False,
     yes: Yes = False,
@@ -155,20 +169,23 @@ def adopt(
     as_json: AsJson = False,
 ) -> None:
     """
-    Bring conversations and messages of an older system over, from its tables in public, which stay as they are.
+    Copy an older system's conversations and messages into chatdb.
 
-    The older system can go on writing, and the next run brings what came since. What does not fit is kept aside, with
-    the reason. One that was killed is taken up where it was.
+    Reads its tables in the schema public and never changes them. The older
+    system can keep writing: the next run copies what is new and resumes a
+    killed run. Rows that chatdb cannot store are quarantined with the reason.
     """
     from chatdb.admin.adopt import Counts
     from chatdb.admin.adopt import adopt as run
 
     if delete_gone and not (dry_run or yes or sys.stdin.isatty()):
-        fail("--delete-gone asks before it deletes. Say so with --yes")
+        fail("--delete-gone asks for confirmation, which needs a terminal. Pass --yes to confirm")
 
     def asked(gone: Counts) -> bool:
         bar.stop()
-        return yes or ask(f"Delete {gone} from {database}, as far as nobody has appended there?")
+        return yes or ask(
+            f"Delete {gone} from {database}, except in conversations with messages that were not adopted?"
+        )
 
     with operators_database() as (dsn, database), progress("adopting") as bar:
         task = bar.add_task("messages", total=None)
@@ -184,19 +201,24 @@ def adopt(
 
 def link_users(
     table: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The host's own table of users, as in SQL: public.users.")
+        str | None,
+        typer.Option(metavar="NAME", help="Your application's users table, as written in SQL, such as public.users."),
     ] = None,
-    column: Annotated[str, typer.Option(metavar="NAME", help="Its column that has what chatdb calls user_id.")] = "id",
-    unlink: Annotated[bool, typer.Option("--unlink", help="Take the link back. Deletes no rows.")] = False,
+    column: Annotated[
+        str, typer.Option(metavar="NAME", help="Column of that table that holds the user_id values.")
+    ] = "id",
+    unlink: Annotated[bool, typer.Option("--unlink", help="Remove the link. Deletes no rows.")] = False,
     dry_run: DryRun = False,
     wait: Wait = 60,
     as_json: AsJson = False,
 ) -> None:
     """
-    Link conversations to the host's users, so that deleting a user there deletes his conversations.
+    Link conversations to your users table with a foreign key.
 
-    It is optional. The column must be unique, of a type like text, and have all users who have conversations. Writers
-    go on meanwhile. One that was killed is taken up where it was.
+    Optional. Deleting a user from your table then deletes their conversations.
+    The column must be unique, have a text type, and contain every user who has
+    conversations. Writers are blocked only for a moment. The next run resumes a
+    killed one.
     """
     from chatdb.admin.users_link import UsersMissingError, link_users, unlink_users
 
@@ -208,7 +230,7 @@ def link_users(
         print_result({done.replace(" ", "_"): was_linked}, text, as_json=as_json)
         return
     if table is None:
-        raise typer.BadParameter("name the host's table of users, or --unlink", param_hint="--table")
+        raise typer.BadParameter("name your users table, or pass --unlink", param_hint="--table")
     try:
         with operators_database() as (dsn, _):
             link = link_users(dsn, table=table, column=column, wait=wait, dry_run=dry_run)
@@ -217,26 +239,28 @@ def link_users(
             raise
         print_json({"missing": error.users, "total": error.total})
         raise typer.Exit(1) from None
-    text = f"conversations are linked to {link.table}({link.column}) already"
+    text = f"conversations are already linked to {link.table}({link.column})"
     if link.steps:
         said = "would link" if dry_run else "linked"
-        text = f"{said} conversations to {link.table}({link.column}): {', '.join(link.steps)} the foreign key"
+        text = f"{said} conversations to {link.table}({link.column}), foreign key: {', '.join(link.steps)}"
     result = {"table": link.table, "column": link.column, "would_do" if dry_run else "done": link.steps}
     print_result(result, text, as_json=as_json)
 
 
 def protect(
-    off: Annotated[bool, typer.Option("--off", help="Switch it off again.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the SQL that would be run, and run none.")] = False,
+    off: Annotated[bool, typer.Option("--off", help="Disable row-level security.")] = False,
+    dry_run: ShowSql = False,
     wait: Wait = 60,
     as_json: AsJson = False,
 ) -> None:
     """
-    Switch row-level security on: a statement reaches only rows of the user whom its transaction names.
+    Enable row-level security on chatdb's tables.
 
-    From then on the service opens its pool with create_pool(row_level_security=True), or works inside
-    chatdb.transaction(db, user_id=...): a statement that names no user is an error.
-    Superusers and roles with BYPASSRLS are not held back. Does nothing if all is as it should be.
+    Each transaction must then name its user and reaches only that user's rows;
+    any other statement fails. Open the service's pool with
+    create_pool(row_level_security=True), or use chatdb.transaction(db,
+    user_id=...). Superusers and roles with BYPASSRLS are exempt. Does nothing
+    if row-level security is already enabled.
     """
     from chatdb.admin.row_security import protect_tables, protection_statements
 
@@ -249,7 +273,7 @@ def protect(
 
 
 def _rows(count: int | None) -> str:
-    return "all rows, which row-level security hides from this role," if count is None else f"{count:,} rows"
+    return "all rows (row-level security hides their number)" if count is None else f"{count:,} rows"
 
 
 def _say(what: str) -> Callable[[str, float], None]:

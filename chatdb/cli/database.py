@@ -1,4 +1,4 @@
-"""Which database a command works on: the options, the settings in the environment and in .env."""
+"""Select the database of a command from options, environment variables and .env."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ if sys.platform != "win32":
     import pwd
 
 SETTINGS = ("DATABASE_URL", "CHATDB_MIGRATE_URL", "CHATDB_HOME")
-"""The variables that chatdb takes from the environment and from a file .env."""
+"""The variables that chatdb reads from the environment and from .env."""
 
 _LIBPQ = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGSERVICE", "PGUSER", "PGPASSWORD")
-_CHOOSE = "or choose with --database or --embedded"
+_CHOOSE = "or pass --database or --embedded"
 
 DatabaseOption = Annotated[
     str | None,
     typer.Option(
         "--database",
         metavar="DSN",
-        help="Work on this database, whatever the settings say. Other users of the machine can see a command's "
-        "arguments: leave a password to PGPASSWORD or ~/.pgpass.",
+        help="Use this database instead of the one in the settings. Put the password in PGPASSWORD or ~/.pgpass: "
+        "other users of the machine can see command-line arguments.",
     ),
 ]
 EmbeddedOption = Annotated[
-    bool, typer.Option("--embedded", help="Work on the embedded server, whatever the settings say.")
+    bool, typer.Option("--embedded", help="Use the embedded server instead of the database in the settings.")
 ]
 
 
 @dataclass
 class _Choice:
-    """What the command line says of the database."""
+    """The database options on the command line."""
 
     database: str | None = None
     embedded: bool = False
@@ -59,20 +59,20 @@ _choice = _Choice()
 
 
 def set_database_options(database: str | None, *, embedded: bool, anew: bool = False) -> None:
-    """Take the options --database and --embedded, which stand before the command or after it."""
+    """Record --database and --embedded, given before or after the command name."""
     if anew:
         _choice.database, _choice.embedded = None, False
     if database is not None:
         if _choice.database not in {None, database}:
-            raise typer.BadParameter("names two databases", param_hint="--database")
+            raise typer.BadParameter("names two different databases", param_hint="--database")
         _choice.database = database
     _choice.embedded |= embedded
     if _choice.embedded and _choice.database is not None:
-        raise typer.BadParameter("give --database or --embedded, not both", param_hint="--database")
+        raise typer.BadParameter("pass --database or --embedded, not both", param_hint="--database")
 
 
 def on_a_database(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options --database and --embedded."""
+    """Add the options --database and --embedded to a command."""
 
     @functools.wraps(command)
     def chosen(*, database: str | None, embedded: bool, **options: object) -> None:
@@ -91,7 +91,7 @@ def on_a_database(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class Target(NamedTuple):
-    """The database that a command works on: its DSN, None for the embedded server, and what it is called."""
+    """The database of a command: its DSN, or None for the embedded server, and its display name."""
 
     dsn: str | None
     name: str
@@ -99,9 +99,9 @@ class Target(NamedTuple):
 
 def resolve_database(*names: str) -> Target:
     """
-    Return the database that the command line names, else the first of these settings, else the embedded server.
+    Return the database from the command line, or else the first of these settings, or else the embedded server.
 
-    Raises ConfigurationError for a setting that is empty or cannot be a DSN, and where others than these are set.
+    Raises ConfigurationError if the setting is empty or not a DSN, or if none is set but other connection settings are.
     """
     if _choice.database is not None:
         dsn = _readable("--database", _choice.database)
@@ -125,43 +125,43 @@ def _readable(name: str, value: str) -> str:
     what = name if name.startswith("--") else f"the setting {name}"
     unset = _CHOOSE if name in SETTINGS else "or leave it out"
     if not value.strip():
-        raise ConfigurationError(f"{what} is empty: give it a DSN (postgresql://...), {unset}")
+        raise ConfigurationError(f"{what} is empty: set it to a DSN (postgresql://...), {unset}")
     if re.search(r"[\x00-\x1f\x7f]", value):
-        raise ConfigurationError(f"{what} has a line break or a control character: is a quote open?")
+        raise ConfigurationError(f"{what} contains a line break or a control character: check for an unclosed quote")
     if "${" in value:
-        raise ConfigurationError(f"{what} has a ${{...}} in it, which chatdb does not replace: write the DSN out")
+        raise ConfigurationError(f"{what} contains ${{...}}, which chatdb does not expand: write the full DSN")
     return value
 
 
 def _refuse_partial(names: tuple[str, ...]) -> None:
-    """Refuse settings that say where the data are, but are not those that this command goes by."""
+    """Refuse connection settings that this command does not use, rather than start the embedded server."""
     if "CHATDB_MIGRATE_URL" in os.environ:
         raise ConfigurationError(
-            f"CHATDB_MIGRATE_URL is set, and DATABASE_URL, by which this command goes, is not: set it, {_CHOOSE}"
+            f"CHATDB_MIGRATE_URL is set but DATABASE_URL, which this command uses, is not: set it, {_CHOOSE}"
         )
     variables = [name for name in _LIBPQ if name in os.environ]
     if variables:
-        are, they_lead = ("are", "they lead") if len(variables) > 1 else ("is", "it leads")
+        are, them = ("are", "them") if len(variables) > 1 else ("is", "it")
         raise ConfigurationError(
-            f"{', '.join(variables)} {are} set, and {names[-1]} is not: to go where {they_lead} set "
+            f"{', '.join(variables)} {are} set but {names[-1]} is not: to use {them}, set "
             f"DATABASE_URL=postgresql://, {_CHOOSE}"
         )
 
 
 def say_target(name: str) -> None:
-    """Say which database a command works on."""
+    """Print the database that a command uses."""
     err.print(f"database: {name}", style="dim")
 
 
 def drop_libpq_variables() -> None:
-    """Forget the variables of another PostgreSQL, which would lead the drivers past the embedded server."""
+    """Remove libpq's variables, which would redirect the drivers from the embedded server to another one."""
     for name in [name for name in os.environ if name.startswith("PG")]:
         del os.environ[name]
 
 
 @contextmanager
 def operators_database() -> Generator[tuple[str, str]]:
-    """Give the DSN for what changes tables, and the database's name: by CHATDB_MIGRATE_URL, else as other commands."""
+    """Yield the DSN and name of the operator commands' database: CHATDB_MIGRATE_URL goes before DATABASE_URL."""
     dsn, name = resolve_database("CHATDB_MIGRATE_URL", "DATABASE_URL")
     say_target(name)
     if dsn is not None:
@@ -178,12 +178,12 @@ def operators_database() -> Generator[tuple[str, str]]:
 
 def read_env_file(named: Path | None) -> None:
     """
-    Take chatdb's settings that the environment lacks from the file `named`, else from .env in the working directory.
+    Read chatdb's settings that the environment lacks from `named`, or from .env in the working directory.
 
-    Raises ConfigurationError if another user can write the file, or if it cannot be read to its end.
+    Raises ConfigurationError if another user can write the file, or if it cannot be read or parsed.
     """
     path = Path.cwd() / (named or ".env")
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a FIFO is to be refused, not waited for
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # refuse a FIFO rather than wait for its writer
     try:
         fd = os.open(path, flags)
     except FileNotFoundError:
@@ -203,20 +203,20 @@ def read_env_file(named: Path | None) -> None:
     taken: dict[str, str] = {}
     for binding in parse_stream(io.StringIO(text)):
         if binding.error:
-            raise ConfigurationError(f"the file {path} cannot be read from line {binding.original.line}: fix the line")
+            raise ConfigurationError(f"the file {path} has a syntax error on line {binding.original.line}: fix it")
         if binding.key in SETTINGS:
             if not binding.value:
-                raise ConfigurationError(f"the file {path} sets {binding.key} to nothing: give a value or remove it")
+                raise ConfigurationError(f"the file {path} has no value for {binding.key}: add one or remove the line")
             taken[binding.key] = binding.value
     taken = {name: value for name, value in taken.items() if name not in os.environ}
     os.environ.update(taken)
-    err.print(f"read {path}: {', '.join(sorted(taken)) or 'no setting'} taken", style="dim")
+    err.print(f"read {path}: using {', '.join(sorted(taken)) or 'none of its settings'}", style="dim")
 
 
 def _refuse_foreign(path: Path, status: os.stat_result) -> None:
-    """Refuse a file that another user has made or can write, by its link and its folder too."""
+    """Refuse a file if another user owns or can write it, its folder, or its symbolic link."""
     if not stat.S_ISREG(status.st_mode):
-        raise ConfigurationError(f"{path} is not a plain file")
+        raise ConfigurationError(f"{path} is not a regular file")
     if sys.platform == "win32":
         return
     target = path.resolve()
@@ -227,21 +227,21 @@ def _refuse_foreign(path: Path, status: os.stat_result) -> None:
         (target.parent, target.parent.stat()),
     ):
         if owned.st_uid not in {0, os.geteuid()}:
-            problem = f"{what} is another user's"
+            problem = f"{what} belongs to another user"
         elif stat.S_ISLNK(owned.st_mode) or (stat.S_ISDIR(owned.st_mode) and owned.st_mode & stat.S_ISVTX):
-            continue  # in a sticky folder only the file's owner can replace it
+            continue  # in a sticky folder only its owner can replace a file
         elif owned.st_mode & 0o002 or (owned.st_mode & 0o020 and not _is_own_group(owned.st_gid)):
-            problem = f"another user can write {what}"
+            problem = f"another user can write to {what}"
         else:
             continue
         raise ConfigurationError(
-            f"the file {path} is not obeyed, because {problem}: change the owner or the mode (chmod go-w), or set "
-            "DATABASE_URL in the environment and run this in another folder"
+            f"the file {path} is not safe to use, because {problem}: change the owner or the mode (chmod go-w), or "
+            "set DATABASE_URL in the environment and run chatdb in another folder"
         )
 
 
 def _is_own_group(gid: int) -> bool:
-    """Tell whether a group is the one that many systems make for each user, with no other member."""
+    """Return whether this is the user's private group, which many systems create, without other members."""
     try:
         group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
     except KeyError:

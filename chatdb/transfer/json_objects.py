@@ -1,4 +1,4 @@
-"""Reads the objects of a JSON file of any size one by one: the memory it takes is that of the largest object."""
+"""Read the objects of a JSON file of any size one by one, in the memory of the largest object."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chatdb.errors import InvalidInputError
 from chatdb.formats.items import Skipped
 
 MAX_OBJECT: Final = 26 * 1024 * 1024
-"""The characters that one object may have: a text of 4 MiB fits, even if each character is an escape of six."""
+"""Maximum characters of one object: fits a text of 4 MiB, even if each character is a six-character escape."""
 
 _CHUNK = 1024 * 1024
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -22,10 +22,10 @@ _decode = json.JSONDecoder().raw_decode
 
 def objects(file: BinaryIO) -> Iterator[dict[str, Any] | Skipped]:
     """
-    Yield the objects of an array, or of a file that holds them one after another, and a Skipped if it is cut off.
+    Yield the objects of an array or a sequence, and a Skipped if the file is truncated.
 
-    Raises InvalidInputError with the position when the file is no UTF-8 or no JSON, holds something else than objects
-    or an object of over 26 Mi characters.
+    Raises InvalidInputError, with the position, if the file is not UTF-8 or JSON, or contains anything but objects, or
+    an object of over 26 Mi characters.
     """
     chunks = _decoded(file)
     text, offset, dropped = "", 0, 0
@@ -40,7 +40,7 @@ def objects(file: BinaryIO) -> Iterator[dict[str, Any] | Skipped]:
             break
         mark = text[offset]
         if mark not in expected:
-            raise _broken("is broken JSON, or holds something else than objects,", dropped + offset)
+            raise _broken("is invalid JSON, or contains something other than objects,", dropped + offset)
         if mark != "{":
             in_array = True
             expected = {"[": "{]", ",": "{", "]": ""}[mark]
@@ -50,15 +50,17 @@ def objects(file: BinaryIO) -> Iterator[dict[str, Any] | Skipped]:
             dropped += offset
             text, offset = text[offset:], 0
             size = len(text)
-            enough = min(2 * size, MAX_OBJECT + 1)  # twice as much each time keeps the work linear
+            enough = min(2 * size, MAX_OBJECT + 1)  # doubling keeps the work linear
             while len(text) < enough and (more := next(chunks, "")):
                 text += more
             if len(text) == size:
-                yield Skipped("the file is cut off inside its last conversation", conversations=1)
+                yield Skipped("the file is truncated inside its last conversation", conversations=1)
                 return
         value, offset = decoded
         expected = ",]" if in_array else "{"
-        if offset > _CHUNK:  # the text of a large object goes before it is used, and the object before the next is read
+        if (
+            offset > _CHUNK
+        ):  # free the text of a large object before yielding it, and the object before reading the next
             dropped += offset
             text, offset = text[offset:], 0
         yield value
@@ -66,7 +68,7 @@ def objects(file: BinaryIO) -> Iterator[dict[str, Any] | Skipped]:
     if expected == "[{":
         raise InvalidInputError("file", "is empty")
     if in_array and expected:
-        yield Skipped("the file is cut off: its closing bracket is missing")
+        yield Skipped("the file is truncated: its closing bracket is missing")
 
 
 def _decoded(file: BinaryIO) -> Iterator[str]:
@@ -84,16 +86,16 @@ def _decoded(file: BinaryIO) -> Iterator[str]:
             continue
         raise InvalidInputError("file", f"is not UTF-8 at byte {position:,}")
     if decoder.getstate()[0]:
-        yield "\ufffd"  # the file ends inside a character: no JSON outside a text, and inside one it is cut off anyway
+        yield "\ufffd"  # ends inside a character: invalid JSON outside a string, truncated inside one
 
 
 def _object(text: str, offset: int, dropped: int) -> tuple[dict[str, Any], int] | None:
-    """Return the object at an offset and the offset behind it, or None if it goes on behind the text."""
+    """Return the object at an offset and its end, or None if the text ends before the object."""
     try:
         value, end = _decode(text, offset)
     except json.JSONDecodeError as error:
         unfinished = error.msg.startswith("Unterminated string") or bool(_BEGUN.fullmatch(text, error.pos))
-        problem, position = "is broken JSON", error.pos
+        problem, position = "is invalid JSON", error.pos
     except RecursionError:
         unfinished, problem, position = False, "is nested too deeply in the object", offset
     except ValueError:

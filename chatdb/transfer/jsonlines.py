@@ -1,5 +1,5 @@
 """
-chatdb's own JSON lines, version 1: what `chatdb export` writes and `chatdb import` reads, without a loss.
+chatdb's JSON lines, version 1, which `chatdb export` writes and `chatdb import` restores without loss.
 
     {"type":"chatdb","version":1}
     {"type":"conversation","key":..,"title":..,"metadata":{..},"last_seq":2,"created_at":..,"updated_at":..,..}
@@ -7,8 +7,8 @@ chatdb's own JSON lines, version 1: what `chatdb export` writes and `chatdb impo
     {"type":"message","seq":2,..}
     {"type":"end","conversations":1,"messages":2}
 
-The messages of a conversation follow it in order of `seq`. `payload` is JSON as a text, to keep it byte for byte. The
-`id` and `user_id` of a conversation are information only; a reader ignores them and all fields that it does not know.
+A conversation is followed by its messages in order of `seq`. `payload` is a JSON string, to keep it byte for byte. A
+reader ignores a conversation's `id` and `user_id` and all unknown fields.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from chatdb.records import Conversation, JsonText, Message
 
 VERSION: Final = 1
 MAX_LINE: Final = 128 * 1024 * 1024
-"""The bytes that a line may have: 20 MiB of content and payload, of which escapes make up to six times as much."""
+"""Maximum bytes of a line: 20 MiB of content and payload, up to six times as long when escaped."""
 
 MAX_LAST_SEQ: Final = 2**53
-"""Appends go on behind the highest `last_seq` of a file for as long as anybody can write."""
+"""Maximum `last_seq` in a file; leaves room for more appends than anyone can make."""
 
 _encode = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=datetime.isoformat
@@ -54,7 +54,7 @@ def header() -> bytes:
 
 
 def conversation_line(conversation: Conversation) -> bytes:
-    """Return the line of a conversation, which those of its messages follow in order of `seq`."""
+    """Return the line of a conversation. Its messages must follow in order of `seq`."""
     return _line(type="conversation", **conversation.model_dump())
 
 
@@ -64,7 +64,7 @@ def message_line(message: Message) -> bytes:
 
 
 def end_line(conversations: int, messages: int) -> bytes:
-    """Return the last line, by whose counts a reader knows that nothing is missing."""
+    """Return the last line, with the counts that show a reader that nothing is missing."""
     return _line(type="end", conversations=conversations, messages=messages)
 
 
@@ -74,14 +74,14 @@ def _line(**fields: Any) -> bytes:  # noqa: ANN401 - any JSON value
 
 def read(file: BinaryIO) -> Iterator[Item]:
     """
-    Yield what the lines hold, and a Skipped if some are missing.
+    Yield the conversations and messages, and a Skipped if lines are missing.
 
-    Raises InvalidInputError, which names the line and the field, for anything that is not as it was written.
+    Raises InvalidInputError, with the line and the field, if a line is invalid.
     """
     lines = _lines(file)
     line, fields = next(lines, ("line 1", dict[str, Any]()))
     if fields.get("type") != "chatdb":
-        raise InvalidInputError(line, "must be the header of chatdb's JSON lines")
+        raise InvalidInputError(line, "must be the header of a chatdb JSON lines file")
     if _taken(line, fields, {"version": _number})["version"] != VERSION:
         raise InvalidInputError(f"{line}, version", f"must be {VERSION}: upgrade chatdb to read a newer file")
     conversations = messages = seq = last_seq = 0
@@ -95,7 +95,7 @@ def read(file: BinaryIO) -> Iterator[Item]:
             case "message":
                 message = SourceMessage(**_taken(line, fields, _MESSAGE))
                 if not seq < message.seq <= last_seq:
-                    problem = "must be above that of the message before it, up to its conversation's last_seq"
+                    problem = "must be above the previous message's seq and at most the conversation's last_seq"
                     raise InvalidInputError(f"{line}, seq", problem)
                 messages += 1
                 seq = message.seq
@@ -103,19 +103,19 @@ def read(file: BinaryIO) -> Iterator[Item]:
             case "end":
                 said = _taken(line, fields, {"conversations": _number, "messages": _number})
                 if file.read(1):
-                    raise InvalidInputError(f"{line}, type", "is an end before the end of the file")
+                    raise InvalidInputError(f"{line}, type", "must be end only on the last line")
                 missing = (said["conversations"] - conversations, said["messages"] - messages)
                 if missing != (0, 0):
-                    reason = "the file's end line counts other conversations or messages than the file has"
+                    reason = "the counts in the file's end line do not match its contents"
                     yield Skipped(reason, *(max(0, number) for number in missing))
                 return
             case _:
                 raise InvalidInputError(f"{line}, type", "must be conversation, message or end")
-    yield Skipped("the file is cut off: its end line is missing")
+    yield Skipped("the file is truncated: its end line is missing")
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each line's name and fields, up to the end or where the file is cut off."""
+    """Yield each line's name and fields, up to the end or the truncation."""
     for number in count(1):
         line = file.readline(MAX_LINE + 1)
         if len(line) > MAX_LINE:
@@ -134,7 +134,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _taken(line: str, fields: dict[str, Any], checks: dict[str, Callable[[str, Any], Any]]) -> dict[str, Any]:
-    """Take the fields out of a line's, so that a large one is not held longer than its message."""
+    """Check and remove a line's fields, so that a large one is not kept longer than its message."""
     for field in checks:
         if field not in fields:
             raise InvalidInputError(f"{line}, {field}", "is missing")
@@ -150,7 +150,7 @@ _number: Final = partial(check_int, least=0)
 
 def _payload(name: str, value: object) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise InvalidInputError(name, "must be JSON as a text, or null")
+        raise InvalidInputError(name, "must be a string with JSON, or null")
     return None if value is None else check_payload(name, JsonText(value))
 
 
@@ -161,7 +161,7 @@ def _time(name: str, value: object) -> datetime:
             return time.astimezone(UTC)
     except (ValueError, OverflowError):
         pass
-    raise InvalidInputError(name, "must be a time in ISO 8601 with its offset")
+    raise InvalidInputError(name, "must be an ISO 8601 time with an offset")
 
 
 _CONVERSATION: dict[str, Callable[[str, Any], Any]] = {

@@ -1,10 +1,10 @@
 """
-Reads the tables in which other frameworks keep their conversations: lazily, in bounded memory, as they are at one time.
+Read a snapshot of other frameworks' tables of conversations, lazily and in bounded memory.
 
     openai-agents   SQLAlchemySession: agent_sessions and agent_messages
-    langchain       langchain-postgres' PostgresChatMessageHistory: one table, whose name its user chose
+    langchain       langchain-postgres' PostgresChatMessageHistory: one table of any name
 
-Blocks, so it is for a thread. psycopg comes with the extra `migrate`.
+Blocks, so run it in a thread. Needs psycopg, from the extra `migrate`.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 FORMATS: Final = ("openai-agents", "langchain")
 _OPENAI_TABLES: Final = ("agent_sessions", "agent_messages")
 
-MISSING = "psycopg, which reads other tables, is not installed: pip install 'chatdb[migrate]'"
+MISSING = "psycopg, which reads other frameworks' tables, is not installed: pip install 'chatdb[migrate]'"
 
 _PAGE = 1_000
 _BYTES = 4 * 1024 * 1024
-"""How much text is fetched at once, unless one message has more."""
+"""Maximum bytes of text per fetch, unless one message is larger."""
 
-_UNREADABLE: Final = datetime(1, 1, 1)  # noqa: DTZ001 - known by its identity
-"""Stands for a time that Python has not."""
+_UNREADABLE: Final = datetime(1, 1, 1)  # noqa: DTZ001 - compared by identity
+"""Marks a time that Python cannot represent."""
 
 _COLUMNS = "id, session_id uuid, message jsonb, created_at"
 _LOOKED_FOR = f"agent_sessions and agent_messages on the search_path, and tables with the columns {_COLUMNS}"
 
-# The texts are fetched by their ids, so that what the server sorts is narrow, and what it sends is bounded. A time
-# without a zone is that of the connection's TimeZone, as CURRENT_TIMESTAMP wrote it.
+# Texts are fetched by ID, so that the server sorts narrow rows and sends a bounded amount. A time without a zone is in
+# the connection's TimeZone, as CURRENT_TIMESTAMP wrote it.
 _OPENAI_ROWS: Final = """
 with sessions as (
     select
@@ -98,8 +98,8 @@ order by began_at, session_id, id
 """
 _LANGCHAIN_TEXTS: Final = "select id, message::text from {table} where id = any(%s)"
 
-# Only the names of tables are looked up on the role's search_path. Then it is one on which no operator of `public` can
-# be found that fits a varchar better than the server's own, and runs as who imports.
+# Look up only the table names on the role's search_path, then pin it: an operator in `public` that fits varchar better
+# than the built-in one would run with the importing role's privileges.
 _OID: Final = "select pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid"
 _PIN: Final = "set local search_path to pg_catalog, pg_temp"
 
@@ -121,7 +121,7 @@ order by table_schema, table_name
 
 
 class _Row(NamedTuple):
-    """A message without its text, or a session that has none."""
+    """A message without its text, or a session without messages."""
 
     session: str
     began_at: datetime | None
@@ -133,7 +133,7 @@ class _Row(NamedTuple):
 
 
 class _Tables(NamedTuple):
-    """How a framework's tables are read."""
+    """The statements that read a framework's tables, and the conversion of its messages."""
 
     rows: sql.Composed
     texts: sql.Composed
@@ -142,24 +142,24 @@ class _Tables(NamedTuple):
 
 def read(
     dsn: str,
-    format: str = "auto",  # noqa: A002 - as the command line's option is called
+    format: str = "auto",  # noqa: A002 - the option's name
     *,
     table: str | None = None,
     sessions: Sequence[str] = (),
 ) -> Generator[items.Item, None, None]:
     """
-    Yield each session as a conversation, and its messages in the framework's order, with its own item as the payload.
+    Yield each session as a conversation, then its messages in the framework's order, with the original as payload.
 
-    `table` is that of langchain, as it is spelled in the database, after a point where it has a schema. `sessions` are
-    the ids of those to be read; without any, all are. A message that cannot be taken leaves its place empty.
+    `table` is the langchain table, NAME or SCHEMA.NAME, spelled as in the database. `sessions` limits the import to
+    these session IDs. A message that cannot be imported leaves a gap in `seq`.
 
-    Raises InvalidInputError when there are no such tables or several, ConfigurationError when psycopg is missing or the
-    DSN does not fit, UnavailableError when the server cannot be reached. None quotes the DSN or a text.
+    Raises InvalidInputError if no table or several match, ConfigurationError if psycopg is missing or the DSN is
+    invalid, UnavailableError if the server cannot be reached. No error quotes the DSN or a text.
     """
     if format not in ("auto", *FORMATS):
         raise InvalidInputError("format", f"must be one of auto, {', '.join(FORMATS)} for a database")
     if table is not None and format == "openai-agents":
-        raise InvalidInputError("table", "is for langchain's table: those of openai-agents have fixed names")
+        raise InvalidInputError("table", "applies only to langchain: openai-agents has fixed table names")
     for parameter, value in (("table", table), *(("session", session) for session in sessions)):
         if value is not None:
             utf8_length(parameter, value)
@@ -177,12 +177,12 @@ def read(
 
 
 def _mark_unreadable_times(source: psycopg.Connection) -> None:
-    """Have a time that Python has not, such as infinity, become a mark, so that its row can be named."""
+    """Load a time that Python cannot represent, such as infinity, as a marker, so that the error can name its row."""
     from psycopg import DataError
     from psycopg.types.datetime import TimestampLoader
 
     class Loader(TimestampLoader):
-        def load(self, data: Any) -> datetime:  # noqa: ANN401 - bytes of a kind
+        def load(self, data: Any) -> datetime:  # noqa: ANN401 - a bytes-like object
             try:
                 return super().load(data)
             except DataError:
@@ -199,7 +199,9 @@ def _read(source: psycopg.Connection, chosen: str, table: str | None, sessions: 
     if table is None:
         names_found = _choose_tables(source, chosen, names_found)
     elif not names_found:
-        problem = f"is not there: the database has no table {table!r}, or not of the form; looked for {_LOOKED_FOR}"
+        problem = (
+            f"was not found: the database has no table {table!r} with the expected columns; looked for {_LOOKED_FOR}"
+        )
         raise InvalidInputError("table", problem)
     tables = _tables(names_found)
     wanted = {session if len(names_found) > 1 else _uuid(session) for session in sessions}
@@ -207,16 +209,16 @@ def _read(source: psycopg.Connection, chosen: str, table: str | None, sessions: 
         wanted.discard(session)
         yield from _conversation(messages, tables.convert)
     if wanted:
-        yield items.Skipped("there is no session of this id", conversations=len(wanted))
+        yield items.Skipped("no session has this ID", conversations=len(wanted))
 
 
 def _quoted(name: str) -> str:
-    """Return a name, after a point where it has a schema, as it is in SQL."""
+    """Quote NAME or SCHEMA.NAME for SQL."""
     return ".".join(f'"{part}"' for part in name.replace('"', '""').rsplit(".", 1))
 
 
 def _choose_tables(source: psycopg.Connection, chosen: str, openai: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Return the schema and the name of langchain's table, or those of openai-agents' two."""
+    """Return schema and name of the langchain table, or of both openai-agents tables."""
     candidates: dict[str, list[tuple[str, ...]]] = {}
     if chosen != "langchain" and len(openai) == len(_OPENAI_TABLES):
         candidates["agent_messages"] = openai
@@ -225,14 +227,16 @@ def _choose_tables(source: psycopg.Connection, chosen: str, openai: list[tuple[s
     if len(candidates) == 1:
         return next(iter(candidates.values()))
     if not candidates:
-        raise InvalidInputError("table", f"the database has none that can be read; looked for were {_LOOKED_FOR}")
-    raise InvalidInputError("table", f"there are several: choose by --table or --format among {', '.join(candidates)}")
+        raise InvalidInputError("table", f"the database has no supported tables; looked for {_LOOKED_FOR}")
+    raise InvalidInputError(
+        "table", f"several tables match: use --table or --format to choose among {', '.join(candidates)}"
+    )
 
 
 def _tables(qualified_names: Sequence[tuple[str, ...]]) -> _Tables:
     from psycopg import sql
 
-    # of a name with %, which psycopg would take for parameters
+    # psycopg would read a % in a name as a parameter
     tables = [sql.Identifier(*(part.replace("%", "%%") for part in name)) for name in qualified_names]
     names, rows, texts, convert = (
         (_OPENAI_TABLES, _OPENAI_ROWS, _OPENAI_TEXTS, openai.parse_message)
@@ -247,14 +251,14 @@ def _uuid(session: str) -> str:
     try:
         return str(UUID(session))
     except ValueError:
-        problem = "must be a UUID, as all of langchain's are"
+        problem = "must be a UUID, as all langchain session IDs are"
     raise InvalidInputError("session", problem)
 
 
 def _messages(
     source: psycopg.Connection, tables: _Tables, sessions: list[str] | None
 ) -> Iterator[tuple[_Row, str | None]]:
-    """Yield each message and its text, or None if that is too long to be fetched."""
+    """Yield each message and its text, or None if the text is too large."""
     with source.cursor("chatdb") as cursor:
         cursor.execute(tables.rows, {"sessions": sessions})
         while page := [_Row(*row) for row in cursor.fetchmany(_PAGE)]:
@@ -275,7 +279,7 @@ def _check_times(row: _Row) -> None:
 
 
 def _size(row: _Row) -> int:
-    """Return the bytes of the text that is to be fetched."""
+    """Return the bytes of text to fetch for a row."""
     return row.size if row.size is not None and row.size <= MAX_PAYLOAD else 0
 
 
@@ -293,7 +297,7 @@ def _conversation(
     for seq, (row, text) in enumerate(messages, 1):
         key = items.name_of(row.session)
         if row.messages == 0 or not key:
-            yield items.Skipped("its session has no id" if row.messages else "no messages", 1, row.messages)
+            yield items.Skipped("its session has no ID" if row.messages else "no messages", 1, row.messages)
             return
         try:
             message, is_replaced = _message(seq, row, text, convert)
@@ -307,13 +311,13 @@ def _conversation(
         if is_replaced:
             yield items.Changed(items.REPLACED, messages=1)
     if not begun:
-        yield items.Skipped("none of its messages can be taken", conversations=1)
+        yield items.Skipped("none of its messages can be imported", conversations=1)
 
 
 def _message(
     seq: int, row: _Row, text: str | None, convert: Callable[[dict[str, Any]], items.ParsedMessage]
 ) -> tuple[items.SourceMessage, bool]:
-    """Return a message, whose key is the number of its row, and whether characters of its text were replaced."""
+    """Return a message, with its row ID as key, and whether characters of its text were replaced."""
     if (row.size or 0) > MAX_PAYLOAD:
         raise items.UnsupportedItemError("it has over 16 MiB as JSON")
     try:
@@ -322,11 +326,11 @@ def _message(
         payload = None
     if payload is None:
         raise items.UnsupportedItemError(
-            "it is no JSON, or has NaN, numbers of over 4,300 digits or nesting deeper than 200 levels"
+            "it is invalid JSON, or has NaN, numbers of over 4,300 digits or nesting deeper than 200 levels"
         )
     item = items.as_object(json.loads(payload))
     if item is None:
-        raise items.UnsupportedItemError("it is no JSON object")
+        raise items.UnsupportedItemError("it is not a JSON object")
     author, said, kind, name = convert(item)
     content = items.replace_unstorable(said)
     if len(content.encode()) > MAX_CONTENT:
@@ -348,8 +352,8 @@ def _mapped_errors() -> Generator[None, None, None]:
         yield
     except psycopg.Error as error:
         raise _map_error(error, isinstance(error, psycopg.DataError)) from error
-    except UnicodeDecodeError:  # of a database without an encoding; it quotes the text
-        problem = "has a text that is not UTF-8"
+    except UnicodeDecodeError:  # from a SQL_ASCII database; the error would quote the text
+        problem = "contains text that is not UTF-8"
     else:
         return
     raise InvalidInputError("table", problem)
@@ -358,16 +362,18 @@ def _mapped_errors() -> Generator[None, None, None]:
 def _map_error(error: psycopg.Error, is_value: bool) -> ChatDBError:
     match classify(error):
         case Kind.SCHEMA | Kind.STATEMENT:
-            return InvalidInputError("table", f"is not there, or not of the framework's form; looked for {_LOOKED_FOR}")
+            return InvalidInputError(
+                "table", f"was not found, or lacks the framework's columns; looked for {_LOOKED_FOR}"
+            )
         case Kind.PRIVILEGE:
-            return ConfigurationError("the role may not read the tables: grant it select on them")
+            return ConfigurationError("the role cannot read the tables: grant it SELECT on them")
         case Kind.CANCELED:
-            return CommandTimeoutError("the server of the tables cancelled the reading, by its time limit", sent=True)
+            return CommandTimeoutError("the source server canceled the query because of a time limit", sent=True)
         case Kind.CONNECTION | Kind.RESOURCES:
-            return UnavailableError("the server of the tables went away, or takes no connections: try again", sent=None)
+            return UnavailableError("the source server is down or accepts no connections: try again", sent=None)
         case Kind.CLIENT if not is_value:
-            return UnavailableError("the server of the tables went away, or no longer answers: try again", sent=None)
+            return UnavailableError("the source server is down or no longer answers: try again", sent=None)
         case Kind.CLIENT:
             return InvalidInputError("table", "has a value that cannot be read")
         case _:
-            return ChatDBError(f"the tables cannot be read (SQLSTATE {error.sqlstate})")
+            return ChatDBError(f"cannot read the tables (SQLSTATE {error.sqlstate})")

@@ -169,7 +169,7 @@ def test_to(empty_dsn: str) -> None:
     command("migrate", env=env)
     said = json.loads(command("rollback", "--to", "0001", "--yes", "--json", env=env))
     assert said["taken_back"] == [NAMES[2], NAMES[1]]
-    assert command("rollback", "--to", "0001", env=env) == "nothing to take back\n"
+    assert command("rollback", "--to", "0001", env=env) == "nothing to roll back\n"
     assert json.loads(command("rollback", "--to", "0", "--yes", "--json", env=env))["taken_back"] == [NAMES[0]]
 
 
@@ -187,7 +187,7 @@ def test_rollback_asks(dsn: str) -> None:
     assert "--yes" in said
     assert "nothing was changed" in answered("n\n", "rollback", env=env)
     assert value(dsn, "select count(*) from chatdb.messages") == 2
-    assert f"took back {NAMES[2]}" in answered("y\n", "rollback", env=env)
+    assert f"rolled back {NAMES[2]}" in answered("y\n", "rollback", env=env)
     said = json.loads(command("rollback", "--yes", "--json", env=env))
     assert said == {"taken_back": [NAMES[1]], "rows": {"chatdb.conversations": 1}}
 

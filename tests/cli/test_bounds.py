@@ -1,4 +1,4 @@
-"""Every command ends in time, with a sentence, on a server that never answers, or goes silent half-way."""
+"""Every command ends in time, with one sentence, if the server never answers or stops answering."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ COMMANDS = {
     "adopt --dry-run": ["adopt", "--dry-run"],
 }
 SLOWER = {"import", "import of tables", "export", "demo", "delete-user", "delete-user --dry-run"}
-"""Those of which a statement may take half a minute, and closing the pool ten seconds."""
+"""Commands whose statements may take 30 seconds, and whose pool may take 10 seconds to close."""
 
 LIMIT = 45.0
-"""Seconds within which each of them ends, on a machine that is busy with something else: 5 to 10 on one that is not."""
+"""Maximum seconds for each command on a busy machine; 5 to 10 on an idle one."""
 
 
 @contextmanager
 def full_queue() -> Iterator[str]:
-    """Give the DSN of a listener that takes no more connections, whose packets go nowhere, as in a black hole."""
+    """Yield the DSN of a listener with a full queue: connection attempts get no answer, as if packets were dropped."""
     with closing(socket.socket()) as listener, ExitStack() as waiting:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -65,7 +65,7 @@ def full_queue() -> Iterator[str]:
 
 
 def ended(arguments: list[str], dsn: str, file: Path) -> tuple[float, subprocess.CompletedProcess[str]]:
-    """Run a command on a server, and return how long it took and what it said; one that hangs is an error."""
+    """Run a command on a server and return its duration and result. Fails if it hangs."""
     filled = [{"DSN": dsn, "FILE": str(file)}.get(each, each) for each in arguments]
     start = time.monotonic()
     done = subprocess.run(
@@ -81,19 +81,19 @@ def ended(arguments: list[str], dsn: str, file: Path) -> tuple[float, subprocess
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Give a file to import."""
+    """Return a file to import."""
     path = tmp_path / "talk.json"
     path.write_text(json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "hi"}]}]))
     return path
 
 
-# the connection is made by some 400 bytes of answers, and the first statements are answered by 900
+# the server sends some 400 bytes to open the connection, and 900 bytes for the first statements
 @pytest.mark.parametrize(
     "silent",
     ["at once", 900, *(pytest.param(each, marks=pytest.mark.chaos) for each in ("black hole", 350, 500, 2_000))],
 )
 def test_no_command_hangs(dsn: str, file: Path, silent: str | int) -> None:
-    """Each command ends with status 1 and one sentence that names the server, wherever it goes silent."""
+    """Each command ends with status 1 and one sentence that names the server, wherever the server goes silent."""
     with ExitStack() as stack:
         if silent == "black hole":
             place = stack.enter_context(full_queue())
@@ -123,7 +123,7 @@ def test_no_command_hangs(dsn: str, file: Path, silent: str | int) -> None:
 
 
 def test_each_cause_has_its_words(dsn: str, file: Path) -> None:
-    """A wrong password, a missing database, a dead port and an unknown host are told apart, by every driver."""
+    """Every driver's error distinguishes a wrong password, a missing database, a closed port and an unknown host."""
     parts = urlsplit(dsn)
     missing = parts._replace(path="/chatdb_no_such_database").geturl()
     stranger = parts._replace(netloc=f"chatdb_no_such_role:geheim@{parts.netloc.rpartition('@')[2]}").geturl()
@@ -143,14 +143,14 @@ def test_each_cause_has_its_words(dsn: str, file: Path) -> None:
 
 
 def test_work_is_not_cut(dsn: str) -> None:
-    """A statement that takes longer than the silence allowed goes on, because the server answers meanwhile."""
+    """A statement may outlast the allowed silence as long as the server answers a second connection."""
     with connected(dsn) as connection:
         vars(connection)["silent_seconds"] = 0.3
         assert connection.execute("select pg_sleep(2), 1").fetchone() == ("", 1)
 
 
 def test_a_look_has_limits(dsn: str) -> None:
-    """What only looks waits ten seconds for a lock, whatever the role's settings, and others' settings are kept."""
+    """A read-only command waits at most 10 seconds for a lock and 5 minutes for a statement."""
     with pinned_transaction(dsn) as connection:
         limits = "select current_setting('lock_timeout'), current_setting('statement_timeout')"
         assert connection.execute(limits).fetchone() == ("10s", "5min")
@@ -161,7 +161,7 @@ def test_a_look_has_limits(dsn: str) -> None:
     ["migrate", "rollback", "check", "protect", "adopt", "link-users --table users", "import postgresql:// --user a"],
 )
 def test_without_the_drivers(command: str, dsn: str, tmp_path: Path) -> None:
-    """Without the extra `migrate` each command that needs it says what to install."""
+    """Without the extra `migrate`, each command that needs it says what to install."""
     script = "import sys; sys.modules['psycopg'] = None; from chatdb.cli.app import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", script, *command.split()],

@@ -1,4 +1,4 @@
-"""What the commands do and say; as a process where a terminal, a signal, a pipe or the encoding matters."""
+"""Behavior and output of the commands, in a process of their own for terminals, signals, pipes and encodings."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ SHAREGPT = [
 
 @pytest.fixture
 def env(dsn: str) -> dict[str, str]:
-    """Give the environment of a service with a migrated database."""
+    """Return the environment of a service with a migrated database."""
     return {"DATABASE_URL": dsn}
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Give a file of ShareGPT's form."""
+    """Return a ShareGPT file."""
     path = tmp_path / "sharegpt.json"
     path.write_text(json.dumps(SHAREGPT), encoding="utf-8")
     return path
 
 
 def test_import_list_show_export(env: dict[str, str], file: Path, tmp_path: Path) -> None:
-    """What is imported is listed, shown, exported, and read back for another user as it was."""
+    """An imported file can be listed, shown, exported, and imported unchanged for another user."""
     said = chatdb_process("import", file, "--user", "alice", env=env)
     assert "imported 1 conversations, 2 messages" in said
     assert "skipped 1 conversations, 0 messages: no messages" in said
@@ -75,7 +75,7 @@ def test_import_list_show_export(env: dict[str, str], file: Path, tmp_path: Path
 
 
 def test_a_terminal_shows_texts_as_they_are(env: dict[str, str]) -> None:
-    """A title or a text that looks like markup, or would move the cursor, is shown and not obeyed."""
+    """Markup and cursor controls in a title or text are printed, not interpreted."""
     title, text = "[red]x[/red] [/y] :a:", "[bold]text[/z]\x1b[31m"
 
     async def store() -> int:
@@ -92,14 +92,14 @@ def test_a_terminal_shows_texts_as_they_are(env: dict[str, str]) -> None:
 
 
 def test_migrate(empty_dsn: str) -> None:
-    """`chatdb migrate` makes the tables, and says what it did."""
+    """`chatdb migrate` creates the tables and prints what it applied."""
     assert "0001.chatdb-create-schema" in chatdb("migrate", env={"DATABASE_URL": empty_dsn})
     assert chatdb("migrate", env={"DATABASE_URL": empty_dsn}) == "nothing to apply\n"
     assert json.loads(chatdb("migrate", "--json", env={"DATABASE_URL": empty_dsn})) == {"applied": []}
 
 
 def test_dotenv(dsn: str, tmp_path: Path) -> None:
-    """Chatdb's own settings may stand in .env of the working directory, and the environment has the last word."""
+    """The working directory's .env can set chatdb's own settings; the environment takes precedence."""
     (tmp_path / ".env").write_text(f"DATABASE_URL={dsn}\nLD_PRELOAD=/nowhere.so\nPGHOST=${{HOME}}\n")
     done = subprocess.run(
         [PROGRAM, "list", "--user", "alice", "--json"],
@@ -109,13 +109,13 @@ def test_dotenv(dsn: str, tmp_path: Path) -> None:
         text=True,
     )
     assert (done.stdout, done.returncode) == ("[]\n", 0)
-    assert done.stderr.splitlines() == [f"read {tmp_path}/.env: DATABASE_URL taken", f"database: {database_of(dsn)}"]
+    assert done.stderr.splitlines() == [f"read {tmp_path}/.env: using DATABASE_URL", f"database: {database_of(dsn)}"]
     said = chatdb("list", "--user", "alice", env={"DATABASE_URL": "nonsense"}, cwd=tmp_path, code=1)
     assert "postgresql://" in said
 
 
 def test_a_dotenv_above_is_not_read(tmp_path: Path) -> None:
-    """A file .env of a parent folder may be anybody's."""
+    """A .env in a parent folder is ignored, because it may belong to anyone."""
     (tmp_path / ".env").write_text("DATABASE_URL=nonsense\n")
     below = tmp_path / "below"
     below.mkdir()
@@ -124,7 +124,7 @@ def test_a_dotenv_above_is_not_read(tmp_path: Path) -> None:
 
 
 def test_env_file(dsn: str, tmp_path: Path) -> None:
-    """--env-file names another file, instead of .env, and it has to be there."""
+    """--env-file replaces .env, and the file must exist."""
     (tmp_path / ".env").write_text("DATABASE_URL=nonsense\n")
     (tmp_path / "prod.env").write_text(f"export DATABASE_URL='{dsn}'\n")
     arguments = ("list", "--user", "alice", "--json")
@@ -135,25 +135,25 @@ def test_env_file(dsn: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("DATABASE_URL=\n", "sets DATABASE_URL to nothing"),
-        ("A=1\nDATABASE_URL='postgresql://u:geheim@h/d\n", "cannot be read from line 2"),
+        ("DATABASE_URL=\n", "has no value for DATABASE_URL"),
+        ("A=1\nDATABASE_URL='postgresql://u:geheim@h/d\n", "has a syntax error on line 2"),
         ("DATABASE_URL=\udcff", "not UTF-8"),
     ],
 )
 def test_a_broken_dotenv(text: str, problem: str, tmp_path: Path) -> None:
-    """What cannot be read is an error, that names the file and quotes nothing."""
+    """An invalid .env is an error that quotes none of its values."""
     (tmp_path / ".env").write_text(text, errors="surrogateescape")
     said = chatdb("list", "--user", "alice", env={}, cwd=tmp_path, code=1)
     assert problem in said
     assert "geheim" not in said
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="knows no such modes")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
 @pytest.mark.parametrize("spoil", ["file", "folder", "fifo", "directory", "owner", "link"])
 def test_a_dotenv_that_another_user_can_write(spoil: str, tmp_path: Path) -> None:
-    """A file that somebody else has made, or can change or replace, is not obeyed, and no FIFO is waited for."""
+    """A .env that another user owns, or can write or replace, is refused. A FIFO is refused without waiting."""
     if spoil in {"owner", "link"} and os.geteuid() != 0:
-        pytest.skip("only root can give a file away")
+        pytest.skip("only root can change a file's owner")
     folder, path = tmp_path / "here", tmp_path / "here" / ".env"
     folder.mkdir(mode=0o700)
     if spoil == "fifo":
@@ -172,11 +172,11 @@ def test_a_dotenv_that_another_user_can_write(spoil: str, tmp_path: Path) -> Non
         (path if spoil == "file" else folder).chmod(0o777)
     said = chatdb("list", "--user", "alice", env={}, cwd=folder, code=1)
     assert str(path) in said
-    assert "not a plain file" in said or "is not obeyed" in said or "cannot be read" in said
+    assert "not a regular file" in said or "is not safe to use" in said or "cannot be read" in said
 
 
 def test_no_variable_of_libpq_reaches_the_embedded_server(tmp_path: Path) -> None:
-    """With --embedded no command goes anywhere else than to the embedded server; without it they are an error."""
+    """With --embedded, libpq's variables have no effect; without it, they are an error."""
     env = {"CHATDB_HOME": str(tmp_path / "home"), "PGHOSTADDR": "203.0.113.1", "PGSERVICE": "x", "PGTZ": "x"}
     assert "PGHOSTADDR, PGSERVICE are set" in chatdb("migrate", env=env, cwd=tmp_path, code=1)
     assert "applied" in chatdb("migrate", "--embedded", env=env, cwd=tmp_path)
@@ -184,7 +184,7 @@ def test_no_variable_of_libpq_reaches_the_embedded_server(tmp_path: Path) -> Non
 
 
 def test_embedded_by_default(tmp_path: Path, file: Path) -> None:
-    """Without DATABASE_URL the data stay in an embedded server, which is stopped after each command."""
+    """Without DATABASE_URL, a command uses the embedded server and stops it at the end."""
     env = {"CHATDB_HOME": str(tmp_path / "home")}
     chatdb("import", file, "--user", "alice", env=env, cwd=tmp_path)
     assert len(json.loads(chatdb("list", "--user", "alice", "--json", env=env, cwd=tmp_path))) == 1
@@ -193,7 +193,7 @@ def test_embedded_by_default(tmp_path: Path, file: Path) -> None:
 
 
 def test_demo(env: dict[str, str], file: Path) -> None:
-    """The demonstration does the five things and meets the target; a second one too."""
+    """The demo runs the five operations and meets the target, also the second time."""
     for _ in range(2):
         said = chatdb("demo", "--file", file, "--database", env["DATABASE_URL"], env={})
         for number in range(1, 6):
@@ -213,7 +213,7 @@ def test_demo(env: dict[str, str], file: Path) -> None:
     ],
 )
 def test_refused(env: dict[str, str], tmp_path: Path, arguments: list[str], sentence: str) -> None:
-    """What is refused is said in one sentence, with exit status 1."""
+    """A refused command prints one sentence and exits with status 1."""
     said = chatdb(*arguments, env=env, cwd=tmp_path, code=1)
     *before, last = said.splitlines()
     assert sentence in last
@@ -224,14 +224,14 @@ def test_refused(env: dict[str, str], tmp_path: Path, arguments: list[str], sent
     ("content", "sentence"),
     [
         (b"", "empty"),
-        (b"[1]", "something else than objects"),
-        (b'[{"id": "a", "conversations": [}]', "broken JSON"),
+        (b"[1]", "something other than objects"),
+        (b'[{"id": "a", "conversations": [}]', "invalid JSON"),
         (b'{"some": "thing"}', "--format"),
         (b'[{"conversations": [{"from": "human", "value": "\xff"}]}]', "not UTF-8"),
     ],
 )
 def test_broken_files(env: dict[str, str], tmp_path: Path, content: bytes, sentence: str) -> None:
-    """A file that cannot be read is refused with its place, and nothing is stored."""
+    """An invalid file is refused and nothing is stored."""
     path = tmp_path / "file.json"
     path.write_bytes(content)
     assert sentence in chatdb("import", path, "--user", "alice", env=env, code=1)
@@ -239,7 +239,7 @@ def test_broken_files(env: dict[str, str], tmp_path: Path, content: bytes, sente
 
 
 def test_import_of_tables(env: dict[str, str], empty_dsn: str) -> None:
-    """A DSN is a source as a file is; --format, --table and --session choose among what its database holds."""
+    """The source can be a DSN; --format, --table and --session select what to import from that database."""
     execute(
         empty_dsn,
         "create table messages (id serial, session_id uuid, message jsonb, created_at timestamptz default now())",
@@ -255,11 +255,11 @@ def test_import_of_tables(env: dict[str, str], empty_dsn: str) -> None:
     assert (report["conversations"], report["messages"]) == (2, 4)
     said = chatdb("import", empty_dsn.replace("postgresql:", "postgres:"), "--user", "alice", env=env)
     assert "imported 1 conversations, 2 messages" in said
-    assert "stored already: 2 conversations, 4 messages" in said
+    assert "already stored: 2 conversations, 4 messages" in said
     listed = json.loads(chatdb("list", "--user", "alice", "--json", env=env))
     assert {each["key"] for each in listed} == {first, second, third}
     said = chatdb("import", empty_dsn, "--format", "openai-agents", "--user", "alice", env=env, code=1)
-    assert "looked for were agent_sessions and agent_messages" in said
+    assert "looked for agent_sessions and agent_messages" in said
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_import_of_tables(env: dict[str, str], empty_dsn: str) -> None:
     ],
 )
 def test_a_source_that_does_not_fit(env: dict[str, str], source: str) -> None:
-    """A DSN that cannot be used is one sentence, which does not quote it."""
+    """An unusable DSN is reported in one sentence that does not quote it."""
     said = chatdb("import", source, "--user", "alice", env=env, code=1)
     assert len(said.splitlines()) == 2
     assert "secret" not in said
@@ -282,14 +282,14 @@ def test_a_source_that_does_not_fit(env: dict[str, str], source: str) -> None:
 
 @pytest.mark.parametrize("options", [["--table", "t"], ["--session", "s"], ["--format", "langchain"]])
 def test_options_of_tables_with_a_file(env: dict[str, str], file: Path, options: list[str]) -> None:
-    """What is only for tables is refused with a file, and a file's format with a DSN."""
-    assert "is for a database's tables" in chatdb("import", file, "--user", "alice", *options, env=env, code=1)
+    """Options for tables are refused with a file, and a file format with a DSN."""
+    assert "applies only to a database" in chatdb("import", file, "--user", "alice", *options, env=env, code=1)
     said = chatdb("import", env["DATABASE_URL"], "--format", "chatgpt", "--user", "alice", env=env, code=1)
     assert "must be one of auto, openai-agents, langchain" in said
 
 
 def test_a_database_without_the_tables(empty_dsn: str, file: Path) -> None:
-    """A database without the migrations, or with too old ones, is an error that says what to run."""
+    """Missing or outdated tables are an error that says what to run."""
     env = {"DATABASE_URL": empty_dsn}
     for arguments in (["list"], ["import", str(file)], ["export"]):
         assert "run yoyo apply" in chatdb(*arguments, "--user", "alice", env=env, code=1)
@@ -301,21 +301,21 @@ def test_a_database_without_the_tables(empty_dsn: str, file: Path) -> None:
 
 
 def test_a_server_that_is_not_there() -> None:
-    """An unreachable server is one sentence without the password."""
+    """An unreachable server is reported in one sentence without the password."""
     said = chatdb_process("list", "--user", "a", env={"DATABASE_URL": "postgresql://a:secret@127.0.0.1:1/x"}, code=1)
     assert "cannot be reached" in said
     assert "secret" not in said
 
 
 def test_nothing_taken(env: dict[str, str], file: Path) -> None:
-    """A file of which nothing could be taken, as with a wrong --format, is exit status 1, with the reason."""
+    """An import that skips everything, such as with a wrong --format, exits with status 1."""
     chatdb("import", file, "--user", "alice", "--format", "chatgpt", env=env, code=1)
     chatdb("import", file, "--user", "alice", env=env)
     chatdb("import", file, "--user", "alice", env=env)
 
 
 def test_export_to_what_is_no_file(env: dict[str, str], tmp_path: Path) -> None:
-    """A device is written to and stays one, a link keeps its place, and a folder is refused with nothing left in it."""
+    """Export writes to a device, writes through a symbolic link, and refuses a folder without leaving files in it."""
     link, target, folder = tmp_path / "link", tmp_path / "target", tmp_path / "folder"
     link.symlink_to(target)
     folder.mkdir()
@@ -330,7 +330,7 @@ def test_export_to_what_is_no_file(env: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_an_output_that_has_few_characters(env: dict[str, str], file: Path) -> None:
-    """Where the output's encoding lacks a character, it is escaped."""
+    """A character that the output's encoding lacks is escaped."""
     chatdb("import", file, "--user", "alice", env=env)
     made = json.loads(chatdb("list", "--user", "alice", "--json", env=env))[0]["id"]
     assert "\\U0001f44b" in chatdb_process(
@@ -339,7 +339,7 @@ def test_an_output_that_has_few_characters(env: dict[str, str], file: Path) -> N
 
 
 def test_wrong_usage(env: dict[str, str]) -> None:
-    """Wrong usage is exit status 2."""
+    """Wrong usage exits with status 2."""
     assert "--user" in chatdb_process("list", env=env, code=2)
 
 
@@ -353,7 +353,7 @@ def test_a_reader_that_has_had_enough(env: dict[str, str], file: Path) -> None:
 
 
 def test_interrupted(tmp_path: Path) -> None:
-    """An interrupted command stores nothing, stops its embedded server and ends with status 130."""
+    """An interrupted command stores nothing, stops its embedded server and exits with status 130."""
     big = tmp_path / "big.json"
     one = {"conversations": [{"from": "human", "value": "x" * 500}] * 10}
     big.write_text(json.dumps([one | {"id": str(n)} for n in range(6_000)]))
@@ -375,6 +375,6 @@ def test_interrupted(tmp_path: Path) -> None:
 
 
 def test_version_and_formats() -> None:
-    """The version is the package's, and the formats are those that there are readers for."""
+    """--version prints the package's version, and each value of --format has a reader."""
     assert chatdb("--version", env={}).startswith("chatdb 0.")
     assert [str(each) for each in Format] == ["auto", *FORMATS, *tables.FORMATS]

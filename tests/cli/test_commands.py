@@ -1,4 +1,4 @@
-"""Which database a command works on, what it asks before it deletes, and the habits of a command line."""
+"""Choice of the database, confirmation prompts, and command-line conventions."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from tests.support.command import PROGRAM, chatdb, chatdb_process, environment, 
 pytestmark = [pytest.mark.owner, pytest.mark.server_independent]
 
 NASTY = "a[/red]\x1b]0;t\x07\x7f\x9b31m\u202e\u200e\u2066b"
-"""A name that is broken markup, sets a terminal's title, and turns the direction of writing."""
+"""A name with broken markup and controls that set a terminal's title and reverse the text direction."""
 
 OBEYED = [chr(code) for code in (*range(0x20), *range(0x7F, 0xA0), 0x202E, 0x200E, 0x2066) if chr(code) not in "\n\t\r"]
-"""What must not reach a terminal; a carriage return comes from the terminal itself."""
+"""Characters that must not reach a terminal; the terminal itself adds carriage returns."""
 
 
 async def filled(dsn: str, user: str, title: str = "t", content: str = "hi") -> int:
-    """Store a conversation of one message, and return its id."""
+    """Store a conversation with one message and return its ID."""
     async with create_pool(dsn) as db:
         made = await create_conversation(db, user_id=user, title=title)
         await append_message(db, user_id=user, conversation_id=made.id, role="user", content=content)
@@ -42,7 +42,7 @@ async def filled(dsn: str, user: str, title: str = "t", content: str = "hi") -> 
 
 
 def both(*arguments: str | Path, env: dict[str, str], cwd: Path, code: int = 0) -> tuple[str, str]:
-    """Run `chatdb` as a process, and return what it says on standard output and on standard error."""
+    """Run `chatdb` as a process and return its standard output and standard error."""
     env = environment({"COLUMNS": "200"} | env)
     done = subprocess.run([PROGRAM, *arguments], env=env, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
@@ -55,10 +55,10 @@ def both(*arguments: str | Path, env: dict[str, str], cwd: Path, code: int = 0) 
     [
         ({"DATABASE_URL": ""}, "the setting DATABASE_URL is empty"),
         ({"DATABASE_URL": "  "}, "the setting DATABASE_URL is empty"),
-        ({"DATABASE_URL": "postgresql://h/d\nX=1"}, "is a quote open?"),
-        ({"DATABASE_URL": "postgresql://u:geheim@${HOST}/d"}, "does not replace"),
-        ({"CHATDB_MIGRATE_URL": "postgresql://u:geheim@h/d"}, "CHATDB_MIGRATE_URL is set, and DATABASE_URL"),
-        ({"PGHOST": "db.example"}, "PGHOST is set, and DATABASE_URL is not"),
+        ({"DATABASE_URL": "postgresql://h/d\nX=1"}, "check for an unclosed quote"),
+        ({"DATABASE_URL": "postgresql://u:geheim@${HOST}/d"}, "does not expand"),
+        ({"CHATDB_MIGRATE_URL": "postgresql://u:geheim@h/d"}, "CHATDB_MIGRATE_URL is set but DATABASE_URL"),
+        ({"PGHOST": "db.example"}, "PGHOST is set but DATABASE_URL is not"),
         ({"PGDATABASE": "chat"}, "PGDATABASE is set"),
         ({"PGHOST": "db.example", "PGDATABASE": "chat"}, "PGHOST, PGDATABASE are set"),
         ({"PGSERVICE": "chat"}, "PGSERVICE is set"),
@@ -67,7 +67,7 @@ def both(*arguments: str | Path, env: dict[str, str], cwd: Path, code: int = 0) 
     ],
 )
 def test_a_partial_setting(settings: dict[str, str], words: str, tmp_path: Path) -> None:
-    """A setting that is empty, broken or not enough is an error that names it, and starts no server."""
+    """An empty, invalid or incomplete setting is an error that names it, and starts no server."""
     env = {"CHATDB_HOME": str(tmp_path / "home")} | settings
     said = chatdb("list", "--user", "alice", env=env, cwd=tmp_path, code=1)
     assert words in said
@@ -81,7 +81,7 @@ def test_a_partial_setting(settings: dict[str, str], words: str, tmp_path: Path)
     "line", ["DATABASE_URL=", "DATABASE_URL", "DATABASE_URL='  '", "DATABASE_URL='postgresql://h/d"]
 )
 def test_a_broken_line(line: str, tmp_path: Path) -> None:
-    """A line of .env that gives no DSN is an error, and starts no server."""
+    """A line of .env without a valid value is an error, and starts no server."""
     (tmp_path / ".env").write_text(f"{line}\nOTHER=1\n")
     said = chatdb("list", "--user", "alice", env={"CHATDB_HOME": str(tmp_path / "home")}, cwd=tmp_path, code=1)
     assert "DATABASE_URL" in said or "line 1" in said
@@ -89,14 +89,14 @@ def test_a_broken_line(line: str, tmp_path: Path) -> None:
 
 
 def test_an_operators_setting(dsn: str, tmp_path: Path) -> None:
-    """An empty CHATDB_MIGRATE_URL is an error for the commands that go by it, and for no other."""
+    """An empty CHATDB_MIGRATE_URL is an error only for the commands that use it."""
     env = {"DATABASE_URL": dsn, "CHATDB_MIGRATE_URL": ""}
     assert "CHATDB_MIGRATE_URL is empty" in chatdb("migrate", env=env, cwd=tmp_path, code=1)
     chatdb("list", "--user", "alice", env=env, cwd=tmp_path)
 
 
 def test_the_options_choose(dsn: str, tmp_path: Path) -> None:
-    """--database and --embedded go before every setting, before the command or after it, and exclude each other."""
+    """--database and --embedded override all settings, before or after the command name, and exclude each other."""
     home = {"CHATDB_HOME": str(tmp_path / "home")}
     wrong = {"DATABASE_URL": "postgresql://h:1/wrong", "CHATDB_MIGRATE_URL": "postgresql://h:1/wrong"} | home
     for arguments in (["list", "--user", "alice", "--database", dsn], ["--database", dsn, "list", "--user", "alice"]):
@@ -110,7 +110,7 @@ def test_the_options_choose(dsn: str, tmp_path: Path) -> None:
     _, said = both("list", "--user", "a", "--embedded", "--database", dsn, env={}, cwd=tmp_path, code=2)
     assert "not both" in said
     _, said = both("--database", dsn, "list", "--user", "a", "--database", "x", env={}, cwd=tmp_path, code=2)
-    assert "two databases" in said
+    assert "two different databases" in said
     assert "--database is empty" in both("list", "--user", "a", "--database", "", env={}, cwd=tmp_path, code=1)[1]
 
 
@@ -127,19 +127,19 @@ def test_the_options_choose(dsn: str, tmp_path: Path) -> None:
     ],
 )
 def test_the_name_of_a_database(dsn: str, name: str) -> None:
-    """It has host, port and database, and neither user nor password."""
+    """The display name has host, port and database, but no user or password."""
     assert database_of(dsn) == name
 
 
 def test_the_demonstration_is_on_the_embedded_server(dsn: str, tmp_path: Path) -> None:
-    """DATABASE_URL alone is not taken, and that is said; what the demonstration stored can be deleted again."""
+    """The demo ignores DATABASE_URL and says so, and the printed command deletes its data."""
     file = tmp_path / "talk.json"
     file.write_text(json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "hi"}]}]))
     env = {"DATABASE_URL": dsn, "CHATDB_HOME": str(tmp_path / "home")}
     shown, said = both("demo", "--file", file, env=env, cwd=tmp_path)
-    assert "DATABASE_URL is not used" in said
+    assert "demo ignores DATABASE_URL" in said
     assert "embedded PostgreSQL" in said
-    assert shown.endswith("chatdb delete-user chatdb-demo --embedded removes what this has stored\n")
+    assert shown.endswith("To delete this data, run: chatdb delete-user chatdb-demo --embedded\n")
 
     async def stored() -> int:
         async with create_pool(dsn) as db:
@@ -151,14 +151,14 @@ def test_the_demonstration_is_on_the_embedded_server(dsn: str, tmp_path: Path) -
 
 
 def test_delete_user(dsn: str, tmp_path: Path) -> None:
-    """It counts, asks, names the database, and deletes one user's conversations; an unknown user has none."""
+    """delete-user prints the counts and the database, asks, and deletes only that user's conversations."""
     for user in ("alice", "alice", "bob"):
         asyncio.run(filled(dsn, user))
     env = {"DATABASE_URL": dsn}
     numbers = "2 conversations, 2 messages"
     assert chatdb("delete-user", "alice", "--dry-run", env=env) == f"would delete {numbers}\n"
     said = chatdb("delete-user", "alice", env=env, code=1)
-    assert f"Delete {numbers} of alice from {database_of(dsn)}? Say so with --yes" in said
+    assert f"Delete {numbers} of alice from {database_of(dsn)}? Pass --yes to confirm" in said
     assert "nothing was changed" in answered(b"n\n", "delete-user", "alice", env=env)
     assert json.loads(chatdb("delete-user", "alice", "--dry-run", "--json", env=env)) == {
         "would_delete": {"conversations": 2, "messages": 2}
@@ -170,7 +170,7 @@ def test_delete_user(dsn: str, tmp_path: Path) -> None:
 
 
 def answered(answer: bytes, *arguments: str, env: dict[str, str], code: int | None = None) -> str:
-    """Run `chatdb` with a person at the terminal who gives an answer, and return all that it says."""
+    """Run `chatdb` on a terminal, answer its question, and return all of its output."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [PROGRAM, *arguments],
@@ -195,7 +195,7 @@ def answered(answer: bytes, *arguments: str, env: dict[str, str], code: int | No
 
 
 def test_an_interrupt_at_a_question(dsn: str) -> None:
-    """Ctrl-C at a question changes nothing, and ends like every other."""
+    """Ctrl-C at a question changes nothing and exits like any interrupt."""
     asyncio.run(filled(dsn, "alice"))
     for arguments in (["delete-user", "alice"], ["rollback"]):
         said = answered(b"", *arguments, env={"DATABASE_URL": dsn}, code=130)
@@ -205,7 +205,7 @@ def test_an_interrupt_at_a_question(dsn: str) -> None:
 
 
 def test_habits(dsn: str, tmp_path: Path) -> None:
-    """-h is --help, `python -m chatdb` is `chatdb`, shells complete, and - is standard input."""
+    """-h means --help, `python -m chatdb` works, shell completion works, and - is standard input."""
     env = {"DATABASE_URL": dsn}
     for arguments in ([PROGRAM, "-h"], [PROGRAM, "list", "-h"], [sys.executable, "-m", "chatdb", "--help"]):
         done = subprocess.run(arguments, env=environment(env), cwd=tmp_path, capture_output=True, text=True)
@@ -224,7 +224,7 @@ def test_habits(dsn: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("package", ["host", "chatdb_host"])
 @pytest.mark.parametrize("option", [["-m", ""], ["-m"]], ids=["apart", "together"])
 def test_a_program_that_imports_chatdb_keeps_its_signals(tmp_path: Path, package: str, option: list[str]) -> None:
-    """`python -m` of another package, whose __init__ imports chatdb, is not ended as the program chatdb would be."""
+    """Importing chatdb in another program does not change its signal handlers."""
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").write_text("import chatdb\n")
     (tmp_path / package / "worker.py").write_text(
@@ -241,19 +241,19 @@ def test_a_program_that_imports_chatdb_keeps_its_signals(tmp_path: Path, package
 
 
 def test_an_export_of_nobody(dsn: str, tmp_path: Path) -> None:
-    """It does not replace a file that has something in it, and otherwise makes one."""
+    """An export without conversations creates the file, but does not replace a file with content."""
     asyncio.run(filled(dsn, "alice"))
     env, path = {"DATABASE_URL": dsn}, tmp_path / "out.jsonl"
     chatdb("export", "--user", "alise", "--output", path, env=env)
     chatdb("export", "--user", "alice", "--output", path, env=env)
     good = path.read_text()
-    assert "stays as it is" in chatdb("export", "--user", "alise", "--output", path, env=env, code=1)
+    assert "is unchanged" in chatdb("export", "--user", "alise", "--output", path, env=env, code=1)
     assert path.read_text() == good
     assert [*tmp_path.iterdir()] == [path]
 
 
 def test_a_user_without_a_name_and_a_home(tmp_path: Path) -> None:
-    """As in OpenShift: a sentence that says which setting to make."""
+    """Under an arbitrary user ID, as in OpenShift, the error says which setting to add."""
     alone = ["unshare", "--user", "--map-user=54321"]
     if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
         pytest.skip("namespaces are forbidden")
@@ -266,10 +266,10 @@ def test_a_user_without_a_name_and_a_home(tmp_path: Path) -> None:
 
 
 def test_names_on_a_terminal(dsn: str, tmp_path: Path) -> None:
-    """Titles, texts, files, members of archives and roles neither break a command nor reach a terminal as controls."""
+    """Controls in titles, texts, file names, archive members and roles break no command and reach no terminal."""
     made = asyncio.run(filled(dsn, "alice", title=NASTY.replace("\x07", ""), content=NASTY))
     env = {"DATABASE_URL": dsn}
-    file = tmp_path / f"{NASTY}.json"  # the name of a folder and that of a file
+    file = tmp_path / f"{NASTY}.json"  # NASTY has a slash: a folder and a file
     file.parent.mkdir()
     file.write_text(json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "hi"}]}]))
     archive = tmp_path / "talk.zip"
@@ -298,24 +298,24 @@ def test_names_on_a_terminal(dsn: str, tmp_path: Path) -> None:
         styles = ("\x1b[1m", "\x1b[2m", "\x1b[0m")
         for sequence in [*styles, *(f"\x1b[{style}m" for style in ("1;36", "31", "32", "36", "1;31", "1;32", "33"))]:
             text = text.replace(sequence, "")
-        for moved in ("\x1b[?25l", "\x1b[?25h", "\x1b[2K", "\x1b[1A", "\r"):  # a progress bar's own
+        for moved in ("\x1b[?25l", "\x1b[?25h", "\x1b[2K", "\x1b[1A", "\r"):  # from a progress bar
             text = text.replace(moved, "")
         assert "Traceback" not in text, (name, text)
         found = [character for character in OBEYED if character in text]
         assert found in ([], ["\x1b"]), (name, text)
         assert "\x1b]" not in text, name
     line = next(line for line in shown["list --user"].splitlines() if line.startswith("["))
-    assert json.loads(line)[0]["title"] == NASTY.replace("\x07", ""), "what is escaped is the same JSON"
+    assert json.loads(line)[0]["title"] == NASTY.replace("\x07", ""), "the escaped JSON has the same value"
 
 
 def interrupted(command: list[str | Path], moment: float, env: dict[str, str], cwd: Path) -> tuple[int, str, str]:
-    """Start a command, interrupt it after so many seconds, and return its status and what it says."""
+    """Start a command, interrupt it after `moment` seconds, and return its status and output."""
     process = subprocess.Popen(
         command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     with suppress(subprocess.TimeoutExpired):
         process.wait(moment)
-    process.send_signal(signal.SIGINT)  # does nothing where it has ended
+    process.send_signal(signal.SIGINT)  # does nothing if it has ended
     shown, said = process.communicate(timeout=60)
     return process.returncode, shown, said
 
@@ -327,7 +327,7 @@ WAYS = pytest.mark.parametrize(
 
 @WAYS
 def test_an_early_interrupt(way: str, dsn: str, tmp_path: Path) -> None:
-    """Ctrl-C in the first second, imports included, is status 130 and one line, or the command was done."""
+    """Ctrl-C in the first second, imports included, exits with status 130 and one line, unless the command is done."""
     interrupt_at([step * 0.12 for step in range(1, 9)], way, dsn, tmp_path)
 
 
@@ -335,13 +335,13 @@ def test_an_early_interrupt(way: str, dsn: str, tmp_path: Path) -> None:
 @pytest.mark.timeout(3_600)
 @WAYS
 def test_each_early_interrupt(request: pytest.FixtureRequest, way: str, dsn: str, tmp_path: Path) -> None:
-    """The same at each 20 ms of the first three seconds."""
+    """The same every 20 ms of the first three seconds."""
     every = sized(request, 1, 10)
     interrupt_at([step * 0.02 for step in range(0, 151, every)], way, dsn, tmp_path)
 
 
 def interrupt_at(moments: list[float], way: str, dsn: str, tmp_path: Path) -> None:
-    """Interrupt a command at each of the moments, and say how it ended."""
+    """Interrupt a command at each moment and check how it ends."""
     file = tmp_path / "talk.json"
     file.write_text(json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "hi"}] * 100}]))
     program = [sys.executable, "-m", "chatdb"] if "python" in way else [PROGRAM]
@@ -364,7 +364,7 @@ def interrupt_at(moments: list[float], way: str, dsn: str, tmp_path: Path) -> No
             and status in {-signal.SIGINT, 1}
             and not re.search(r"_chatdb_entry|/chatdb/\w+\.py", said)
         ):
-            outcomes["before the program began"] += 1  # Python starts, and reads what pip made of the entry point
+            outcomes["before the program began"] += 1  # Python is starting or reading pip's entry point script
         else:
             pytest.fail(f"{way} at {moment:.3f} s: {status} {said}")
     figure(f"{way}: {len(moments)} interrupts: {dict(outcomes)}; Python's start {startup:.3f} s")

