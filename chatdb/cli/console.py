@@ -94,7 +94,7 @@ def ask(question: str) -> bool:
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Return if the user confirms, with --yes or on a terminal; otherwise exit with status 1."""
+    """Exit with status 1 unless the user confirms, with --yes or on a terminal."""
     if yes:
         return
     if not sys.stdin.isatty():

@@ -154,7 +154,7 @@ def say_target(name: str) -> None:
 
 
 def drop_libpq_variables() -> None:
-    """Remove libpq's variables, which would redirect the drivers from the embedded server to another one."""
+    """Remove libpq's variables, which would lead the drivers to another server than the embedded one."""
     for name in [name for name in os.environ if name.startswith("PG")]:
         del os.environ[name]
 
@@ -241,7 +241,7 @@ def _refuse_foreign(path: Path, status: os.stat_result) -> None:
 
 
 def _is_own_group(gid: int) -> bool:
-    """Return whether this is the user's private group, which many systems create, without other members."""
+    """Return whether this is the user's private group, without other members."""
     try:
         group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
     except KeyError:

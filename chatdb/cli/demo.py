@@ -101,7 +101,7 @@ async def _time_history(pool: Pool) -> bool:
 
 
 async def _interleaved(pool: Pool) -> list[int]:
-    """Return conversations whose messages were appended alternately, as in real traffic, so rows are interleaved."""
+    """Return conversations whose rows are interleaved, as in real traffic."""
     texts: list[str] = []
     for conversation in await chatdb.list_conversations(pool, user_id=USER, limit=CONVERSATIONS):
         history = await chatdb.get_history(pool, user_id=USER, conversation_id=conversation.id)

@@ -71,7 +71,7 @@ def raise_interrupts() -> None:
 
 
 def is_of_an_interrupt(error: BaseException) -> bool:
-    """Return whether an error is from the cleanup after an interrupt, such as a failed rollback."""
+    """Return whether an error arose in the cleanup after an interrupt."""
     context = error.__context__
     return context is not None and (isinstance(context, KeyboardInterrupt) or is_of_an_interrupt(context))
 

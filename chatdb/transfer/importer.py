@@ -60,11 +60,11 @@ class ImportReport:
     changed: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
 
     def skip(self, reason: str, *, conversations: int = 0, messages: int = 0) -> None:
-        """Count what is left out, by reason."""
+        """Count skipped items by reason."""
         _count(self.skipped, reason, conversations, messages)
 
     def change(self, reason: str, *, conversations: int = 0, messages: int = 0) -> None:
-        """Count what is imported with a change, by reason."""
+        """Count changed items by reason."""
         _count(self.changed, reason, conversations, messages)
 
     @property
@@ -111,7 +111,7 @@ class _Target:
     occurrence: int
     matched: bool = False
     id: int | None = None
-    """ID of the conversation that gets the messages; None if not known yet, or if none does."""
+    """ID of the conversation for its messages; None if unknown or refused."""
     stored: StoredConversation | None = None
     """The conversation as the user already has it."""
     compared: bool = False
@@ -214,7 +214,7 @@ def _drop_future_times(batch: _Batch, latest: datetime, report: ImportReport) ->
 
 
 async def _started_at(connection: Connection) -> tuple[datetime, bool]:
-    """Return the transaction's time, used where the file has none, and whether row-level security is active."""
+    """Return the time of the import, and whether row-level security is active."""
     with mapped_driver_errors():
         row = await connection.fetchrow(
             "select pg_catalog.now() as started_at, '[]'::json as sent, "
@@ -260,7 +260,6 @@ async def _store(
 async def _find_or_create(
     connection: Connection, user: str, targets: list[_Target], started_at: datetime, report: ImportReport
 ) -> None:
-    """Find the stored conversations and create the others."""
     sources = [target.source for target in targets]
     matches = await _import_conversations_find.fetch_all(
         connection,
@@ -306,7 +305,7 @@ def _new_messages(
     grown: list[_LastSeq],
     report: ImportReport,
 ) -> list[SourceMessage]:
-    """Return the messages after the stored ones, if the last stored one matches the file's message at its seq."""
+    """Return the messages after the stored ones, if the last stored one matches the file's."""
     new: list[SourceMessage] = []
     for message in messages:
         if target.refused is None and not target.compared and message.seq >= (stored.final_seq or 0):

@@ -133,7 +133,7 @@ class _Row(NamedTuple):
 
 
 class _Tables(NamedTuple):
-    """The statements that read a framework's tables, and the conversion of its messages."""
+    """Statements and message converter for a framework's tables."""
 
     rows: sql.Composed
     texts: sql.Composed
@@ -177,7 +177,7 @@ def read(
 
 
 def _mark_unreadable_times(source: psycopg.Connection) -> None:
-    """Load a time that Python cannot represent, such as infinity, as a marker, so that the error can name its row."""
+    """Load a time that Python cannot represent as a marker, so that the error can name its row."""
     from psycopg import DataError
     from psycopg.types.datetime import TimestampLoader
 
@@ -218,7 +218,7 @@ def _quoted(name: str) -> str:
 
 
 def _choose_tables(source: psycopg.Connection, chosen: str, openai: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Return schema and name of the langchain table, or of both openai-agents tables."""
+    """Return the schema and name of each table to read."""
     candidates: dict[str, list[tuple[str, ...]]] = {}
     if chosen != "langchain" and len(openai) == len(_OPENAI_TABLES):
         candidates["agent_messages"] = openai
@@ -279,7 +279,6 @@ def _check_times(row: _Row) -> None:
 
 
 def _size(row: _Row) -> int:
-    """Return the bytes of text to fetch for a row."""
     return row.size if row.size is not None and row.size <= MAX_PAYLOAD else 0
 
 

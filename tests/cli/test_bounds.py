@@ -1,4 +1,4 @@
-"""Every command ends in time, with one sentence, if the server never answers or stops answering."""
+"""Every command ends in time, with one sentence, on a silent server."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LIMIT = 45.0
 
 @contextmanager
 def full_queue() -> Iterator[str]:
-    """Yield the DSN of a listener with a full queue: connection attempts get no answer, as if packets were dropped."""
+    """Yield the DSN of a listener that never answers, as if packets were dropped."""
     with closing(socket.socket()) as listener, ExitStack() as waiting:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -65,7 +65,7 @@ def full_queue() -> Iterator[str]:
 
 
 def ended(arguments: list[str], dsn: str, file: Path) -> tuple[float, subprocess.CompletedProcess[str]]:
-    """Run a command on a server and return its duration and result. Fails if it hangs."""
+    """Run a command and return its duration and result."""
     filled = [{"DSN": dsn, "FILE": str(file)}.get(each, each) for each in arguments]
     start = time.monotonic()
     done = subprocess.run(
@@ -93,7 +93,7 @@ def file(tmp_path: Path) -> Path:
     ["at once", 900, *(pytest.param(each, marks=pytest.mark.chaos) for each in ("black hole", 350, 500, 2_000))],
 )
 def test_no_command_hangs(dsn: str, file: Path, silent: str | int) -> None:
-    """Each command ends with status 1 and one sentence that names the server, wherever the server goes silent."""
+    """Each command exits with status 1 and one sentence that names the silent server."""
     with ExitStack() as stack:
         if silent == "black hole":
             place = stack.enter_context(full_queue())
@@ -123,7 +123,7 @@ def test_no_command_hangs(dsn: str, file: Path, silent: str | int) -> None:
 
 
 def test_each_cause_has_its_words(dsn: str, file: Path) -> None:
-    """Every driver's error distinguishes a wrong password, a missing database, a closed port and an unknown host."""
+    """Wrong password, missing database, closed port and unknown host have distinct errors, for all drivers."""
     parts = urlsplit(dsn)
     missing = parts._replace(path="/chatdb_no_such_database").geturl()
     stranger = parts._replace(netloc=f"chatdb_no_such_role:geheim@{parts.netloc.rpartition('@')[2]}").geturl()
@@ -143,7 +143,7 @@ def test_each_cause_has_its_words(dsn: str, file: Path) -> None:
 
 
 def test_work_is_not_cut(dsn: str) -> None:
-    """A statement may outlast the allowed silence as long as the server answers a second connection."""
+    """A statement may outlast the allowed silence while the server answers a second connection."""
     with connected(dsn) as connection:
         vars(connection)["silent_seconds"] = 0.3
         assert connection.execute("select pg_sleep(2), 1").fetchone() == ("", 1)
@@ -161,7 +161,7 @@ def test_a_look_has_limits(dsn: str) -> None:
     ["migrate", "rollback", "check", "protect", "adopt", "link-users --table users", "import postgresql:// --user a"],
 )
 def test_without_the_drivers(command: str, dsn: str, tmp_path: Path) -> None:
-    """Without the extra `migrate`, each command that needs it says what to install."""
+    """Without the extra `migrate`, the commands that need it say what to install."""
     script = "import sys; sys.modules['psycopg'] = None; from chatdb.cli.app import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", script, *command.split()],

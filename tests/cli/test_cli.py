@@ -1,4 +1,4 @@
-"""Behavior and output of the commands, in a process of their own for terminals, signals, pipes and encodings."""
+"""Behavior and output of the commands."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_import_list_show_export(env: dict[str, str], file: Path, tmp_path: Path) -> None:
-    """An imported file can be listed, shown, exported, and imported unchanged for another user."""
+    """An imported file is listed, shown, exported, and imported again unchanged."""
     said = chatdb_process("import", file, "--user", "alice", env=env)
     assert "imported 1 conversations, 2 messages" in said
     assert "skipped 1 conversations, 0 messages: no messages" in said
@@ -151,7 +151,7 @@ def test_a_broken_dotenv(text: str, problem: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
 @pytest.mark.parametrize("spoil", ["file", "folder", "fifo", "directory", "owner", "link"])
 def test_a_dotenv_that_another_user_can_write(spoil: str, tmp_path: Path) -> None:
-    """A .env that another user owns, or can write or replace, is refused. A FIFO is refused without waiting."""
+    """A .env that another user owns, can write or can replace is refused; so is a FIFO."""
     if spoil in {"owner", "link"} and os.geteuid() != 0:
         pytest.skip("only root can change a file's owner")
     folder, path = tmp_path / "here", tmp_path / "here" / ".env"
@@ -239,7 +239,7 @@ def test_broken_files(env: dict[str, str], tmp_path: Path, content: bytes, sente
 
 
 def test_import_of_tables(env: dict[str, str], empty_dsn: str) -> None:
-    """The source can be a DSN; --format, --table and --session select what to import from that database."""
+    """The source can be a DSN; --format, --table and --session select what to import."""
     execute(
         empty_dsn,
         "create table messages (id serial, session_id uuid, message jsonb, created_at timestamptz default now())",
@@ -308,14 +308,14 @@ def test_a_server_that_is_not_there() -> None:
 
 
 def test_nothing_taken(env: dict[str, str], file: Path) -> None:
-    """An import that skips everything, such as with a wrong --format, exits with status 1."""
+    """An import that skips everything exits with status 1."""
     chatdb("import", file, "--user", "alice", "--format", "chatgpt", env=env, code=1)
     chatdb("import", file, "--user", "alice", env=env)
     chatdb("import", file, "--user", "alice", env=env)
 
 
 def test_export_to_what_is_no_file(env: dict[str, str], tmp_path: Path) -> None:
-    """Export writes to a device, writes through a symbolic link, and refuses a folder without leaving files in it."""
+    """Export writes to a device and through a symbolic link; it refuses a folder and leaves no files in it."""
     link, target, folder = tmp_path / "link", tmp_path / "target", tmp_path / "folder"
     link.symlink_to(target)
     folder.mkdir()
@@ -375,6 +375,6 @@ def test_interrupted(tmp_path: Path) -> None:
 
 
 def test_version_and_formats() -> None:
-    """--version prints the package's version, and each value of --format has a reader."""
+    """--version prints the version; each --format has a reader."""
     assert chatdb("--version", env={}).startswith("chatdb 0.")
     assert [str(each) for each in Format] == ["auto", *FORMATS, *tables.FORMATS]

@@ -67,7 +67,7 @@ def both(*arguments: str | Path, env: dict[str, str], cwd: Path, code: int = 0) 
     ],
 )
 def test_a_partial_setting(settings: dict[str, str], words: str, tmp_path: Path) -> None:
-    """An empty, invalid or incomplete setting is an error that names it, and starts no server."""
+    """An empty, invalid or incomplete setting is an error and starts no server."""
     env = {"CHATDB_HOME": str(tmp_path / "home")} | settings
     said = chatdb("list", "--user", "alice", env=env, cwd=tmp_path, code=1)
     assert words in said
@@ -81,7 +81,7 @@ def test_a_partial_setting(settings: dict[str, str], words: str, tmp_path: Path)
     "line", ["DATABASE_URL=", "DATABASE_URL", "DATABASE_URL='  '", "DATABASE_URL='postgresql://h/d"]
 )
 def test_a_broken_line(line: str, tmp_path: Path) -> None:
-    """A line of .env without a valid value is an error, and starts no server."""
+    """An invalid line in .env is an error and starts no server."""
     (tmp_path / ".env").write_text(f"{line}\nOTHER=1\n")
     said = chatdb("list", "--user", "alice", env={"CHATDB_HOME": str(tmp_path / "home")}, cwd=tmp_path, code=1)
     assert "DATABASE_URL" in said or "line 1" in said
@@ -96,7 +96,7 @@ def test_an_operators_setting(dsn: str, tmp_path: Path) -> None:
 
 
 def test_the_options_choose(dsn: str, tmp_path: Path) -> None:
-    """--database and --embedded override all settings, before or after the command name, and exclude each other."""
+    """--database and --embedded override all settings and exclude each other."""
     home = {"CHATDB_HOME": str(tmp_path / "home")}
     wrong = {"DATABASE_URL": "postgresql://h:1/wrong", "CHATDB_MIGRATE_URL": "postgresql://h:1/wrong"} | home
     for arguments in (["list", "--user", "alice", "--database", dsn], ["--database", dsn, "list", "--user", "alice"]):
@@ -132,7 +132,7 @@ def test_the_name_of_a_database(dsn: str, name: str) -> None:
 
 
 def test_the_demonstration_is_on_the_embedded_server(dsn: str, tmp_path: Path) -> None:
-    """The demo ignores DATABASE_URL and says so, and the printed command deletes its data."""
+    """The demo ignores DATABASE_URL and says so; the printed command deletes its data."""
     file = tmp_path / "talk.json"
     file.write_text(json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "hi"}]}]))
     env = {"DATABASE_URL": dsn, "CHATDB_HOME": str(tmp_path / "home")}
@@ -241,7 +241,7 @@ def test_a_program_that_imports_chatdb_keeps_its_signals(tmp_path: Path, package
 
 
 def test_an_export_of_nobody(dsn: str, tmp_path: Path) -> None:
-    """An export without conversations creates the file, but does not replace a file with content."""
+    """An empty export creates a file, but never replaces one with content."""
     asyncio.run(filled(dsn, "alice"))
     env, path = {"DATABASE_URL": dsn}, tmp_path / "out.jsonl"
     chatdb("export", "--user", "alise", "--output", path, env=env)
@@ -266,7 +266,7 @@ def test_a_user_without_a_name_and_a_home(tmp_path: Path) -> None:
 
 
 def test_names_on_a_terminal(dsn: str, tmp_path: Path) -> None:
-    """Controls in titles, texts, file names, archive members and roles break no command and reach no terminal."""
+    """Controls in titles, texts and names break no command and reach no terminal."""
     made = asyncio.run(filled(dsn, "alice", title=NASTY.replace("\x07", ""), content=NASTY))
     env = {"DATABASE_URL": dsn}
     file = tmp_path / f"{NASTY}.json"  # NASTY has a slash: a folder and a file
@@ -327,7 +327,7 @@ WAYS = pytest.mark.parametrize(
 
 @WAYS
 def test_an_early_interrupt(way: str, dsn: str, tmp_path: Path) -> None:
-    """Ctrl-C in the first second, imports included, exits with status 130 and one line, unless the command is done."""
+    """Ctrl-C in the first second, imports included, exits with status 130 and prints one line."""
     interrupt_at([step * 0.12 for step in range(1, 9)], way, dsn, tmp_path)
 
 

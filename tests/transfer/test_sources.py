@@ -93,7 +93,7 @@ def real_file():
 
 @pytest.mark.chaos
 def test_all_complete_conversations_of_the_real_file_arrive_unchanged(real_file):
-    """The reader yields what json.loads returns for the repaired file, in order, and reports what is missing."""
+    """The reader yields what json.loads returns for the repaired file, and reports what is missing."""
     text = real_file.read_text(encoding="utf-8")
     whole = json.loads(text[: text.rindex("\n  },")] + "\n  }\n]")
     roles = {"human": "user", "user": "user", "system": "system"}
@@ -149,7 +149,7 @@ TWO = [said("a", "ä\n"), said("🙂", "\\", id="y")]
 )
 @pytest.mark.parametrize("step", [1, 2, 3, 7, 2**20])
 def test_objects_are_read_from_every_layout_at_every_chunk_border(data, step):
-    """An array, lines, or consecutive objects yield the same items, however few bytes each read returns."""
+    """An array, lines and consecutive objects yield the same items, whatever the read size."""
     assert read(data, step=step) == read([TWO[0]]) + read([TWO[1]])
     assert [message.content for message in messages(read(data, step=step))] == ["a", "ä\n", "🙂", "\\"]
 
@@ -196,7 +196,7 @@ GOOD = json.dumps(said("kept"))
 )
 @pytest.mark.parametrize("step", [1, 2**20])
 def test_broken_json_is_refused_by_its_position(rest, step):
-    """The items before the fault arrive. The error has the position of the fault (^) and quotes no text."""
+    """The items before the fault arrive; the error has its position (^) and quotes no text."""
     marked = "[" + GOOD + rest.replace("%s", SECRET)
     items, error = refusal(marked.replace("^", "").encode(), step=step)
     assert [message.content for message in messages(items)] == ["kept"]
@@ -236,7 +236,7 @@ def test_json_beyond_what_python_reads_is_refused(value, problem):
 )
 @pytest.mark.parametrize("step", [1, 2**20])
 def test_what_is_not_utf8_is_refused_by_its_byte(data, position, step):
-    """The error has the position of the first invalid byte, including a BOM."""
+    """The position of the first invalid byte counts the BOM."""
     assert str(refusal(data, step=step)[1]) == f"file: is not UTF-8 at byte {position}"
 
 
@@ -263,7 +263,7 @@ def test_a_cut_off_object_is_too_large_only_above_the_limit(monkeypatch, step):
 
 
 def test_positions_are_right_behind_large_objects():
-    """Positions include objects of several megabytes, also if the fault is in the chunk with their end."""
+    """Positions are exact after objects of several megabytes."""
     large = json.dumps(said("a" * 3_000_000))
     for text in (f"[{large},\n{large}, ^5]", f"[{large}, {large}] ^{large}"):
         items, error = refusal(text.replace("^", "").encode())
@@ -299,7 +299,7 @@ def test_the_file_is_read_as_the_items_are_taken():
 
 
 def test_a_conversation_is_followed_by_its_messages():
-    """The stream is flat: a conversation with its number of messages, then the messages from seq 1."""
+    """The stream is flat: a conversation, then its messages from seq 1."""
     head, first, second = read([said("a", "")])
     assert head == SourceConversation(head.key, None, None, 2, None, None)
     assert first == SourceMessage(1, "user", "a", None, None, None, None, None)
@@ -418,7 +418,7 @@ def test_keys_are_the_same_in_every_release():
 
 
 def test_strange_ids_make_keys_that_can_be_stored():
-    """An ID that is too long, not a string, or has NUL or a lone surrogate still makes a distinct key."""
+    """An ID that cannot be stored still makes a distinct key."""
     strange = ["a" * 300, "a" * 301, "\0", "\ud800", "a\0b", 7, 7.5, [1], {"a": 1}, True, "", None, "ä" * 200]
     keys = [key_of(said("ab", id=one)) for one in strange]
     assert [validate.check_key("key", key) for key in keys] == keys
@@ -432,7 +432,7 @@ def test_strange_ids_make_keys_that_can_be_stored():
     [("a\0b\0", "a\ufffdb\ufffd"), ("\ud800", "\ufffd"), ("\ude42\ud83d", "\ufffd\ufffd"), ("ä\udfff🙂", "ä\ufffd🙂")],
 )
 def test_what_postgresql_cannot_hold_is_replaced_and_kept(text, content):
-    """NUL and lone surrogates become U+FFFD. The payload keeps the original, and a Changed counts the messages."""
+    """NUL and lone surrogates become U+FFFD; the payload keeps the original."""
     _, message, other, changed = read([said(text, "ok")])
     assert message.content == content
     assert json.loads(message.payload) == {"content": text}
@@ -561,7 +561,7 @@ def chatgpt(*chain, **fields):
 
 
 def branched():
-    """Return a conversation with two answers to one question, of which the first one was continued."""
+    """Return a conversation with two answers to one question, the first one continued."""
     conversation = chatgpt(
         turn("system", "", weight=0.0, metadata={"is_visually_hidden_from_conversation": True}),
         turn("user", "Why?", create_time=1681234568.25),
@@ -587,7 +587,7 @@ def moment(seconds, microseconds=0):
 
 
 def test_the_current_branch_of_a_tree_arrives():
-    """The reader yields the branch of the current node, with times, model, title and key, and counts the rest."""
+    """The current branch arrives with times, model, title and keys; the rest is counted."""
     items = read([branched()], "chatgpt")
     assert items == [
         SourceConversation("chatgpt:c-1", "A title", None, 4, moment(7, 123456), moment(40, 500000)),
@@ -737,7 +737,7 @@ ABSURD = [None, 0, -5.0, 1e300, 1681234567123, float("nan"), float("inf"), "1681
 
 @pytest.mark.parametrize("absurd", ABSURD)
 def test_a_missing_or_absurd_time_is_that_of_the_message_before(absurd):
-    """A message without a valid time gets the time of the message before it; the first gets the conversation's."""
+    """A message without a valid time gets the previous message's, or the conversation's."""
     chain = [turn("user", "a", create_time=absurd), turn("user", "b", create_time=1681234568), turn("user", "c")]
     chain[2]["create_time"] = absurd
     items = read([chatgpt(*chain, update_time=absurd)], "chatgpt")
@@ -1043,7 +1043,7 @@ BAD_HEAD = {
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field in BAD for value in (..., *BAD[field])])
 def test_a_wrong_field_of_a_message_is_refused(field, value):
-    """A missing or wrong field is an error that names the line and the field; the items before it arrive."""
+    """A missing or wrong field is an error with the line and the field; the items before it arrive."""
     items, error = refusal(file_of(a_head(), a_line(**{field: value}), end=END), "chatdb")
     assert len(items) == 1
     assert error.parameter == f"line 3, {field}"
@@ -1055,7 +1055,7 @@ def test_a_wrong_field_of_a_message_is_refused(field, value):
     ("field", "value"), [(field, value) for field in BAD_HEAD for value in (..., *BAD_HEAD[field])]
 )
 def test_a_wrong_field_of_a_conversation_is_refused(field, value):
-    """A missing or wrong field is an error that names the line and the field."""
+    """A missing or wrong field is an error with the line and the field."""
     items, error = refusal(file_of(a_head(**{field: value}), end=END), "chatdb")
     assert items == []
     assert error.parameter == f"line 2, {field}"
@@ -1341,7 +1341,7 @@ def unopened(path: Path) -> str:
 
 
 def declared(path: Path, sizes: dict[str, int], bytes_of: str | None = None) -> Path:
-    """Rewrite an archive's directory with other declared sizes, and optionally all members in the bytes of one."""
+    """Rewrite an archive's directory with other declared sizes and overlapping members."""
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("touched", "")  # makes zipfile write the directory
         for member in archive.infolist():
@@ -1354,7 +1354,7 @@ def declared(path: Path, sizes: dict[str, int], bytes_of: str | None = None) -> 
 
 
 def test_an_archive_whose_files_expand_too_far_together(archive: Any) -> None:
-    """Members that together expand too far, or share the same bytes, are refused before any is read."""
+    """Members that together expand too far, or overlap, are refused before any is read."""
     text = "[" + " " * 15 * 1024 * 1024 + "]"
     names = [f"conversations-{number}.json" for number in range(10)]
     together = r"zip archive that expands to 157,286,\d+ bytes of conversations, over 100 times its size"
@@ -1383,7 +1383,7 @@ def test_the_most_that_an_archive_may_expand_to(archive: Any, monkeypatch: pytes
 
 
 def test_an_archive_in_an_archive(archive: Any) -> None:
-    """An archive inside another is not unpacked: the error says so, or reports its bytes as invalid JSON."""
+    """An archive inside another is not unpacked, and the error says so."""
     inner = archive({"conversations.json": json.dumps([chatgpt(turn("user", "a"))])}).read_bytes()
     assert "chatdb does not read archives inside it: unpack them first" in unopened(archive({"export.ZIP": inner}))
     with (
@@ -1398,7 +1398,7 @@ def test_an_archive_in_an_archive(archive: Any) -> None:
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_an_archive_of_another_method(tmp_path: Path, method: int) -> None:
-    """Compression methods that no export uses are refused, because damage in them raises many kinds of errors."""
+    """Compression methods that no export uses are refused: their damage raises many kinds of errors."""
     path = tmp_path / "export.zip"
     with zipfile.ZipFile(path, "w", method) as made:
         made.writestr("conversations.json", "[]")

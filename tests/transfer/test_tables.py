@@ -1,4 +1,4 @@
-"""Import of other frameworks' tables, written by the frameworks themselves: complete, in order and only once."""
+"""Import of tables that the other frameworks wrote: complete, in order and only once."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ ROLES = ["system", "user", "assistant", "tool", "assistant", "user", "tool", "as
 
 
 def frameworks() -> Any:
-    """Import the frameworks only in tests, because that takes seconds and pytest inspects a module's globals."""
+    """Import the frameworks lazily: it takes seconds, and pytest inspects a module's globals."""
     return importlib.import_module("tests.support.frameworks")
 
 
@@ -127,7 +127,7 @@ async def everything(db: Pool, user: str = "alice") -> list[Any]:
 
 @pytest.mark.parametrize("ascii_only", [True, False])
 async def test_openai_agents(db: Pool, empty_dsn: str, ascii_only: bool) -> None:
-    """A session arrives in order, with roles, texts, times, and byte-identical items that can restore it."""
+    """A session arrives in order, with roles, texts and times; its items can restore it."""
     before = datetime.now(UTC)
     await run_agent(empty_dsn, items=RUN[:4], ensure_ascii=ascii_only)
     await run_agent(empty_dsn, items=RUN[4:], ensure_ascii=ascii_only)
@@ -148,7 +148,7 @@ async def test_openai_agents(db: Pool, empty_dsn: str, ascii_only: bool) -> None
 
 
 async def test_langchain(db: Pool, empty_dsn: str) -> None:
-    """A history arrives in order, with roles, LangChain's texts, and the items that can restore it."""
+    """A history arrives in order, with roles and LangChain's texts; its items can restore it."""
     before = datetime.now(UTC)
     frameworks().chat(empty_dsn)
     report = await import_all(db, empty_dsn)
@@ -212,7 +212,7 @@ def test_every_type_of_item_is_known() -> None:
     ],
 )
 def test_readable_text(item: dict[str, Any], text: str) -> None:
-    """The content is an item's readable text; arguments, pictures and the like are only in the payload."""
+    """The content is an item's readable text; the rest is only in the payload."""
     assert openai.parse_message(item)[1] == text
 
 
@@ -337,7 +337,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("item", "reason"), HOSTILE, ids=range(len(HOSTILE)))
 async def test_what_cannot_be_taken(db: Pool, empty_dsn: str, item: str, reason: str) -> None:
-    """An item that cannot be imported leaves a gap in seq and is reported; the others are imported, also later ones."""
+    """An item that cannot be imported leaves a gap in seq and is reported; later items still arrive."""
     await run_agent(empty_dsn, items=RUN[:1])
     put(empty_dsn, "s1", item)
     report = await import_all(db, empty_dsn)
@@ -377,7 +377,7 @@ async def test_a_session_of_which_nothing_can_be_taken(db: Pool, empty_dsn: str)
 
 
 async def test_what_postgresql_cannot_hold(db: Pool, empty_dsn: str) -> None:
-    """A NUL or a lone surrogate, which openai-agents stores escaped, is replaced in the content and counted."""
+    """NUL and lone surrogates are replaced in the content and counted."""
     items = [{"role": "user", "content": "nul \0 here"}, {"role": "user", "content": "half \ud83d pair"}]
     items.append({"type": "function_call", "name": "\0", "call_id": "c", "arguments": "{}"})
     await run_agent(empty_dsn, items=items)
@@ -434,7 +434,7 @@ def test_a_table_of_any_name(empty_dsn: str, name: str) -> None:
 
 
 def test_a_table_in_another_schema(empty_dsn: str) -> None:
-    """A table outside the search_path is found, and can be named with its schema, which may contain a dot."""
+    """A table outside the search_path is found, and can be named with its schema."""
     frameworks().chat(empty_dsn)
     execute(empty_dsn, 'create schema "a.b ""c"', 'alter table chat_history set schema "a.b ""c"')
     count = len(frameworks().CHAT)
@@ -465,7 +465,7 @@ def test_a_table_that_is_none(empty_dsn: str, name: str) -> None:
 
 
 async def test_no_planted_operator_is_called(empty_dsn: str) -> None:
-    """An operator in `public` that fits the frameworks' columns better than the built-in one is never called."""
+    """An operator in `public` that fits the columns better than the built-in one is never called."""
     await run_agent(empty_dsn)
     frameworks().chat(empty_dsn, SESSION)
     kinds = ("varchar", "information_schema.sql_identifier", "information_schema.character_data")
@@ -486,7 +486,7 @@ async def test_no_planted_operator_is_called(empty_dsn: str) -> None:
 
 
 async def test_which_tables(empty_dsn: str) -> None:
-    """If no table or several match, the error lists what was looked for or found; an option chooses one."""
+    """If no table or several match, the error lists them; an option chooses one."""
     for chosen in ("auto", *tables.FORMATS):
         with pytest.raises(chatdb.InvalidInputError, match=r"looked for agent_sessions and agent_messages .*uuid"):
             read(empty_dsn, chosen)
@@ -533,7 +533,7 @@ TIMES = ["infinity", "-infinity", "0044-03-15 BC", "20000-01-01"]
 
 @pytest.mark.parametrize("time", TIMES)
 async def test_a_time_that_python_has_not(db: Pool, empty_dsn: str, time: str) -> None:
-    """A time that is infinite or outside Python's range is an error that names its row; nothing is stored."""
+    """A time that Python cannot represent is an error that names its row; nothing is stored."""
     await run_agent(empty_dsn)
     await run_agent(empty_dsn, "s2")
     with psycopg.connect(empty_dsn) as connection:
@@ -614,7 +614,7 @@ def test_a_dsn_that_does_not_fit(dsn: str, error: type[Exception], sentence: str
 
 
 async def test_one_moment_is_read(empty_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The import reads a snapshot: rows written, changed or deleted during the import are not seen."""
+    """The import reads a snapshot and does not see changes during the import."""
     monkeypatch.setattr(tables, "_PAGE", 1)
     for number in range(3):
         await run_agent(empty_dsn, f"s{number}", RUN)
@@ -648,7 +648,7 @@ async def test_a_server_that_goes_away(db: Pool, empty_dsn: str, monkeypatch: py
 
 
 def test_pages_and_portions(empty_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sessions of any length arrive complete and in order, however few rows or bytes each fetch returns."""
+    """Sessions of any length arrive complete and in order, whatever the fetch size."""
     for number in range(3):
         session = str(uuid.UUID(int=number + 1))
         frameworks().chat(
@@ -718,7 +718,7 @@ def test_a_table_that_was_renamed(empty_dsn: str, name: str) -> None:
 
 
 async def test_exported_again(db: Pool, empty_dsn: str) -> None:
-    """Conversations imported from tables can be exported and imported for another user without loss, gaps included."""
+    """Conversations from tables can be exported and imported again without loss, gaps included."""
     await run_agent(empty_dsn, items=RUN[:3])
     put(empty_dsn, "s1", "{")
     await run_agent(empty_dsn, items=RUN[3:])

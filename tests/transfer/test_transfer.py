@@ -142,7 +142,7 @@ async def test_a_conversation_that_has_grown_behind_a_hole(db: Pool) -> None:
 
 
 async def test_a_conversation_that_went_another_way(db: Pool) -> None:
-    """If the stored messages differ from the start of the file's, nothing is added and the report says so."""
+    """If the stored messages differ from the start of the file's, nothing is added."""
     await import_text(db, chatgpt("n1", "n2"), kind="chatgpt")
     before = await exported(db)
     report = await import_text(db, chatgpt("n1", "x2", "x3"), kind="chatgpt")
@@ -153,7 +153,7 @@ async def test_a_conversation_that_went_another_way(db: Pool) -> None:
 
 @pytest.mark.parametrize("nodes", [["n1", "n2", "x3"], ["n1", "x2"]])
 async def test_an_edited_conversation(db: Pool, nodes: list[str]) -> None:
-    """A different branch, no longer than the stored one, is reported as different, not as already stored."""
+    """A different branch that is no longer than the stored one is not reported as stored."""
     await import_text(db, chatgpt("n1", "n2", "n3"), kind="chatgpt")
     report = await import_text(db, chatgpt(*nodes), kind="chatgpt")
     assert report.stored_conversations == report.messages == 0
@@ -256,7 +256,7 @@ conversations = st.lists(
 def test_export_and_import_lose_nothing(
     dsn: str, arguments_of: Callable[[str], dict[str, Any]], data: list[Any]
 ) -> None:
-    """An export imported for another user exports to the same lines; importing it again adds nothing."""
+    """An export and import for another user is lossless; importing again adds nothing."""
 
     async def check() -> None:
         async with chatdb.create_pool(**arguments_of(dsn)) as db:
@@ -284,7 +284,7 @@ def test_export_and_import_lose_nothing(
 
 
 async def test_twins_without_keys(db: Pool) -> None:
-    """Two indistinguishable conversations with the same creation time both arrive, and only once."""
+    """Two conversations without keys and with the same creation time both arrive, and only once."""
     line = {"type": "conversation", "key": None, "title": None, "metadata": None, "last_seq": 0}
     twin = line | {"created_at": TIME.isoformat(), "updated_at": TIME.isoformat()}
     lines = [{"type": "chatdb", "version": 1}, twin, twin, {"type": "end", "conversations": 2, "messages": 0}]
@@ -294,7 +294,7 @@ async def test_twins_without_keys(db: Pool) -> None:
 
 
 async def test_a_cut_off_export_can_be_completed(db: Pool) -> None:
-    """A truncated export stores part of its last conversation; importing the complete file adds the rest."""
+    """Importing the complete file adds what a truncated one lacks."""
     made = await chatdb.create_conversation(db, user_id="alice")
     await chatdb.append_messages(
         db, user_id="alice", conversation_id=made.id, messages=[{"role": "user", "content": str(n)} for n in range(9)]
@@ -308,7 +308,7 @@ async def test_a_cut_off_export_can_be_completed(db: Pool) -> None:
 
 
 async def test_a_service_that_writes_meanwhile(db: Pool, dsn: str) -> None:
-    """If the service appends to a conversation that the import extends, the append stays and the import fails."""
+    """If the service appends to the same conversation, the append stays and the import fails."""
     await import_text(db, chatgpt("n1"), kind="chatgpt")
     (conversation,) = await chatdb.list_conversations(db, user_id="alice")
 
