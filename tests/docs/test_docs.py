@@ -1,4 +1,4 @@
-"""The commands and programs in the documents do what they say."""
+"""Run the commands and programs in README and docs/."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_the_migrations(empty_dsn: str) -> None:
 
 @pytest.mark.owner
 def test_the_command_line(dsn: str, tmp_path: Path) -> None:
-    """README's commands run one after another."""
+    """README's command-line examples run one after another."""
     conversation = {"id": "a", "conversations": [{"from": "human", "value": "hello from the file"}]}
     (tmp_path / "conversations.json").write_text(json.dumps([conversation]))
     assert "hello from the file" in shell(block("Command line", "sh"), dsn, tmp_path)
@@ -150,7 +150,7 @@ def test_one_command(section: str) -> None:
 
 
 def test_the_limits_and_errors() -> None:
-    """The guide has the limits and errors of the code."""
+    """The guide states the code's limits and every error."""
     assert {validate.MAX_CONTENT, validate.MAX_PAYLOAD, validate.MAX_METADATA} == {4 << 20, 16 << 20, 64 << 10}
     assert validate.MAX_CONVERSATION_METADATA == 1 << 20
     for words in (
@@ -169,14 +169,24 @@ def test_the_limits_and_errors() -> None:
 
 
 def test_every_link_leads_somewhere() -> None:
-    """Every link between documents leads to an existing file."""
+    """Links between the pages lead to existing files and headings."""
     for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
-        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8")):
+            file = path.parent / target if target else path
+            assert file.exists(), f"{path.name}: {target}"
+            assert not anchor or anchor in anchors(file), f"{path.name}: {target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page, named as GitHub names a heading's."""
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    named = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return named | set(re.findall(r'<a id="([^"]+)">', text))
 
 
 def test_the_decisions() -> None:
-    """Each decision is in the list, is linked from the code, and names files that there are."""
+    """Each decision is listed, is linked from the code, and names existing files."""
     folder = ROOT / "docs" / "decisions"
     listed = (folder / "README.md").read_text(encoding="utf-8")
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "chatdb").rglob("*.py"))
@@ -192,7 +202,7 @@ def test_the_decisions() -> None:
 
 
 def test_every_session_exists() -> None:
-    """Each `nox -s` in the documents names a session, and the quick benchmarks run with every submission."""
+    """Each `nox -s` in the pages names a session, and CI runs the quick benchmarks."""
     sessions = set(re.findall(r"^def (\w+)\(session: nox", NOXFILE, re.MULTILINE))
     paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     documents = [path.read_text(encoding="utf-8") for path in paths]
@@ -232,7 +242,7 @@ def test_the_versions_of_postgresql() -> None:
 
 
 def test_the_operators_page(empty_dsn: str, tmp_path: Path) -> None:
-    """The operators' commands run one after another, and the grants are enough for a service's role."""
+    """The operations page's commands run one after another, and its grants suffice for a service."""
     page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     scripts = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     deploy, variables, rollback, link = scripts
@@ -259,7 +269,7 @@ def test_the_operators_page(empty_dsn: str, tmp_path: Path) -> None:
 
 
 async def serve(dsn: str) -> None:
-    """Do what a service does."""
+    """Call the functions a service calls."""
     async with chatdb.create_pool(dsn) as db:
         made = await chatdb.create_conversation(db, user_id="alice", key="k")
         user = {"user_id": "alice", "conversation_id": made.id}
@@ -270,7 +280,7 @@ async def serve(dsn: str) -> None:
 
 @pytest.mark.owner
 def test_the_cascade_mended(dsn: str) -> None:
-    """The troubleshooting page's statements bring a lost cascade back."""
+    """The troubleshooting page's statements restore a missing cascade."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     (mending,) = re.findall(r"^```sql\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     execute(
@@ -288,7 +298,7 @@ def test_the_cascade_mended(dsn: str) -> None:
 
 
 def test_the_errors_are_chatdbs() -> None:
-    """What the troubleshooting page quotes of an error is what the code says."""
+    """Every error text that the troubleshooting page quotes is in the code."""
     texts = ""
     for path in (ROOT / "chatdb").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""What a user's type checker sees; mypy --strict and pyright check this file in the nox session `types`."""
+"""The types a user's type checker sees. The nox session `types` checks this file with mypy --strict and pyright."""
 
 from typing import assert_type
 
@@ -11,7 +11,7 @@ from chatdb.pool import Connection
 
 
 async def example(pool: asyncpg.Pool, connection: asyncpg.Connection) -> None:
-    """Use every kind of handle and result."""
+    """Use each kind of handle and result."""
     async with chatdb.create_pool() as db:
         conversation = await chatdb.create_conversation(db, user_id="alice", metadata={"a": [1]})
         assert_type(conversation, chatdb.Conversation)
@@ -43,5 +43,5 @@ async def example(pool: asyncpg.Pool, connection: asyncpg.Connection) -> None:
 
 
 async def prepare(connection: Connection) -> None:
-    """Set a connection up."""
+    """Initialize a new connection."""
     await connection.execute("set geqo = off")
