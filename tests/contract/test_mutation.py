@@ -1,4 +1,4 @@
-"""The makers of mutations: each kind is made, each is valid Python, and nothing is changed that is never executed."""
+"""The mutation generator: it makes each kind, as valid Python, and changes only code that runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def f(a: int = 1 + 1, *, b: list[Literal[1]] = ()) -> Literal[2]:
 
 
 def test_every_kind_is_made():
-    """Conditions, comparisons, constants, statements and keyword arguments are changed, each alone."""
+    """Each mutation changes one condition, comparison, constant, statement or keyword argument."""
     found = {(mutation.before, mutation.after) for mutation in mutations("f.py", SOURCE)}
     assert found == {
         ("1 + 1", "1 - 1"),
@@ -50,14 +50,14 @@ def test_every_kind_is_made():
 
 
 def test_a_mutation_of_the_core_is_another_program():
-    """Each of a sample is valid Python that differs from the module."""
+    """Each mutation in a sample is valid Python that differs from the module."""
     for change in sample(core(), 40, seed=1):
         source = (ROOT / change.path).read_bytes()
         assert ast.dump(ast.parse(change.of(source))) != ast.dump(ast.parse(source)), change
 
 
 def test_a_sample_can_be_repeated():
-    """The same seed chooses the same, of each module as many as of another."""
+    """The same seed gives the same sample, with every module in it."""
     found = core()
     chosen = sample(found, 2 * len(found), seed=1)
     assert chosen == sample(found, 2 * len(found), seed=1)
@@ -66,6 +66,6 @@ def test_a_sample_can_be_repeated():
 
 
 def test_the_tests_of_each_module_are_there():
-    """The table names modules of the core and files that there are."""
+    """The table names core modules and existing test files."""
     assert TESTS.keys() <= core().keys()
     assert [test for tests in TESTS.values() for test in tests if not (ROOT / test).exists()] == []

@@ -1,4 +1,4 @@
-"""Names that could be taken from a schema that others write to: none is left in a statement of chatdb's."""
+"""No name in chatdb's statements resolves to a schema that other roles can write to."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ from tests.support.sqlfiles import TEXTS, file_of
 
 DEFAULT, PG_CATALOG_LAST = '"$user", public', "public, pg_catalog"
 ASYNCPGS = {"array_agg", "current_setting", "set_config"}
-"""What asyncpg calls by itself when it has to look up a type, which no statement of chatdb's may make it do."""
+"""The functions asyncpg calls to look up a type. No chatdb statement may trigger this lookup."""
 _serial = itertools.count()
 
-# --- the names, as they are written ----------------------------------------------------------------------------------
+# --- the names in the sources --------------------------------------------------------------------------------------
 
 
 def gaps_of(path: Path, text: str) -> list[str]:
-    """Return the gaps in a text of a file's."""
+    """Return the unqualified names in a text from this file."""
     return gaps(text, schemas=frozenset({"public"} if path.stem in READS_ORIGINALS else ()))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_name_in_a_file_has_its_schema(path: Path) -> None:
-    """A function or a table without its schema could be one of `public`, whose types fit better."""
+    """Every function and table has its schema; otherwise one in `public` with closer types could be called."""
     text = path.read_text(encoding="utf-8")
     assert gaps_of(path, text) == []
     for found in re.finditer(r"(?<!operator\()\bpg_catalog\.(?=\w+(\())?", text):
@@ -81,7 +81,7 @@ def test_every_name_in_a_file_has_its_schema(path: Path) -> None:
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_every_name_in_a_module_has_its_schema(module: Path) -> None:
-    """So it is with the statements in the modules."""
+    """The same holds for the statements in the Python modules."""
     for text in strings(module):
         assert gaps(text) == [], text
         if "pg_catalog.now(" in text:
@@ -109,12 +109,12 @@ def test_every_name_in_a_module_has_its_schema(module: Path) -> None:
     ],
 )
 def test_what_the_lint_finds(statement: str, found: list[str]) -> None:
-    """Each of the names that are not pg_catalog's or chatdb's is found."""
+    """Each name outside pg_catalog and chatdb is found."""
     assert gaps(statement) == found
 
 
 def test_a_text_that_is_no_sql_fails(tmp_path: Path) -> None:
-    """What looks like SQL is not skipped where the parser does not take it."""
+    """A string that looks like SQL but does not parse raises an error."""
     module = tmp_path / "module.py"
     module.write_text('STATEMENT = f"select {name} frm chatdb.t"\nOTHER = "select lower(\'A\') from {}"\nQUEUE = "x"')
     first, second = strings(module)
@@ -124,7 +124,7 @@ def test_a_text_that_is_no_sql_fails(tmp_path: Path) -> None:
 
 
 def test_the_connections_of_modules() -> None:
-    """No other module than these has a connection of psycopg's whose search_path is the role's own."""
+    """Only these modules open a psycopg connection with the role's own search_path."""
     makers: dict[str, set[str]] = {"_Connection.connect": set(), "open_connection": set(), "connected": set()}
     for path in MODULES:
         for node in python.walk(python.parse(path.read_text(encoding="utf-8"))):
@@ -134,19 +134,19 @@ def test_the_connections_of_modules() -> None:
                 if maker in makers:
                     makers[maker].add(str(path.relative_to(PACKAGE)))
     assert makers == {
-        "_Connection.connect": {"admin/connection.py"},  # besides, to ask pg_stat_activity what a silent server does
-        "open_connection": {"admin/connection.py", "transfer/tables.py"},  # the latter pins it for its transaction
-        # to ask for a pooler; to prepare the session
+        "_Connection.connect": {"admin/connection.py"},  # also, to query pg_stat_activity about a silent server
+        "open_connection": {"admin/connection.py", "transfer/tables.py"},  # tables.py sets it for its transaction
+        # to detect a pooler; to prepare the session
         "connected": {"admin/connection.py", "admin/check/inspection.py", "admin/migrate.py"},
     }
 
 
-# --- the names, as the server resolves them --------------------------------------------------------------------------
+# --- the names that the server resolves ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def planted_template(server: str) -> Iterator[str]:
-    """Give the name of an empty database in whose `public` a role without privileges has planted what it could."""
+    """Yield the name of an empty database in which an unprivileged role planted objects in `public`."""
     texts = [path.read_text(encoding="utf-8") for path in FILES] + [text for path in MODULES for text in strings(path)]
     name = f"chatdb_test_{os.getpid()}_planted"
     with planter(server) as role, new_database(server, name) as dsn:
@@ -161,7 +161,7 @@ def planted_template(server: str) -> Iterator[str]:
 
 @pytest.fixture
 def planted(server: str, planted_template: str) -> Iterator[str]:
-    """Give the DSN of such a database of the test's own."""
+    """Yield the DSN of such a database for one test."""
     with new_database(server, f"{planted_template}_{next(_serial)}", planted_template) as dsn:
         execute(server, f"alter database {urlsplit(dsn).path[1:]} set track_functions = 'pl'")
         yield dsn
@@ -169,9 +169,9 @@ def planted(server: str, planted_template: str) -> Iterator[str]:
 
 def resolved_elsewhere(connection: psycopg.Connection, statement: str, parameters: str = "") -> list[str]:
     """
-    Return which functions, operators, types and collations a statement has that are not pg_catalog's.
+    Return the functions, operators, types and collations outside pg_catalog that a statement uses.
 
-    A function with a body that the server has parsed depends on all of them, but for those that every database has.
+    The statement becomes the body of a SQL function, whose dependencies list them.
     """
     with connection.transaction(force_rollback=True):
         body = f"create function chatdb.probe({parameters}) returns void begin atomic\n{statement}\n; end"
@@ -195,14 +195,14 @@ def resolved_elsewhere(connection: psycopg.Connection, statement: str, parameter
 
 
 def probed(connection: psycopg.Connection, stem: str, text: str) -> list[str]:
-    """Return what a file's text has that is not pg_catalog's, with the types of its header for the parameters."""
+    """Return the names that a file's text resolves outside pg_catalog, with the parameter types of its header."""
     _, _, body = text.partition("\n\n")
     return resolved_elsewhere(connection, body, ", ".join(parameter.type for parameter in file_of(stem).parameters))
 
 
 @pytest.mark.owner
 def test_the_server_resolves_no_planted_name(planted: str) -> None:
-    """In no statement that runs on the search_path of a service is a function, operator or type one of `public`."""
+    """No statement that runs on a service's search_path uses a function, operator or type from `public`."""
     apply_migrations(planted)
     with psycopg.connect(planted, autocommit=True) as connection:
         for stem, text in TEXTS.items():
@@ -245,11 +245,11 @@ def test_the_server_resolves_no_planted_name(planted: str) -> None:
     assert planted_calls(planted)[0] == 0
 
 
-# --- the names, as they are called -----------------------------------------------------------------------------------
+# --- the functions that run ---------------------------------------------------------------------------------------
 
 
 def quietly(dsn: str, *statements: str) -> None:
-    """Run statements of a test's own, on a search_path without what is planted."""
+    """Run a test's statements on a search_path without the planted objects."""
     execute(dsn, "set search_path to pg_catalog, pg_temp", *statements)
 
 
@@ -287,7 +287,7 @@ FRAMEWORKS = (
 
 
 def operators_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run what an operator runs."""
+    """Call the functions behind the operator commands."""
     statement = runner._statement
     monkeypatch.setattr(runner, "_statement", lambda file: ran.add(f"adopt/{file}") or statement(file))
     assert missing_migrations(dsn)
@@ -310,7 +310,7 @@ def operators_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch) -> 
         quietly(dsn, f"alter table public.away rename to {table}")
     quietly(dsn, "drop table public.messages, public.conversations")
     quietly(dsn, "create table public.users (id varchar primary key)")
-    with suppress(chatdb.InvalidInputError):  # of the users that are not there
+    with suppress(chatdb.InvalidInputError):  # because the users do not exist
         link_users(dsn, table="users")
     quietly(dsn, "insert into public.users select distinct user_id from chatdb.conversations")
     link_users(dsn, table="users", dry_run=True)
@@ -324,7 +324,7 @@ def operators_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def services_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Call what a service calls, each statement on rows that it finds, and import and export."""
+    """Call every function a service calls, on existing rows, then import and export."""
     rows, iterate = Query._rows, Query.iterate
 
     async def _rows(query: Query[Any], *arguments: Any, **options: Any) -> Any:
@@ -346,7 +346,7 @@ async def services_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch
             "insert into chatdb.messages (user_id, conversation_id, seq, role, content, key, payload, created_at) "
             "select 'ann', 6, n, 'user', 'hello', case n when 9 then 'k' end, '[]', now() from generate_series(5, 12) n"
         )
-        with suppress(chatdb.ConflictError):  # of a key that has come with another body
+        with suppress(chatdb.ConflictError):  # a key stored with another body
             await recorder.call(function, connection, given)
         await block.rollback()
     await connection.close()
@@ -372,9 +372,9 @@ async def services_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("path", [DEFAULT, PG_CATALOG_LAST])
 async def test_nothing_planted_is_called(planted: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    Of what a role has planted in `public`, a superuser calls nothing: by no command, and by no function of a service's.
+    No command or service function run by a superuser calls an object that another role planted in `public`.
 
-    On a search_path with pg_catalog behind `public` that holds for the commands; of the functions `check` warns.
+    If pg_catalog follows `public` on the search_path, this holds only for the commands, and `check` reports it.
     """
     ran: set[str] = set()
     quietly(planted, *FRAMEWORKS)
@@ -398,12 +398,12 @@ async def test_nothing_planted_is_called(planted: str, path: str, monkeypatch: p
     rollback_migrations(planted, to="0")
     assert planted_calls(planted) == (0, [])
     execute(planted, "select 'a'::varchar = 'b'::text")
-    assert planted_calls(planted)[0] > 0, "the plant works"
+    assert planted_calls(planted)[0] > 0, "the planted objects work"
 
 
 @pytest.mark.owner
 def test_the_migrations_alone_call_nothing_planted(planted: str) -> None:
-    """As yoyo runs them, on the search_path that a role has by default; nor do their tables when rows are written."""
+    """The migrations, run as yoyo runs them, and writes to their tables call nothing planted."""
     for file in migration_files():
         for _ in range(2):
             execute(planted, *sqlparse.split(file.sql))
@@ -414,7 +414,7 @@ def test_the_migrations_alone_call_nothing_planted(planted: str) -> None:
 
 
 def test_the_first_word_names_the_function() -> None:
-    """OpenTelemetry's asyncpg instrumentation names a span by the first word, once a leading comment is cut off."""
+    """OpenTelemetry's asyncpg instrumentation names each span after chatdb's function."""
     from opentelemetry.instrumentation.asyncpg import AsyncPGInstrumentor
 
     from chatdb.messages import _get_history

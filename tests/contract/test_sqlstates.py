@@ -1,4 +1,4 @@
-"""SQLSTATEs stand in one module, by PostgreSQL's names, and each caller's errors follow from the kinds there."""
+"""One module names the SQLSTATEs and sorts them into kinds, from which each caller derives its errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMED = {name: value for name, value in vars(sqlstate).items() if name.isupper()
 
 
 def literals(module: Path) -> set[str]:
-    """Return the SQLSTATEs in the strings of a module."""
+    """Return the SQLSTATEs in a module's strings."""
     nodes = ast.walk(ast.parse(module.read_text(encoding="utf-8")))
     strings = (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
     return {word for string in strings for word in re.findall(r"\b[0-9A-Z]{5}\b", string)} & KNOWN
@@ -38,18 +38,18 @@ def literals(module: Path) -> set[str]:
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_other_module_spells_an_sqlstate(module: Path) -> None:
-    """Everywhere else an SQLSTATE has a name."""
+    """Other modules use an SQLSTATE by its name."""
     assert literals(module) == (set(NAMED.values()) if module.stem == "sqlstate" else set())
 
 
 def test_the_names_are_postgresqls() -> None:
-    """Each name is that of the condition, which psycopg's classes have in camel case."""
+    """Each name is PostgreSQL's condition name, which psycopg's classes spell in camel case."""
     names = {name: psycopg.errors.lookup(value).__name__ for name, value in NAMED.items()}
     assert names == {name: name.title().replace("_", "") for name in NAMED}
 
 
 def test_no_sqlstate_is_of_two_kinds() -> None:
-    """What classifies an error is unambiguous."""
+    """Each SQLSTATE has one kind."""
     states = [state for kind in Kind for state in kind.value]
     assert len(states) == len(set(states))
 
@@ -88,7 +88,7 @@ def test_what_each_caller_makes_of_it(
     of_operators: type[ChatDBError],
     of_tables: type[ChatDBError],
 ) -> None:
-    """The functions, the operators' commands and the reader of other tables have their own error for a kind."""
+    """The functions, the operator commands and the table reader each map a kind to their own error."""
     error = asyncpg.PostgresError.new({"S": "ERROR", "C": state, "M": "words"})
     other = psycopg.errors.lookup(state)("words")
     assert (classify(error), classify(other)) == (kind, kind)
@@ -106,7 +106,7 @@ def test_what_each_caller_makes_of_it(
     ],
 )
 def test_an_error_of_the_client(error: psycopg.Error, of_operators: type, of_tables: type) -> None:
-    """Without an SQLSTATE it is the driver's own: the loss of a connection, or a value that it cannot read."""
+    """An error without an SQLSTATE is the driver's: a lost connection, or a value it cannot read."""
     assert classify(error) is Kind.CLIENT
     assert type(map_psycopg_error(error)) is of_operators
     assert type(_map_error(error, isinstance(error, psycopg.DataError))) is of_tables

@@ -1,0 +1,41 @@
+"""Run the Python code blocks of docs/guide.md and docs/security.md."""
+
+from __future__ import annotations
+
+import re
+from textwrap import indent
+from typing import Any
+
+import pytest
+
+import chatdb
+from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.server_independent
+
+
+async def run(page: str, **names: Any) -> dict[str, Any]:
+    """Run the Python blocks of a page one after another, as one program, and return its variables."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    code = "".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    scope = names | {"chatdb": chatdb}
+    exec(f"async def program():\n{indent(code, '    ')}\n    return locals()", scope)
+    found: dict[str, Any] = await scope["program"]()
+    await found["db"].close()
+    return found
+
+
+async def test_the_guides_code(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guide's blocks run, and its last one catches an error."""
+    monkeypatch.setenv("DATABASE_URL", dsn)
+    found = await run("guide.md")
+    assert found["answer"] == chatdb.ConversationNotFoundError.public
+
+
+async def test_the_security_pages_code(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The security page's blocks run for a user with a conversation."""
+    monkeypatch.setenv("DATABASE_URL", dsn)
+    async with chatdb.create_pool() as db:
+        made = await chatdb.create_conversation(db, user_id="alice")
+        await run("security.md", user="alice", number=made.id)
+        assert (await chatdb.get_conversation(db, user_id="alice", conversation_id=made.id)).last_seq == 1
