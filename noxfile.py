@@ -208,12 +208,25 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check chatdb, and an example of its use, with mypy and pyright in strict mode."""
+    """Check the types with mypy and pyright, as users with asyncpg-stubs see them too."""
     install(session, "lint")
     session.run("mypy")
     session.run("mypy", "--strict", "tests/docs/typing_example.py")
     session.run("pyright")
     session.run("pyright", "tests/docs/typing_example.py")
+
+
+@nox.session
+def typed(session: nox.Session) -> None:
+    """Check the types of a project that installs the wheel alone, without asyncpg-stubs: no Any and no Unknown."""
+    with tempfile.TemporaryDirectory(prefix="chatdb-typed-") as folder:
+        session.run("python", "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", folder, ".")
+        (package,) = Path(folder).glob("*.whl")
+        session.install(str(package), *nox.project.dependency_groups(PROJECT, "typed"))
+        session.run("python", "tests/docs/typed_project.py", f"{folder}/project")
+        with session.chdir(f"{folder}/project"):
+            session.run("mypy", ".")
+            session.run("pyright")
 
 
 @nox.session(python=fastest_python() if any(argument.startswith("bench") for argument in sys.argv) else None)

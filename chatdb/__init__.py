@@ -4,10 +4,11 @@ import sys
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-# python -m chatdb, which an interrupt ends from here on, not after all these imports; no other program that imports it
+# For `python -m chatdb` only: handle an interrupt from here on instead of after the imports below.
 if sys.argv[:1] == ["-m"] and ("-m", "chatdb") in pairwise(sys.orig_argv):
     import _chatdb_entry  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
+from chatdb._core.query import Database
 from chatdb.conversations import (
     create_conversation,
     delete_conversation,
@@ -42,8 +43,8 @@ from chatdb.messages import (
     list_messages,
     update_message,
 )
-from chatdb.pool import create_pool, transaction
-from chatdb.records import UNSET, Conversation, Deleted, JsonText, Message, NewMessage, Role
+from chatdb.pool import Connection, Pool, create_pool, transaction
+from chatdb.records import UNSET, Conversation, Deleted, JsonText, Message, NewMessage, Role, Unset
 from chatdb.schema import check_schema
 from chatdb.users import delete_user
 
@@ -72,10 +73,10 @@ else:
 
 __all__ = [
     "UNSET", "AcquireTimeoutError", "ChatDBError", "CommandTimeoutError", "ConfigurationError", "ConflictError",
-    "Conversation", "ConversationNotFoundError", "Deleted", "InvalidInputError", "JsonText", "Message",
-    "MessageNotFoundError", "NewMessage", "NotFoundError", "PoolClosedError", "Role", "SchemaError", "UnavailableError",
-    "append_message", "append_messages", "check_schema", "create_conversation", "create_pool", "delete_conversation",
-    "delete_message", "delete_messages_after", "delete_user", "get_conversation", "get_conversation_by_key",
-    "get_history", "get_message", "get_message_by_key", "iter_messages", "list_conversations", "list_messages",
-    "open_embedded", "transaction", "update_conversation", "update_message",
+    "Connection", "Conversation", "ConversationNotFoundError", "Database", "Deleted", "InvalidInputError", "JsonText",
+    "Message", "MessageNotFoundError", "NewMessage", "NotFoundError", "Pool", "PoolClosedError", "Role", "SchemaError",
+    "UnavailableError", "Unset", "append_message", "append_messages", "check_schema", "create_conversation",
+    "create_pool", "delete_conversation", "delete_message", "delete_messages_after", "delete_user", "get_conversation",
+    "get_conversation_by_key", "get_history", "get_message", "get_message_by_key", "iter_messages",
+    "list_conversations", "list_messages", "open_embedded", "transaction", "update_conversation", "update_message",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Makes `python -m chatdb` the program `chatdb`."""
+"""Run the command line: `python -m chatdb`."""
 
 from _chatdb_entry import main
 

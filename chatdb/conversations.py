@@ -1,12 +1,12 @@
 """
-The functions on conversations: one SQL file each, of the same name.
+Functions for conversations. Each function runs the SQL file of the same name in `sql/`.
 
 Decisions: docs/decisions/0002-tenant-first-keys.md, 0003-the-list-is-ordered-by-day.md
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from chatdb._core.driver_errors import ROW_SUPPRESSED
 from chatdb._core.query import Database, Query
@@ -41,16 +41,16 @@ async def create_conversation(
     user_id: str,
     title: str | None = None,
     key: str | None = None,
-    metadata: dict[str, Any] | None = None,
+    metadata: Mapping[str, object] | None = None,
 ) -> Conversation:
     """
-    Create a conversation of a user, or return the one that already has this `key`.
+    Create a conversation, or return the one that already has this `key`.
 
-    With a `key` (1 to 255 characters, unique per user) the call can be repeated: the stored conversation comes back
-    unchanged, whatever the other arguments say, and nothing is written. `title` has at most 1,000 characters,
-    `metadata` at most 1 MiB as JSON.
+    `key` is 1 to 255 characters and unique per user. It makes the call safe to repeat: if the user already has a
+    conversation with this key, that conversation is returned unchanged, the other arguments are ignored, and nothing
+    is written. `title` is at most 1,000 characters. `metadata` is a dict of at most 1 MiB as JSON.
 
-    Raises InvalidInputError.
+    Raises InvalidInputError. SQL: `create_conversation.sql`, or `create_conversation_keyed.sql` with a key.
     """
     user = check_user_id(user_id)
     title = check_title("title", title)
@@ -59,30 +59,32 @@ async def create_conversation(
     if key is None:
         try:
             return await _create_conversation.fetch_one(db, user, title, data)
-        except ConversationNotFoundError:  # it gave no row
+        except ConversationNotFoundError:  # the statement returned no row
             raise ConfigurationError(ROW_SUPPRESSED.format("conversations")) from None
     for _ in range(3):
-        # empty if another caller stored the key between the statement's look and its insertion
+        # Empty if another caller inserted the key after the statement's snapshot.
         stored = await _create_conversation_keyed.fetch_all(db, user, title, data, key)
         if stored:
             return stored[0]
-    raise UnavailableError("other callers create and delete this key all the time: try again", sent=True)
+    raise UnavailableError("other callers keep creating and deleting this key: try again", sent=True)
 
 
 async def get_conversation(db: Database, *, user_id: str, conversation_id: int) -> Conversation:
     """
-    Return one conversation of a user.
+    Return one conversation by its id.
 
-    Raises ConversationNotFoundError when the user has no such conversation, whoever else may have it.
+    Raises ConversationNotFoundError if the user has no such conversation, even if another user has. SQL:
+    `get_conversation.sql`.
     """
     return await _get_conversation.fetch_one(db, check_user_id(user_id), check_id(conversation_id))
 
 
 async def get_conversation_by_key(db: Database, *, user_id: str, key: str) -> Conversation:
     """
-    Return the conversation of a user that was created with this `key`.
+    Return one conversation by its `key`.
 
-    Raises ConversationNotFoundError when the user has none.
+    Raises ConversationNotFoundError if the user has no conversation with this key. SQL:
+    `get_conversation_by_key.sql`.
     """
     name = check_text("key", key, least=1, most=MAX_NAME)
     return await _get_conversation_by_key.fetch_one(db, check_user_id(user_id), name)
@@ -92,12 +94,13 @@ async def list_conversations(
     db: Database, *, user_id: str, limit: int = 20, before: Conversation | None = None
 ) -> list[Conversation]:
     """
-    Return a page of a user's conversations, latest activity first; empty for an unknown user.
+    Return a page of a user's conversations, latest activity first.
 
-    `before` is the last conversation of the previous page. The next page starts after the place that it had when it
-    was read, so nothing comes twice, and what became active meanwhile stands on page one. `limit` is 1 to 10,000.
+    `limit` is 1 to 10,000. For the next page, pass the last conversation of this page as `before`. Paging uses the
+    position that conversation had when it was read, so no page repeats a conversation; one that becomes active in the
+    meantime moves to the first page. The list is empty for an unknown user.
 
-    Raises InvalidInputError. The first page is `list_conversations.sql`, later ones `list_conversations_before.sql`.
+    Raises InvalidInputError. SQL: `list_conversations.sql`, or `list_conversations_before.sql` with `before`.
     """
     user = check_user_id(user_id)
     limit = check_limit("limit", limit)
@@ -112,14 +115,15 @@ async def update_conversation(
     user_id: str,
     conversation_id: int,
     title: str | Unset | None = UNSET,
-    metadata: dict[str, Any] | Unset | None = UNSET,
+    metadata: Mapping[str, object] | Unset | None = UNSET,
 ) -> Conversation:
     """
-    Replace the title or the metadata of a conversation; None clears them, what is not given stays.
+    Replace the title or metadata of a conversation and return the stored record.
 
-    The conversation keeps its place in the list: `updated_at` is the time of the last append.
+    None clears a value; an argument left `UNSET` keeps it. `updated_at` does not change, so the conversation keeps its
+    position in `list_conversations`.
 
-    Raises ConversationNotFoundError, InvalidInputError.
+    Raises ConversationNotFoundError or InvalidInputError. SQL: `update_conversation.sql`.
     """
     user, conversation = check_user_id(user_id), check_id(conversation_id)
     if title is UNSET and metadata is UNSET:
@@ -135,10 +139,10 @@ async def update_conversation(
 
 async def delete_conversation(db: Database, *, user_id: str, conversation_id: int) -> Deleted:
     """
-    Delete a conversation with all its messages, and return how many rows went.
+    Delete a conversation with all its messages and return the number of deleted rows.
 
-    A message that another caller appends at this very moment goes too, uncounted.
+    A message that another caller appends at the same time is deleted too, but not counted.
 
-    Raises ConversationNotFoundError.
+    Raises ConversationNotFoundError. SQL: `delete_conversation.sql`.
     """
     return await _delete_conversation.fetch_one(db, check_user_id(user_id), check_id(conversation_id))

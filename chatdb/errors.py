@@ -1,21 +1,21 @@
 """
-The errors that chatdb raises.
+Errors that chatdb raises.
 
     ChatDBError
       NotFoundError               ConversationNotFoundError, MessageNotFoundError
-      ConflictError               a key used with another body
+      ConflictError               a key is stored with a different body
       InvalidInputError           also a ValueError; .parameter names the argument
       UnavailableError            may be retried; .sent is False, True, or None for unknown
         AcquireTimeoutError       no connection became free in time
         CommandTimeoutError       the server did not answer in time
         PoolClosedError           the pool is closed, or not open yet
       SchemaError                 migrations are missing: run yoyo apply
-      ConfigurationError          DSN, TLS, pooler, privileges, row-level security without a user, a pool in another
-                                  process or event loop
+      ConfigurationError          DSN, TLS, pooler, privileges, row-level security without a user, a pool used in
+                                  another process or event loop
 
-No message holds a text of a conversation, a password or a key. The driver's own error, which may, is `__cause__`.
-Misuse, such as two operations at once on one connection, stays the driver's own error: it is a bug to be seen.
-All errors can be pickled and copied, so they reach the parent of a worker process; `__cause__` stays behind.
+No error text quotes a conversation, a password or a key. `__cause__` is the driver's own error, which may quote them.
+Programming errors, such as two concurrent operations on one connection, propagate as the driver raises them.
+All errors can be pickled and copied, so they cross process boundaries; `__cause__` does not.
 """
 
 from typing import Any, ClassVar
@@ -23,15 +23,15 @@ from typing import Any, ClassVar
 
 class ChatDBError(Exception):
     """
-    The base of all errors that chatdb raises.
+    Base class of all errors that chatdb raises.
 
-    The message is for the service's log. `public` is a sentence that may be shown to the service's own users.
+    The error text is for the service's log. `public` is a sentence that the service can show to its users.
     """
 
     public: ClassVar[str] = "Something went wrong on our side. Please try again later."
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception's own calls the class with `args`, which is the message alone
+        # BaseException's version calls the class with `args`, which lacks the keyword arguments.
         return _restore, (type(self), self.args), vars(self)
 
 
@@ -40,13 +40,13 @@ def _restore(error_class: type[ChatDBError], args: tuple[object, ...]) -> ChatDB
 
 
 class NotFoundError(ChatDBError):
-    """The user has no such thing. Another user may have it: the two cases look the same."""
+    """The user has no such conversation or message. Another user's data is reported the same way."""
 
     public = "This does not exist."
 
 
 class ConversationNotFoundError(NotFoundError):
-    """The user has no such conversation, whoever else may have it."""
+    """The user has no such conversation, even if another user has."""
 
     public = "This conversation does not exist."
 
@@ -58,16 +58,16 @@ class MessageNotFoundError(NotFoundError):
 
 
 class ConflictError(ChatDBError):
-    """A key that is already used came again with another body. Nothing was written."""
+    """The key is stored with a different body. Nothing was written."""
 
-    public = "This was saved before with other contents. Please reload."
+    public = "This was already saved with different content. Please reload."
 
 
 class InvalidInputError(ChatDBError, ValueError):
     """
-    An argument that chatdb does not take. Nothing was written.
+    An argument is invalid. Nothing was written.
 
-    `parameter` is the name of the argument, like `"content"` or `"messages[3].role"`.
+    `parameter` names the argument, such as `"content"` or `"messages[3].role"`.
     """
 
     public = "This input cannot be saved."
@@ -80,10 +80,10 @@ class InvalidInputError(ChatDBError, ValueError):
 
 class UnavailableError(ChatDBError):
     """
-    The database could not be reached, or went away, or rolled the statement back for a reason that passes.
+    The database could not be reached, the connection was lost, or a transient conflict rolled the statement back.
 
-    `sent` says what is known of the statement: `False`, it was not sent; `True`, it was; `None`, it may have been.
-    A read and a keyed write can be repeated in every case, a write without a key only if `sent` is `False`.
+    `sent` tells whether the statement was sent: `False` for no, `True` for yes, `None` for unknown. Reads and keyed
+    writes can always be repeated; repeat a write without a key only if `sent` is `False`.
     """
 
     public = "The service is busy at the moment. Please try again."
@@ -95,29 +95,29 @@ class UnavailableError(ChatDBError):
 
 
 class AcquireTimeoutError(UnavailableError):
-    """No connection became free, or could be made, within the pool's acquire timeout. Nothing was sent."""
+    """The pool had no free connection, or could not open one, within the acquire timeout. Nothing was sent."""
 
 
 class CommandTimeoutError(UnavailableError):
-    """The server did not answer within the command timeout. The statement was sent and may have been carried out."""
+    """The server did not answer within the command timeout. The statement was sent and may have taken effect."""
 
 
 class PoolClosedError(UnavailableError):
-    """The pool is closed, is closing, or was not opened yet. Nothing was sent."""
+    """The pool is closed, is closing, or is not open yet. Nothing was sent."""
 
 
 class SchemaError(ChatDBError):
-    """The database lacks chatdb's tables, or has them older than this release needs: run `yoyo apply`."""
+    """chatdb's tables are missing or older than this release needs: run `yoyo apply`."""
 
     public = "The service is not available at the moment. Please try again later."
 
 
 class ConfigurationError(ChatDBError):
     """
-    The DSN, its TLS settings, a pooler or the role's privileges do not fit; the message says what to change.
+    The DSN, TLS settings, pooler or the role's privileges are wrong; the error text says what to change.
 
-    It is also raised where a pool is used outside the process or the event loop that opened it, and where
-    the database's own triggers, constraints or sequences refuse a statement that is right by chatdb's rules.
+    Also raised if a pool is used outside the process or event loop that opened it, or if a trigger, constraint or
+    sequence of the host database rejects a statement that is valid for chatdb.
     """
 
     public = "The service is not available at the moment. Please try again later."

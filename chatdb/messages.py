@@ -1,5 +1,5 @@
 """
-The functions on messages: one SQL file each, of the same name.
+Functions for messages. Each function runs the SQL file of the same name in `sql/`.
 
 Decisions: docs/decisions/0001-seq-is-a-counter.md, 0002-tenant-first-keys.md
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping
 from operator import attrgetter
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from chatdb._core.driver_errors import ROW_SUPPRESSED
 from chatdb._core.query import Database, Query
@@ -38,7 +38,7 @@ _append_message = Query("append_message", Message)
 _append_message_keyed = Query("append_message_keyed", Message, idempotent=True)
 _append_messages = Query("append_messages", Message)
 _append_messages_keyed = Query("append_messages_keyed", Message)
-# without the user and the conversation in each of its rows a page of 100 takes an eighth less time under load
+# Leaving user_id and conversation_id out of the rows makes a page of 100 an eighth faster under load.
 _get_history = Query("get_history", Message, fields_from_args=("user_id", "conversation_id"), idempotent=True)
 _list_messages = Query("list_messages", Message, fields_from_args=("user_id", "conversation_id"), idempotent=True)
 _get_message = Query("get_message", Message, idempotent=True)
@@ -59,20 +59,21 @@ async def append_message(
     conversation_id: int,
     role: Role,
     content: str,
-    payload: Any = None,  # noqa: ANN401 - any JSON value
-    metadata: dict[str, Any] | None = None,
+    payload: object = None,
+    metadata: Mapping[str, object] | None = None,
     token_count: int | None = None,
     key: str | None = None,
 ) -> Message:
     """
-    Append a message to a conversation and return it as it is stored.
+    Append a message to a conversation and return the stored record.
 
-    `content` is the readable text, up to 4 MiB as UTF-8. `payload` is any JSON value, or `JsonText` to be kept byte
-    for byte, up to 16 MiB. With a `key` (1 to 255 characters, unique in the conversation) the call can be repeated:
-    the same key with the same role, content, payload text and metadata returns the stored message and moves nothing.
+    `content` is the readable text, at most 4 MiB as UTF-8. `payload` is any JSON value of at most 16 MiB; pass
+    `JsonText` to store it byte for byte. `metadata` is a dict of at most 64 KiB as JSON. `token_count` is 0 to 2^31-1.
+    `key` is 1 to 255 characters and unique in the conversation. It makes the call safe to repeat: the same key with
+    the same role, content, payload text and metadata returns the stored message and writes nothing.
 
-    Raises ConversationNotFoundError when the user has no such conversation, ConflictError when the key was used with
-    another body, InvalidInputError. Without a key `append_message.sql`, with one `append_message_keyed.sql`.
+    Raises ConversationNotFoundError, ConflictError if the key is stored with a different body, or InvalidInputError.
+    SQL: `append_message.sql`, or `append_message_keyed.sql` with a key.
     """
     body = (
         check_user_id(user_id),
@@ -95,28 +96,30 @@ async def append_message(
             await get_message_by_key(db, user_id=user_id, conversation_id=conversation_id, key=key)
         except MessageNotFoundError:
             raise ConfigurationError(ROW_SUPPRESSED.format("messages")) from None
-        raise ConflictError("the key is that of a stored message with another body: use a new key for a new message")
+        raise ConflictError("a message with this key and a different body is stored: use a new key for a new message")
     return message
 
 
 async def _raise_row_suppressed(db: Database, user_id: str, conversation_id: int) -> NoReturn:
-    """Say why an append gave no row: there is no such conversation, or a trigger of the host's returned NULL."""
+    """Raise ConversationNotFoundError, or ConfigurationError if a trigger of the host suppressed the insert."""
     await get_conversation(db, user_id=user_id, conversation_id=conversation_id)
     raise ConfigurationError(ROW_SUPPRESSED.format("messages"))
 
 
 async def append_messages(
-    db: Database, *, user_id: str, conversation_id: int, messages: Iterable[NewMessage | Mapping[str, Any]]
+    db: Database, *, user_id: str, conversation_id: int, messages: Iterable[NewMessage | Mapping[str, object]]
 ) -> list[Message]:
     """
-    Append messages in their order, all or nothing, and return them as they are stored.
+    Append messages in order, all or none, and return the stored records.
 
-    They share one `created_at`. The keys in a batch are distinct; either all messages are new, or all have come
-    before, under the same keys with the same bodies, and the stored ones come back. No messages append nothing. A batch
-    has at most 10,000 messages and 64 MiB of contents, payloads, metadata and keys together.
+    Each message is a `NewMessage` or a dict with its fields. A batch is at most 10,000 messages and 64 MiB of content,
+    payload, metadata and keys together; an empty batch returns an empty list. All messages of a batch have the same
+    `created_at`. Keys are distinct within a batch. If all keys are already stored with the same bodies, the stored
+    messages are returned and nothing is written.
 
-    Raises ConversationNotFoundError, ConflictError when some keys are new and some are not or a body differs,
-    InvalidInputError, which names the message. Without keys `append_messages.sql`, else `append_messages_keyed.sql`.
+    Raises ConversationNotFoundError, ConflictError if only some keys are stored or a body differs, or
+    InvalidInputError, which names the message. SQL: `append_messages.sql`, or `append_messages_keyed.sql` if a message
+    has a key.
     """
     user, conversation = check_user_id(user_id), check_id(conversation_id)
     batch = await check_messages(messages)
@@ -136,10 +139,9 @@ async def append_messages(
     stored = await _append_messages_keyed.fetch_page(db, user, conversation, *columns, keys, idempotent=all(keys))
     if not stored:
         raise ConflictError(
-            "some keys of the batch are stored and some are not, or a stored message has another body: nothing was "
-            "written"
+            "the batch has both stored and new keys, or a stored message has a different body: nothing was written"
         )
-    # a message without a key is a new one, and new ones have their places in order of the batch
+    # A message without a key is new, and new messages get their seq in batch order.
     rank = {key: index for index, key in enumerate(keys)}
     return sorted(stored, key=_in_order if None in rank else lambda message: rank[message.key])
 
@@ -148,12 +150,12 @@ async def get_history(
     db: Database, *, user_id: str, conversation_id: int, limit: int = 100, before_seq: int | None = None
 ) -> list[Message]:
     """
-    Return the newest messages of a conversation, oldest first; with `before_seq` the newest before that place.
+    Return the newest messages of a conversation, oldest first.
 
-    The first `seq` of a page is the `before_seq` of the page before it. `limit` is 1 to 10,000. Empty when there are
-    no messages.
+    `limit` is 1 to 10,000. With `before_seq`, return the newest messages before that position: to page back, pass the
+    `seq` of the first message of this page. The list is empty if no messages are left.
 
-    Raises ConversationNotFoundError when the user has no such conversation, whoever else may have it.
+    Raises ConversationNotFoundError or InvalidInputError. SQL: `get_history.sql`.
     """
     before = MAX_BIGINT if before_seq is None else check_seq("before_seq", before_seq)
     newest_first = await _get_history.fetch_page(
@@ -167,12 +169,12 @@ async def list_messages(
     db: Database, *, user_id: str, conversation_id: int, after_seq: int = 0, limit: int = 100
 ) -> list[Message]:
     """
-    Return the messages of a conversation after a place, oldest first.
+    Return the messages of a conversation after a position, oldest first.
 
-    The last `seq` of a page is the `after_seq` of the next. Because `seq` follows the order of commits, a reader that
-    goes on from there misses nothing. `limit` is 1 to 10,000. Empty at the end.
+    `limit` is 1 to 10,000. For the next page, pass the `seq` of the last message as `after_seq`. Because `seq` follows
+    commit order, a reader that continues from there misses no message. The list is empty at the end.
 
-    Raises ConversationNotFoundError when the user has no such conversation, whoever else may have it.
+    Raises ConversationNotFoundError or InvalidInputError. SQL: `list_messages.sql`.
     """
     return await _list_messages.fetch_page(
         db,
@@ -187,11 +189,13 @@ async def iter_messages(
     db: Database, *, user_id: str, conversation_id: int, after_seq: int = 0, batch: int = 500
 ) -> AsyncIterator[Message]:
     """
-    Iterate over all messages of a conversation after a place, oldest first, in pages of `batch` (1 to 10,000).
+    Iterate over the messages of a conversation after a position, oldest first.
 
-    Each page is one `list_messages.sql`; no connection is held and no more than a page is in memory between them.
+    Messages are read in pages of `batch` (1 to 10,000). Between pages the iterator holds no connection and at most one
+    page in memory.
 
-    Raises ConversationNotFoundError, also when the conversation is deleted meanwhile.
+    Raises ConversationNotFoundError, also if the conversation is deleted during the iteration, or InvalidInputError.
+    SQL: `list_messages.sql`, once per page.
     """
     limit = check_limit("batch", batch)
     while True:
@@ -207,9 +211,10 @@ async def iter_messages(
 
 async def get_message(db: Database, *, user_id: str, conversation_id: int, seq: int) -> Message:
     """
-    Return the message at a place of a conversation.
+    Return one message by its `seq`.
 
-    Raises ConversationNotFoundError, or MessageNotFoundError when the conversation has no message there.
+    Raises ConversationNotFoundError, or MessageNotFoundError if the conversation has no message at this position. SQL:
+    `get_message.sql`.
     """
     return _or_not_found(
         await _get_message.fetch_optional(db, check_user_id(user_id), check_id(conversation_id), check_seq("seq", seq))
@@ -218,9 +223,10 @@ async def get_message(db: Database, *, user_id: str, conversation_id: int, seq: 
 
 async def get_message_by_key(db: Database, *, user_id: str, conversation_id: int, key: str) -> Message:
     """
-    Return the message of a conversation that was appended with this `key`.
+    Return one message by its `key`.
 
-    Raises ConversationNotFoundError, or MessageNotFoundError when the conversation has no such message.
+    Raises ConversationNotFoundError, or MessageNotFoundError if the conversation has no message with this key. SQL:
+    `get_message_by_key.sql`.
     """
     name = check_text("key", key, least=1, most=MAX_NAME)
     return _or_not_found(
@@ -235,16 +241,18 @@ async def update_message(
     conversation_id: int,
     seq: int,
     content: str | Unset = UNSET,
-    payload: Any = UNSET,  # noqa: ANN401 - any JSON value
-    metadata: dict[str, Any] | Unset | None = UNSET,
+    payload: object = UNSET,
+    metadata: Mapping[str, object] | Unset | None = UNSET,
     token_count: int | Unset | None = UNSET,
 ) -> Message:
     """
-    Replace parts of a message; None clears them (not `content`), what is not given stays.
+    Replace fields of a message and return the stored record.
 
-    `seq`, `role`, `key`, `created_at` and the conversation's place in the list stay as they are.
+    None clears a value, except `content`; an argument left `UNSET` keeps it. The limits are those of `append_message`.
+    `seq`, `role`, `key` and `created_at` do not change, and the conversation keeps its position in
+    `list_conversations`.
 
-    Raises ConversationNotFoundError, MessageNotFoundError, InvalidInputError.
+    Raises ConversationNotFoundError, MessageNotFoundError or InvalidInputError. SQL: `update_message.sql`.
     """
     at = (check_user_id(user_id), check_id(conversation_id), check_seq("seq", seq))
     if content is UNSET and payload is UNSET and metadata is UNSET and token_count is UNSET:
@@ -262,9 +270,12 @@ async def update_message(
 
 async def delete_message(db: Database, *, user_id: str, conversation_id: int, seq: int) -> Deleted:
     """
-    Delete the message at a place of a conversation. The place stays empty and `last_seq` as it is; its key is free.
+    Delete one message by its `seq` and return the number of deleted rows.
 
-    Raises ConversationNotFoundError, or MessageNotFoundError when the conversation has no message there.
+    The `seq` is never reused and `last_seq` does not change. The message's key becomes free.
+
+    Raises ConversationNotFoundError, or MessageNotFoundError if the conversation has no message at this position. SQL:
+    `delete_message.sql`.
     """
     deleted = await _delete_message.fetch_one(
         db, check_user_id(user_id), check_id(conversation_id), check_seq("seq", seq)
@@ -274,11 +285,12 @@ async def delete_message(db: Database, *, user_id: str, conversation_id: int, se
 
 async def delete_messages_after(db: Database, *, user_id: str, conversation_id: int, seq: int) -> Deleted:
     """
-    Delete the messages with a greater `seq`, as an edit or a regeneration needs, and return how many went.
+    Delete all messages after `seq`, for an edit or a regeneration, and return the number of deleted rows.
 
-    The places stay empty and `last_seq` as it is.
+    The deleted positions are never reused and `last_seq` does not change. `seq` may be 0, or the position of a deleted
+    message.
 
-    Raises ConversationNotFoundError.
+    Raises ConversationNotFoundError. SQL: `delete_messages_after.sql`.
     """
     return await _delete_messages_after.fetch_one(
         db, check_user_id(user_id), check_id(conversation_id), check_seq("seq", seq)

@@ -1,4 +1,4 @@
-"""The handles: chatdb's own pool, and transactions that tell when they were not committed."""
+"""chatdb's pool, and transactions that raise if they were not committed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import inspect
 import logging
 import os
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any, Final, Unpack
+from typing import TYPE_CHECKING, Any, Final, TypeVar, Unpack, cast, overload
 
 import asyncpg
 
@@ -24,40 +24,43 @@ from chatdb._core.asyncpg_private import (
 )
 from chatdb._core.driver_errors import mapped_driver_errors
 from chatdb._core.dsn import AnyDsn, ConnectionInfo, dsn_to_str, read_dsn
-from chatdb._core.options import CONNECTION_OPTIONS, DriverOptions, check_options
+from chatdb._core.handles import AsyncpgPool, Connection, Record
+from chatdb._core.options import CONNECTION_OPTIONS, DriverOptions, PoolOptions, check_options
+from chatdb._core.query import Database
 from chatdb._core.validate import check_handle, check_user_id
 from chatdb.errors import ChatDBError, ConfigurationError, UnavailableError
 
 if TYPE_CHECKING:
-    from asyncpg.transaction import Transaction
+    from chatdb._core.handles import Transaction
 
-    from chatdb._core.asyncpg_private import AsyncpgPool
-    from chatdb._core.asyncpg_private import Connection as Connection
+__all__ = ["Connection", "Pool", "create_pool", "set_rls_user", "transaction"]
+
+_RowT = TypeVar("_RowT", bound=asyncpg.Record)
 
 _log = logging.getLogger("chatdb")
 
 
 class Pool(PoolBase):
     """
-    An asyncpg pool that is fair, bounded in time, and costs one round trip a call.
+    An asyncpg pool with first-come, first-served waiting, time limits, and one round trip per call.
 
-    It does all that asyncpg's does. Besides, tasks get their connections in the order in which they asked; waiting
-    and connecting end after the acquire timeout with AcquireTimeoutError; and chatdb's own calls send no query to reset
-    the connection, because they keep no session state. A connection lent by `acquire` or `chatdb.transaction` is reset
-    when it comes back if other statements ran on it. `fetch` resets nothing.
+    It has all methods of asyncpg's pool. Tasks get connections in the order of their requests, and `acquire` raises
+    AcquireTimeoutError after the acquire timeout. The functions of chatdb leave no session state, so they need no
+    reset query. A connection from `acquire` or `chatdb.transaction` is reset on release if other statements ran on it.
+    `fetch` never resets.
 
-    The pool belongs to the process and the event loop that open it. In another it raises ConfigurationError before
+    A pool works only in the process and event loop that opened it; elsewhere it raises ConfigurationError before
     anything is sent.
 
-    `retries` is how often a read or a keyed write is sent again after a lost connection. With `row_level_security` each
-    of chatdb's own calls runs in a transaction that names its user.
+    `retries` is the maximum number of times that a read or a keyed write is sent again after a lost connection. With
+    `row_level_security`, each function of chatdb runs in a transaction that names its user.
     """
 
     retries: int
     row_level_security: bool
 
-    def __init__(self, dsn: AnyDsn | ConnectionInfo, **given_options: Any) -> None:  # noqa: ANN401 - create_pool's
-        options = check_options(_DEFAULTS | given_options)
+    def __init__(self, dsn: AnyDsn | ConnectionInfo, **given_options: Unpack[PoolOptions]) -> None:
+        options = check_options({**_DEFAULTS, **given_options})
         given = {name: options.pop(name) for name in CONNECTION_OPTIONS & options.keys()}
         self.retries = options.pop("retries")
         self.row_level_security = options.pop("row_level_security")
@@ -68,27 +71,31 @@ class Pool(PoolBase):
         }
         super().__init__(**(defaults | read_dsn(dsn, given).asyncpg() | options))
 
+    @overload  # type: ignore[override] # see handles.pyi
     async def fetch(
-        self,
-        query: str,
-        *args: Any,  # noqa: ANN401 - any value that a statement takes
-        timeout: float | None = None,
-        record_class: type[Any] | None = None,
+        self, query: str, *args: object, timeout: float | None = None, record_class: None = None
+    ) -> list[Record]: ...
+    @overload
+    async def fetch(
+        self, query: str, *args: object, timeout: float | None = None, record_class: type[_RowT]
+    ) -> list[_RowT]: ...
+    async def fetch(
+        self, query: str, *args: Any, timeout: float | None = None, record_class: type[asyncpg.Record] | None = None
     ) -> list[Any]:
         """
         Run a statement on a connection of the pool and return its rows.
 
-        Where one is idle, that is all: asyncpg's way to and from it, by a context, a proxy, a timer and a task, costs
-        more than half of what the statement does. The connection's own `fetch` would check its owner once more.
+        `timeout`, in seconds, replaces the command timeout. If a connection is idle, it is used directly: asyncpg's
+        acquire and release would add more than half the cost of the statement.
 
-        With `row_level_security` a statement of chatdb's own, whose first argument is the user, takes three round
-        trips: BEGIN with the user, the statement, COMMIT.
+        With `row_level_security`, a statement of chatdb takes three round trips: BEGIN with the user (the first
+        argument), the statement, and COMMIT.
         """
         self._check_process_and_loop()
         if self.row_level_security and args and query in STATEMENTS:
             try:
                 return await self._fetch_for_user(args[0], query, args, timeout)
-            # the transaction is undone, and the statement will be prepared anew
+            # The transaction was rolled back; the retry prepares the statement again.
             except (asyncpg.InvalidCachedStatementError, asyncpg.InvalidSQLStatementNameError):
                 return await self._fetch_for_user(args[0], query, args, timeout)
         return await self._run(query, args, timeout, record_class)
@@ -99,32 +106,32 @@ class Pool(PoolBase):
 
     async def close(self) -> None:
         """
-        Close the pool when the connections in use have come back, or after the acquire timeout, and drop those then.
+        Close the pool and wait until all connections are released.
 
-        A warning in the log says how many were dropped.
+        Connections still in use after the acquire timeout are terminated, with a warning in the log.
         """
         if self._state != "open":
             return
         self._check_process_and_loop()
         try:
             async with asyncio.timeout(self._acquire_timeout):
-                await super().close()  # it drops the connections if it is cancelled
+                await super().close()  # terminates the connections if cancelled
         except TimeoutError:
             _log.warning(
-                "the pool was closed after %g s with connections still in use: they were dropped", self._acquire_timeout
+                "the pool closed with connections still in use after %g s: they were terminated", self._acquire_timeout
             )
         finally:
             self._state = "closed"
 
     def terminate(self) -> None:
-        """Drop all connections at once."""
+        """Terminate all connections immediately."""
         if self._state == "open":
             check_process_and_loop(self._process, self._loop, "pool", may_be_stopped=True)
             super().terminate()
             self._state = "closed"
 
     async def expire_connections(self) -> None:
-        """Replace each connection when it is next acquired."""
+        """Replace each connection the next time it is acquired."""
         self._check_process_and_loop()
         await super().expire_connections()
 
@@ -138,30 +145,31 @@ def create_pool(
     command_timeout: float = 30.0,
     retries: int = 2,
     row_level_security: bool = False,
-    # below the five minutes after which a serverless database closes idle connections
+    # Serverless databases close idle connections after five minutes.
     max_inactive_connection_lifetime: float = 240.0,
     **options: Unpack[DriverOptions],
 ) -> Pool:
     """
-    Make a pool of connections, to be awaited or entered by `async with`.
+    Create a connection pool. Await it, or use it in `async with`, to open it.
 
-    `dsn` is that of PostgreSQL's own tools, else the environment's `DATABASE_URL`, as a str or as the object of a
-    settings class (pydantic's `PostgresDsn` and `SecretStr`, SQLAlchemy's `URL`). `postgresql+psycopg://` and
-    `postgresql+asyncpg://` are taken too, and libpq's variables and files fill in what it does not say. Hosts that are
-    not local are reached by verified TLS, unless the DSN says `sslmode=disable`. `acquire_timeout` bounds the wait for
-    a connection and `command_timeout` each statement, in seconds. Connections are opened as they are needed, from
-    `min_size` to `max_size`, and one at once, to see that the server is there. After a lost connection a read or a
-    keyed write is sent again up to `retries` times, 0 for never. Further options are those of `asyncpg.create_pool`;
-    `statement_cache_size=0` is what a pooler needs that does not track prepared statements.
+    - `dsn` is a PostgreSQL DSN: a str, or an object of a settings class (pydantic's `PostgresDsn` or `SecretStr`,
+      SQLAlchemy's `URL`). It defaults to the environment variable `DATABASE_URL`. The schemes
+      `postgresql+psycopg://` and `postgresql+asyncpg://` work too. libpq's variables and files supply what the DSN
+      leaves out. Connections to remote hosts use verified TLS unless the DSN says `sslmode=disable`.
+    - The pool keeps `min_size` to `max_size` connections. It opens one at the start, to check that the server answers,
+      and more on demand. It closes connections that are idle for `max_inactive_connection_lifetime` seconds (0: never).
+    - `acquire_timeout` limits the wait for a connection and `command_timeout` limits each statement, in seconds.
+    - `retries` is the maximum number of times that a read or a keyed write is sent again after a lost connection.
+    - `row_level_security=True` is for a database with `chatdb protect`: each call runs in a transaction that names its
+      user, with three round trips instead of one. If the connection is lost during COMMIT, `.sent` is None.
+    - All other options are those of `asyncpg.create_pool`. Set `statement_cache_size=0` for a pooler that does not
+      track prepared statements.
 
-    `row_level_security=True` is for a database with `chatdb protect`: each call runs in a transaction that names its
-    user, in three round trips instead of one. When the connection is lost during COMMIT, `.sent` is None.
-
-    Raises ConfigurationError at once, which names the option; when awaited, also UnavailableError.
+    Raises ConfigurationError, which names the option. Opening the pool also raises UnavailableError.
     """
     text = ("" if dsn is None else dsn_to_str(dsn)) or os.environ.get("DATABASE_URL")
     if not text:
-        raise ConfigurationError("no database is named: pass a dsn, or set DATABASE_URL=postgresql://...")
+        raise ConfigurationError("no database is configured: pass dsn, or set DATABASE_URL=postgresql://...")
     return Pool(
         text,
         min_size=min_size,
@@ -180,26 +188,27 @@ _DEFAULTS: Final = {
     for parameter in inspect.signature(create_pool).parameters.values()
     if parameter.kind is parameter.KEYWORD_ONLY
 }
-"""Those of a pool that is made without `create_pool`, as the embedded server's is."""
+"""Defaults of a `Pool` that is created without `create_pool`, as on the embedded server."""
 
 
 @contextlib.asynccontextmanager
-async def transaction(db: AsyncpgPool | Connection, *, user_id: str | None = None) -> AsyncGenerator[Connection, None]:
+async def transaction(db: Database, *, user_id: str | None = None) -> AsyncGenerator[Connection, None]:
     """
-    Run a block in a transaction, on a connection of the pool or on the given one, and yield that connection.
+    Run a block in a transaction and yield its connection.
 
-    The block's end commits, an exception rolls back. Inside another transaction it is a savepoint. Nothing is retried.
+    `db` is a pool, from which a connection is acquired, or an asyncpg connection. The end of the block commits; an
+    exception rolls back. Inside another transaction, the block is a savepoint. Nothing is retried.
 
-    With `user_id` the rows of this user are the only ones that the block can reach, whatever its statements say, where
-    `chatdb protect` has switched row-level security on. It is sent with BEGIN, ends with the transaction, and is
-    therefore safe behind a pooler; a savepoint's costs two round trips, and then the user of the transaction around it
-    is back.
+    With `user_id`, the block can access only the rows of this user, whatever its statements say, provided that
+    `chatdb protect` has enabled row-level security. The setting is sent with BEGIN and ends with the transaction, so it
+    is safe behind a pooler. In a savepoint it costs two round trips, and the outer transaction's user is restored at
+    the end.
 
-    Raises ChatDBError when the server answers COMMIT with ROLLBACK, as it does after an error that the block has
-    swallowed; asyncpg's own `connection.transaction()` says nothing then, and the writes are gone.
+    Raises ChatDBError if the server answers COMMIT with ROLLBACK, as it does if a statement failed and the block
+    suppressed the error. asyncpg's `connection.transaction()` loses the writes silently in this case.
     """
     user = None if user_id is None else check_user_id(user_id)
-    if isinstance(db, asyncpg.Pool):
+    if isinstance(db, AsyncpgPool):
         with mapped_driver_errors():
             connection = await db.acquire()
         try:
@@ -209,8 +218,9 @@ async def transaction(db: AsyncpgPool | Connection, *, user_id: str | None = Non
             await db.release(connection)
     else:
         check_handle(db, "is_in_transaction")
-        async with _transaction_block(db, user):
-            yield db
+        connection = cast("Connection", db)
+        async with _transaction_block(connection, user):
+            yield connection
 
 
 @contextlib.asynccontextmanager
@@ -220,29 +230,29 @@ async def _transaction_block(connection: Connection, user: str | None) -> AsyncG
     try:
         before = await _begin(connection, block, user, is_savepoint)
         yield
-        if is_savepoint and user is not None:  # its end would leave the setting to the transaction around it
+        if is_savepoint and user is not None:  # RELEASE SAVEPOINT would keep the setting
             await set_rls_user(connection, before or "")
     except BaseException:
         await roll_back(connection, block, is_savepoint=is_savepoint)
         raise
     with mapped_driver_errors():
         if is_savepoint:
-            await block.commit()  # to release that of a failed transaction is an error by itself
+            await block.commit()  # in a failed transaction, RELEASE SAVEPOINT itself raises
             return
         try:
             is_committed = await commit(connection, block)
-        except BaseException:  # cancelled before it came through, it has left the transaction open
+        except BaseException:  # cancelled before COMMIT was sent: the transaction is still open
             await roll_back(connection, block, is_savepoint=is_savepoint)
             raise
     if not is_committed:
         raise ChatDBError(
-            "the transaction was rolled back, nothing of it is stored: a statement in it had failed, and its error was "
-            "swallowed; let the error leave the block, or put the statement into a transaction() of its own inside"
+            "the transaction was rolled back and nothing was stored, because a statement failed and its error was "
+            "suppressed: let the error leave the block, or run the statement in a nested transaction()"
         )
 
 
 async def set_rls_user(connection: Connection, user: str) -> str | None:
-    """Have row-level security show the rows of a user until the transaction ends, and return whose it showed before."""
+    """Set the user for row-level security until the transaction ends, and return the previous one."""
     with mapped_driver_errors():
         before: str | None = await connection.fetchval(_SET_USER, user)
     return before
@@ -256,7 +266,7 @@ STATEMENTS.add(_SET_USER)
 
 
 async def _begin(connection: Connection, block: Transaction, user: str | None, is_savepoint: bool) -> str | None:
-    """Begin a transaction or a savepoint, and return whose rows were shown before."""
+    """Begin a transaction or a savepoint, and return the previous user for row-level security."""
     try:
         with mapped_driver_errors():
             if user is None or is_savepoint or not asyncpg_private.FAST:
@@ -265,5 +275,5 @@ async def _begin(connection: Connection, block: Transaction, user: str | None, i
             await begin_for_user(connection, block, user)
             return None
     except UnavailableError as error:
-        error.sent = False  # nothing of the block was
+        error.sent = False  # no statement of the block was sent
         raise

@@ -1,12 +1,13 @@
 """
-The records: what chatdb returns, field by field as the SQL files name them, and what it takes.
+The records that chatdb returns and accepts. Field names are the column names of the SQL files.
 
-Their `repr` has no text, title, key, payload or metadata, so that a log of a record tells none.
+The `repr` of a record omits content, title, key, payload and metadata, so that logs do not expose them.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -16,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    JsonValue,
     SkipValidation,
     ValidationError,
 )
@@ -24,26 +26,27 @@ from pydantic_core import CoreSchema, core_schema
 from chatdb.errors import InvalidInputError
 
 Role = Literal["user", "assistant", "system", "developer", "tool"]
-"""Who speaks. The same set as the CHECK `ck_messages_role`."""
+"""Who speaks; the same set as in the constraint `ck_messages_role`."""
 
 
 class JsonText(str):
     """
-    JSON as its text, kept byte for byte: the order of keys, the writing of numbers and escapes, the white space.
+    JSON text, stored byte for byte, with its key order, number format, escapes and white space.
 
-    A `str` in every respect, so it can be passed on to a model provider or an HTTP response as it is.
+    It is a `str`, so it can be sent unchanged to a model provider or in an HTTP response.
 
     Decision: docs/decisions/0004-payload-is-json.md
     """
 
     __slots__ = ()
 
-    def parsed(self) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the value that the text stands for."""
-        return json.loads(self)
+    def parsed(self) -> JsonValue:
+        """Return the parsed value: a dict, list, str, int, float, bool or None."""
+        value: JsonValue = json.loads(self)
+        return value
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(cls, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(cls, core_schema.str_schema())
 
 
@@ -57,14 +60,17 @@ class Unset:
 
 
 UNSET: Final = Unset()
-"""Stands for an argument that was not given, where `None` has a meaning of its own: it clears the value."""
+"""The default of arguments whose `None` clears the stored value: `UNSET` keeps it."""
 
 
 def _metadata_from_text(value: object) -> object:
     return json.loads(value) if isinstance(value, str) else value
 
 
-Metadata = Annotated[dict[str, Any], BeforeValidator(_metadata_from_text)]
+if TYPE_CHECKING:
+    Metadata = dict[str, JsonValue]
+else:  # Any, because JsonValue would validate each nested value again.
+    Metadata = Annotated[dict[str, Any], BeforeValidator(_metadata_from_text)]
 
 
 class _Record(BaseModel):
@@ -72,13 +78,13 @@ class _Record(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - as pydantic declares it
-        # pydantic gives a frozen model a hash, which then fails on the dict in metadata, for some rows only
+        # The hash that pydantic gives a frozen model fails for rows with metadata, because a dict is not hashable.
         cls.__hash__ = None  # type: ignore[assignment] # pyright: ignore[reportAttributeAccessIssue]
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> object:
-            # a record that was filled from a row has none of pydantic's own slots until one is asked for
+            # decode.py fills records without pydantic's slots; supply them on first access.
             if name == "__pydantic_fields_set__":
                 return set(type(self).model_fields)
             if name in {"__pydantic_extra__", "__pydantic_private__"}:
@@ -88,67 +94,96 @@ class _Record(BaseModel):
 
 class Conversation(_Record):
     """
-    A conversation of a user, as it is stored.
+    A stored conversation.
 
-    `last_seq` is the `seq` of the newest message ever appended, 0 if there was none. `updated_at` is the time of the
-    last append, or of creation. Times are aware, in UTC.
+    `last_seq` is the `seq` of the newest message ever appended, or 0. `updated_at` is the time of the last append, or
+    of creation. Times are timezone-aware, in UTC.
     """
 
-    id: int
-    user_id: str
-    key: str | None = Field(repr=False)
-    title: str | None = Field(repr=False)
-    metadata: Metadata | None = Field(repr=False)
-    last_seq: int
-    created_at: datetime
-    updated_at: datetime
+    id: int = Field(description="Identifies the conversation in the database. A 64-bit integer.")
+    user_id: str = Field(description="The user who owns the conversation. 1 to 255 characters.")
+    key: str | None = Field(
+        repr=False, description="The caller's own name for it, unique per user. 1 to 255 characters; None if not set."
+    )
+    title: str | None = Field(repr=False, description="At most 1,000 characters; None if not set.")
+    metadata: Metadata | None = Field(
+        repr=False, description="The caller's own data: an object of at most 1 MiB as JSON; None if not set."
+    )
+    last_seq: int = Field(description="The seq of the newest message ever appended, even if deleted; 0 if none was.")
+    created_at: datetime = Field(description="When the conversation was created, in UTC.")
+    updated_at: datetime = Field(
+        description="When the last message was appended or, without messages, the conversation was created, in UTC."
+    )
 
 
 class Message(_Record):
     """
-    A message, as it is stored.
+    A stored message.
 
-    `seq` is its place in the conversation: from 1, in commit order. `id` is a global handle and no order.
+    `seq` is its position in the conversation: from 1, in commit order. `id` is a global identifier; do not sort by it.
     """
 
-    id: int
-    conversation_id: int
-    user_id: str
-    seq: int
-    role: Role
-    content: str = Field(repr=False)
-    payload: JsonText | None = Field(repr=False)
-    metadata: Metadata | None = Field(repr=False)
-    token_count: int | None
-    key: str | None = Field(repr=False)
-    created_at: datetime
+    id: int = Field(description="Identifies the message in the database. A 64-bit integer; it implies no order.")
+    conversation_id: int = Field(description="The id of the conversation.")
+    user_id: str = Field(description="The user who owns the conversation. 1 to 255 characters.")
+    seq: int = Field(description="Position in the conversation: from 1, in commit order, and never reused.")
+    role: Role = Field(description="Who speaks.")
+    content: str = Field(repr=False, description="The readable text, at most 4 MiB as UTF-8. It can be empty.")
+    payload: JsonText | None = Field(
+        repr=False, description="Any JSON value as text, at most 16 MiB; None if not set. JSON's null is the text null."
+    )
+    metadata: Metadata | None = Field(
+        repr=False, description="The caller's own data: an object of at most 64 KiB as JSON; None if not set."
+    )
+    token_count: int | None = Field(description="Number of tokens, 0 to 2,147,483,647; None if unknown.")
+    key: str | None = Field(
+        repr=False,
+        description="The caller's own name for it, unique in the conversation. 1 to 255 characters; None if not set.",
+    )
+    created_at: datetime = Field(
+        description="When the message was appended, in UTC. All messages of a batch have the same time."
+    )
 
 
 class NewMessage(_Record):
     """
-    A message to be appended; a dict of the same fields will do.
+    A message to append. A dict with the same fields works too.
 
-    `content` is the readable text. `payload` is any JSON value, or `JsonText` to be kept byte for byte. Values are
-    checked by the function that appends the message, which raises `InvalidInputError`. So does making one without
-    `role` or `content`, or with a field that a message does not have.
+    The constructor raises `InvalidInputError` for a missing `role` or `content` and for an unknown field. Values are
+    checked when the message is appended.
     """
 
-    role: SkipValidation[Role]
-    content: SkipValidation[str] = Field(repr=False)
-    payload: SkipValidation[Any] = Field(default=None, repr=False)
-    metadata: SkipValidation[dict[str, Any] | None] = Field(default=None, repr=False)
-    token_count: SkipValidation[int | None] = None
-    key: SkipValidation[str | None] = Field(default=None, repr=False)
+    role: SkipValidation[Role] = Field(description="Who speaks.")
+    content: SkipValidation[str] = Field(
+        repr=False, description="The readable text, at most 4 MiB as UTF-8. It can be empty."
+    )
+    payload: SkipValidation[object] = Field(
+        default=None,
+        repr=False,
+        description="Any JSON value of at most 16 MiB, or JsonText to store it byte for byte; None for no payload.",
+    )
+    metadata: SkipValidation[Mapping[str, object] | None] = Field(
+        default=None, repr=False, description="Your own data: a dict of at most 64 KiB as JSON; None for none."
+    )
+    token_count: SkipValidation[int | None] = Field(
+        default=None, description="Number of tokens, 0 to 2,147,483,647; None if unknown."
+    )
+    key: SkipValidation[str | None] = Field(
+        default=None,
+        repr=False,
+        description="A name unique in the conversation, which makes the append safe to repeat. 1 to 255 characters; "
+        "None for none.",
+    )
 
     if not TYPE_CHECKING:
 
         def __init__(self, /, *args: object, **fields: object) -> None:
             if args:
-                raise InvalidInputError("NewMessage", "takes its fields by name: NewMessage(role=..., content=...)")
+                raise InvalidInputError("NewMessage", "takes keyword arguments only: NewMessage(role=..., content=...)")
             try:
                 super().__init__(**fields)
             except ValidationError:
-                if type(self) is not NewMessage:  # its own fields and their checks are the caller's
+                if type(self) is not NewMessage:  # a subclass has fields and validators of its own
                     raise
             else:
                 return
@@ -156,21 +191,21 @@ class NewMessage(_Record):
             name = min(unknown or {"role", "content"} - fields.keys())
             if not unknown:
                 raise InvalidInputError(f"NewMessage.{name}", "is required")
-            # a name that is no identifier may be a text of a user's
+            # A name that is not an identifier may be user data.
             shown = f".{name}" if name.isidentifier() else "[...]"
             known = ", ".join(NewMessage.model_fields)
-            raise InvalidInputError(f"NewMessage{shown}", f"is no field of a message, which are {known}")
+            raise InvalidInputError(f"NewMessage{shown}", f"is not a field of a message; the fields are {known}")
 
 
 class Deleted(_Record):
-    """How many rows a deletion took."""
+    """The number of rows that a call deleted."""
 
-    conversations: int
-    messages: int
+    conversations: int = Field(description="Number of deleted conversations.")
+    messages: int = Field(description="Number of deleted messages.")
 
 
 class SchemaPart(_Record):
-    """A column, a constraint or an index that a database has; `definition` is the server's own."""
+    """A column, constraint or index of the database, with the server's definition of it."""
 
     relation: str
     name: str
@@ -178,19 +213,19 @@ class SchemaPart(_Record):
 
 
 class ImportedConversation(_Record):
-    """A conversation that an import has stored or extended."""
+    """A conversation that an import stored or extended."""
 
     id: int
 
 
 class ImportedMessages(_Record):
-    """How many messages an import has stored."""
+    """The number of messages that an import stored."""
 
     messages: int
 
 
 class StoredConversation(_Record):
-    """What is stored of the conversation at `ordinality` in the arrays, with its last message in the file's range."""
+    """The stored conversation for array element `ordinality`, with its last message in the file's range."""
 
     ordinality: int
     id: int

@@ -1,4 +1,4 @@
-"""Whether a database has what this release needs, by its catalog."""
+"""Compares the database catalog with the schema that this release needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chatdb.records import SchemaPart
 
 _check_schema = Query("check_schema", SchemaPart, idempotent=True)
 CHECK_SCHEMA_SQL = _check_schema.sql
-"""What `check_schema` sends, for another driver."""
+"""The statement that `check_schema` sends, for use with another driver."""
 
 EXPECTED_SCHEMA = {
     "conversations": {
@@ -77,13 +77,13 @@ EXPECTED_SCHEMA = {
         ),
     },
 }
-"""The tables of the schema `chatdb`, each with its columns, constraints and indexes as the server defines them."""
+"""The columns, constraints and indexes of each table in the schema `chatdb`, as the server prints them."""
 
 KINDS = {"pk": "primary key", "fk": "foreign key", "ck": "check", "uq": "index", "ix": "index"}
 
 
 class Difference(NamedTuple):
-    """A part that a database lacks, or has otherwise than this release needs."""
+    """A part of the schema that is missing, or differs from what this release needs."""
 
     table: str
     name: str
@@ -91,7 +91,7 @@ class Difference(NamedTuple):
 
     @property
     def needed(self) -> str:
-        """Its definition in this release."""
+        """The definition that this release needs."""
         return EXPECTED_SCHEMA[self.table][self.name]
 
     def __str__(self) -> str:
@@ -101,17 +101,17 @@ class Difference(NamedTuple):
 
 
 def kind_of(name: str) -> str:
-    """Return what a name of `EXPECTED_SCHEMA` stands for."""
+    """Return what kind of part a name in `EXPECTED_SCHEMA` is."""
     return KINDS.get(name.partition("_")[0], "column")
 
 
 def without_quotes(definition: str) -> str:
-    """Return a definition without the quotes that `quote_all_identifiers` puts around names that need none."""
+    """Remove the unnecessary quotes that the setting `quote_all_identifiers` adds to a definition."""
     return re.sub(r"""('(?:[^']|'')*')|"([a-z_][a-z0-9_]*)\"""", lambda found: found[1] or found[2], definition)
 
 
 def differences(parts: Iterable[SchemaPart]) -> list[Difference]:
-    """Return what a database lacks or has otherwise; more than is needed is welcome."""
+    """Return the parts that are missing or different; additional parts are allowed."""
     actual = {(part.relation, part.name): without_quotes(part.definition) for part in parts}
     return [
         Difference(table, name, actual.get((table, name)))
@@ -123,13 +123,13 @@ def differences(parts: Iterable[SchemaPart]) -> list[Difference]:
 
 async def check_schema(db: Database) -> None:
     """
-    Return if this release can work on the database; more columns and indexes than it needs are welcome.
+    Check that the database has the tables that this release needs.
 
-    For a service's start or its readiness probe: one statement, which reads the catalog only. `chatdb check` looks at
-    more, and says how to fix what it finds.
+    Call it at startup or in a readiness probe: it sends one statement, which reads only the catalog. Additional columns
+    and indexes are allowed. `chatdb check` examines more and tells how to fix what it finds.
 
-    Raises SchemaError, which names everything that is missing or otherwise; also where row-level security would refuse
-    each call through this handle, because it names no user.
+    Raises SchemaError, which names everything that is missing or different. It is also raised if row-level security is
+    on and this handle names no user, because every call would fail. SQL: `check_schema.sql`.
     """
     parts = await _check_schema.fetch_all(db)
     if not parts:
@@ -137,10 +137,10 @@ async def check_schema(db: Database) -> None:
     all_differences = differences(parts)
     missing = [str(difference) for difference in all_differences if difference.actual is None]
     other = [str(difference) for difference in all_differences if difference.actual is not None]
-    said = [f"lack {', '.join(missing)}: run yoyo apply, or chatdb migrate"] if missing else []
+    problems = [f"lacks {', '.join(missing)}: run yoyo apply, or chatdb migrate"] if missing else []
     if other:
-        said.append(f"are not as this release needs them, {', '.join(other)}: chatdb check says how to fix that")
-    if said:
-        raise SchemaError(f"the database's chatdb tables {'; they '.join(said)}")
+        problems.append(f"differs from what this release needs, {', '.join(other)}: chatdb check tells how to fix it")
+    if problems:
+        raise SchemaError(f"the schema chatdb {'; it '.join(problems)}")
     if any(part.definition == "names no user" for part in parts) and not getattr(db, "row_level_security", False):
         raise SchemaError(NO_USER)

@@ -1,4 +1,4 @@
-"""Functions on all that a user has."""
+"""Functions for all data of one user."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _delete_user = Query("delete_user", Deleted)
 
 async def delete_user(db: Database, *, user_id: str, timeout: float | None = None) -> Deleted:
     """
-    Delete every conversation of a user with all messages, and return how many rows went, 0 for an unknown user.
+    Delete all conversations and messages of a user and return the number of deleted rows.
 
-    One statement, all or nothing. `timeout` in seconds replaces the pool's command timeout for a user with very many
-    messages.
+    The counts are 0 for an unknown user. One statement deletes everything or nothing. `timeout`, in seconds, replaces
+    the pool's command timeout; raise it for a user with very many messages.
 
-    Raises CommandTimeoutError when it takes longer.
+    Raises CommandTimeoutError if the deletion takes longer. SQL: `delete_user.sql`.
     """
     return await _delete_user.fetch_one(db, check_user_id(user_id), timeout=check_timeout(timeout))

@@ -38,23 +38,20 @@ from collections.abc import Coroutine, Generator
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 import asyncpg
-from asyncpg.pool import PoolAcquireContext, PoolConnectionHolder, PoolConnectionProxy
+from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 from asyncpg.protocol import Protocol
 from asyncpg.transaction import Transaction, TransactionState
 
 from chatdb._core.driver_errors import map_driver_error
 from chatdb._core.dsn import server_of
+from chatdb._core.handles import AcquireContext, AsyncpgPool, Connection
 from chatdb._core.validate import check_handle
 from chatdb.errors import AcquireTimeoutError, ConfigurationError, PoolClosedError, UnavailableError
 
 if TYPE_CHECKING:
-    AsyncpgPool = asyncpg.Pool[asyncpg.Record]
     AsyncpgConnection = asyncpg.Connection[asyncpg.Record]
-    Proxy = PoolConnectionProxy[asyncpg.Record]
-    Connection = AsyncpgConnection | Proxy
-    AcquireContext = PoolAcquireContext[asyncpg.Record]
 else:
-    AsyncpgPool, AsyncpgConnection, AcquireContext = asyncpg.Pool, asyncpg.Connection, PoolAcquireContext
+    AsyncpgConnection = asyncpg.Connection
 
 Private = Any  # an object of asyncpg's of whose private parts its stubs say nothing
 
@@ -390,16 +387,16 @@ class _AcquireContext(AcquireContext):
 
     pool: Any
 
-    async def __aenter__(self) -> Proxy:
+    async def __aenter__(self) -> Connection:
         if self.connection is not None or self.done:
             raise asyncpg.InterfaceError("a connection is already acquired")
-        connection: Proxy = await self.pool.acquire_fifo(self.timeout)
+        connection: Connection = await self.pool.acquire_fifo(self.timeout)
         self.connection = connection
         return connection
 
-    def __await__(self) -> Generator[Any, None, Proxy]:
+    def __await__(self) -> Generator[Any, None, Connection]:
         self.done = True
-        lending: Coroutine[Any, Any, Proxy] = self.pool.acquire_fifo(self.timeout)
+        lending: Coroutine[Any, Any, Connection] = self.pool.acquire_fifo(self.timeout)
         return lending.__await__()
 
 
@@ -479,11 +476,11 @@ class PoolBase(AsyncpgPool):
             raise error
         raise (UnavailableError(str(found), sent=False) if isinstance(found, UnavailableError) else found) from error
 
-    def acquire(self, *, timeout: float | None = None) -> AcquireContext:
+    def acquire(self, *, timeout: float | None = None) -> AcquireContext:  # type: ignore[override] # see handles.pyi
         """Take a connection from the pool, by `await` or `async with`."""
         return _AcquireContext(self, timeout)
 
-    async def acquire_fifo(self, timeout: float | None) -> Proxy:
+    async def acquire_fifo(self, timeout: float | None) -> Connection:
         """Return a connection: one task at a time waits at asyncpg's unfair queue, the others in order before it."""
         self._check_process_and_loop()
         self._check_init()
@@ -514,7 +511,7 @@ class PoolBase(AsyncpgPool):
             self._waiting -= 1
         try:
             async with asyncio.timeout_at(deadline):
-                connection: Proxy = await holder.acquire()
+                connection: Connection = await holder.acquire()
         except BaseException as error:
             private._queue.put_nowait(holder)
             private._schedule_min_size_maintenance()

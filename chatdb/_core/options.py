@@ -1,4 +1,4 @@
-"""The options of a pool: their types, and their checks by name before any of them reaches the driver."""
+"""Types of the pool's options, and the checks that run before an option reaches the driver."""
 
 from __future__ import annotations
 
@@ -6,41 +6,35 @@ import os
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, cast
+from typing import Any, Final, Literal, TypedDict, cast
 
 import asyncpg
 
 from chatdb._core.dsn import ATTRIBUTES, SSLMODES
+from chatdb._core.handles import Connection
 from chatdb._core.validate import MAX_INT, number_of, type_name
 from chatdb.errors import ConfigurationError
 
 MIN_LIFETIME: Final = 0.05
-"""The shortest time, in seconds, that connections may be allowed to be idle: the timer runs eight times in it."""
+"""Minimum of `max_inactive_connection_lifetime`, in seconds: the pool checks eight times within it."""
 
 _MOST_CONNECTIONS: Final = 262_143
-"""What a server's max_connections can be at most."""
+"""Upper limit of the server's `max_connections`."""
 
-if TYPE_CHECKING:
-    from asyncpg.pool import PoolConnectionProxy
-
-    Hook = Callable[[PoolConnectionProxy[asyncpg.Record]], Awaitable[None]]
-    """What asyncpg calls with a connection."""
-
-    Record = type[asyncpg.Record]
-else:
-    Hook = Record = object
+Hook = Callable[[Connection], Awaitable[None]]
+"""A coroutine function that the pool calls with a connection."""
 
 
 class DriverOptions(TypedDict, total=False):
-    """The options of `asyncpg.create_pool` that chatdb's pool hands on."""
+    """Options of `create_pool` that chatdb passes on to asyncpg, which documents them."""
 
     init_size: int | None
     max_queries: int
-    connect: Callable[..., Awaitable[Any]] | None
+    connect: Callable[..., Awaitable[object]] | None
     setup: Hook | None
     init: Hook | None
     reset: Hook | None
-    record_class: Record
+    record_class: type[asyncpg.Record]
     host: str | Sequence[str] | None
     port: int | Sequence[int] | None
     user: str | None
@@ -61,30 +55,42 @@ class DriverOptions(TypedDict, total=False):
     gsslib: Literal["gssapi", "sspi"] | None
 
 
+class PoolOptions(DriverOptions, total=False):
+    """Options of `Pool`: those that `create_pool` documents, and the driver's."""
+
+    min_size: int
+    max_size: int
+    acquire_timeout: float
+    command_timeout: float
+    retries: int
+    row_level_security: bool
+    max_inactive_connection_lifetime: float
+
+
 CONNECTION_OPTIONS: Final = frozenset({
     "host", "port", "user", "password", "passfile", "service", "servicefile", "database", "timeout", "ssl",
     "direct_tls", "server_settings", "target_session_attrs", "krbsrvname", "gsslib",
 })  # fmt: skip
-"""Those that say the same as a DSN, and come before it."""
+"""Options that override the same setting of the DSN."""
 
-_NOT_TAKEN: Final = {
-    "connection_class": "the pool relies on a class of its own",
-    "loop": "a pool belongs to the event loop that opens it",
+_NOT_SUPPORTED: Final = {
+    "connection_class": "the pool uses its own",
+    "loop": "a pool uses the event loop that opens it",
 }
 
 
 def check_options(options: Mapping[str, object]) -> dict[str, Any]:
     """
-    Return the options with values of the plain types, without those that are None where that means "not given".
+    Return the checked options, with values of built-in types and without options whose None means "not given".
 
     Raises ConfigurationError, which names the option.
     """
     for name in options:
-        if name in _NOT_TAKEN:
-            raise ConfigurationError(f"{name} is not taken: {_NOT_TAKEN[name]}")
+        if name in _NOT_SUPPORTED:
+            raise ConfigurationError(f"{name} is not supported: {_NOT_SUPPORTED[name]}")
         if name not in _CHECKS:
             near = get_close_matches(name, _CHECKS, 1)
-            raise ConfigurationError(f"create_pool has no option {name}{f': is {near[0]} meant?' if near else ''}")
+            raise ConfigurationError(f"create_pool has no option {name}{f': did you mean {near[0]}?' if near else ''}")
     checked_options = {
         name: _CHECKS[name](name, value) for name, value in options.items() if not (value is None and name in _OPTIONAL)
     }
@@ -92,7 +98,7 @@ def check_options(options: Mapping[str, object]) -> dict[str, Any]:
     if least > most:
         raise ConfigurationError(f"min_size must be at most max_size, which is {most:,}, not {least:,}")
     if not least <= checked_options.get("init_size", least) <= most:
-        raise ConfigurationError(f"init_size must be min_size to max_size, which is {least:,} to {most:,}")
+        raise ConfigurationError(f"init_size must be between min_size and max_size, {least:,} to {most:,}")
     return checked_options
 
 
@@ -100,14 +106,14 @@ _Check = Callable[[str, object], Any]
 
 
 def _shown(value: object) -> str:
-    """Return a number as it is, of anything else the type: it may be a secret."""
+    """Return a number itself, and the type of anything else, which may be a secret."""
     if type(value) is float or (type(value) is int and abs(value) < 10**20):
         return repr(value)
     return type_name(type(value))
 
 
 def _fit(fits: Callable[[Any], bool], wanted: str, *, read: Callable[[object], object] = lambda value: value) -> _Check:
-    """Return a check that takes what fits, once it is read."""
+    """Return a check that reads a value and accepts it if it fits."""
 
     def check(name: str, value: object) -> object:
         found = read(value)
@@ -119,11 +125,11 @@ def _fit(fits: Callable[[Any], bool], wanted: str, *, read: Callable[[object], o
 
 
 def _integer(least: int, most: int = MAX_INT) -> _Check:
-    wanted = f"an int of {least:,} to {most:,}"
+    wanted = f"an int from {least:,} to {most:,}"
     return _fit(lambda number: type(number) is int and least <= number <= most, wanted, read=number_of)
 
 
-_seconds: Final = _fit(lambda number: number > 0, f"a number of seconds above 0, to {MAX_INT:,}", read=number_of)
+_seconds: Final = _fit(lambda number: number > 0, f"a number of seconds above 0, at most {MAX_INT:,}", read=number_of)
 
 
 def _text(name: str, value: object, *, least: int = 1) -> str:
@@ -131,7 +137,7 @@ def _text(name: str, value: object, *, least: int = 1) -> str:
         text = str.__str__(cast("str", value))
         if len(text) >= least and "\0" not in text and text.encode(errors="ignore").decode() == text:
             return text
-        raise ConfigurationError(f"{name} must be a str without NUL and lone surrogates{', not empty' * least}")
+        raise ConfigurationError(f"{name} must be a {'non-empty ' * least}str without NUL and lone surrogates")
     raise ConfigurationError(f"{name} must be a str, not {_shown(value)}")
 
 
@@ -140,7 +146,7 @@ def _path(name: str, value: object) -> str:
         try:
             value = os.fspath(cast("os.PathLike[str]", value))
         except Exception as error:
-            raise ConfigurationError(f"{name} must be a path: reading it raised {type(error).__name__}") from error
+            raise ConfigurationError(f"{name} must be a path, but reading it raised {type(error).__name__}") from error
     return _text(name, value)
 
 
@@ -192,11 +198,11 @@ _CHECKS: Final[dict[str, _Check]] = {
     **dict.fromkeys(("acquire_timeout", "command_timeout", "timeout"), _seconds),
     "max_inactive_connection_lifetime": _fit(
         lambda number: number == 0 or number >= MIN_LIFETIME,
-        f"0, for no limit, or a number of seconds from {MIN_LIFETIME} to {MAX_INT:,}",
+        f"0 for no limit, or a number of seconds from {MIN_LIFETIME} to {MAX_INT:,}",
         read=number_of,
     ),
     "max_cached_statement_lifetime": _fit(
-        lambda number: number >= 0, f"0, for no limit, or a number of seconds, to {MAX_INT:,}", read=number_of
+        lambda number: number >= 0, f"0 for no limit, or a number of seconds of at most {MAX_INT:,}", read=number_of
     ),
     **dict.fromkeys(("row_level_security", "direct_tls"), _fit(lambda value: type(value) is bool, "True or False")),
     **dict.fromkeys(("connect", "setup", "init", "reset"), _fit(callable, "a coroutine function")),
@@ -214,4 +220,4 @@ _CHECKS: Final[dict[str, _Check]] = {
 }
 
 _OPTIONAL: Final = CONNECTION_OPTIONS - {"timeout"} | {"init_size", "connect", "setup", "init", "reset"}
-"""Those whose None means that nothing is given, as asyncpg has it."""
+"""Options whose None means "not given", as in asyncpg."""

@@ -18,7 +18,7 @@ from chatdb._core.retry import RetryPolicy
 from chatdb.errors import ChatDBError, CommandTimeoutError, ConversationNotFoundError, UnavailableError
 
 if TYPE_CHECKING:
-    from chatdb._core.asyncpg_private import Connection
+    from chatdb._core.handles import Connection
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
 

@@ -119,13 +119,13 @@ class EmbeddedPool(Pool):
 
 def open_embedded(path: Path | str | None = None) -> EmbeddedPool:
     """
-    Make a pool on an embedded PostgreSQL, migrated and ready, to be awaited or entered by `async with`.
+    Create a pool on an embedded PostgreSQL server. Await it, or use it in `async with`, to open it.
 
-    `path` is the folder that holds the data; by default `CHATDB_HOME`, else the user's data folder, for root
-    /var/lib/chatdb. The server is started, and stopped when the last pool of any process on this folder is closed.
-    Needs the extras `embedded` and `migrate`.
+    Opening the pool starts the server and applies the migrations. The server stops when the last pool on its data
+    folder is closed, in whichever process. `path` is the data folder; it defaults to `CHATDB_HOME`, then to the user's
+    data folder (/var/lib/chatdb for root). Requires the extras `embedded` and `migrate`.
 
-    Raises ConfigurationError if an extra is missing or the folder does not fit, UnavailableError if the server does
-    not start in time.
+    Raises ConfigurationError if an extra is missing or the folder is not usable, and UnavailableError if the server
+    does not start in time.
     """
     return EmbeddedPool(EmbeddedServer(path))

@@ -37,7 +37,7 @@ from chatdb import (
     NotFoundError,
     UnavailableError,
 )
-from chatdb._core.options import _CHECKS, _NOT_TAKEN, DriverOptions
+from chatdb._core.options import _CHECKS, _NOT_SUPPORTED, DriverOptions
 from chatdb.admin.migrate import apply_migrations, rollback_migrations
 from tests.support.calls import CALLS, NOBODYS, SIGNATURES, Counting, call, conversation_with_a_message
 
@@ -356,24 +356,24 @@ async def test_what_is_taken_works(dsn: str, option: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"maxsize": 3}, r"^create_pool has no option maxsize: is max_size meant\?$"),
+        ({"maxsize": 3}, r"^create_pool has no option maxsize: did you mean max_size\?$"),
         ({"pool_timeout": 3}, r"^create_pool has no option pool_timeout"),
-        ({"max_size": "10"}, r"^max_size must be an int of 1 to 262,143, not str$"),
-        ({"max_size": 0}, r"^max_size must be an int of 1 to 262,143, not 0$"),
+        ({"max_size": "10"}, r"^max_size must be an int from 1 to 262,143, not str$"),
+        ({"max_size": 0}, r"^max_size must be an int from 1 to 262,143, not 0$"),
         ({"max_size": numpy.int64(10)}, r"^max_size .*, not int64$"),
         ({"min_size": 20}, r"^min_size must be at most max_size, which is 10, not 20$"),
-        ({"min_size": 2, "init_size": 1}, r"^init_size must be min_size to max_size, which is 2 to 10$"),
+        ({"min_size": 2, "init_size": 1}, r"^init_size must be between min_size and max_size, 2 to 10$"),
         ({"acquire_timeout": None}, r"^acquire_timeout must be a number of seconds .*, not NoneType$"),
         ({"command_timeout": "30"}, r"^command_timeout .*, not str$"),
         ({"command_timeout": Decimal(30)}, r"^command_timeout .*, not Decimal$"),
         ({"retries": "2"}, r"^retries must be an int"),
         ({"row_level_security": "off"}, r"^row_level_security must be True or False, not str$"),
         ({"server_settings": {"jit": False}}, r"^server_settings\.jit must be a str, not bool$"),
-        ({"port": [5432, "5433"]}, r"^port\[1\] must be an int of 1 to 65,535, not str$"),
+        ({"port": [5432, "5433"]}, r"^port\[1\] must be an int from 1 to 65,535, not str$"),
         ({"ssl": "on"}, r"^ssl must be an SSLContext"),
         ({"init": 3}, r"^init must be a coroutine function, not 3$"),
-        ({"loop": None}, r"^loop is not taken"),
-        ({"connection_class": None}, r"^connection_class is not taken"),
+        ({"loop": None}, r"^loop is not supported"),
+        ({"connection_class": None}, r"^connection_class is not supported"),
     ],
 )
 def test_an_option_is_refused_by_name(options: dict[str, Any], said: str) -> None:
@@ -387,7 +387,7 @@ def test_all_options_of_the_driver() -> None:
     of_driver = inspect.signature(asyncpg.create_pool).parameters | inspect.signature(asyncpg.connect).parameters
     named = of_driver.keys() - {"dsn", "connect_kwargs"}
     own = inspect.signature(chatdb.create_pool).parameters.keys() - {"dsn", "options"}
-    assert named | own == _CHECKS.keys() | _NOT_TAKEN.keys()
+    assert named | own == _CHECKS.keys() | _NOT_SUPPORTED.keys()
     assert _CHECKS.keys() - own == DriverOptions.__annotations__.keys()
 
 
@@ -533,11 +533,11 @@ async def test_a_field_that_a_message_does_not_have(message: Any, parameter: str
 @pytest.mark.parametrize(
     ("values", "fields", "parameter", "said"),
     [
-        ((), {"role": "user", "content": "", "contents": MARK}, "NewMessage.contents", "is no field of a message"),
-        ((), {"role": "user", "content": "", MARK: 1}, "NewMessage[...]", "is no field of a message"),
+        ((), {"role": "user", "content": "", "contents": MARK}, "NewMessage.contents", "is not a field of a message"),
+        ((), {"role": "user", "content": "", MARK: 1}, "NewMessage[...]", "is not a field of a message"),
         ((), {"role": "user"}, "NewMessage.content", "is required"),
         ((), {}, "NewMessage.content", "is required"),
-        (("user", MARK), {}, "NewMessage", "takes its fields by name"),
+        (("user", MARK), {}, "NewMessage", "takes keyword arguments only"),
     ],
 )
 def test_a_new_message_that_cannot_be_made(

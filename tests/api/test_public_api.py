@@ -15,7 +15,7 @@ from tests.support.calls import CALLS, NOBODYS, SIGNATURES, Counting, call, conv
 from tests.support.proxy import Proxy
 
 OTHERS = {
-    *("UNSET", "JsonText", "Role"),
+    *("UNSET", "Connection", "Database", "JsonText", "Pool", "Role", "Unset"),
     *("Conversation", "Deleted", "Message", "NewMessage"),
     *("create_pool", "open_embedded", "transaction", "check_schema"),
     *("ChatDBError", "NotFoundError", "ConversationNotFoundError", "MessageNotFoundError", "ConflictError"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import re
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from enum import StrEnum
@@ -134,6 +135,16 @@ def test_travels(record):
 def test_has_a_json_schema(record):
     """A record can be described to the readers of a service, with its fields by name."""
     assert list(record.model_json_schema(mode="serialization")["properties"]) == list(RECORDS[record])
+
+
+def test_every_field_has_a_description():
+    """The JSON schema of every public record describes each field in a sentence."""
+    public = {found for name in chatdb.__all__ if isinstance(found := getattr(chatdb, name), type)}
+    assert {found for found in public if issubclass(found, BaseModel)} == RECORDS.keys()
+    for record in RECORDS:
+        for mode in ("serialization", "validation"):
+            for name, field in record.model_json_schema(mode=mode)["properties"].items():
+                assert re.fullmatch(r"[A-Z].{8,}\.", field.get("description", "")), (record, name)
 
 
 @each

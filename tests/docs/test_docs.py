@@ -20,6 +20,7 @@ import pytest
 import chatdb
 from chatdb import errors
 from chatdb._core import validate
+from tests.docs.typed_project import blocks
 from tests.support.databases import as_role, execute
 from tests.support.paths import ROOT
 
@@ -199,6 +200,16 @@ def test_the_decisions() -> None:
         assert all(f"**{part}.**" in text for part in ("Context", "Decision", "Figures", "Rejected", "Where")), file
         for named in re.findall(r"`((?:chatdb|sql|migrations|tests|benchmarks)/[\w./-]*)`", text):
             assert (ROOT / named).exists(), (file.name, named)
+
+
+def test_the_typed_project_uses_everything_public() -> None:
+    """What `nox -s typed` checks has every public name, and the Python blocks of the documents."""
+    text = (ROOT / "tests" / "docs" / "typed" / "service.py").read_text(encoding="utf-8")
+    assert [name for name in chatdb.__all__ if f"chatdb.{name}" not in text] == []
+    modules = blocks()
+    assert {"readme", "guide", "security"} <= {name.rpartition("_")[0] for name in modules}
+    for text in modules.values():
+        compile(text, "block", "exec")
 
 
 def test_every_session_exists() -> None:

@@ -1,5 +1,6 @@
-"""The types a user's type checker sees. The nox session `types` checks this file with mypy --strict and pyright."""
+"""The types that a user with asyncpg-stubs sees; `nox -s types` checks them. `typed/` is for users without stubs."""
 
+from pathlib import Path
 from typing import assert_type
 
 import asyncpg
@@ -7,7 +8,6 @@ from pydantic import PostgresDsn, SecretStr
 from sqlalchemy import make_url
 
 import chatdb
-from chatdb.pool import Connection
 
 
 async def example(pool: asyncpg.Pool, connection: asyncpg.Connection) -> None:
@@ -27,6 +27,7 @@ async def example(pool: asyncpg.Pool, connection: asyncpg.Connection) -> None:
         )
         await chatdb.append_message(db, user_id="alice", conversation_id=at, role="narrator", content="")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
         await chatdb.update_conversation(db, user_id="alice", conversation_id=at, title=None)
+        await with_stubs(db)
         async with chatdb.transaction(db) as inside, chatdb.transaction(pool), chatdb.transaction(connection):
             assert_type(await chatdb.delete_user(inside, user_id="alice"), chatdb.Deleted)
         await chatdb.check_schema(db)
@@ -42,6 +43,21 @@ async def example(pool: asyncpg.Pool, connection: asyncpg.Connection) -> None:
     await chatdb.create_pool(statement_cache_size="0")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
-async def prepare(connection: Connection) -> None:
-    """Initialize a new connection."""
+async def prepare(connection: chatdb.Connection) -> None:
+    """Configure a connection."""
     await connection.execute("set geqo = off")
+
+
+async def configure(connection: asyncpg.Connection) -> None:
+    """Configure a connection, in a function that has asyncpg's type."""
+    await connection.execute("set geqo = off")
+
+
+async def with_stubs(db: asyncpg.Pool) -> None:
+    """Pass chatdb's types to functions that have asyncpg's."""
+    pool = await chatdb.create_pool(init=configure, setup=configure)
+    async with pool.acquire() as connection:
+        await configure(connection)
+        row: asyncpg.Record | None = await connection.fetchrow("select 1")
+        await connection.copy_from_query("select 1", output=Path("file"), header=True)
+    print(row, db.get_size())

@@ -1,0 +1,172 @@
+"""What a service does with chatdb; `nox -s typed` checks it where chatdb is installed alone."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import assert_type
+
+from pydantic import JsonValue, PostgresDsn, SecretStr
+
+import chatdb
+
+
+async def prepare(connection: chatdb.Connection) -> None:
+    """Configure a new connection of the pool."""
+    assert_type(await connection.execute("set geqo = off"), str)
+
+
+@asynccontextmanager
+async def lifespan() -> AsyncGenerator[chatdb.Pool, None]:
+    """Open a pool for the lifetime of a service."""
+    async with chatdb.create_pool(max_size=3, init=prepare, host=["a", "b"], server_settings={"geqo": "off"}) as db:
+        assert_type(db, chatdb.Pool)
+        await chatdb.check_schema(db)
+        yield db
+
+
+async def pools() -> None:
+    """Open pools in other ways."""
+    assert_type(await chatdb.create_pool("postgresql://localhost/chat", statement_cache_size=0), chatdb.Pool)
+    await chatdb.create_pool(SecretStr("postgresql://localhost/chat"), row_level_security=True)
+    db = await chatdb.create_pool(PostgresDsn("postgresql://localhost/chat"))
+    await db.expire_connections()
+    await db.close()
+    chatdb.Pool("postgresql://localhost/chat", min_size=1, retries=0).terminate()
+    async with chatdb.open_embedded("data") as embedded:
+        await chatdb.delete_user(embedded, user_id="alice", timeout=60)
+        print(embedded.path)
+
+
+async def conversations(db: chatdb.Database, user: str) -> None:
+    """Call every function for conversations."""
+    chat = await chatdb.create_conversation(
+        db, user_id=user, title="Plans", key="one", metadata={"tags": ["a"], "n": 1}
+    )
+    assert_type(chat, chatdb.Conversation)
+    assert_type(chat.id, int)
+    assert_type(chat.user_id, str)
+    assert_type(chat.key, str | None)
+    assert_type(chat.title, str | None)
+    assert_type(chat.metadata, dict[str, JsonValue] | None)
+    assert_type(chat.last_seq, int)
+    assert_type(chat.created_at, datetime)
+    assert_type(chat.updated_at, datetime)
+    counts = {"unread": 3}
+    await chatdb.update_conversation(db, user_id=user, conversation_id=chat.id, title=None, metadata=counts)
+    await chatdb.update_conversation(db, user_id=user, conversation_id=chat.id, metadata=chat.metadata)
+    assert_type(await chatdb.get_conversation(db, user_id=user, conversation_id=chat.id), chatdb.Conversation)
+    assert_type(await chatdb.get_conversation_by_key(db, user_id=user, key="one"), chatdb.Conversation)
+    page = await chatdb.list_conversations(db, user_id=user)
+    assert_type(page, list[chatdb.Conversation])
+    await chatdb.list_conversations(db, user_id=user, limit=50, before=page[-1])
+    deleted = await chatdb.delete_conversation(db, user_id=user, conversation_id=chat.id)
+    assert_type(deleted, chatdb.Deleted)
+    assert_type(deleted.conversations + deleted.messages, int)
+
+
+async def messages(db: chatdb.Database, user: str, chat: int, title: str | chatdb.Unset = chatdb.UNSET) -> None:
+    """Call every function for messages."""
+    await chatdb.update_conversation(db, user_id=user, conversation_id=chat, title=title)
+    message = await chatdb.append_message(
+        db,
+        user_id=user,
+        conversation_id=chat,
+        role="user",
+        content="hi",
+        payload={"a": [1, None]},
+        token_count=1,
+        key="k",
+    )
+    assert_type(message, chatdb.Message)
+    assert_type(message.seq, int)
+    assert_type(message.role, chatdb.Role)
+    assert_type(message.content, str)
+    assert_type(message.payload, chatdb.JsonText | None)
+    assert_type(message.metadata, dict[str, JsonValue] | None)
+    assert_type(message.token_count, int | None)
+    assert_type(message.created_at, datetime)
+    if message.payload is not None:
+        assert_type(message.payload.parsed(), JsonValue)
+    new = [chatdb.NewMessage(role="user", content="hi"), chatdb.NewMessage(role="tool", content="", payload=[1])]
+    stored = await chatdb.append_messages(db, user_id=user, conversation_id=chat, messages=new)
+    assert_type(stored, list[chatdb.Message])
+    await chatdb.append_messages(
+        db,
+        user_id=user,
+        conversation_id=chat,
+        messages=[{"role": "user", "content": "hi", "metadata": {"a": 1}, "payload": chatdb.JsonText("{}")}],
+    )
+    assert_type(await chatdb.get_history(db, user_id=user, conversation_id=chat, before_seq=9), list[chatdb.Message])
+    assert_type(await chatdb.list_messages(db, user_id=user, conversation_id=chat, after_seq=1), list[chatdb.Message])
+    assert_type(chatdb.iter_messages(db, user_id=user, conversation_id=chat), AsyncIterator[chatdb.Message])
+    async for each in chatdb.iter_messages(db, user_id=user, conversation_id=chat):
+        assert_type(each, chatdb.Message)
+    assert_type(await chatdb.get_message(db, user_id=user, conversation_id=chat, seq=1), chatdb.Message)
+    assert_type(await chatdb.get_message_by_key(db, user_id=user, conversation_id=chat, key="k"), chatdb.Message)
+    await chatdb.update_message(db, user_id=user, conversation_id=chat, seq=1, content="ho", payload=None)
+    assert_type(await chatdb.delete_message(db, user_id=user, conversation_id=chat, seq=1), chatdb.Deleted)
+    assert_type(await chatdb.delete_messages_after(db, user_id=user, conversation_id=chat, seq=0), chatdb.Deleted)
+
+
+async def transactions(db: chatdb.Pool, user: str) -> None:
+    """Group calls, with chatdb's transaction and with asyncpg's."""
+    async with chatdb.transaction(db, user_id=user) as connection:
+        assert_type(connection, chatdb.Connection)
+        await chatdb.create_conversation(connection, user_id=user)
+        async with chatdb.transaction(connection), connection.transaction(isolation="serializable"):
+            await connection.executemany("insert into notes values ($1, $2)", [("a", 1), ("b", 2)])
+        assert_type(connection.is_in_transaction(), bool)
+        async for row in connection.cursor("select name from notes"):
+            print(len(row))
+    async with db.acquire(timeout=1) as connection:
+        assert_type(connection, chatdb.Connection)
+        await conversations(connection, user)
+    connection = await db.acquire()
+    try:
+        await messages(connection, user, 1)
+    finally:
+        await db.release(connection)
+
+
+async def statements(db: chatdb.Pool, connection: chatdb.Connection) -> None:
+    """Run the service's own statements; rows have a type, and the values in their columns do not."""
+    rows = await db.fetch("select name from notes where id = $1", 1, timeout=5)
+    for row in rows:
+        print(list(row.keys()), len(row), "name" in row)
+    first = await db.fetchrow("select 1")
+    print(first is None or len(first))
+    assert_type(await db.execute("select 1"), str)
+    await db.executemany("insert into notes values ($1)", [("a",)])
+    await db.copy_records_to_table("notes", records=[("a",)])
+    assert_type(db.get_size() + db.get_min_size() + db.get_max_size() + db.get_idle_size(), int)
+    assert_type(db.is_closing(), bool)
+
+
+async def errors(db: chatdb.Database) -> str:
+    """Handle every error."""
+    try:
+        await chatdb.get_conversation(db, user_id="alice", conversation_id=1)
+    except chatdb.InvalidInputError as error:
+        return error.parameter
+    except (chatdb.ConversationNotFoundError, chatdb.MessageNotFoundError, chatdb.NotFoundError) as error:
+        return error.public
+    except (chatdb.AcquireTimeoutError, chatdb.CommandTimeoutError, chatdb.PoolClosedError) as error:
+        assert_type(error.sent, bool | None)
+    except chatdb.UnavailableError as error:
+        assert_type(error.sent, bool | None)
+    except (chatdb.ConflictError, chatdb.SchemaError, chatdb.ConfigurationError) as error:
+        return str(error)
+    except chatdb.ChatDBError as error:
+        return error.public
+    return ""
+
+
+async def mistakes(db: chatdb.Pool) -> None:
+    """Mistakes that a type checker finds; an ignore that is not needed is an error."""
+    await chatdb.append_message(db, user_id="alice", conversation_id=1, role="narrator", content="")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    await chatdb.create_conversation(3, user_id="alice")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    chatdb.create_pool(maxsize=3)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    chatdb.create_pool(max_size="3")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    chatdb.create_pool(statement_cache_size="0")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    chatdb.Pool("postgresql://localhost/chat", maxsize=3)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    await db.execute(3)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]

@@ -1,0 +1,56 @@
+"""
+Writes a project that uses chatdb the documented ways, for type checkers to read: `python typed_project.py FOLDER`.
+
+It is the files in `typed/` and the Python blocks of the documents. Nothing but chatdb and the checkers is installed
+beside it, so that a type which depends on asyncpg-stubs is found.
+"""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+DOCUMENTS = ("README.md", "docs/guide.md", "docs/security.md")
+WRAPPER = '''"""A part of a document, in a function that has what it uses."""
+# pyright: reportUnusedVariable=false
+import chatdb
+
+
+async def part(db: chatdb.Pool, chat: chatdb.Conversation, user: str, number: int, text: str) -> None:
+'''
+SETTINGS = """\
+[tool.mypy]
+strict = true
+disallow_any_expr = true
+
+[tool.pyright]
+typeCheckingMode = "strict"
+"""
+
+
+def blocks() -> dict[str, str]:
+    """Return the Python blocks of the documents, each as a module by its name."""
+    modules: dict[str, str] = {}
+    for document in DOCUMENTS:
+        path = HERE.parent.parent / document
+        found = re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        for number, block in enumerate(found, 1):
+            if "async def " not in block:
+                block = WRAPPER + re.sub(r"^(?=.)", "    ", block, flags=re.MULTILINE)
+            if "fastapi" in block:
+                block = "# mypy: disallow-any-expr=False\n" + block  # its app.state is Any
+            modules[f"{path.stem.lower()}_{number}"] = block
+    return modules
+
+
+def write(folder: Path) -> None:
+    """Write the project into a folder."""
+    shutil.copytree(HERE / "typed", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, text in blocks().items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    (folder / "pyproject.toml").write_text(SETTINGS, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
