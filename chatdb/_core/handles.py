@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncpg
+from asyncpg.cursor import Cursor, CursorFactory
 from asyncpg.pool import PoolAcquireContext as AcquireContext
 from asyncpg.transaction import Transaction
 
 AsyncpgPool, Connection, Record = asyncpg.Pool, asyncpg.Connection, asyncpg.Record
 
-__all__ = ["AcquireContext", "AsyncpgPool", "Connection", "Record", "Transaction"]
+__all__ = ["AcquireContext", "AsyncpgPool", "Connection", "Cursor", "CursorFactory", "Record", "Transaction"]
