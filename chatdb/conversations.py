@@ -46,9 +46,9 @@ async def create_conversation(
     """
     Create a conversation, or return the one that already has this `key`.
 
-    `key` is 1 to 255 characters and unique per user. It makes the call safe to repeat: if the user already has a
-    conversation with this key, that conversation is returned unchanged, the other arguments are ignored, and nothing
-    is written. `title` is at most 1,000 characters. `metadata` is a dict of at most 1 MiB as JSON.
+    `key` is 1 to 255 characters and unique per user. It makes the call safe to repeat: a stored conversation with this
+    key is returned unchanged, and the other arguments are ignored. `title` is at most 1,000 characters. `metadata` is
+    a dict of at most 1 MiB as JSON.
 
     Raises InvalidInputError. SQL: `create_conversation.sql`, or `create_conversation_keyed.sql` with a key.
     """
@@ -96,9 +96,9 @@ async def list_conversations(
     """
     Return a page of a user's conversations, latest activity first.
 
-    `limit` is 1 to 10,000. For the next page, pass the last conversation of this page as `before`. Paging uses the
-    position that conversation had when it was read, so no page repeats a conversation; one that becomes active in the
-    meantime moves to the first page. The list is empty for an unknown user.
+    `limit` is 1 to 10,000. For the next page, pass the last conversation of this page as `before`. Its position at the
+    time of reading counts, so no page repeats a conversation; one that becomes active in the meantime moves to the
+    first page. The list is empty for an unknown user.
 
     Raises InvalidInputError. SQL: `list_conversations.sql`, or `list_conversations_before.sql` with `before`.
     """

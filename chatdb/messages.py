@@ -38,7 +38,7 @@ _append_message = Query("append_message", Message)
 _append_message_keyed = Query("append_message_keyed", Message, idempotent=True)
 _append_messages = Query("append_messages", Message)
 _append_messages_keyed = Query("append_messages_keyed", Message)
-# Leaving user_id and conversation_id out of the rows makes a page of 100 an eighth faster under load.
+# Without user_id and conversation_id in each row, a page of 100 takes an eighth less time under load.
 _get_history = Query("get_history", Message, fields_from_args=("user_id", "conversation_id"), idempotent=True)
 _list_messages = Query("list_messages", Message, fields_from_args=("user_id", "conversation_id"), idempotent=True)
 _get_message = Query("get_message", Message, idempotent=True)
@@ -96,7 +96,9 @@ async def append_message(
             await get_message_by_key(db, user_id=user_id, conversation_id=conversation_id, key=key)
         except MessageNotFoundError:
             raise ConfigurationError(ROW_SUPPRESSED.format("messages")) from None
-        raise ConflictError("a message with this key and a different body is stored: use a new key for a new message")
+        raise ConflictError(
+            "a message with this key but a different body already exists: use a new key for a new message"
+        )
     return message
 
 
@@ -139,7 +141,8 @@ async def append_messages(
     stored = await _append_messages_keyed.fetch_page(db, user, conversation, *columns, keys, idempotent=all(keys))
     if not stored:
         raise ConflictError(
-            "the batch has both stored and new keys, or a stored message has a different body: nothing was written"
+            "only some keys of the batch are stored, or a stored message has a different body, so nothing was written: "
+            "use new keys for new messages"
         )
     # A message without a key is new, and new messages get their seq in batch order.
     rank = {key: index for index, key in enumerate(keys)}

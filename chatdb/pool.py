@@ -47,7 +47,7 @@ class Pool(PoolBase):
     It has all methods of asyncpg's pool. Tasks get connections in the order of their requests, and `acquire` raises
     AcquireTimeoutError after the acquire timeout. The functions of chatdb leave no session state, so they need no
     reset query. A connection from `acquire` or `chatdb.transaction` is reset on release if other statements ran on it.
-    `fetch` never resets.
+    `fetch` does not reset the connection.
 
     A pool works only in the process and event loop that opened it; elsewhere it raises ConfigurationError before
     anything is sent.
@@ -154,8 +154,8 @@ def create_pool(
 
     - `dsn` is a PostgreSQL DSN: a str, or an object of a settings class (pydantic's `PostgresDsn` or `SecretStr`,
       SQLAlchemy's `URL`). It defaults to the environment variable `DATABASE_URL`. The schemes
-      `postgresql+psycopg://` and `postgresql+asyncpg://` work too. libpq's variables and files supply what the DSN
-      leaves out. Connections to remote hosts use verified TLS unless the DSN says `sslmode=disable`.
+      `postgresql+psycopg://` and `postgresql+asyncpg://` work too. libpq's variables and files supply what is not in
+      the DSN. Connections to remote hosts use verified TLS unless the DSN says `sslmode=disable`.
     - The pool keeps `min_size` to `max_size` connections. It opens one at the start, to check that the server answers,
       and more on demand. It closes connections that are idle for `max_inactive_connection_lifetime` seconds (0: never).
     - `acquire_timeout` limits the wait for a connection and `command_timeout` limits each statement, in seconds.

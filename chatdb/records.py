@@ -96,23 +96,26 @@ class Conversation(_Record):
     """
     A stored conversation.
 
-    `last_seq` is the `seq` of the newest message ever appended, or 0. `updated_at` is the time of the last append, or
-    of creation. Times are timezone-aware, in UTC.
+    Times are timezone-aware, in UTC.
     """
 
     id: int = Field(description="Identifies the conversation in the database. A 64-bit integer.")
     user_id: str = Field(description="The user who owns the conversation. 1 to 255 characters.")
     key: str | None = Field(
-        repr=False, description="The caller's own name for it, unique per user. 1 to 255 characters; None if not set."
+        repr=False,
+        description="The caller's own name for the conversation, unique per user. 1 to 255 characters; "
+        "None if not set.",
     )
-    title: str | None = Field(repr=False, description="At most 1,000 characters; None if not set.")
+    title: str | None = Field(repr=False, description="The title, at most 1,000 characters; None if not set.")
     metadata: Metadata | None = Field(
         repr=False, description="The caller's own data: an object of at most 1 MiB as JSON; None if not set."
     )
-    last_seq: int = Field(description="The seq of the newest message ever appended, even if deleted; 0 if none was.")
-    created_at: datetime = Field(description="When the conversation was created, in UTC.")
+    last_seq: int = Field(
+        description="The seq of the newest message ever appended, even if it was deleted; 0 without messages."
+    )
+    created_at: datetime = Field(description="Time of creation, in UTC.")
     updated_at: datetime = Field(
-        description="When the last message was appended or, without messages, the conversation was created, in UTC."
+        description="Time of the last append or, without messages, of creation, in UTC. Edits do not change it."
     )
 
 
@@ -120,11 +123,11 @@ class Message(_Record):
     """
     A stored message.
 
-    `seq` is its position in the conversation: from 1, in commit order. `id` is a global identifier; do not sort by it.
+    Sort messages by `seq`, not by `id`. Times are timezone-aware, in UTC.
     """
 
     id: int = Field(description="Identifies the message in the database. A 64-bit integer; it implies no order.")
-    conversation_id: int = Field(description="The id of the conversation.")
+    conversation_id: int = Field(description="The id of the conversation that contains the message.")
     user_id: str = Field(description="The user who owns the conversation. 1 to 255 characters.")
     seq: int = Field(description="Position in the conversation: from 1, in commit order, and never reused.")
     role: Role = Field(description="Who speaks.")
@@ -138,11 +141,10 @@ class Message(_Record):
     token_count: int | None = Field(description="Number of tokens, 0 to 2,147,483,647; None if unknown.")
     key: str | None = Field(
         repr=False,
-        description="The caller's own name for it, unique in the conversation. 1 to 255 characters; None if not set.",
+        description="The caller's own name for the message, unique in the conversation. 1 to 255 characters; "
+        "None if not set.",
     )
-    created_at: datetime = Field(
-        description="When the message was appended, in UTC. All messages of a batch have the same time."
-    )
+    created_at: datetime = Field(description="Time of the append, in UTC. All messages of a batch have the same time.")
 
 
 class NewMessage(_Record):
