@@ -1,5 +1,5 @@
 -- append_message
--- A message at the end of a conversation. Raising last_seq locks the row, so that seq is dense and in commit order.
+-- Appends a message to a conversation. Updating last_seq locks the row, so seq has no gaps and follows commit order.
 --
 -- $1 user_id text
 -- $2 conversation_id int8
@@ -14,7 +14,7 @@
 
 with conversation as (
     update chatdb.conversations
-    -- two statements may begin in another order than they get the row's lock in
+    -- greatest(), because statements may get the row lock in a different order than they began
     set last_seq = last_seq + 1, updated_at = greatest(updated_at, pg_catalog.statement_timestamp())
     where user_id = $1 and id = $2
     returning user_id, id, last_seq, updated_at

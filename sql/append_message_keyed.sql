@@ -1,5 +1,5 @@
 -- append_message_keyed
--- A message at the end of a conversation, or the stored one if its key has come before with the same body.
+-- Appends a message to a conversation, or returns the stored one if it has the same key and body.
 --
 -- $1 user_id text
 -- $2 conversation_id int8
@@ -10,10 +10,10 @@
 -- $7 token_count int4 null
 -- $8 key text
 --
--- returns one Message, or an existence row: the key has come before with another body
+-- returns one Message, or an existence row: the key is stored with another body
 -- served by pk_conversations, uq_messages_user_id_conversation_id_key
 
--- the row is locked before the key is looked for: who waited here finds what the other caller stored
+-- locks the row before looking up the key, so that a caller who waited finds what the other one stored
 with conversation as (
     select user_id, id, last_seq, greatest(updated_at, pg_catalog.statement_timestamp()) as appended_at
     from chatdb.conversations
@@ -27,7 +27,7 @@ message as (
     )
     select user_id, id, last_seq + 1, $3, $4, $5::text::json, $6::text::jsonb, $7, $8, appended_at
     from conversation
-    -- changes nothing, but unlike DO NOTHING it returns a row that this statement's snapshot cannot see
+    -- a no-op that, unlike DO NOTHING, returns a row that this statement's snapshot cannot see
     on conflict (user_id, conversation_id, key) where key is not null do update set key = excluded.key
     returning id, conversation_id, user_id, seq, role, content, payload, metadata, token_count, key, created_at
 ),

@@ -1,5 +1,5 @@
 -- append_messages
--- Messages at the end of a conversation, all or nothing.
+-- Appends messages to a conversation, all or nothing.
 --
 -- $1 user_id text
 -- $2 conversation_id int8

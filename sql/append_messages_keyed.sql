@@ -1,6 +1,6 @@
 -- append_messages_keyed
--- Messages at the end of a conversation, of which some have keys: all are new, or all have come before with the same
--- bodies; else nothing is written.
+-- Appends messages to a conversation, some of them with keys. Writes nothing unless all are new or all are stored with
+-- the same bodies.
 --
 -- $1 user_id text
 -- $2 conversation_id int8
@@ -11,7 +11,7 @@
 -- $7 token_counts text[]    null where a message has none
 -- $8 keys text[]    null where a message has none
 --
--- returns many Message, or an existence row: some keys have come before and some not, or with another body
+-- returns many Message, or an existence row: some keys are new and some stored, or a body differs
 -- served by pk_conversations, uq_messages_user_id_conversation_id_key
 
 with batch as (
@@ -55,8 +55,8 @@ fresh as (
 
 raised as (
     update chatdb.conversations as c
-    -- a caller who stored some of the keys since this statement began makes a mixture that "stored" did not see:
-    -- the CHECK on last_seq then undoes the whole statement
+    -- "stored" misses keys that another caller stored after this statement began; -1 violates the CHECK on last_seq,
+    -- which then rolls back the statement
     set last_seq = case when fresh.total = pg_catalog.cardinality($3::text[]) then c.last_seq + fresh.total else -1 end,
         updated_at = conversation.appended_at
     from conversation, fresh

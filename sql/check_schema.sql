@@ -1,6 +1,6 @@
 -- check_schema
--- The columns, constraints and indexes of chatdb's schema, each by its definition, whatever the search_path is; and
--- chatdb's policies, where row-level security would refuse the next statement because no user is named.
+-- Returns the definitions of the columns, constraints and indexes in chatdb's schema, whatever the search_path, and
+-- chatdb's policies if row-level security would refuse the next statement because no user is set.
 --
 -- returns many SchemaPart
 
@@ -10,7 +10,7 @@ select
     pg_catalog.concat_ws(
         ' ',
         pg_catalog.format_type(a.atttypid, a.atttypmod),
-        -- 0 has none, and 100 is the database's own
+        -- 0 is no collation, 100 is the database's default
         case when a.attcollation not in (0, 100) then 'collate ' || a.attcollation::regcollation::text end,
         case when a.attnotnull then 'not null' end,
         case a.attidentity
@@ -34,7 +34,7 @@ select
     k.conname::text as name,
     pg_catalog.concat_ws(
         ' ',
-        -- the referenced table comes without its schema where the search_path has that
+        -- PostgreSQL omits the referenced table's schema if it is on the search_path
         pg_catalog.replace(
             pg_catalog.pg_get_constraintdef(k.oid),
             ' REFERENCES ' || k.confrelid::regclass::text || '(',
@@ -52,7 +52,7 @@ select
     ) as definition
 from pg_catalog.pg_namespace as n
 inner join pg_catalog.pg_class as c on c.relnamespace = n.oid and c.relkind in ('r', 'p')
--- PostgreSQL 18 counts NOT NULL among the constraints
+-- excludes NOT NULL, which PostgreSQL 18 lists as a constraint
 inner join pg_catalog.pg_constraint as k on k.conrelid = c.oid and k.contype in ('p', 'u', 'f', 'c')
 left join pg_catalog.pg_class as f on f.oid = k.confrelid
 left join pg_catalog.pg_index as i on i.indexrelid = k.conindid and k.contype in ('p', 'u')

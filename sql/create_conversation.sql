@@ -1,5 +1,5 @@
 -- create_conversation
--- A new conversation of a user.
+-- Creates a conversation.
 --
 -- $1 user_id text
 -- $2 title text null

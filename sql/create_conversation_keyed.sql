@@ -1,6 +1,6 @@
 -- create_conversation_keyed
--- The user's conversation of this key: the stored one as it is, else a new one.
--- No row where another caller stored the key since this statement began: run it again.
+-- Returns the user's conversation with this key, unchanged, or creates it.
+-- Returns no row if another caller stored the key after this statement began: run it again.
 --
 -- $1 user_id text
 -- $2 title text null

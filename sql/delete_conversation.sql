@@ -1,6 +1,6 @@
 -- delete_conversation
--- A conversation and its messages, counted. The conversation goes first, because its row is the lock of every append;
--- the cascade takes what was appended after this statement began, uncounted.
+-- Deletes a conversation with its messages and counts them. Deletes the conversation first, because every append locks
+-- its row. The cascade deletes, uncounted, what was appended after this statement began.
 --
 -- $1 user_id text
 -- $2 conversation_id int8

@@ -1,5 +1,5 @@
 -- delete_message
--- One message, counted. Its place stays empty: last_seq is not lowered.
+-- Deletes a message and counts it. Its seq is not reused: last_seq stays the same.
 --
 -- $1 user_id text
 -- $2 conversation_id int8

@@ -1,5 +1,5 @@
 -- delete_messages_after
--- The messages after a place, counted. Their places stay empty: last_seq is not lowered.
+-- Deletes the messages after a seq and counts them. Their seqs are not reused: last_seq stays the same.
 --
 -- $1 user_id text
 -- $2 conversation_id int8
@@ -8,7 +8,7 @@
 -- returns one Deleted
 -- served by pk_conversations, pk_messages
 
--- an append locks this row before it locks messages, those of its keys: who locks in the same order meets no deadlock
+-- an append locks this row before messages with its keys; the same order here prevents deadlocks
 with conversation as (
     select id
     from chatdb.conversations

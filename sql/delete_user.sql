@@ -1,5 +1,5 @@
 -- delete_user
--- Every conversation of a user and their messages, counted.
+-- Deletes all conversations and messages of a user and counts them.
 --
 -- $1 user_id text
 --
@@ -7,7 +7,7 @@
 -- served by ix_conversations_user_id_active_on, pk_conversations, pk_messages
 
 with locked as (
-    -- in one order, or two deletions of a user could each wait for the other
+    -- a fixed order prevents deadlocks between two deletions of the same user
     select id
     from chatdb.conversations
     where user_id = $1
@@ -23,7 +23,7 @@ conversation as (
 
 message as (
     delete from chatdb.messages
-    -- counting first locks the conversations before the messages, in the order of an append
+    -- the count makes the conversations lock first, in the same order as an append
     where user_id = $1 and (select pg_catalog.count(*) from conversation) > 0
     returning seq
 )

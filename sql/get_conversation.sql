@@ -1,5 +1,5 @@
 -- get_conversation
--- One conversation of a user.
+-- Returns a conversation by its id.
 --
 -- $1 user_id text
 -- $2 conversation_id int8

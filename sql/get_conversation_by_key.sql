@@ -1,5 +1,5 @@
 -- get_conversation_by_key
--- The conversation to which the user's service gave this key.
+-- Returns a conversation by its key.
 --
 -- $1 user_id text
 -- $2 key text

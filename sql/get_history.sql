@@ -1,12 +1,12 @@
 -- get_history
--- The newest messages of a conversation before a position, newest first: the index is read backwards, without a sort.
+-- Returns the newest messages before a seq, newest first, with a backward index scan instead of a sort.
 --
 -- $1 user_id text
 -- $2 conversation_id int8
 -- $3 before_seq int8
 -- $4 row_limit int8
 --
--- returns many Message without user_id and conversation_id, then an existence row: where the page is not full
+-- returns many Message without user_id and conversation_id, then an existence row: if the page is not full
 -- served by pk_messages
 
 (
@@ -22,5 +22,5 @@ union all
 select null, null, null, null, null, null, null, null, null
 from chatdb.conversations
 where user_id = $1 and id = $2
--- a full page ends before this branch is read, so that it costs nothing there
+-- a full page ends before this branch runs, so it costs nothing there
 limit $4

@@ -1,5 +1,5 @@
 -- get_message_by_key
--- One message of a conversation by the key that its service gave it.
+-- Returns a message by its key.
 --
 -- $1 user_id text
 -- $2 conversation_id int8
@@ -14,12 +14,12 @@
         token_count, key, created_at
     from chatdb.messages
     where user_id = $1 and conversation_id = $2 and key = $3
-    -- without a limit of its own this branch could be read in parallel to the other, and come after it
+    -- without its own limit, this branch could run in parallel with the other and return later
     limit 1 -- noqa: AM09
 )
 union all
 select null, null, null, null, null, null, null, null, null, null, null
 from chatdb.conversations
 where user_id = $1 and id = $2
--- a message found ends the statement before this branch is read
+-- a found message ends the statement before this branch runs
 limit 1

@@ -1,5 +1,5 @@
 -- list_conversations
--- The first page of a user's conversations, latest activity first.
+-- Returns the first page of a user's conversations, latest activity first.
 --
 -- $1 user_id text
 -- $2 row_limit int8
@@ -10,6 +10,6 @@
 select id, user_id, key, title, metadata::text as metadata, last_seq, created_at, updated_at
 from chatdb.conversations
 where user_id = $1
--- active_on follows from updated_at, but the index has only the day: within each one the rows are sorted
+-- the index holds only active_on, the day of updated_at, so the rows are sorted within each day
 order by active_on desc, updated_at desc, id desc
 limit $2

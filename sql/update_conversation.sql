@@ -1,5 +1,5 @@
 -- update_conversation
--- Another title or metadata. The conversation keeps its place in the list: updated_at is the last append's.
+-- Changes the title or metadata. The conversation keeps its position in the list: updated_at stays the same.
 --
 -- $1 user_id text
 -- $2 conversation_id int8

@@ -1,5 +1,5 @@
 -- update_message
--- Other values in a message that stays where and from whom it is.
+-- Changes a message's content, payload, metadata or token count; its seq and role stay the same.
 --
 -- $1 user_id text
 -- $2 conversation_id int8

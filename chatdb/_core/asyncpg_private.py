@@ -1,23 +1,22 @@
 """
-Everything in chatdb that uses a private name of asyncpg's.
+All code that uses asyncpg's private names.
 
-A call costs least when chatdb takes a connection from the pool's queue, runs the statement and puts it back: asyncpg's
-own way, by a context, a proxy, a task and a reset, costs more than half of what a small statement does. At import this
-module looks for each private name that it needs. Where all are there, `FAST` is true. Where one is missing, which may
-happen with another version of asyncpg, a warning names it, and chatdb takes asyncpg's own way, by public names only.
+The fast path takes an idle connection from the pool's queue, runs the statement and puts the connection back. asyncpg's
+own path adds a context manager, a proxy, a task and a reset, which cost more than half as much as a small statement. At
+import, this module checks every private name it needs and sets `FAST` if all exist. If a version of asyncpg lacks one,
+a warning names it and chatdb falls back to asyncpg's public API.
 
-What still holds then: the order of the waiting tasks, the time limits, the errors, the checks of process and event loop
-on the pool and on its connections, the reset of what a borrower left, and that no connection is used again whose state
-is unknown. What is lost beside speed:
+The fallback keeps FIFO order, timeouts, errors, the process and event loop checks on the pool and its connections, and
+the reset of session state. It never reuses a connection whose state is unknown. It costs speed and has these limits:
 
-- Connections are opened one after another, and `Pool.fetch` resets what its statement left in the session.
-- A transaction that names its user begins with two round trips more, and ends with one more.
-- A connection whose BEGIN or COMMIT was cancelled is closed, one that the caller has opened too.
-- Without `_get_statement` rows are validated, and a codec that the caller has set can make a call fail with
-  ConfigurationError. So it is, whatever is missing, on a connection that is not of chatdb's pool.
-- Without `_pool_release_ctr` a prepared statement or a cursor does not check its process and event loop, without
-  `_transport` and `_cancel_current_command` a forked process can disturb its parent's connections, and without
-  `Pool._loop` a pool must be made in a running event loop.
+- Connections open one at a time, and `Pool.fetch` resets the session after its statement.
+- A transaction with a `user_id` needs two more round trips to begin and one more to end.
+- If BEGIN or COMMIT is cancelled, the connection is closed, even if the caller opened it.
+- Without `_get_statement`, rows are validated, and a codec set by the caller can make a call raise ConfigurationError.
+  On a connection outside chatdb's pool, both apply whichever name is missing.
+- Without `_pool_release_ctr`, prepared statements and cursors do not check their process and event loop.
+- Without `_transport` and `_cancel_current_command`, a forked process can disturb its parent's connections.
+- Without `Pool._loop`, a pool must be created in a running event loop.
 
 Decision: docs/decisions/0007-the-pools-fast-path.md
 """
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
 else:
     AsyncpgConnection = asyncpg.Connection
 
-Private = Any  # an object of asyncpg's of whose private parts its stubs say nothing
+Private = Any  # an asyncpg object with attributes that its stubs omit
 
 NEEDED: Final[dict[type, tuple[str, ...]]] = {
     asyncpg.Connection: (
@@ -70,7 +69,7 @@ NEEDED: Final[dict[type, tuple[str, ...]]] = {
     Protocol: ("_is_cancelling", "_wait_for_cancellation", "is_in_transaction", "queries_count"),
     Transaction: ("_connection", "_state"),
 }  # fmt: skip
-"""The names of asyncpg's that the fast way takes, by the class that has them."""
+"""The private names that the fast path uses, by class."""
 
 MISSING: Final = [
     f"{owner.__name__}.{name}" for owner, names in NEEDED.items() for name in names if not hasattr(owner, name)
@@ -79,22 +78,22 @@ MISSING: Final = [
 FAST: bool = not MISSING
 
 CANCEL_TIMEOUT: Final = 0.75
-"""Seconds that a caller waits until the server has stopped a statement that was cancelled or ran into its limit."""
+"""Maximum seconds that a caller waits for the server to stop a statement that was cancelled or timed out."""
 
 IDLE_CHECKS_PER_LIFETIME: Final = 8
-"""How often the pool looks at its idle connections in the time that they may be idle."""
+"""Number of idle checks within `max_inactive_connection_lifetime`."""
 
 STATEMENTS: Final[set[str]] = set()
-"""The statements of chatdb's own, which leave nothing in the session that they run in."""
+"""chatdb's own statements, which leave no session state behind."""
 
 BEGIN_FOR_USER: Final = "begin; select pg_catalog.set_config('chatdb.user_id', {}, true)"
-"""Begins a transaction that names its user, in one round trip."""
+"""Begins a transaction and sets its user, in one round trip."""
 
 _NO_LOOP: Final[Any] = None if "Pool._loop" in MISSING else object()
-"""What a pool has for its event loop until it is opened."""
+"""Placeholder for the event loop of a pool that is not open yet."""
 
 _FETCH: Final[Any] = inspect.unwrap(asyncpg.Connection.fetch)
-"""asyncpg's own method, even where a tool that traces has wrapped it."""
+"""asyncpg's own method, without the wrapper of a tracing tool."""
 
 _PID: Final = "select pg_catalog.pg_backend_pid()"
 
@@ -102,26 +101,26 @@ _RESET: Final = (
     "set session authorization default; reset all; close all; unlisten *; "
     "select pg_catalog.pg_advisory_unlock_all(); discard temp; discard sequences"
 )
-"""What DISCARD ALL does but for prepared statements and plans, which the driver and the pool keep."""
+"""DISCARD ALL without prepared statements and plans, which the driver and the pool keep."""
 
 _TRANSACTION: Final = re.compile(
     r"(?:begin|commit|rollback|(?:savepoint|release savepoint|rollback to) \w+);?"
     + f"|{re.escape(BEGIN_FOR_USER)}".replace(r"\{\}", r"E'(?:[^'\\]|''|\\\\)*'"),
     re.IGNORECASE,
 )
-"""What leaves nothing in the session."""
+"""Transaction control, which leaves no session state behind."""
 
 _DISCARDS: Final = re.compile(r"\b(?:discard\s+(?:all|plans)|deallocate)\b", re.IGNORECASE)
-"""What drops prepared statements that the driver believes to be there."""
+"""Statements that drop prepared statements without the driver's knowledge."""
 
 _KNOWN_STATE: Final = (asyncpg.PostgresError, asyncpg.DataError, asyncio.CancelledError, TimeoutError)
-"""The errors after which asyncpg knows whether the connection is ready, or is still cancelling its statement."""
+"""Errors after which asyncpg knows whether the connection is ready or still cancelling its statement."""
 
 _log = logging.getLogger("chatdb")
 
 if MISSING:
     _log.warning(
-        "asyncpg %s has no %s: chatdb's pool takes asyncpg's own way, which is slower",
+        "asyncpg %s lacks %s: chatdb's pool falls back to asyncpg's public API, which is slower",
         asyncpg.__version__,
         ", ".join(MISSING),
     )
@@ -133,7 +132,7 @@ _release_counter: Final[Private] = getattr(asyncpg.Connection, "_pool_release_ct
 
 
 class DefaultCodecRecord(asyncpg.Record):
-    """A row whose values have the driver's own types, whatever codecs the caller has set: it need not be validated."""
+    """A row decoded with the driver's default codecs, so it needs no validation."""
 
     __slots__ = ()
 
@@ -142,24 +141,24 @@ def check_process_and_loop(
     process: int, loop: asyncio.AbstractEventLoop, what: str, *, may_be_stopped: bool = False
 ) -> None:
     """
-    Raise ConfigurationError unless this is the process and the running event loop that opened a pool or connection.
+    Raise ConfigurationError outside the process and event loop that opened a pool or connection.
 
-    With `may_be_stopped` the loop need not run now.
+    `may_be_stopped` also accepts the owning loop when it is not running.
     """
     if os.getpid() != process:
         raise ConfigurationError(
-            f"this {what} belongs to another process: a forked process opens a pool of its own, after the fork"
+            f"this {what} belongs to another process: open a new pool in the child process after the fork"
         )
     running = asyncio._get_running_loop()
     if running is loop or (may_be_stopped and running is None and not loop.is_running()):
         return
     if loop.is_closed():
         raise ConfigurationError(
-            f"the event loop of this {what} has ended: open a pool in each event loop, such as in each asyncio.run()"
+            f"the event loop of this {what} is closed: open a new pool in each event loop or asyncio.run() call"
         )
     raise ConfigurationError(
-        f"this {what} belongs to another event loop: call it there (asyncio.run_coroutine_threadsafe), or open a pool "
-        "in this one"
+        f"this {what} belongs to another event loop: use it there (asyncio.run_coroutine_threadsafe) or open a new "
+        "pool in this loop"
     )
 
 
@@ -167,11 +166,11 @@ class PoolConnection(AsyncpgConnection):
     """
     A connection of chatdb's pool.
 
-    In another process or event loop than its own it raises ConfigurationError before anything is sent. When it comes
-    back to the pool it is reset if statements ran on it that are not chatdb's own, which leave nothing in the session.
+    Outside its process or event loop it raises ConfigurationError before it sends anything. On release, the pool
+    resets it only if statements other than chatdb's own ran on it; chatdb's own leave no session state behind.
 
-    When one statement finds a table changed, the whole pool forgets what it cached of it: asyncpg finds the pool by the
-    proxy that a connection is used through, and `Pool.fetch` uses none.
+    When a statement finds that a table has changed, the whole pool drops its caches. asyncpg reaches the pool through
+    the connection's proxy, which `Pool.fetch` does not use.
     """
 
     __slots__ = ("_home", "_name", "_needs_reset", "_process")
@@ -185,11 +184,11 @@ class PoolConnection(AsyncpgConnection):
         _connections.add(self)
 
     def __del__(self) -> None:
-        if os.getpid() == self._process:  # else there is nothing to close, and nobody to warn
+        if os.getpid() == self._process:  # a forked process has nothing to close
             super().__del__()
 
     def check_process_and_loop(self, *, may_be_stopped: bool = False) -> None:
-        """Raise ConfigurationError in another process or event loop."""
+        """Raise ConfigurationError outside the owning process or event loop."""
         check_process_and_loop(self._process, self._home, "connection", may_be_stopped=may_be_stopped)
 
     def terminate(self) -> None:
@@ -199,31 +198,31 @@ class PoolConnection(AsyncpgConnection):
     def _cancel_current_command(self, waiter: asyncio.Future[None], *args: Private) -> None:
         if os.getpid() == self._process:
             super()._cancel_current_command(waiter, *args)  # type: ignore[misc]
-        else:  # a request to the server would cancel what the parent runs
+        else:  # a cancel request would stop the parent's statement
             waiter.set_result(None)
             self._home.call_soon(super().terminate)
 
     def disconnect_after_fork(self, nowhere: socket.socket) -> None:
         """
-        Have the socket lead nowhere, in a forked process.
+        Replace the socket with a dead one in a forked process.
 
-        Else, where an exception ends the inherited event loop there, that takes the answers to the parent's statements,
-        and unregisters the parent's sockets from the epoll that both share.
+        Otherwise an exception that ends the inherited event loop would consume the answers to the parent's statements
+        and unregister the parent's sockets from the shared epoll.
         """
         if not self.is_closed():
-            with contextlib.suppress(Exception):  # nobody could be told in here
+            with contextlib.suppress(Exception):  # a fork hook has no caller to report to
                 transport: Private = self._transport  # type: ignore[attr-defined]
                 os.dup2(nowhere.fileno(), transport.get_extra_info("socket").fileno(), inheritable=False)
 
     def get_reset_query(self) -> str:
         if not self._needs_reset:
             return ""
-        # a pooler's server connection has the name of another client to go back to
+        # behind a pooler, "reset all" restores another client's name
         return f"{_RESET}; set application_name to {literal(self._name)}"
 
     async def reset(self, *, timeout: float | None = None) -> None:
         await super().reset(timeout=timeout)
-        self._needs_reset = False  # which the reset query, run by execute(), has set
+        self._needs_reset = False  # execute() set it when it ran the reset query
 
     def cursor(self, query: str, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
         _begin_call(self, query)
@@ -243,7 +242,7 @@ class PoolConnection(AsyncpgConnection):
     if "Connection._pool_release_ctr" not in MISSING:
 
         def _releases(self) -> object:
-            # a prepared statement, a cursor and a transaction ask for it before each use, and for nothing else
+            # prepared statements, cursors and transactions read it before each use; nothing else does
             self.check_process_and_loop()
             return _release_counter.__get__(self)
 
@@ -264,7 +263,7 @@ _connections: Final[weakref.WeakSet[PoolConnection]] = weakref.WeakSet()
 
 
 def _cut_off_all() -> None:
-    """Take the sockets of its parent's connections from a forked process."""
+    """Disconnect a forked process from its parent's connections."""
     nowhere, other = socket.socketpair()
     other.close()
     with nowhere:
@@ -277,7 +276,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _begin_call(connection: PoolConnection, query: object) -> bool:
-    """Check the owner of a connection, and return whether a statement drops what the driver has prepared."""
+    """Check the connection's process and loop, and return whether the statement drops prepared statements."""
     connection.check_process_and_loop()
     if query is None or query in STATEMENTS or (isinstance(query, str) and _TRANSACTION.fullmatch(query)):
         return False
@@ -287,16 +286,16 @@ def _begin_call(connection: PoolConnection, query: object) -> bool:
 
 def _guarded(name: str, *, runs: bool) -> Any:  # noqa: ANN401 - a method of any signature
     """
-    Return asyncpg's method, made to check the connection's owner first.
+    Wrap asyncpg's method with a check of the process and event loop.
 
-    One that `runs` the statement that it is given records that this may leave something in the session.
+    If it `runs` its first argument as a statement, the connection may need a reset.
     """
 
     @functools.wraps(getattr(AsyncpgConnection, name))
     async def call(self: PoolConnection, *args: Any, **options: object) -> object:  # noqa: ANN401
         if _begin_call(self, (args[0] if args else options.get("query", "")) if runs else None):
             await _forget_statements(self)
-        # looked up now, because a tool that traces may have wrapped it since
+        # looked up on each call because a tracing tool may wrap it later
         return await getattr(AsyncpgConnection, name)(self, *args, **options)
 
     return call
@@ -313,18 +312,18 @@ for _name in (
 
 async def fetch_rows(db: Any, sql: str, args: tuple[object, ...], timeout: float | None) -> list[Any]:  # noqa: ANN401
     """
-    Run a statement of chatdb's own on a handle that is not chatdb's pool, and return its rows.
+    Run one of chatdb's statements on a handle other than chatdb's pool, and return its rows.
 
-    On an asyncpg connection that is what its `fetch` does, without the codecs that the caller has set.
+    On an asyncpg connection, ignore the codecs that the caller has set.
     """
-    # not isinstance, after which the type checkers know only what asyncpg's stubs say
+    # isinstance would narrow the types to asyncpg's stubs
     is_pool, is_lent = (issubclass(db.__class__, kind) for kind in (asyncpg.Pool, PoolConnectionProxy))
     if is_pool:
         async with db.acquire() as lent:
             return await fetch_rows(lent, sql, args, timeout)
     connection: Private = getattr(db, "_con", None) if is_lent and FAST else db
     is_known = issubclass(type(connection), asyncpg.Connection)
-    # what overrides it, or a tool that traces and has wrapped it, is to see the statement
+    # an override of fetch, or a tracing tool that wraps it, must see the statement
     is_plain = FAST and is_known and type(connection).fetch is _FETCH
     while True:
         try:
@@ -339,7 +338,7 @@ async def fetch_rows(db: Any, sql: str, args: tuple[object, ...], timeout: float
         except asyncpg.InvalidSQLStatementNameError:
             if not is_known or not await _may_prepare_anew(connection):
                 raise
-            is_known = False  # once is enough
+            is_known = False  # retry only once
         else:
             return rows
 
@@ -347,8 +346,8 @@ async def fetch_rows(db: Any, sql: str, args: tuple[object, ...], timeout: float
 def _execute(
     connection: Private, query: str, args: tuple[Any, ...], timeout: float | None, record_class: type[Any] | None = None
 ) -> Private:
-    """Do what a connection's `fetch` does, which would check its owner once more; chatdb's own rows are native ones."""
-    if not FAST or AsyncpgConnection.fetch is not _FETCH:  # a tool that traces is to see the statement
+    """Run `fetch` without its second owner check; chatdb's own statements bypass the caller's codecs."""
+    if not FAST or AsyncpgConnection.fetch is not _FETCH:  # a tracing tool must see the statement
         return connection.fetch(query, *args, timeout=timeout, record_class=record_class)
     if query in STATEMENTS:
         return connection._execute(query, args, 0, timeout, ignore_custom_codec=True, record_class=DefaultCodecRecord)
@@ -357,10 +356,10 @@ def _execute(
 
 async def _may_prepare_anew(connection: Private) -> bool:
     """
-    Have a connection prepare its statements anew, after the server has said that it does not know one of them.
+    Drop the connection's prepared statements after the server reported one as unknown.
 
-    Return whether that one can be sent again: not in a transaction, which is lost, nor behind a pooler that gives each
-    transaction another session, where statements of other clients may have the same names.
+    Return whether the statement can be sent again. It cannot in a transaction, which is lost, nor behind a pooler that
+    assigns a new session to each transaction: there, another client's statement may have the same name.
     """
     await _forget_statements(connection)
     if connection.is_in_transaction():
@@ -370,12 +369,12 @@ async def _may_prepare_anew(connection: Private) -> bool:
     except asyncpg.PostgresError:
         return False
     if is_own_session:
-        _log.warning("prepared statements were gone from a session: something in it ran DISCARD ALL or DEALLOCATE")
+        _log.warning("a session lost its prepared statements: something ran DISCARD ALL or DEALLOCATE in it")
     return is_own_session
 
 
 async def _forget_statements(connection: Private) -> None:
-    """Have asyncpg take none of a connection's statements for prepared; by public names, none of its whole pool's."""
+    """Drop the connection's statement cache or, without private names, the caches of its whole pool."""
     if FAST:
         connection._drop_local_statement_cache()
     else:
@@ -383,7 +382,7 @@ async def _forget_statements(connection: Private) -> None:
 
 
 class _AcquireContext(AcquireContext):
-    """What `acquire` returns: asyncpg's, of a connection that the pool lends in order."""
+    """The return value of `acquire`, which lends connections in FIFO order."""
 
     pool: Any
 
@@ -401,21 +400,21 @@ class _AcquireContext(AcquireContext):
 
 
 class PoolBase(AsyncpgPool):
-    """Lends the connections of an asyncpg pool in order, within a time limit, in their own process and event loop."""
+    """An asyncpg pool with FIFO order, an acquire timeout, and process and event loop checks."""
 
-    _loop: asyncio.AbstractEventLoop  # asyncpg's too
+    _loop: asyncio.AbstractEventLoop  # asyncpg uses it too
     _process: int
     _state: str
 
     def __init__(self, *, acquire_timeout: float, max_inactive_connection_lifetime: float, **options: Any) -> None:  # noqa: ANN401
-        # asyncpg's limit is a timer set and cancelled a call: see _close_idle
+        # asyncpg would set and cancel a timer on every call: see _close_idle
         options["max_inactive_connection_lifetime"] = 0 if FAST else max_inactive_connection_lifetime
         super().__init__(loop=_NO_LOOP, connection_class=PoolConnection, **options)
         self._state = "new"  # then "opening", "open", "closed"
         self._acquire_timeout = acquire_timeout
         self._max_idle = max_inactive_connection_lifetime if FAST else 0
         self._fifo_lock = asyncio.Lock()
-        self._waiting = 0  # tasks that have asked for a connection and have none yet
+        self._waiting = 0  # tasks waiting for a connection
         self._idle_checks: dict[Private, tuple[object, int]] = {}
 
     def __await__(self) -> Generator[Any, None, Self]:
@@ -447,7 +446,7 @@ class PoolBase(AsyncpgPool):
     def _check_process_and_loop(self) -> None:
         if self._state == "new":
             self._check_init()
-        # written out, because a call costs: check_process_and_loop says what is wrong
+        # inlined for speed; check_process_and_loop raises the error
         elif os.getpid() != self._process or asyncio._get_running_loop() is not self._loop:
             check_process_and_loop(self._process, self._loop, "pool")
 
@@ -455,20 +454,21 @@ class PoolBase(AsyncpgPool):
         if self._state == "closed":
             raise PoolClosedError("the pool is closed", sent=False)
         if self._state != "open":
-            raise PoolClosedError("the pool is not open: await it, or enter it by async with, first", sent=False)
+            raise PoolClosedError("the pool is not open: await it, or enter it with async with, first", sent=False)
 
     def _raise_acquire_error(self, error: Exception, timeout: float, *, is_exhausted: bool = False) -> NoReturn:
-        """Raise the error of a connection that was not to be had: of its statement, nothing was sent."""
+        """Raise the error of a failed acquire; nothing of the statement was sent."""
         if is_exhausted:
             raise AcquireTimeoutError(
-                f"no connection became free within {timeout:g} s: all {self.get_max_size()} of the pool are in use",
+                f"no connection became free within {timeout:g} s (max_size is {self.get_max_size()}): release "
+                "connections sooner or raise max_size",
                 sent=False,
             ) from error
         options: Any = getattr(self, "_connect_kwargs", None)
         server = server_of(options) if options else "the server"
         if isinstance(error, TimeoutError):
             raise AcquireTimeoutError(
-                f"no connection to {server} could be made within {timeout:g} s: check that the server answers",
+                f"could not connect to {server} within {timeout:g} s: check that the server is running and reachable",
                 sent=False,
             ) from error
         found = map_driver_error(error, server)
@@ -477,11 +477,11 @@ class PoolBase(AsyncpgPool):
         raise (UnavailableError(str(found), sent=False) if isinstance(found, UnavailableError) else found) from error
 
     def acquire(self, *, timeout: float | None = None) -> AcquireContext:  # type: ignore[override] # see handles.pyi
-        """Take a connection from the pool, by `await` or `async with`."""
+        """Acquire a connection with `await` or `async with`, like asyncpg's `acquire`."""
         return _AcquireContext(self, timeout)
 
     async def acquire_fifo(self, timeout: float | None) -> Connection:
-        """Return a connection: one task at a time waits at asyncpg's unfair queue, the others in order before it."""
+        """Acquire a connection in FIFO order: a lock admits one task at a time to asyncpg's unfair queue."""
         self._check_process_and_loop()
         self._check_init()
         if self.is_closing():
@@ -493,7 +493,7 @@ class PoolBase(AsyncpgPool):
             try:
                 async with asyncio.timeout_at(deadline), self._fifo_lock:
                     return await super().acquire()
-            except Exception as error:  # noqa: BLE001 - raised again, as what it means
+            except Exception as error:  # noqa: BLE001 - raised again as chatdb's error
                 are_all_in_use = self.get_size() - self.get_idle_size() == self.get_max_size()
                 self._raise_acquire_error(
                     error, timeout, is_exhausted=isinstance(error, TimeoutError) and are_all_in_use
@@ -522,7 +522,7 @@ class PoolBase(AsyncpgPool):
         return connection
 
     async def release(self, connection: Any, *, timeout: float | None = None) -> None:  # noqa: ANN401 - asyncpg's proxy
-        """Reset a connection and give it back; if a cancelled statement is still running, that goes on by itself."""
+        """Reset a connection and return it to the pool; a pending cancellation finishes in the background."""
         self._check_process_and_loop()
         inner = getattr(connection, "_con", None)
         releasing = super().release(connection, timeout=timeout)
@@ -532,14 +532,14 @@ class PoolBase(AsyncpgPool):
     async def _run(
         self, query: str, args: tuple[Any, ...], timeout: float | None, record_class: type[Any] | None
     ) -> list[Any]:
-        """Run a statement on a connection of the pool, where one is idle without asyncpg's way to and from it."""
+        """Run a statement on a pooled connection, on the fast path if one is idle."""
         holder: Private = self._take_idle() if FAST else None
         lent: Private = None if holder else await self.acquire_fifo(None)
         if FAST:
             holder = holder or lent._holder
         connection = holder._con if FAST else lent
         try:
-            # connect= may give another class, for which asyncpg's isinstance is true as well
+            # a connect= hook may return another class that passes asyncpg's isinstance check
             if FAST and query not in STATEMENTS and connection.__class__ is PoolConnection:
                 connection._needs_reset = True
             rows: list[Any]
@@ -551,7 +551,7 @@ class PoolBase(AsyncpgPool):
                 rows = await _execute(connection, query, args, timeout, record_class)
         except _KNOWN_STATE:
             raise
-        except BaseException:  # what the connection is in the middle of is unknown
+        except BaseException:  # the connection's state is unknown
             with contextlib.suppress(Exception):
                 connection.terminate()
             raise
@@ -563,7 +563,7 @@ class PoolBase(AsyncpgPool):
         return rows
 
     def _take_idle(self: Private) -> Private | None:
-        """Take a connection that is ready, if there is one and nobody waits for it."""
+        """Take an idle, connected holder, unless a task is waiting for one."""
         is_open = self._state == "open" and not self.is_closing()
         if self._waiting or not is_open or self._setup is not None or self._queue.empty():
             return None
@@ -575,8 +575,8 @@ class PoolBase(AsyncpgPool):
         return holder
 
     def _give_back(self: Private, holder: Private, connection: Private) -> bool:
-        """Give a connection back as `holder.release` does, or return False if that has something to wait for."""
-        if holder._con is not connection:  # it was lost: the holder is given back, and may be in use again
+        """Release a connection without waiting, or return False if the release has to wait."""
+        if holder._con is not connection:  # it was lost: its holder is already released and may be in use
             return True
         protocol = connection._protocol
         if (
@@ -593,13 +593,13 @@ class PoolBase(AsyncpgPool):
 
     def _schedule_idle_check(self) -> None:
         if self._max_idle:
-            pool: weakref.ref[PoolBase] = weakref.ref(self)  # the timer does not keep it alive
+            pool: weakref.ref[PoolBase] = weakref.ref(self)  # so the timer does not keep the pool alive
             self._loop.call_later(self._max_idle / IDLE_CHECKS_PER_LIFETIME, _run_idle_check, pool)
 
     def _close_idle(self: Private) -> None:
-        """Close the connections that no look has found used for so long, down to the floor: one timer for them all."""
+        """Close connections unused for the idle lifetime, down to `min_size`; one timer serves the whole pool."""
         for holder in self._holders:
-            # in use it has a proxy or, from `fetch`, a future only; and a proxy only while `setup` runs
+            # a connection in use has a proxy or, in `fetch`, only a future; while `setup` runs, it has only a proxy
             if not holder.is_connected() or not holder.is_idle() or holder._proxy is not None:
                 self._idle_checks.pop(holder, None)
                 continue
@@ -612,7 +612,7 @@ class PoolBase(AsyncpgPool):
 
 
 def _run_idle_check(reference: weakref.ref[PoolBase]) -> None:
-    """Have a pool close idle connections, now and later on, unless it is closed or gone."""
+    """Close a pool's idle connections and schedule the next check, unless the pool is closed or collected."""
     pool = reference()
     if pool is not None and not pool.is_closing():
         pool._close_idle()
@@ -620,27 +620,27 @@ def _run_idle_check(reference: weakref.ref[PoolBase]) -> None:
 
 
 async def _release_with_timeout(release: Coroutine[Any, Any, None]) -> None:
-    """Have a connection given back, and wait for it, but not long: a silent server would draw the error out."""
+    """Wait for a release up to CANCEL_TIMEOUT, so that a silent server does not delay the caller's error."""
     releasing = asyncio.ensure_future(release)
-    releasing.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, if nobody waits any more
+    releasing.add_done_callback(lambda done: done.cancelled() or done.exception())  # marks it retrieved
     if (await asyncio.wait([releasing], timeout=CANCEL_TIMEOUT))[0]:
         releasing.result()
 
 
 async def begin_for_user(connection: Connection, block: Private, user: str) -> None:
-    """Begin a transaction that names its user, as asyncpg's own `start` begins one, to which nothing can be added."""
+    """Begin a transaction and set its user, like asyncpg's `start`, which cannot add a statement to BEGIN."""
     await connection.execute(BEGIN_FOR_USER.format(literal(user)))
     block._connection._top_xact = block
     block._state = TransactionState.STARTED
 
 
 async def commit(connection: Connection, block: Private) -> bool:
-    """Commit a transaction, and return whether the server did: asyncpg's own `commit` throws the answer away."""
+    """Commit and return whether the server did; asyncpg's `commit` discards the server's answer."""
     if FAST:
         _mark_transaction_ended(block)
         return await connection.execute("commit") == "COMMIT"
     try:
-        await connection.execute("savepoint chatdb")  # fails where COMMIT would be answered with ROLLBACK
+        await connection.execute("savepoint chatdb")  # fails where COMMIT would roll back
     except asyncpg.InFailedSQLTransactionError:
         await block.rollback()
         return False
@@ -649,25 +649,25 @@ async def commit(connection: Connection, block: Private) -> bool:
 
 
 async def roll_back(connection: Private, block: Private, *, is_savepoint: bool) -> None:
-    """Undo the block, and let the error that led here be the one that is seen."""
+    """Roll back the block without hiding the error that caused it."""
     with contextlib.suppress(Exception):
         if not FAST:
             try:
                 async with asyncio.timeout(CANCEL_TIMEOUT):
                     await block.rollback()
             except BaseException as error:
-                # of a savepoint that could not be set, asyncpg and the server say so, and its transaction goes on
+                # if setting a savepoint failed, asyncpg or the server raises here, and the outer transaction continues
                 if not is_savepoint or not isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError):
                     connection.terminate()
                 raise
             return
-        # asyncpg ends the connection of a server that has not stopped a cancelled statement by then
+        # after this timeout, asyncpg terminates the connection
         await connection._protocol._wait_for_cancellation(CANCEL_TIMEOUT)
         if is_savepoint:
             await block.rollback()
         else:
             _mark_transaction_ended(block)
-            await connection.execute("rollback")  # even if BEGIN was cancelled: it may have come through
+            await connection.execute("rollback")  # even if BEGIN was cancelled: the server may have executed it
 
 
 def _mark_transaction_ended(block: Private) -> None:
@@ -677,5 +677,5 @@ def _mark_transaction_ended(block: Private) -> None:
 
 
 def literal(text: str) -> str:
-    """Return a text as SQL writes it, whatever the session's settings say of backslashes."""
+    """Return an SQL literal that is valid under any setting of standard_conforming_strings."""
     return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"

@@ -1,10 +1,10 @@
 """
-Rows to records.
+Converts rows to records.
 
-A history of 100 messages is mostly rows made into objects: validating them again costs four times as much as filling
-the records. Rows of chatdb's own statements are not validated if their values have the driver's own types
-(`DefaultCodecRecord`): `tests/contract/test_drift.py` proves for each statement that its columns are the record's
-fields in name, order, type and nullability. Rows of any other handle are validated: a codec may have changed them.
+Reading a history of 100 messages mostly means building objects, and validation would cost four times as much as filling
+the records directly. Rows of chatdb's own statements skip validation if their values have the driver's default types
+(`DefaultCodecRecord`): `tests/contract/test_drift.py` proves that each statement's columns match the record's fields in
+name, order, type and nullability. Rows from any other handle are validated because a codec may have changed them.
 
 Decision: docs/decisions/0005-rows-are-not-validated-again.md
 """
@@ -28,10 +28,10 @@ RecordT = TypeVar("RecordT", bound=BaseModel)
 Rows = Sequence[Any]
 
 FILLED: Final[tuple[type[BaseModel], ...]] = (Conversation, Message)
-"""The records that may be many, and are filled."""
+"""Records that are filled without validation, because a statement can return many of them."""
 
 _CONVERTERS: Final[dict[object, str]] = {JsonText: "JsonText", Metadata: "loads"}
-"""The function that makes a field of the text that the driver gives, by the field's type."""
+"""The function that converts the driver's text to a field, by the field's type."""
 
 _new: Final = object.__new__
 _fill: Final[Callable[[BaseModel, dict[str, Any]], None]] = BaseModel.__dict__["__dict__"].__set__
@@ -40,7 +40,7 @@ _fill: Final[Callable[[BaseModel, dict[str, Any]], None]] = BaseModel.__dict__["
 def decoder(
     record: type[RecordT], fields_from_args: tuple[str, ...] = ()
 ) -> Callable[[Rows, Sequence[Any]], list[RecordT]]:
-    """Return the function that makes a record of each row and of the fields that a statement's first arguments give."""
+    """Return a function that builds records from rows and, for `fields_from_args`, from the first arguments."""
     adapter: TypeAdapter[list[RecordT]] = TypeAdapter(list[record])  # type: ignore[valid-type]
 
     def validate(rows: Rows, args: Sequence[Any]) -> list[RecordT]:
@@ -49,10 +49,10 @@ def decoder(
             return adapter.validate_python([bound | dict(row) for row in rows])
         except ValidationError as error:
             fields = sorted({str(each["loc"][1]) for each in error.errors() if len(each["loc"]) > 1})
-        # outside, because pydantic's error quotes the values
+        # raised outside the except block, because pydantic's error quotes the values
         raise ConfigurationError(
-            f"a codec of this connection returns values that do not fit {record.__name__} ({', '.join(fields)}): "
-            "remove it, or give chatdb a connection without it; the statement was carried out"
+            f"a codec on this connection returns values that do not fit {record.__name__} ({', '.join(fields)}): "
+            "remove the codec or use another connection; the statement was executed"
         )
 
     if record not in FILLED:
@@ -63,7 +63,7 @@ def decoder(
         if not rows or type(rows[0]) is not DefaultCodecRecord:
             return validate(rows, args)
         records = [*map(_new, repeat(record, len(rows)))]
-        deque(map(_fill, records, fields_of(rows, *args[:count])), 0)  # as a loop, but in C
+        deque(map(_fill, records, fields_of(rows, *args[:count])), 0)  # a loop that runs in C
         return records
 
     return decode
@@ -71,9 +71,9 @@ def decoder(
 
 def filler_source(record: type[BaseModel], fields_from_args: tuple[str, ...] = ()) -> str:
     """
-    Return the source of a function that makes the fields of records of rows and of what is bound.
+    Return the source of a function that maps rows and `fields_from_args` to the fields of records.
 
-    For a record of a, b and c, with a bound: `lambda rows, a: [{'a': a, 'b': b, 'c': c} for b, c in rows]`.
+    For fields a, b and c, with a in `fields_from_args`: `lambda rows, a: [{'a': a, 'b': b, 'c': c} for b, c in rows]`.
     """
     columns = [name for name in record.model_fields if name not in fields_from_args]
     fields = {name: name for name in record.model_fields}
@@ -85,6 +85,6 @@ def filler_source(record: type[BaseModel], fields_from_args: tuple[str, ...] = (
 
 
 def filler(source: str) -> Callable[..., list[dict[str, Any]]]:
-    """Return the function of a source."""
+    """Compile the result of `filler_source`."""
     function: Callable[..., list[dict[str, Any]]] = eval(source, {"JsonText": JsonText, "loads": json.loads})  # noqa: S307
     return function

@@ -1,9 +1,9 @@
 """
-Reads a DSN and libpq's environment once, into one value that asyncpg, psycopg and yoyo are given.
+Reads a DSN and libpq's environment once, into one value that asyncpg, psycopg and yoyo share.
 
-Left to themselves the drivers differ: asyncpg reads no service file that PGSERVICE names and no PGPORT beside a host,
-sends every option that it does not know to the server as a setting, so that Neon's own string
-(`channel_binding=require`) fails, and without `sslmode` connects in plain text where the server has no TLS.
+The drivers differ otherwise. asyncpg ignores the service file that PGSERVICE names, and PGPORT if the DSN has a host.
+It sends unknown options to the server as settings, so Neon's standard DSN (`channel_binding=require`) fails. Without
+`sslmode`, it connects in plain text if the server has no TLS.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SCHEMES: Final = frozenset({"postgresql", "postgres", "postgresql+psycopg", "pos
 ATTRIBUTES: Final = frozenset({"any", "primary", "standby", "read-write", "read-only", "prefer-standby"})
 SSLMODES: Final = frozenset({"disable", "allow", "prefer", "require", "verify-ca", "verify-full"})
 
-# what libpq knows and asyncpg cannot do or needs no word for
+# libpq options that asyncpg does not support or does not need
 _IGNORED: Final = frozenset({
-    "channel_binding",  # asyncpg has no SCRAM-SHA-256-PLUS; the verified certificate is what binds
+    "channel_binding",  # asyncpg has no SCRAM-SHA-256-PLUS; the certificate is verified instead
     "client_encoding",  # always UTF-8
     "fallback_application_name", "gssencmode", "keepalives", "keepalives_count", "keepalives_idle",
     "keepalives_interval", "sslcompression", "tcp_user_timeout",
@@ -46,7 +46,7 @@ _VARIABLES: Final = {f"PG{option.upper()}": option for option in _SAME_NAME} | {
     "PGTARGETSESSIONATTRS": "target_session_attrs",
 }
 _SETTINGS: Final = {"PGDATESTYLE": "datestyle", "PGGEQO": "geqo", "PGTZ": "timezone"}
-"""What libpq sends with each connection, whatever the DSN says."""
+"""Settings that libpq sends with every connection, whatever the DSN says."""
 
 _REFUSED: Final = {
     "PGHOSTADDR": (),
@@ -56,14 +56,14 @@ _REFUSED: Final = {
     "PGSSLCRL": (),
     "PGSSLCRLDIR": (),
     "PGSSLMAXPROTOCOLVERSION": (),
-    "PGSSLMINPROTOCOLVERSION": ("TLSv1", "TLSv1.1", "TLSv1.2"),  # the least that both drivers take by default is 1.2
+    "PGSSLMINPROTOCOLVERSION": ("TLSv1", "TLSv1.1", "TLSv1.2"),  # both drivers require 1.2 by default
 }
-"""Variables that libpq obeys and asyncpg cannot, each with the values that change nothing."""
+"""Variables that libpq supports and asyncpg does not, with the values that have no effect."""
 
 _SOCKET_FOLDERS: tuple[str, ...] = ("/run/postgresql", "/var/run/postgresql", "/tmp")  # noqa: S108 - where servers listen
 _UNENCODED: Final = (
-    "the DSN cannot be read: write special characters of the user and password in percent-encoding (# is %23, "
-    "/ is %2F, ? is %3F)"
+    "the DSN cannot be parsed: percent-encode special characters in the user and password (# is %23, / is %2F, ? is "
+    "%3F)"
 )
 _PLAIN: Final = re.compile("[A-Za-z_]+")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
@@ -80,15 +80,15 @@ class SecretDsn(Protocol):
 
 
 class RenderedDsn(Protocol):
-    """SQLAlchemy's `URL`, whose `str` has no password."""
+    """SQLAlchemy's `URL`, whose `str` hides the password."""
 
     def render_as_string(self, hide_password: bool = ...) -> str:
-        """Return the DSN, with its password if it is not to be hidden."""
+        """Return the DSN, with its password unless `hide_password` is true."""
         ...
 
 
 class UrlDsn(Protocol):
-    """A URL of pydantic's, such as `PostgresDsn`."""
+    """A pydantic URL, such as `PostgresDsn`."""
 
     def unicode_string(self) -> str:
         """Return the DSN."""
@@ -96,42 +96,42 @@ class UrlDsn(Protocol):
 
 
 AnyDsn = str | SecretDsn | RenderedDsn | UrlDsn
-"""A DSN, or an object of a settings class that holds one."""
+"""A DSN, or an object from a settings class that holds one."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionInfo:
     """
-    Where to connect, as whom and how: what a DSN and the environment say, so that no driver has to ask them again.
+    All connection parameters from the DSN and the environment, so that no driver reads them again.
 
-    `hosts` and `ports` go together, a host that begins with / being the folder of a Unix socket.
+    `hosts` and `ports` correspond item by item. A host that starts with / is a Unix socket directory.
     """
 
     hosts: tuple[str, ...]
     ports: tuple[int, ...]
     user: str
     password: Any = field(repr=False)
-    """A str, None, or what asyncpg calls for one."""
+    """A str, None, or a callable that asyncpg calls for the password."""
     database: str
     timeout: float | None
     target_session_attrs: str
     server_settings: Mapping[str, str] = field(repr=False)
     direct_tls: bool
     tls: ssl.SSLContext | str | bool = field(repr=False)
-    """A context, or `disable`, `allow` or `prefer`."""
+    """An SSLContext, `disable`, `allow` or `prefer`."""
     krbsrvname: str
     gsslib: str
     libpq_extras: Mapping[str, str] = field(repr=False)
-    """What libpq needs to be told otherwise: TLS, the service, time, and what asyncpg has no word for."""
+    """Options for libpq only: TLS, service, timeout, and options that asyncpg does not have."""
 
     def asyncpg(self) -> dict[str, Any]:
-        """Return the arguments of `asyncpg.connect`, of which none is left to the environment."""
+        """Return the arguments for `asyncpg.connect`, so that it reads nothing from the environment."""
         arguments = {
             "host": list(self.hosts),
             "port": self.ports[0] if len(set(self.ports)) == 1 else list(self.ports),
             "user": self.user,
             "password": self.password,
-            "passfile": f"{os.devnull}/none",  # it has been looked at
+            "passfile": f"{os.devnull}/none",  # already read
             "database": self.database,
             "timeout": self.timeout,
             "target_session_attrs": self.target_session_attrs,
@@ -144,7 +144,7 @@ class ConnectionInfo:
         return {name: value for name, value in arguments.items() if value is not None}
 
     def libpq(self) -> dict[str, str]:
-        """Return the options of libpq's connection string, for psycopg, of which none is left to the environment."""
+        """Return libpq options for psycopg, so that it reads nothing from the environment."""
         options = {
             "host": ",".join(self.hosts),
             "port": ",".join(map(str, self.ports)),
@@ -159,23 +159,23 @@ class ConnectionInfo:
         return {name: value for name, value in options.items() if value is not None} | dict(self.libpq_extras)
 
     def url(self, scheme: str = "postgresql") -> str:
-        """Return the same as a URL, which yoyo and psql take."""
-        # all as options: yoyo reads no second host, and libpq ends a password at its first @
+        """Return the libpq options as a URL for yoyo and psql."""
+        # everything goes into the query: yoyo ignores a second host, and libpq ends a password at its first @
         return f"{scheme}:///?{urlencode(self.libpq(), quote_via=quote, safe='')}"
 
 
 def connect_arguments(dsn: AnyDsn | ConnectionInfo) -> dict[str, Any]:
-    """Return the arguments of `asyncpg.connect` for a DSN; see `read_dsn`."""
+    """Return the arguments for `asyncpg.connect`; see `read_dsn`."""
     return read_dsn(dsn).asyncpg()
 
 
 def libpq_dsn(dsn: AnyDsn | ConnectionInfo, *, scheme: str) -> str:
-    """Return the DSN for libpq's drivers, with the same demand of TLS as `connect_arguments` makes; see `read_dsn`."""
+    """Return a URL for libpq's drivers with the same TLS requirements as `connect_arguments`; see `read_dsn`."""
     return read_dsn(dsn).url(scheme)
 
 
 def server_of(arguments: Mapping[str, Any]) -> str:
-    """Return the hosts and ports among the arguments of `asyncpg.connect`, as a person reads them."""
+    """Return the hosts and ports in arguments for `asyncpg.connect`, formatted for messages."""
     hosts, ports = arguments["host"], arguments["port"]
     if hosts[0] in _SOCKET_FOLDERS and {"localhost", *_SOCKET_FOLDERS}.issuperset(hosts):
         return "the local socket"
@@ -187,13 +187,13 @@ def server_of(arguments: Mapping[str, Any]) -> str:
 
 
 def database_of(dsn: AnyDsn | ConnectionInfo) -> str:
-    """Return which database a DSN names, as a person reads it: `chat at db.example:5432`."""
+    """Return the database, hosts and ports for messages: `chat at db.example:5432`."""
     info = read_dsn(dsn)
     return f"{info.database} at {server_of(info.asyncpg())}"
 
 
 def dsn_to_str(dsn: object) -> str:
-    """Return the text of a DSN, or of an object that holds one."""
+    """Return a DSN as a str, from a str or an object that holds one."""
     held = dsn
     for _ in range(3):
         if issubclass(type(held), str):
@@ -207,10 +207,10 @@ def dsn_to_str(dsn: object) -> str:
                 held = str(held)
             else:
                 break
-        except Exception:  # noqa: BLE001 - its own, which may quote
+        except Exception:  # noqa: BLE001 - its message may quote the DSN
             break
     raise ConfigurationError(
-        "dsn must be a str, or an object that holds one (PostgresDsn, SecretStr, SQLAlchemy's URL), not "
+        "dsn must be a str or an object that holds one (PostgresDsn, SecretStr, SQLAlchemy's URL), not "
         f"{type(held).__name__}"
     )
 
@@ -219,21 +219,21 @@ def read_dsn(
     dsn: AnyDsn | ConnectionInfo, given: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None
 ) -> ConnectionInfo:
     """
-    Read a DSN, with what libpq takes from a service file, a password file and the environment where it says nothing.
+    Read a DSN and fill in missing values from the service file, password file and environment, as libpq does.
 
-    `given` are arguments of asyncpg's, of the right types, that come before all of these. Hosts that are not local are
-    reached by TLS with a verified certificate, unless `sslmode=disable` is said.
+    `given` are asyncpg arguments of the right types; they take precedence over everything else. Connections to hosts
+    that are not local use TLS with a verified certificate, unless `sslmode=disable` is set.
 
-    Raises ConfigurationError, which never quotes the DSN: it holds a password.
+    Raises ConfigurationError, which never quotes the DSN because it contains a password.
     """
     if isinstance(dsn, ConnectionInfo):
         if not given:
             return dsn
-        raise ConfigurationError(f"a DSN that was read takes no {', '.join(sorted(given))} besides")
+        raise ConfigurationError(f"{', '.join(sorted(given))} cannot be combined with a ConnectionInfo")
     environment = os.environ if environment is None else environment
     for name, harmless in _REFUSED.items():
         if environment.get(name) and environment[name] not in harmless:
-            raise ConfigurationError(f"the environment's {name} is nothing that asyncpg can follow: unset it")
+            raise ConfigurationError(f"asyncpg does not support the environment variable {name}: unset it")
     given = dict(given or {})
     said = _of_text(dsn_to_str(dsn))
     by_variables = {option: environment[name] for name, option in _VARIABLES.items() if environment.get(name)}
@@ -248,11 +248,11 @@ def read_dsn(
     password = options.take("password", _text)
     password = given.get("password", password)
     passfile = options.take("passfile", str, given.get("passfile"))
-    if password is None or (type(password) is str and not password):  # else what asyncpg calls for one
+    if password is None or (type(password) is str and not password):  # otherwise a password or a callable
         password = _password(passfile, environment, hosts, ports, database, user)
     tls, libpq_extras = _tls(options, given.get("ssl"), local=all(map(_is_local, hosts)))
     if service and environment.get("PGSERVICE"):
-        libpq_extras["service"] = service  # or libpq looks for the other one, and fails if there is none
+        libpq_extras["service"] = service  # otherwise libpq looks up PGSERVICE and fails if it does not exist
     if passfile:
         libpq_extras["passfile"] = passfile
     settings = {
@@ -280,7 +280,7 @@ def read_dsn(
         user=user,
         password=password,
         database=database,
-        timeout=given.get("timeout", timeout) or None,  # libpq's 0 is for no limit
+        timeout=given.get("timeout", timeout) or None,  # 0 in libpq means no limit
         target_session_attrs=attributes or "any",
         server_settings=settings | given.get("server_settings", {}),
         direct_tls=is_direct,
@@ -294,7 +294,7 @@ def read_dsn(
 
 
 class _Options:
-    """The options of a DSN, a service and the environment, each taken once; what nobody took is refused."""
+    """The options of a DSN, a service and the environment; each is taken once, and unused ones are rejected."""
 
     def __init__(self, *sources: dict[str, str]) -> None:
         self._sources = sources
@@ -302,7 +302,7 @@ class _Options:
         self.ignored = {name: value for name, value in merged.items() if name in _IGNORED}
 
     def take(self, name: str, read: Callable[[str], Any], given: object = None) -> Any:  # noqa: ANN401
-        """Take an option away, as what is left is unknown, and return it, or what is given and comes before it."""
+        """Remove an option from all sources and return `given` or its value."""
         values = [source.pop(name, None) for source in self._sources]
         for value, where in zip(values, ("DSN", "service", "environment"), strict=True):
             if value is None:
@@ -310,25 +310,23 @@ class _Options:
             try:
                 found = read(value)
             except ValueError as error:
-                problem = str(error) if isinstance(error, _WrongError) else "has a value that cannot be read"
+                problem = str(error) if isinstance(error, _WrongError) else "has an invalid value"
             else:
                 return given or found
             raise ConfigurationError(f"the {where}'s {'option ' if where == 'DSN' else ''}{name} {problem}")
         return given
 
     def has(self, name: str) -> bool:
-        """Whether somebody has written an option down for this database, not for the whole environment."""
+        """Return whether the DSN or the service sets an option; the environment does not count."""
         return any(name in source for source in self._sources[:-1])
 
     def refuse_rest(self) -> None:
         for source, where in zip(self._sources, ("DSN", "service"), strict=False):
             left = {name: value for name, value in source.items() if name not in _IGNORED}
             if any("@" in value for value in left.values()) or not all(map(_PLAIN.fullmatch, left)):
-                raise ConfigurationError(_UNENCODED)  # it may be a part of the password that looks like an option
+                raise ConfigurationError(_UNENCODED)  # part of a password can look like an option
             if left:
-                raise ConfigurationError(
-                    f"the {where} has options that chatdb does not know: {', '.join(sorted(left))}"
-                )
+                raise ConfigurationError(f"the {where} has unknown options: {', '.join(sorted(left))}")
 
 
 class _WrongError(ValueError):
@@ -346,9 +344,9 @@ def _one_of(choices: Iterable[str]) -> Callable[[str], str]:
 
 def _text(value: str) -> str:
     if "\0" in value:
-        raise _WrongError("has a NUL character")
+        raise _WrongError("contains a NUL character")
     if _SURROGATE.search(value):
-        raise _WrongError("is not UTF-8")
+        raise _WrongError("is not valid UTF-8")
     return value
 
 
@@ -360,21 +358,21 @@ def _seconds(value: str) -> float:
 
 
 def _of_text(dsn: str) -> dict[str, str]:
-    """Return the options that a DSN gives, as libpq names them."""
+    """Return the options in a DSN, by their libpq names."""
     scheme, separator, _ = dsn.partition("://")
     if not separator or scheme not in SCHEMES:
         raise ConfigurationError(
             "the DSN must start with postgresql://, postgres://, postgresql+psycopg:// or postgresql+asyncpg://"
         )
-    if _SURROGATE.search(dsn):  # what Python makes of an environment variable's other bytes
-        raise ConfigurationError("the DSN is not UTF-8: write what is outside ASCII as the percent-encoding of UTF-8")
+    if _SURROGATE.search(dsn):  # Python decodes invalid bytes in an environment variable to surrogates
+        raise ConfigurationError("the DSN is not valid UTF-8: percent-encode all non-ASCII characters as UTF-8")
     try:
         parts = urlsplit(dsn)
-        written = parts.query.replace("+", "%2B")  # unlike in a web address + is +
+        written = parts.query.replace("+", "%2B")  # unlike in a web form, + is a plus sign
         query = parse_qsl(written, keep_blank_values=True, strict_parsing=True) if written else []
     except ValueError:
         query, parts = [], urlsplit("")
-    # an @ behind the host's place is that of a password with an unencoded / or ?
+    # an @ after the host belongs to a password with an unencoded / or ?
     astray = "@" in parts.path or ("@" in parts.query and not parts.path and "@" not in parts.netloc)
     if not parts.scheme or parts.fragment or astray:
         raise ConfigurationError(_UNENCODED)
@@ -388,26 +386,26 @@ def _of_text(dsn: str) -> dict[str, str]:
 
 
 def _once(query: list[tuple[str, str]]) -> dict[str, str]:
-    """Return the options of a DSN's query: of a name the last one, as libpq does, but for what names the hosts."""
+    """Return the options of a DSN's query; only host and port must not repeat, for others the last one wins."""
     named = dict(query)
     twice = [name for name in ("host", "port") if sum(name == other for other, _ in query) > 1]
     if twice:
         raise ConfigurationError(
-            f"the DSN has {', '.join(twice)} more than once: write several hosts as postgresql://one:5432,two:5433/, "
-            "or as host=one,two&port=5432,5433"
+            f"the DSN has {', '.join(twice)} more than once: write several hosts as postgresql://one:5432,two:5433/ "
+            "or host=one,two&port=5432,5433"
         )
-    mode = named.pop("ssl", None)  # libpq has it for Java's strings, SQLAlchemy for asyncpg
+    mode = named.pop("ssl", None)  # libpq accepts it for JDBC URLs, SQLAlchemy for asyncpg
     if mode is not None:
         if mode != "true" and mode not in SSLMODES:
-            raise ConfigurationError("the DSN's option ssl must be true, or what sslmode takes")
+            raise ConfigurationError("the DSN's option ssl must be true or a value of sslmode")
         named.setdefault("sslmode", "require" if mode == "true" else mode)
     if any(":" in host and not _address(host) for host in named.get("host", "").split(",") if host[:1] != "/"):
-        raise ConfigurationError("the DSN's option host has a port in it: write host=one,two&port=5432,5433")
+        raise ConfigurationError("the DSN's option host contains a port: write host=one,two&port=5432,5433")
     return named
 
 
 def _host_and_port(address: str) -> tuple[str, str]:
-    """Return the hosts and the ports of a DSN's address, each with commas between them, as libpq reads it."""
+    """Return the hosts and ports in a DSN's address, comma-separated, as libpq parses them."""
     hosts: list[str] = []
     ports: list[str] = []
     for part in address.split(","):
@@ -422,7 +420,7 @@ def _host_and_port(address: str) -> tuple[str, str]:
 
 
 def _of_service(name: str, file: str | None, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the options of a service: in the file that is named, else in the user's or the system's."""
+    """Return a service's options from the named file, or else from the user's or the system's file."""
     home = _home(environment)
     files = [Path(file)] if file else [home / ".pg_service.conf"] if home else []
     if environment.get("PGSYSCONFDIR"):
@@ -430,7 +428,7 @@ def _of_service(name: str, file: str | None, environment: Mapping[str, str]) -> 
     for path in files:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError):  # none there, or not one in UTF-8
+        except (OSError, ValueError):  # missing, unreadable or not UTF-8
             continue
         options: dict[str, str] | None = None
         for line in map(str.strip, lines):
@@ -441,12 +439,12 @@ def _of_service(name: str, file: str | None, environment: Mapping[str, str]) -> 
             elif options is not None and line and not line.startswith("#"):
                 option, separator, value = line.partition("=")
                 if not separator or option == "service":
-                    raise ConfigurationError("the service file has a line that is no option=value")
+                    raise ConfigurationError("the service file has a line that is not option=value")
                 options.setdefault(option, value)
         if options is not None:
             return options
     raise ConfigurationError(
-        "no service file has the service that the DSN or PGSERVICE names: check PGSERVICEFILE and ~/.pg_service.conf"
+        "no service file defines the service in the DSN or PGSERVICE: check PGSERVICEFILE and ~/.pg_service.conf"
     )
 
 
@@ -455,7 +453,7 @@ def _home(environment: Mapping[str, str]) -> Path | None:
         return Path(environment["HOME"])
     try:
         return Path.home()
-    except (RuntimeError, KeyError):  # a container's number without a name
+    except (RuntimeError, KeyError):  # a container's user id may have no name
         return None
 
 
@@ -470,11 +468,11 @@ def _addresses(given: Mapping[str, Any], options: _Options) -> tuple[tuple[str, 
     if len(ports) == 1:
         ports *= len(hosts)
     if len(ports) != len(hosts):
-        raise ConfigurationError("the DSN must have one port for all hosts, or one for each")
+        raise ConfigurationError("the DSN must have one port for all hosts or one port for each host")
     if any(host.startswith("@") for host in hosts):
-        raise ConfigurationError("the DSN's host is an abstract socket, which asyncpg cannot connect to")
+        raise ConfigurationError("the DSN's host is an abstract socket, which asyncpg does not support")
     if not all(map(_is_name, hosts)):
-        raise ConfigurationError("the DSN's host is none that can be looked up: part of its name is empty or too long")
+        raise ConfigurationError("the DSN's host is not a valid host name: a part of it is empty or too long")
     pairs = [
         (host, port)
         for named, port in zip(hosts, ports, strict=True)
@@ -484,7 +482,7 @@ def _addresses(given: Mapping[str, Any], options: _Options) -> tuple[tuple[str, 
 
 
 def _default_hosts(port: int) -> list[str]:
-    """Return where a server is looked for that has no name: by its socket, or wherever one may come to be."""
+    """Return the hosts to try if none is named: an existing socket, or else all default locations."""
     if os.name == "nt":
         return ["localhost"]
     there = [folder for folder in _SOCKET_FOLDERS if os.access(f"{folder}/.s.PGSQL.{port}", os.F_OK)]
@@ -495,23 +493,23 @@ def _port(value: str) -> int:
     value = value.strip() or "5432"
     port = int(value) if re.fullmatch("[0-9]{1,9}", value) else 0
     if not 0 < port < 65536:
-        raise _WrongError("must be a number of 1 to 65535: is a special character of the password not encoded?")
+        raise _WrongError("must be a number from 1 to 65535; if the password has special characters, encode them")
     return port
 
 
 def _default_user() -> str:
-    """Return the name of the process's user, as libpq finds it: asyncpg would ask LOGNAME and USER first."""
+    """Return the operating system's user name, as libpq does; asyncpg would read LOGNAME and USER first."""
     if os.name == "nt":
         return getpass.getuser()
-    import pwd  # which Windows does not have
+    import pwd  # not available on Windows
 
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # a container's number without a name
+    except KeyError:  # a container's user id may have no name
         pass
     raise ConfigurationError(
-        f"the DSN names no user, and this process's user, {os.geteuid()}, has no name: write "
-        "postgresql://USER@HOST/DATABASE, or set PGUSER"
+        f"the DSN names no user, and the process's user id {os.geteuid()} has no name: write "
+        "postgresql://USER@HOST/DATABASE or set PGUSER"
     )
 
 
@@ -523,7 +521,7 @@ def _password(
     database: str,
     user: str,
 ) -> str | None:
-    """Return the password that the password file has for the hosts."""
+    """Return the hosts' password from the password file."""
     home = _home(environment)
     file = Path(passfile) if passfile else home / ".pgpass" if home else None
     entries = _entries(file) if file else []
@@ -536,19 +534,19 @@ def _password(
                 break
     if len(passwords) > 1:
         raise ConfigurationError(
-            "the password file has different passwords for the DSN's hosts, and asyncpg sends one to all of them"
+            "the password file has different passwords for the DSN's hosts, but asyncpg sends the same one to all"
         )
     return passwords.pop() if passwords else None
 
 
 def _entries(file: Path) -> list[list[str]]:
-    """Return the lines of a password file, each as host, port, database, user and password, with their escapes."""
+    """Return a password file's lines as host, port, database, user and password, still escaped."""
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
             return []
         if os.name != "nt" and status.st_mode & 0o077:
-            _log.warning("the password file is not used, because others can read it: chmod 600")
+            _log.warning("ignoring the password file because other users can read it: run chmod 600 on it")
             return []
         text = file.read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -558,7 +556,7 @@ def _entries(file: Path) -> list[list[str]]:
 
 
 _FIELD: Final = re.compile(r"((?:\\.|[^:\\]|\\$)*)(?::|$)")
-"""A field of a password file: a backslash keeps a colon from ending it."""
+"""A field of a password file; a backslash escapes a colon."""
 
 
 def _unescaped(text: str) -> str:
@@ -573,7 +571,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _is_name(host: str) -> bool:
-    """Whether a host can be looked up: Python raises a UnicodeError for another."""
+    """Return whether Python can look up a host without a UnicodeError."""
     if host.isascii():
         labels = host.removesuffix(".").split(".")
         return not host or host.startswith("/") or all(0 < len(label) < 64 for label in labels)
@@ -592,7 +590,7 @@ def _is_local(host: str) -> bool:
 def _tls(
     options: _Options, given: ssl.SSLContext | str | bool | None, *, local: bool
 ) -> tuple[ssl.SSLContext | str | bool, dict[str, str]]:
-    """Return the demand of TLS for asyncpg, and for libpq."""
+    """Return the TLS settings for asyncpg and for libpq."""
     is_demanded = options.has("sslrootcert")
     mode = options.take("sslmode", _one_of(SSLMODES))
     files = {name: options.take(name, str) for name in ("sslrootcert", "sslcert", "sslkey", "sslpassword")}
@@ -610,8 +608,8 @@ def _tls(
         context = ssl.create_default_context(cafile=None if root in {None, "system"} else root)
         if "sslcert" in files:
             context.load_cert_chain(files["sslcert"], files.get("sslkey"), files.get("sslpassword"))
-    except (OSError, ValueError):  # of which ssl.SSLError is one
-        problem = "the DSN's sslrootcert, sslcert or sslkey names a file that cannot be read as such"
+    except (OSError, ValueError):  # includes ssl.SSLError
+        problem = "the file in the DSN's sslrootcert, sslcert or sslkey cannot be read or is invalid"
     else:
         context.check_hostname = mode != "verify-ca"
         if local and mode == "require" and not root:
@@ -620,8 +618,8 @@ def _tls(
         if mode != "verify-ca":
             return context, {"sslrootcert": "system"} | files | {"sslmode": "verify-full"}
         if root in {None, "system"}:
-            root = ssl.get_default_verify_paths().cafile  # libpq takes "system" with verify-full only
+            root = ssl.get_default_verify_paths().cafile  # libpq accepts "system" only with verify-full
         if root:
             return context, files | {"sslmode": mode, "sslrootcert": root}
-        problem = "the DSN's sslmode=verify-ca needs an sslrootcert: name the authority's file"
+        problem = "the DSN's sslmode=verify-ca requires sslrootcert: set it to the CA's certificate file"
     raise ConfigurationError(problem)

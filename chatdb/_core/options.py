@@ -96,7 +96,7 @@ def check_options(options: Mapping[str, object]) -> dict[str, Any]:
     }
     least, most = checked_options.get("min_size", 0), checked_options.get("max_size", 10)
     if least > most:
-        raise ConfigurationError(f"min_size must be at most max_size, which is {most:,}, not {least:,}")
+        raise ConfigurationError(f"min_size must be at most max_size ({most:,}), not {least:,}")
     if not least <= checked_options.get("init_size", least) <= most:
         raise ConfigurationError(f"init_size must be between min_size and max_size, {least:,} to {most:,}")
     return checked_options

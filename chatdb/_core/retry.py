@@ -1,4 +1,4 @@
-"""When a statement is sent again after an error: how often, after which errors, and after what delays."""
+"""The retry policy: which errors are retried, how often, and with what delays."""
 
 import random
 import time
@@ -10,22 +10,22 @@ from chatdb._core.sqlstate import Kind, classify
 from chatdb.errors import AcquireTimeoutError, ChatDBError, CommandTimeoutError, PoolClosedError, UnavailableError
 
 BACKOFF: Final = (0.01, 0.1)
-"""The shortest and the longest delay before a retry, in seconds."""
+"""Minimum and maximum delay before a retry, in seconds."""
 
 RETRY_WINDOW: Final = 1.0
-"""Seconds after its first error in which a statement may be sent again."""
+"""Seconds after the first error within which a statement may be retried."""
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Sends a statement again at most `retries` times, with random delays, so that callers do not retry in step."""
+    """Allows up to `retries` retries, with random delays so that callers do not retry in step."""
 
     retries: int
     backoff: tuple[float, float] = BACKOFF
     window: float = RETRY_WINDOW
 
     def may_retry(self, error: ChatDBError, *, idempotent: bool) -> bool:
-        """Whether sending the statement again does nothing twice: the server rolled it back, or it is `idempotent`."""
+        """Return whether a retry is safe: the server rolled the statement back, or the call is `idempotent`."""
         if not isinstance(error, UnavailableError):
             return False
         if classify(error.__cause__) in {Kind.SERIALIZATION, Kind.DEADLOCK}:
@@ -34,7 +34,7 @@ class RetryPolicy:
         return idempotent and is_lost
 
     def backoff_delays(self) -> Iterator[float]:
-        """Iterate over the delays before each retry, until there are no retries left or the window is over."""
+        """Iterate over the delays before each retry, until no retries are left or the window has passed."""
         end = time.monotonic() + self.window
         for _ in range(self.retries):
             if time.monotonic() > end:

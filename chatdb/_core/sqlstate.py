@@ -1,4 +1,4 @@
-"""SQLSTATEs by the names of their conditions in PostgreSQL's manual (appendix A), and what kind of failure each is."""
+"""SQLSTATEs by their condition names in the PostgreSQL manual (appendix A), and the kind of failure each means."""
 
 from enum import Enum
 from typing import Final
@@ -36,13 +36,13 @@ CANNOT_CONNECT_NOW: Final = "57P03"
 
 
 class Kind(Enum):
-    """The kinds of failure, each with its SQLSTATEs, or with classes of them, which are their first two characters."""
+    """The kinds of failure. Each value lists SQLSTATEs or SQLSTATE classes (the first two characters)."""
 
-    CLIENT = ("",)  # without an SQLSTATE: not the server's
+    CLIENT = ("",)  # no SQLSTATE: raised by the driver, not the server
     CONNECTION = "08", "57"
     RESOURCES = "53", "58"
     INTERNAL = ("XX",)
-    INVALID_STATE = "25", "40", "55"  # of the transaction, or of an object
+    INVALID_STATE = "25", "40", "55"  # of a transaction or an object
     READ_ONLY = (READ_ONLY_SQL_TRANSACTION,)
     SERIALIZATION = (SERIALIZATION_FAILURE,)
     DEADLOCK = (DEADLOCK_DETECTED,)
@@ -55,13 +55,13 @@ class Kind(Enum):
     STATEMENT = SYNTAX_ERROR, INVALID_NAME, DATATYPE_MISMATCH, WRONG_OBJECT_TYPE, CANNOT_COERCE
     CONSTRAINT = ("23",)
     VALUE = "22", "54"
-    OTHER = ("other",)  # not an SQLSTATE; the Enum of Python 3.11.2 takes no empty tuple
+    OTHER = ("other",)  # not an SQLSTATE; Enum in Python 3.11.2 rejects an empty tuple
 
 
 _KINDS: Final = {state: kind for kind in Kind for state in kind.value}
 
 
 def classify(error: BaseException | None) -> Kind:
-    """Return the kind of a driver's error by its SQLSTATE, or by the class of that if the SQLSTATE has no kind here."""
+    """Return the kind of a driver error, by its SQLSTATE or else by the SQLSTATE's class."""
     state = getattr(error, "sqlstate", None) or ""
     return _KINDS.get(state) or _KINDS.get(state[:2], Kind.OTHER)

@@ -1,4 +1,4 @@
-"""Checks what callers pass before anything is sent: the limits of the CHECKs, and what PostgreSQL cannot hold."""
+"""Checks arguments before anything is sent: the limits of the CHECKs, and values that PostgreSQL cannot store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_NAME: Final = 255
 MAX_TITLE: Final = 1_000
 MAX_CONTENT: Final = 4 * 1024 * 1024
 MAX_METADATA: Final = 64 * 1024
-"""Of a message."""
+"""Limit for a message; a conversation has its own."""
 MAX_CONVERSATION_METADATA: Final = 1024 * 1024
 MAX_PAYLOAD: Final = 16 * 1024 * 1024
 MAX_DEPTH: Final = 200
@@ -34,7 +34,7 @@ MAX_INT: Final = 2**31 - 1
 
 _PAUSE_MESSAGES: Final = 500
 _PAUSE_BYTES: Final = 1024 * 1024
-"""After so many messages or bytes a large batch lets the event loop run other tasks."""
+"""A large batch yields to the event loop after this many messages or bytes."""
 
 _NAMES: Final = dict.fromkeys(NewMessage.model_fields)
 _REQUIRED: Final = {name for name, field in NewMessage.model_fields.items() if field.is_required()}
@@ -42,39 +42,39 @@ _REQUIRED: Final = {name for name, field in NewMessage.model_fields.items() if f
 CheckedT = TypeVar("CheckedT")
 
 MessageRow = tuple[str, str, str | None, str | None, int | None, str | None]
-"""A message's role, content, payload, metadata, token count and key."""
+"""Role, content, payload, metadata, token count and key."""
 
 
 def check_text(parameter: str, value: object, *, least: int, most: int) -> str:
-    """Return a text of `least` to `most` characters that PostgreSQL can hold."""
+    """Return a str of `least` to `most` characters that PostgreSQL can store."""
     value = check_str(parameter, value)
     if not least <= len(value) <= most:
-        raise InvalidInputError(parameter, f"must have {least:,} to {most:,} characters, not {len(value):,}")
+        raise InvalidInputError(parameter, f"must be {least:,} to {most:,} characters long, not {len(value):,}")
     utf8_length(parameter, value)
     return value
 
 
 def utf8_length(parameter: str, value: str) -> int:
-    """Return the bytes of a text as UTF-8; a NUL or a lone surrogate is refused by its position."""
+    """Return the length in UTF-8; reject NUL and lone surrogates with their position."""
     nul = value.find("\0")
     if nul >= 0:
-        raise InvalidInputError(parameter, f"has a NUL character at position {nul}, which PostgreSQL cannot hold")
+        raise InvalidInputError(parameter, f"contains a NUL character at position {nul}, which PostgreSQL cannot store")
     if value.isascii():
         return len(value)
     try:
         return len(value.encode())
     except UnicodeEncodeError as error:
         start = error.start
-    raise InvalidInputError(parameter, f"has a lone surrogate at position {start}, which UTF-8 cannot hold")
+    raise InvalidInputError(parameter, f"contains a lone surrogate at position {start}, which UTF-8 cannot encode")
 
 
 def if_given(check: Callable[[str, object], CheckedT], parameter: str, value: object) -> tuple[bool, CheckedT | None]:
-    """Return whether an argument is given, and its value, checked."""
+    """Return whether an argument was given, and its checked value."""
     return (False, None) if value is UNSET else (True, check(parameter, value))
 
 
 def check_str(parameter: str, value: object) -> str:
-    """Return the characters of a str; what only pretends to be one, such as a mock, is refused."""
+    """Return a plain str from a str or a subclass; reject imitations such as mocks."""
     if type(value) is str:
         return value
     if issubclass(type(value), str):
@@ -83,7 +83,7 @@ def check_str(parameter: str, value: object) -> str:
 
 
 def type_name(kind: type) -> str:
-    """Return how an error calls a type: `numpy.bool` is no `bool`."""
+    """Return the name of a type for an error message; `numpy.bool` is not shown as `bool`."""
     name = kind.__name__
     return f"{kind.__module__}.{name}" if name in _BUILTINS and kind.__module__ != "builtins" else name
 
@@ -94,54 +94,54 @@ _BUILTINS: Final = frozenset(
 
 
 def check_handle(db: object, method: str) -> None:
-    """Refuse by name what has not the method of a pool or a connection."""
+    """Raise InvalidInputError unless `db` has the method of a pool or connection."""
     if not callable(getattr(db, method, None)):
         raise InvalidInputError("db", f"must be a pool or an asyncpg connection, not {type_name(type(db))}")
 
 
 def check_user_id(value: object) -> str:
-    """Return a `user_id`."""
+    """Return a checked `user_id`."""
     return check_text("user_id", value, least=1, most=MAX_NAME)
 
 
 def check_key(parameter: str, value: object) -> str | None:
-    """Return a key, or None for none."""
+    """Return a checked key, or None."""
     return None if value is None else check_text(parameter, value, least=1, most=MAX_NAME)
 
 
 def check_title(parameter: str, value: object) -> str | None:
-    """Return a title, or None for none."""
+    """Return a checked title, or None."""
     return None if value is None else check_text(parameter, value, least=0, most=MAX_TITLE)
 
 
 def check_int(parameter: str, value: object, *, least: int, most: int = MAX_BIGINT) -> int:
-    """Return a whole number of a range."""
+    """Return an int from `least` to `most`; reject bool."""
     if type(value) is not int:
         if not issubclass(type(value), int) or type(value) is bool:
             raise InvalidInputError(parameter, f"must be an int, not {type_name(type(value))}")
         value = int.__int__(cast("int", value))
     if not least <= value <= most:
-        raise InvalidInputError(parameter, f"must be {least:,} to {most:,}")
+        raise InvalidInputError(parameter, f"must be between {least:,} and {most:,}")
     return value
 
 
 def check_id(value: object, *, parameter: str = "conversation_id") -> int:
-    """Return a conversation's id: any bigint, for an adopted database may have ids below 1."""
+    """Return a conversation id: any bigint, because an adopted database may have ids below 1."""
     return check_int(parameter, value, least=-MAX_BIGINT - 1)
 
 
 def check_seq(parameter: str, value: object) -> int:
-    """Return a position in a conversation."""
+    """Return a checked `seq`; 0 is allowed."""
     return check_int(parameter, value, least=0)
 
 
 def check_limit(parameter: str, value: object) -> int:
-    """Return how many rows a page may have."""
+    """Return a page size of 1 to 10,000."""
     return check_int(parameter, value, least=1, most=MAX_LIMIT)
 
 
 def check_role(parameter: str, value: object) -> str:
-    """Return a role."""
+    """Return a checked role."""
     value = check_str(parameter, value)
     if value not in ROLES:
         raise InvalidInputError(parameter, "must be user, assistant, system, developer or tool")
@@ -149,15 +149,15 @@ def check_role(parameter: str, value: object) -> str:
 
 
 def check_content(parameter: str, value: object) -> str:
-    """Return a message's text, which may be empty."""
+    """Return a message's content, which may be empty."""
     value = check_str(parameter, value)
     if utf8_length(parameter, value) > MAX_CONTENT:
-        raise InvalidInputError(parameter, "must have at most 4 MiB as UTF-8")
+        raise InvalidInputError(parameter, "must be at most 4 MiB in UTF-8")
     return value
 
 
 def check_before(value: object) -> tuple[datetime, int]:
-    """Return the place in the list of the last conversation of a page: its time and its id."""
+    """Return the time and id of the last conversation on a page, after which the next page starts."""
     if not issubclass(type(value), Conversation):
         raise InvalidInputError(
             "before", f"must be the last Conversation of the previous page, not {type_name(type(value))}"
@@ -166,34 +166,34 @@ def check_before(value: object) -> tuple[datetime, int]:
     updated_at = fields.get("updated_at")
     if type(updated_at) is not datetime or updated_at.tzinfo is None:
         raise InvalidInputError(
-            "before", "must be a Conversation as chatdb returned it: its updated_at is no aware time"
+            "before", "must be a Conversation returned by chatdb: its updated_at is not an aware datetime"
         )
     return updated_at, check_id(fields.get("id"), parameter="before")
 
 
 def as_text_array(values: Iterable[object]) -> list[str | None]:
     """
-    Return numbers or times as texts.
+    Return numbers or times as strings.
 
-    Of the arrays asyncpg knows those of texts; for others it first asks the server, by a statement whose functions and
-    operators a host's schemas may replace.
+    asyncpg encodes text arrays itself. For other arrays it first queries the server's catalog, and a host's schemas may
+    replace the functions and operators in that query.
     """
     return [None if value is None else str(value) for value in values]
 
 
 def check_token_count(parameter: str, value: object) -> int | None:
-    """Return a number of tokens, or None for unknown."""
+    """Return a token count, or None if unknown."""
     return None if value is None else check_int(parameter, value, least=0, most=MAX_INT)
 
 
 def check_metadata(parameter: str, value: object, *, most: int = MAX_METADATA) -> str | None:
-    """Return metadata as the JSON that jsonb takes, or None for none."""
+    """Return metadata as JSON text for jsonb, or None."""
     if value is None:
         return None
     if not issubclass(type(value), dict):
         raise InvalidInputError(parameter, f"must be a dict or None, not {type_name(type(value))}")
     data, longer = _checked(parameter, value, for_jsonb=True, most=most)
-    # the separators are those of jsonb's own text, by which the CHECK measures
+    # same separators as jsonb's text form, which the CHECK measures
     encoded = _dumps(parameter, data, ascii_only=False)
     if utf8_length(parameter, encoded) + longer > most:
         raise InvalidInputError(parameter, _TOO_LONG[most])
@@ -201,12 +201,12 @@ def check_metadata(parameter: str, value: object, *, most: int = MAX_METADATA) -
 
 
 def check_conversation_metadata(parameter: str, value: object) -> str | None:
-    """Return a conversation's metadata, which may be longer than a message's."""
+    """Return a conversation's metadata as JSON text, with a higher limit than a message's."""
     return check_metadata(parameter, value, most=MAX_CONVERSATION_METADATA)
 
 
 def check_payload(parameter: str, value: object) -> str | None:
-    """Return a payload as JSON text: a `JsonText` as it is, any other value encoded, None for none."""
+    """Return a payload as JSON text, or None; a `JsonText` is returned unchanged."""
     if value is None:
         return None
     if issubclass(type(value), JsonText):
@@ -220,7 +220,7 @@ def check_payload(parameter: str, value: object) -> str | None:
         encoded = _dumps(parameter, value, ascii_only=False)
         try:
             length = len(encoded.encode())
-        except UnicodeEncodeError:  # type json holds a lone surrogate as an escape
+        except UnicodeEncodeError:  # the json type stores a lone surrogate as an escape
             encoded = _dumps(parameter, value, ascii_only=True)
             length = len(encoded)
     if length > MAX_PAYLOAD:
@@ -230,10 +230,10 @@ def check_payload(parameter: str, value: object) -> str | None:
 
 async def check_messages(values: object) -> list[MessageRow]:
     """
-    Return the messages of a batch, each a `NewMessage` or a dict of its fields, as rows; their keys are distinct.
+    Return a batch of `NewMessage` or dict as rows with distinct keys.
 
-    An iterable is read no further than to the first message that is too many. A large batch is checked in slices,
-    between which the event loop runs other tasks.
+    Iteration stops at the first message over the limit. A large batch is checked in slices, so that the event loop can
+    run other tasks in between.
     """
     kind = type(values)
     if issubclass(kind, str | bytes | Mapping | NewMessage) or not issubclass(kind, Iterable):
@@ -242,7 +242,7 @@ async def check_messages(values: object) -> list[MessageRow]:
     size = pause_at = 0
     for index, value in enumerate(_read(cast("Iterable[object]", values))):
         if index == MAX_BATCH:
-            raise InvalidInputError("messages", f"must be at most {MAX_BATCH:,}: append them in several batches")
+            raise InvalidInputError("messages", f"must have at most {MAX_BATCH:,} items: split the batch")
         if size > pause_at or index % _PAUSE_MESSAGES == _PAUSE_MESSAGES - 1:
             pause_at = size + _PAUSE_BYTES
             await asyncio.sleep(0)
@@ -259,7 +259,7 @@ async def check_messages(values: object) -> list[MessageRow]:
         rows.append(row)
         size += sum(map(_size, row[1:4])) + _size(row[5])
         if size > MAX_BATCH_BYTES:
-            raise InvalidInputError("messages", "must have at most 64 MiB together: append them in several batches")
+            raise InvalidInputError("messages", "must be at most 64 MiB in total: split the batch")
     keys = [row[-1] for row in rows if row[-1] is not None]
     if len(set(keys)) < len(keys):
         raise InvalidInputError("messages", "must have distinct keys")
@@ -267,23 +267,23 @@ async def check_messages(values: object) -> list[MessageRow]:
 
 
 def check_timeout(value: object) -> float | None:
-    """Return a time limit in seconds, or None for the pool's."""
+    """Return a timeout in seconds, or None for the pool's default."""
     if value is None:
         return None
     number = number_of(value)
     if number > 0:
         return float(number)
-    raise InvalidInputError("timeout", f"must be a number of seconds above 0, to {MAX_INT:,}, or None")
+    raise InvalidInputError("timeout", f"must be None or a positive number of seconds, at most {MAX_INT:,}")
 
 
 def number_of(value: object) -> float:
-    """Return a number that is finite, and a time that timers take, else NaN."""
+    """Return a finite number that a timer accepts, otherwise NaN."""
     kind = type(value)
     number: float = math.nan
     if issubclass(kind, float):
         number = float.__float__(cast("float", value))
     elif issubclass(kind, int) and kind is not bool:
-        number = int.__int__(cast("int", value))  # as it was written, for the errors that quote it
+        number = int.__int__(cast("int", value))  # stays an int, because errors quote it
     return number if abs(number) <= MAX_INT else math.nan
 
 
@@ -292,15 +292,15 @@ def _size(text: str | None) -> int:
 
 
 def _read(values: Iterable[object]) -> Iterator[object]:
-    """Iterate over a caller's values; an error of the iterable's own says that it is the argument's."""
+    """Iterate over a caller's values; raise the iterable's own errors as InvalidInputError."""
     try:
         yield from values
     except Exception as error:
-        raise InvalidInputError("messages", f"reading them raised {type(error).__name__}") from error
+        raise InvalidInputError("messages", f"iterating over them raised {type(error).__name__}") from error
 
 
 def _fields(parameter: str, value: object) -> tuple[Any, ...]:
-    """Return the fields of a `NewMessage`, or of a subclass, or of a dict that has none but these."""
+    """Return the fields of a `NewMessage`, a subclass, or a dict with no other fields."""
     kind = type(value)
     if issubclass(kind, NewMessage):
         fields = vars(value)
@@ -316,7 +316,7 @@ def _fields(parameter: str, value: object) -> tuple[Any, ...]:
     try:
         is_complete = fields.keys() >= _REQUIRED
         is_known = issubclass(kind, NewMessage) or fields.keys() <= _NAMES.keys()
-    except Exception as error:  # a key's own
+    except Exception as error:  # raised by a key
         raise InvalidInputError(parameter, f"reading its keys raised {type(error).__name__}") from error
     if not is_complete:
         raise InvalidInputError(f"{parameter}.{min(_REQUIRED - fields.keys())}", "is required")
@@ -326,20 +326,20 @@ def _fields(parameter: str, value: object) -> tuple[Any, ...]:
 
 
 def _refuse_field(parameter: str, fields: Mapping[Any, object]) -> NoReturn:
-    """Name the first field that a message does not have."""
+    """Raise InvalidInputError for the first unknown field."""
     name: object = next(name for name in fields if type(name) is not str or name not in _NAMES)
     shown = f".{name}" if type(name) is int or _is_plain_name(name) else "[...]"
     near = get_close_matches(name, _NAMES, 1) if _is_plain_name(name) else []
-    hint = f": is {near[0]} meant?" if near else f", which are {', '.join(_NAMES)}"
-    raise InvalidInputError(f"{parameter}{shown}", f"is no field of a message{hint}")
+    hint = f": did you mean {near[0]}?" if near else f"; the fields are {', '.join(_NAMES)}"
+    raise InvalidInputError(f"{parameter}{shown}", f"is not a field of a message{hint}")
 
 
 def _parse(parameter: str, encoded: str) -> None:
-    """Refuse what is no JSON, or would not be read back."""
+    """Reject text that is not valid JSON or that Python could not parse back."""
     try:
         json.loads(encoded, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
-        problem = "must be valid JSON, without NaN or Infinity, numbers of over 4,300 digits or nesting deeper than 200"
+        problem = "must be valid JSON without NaN, Infinity, numbers over 4,300 digits or nesting over 200 levels"
     else:
         if _depth(encoded) <= MAX_DEPTH:
             return
@@ -348,7 +348,7 @@ def _parse(parameter: str, encoded: str) -> None:
 
 
 def _depth(encoded: str) -> int:
-    """Return how deep a valid JSON text is nested: a walk through millions of values would take many seconds."""
+    """Return the nesting depth of valid JSON text, without a slow walk through its values."""
     if encoded.count("[") + encoded.count("{") <= MAX_DEPTH:
         return 0
     unescaped = encoded.encode().replace(rb"\\", b"").replace(rb"\"", b"")
@@ -365,13 +365,13 @@ def _refuse_constant(name: str) -> None:
 
 
 _TOO_LONG: Final = {
-    most: f"must have at most {text} as JSON"
+    most: f"must be at most {text} as JSON"
     for most, text in ((MAX_METADATA, "64 KiB"), (MAX_CONVERSATION_METADATA, "1 MiB"), (MAX_PAYLOAD, "16 MiB"))
 }
 _TOO_DEEP: Final = f"must not be nested deeper than {MAX_DEPTH} levels"
 
 
-# The values below are any that a caller may pass, of unknown types by nature.
+# The values below come from callers and may have any type.
 # pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false, reportUnknownMemberType=false
 
 
@@ -387,7 +387,7 @@ _NO_JSON: Final = "must be a JSON value (dict, list, str, finite number, bool, N
 
 
 def _fault(parameter: str, value: object) -> str | None:
-    """Return the path and the type of the first value that JSON does not have."""
+    """Return the path and type of the first value that JSON cannot represent."""
     seen: set[int] = set()
     todo: list[Iterator[tuple[str, Any]]] = [iter([(parameter, value)])]
     while todo:
@@ -428,7 +428,7 @@ def _steps(path: str, container: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN
 
 
 _PLAIN_NAME: Final = re.compile(r"[a-z_]+(?:[A-Z]{1,3}[a-z_]*)*[0-9]{0,3}")
-"""A key as a program names it, in snake_case or camelCase; any other may be a user's own words, or a secret."""
+"""A snake_case or camelCase key. Error messages hide other keys, which may hold user text or a secret."""
 
 
 def _is_plain_name(name: object) -> TypeGuard[str]:
@@ -436,11 +436,11 @@ def _is_plain_name(name: object) -> TypeGuard[str]:
 
 
 class _OverriddenError(Exception):
-    """A dict, list or tuple is read in a way of its class's own."""
+    """A dict, list or tuple subclass overrides how it is read."""
 
 
 def _checked(parameter: str, value: object, *, for_jsonb: bool, most: int) -> tuple[object, int]:
-    """Return the value, or a plain copy where a class overrides how it is read, and what `_walk` returns."""
+    """Return the value (a plain copy if a class overrides how it is read) and the result of `_walk`."""
     longer = _quick_walk(parameter, value, for_jsonb=for_jsonb, most=most)
     if longer is not None:
         return value, longer
@@ -461,9 +461,9 @@ def _checked(parameter: str, value: object, *, for_jsonb: bool, most: int) -> tu
 
 def _quick_walk(parameter: str, value: Any, *, for_jsonb: bool, most: int) -> int | None:  # noqa: ANN401 - any value
     """
-    Do the work of `_walk` for a value of JSON's own types that is small, or has no container twice at a level.
+    Do the work of `_walk` for plain JSON types if the value is small or repeats no container within a level.
 
-    None for any other, which `_walk` decides in ten times as long.
+    Return None for other values; `_walk`, which is ten times slower, decides those.
     """
     level = [value]
     longer = characters = 0
@@ -509,12 +509,12 @@ def _quick_walk(parameter: str, value: Any, *, for_jsonb: bool, most: int) -> in
 
 
 def _least_digits(number: int) -> int:
-    """Return a number of digits that an int has at least, without writing it out."""
+    """Return a lower bound for an int's number of digits, without converting it to text."""
     return number.bit_length() * 3 // 10
 
 
 def _copy_containers(value: Any, levels: int, known: dict[int, tuple[Any, Any]]) -> Any:  # noqa: ANN401 - any value
-    """Copy dicts, lists and tuples, each once, as their own methods give their items."""
+    """Copy dicts, lists and tuples, each once, using their own iteration methods."""
     kind: Any = type(value)
     if not issubclass(kind, dict | list | tuple):
         return value
@@ -522,18 +522,18 @@ def _copy_containers(value: Any, levels: int, known: dict[int, tuple[Any, Any]])
         return known[id(value)][1]
     if levels == 0:
         raise RecursionError
-    # no valid value has as many items: an endless iterator ends here
+    # stops an endless iterator; no valid value has this many items
     if issubclass(kind, dict):
         pairs = islice(value.items(), MAX_PAYLOAD)
         copy: Any = {name: _copy_containers(item, levels - 1, known) for name, item in pairs}
     else:
         copy = [_copy_containers(item, levels - 1, known) for item in islice(value, MAX_PAYLOAD)]
-    known[id(value)] = (value, copy)  # keeps the value, and so its id
+    known[id(value)] = (value, copy)  # keeps the value alive, so that its id stays unique
     return copy
 
 
 _QUICK_ITEMS: Final = 4_096
-"""What a level may have even if its parts are shared: little enough to be looked at again and again."""
+"""Maximum items per level that `_quick_walk` visits even if containers are shared."""
 
 _ITEMS: Final[tuple[Any, ...]] = (dict.items, OrderedDict.items)
 _ITERATIONS: Final[tuple[Any, ...]] = (list.__iter__, tuple.__iter__)
@@ -541,11 +541,11 @@ _ITERATIONS: Final[tuple[Any, ...]] = (list.__iter__, tuple.__iter__)
 
 def _walk(parameter: str, value: object, *, for_jsonb: bool, most: int) -> int:
     """
-    Refuse nesting deeper than 200, keys that are no strings, and in jsonb strings that it cannot hold.
+    Reject nesting deeper than 200 levels, keys that are not str and, for jsonb, strings that it cannot store.
 
-    What is referenced several times at a level is looked at once and counted as often, and the counting ends where
-    the JSON is certainly too long: json.dumps would write it out first. Returns how many characters jsonb's text has
-    more than Python's: it writes 1e22 with all its zeros.
+    A container referenced several times within a level is visited once and counted each time. Counting stops as soon as
+    the JSON must be too long, which json.dumps would only notice after writing it. Return how many characters longer
+    jsonb's text is than Python's, because jsonb writes 1e22 with all its zeros.
     """
     level: dict[int, tuple[Any, int]] = {0: ((value,), 1)}
     size, longer = -1, 0
@@ -566,12 +566,12 @@ def _walk(parameter: str, value: object, *, for_jsonb: bool, most: int) -> int:
                 raise _OverriddenError
             else:
                 members = tuple(container)
-            characters = max(3 * len(members) - 1, 1)  # brackets, separators, and one for each member
+            characters = max(3 * len(members) - 1, 1)  # brackets, separators and at least one character per member
             if size + times * characters > most:
                 raise InvalidInputError(parameter, _TOO_LONG[most])
             for name in names:
                 if not issubclass(type(name), str):
-                    raise InvalidInputError(parameter, f"must have strings as keys: {_fault(parameter, value)}")
+                    raise InvalidInputError(parameter, f"must have only str keys: {_fault(parameter, value)}")
                 characters += str.__len__(name) + 4
                 if for_jsonb:
                     utf8_length(parameter, str.__str__(name))

@@ -1,4 +1,4 @@
-"""ChatGPT's own export, conversations.json: conversations as trees, of which the current branch is taken."""
+"""Reads the current branch of each conversation tree in ChatGPT's export, conversations.json."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _NEVER = datetime.min.replace(tzinfo=UTC)
 
 def conversation(source: _Object) -> list[items.Item]:
     """
-    Return a conversation, the messages of its current branch, and how many are on others.
+    Return a conversation, the messages of its current branch, and the number of messages on other branches.
 
-    A message that is more than a text keeps its original in `payload`. Where a time is missing, that of the message
-    before it is taken, or of the conversation.
+    A message with more than text keeps its original in `payload`. A message without a time gets the time of the
+    previous message or of the conversation.
 
-    Raises UnsupportedItemError when there is a message that cannot be taken, or none on the branch.
+    Raises UnsupportedItemError if the branch is empty or has a message that chatdb cannot store.
     """
     mapping = items.as_object(source.get("mapping"))
     if mapping is None:
-        raise items.UnsupportedItemError("it has no tree of messages")
+        raise items.UnsupportedItemError("no message tree")
     nodes = {name: node for name, value in mapping.items() if (node := items.as_object(value))}
     branch = _messages([nodes[name] for name in _branch(nodes, source.get("current_node"))])
     if not branch:
@@ -63,16 +63,16 @@ def conversation(source: _Object) -> list[items.Item]:
     head = items.SourceConversation(key, title, None, len(messages), created_at, updated_at or latest)
     stream: list[items.Item] = [head, *messages]
     if is_cut:
-        stream.append(items.Changed("a title of over 1,000 characters cut", conversations=1))
+        stream.append(items.Changed("title truncated to 1,000 characters", conversations=1))
     if replaced:
         stream.append(items.Changed(items.REPLACED, messages=replaced))
     if elsewhere:
-        stream.append(items.Skipped("on another branch than the current one", messages=elsewhere))
+        stream.append(items.Skipped("not on the current branch", messages=elsewhere))
     return stream
 
 
 def _branch(nodes: dict[str, _Object], current: object) -> list[str]:
-    """Return the names of the nodes from the root to the current one, or else to the newest leaf."""
+    """Return the node names from the root to the current node or, if unknown, to the newest leaf."""
     if not isinstance(current, str) or current not in nodes:
         parents = {parent for node in nodes.values() if isinstance(parent := node.get("parent"), str)}
         leaves = [name for name in nodes if name not in parents] or list(nodes)
@@ -93,17 +93,17 @@ def _written(node: _Object) -> datetime:
 
 
 def _time(seconds: object) -> datetime | None:
-    """Return a time that is given in seconds since 1970, or None if it is absurd."""
+    """Return the time for a Unix timestamp in seconds, or None if it is out of range."""
     if not isinstance(seconds, int | float) or seconds <= 0:
         return None
     try:
         return datetime.fromtimestamp(seconds, UTC)
-    except (ValueError, OverflowError, OSError):  # in milliseconds, not a number, infinite
+    except (ValueError, OverflowError, OSError):  # milliseconds, NaN or infinity
         return None
 
 
 def _text(content: _Object) -> tuple[str, bool]:
-    """Return a content's readable text, and whether that is all of it."""
+    """Return a content's readable text, and whether it has nothing else."""
     parts = items.as_list(content.get("parts"))
     if parts is not None:
         texts = [part if isinstance(part, str) else (items.as_object(part) or {}).get("text") for part in parts]
@@ -116,7 +116,7 @@ def _text(content: _Object) -> tuple[str, bool]:
 
 
 def _title(value: object) -> tuple[str | None, bool]:
-    """Return a conversation's title, and whether it was cut."""
+    """Return a conversation's title, and whether it was truncated."""
     if not isinstance(value, str):
         return None, False
     return items.replace_unstorable(value[:MAX_TITLE]), len(value) > MAX_TITLE

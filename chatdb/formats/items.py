@@ -1,4 +1,4 @@
-"""What every format becomes: a flat stream of conversations, each followed by its messages, and what was left out."""
+"""The common form of all formats: a flat stream of conversations with their messages, and skipped or changed items."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chatdb.errors import InvalidInputError
 
 
 class SourceMessage(NamedTuple):
-    """A message, its fields in the order of the COPY; `payload` and `metadata` are JSON as text."""
+    """A message, with fields in the order of the COPY; `payload` and `metadata` are JSON text."""
 
     seq: int
     role: str
@@ -24,14 +24,14 @@ class SourceMessage(NamedTuple):
     token_count: int | None
     key: str | None
     created_at: datetime | None
-    """None where the source has no times: that of the import."""
+    """None if the source has no times; the import then uses its own time."""
 
-    def __repr__(self) -> str:  # as those of the records, without what was said
+    def __repr__(self) -> str:  # without content, like the records'
         return f"SourceMessage(seq={self.seq})"
 
 
 class SourceConversation(NamedTuple):
-    """A conversation, which is followed in the stream by its messages."""
+    """A conversation; its messages follow it in the stream."""
 
     key: str | None
     title: str | None
@@ -45,17 +45,17 @@ class SourceConversation(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """Something that was not taken. The reason is one of a few fixed sentences, so that they can be summed up."""
+    """A skipped item. The reason is one of a few fixed texts, so that reports can add up the counts."""
 
     reason: str
     conversations: int = 0
     messages: int = 0
     seq: int = 0
-    """The place of a message in the conversation before it, which stays empty; 0 for anything else."""
+    """The `seq` of a skipped message, which stays unused in its conversation; 0 for anything else."""
 
 
 class Changed(NamedTuple):
-    """Something of the conversation before it that could not be taken as it is."""
+    """A change to the preceding conversation, which chatdb could not store as it was."""
 
     reason: str
     conversations: int = 0
@@ -63,11 +63,11 @@ class Changed(NamedTuple):
 
 
 ParsedMessage: TypeAlias = tuple[str, str, str | None, object]
-"""A message's role and text, what the framework calls its kind where that says more, and the author's name."""
+"""Role, text, the framework's message type if it is more specific, and the author's name."""
 
 Item: TypeAlias = SourceConversation | SourceMessage | Skipped | Changed
 
-REPLACED = "NUL or a lone surrogate replaced by U+FFFD, the original kept in the payload"
+REPLACED = "NUL or lone surrogate replaced with U+FFFD, original kept in the payload"
 
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -76,27 +76,27 @@ ROLES = {
     "system": "system",
     "developer": "developer",
 }
-"""What the sources call the roles, in lower case."""
+"""Role names used by the sources, in lower case."""
 
-UNKNOWN_TYPE = "it is of a type that chatdb does not know"
+UNKNOWN_TYPE = "unknown type"
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class UnsupportedItemError(Exception):
-    """A conversation cannot be taken, for the reason that is the message; it is skipped as a whole."""
+    """A conversation cannot be imported and is skipped as a whole; the message is the reason."""
 
 
 def role(word: object) -> str:
-    """Return the role that a source's word stands for."""
+    """Return the role for a source's role name."""
     known = ROLES.get(word.lower()) if isinstance(word, str) else None
     if known is None:
-        raise UnsupportedItemError("it has a role that chatdb does not know")
+        raise UnsupportedItemError("unknown role")
     return known
 
 
 def replace_unstorable(text: str) -> str:
-    """Return the text with U+FFFD for each NUL and lone surrogate, which PostgreSQL cannot hold."""
+    """Replace NUL and lone surrogates, which PostgreSQL cannot store, with U+FFFD."""
     try:
         utf8_length("text", text)
     except InvalidInputError:
@@ -105,12 +105,12 @@ def replace_unstorable(text: str) -> str:
 
 
 def short(value: object) -> str | None:
-    """Return a short text such as an id or a name, or None."""
+    """Return a str of 1 to 255 characters, such as an id or a name, or None for anything else."""
     return replace_unstorable(value) if isinstance(value, str) and 1 <= len(value) <= MAX_NAME else None
 
 
 def body(text: str, original: object = None) -> tuple[str, str | None]:
-    """Return the content and the payload that keep a text, and the original if there is more to it."""
+    """Return the content for a text and, if that is not the whole message, the original as payload."""
     content = replace_unstorable(text)
     if original is None and content != text:
         original = {"content": text}
@@ -119,18 +119,18 @@ def body(text: str, original: object = None) -> tuple[str, str | None]:
     except InvalidInputError as error:
         parameter = error.parameter
     if parameter == "content":
-        raise UnsupportedItemError("it has a text of over 4 MiB")
-    raise UnsupportedItemError("it has a message whose original is over 16 MiB or nested deeper than 200 levels")
+        raise UnsupportedItemError("text longer than 4 MiB")
+    raise UnsupportedItemError("original message larger than 16 MiB or nested deeper than 200 levels")
 
 
 @lru_cache
 def metadata_of(**named: str | None) -> str | None:
-    """Return short texts by their names as metadata, without those that are none, or None for none at all."""
+    """Return the non-empty arguments as metadata, or None if all are empty."""
     return check_metadata("metadata", {name: text for name, text in named.items() if text} or None)
 
 
 def name_of(identifier: object) -> str:
-    """Return a source's id as a part of a key: a long or strange one by its hash, one that is no id as none."""
+    """Return a source's id for use in a key: a hash if it is long or not storable, '' if it is not a str or int."""
     name = str(identifier) if isinstance(identifier, str | int) else ""
     if len(name) > 200 or replace_unstorable(name) != name:
         return "sha256-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
@@ -138,7 +138,7 @@ def name_of(identifier: object) -> str:
 
 
 def fingerprint(messages: Iterable[tuple[str, str]]) -> str:
-    """Return what tells conversations apart: a hash of the roles and texts."""
+    """Return a hash of the roles and texts, which identifies a conversation."""
     digest = hashlib.sha256()
     for word, text in messages:
         encoded = text.encode("utf-8", "surrogatepass")
@@ -148,17 +148,17 @@ def fingerprint(messages: Iterable[tuple[str, str]]) -> str:
 
 
 def as_object(value: object) -> dict[str, Any] | None:
-    """Return a JSON object, or None if the value is none."""
+    """Return the value if it is a JSON object, otherwise None."""
     return cast("dict[str, Any]", value) if isinstance(value, dict) else None
 
 
 def as_list(value: object) -> list[Any] | None:
-    """Return a JSON array, or None if the value is none."""
+    """Return the value if it is a JSON array, otherwise None."""
     return value if isinstance(value, list) else None  # pyright: ignore[reportUnknownVariableType]
 
 
 def texts_of(value: object) -> Iterator[str]:
-    """Yield the texts of a content, which is one or a list of parts."""
+    """Yield the texts of a content, which is a str or a list of parts."""
     for part in [value] if isinstance(value, str) else as_list(value) or ():
         if isinstance(part, str):
             yield part

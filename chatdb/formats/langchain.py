@@ -1,4 +1,4 @@
-"""LangChain's messages, as langchain-postgres stores them."""
+"""Reads LangChain messages as stored by langchain-postgres."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool"
 
 
 def parse_message(item: dict[str, Any]) -> ParsedMessage:
-    """Return what one of LangChain's messages says; a chunk is as its message."""
+    """Parse a LangChain message; a message chunk counts as a message."""
     kind, data = item.get("type"), as_object(item.get("data"))
     if not isinstance(kind, str) or data is None:
         raise UnsupportedItemError(UNKNOWN_TYPE)
     whole = kind.removesuffix("MessageChunk").lower() if kind.endswith("MessageChunk") else kind
     if whole == "remove":
-        raise UnsupportedItemError("it is an instruction to remove a message")
+        raise UnsupportedItemError("instruction to remove a message")
     author = role(data.get("role")) if whole == "chat" else _ROLES.get(whole)
     if author is None:
         raise UnsupportedItemError(UNKNOWN_TYPE)

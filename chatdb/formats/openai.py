@@ -1,4 +1,4 @@
-"""Items of OpenAI's Responses API, as openai-agents stores them."""
+"""Reads items of OpenAI's Responses API as stored by openai-agents."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _AUTHORS = {
     **dict.fromkeys(("configuration_update", "compaction_trigger"), "developer"),
     "mcp_approval_response": "user",
 }
-"""Who makes the items of the Responses API that have no role, besides calls and outputs."""
+"""Roles for item types that have none, except calls and outputs."""
 
 
 def parse_message(item: dict[str, Any]) -> ParsedMessage:
-    """Return what an item of the Responses API says; a call is the assistant's, its output the tool's."""
+    """Parse a Responses API item; a call has the role assistant, its output the role tool."""
     if "__enc__" in item:
-        raise UnsupportedItemError("it is encrypted, by openai-agents' EncryptedSession")
+        raise UnsupportedItemError("encrypted by openai-agents' EncryptedSession")
     kind = item.get("type")
     if item.get("role") is not None:
         return role(item["role"]), "".join(texts_of(item.get("content"))), None if kind == "message" else kind, None

@@ -1,4 +1,4 @@
-"""ShareGPT's JSON: objects with a list of messages, as the data sets of shared conversations have it."""
+"""Reads ShareGPT JSON, the format of many data sets: one object with a list of messages per conversation."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _USUAL = frozenset({"human", "gpt", "system"})
 
 def conversation(source: dict[str, Any]) -> list[items.Item]:
     """
-    Return a conversation and its messages, with `{"from": word}` as metadata where the source's word says more.
+    Return a conversation and its messages; an unusual role name is kept in the metadata as `{"from": name}`.
 
-    Ids repeat, also with different contents, so the key holds a hash of the roles and texts too: the same conversation
-    has the same key in every import, whatever came before it.
+    Different conversations can share an id, so the key also contains a hash of the roles and texts. A conversation gets
+    the same key in every import.
 
-    Raises UnsupportedItemError when there is a message that cannot be taken, or none.
+    Raises UnsupportedItemError if there are no messages, or one that chatdb cannot store.
     """
     listed = items.as_list(source["conversations"] if "conversations" in source else source.get("items"))
     if listed is None:
-        raise items.UnsupportedItemError("it has no list of messages")
+        raise items.UnsupportedItemError("no list of messages")
     if not listed:
         raise items.UnsupportedItemError("no messages")
     said: list[tuple[str, str]] = []
@@ -32,7 +32,7 @@ def conversation(source: dict[str, Any]) -> list[items.Item]:
         word, text = fields.get("from", fields.get("role")), fields.get("value", fields.get("content"))
         known = items.role(word)
         if not isinstance(text, str):
-            raise items.UnsupportedItemError("it has a message without a text")
+            raise items.UnsupportedItemError("message without text")
         content, payload = items.body(text)
         replaced += content != text
         metadata = None if word in _USUAL else check_metadata("metadata", {"from": word})

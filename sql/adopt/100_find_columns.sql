@@ -1,7 +1,7 @@
 -- find_columns
--- Returns the columns of a table in their order, and whether a column alone is the primary key.
+-- Returns a table's columns in order, and whether each is the whole primary key.
 --
--- $1 name text    with its schema
+-- $1 name text    qualified by schema
 
 select
     a.attname as name,

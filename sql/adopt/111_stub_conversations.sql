@@ -1,5 +1,5 @@
 -- stub_conversations
--- Stands in for the older system's conversations where that table does not exist.
+-- Replaces the older system's conversations table if it does not exist.
 
 create temporary table original_conversations (
     id bigint,

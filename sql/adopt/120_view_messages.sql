@@ -1,6 +1,6 @@
 -- view_messages
--- Makes a view of the older system's messages that has one type for each column. The ids keep their type, so that
--- indexes on them are used.
+-- Creates a view of the older system's messages with fixed column types. The ids keep their type, so that the
+-- planner can use indexes on them.
 
 create temporary view original_messages as
 select

@@ -1,5 +1,5 @@
 -- stub_messages
--- Stands in for the older system's messages where that table does not exist.
+-- Replaces the older system's messages table if it does not exist.
 
 create temporary table original_messages (
     id bigint,

@@ -1,6 +1,6 @@
 -- create_state
--- Creates the tables that record what has been adopted and what is quarantined, in a schema of their own, which the
--- operator drops after the cut-over. Several statements, each of which may run again.
+-- Creates the tables that record adopted and quarantined rows, in a separate schema that the operator drops after the
+-- cut-over. Several statements, each safe to repeat.
 
 create schema if not exists chatdb_adopt;
 

@@ -1,5 +1,5 @@
 -- count_adopted
--- Counts the conversations and messages that have been adopted.
+-- Counts the adopted conversations and messages.
 
 select
     (select pg_catalog.count(*) from chatdb_adopt.conversations) as adopted_before_conversations,

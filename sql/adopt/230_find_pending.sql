@@ -1,8 +1,8 @@
 -- find_pending
--- Finds the conversations that have anything new, in batches: those that are not adopted, those with messages that are
--- not, and those that were active since. What is quarantined counts as new, because it may have been fixed.
+-- Finds the pending conversations and divides them into batches: conversations that are not adopted, have messages that
+-- are not adopted, or were active since. Quarantined rows count as pending because they may have been fixed.
 --
--- $1 size int8    about how many messages a batch has; more in a large table, so that no index is needed
+-- $1 size int8    approximate messages per batch; larger in a large table, so that no index is needed
 
 insert into pg_temp.pending (batch, id, messages)
 with unadopted as (

@@ -1,5 +1,5 @@
 -- count_pending
--- Counts the batches, the messages in them, and the missing conversations that messages name.
+-- Counts the batches, their messages, and the missing conversations that messages refer to.
 
 select
     pg_catalog.count(distinct batch) as batches,

@@ -1,5 +1,5 @@
 -- take_batch
--- Takes the conversations of the next batch, with what the state and chatdb have of each, and why it does not fit.
+-- Loads the next batch of conversations with their state, recorded and in chatdb, and any reason for quarantine.
 
 with taken as (
     delete from pg_temp.pending

@@ -1,6 +1,6 @@
 -- lock_conversations
--- Locks the batch's conversations that chatdb has against appends. After an append since the snapshot this fails,
--- before the work is done. The locks are taken in one order, so that two transactions never wait for each other.
+-- Locks the batch's conversations in chatdb against appends, in a fixed order to prevent deadlocks. Fails early if an
+-- append happened after the snapshot.
 
 select d.id
 from pg_temp.batch_conversations as b

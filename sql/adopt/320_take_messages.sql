@@ -1,6 +1,6 @@
 -- take_messages
--- Takes the messages of the batch's conversations that are not adopted, with why one does not fit. A batch is a range
--- of conversations, so that with an index the server does not read all messages up to it.
+-- Loads the messages of the batch that are not adopted, with any reason for quarantine. A batch is a range of
+-- conversations, so that with an index the server does not read all messages up to it.
 
 insert into pg_temp.batch_messages (id, conversation_id, user_id, role, content, created_at, reason)
 select

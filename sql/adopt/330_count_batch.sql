@@ -1,5 +1,5 @@
 -- count_batch
--- Counts the conversations and messages of the batch that are to be adopted.
+-- Counts the batch's conversations and messages to adopt.
 
 select
     (

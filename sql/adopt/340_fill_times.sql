@@ -1,6 +1,6 @@
 -- fill_times
--- Gives a message without a time that of the message before it by id, else that of the conversation's creation, so that
--- it stays where it is.
+-- Sets a missing message time to that of the previous message by id, or else of the conversation's creation, so that
+-- the message keeps its position.
 
 with runs as (
     select

@@ -1,5 +1,5 @@
 -- mark_renumbered
--- Marks the conversations that get a message before adopted ones, and in which every message was adopted.
+-- Marks conversations for renumbering: a new message precedes adopted ones, and every message in chatdb was adopted.
 
 with early as materialized (
     select distinct b.id, b.user_id, b.last_seq

@@ -1,5 +1,5 @@
 -- find_moves
--- Lists the messages of the conversations that are renumbered, with their old and new seq.
+-- Lists the messages of renumbered conversations with their old and new seq.
 
 insert into pg_temp.batch_moves (user_id, conversation_id, id, old_seq, seq)
 with together as (

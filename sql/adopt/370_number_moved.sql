@@ -1,5 +1,5 @@
 -- number_moved
--- Numbers the new messages of the conversations that are renumbered.
+-- Numbers the new messages of renumbered conversations.
 
 insert into pg_temp.batch_seqs (id, conversation_id, seq, is_late)
 select id, conversation_id, seq, false as is_late

@@ -1,5 +1,5 @@
 -- number_messages
--- Numbers the other new messages, after what their conversation has. A message that belongs before that is late.
+-- Numbers the other new messages after the existing ones. A message that belongs before an existing one is marked late.
 
 insert into pg_temp.batch_seqs (id, conversation_id, seq, is_late)
 select

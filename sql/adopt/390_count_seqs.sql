@@ -1,5 +1,5 @@
 -- count_seqs
--- Counts the messages that get another seq, and those that are late.
+-- Counts renumbered and late messages.
 
 select
     (

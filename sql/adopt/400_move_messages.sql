@@ -1,5 +1,5 @@
 -- move_messages
--- Gives the messages that move their new seq, on a detour because a seq has to be unique at any moment, and records it.
+-- Renumbers the moved messages in two steps, because seq must be unique at every moment, and records their new seq.
 -- Several statements.
 
 update chatdb.messages as d

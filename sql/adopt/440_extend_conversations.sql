@@ -1,5 +1,5 @@
 -- extend_conversations
--- Updates last_seq and updated_at of the conversations that were adopted before.
+-- Updates last_seq and updated_at of conversations adopted in earlier batches or runs.
 
 with fitting as (
     select conversation_id, pg_catalog.count(*) as messages

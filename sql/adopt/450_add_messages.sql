@@ -1,5 +1,5 @@
 -- add_messages
--- Adds the batch's messages that fit, each conversation's together.
+-- Adds the batch's valid messages, grouped by conversation.
 
 insert into chatdb.messages (id, conversation_id, user_id, seq, role, content, created_at)
 select m.id, m.conversation_id, m.user_id, p.seq, m.role, m.content, m.created_at

@@ -1,5 +1,5 @@
 -- record_conversations
--- Records the batch's conversations as adopted, with the last of their adopted messages.
+-- Records the batch's conversations as adopted, with their last adopted message.
 
 insert into chatdb_adopt.conversations as a (id, user_id, updated_at, last_seq, last_created_at, last_id)
 with fitting as (

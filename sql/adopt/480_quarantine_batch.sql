@@ -1,5 +1,5 @@
 -- quarantine_batch
--- Quarantines the batch's conversations and messages that do not fit. Several statements.
+-- Quarantines the batch's invalid conversations and messages. Several statements.
 
 insert into chatdb_adopt.quarantine_conversations as q (id, user_id, created_at, updated_at, reason)
 select c.id, c.user_id, c.created_at, c.updated_at, b.reason

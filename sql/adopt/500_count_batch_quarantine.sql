@@ -1,5 +1,5 @@
 -- count_batch_quarantine
--- Counts the conversations and messages of the batch that do not fit, by reason.
+-- Counts the batch's invalid conversations and messages by reason.
 
 select reason, pg_catalog.sum(conversations)::int8 as conversations, pg_catalog.sum(messages)::int8 as messages
 from (

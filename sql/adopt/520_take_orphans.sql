@@ -1,5 +1,5 @@
 -- take_orphans
--- Takes the messages that are not adopted and whose conversation does not exist.
+-- Loads the messages that are not adopted and whose conversation does not exist.
 
 insert into pg_temp.batch_messages (id, conversation_id, user_id, role, content, created_at, reason)
 select

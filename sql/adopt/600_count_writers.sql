@@ -1,5 +1,5 @@
 -- count_writers
--- Counts the transactions that have written to the originals, or are about to, and have not ended.
+-- Counts the open transactions that have written or are about to write to the originals.
 
 select pg_catalog.count(distinct virtualtransaction) as writers
 from pg_catalog.pg_locks

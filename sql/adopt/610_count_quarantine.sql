@@ -1,5 +1,5 @@
 -- count_quarantine
--- Counts the conversations and messages in quarantine, by reason.
+-- Counts the quarantined conversations and messages by reason.
 
 select reason, pg_catalog.sum(conversations)::int8 as conversations, pg_catalog.sum(messages)::int8 as messages
 from (

@@ -1,5 +1,5 @@
 -- verify_messages
--- Counts the original messages. Each has to be adopted or quarantined, and not both, unless it was written since.
+-- Counts the original messages. Each must be either adopted or quarantined, unless it was written since.
 
 select
     pg_catalog.count(*) as originals_messages,

@@ -1,5 +1,5 @@
 -- verify_chatdb
--- Counts the conversations and messages that have been adopted and are no longer in chatdb.
+-- Counts the adopted conversations and messages that are no longer in chatdb.
 
 select
     (

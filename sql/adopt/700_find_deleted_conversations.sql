@@ -1,5 +1,5 @@
 -- find_deleted_conversations
--- Finds the conversations that have been adopted and are no longer among the originals.
+-- Finds the adopted conversations that are no longer among the originals.
 
 insert into pg_temp.deleted_upstream_conversations (id)
 select a.id

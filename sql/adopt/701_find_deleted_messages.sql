@@ -1,5 +1,5 @@
 -- find_deleted_messages
--- Finds the messages that have been adopted and are no longer among the originals.
+-- Finds the adopted messages that are no longer among the originals.
 
 insert into pg_temp.deleted_upstream_messages (id, conversation_id)
 select a.id, a.conversation_id

@@ -1,5 +1,5 @@
 -- lock_deleted_upstream
--- Locks the conversations of which something was deleted upstream against appends.
+-- Locks conversations with upstream deletions against appends.
 
 select d.id
 from chatdb_adopt.conversations as a

@@ -1,6 +1,6 @@
 -- exclude_extended
--- Excludes from deletion the conversations to which somebody appended in chatdb, and their messages, and a conversation
--- of whose adopted messages one is still among the originals. Several statements.
+-- Excludes from deletion the conversations that received appends in chatdb, with their messages, and conversations with
+-- an adopted message that is still among the originals. Several statements.
 
 delete from pg_temp.deleted_upstream_messages as g
 where exists (

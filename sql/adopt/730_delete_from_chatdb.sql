@@ -1,5 +1,5 @@
 -- delete_from_chatdb
--- Deletes from chatdb what was deleted upstream; a conversation takes its messages along. Several statements.
+-- Deletes from chatdb what was deleted upstream; messages cascade. Several statements.
 
 delete from chatdb.conversations as d
 using pg_temp.deleted_upstream_conversations as g, chatdb_adopt.conversations as a

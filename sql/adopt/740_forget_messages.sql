@@ -1,5 +1,5 @@
 -- forget_messages
--- Removes the deleted messages from what is recorded as adopted.
+-- Removes the deleted messages from the record of adopted messages.
 
 delete from chatdb_adopt.messages as a
 using pg_temp.deleted_upstream_messages as g

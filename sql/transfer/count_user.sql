@@ -1,5 +1,5 @@
 -- count_user
--- How many conversations and messages a user has, for who is asked whether to delete them.
+-- Counts a user's conversations and messages, for the confirmation before a deletion.
 --
 -- $1 user_id text
 --

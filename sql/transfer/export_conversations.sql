@@ -1,5 +1,5 @@
 -- export_conversations
--- Every conversation of a user.
+-- Returns all conversations of a user.
 --
 -- $1 user_id text
 --

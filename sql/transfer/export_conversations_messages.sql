@@ -1,5 +1,5 @@
 -- export_conversations_messages
--- Every message of a user, conversation by conversation.
+-- Returns all messages of a user, grouped by conversation.
 --
 -- $1 user_id text
 --

@@ -1,5 +1,5 @@
 -- import_conversations
--- New conversations, as a file has them. Their ids ascend in the order of the arrays.
+-- Adds conversations from a file. Their ids ascend in the order of the arrays.
 --
 -- $1 user_id text
 -- $2 keys text[]    null where a conversation has none

@@ -1,6 +1,6 @@
 -- import_conversations_extend
--- Moves the end of conversations that have grown in the file, or of one that the file has in part; not of one to which
--- was appended meanwhile.
+-- Updates last_seq of conversations that have grown in the file or that the file holds in part, except conversations
+-- that have received appends in the meantime.
 --
 -- $1 user_id text
 -- $2 ids text[]

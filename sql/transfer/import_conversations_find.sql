@@ -1,12 +1,12 @@
 -- import_conversations_find
--- Which of a file's conversations the user has already: by key, or where there is none by the time of creation, of
--- which the first in the file is the first in the table, and so on. With each the last of its messages that the file
--- can have, by which to tell whether the file's is the same conversation, as long or longer.
+-- Finds the file's conversations that the user already has. Without a key, conversations match by creation time: the
+-- first in the file is the first in the table, and so on. Each row has the last stored message within the file's range,
+-- to check whether the file has the same conversation, equally long or longer.
 --
 -- $1 user_id text
 -- $2 keys text[]    null where a conversation has none
 -- $3 created_ats text[]    null where the file has no times
--- $4 occurrences text[]    how many conversations before it in the file have no key and this time
+-- $4 occurrences text[]    number of earlier conversations in the file with this time and no key
 -- $5 last_seqs text[]
 --
 -- returns many StoredConversation

@@ -1,5 +1,5 @@
 -- import_conversations_messages
--- Messages of a file, where row-level security keeps COPY away.
+-- Adds messages from a file; used where row-level security rules out COPY.
 --
 -- $1 user_id text
 -- $2 conversation_ids text[]

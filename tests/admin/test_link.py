@@ -74,7 +74,7 @@ async def test_an_unknown_user(host: str) -> None:
     async with chatdb.create_pool(host) as db:
         await chatdb.check_schema(db)
         for arguments in ({}, {"key": "k"}):
-            with pytest.raises(chatdb.InvalidInputError, match="host's users") as caught:
+            with pytest.raises(chatdb.InvalidInputError, match="users table") as caught:
                 await chatdb.create_conversation(db, user_id="carol", **arguments)
             assert caught.value.parameter == "user_id"
         execute(host, "insert into public.users values ('carol')")

@@ -314,7 +314,7 @@ def test_every_option(option: str) -> None:
         else:
             pool.terminate()
     if option == "service":
-        wrong = {label: said for label, said in wrong.items() if "no service file has the service" not in said}
+        wrong = {label: said for label, said in wrong.items() if "no service file defines the service" not in said}
     if option == "host":  # a host that is not local is reached by TLS
         wrong = {label: said for label, said in wrong.items() if "one port for all hosts" not in said}
     assert wrong == {}
@@ -361,7 +361,7 @@ async def test_what_is_taken_works(dsn: str, option: str, value: Any) -> None:
         ({"max_size": "10"}, r"^max_size must be an int from 1 to 262,143, not str$"),
         ({"max_size": 0}, r"^max_size must be an int from 1 to 262,143, not 0$"),
         ({"max_size": numpy.int64(10)}, r"^max_size .*, not int64$"),
-        ({"min_size": 20}, r"^min_size must be at most max_size, which is 10, not 20$"),
+        ({"min_size": 20}, r"^min_size must be at most max_size \(10\), not 20$"),
         ({"min_size": 2, "init_size": 1}, r"^init_size must be between min_size and max_size, 2 to 10$"),
         ({"acquire_timeout": None}, r"^acquire_timeout must be a number of seconds .*, not NoneType$"),
         ({"command_timeout": "30"}, r"^command_timeout .*, not str$"),
@@ -515,10 +515,10 @@ async def test_a_subclass_of_new_message(tx: asyncpg.Connection) -> None:
 @pytest.mark.parametrize(
     ("message", "parameter", "said"),
     [
-        ({"role": "user", "content": "", "contents": 1}, "messages[0].contents", "is content meant?"),
+        ({"role": "user", "content": "", "contents": 1}, "messages[0].contents", "did you mean content?"),
         ({"role": "user", "content": "", "seq": 1}, "messages[0].seq", "token_count, key"),
-        ({"role": "user", "content": "", "Alice's": 1}, "messages[0][...]", "is no field"),
-        (UserDict(role="user", content="", seq=1), "messages[0].seq", "is no field"),
+        ({"role": "user", "content": "", "Alice's": 1}, "messages[0][...]", "is not a field"),
+        (UserDict(role="user", content="", seq=1), "messages[0].seq", "is not a field"),
         (NewMessage.model_construct(role="user"), "messages[0].content", "is required"),
     ],
 )
@@ -559,7 +559,7 @@ def test_the_fields_of_a_subclass_are_its_own() -> None:
 
 async def test_an_iterable_that_raises() -> None:
     """The error says so, and has the caller's own as its cause."""
-    with pytest.raises(InvalidInputError, match=r"^messages: reading them raised LookupError$") as caught:
+    with pytest.raises(InvalidInputError, match=r"^messages: iterating over them raised LookupError$") as caught:
         await chatdb._core.validate.check_messages(numbers())
     assert isinstance(caught.value.__cause__, LookupError)
     assert isinstance(caught.value, ChatDBError)

@@ -100,19 +100,19 @@ async def test_a_trigger_that_leaves_rows_out(dsn: str, db: Any, keyed: bool) ->
     conversation = await chatdb.create_conversation(db, user_id="alice")
     here = {"user_id": "alice", "conversation_id": conversation.id}
     execute(dsn, TRIGGER.format(body="return null;", table="messages"))
-    with pytest.raises(ConfigurationError, match="left a row out"):
+    with pytest.raises(ConfigurationError, match="the row was not stored"):
         await append(db, conversation, **({"key": "k"} if keyed else {}))
     if not keyed:
-        with pytest.raises(ConfigurationError, match="left a row out"):
+        with pytest.raises(ConfigurationError, match="the row was not stored"):
             await chatdb.append_messages(db, messages=[{"role": "user", "content": "one of two"}] * 2, **here)
     with pytest.raises(chatdb.ConversationNotFoundError):
         await append(db, conversation.model_copy(update={"user_id": "bob"}))
     execute(dsn, TRIGGER.format(body="if new.content = 'the second' then return null; end if;", table="messages"))
     batch = [{"role": "user", "content": text} for text in ("the first", "the second")]
-    with pytest.raises(ConfigurationError, match="left a row out"):
+    with pytest.raises(ConfigurationError, match="the row was not stored"):
         await chatdb.append_messages(db, messages=batch, **here)
     execute(dsn, TRIGGER.format(body="return null;", table="conversations"))
-    with pytest.raises(ConfigurationError, match="left a row out"):
+    with pytest.raises(ConfigurationError, match="the row was not stored"):
         await chatdb.create_conversation(db, user_id="alice")
 
 
@@ -121,14 +121,14 @@ async def test_constraints_of_the_hosts(dsn: str, db: Any) -> None:
     """A constraint or a column that the host has added, or that refers to chatdb's tables, is named as such."""
     conversation = await chatdb.create_conversation(db, user_id="alice")
     execute(dsn, "alter table chatdb.messages add constraint short check (content <> 'a message')")
-    with pytest.raises(ConfigurationError, match=r"constraint short of the table chatdb\.messages"):
+    with pytest.raises(ConfigurationError, match=r"constraint short on table chatdb\.messages"):
         await append(db, conversation)
     execute(
         dsn,
         "alter table chatdb.messages drop constraint short",
         "alter table chatdb.messages add column tenant int not null",
     )
-    with pytest.raises(ConfigurationError, match=r"NOT NULL of the column tenant of the table chatdb\.messages"):
+    with pytest.raises(ConfigurationError, match=r"NOT NULL of column tenant on table chatdb\.messages"):
         await append(db, conversation)
     execute(
         dsn,
@@ -139,7 +139,7 @@ async def test_constraints_of_the_hosts(dsn: str, db: Any) -> None:
     )
     name = "pinned"
     for other in ("pk_messages", "ck_messages_role", "fk_messages_conversation", "fk_conversations_user", None):
-        with pytest.raises(ConfigurationError, match=rf"constraint {name} of the table public\.pins"):
+        with pytest.raises(ConfigurationError, match=rf"constraint {name} on table public\.pins"):
             await chatdb.delete_conversation(db, user_id="alice", conversation_id=conversation.id)
         if other is not None:  # a name of chatdb's own, in the host's schema
             execute(dsn, f"alter table public.pins rename constraint {name} to {other}")
@@ -154,13 +154,13 @@ async def test_counters_that_are_behind_or_at_their_end(dsn: str, db: Any) -> No
     execute(dsn, "select setval('chatdb.conversations_id_seq', 1, false)")
     with pytest.raises(ConfigurationError, match="setval") as caught:
         await chatdb.create_conversation(db, user_id="alice")
-    execute(dsn, str(caught.value).partition("as the owner run ")[2])
+    execute(dsn, str(caught.value).partition("as the owner, run ")[2])
     assert (await chatdb.create_conversation(db, user_id="alice")).id == conversation.id + 1
 
     execute(dsn, "update chatdb.conversations set last_seq = 0")
     with pytest.raises(ConfigurationError, match="last_seq is behind") as caught:
         await append(db, conversation)
-    execute(dsn, str(caught.value).partition("as the owner run ")[2])
+    execute(dsn, str(caught.value).partition("as the owner, run ")[2])
     assert (await append(db, conversation)).seq == 2
 
     execute(
@@ -278,7 +278,7 @@ async def test_statements_that_others_drop(dsn: str, caplog: pytest.LogCaptureFi
             await handle.execute("select public.drop_all()")
             caplog.clear()
             assert await chatdb.list_conversations(handle, user_id="alice") == []
-            assert "prepared statements were gone" in caplog.text
+            assert "a session lost its prepared statements" in caplog.text
             assert await chatdb.list_conversations(handle, user_id="alice") == []
         for _ in range(2):
             with pytest.raises(ConfigurationError, match="DISCARD ALL or DEALLOCATE dropped it, or a"):  # noqa: PT012
@@ -311,7 +311,7 @@ async def test_a_changed_column_inside_a_transaction(dsn: str) -> None:
         here: dict[str, Any] = {"user_id": "alice", "conversation_id": conversation.id}
         await chatdb.get_conversation(db, **here)
         execute(dsn, "alter table chatdb.conversations alter column title type varchar")
-        with pytest.raises(UnavailableError, match="run it again") as caught:
+        with pytest.raises(UnavailableError, match="run the transaction again") as caught:
             async with chatdb.transaction(db) as connection:
                 await chatdb.get_conversation(connection, **here)
         assert caught.value.sent is True
@@ -401,7 +401,7 @@ def test_a_process_without_a_name(url: str) -> None:
         "except chatdb.ConfigurationError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, url], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("the DSN names no user, and this process's user, 54321, has no name")
+    assert done.stdout.startswith("the DSN names no user, and the process's user id 54321 has no name")
 
 
 # codecs

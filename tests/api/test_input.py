@@ -649,7 +649,7 @@ def test_shared_references_are_refused_before_they_are_encoded(parameter, value)
     """A value that is small in memory and huge as JSON is refused without a huge text."""
     tracemalloc.start()
     try:
-        with pytest.raises(InvalidInputError, match="must have at most") as raised:
+        with pytest.raises(InvalidInputError, match="must be at most") as raised:
             getattr(validate, f"check_{parameter}")(parameter, {"a": value})
         assert tracemalloc.get_traced_memory()[1] < 64 * MIB
     finally:

@@ -22,5 +22,5 @@ async def test_a_reference_of_the_hosts_keeps_a_conversation(dsn: str, db: Any, 
         f"references chatdb.conversations (user_id, id) on delete {action})",
         f"insert into public.pins values ('alice', {conversation.id})",
     )
-    with pytest.raises(ConfigurationError, match=r"constraint pinned of the table public\.pins"):
+    with pytest.raises(ConfigurationError, match=r"constraint pinned on table public\.pins"):
         await chatdb.delete_conversation(db, user_id="alice", conversation_id=conversation.id)

@@ -128,7 +128,7 @@ def test_each_cause_has_its_words(dsn: str, file: Path) -> None:
     missing = parts._replace(path="/chatdb_no_such_database").geturl()
     stranger = parts._replace(netloc=f"chatdb_no_such_role:geheim@{parts.netloc.rpartition('@')[2]}").geturl()
     causes = {
-        missing: "there is no database of this name",
+        missing: "the database does not exist",
         stranger: "the user ",
         "postgresql://alice:geheim@127.0.0.1:1/chat": "127.0.0.1:1 cannot be reached (Connection refused)",
         "postgresql://alice:geheim@no-such-host.invalid/chat?sslmode=disable": "no-such-host.invalid:5432 cannot be",

@@ -206,8 +206,8 @@ def test_demo(env: dict[str, str], file: Path) -> None:
     ("arguments", "sentence"),
     [
         (["show", "1", "--user", "alice"], "no such conversation"),
-        (["list", "--user", ""], "user_id: must have 1 to 255 characters"),
-        (["list", "--user", "a" * 256], "user_id: must have 1 to 255 characters"),
+        (["list", "--user", ""], "user_id: must be 1 to 255 characters long"),
+        (["list", "--user", "a" * 256], "user_id: must be 1 to 255 characters long"),
         (["import", "missing.json", "--user", "alice"], "No such file or directory: missing.json"),
         (["export", "--user", "alice", "--output", "missing/folder.jsonl"], "No such file or directory"),
     ],

@@ -556,7 +556,7 @@ def test_a_changed_table_is_found(live, check, stem, change):
 
 
 HERE = ", or an existence row: the conversation has none there"
-THEN = ", then an existence row: where the page is not full"
+THEN = ", then an existence row: if the page is not full"
 PAGE = "costs nothing there\nlimit $4"
 NONE = f"select {', '.join(['null'] * 9)} from chatdb.conversations where user_id = $1 and id = $2 union all"
 FIND = "import_conversations_find"
@@ -600,7 +600,7 @@ FIND = "import_conversations_find"
         (
             check_nullability,
             "append_message_keyed",
-            ", or an existence row: the key has come before with another body",
+            ", or an existence row: the key is stored with another body",
             "",
         ),
         (check_nullability, "get_conversation", "one Conversation", f"one Conversation{HERE}"),
@@ -619,8 +619,8 @@ FIND = "import_conversations_find"
         (check_existence, "list_messages", "\nwhere user_id = $1 and id = $2", ""),
         (check_existence, "get_message", ", or an existence row: if there is no such message", THEN),
         (check_existence, "get_message", "    limit 1 -- noqa: AM09\n", ""),
-        (check_existence, "get_message", "branch is read\nlimit 1", "branch is read"),
-        (check_existence, "get_message", "branch is read\nlimit 1", "branch is read\nlimit 2"),
+        (check_existence, "get_message", "branch runs\nlimit 1", "branch runs"),
+        (check_existence, "get_message", "branch runs\nlimit 1", "branch runs\nlimit 2"),
         (check_existence, "get_message_by_key", "    limit 1 -- noqa: AM09\n", ""),
         (check_existence, "update_message", " and not exists (select from message)", ""),
         (check_existence, "update_message", "and not exists (select from message)", "and exists (select from message)"),
@@ -685,7 +685,7 @@ def test_a_changed_file_is_found(live, check, stem, old, new):
         check(live, file)
 
 
-@pytest.mark.parametrize(("old", "new"), [("-- One", "One"), ("-- returns", "-- gives"), ("seq int8", "seq")])
+@pytest.mark.parametrize(("old", "new"), [("-- Returns", "Returns"), ("-- returns", "-- gives"), ("seq int8", "seq")])
 def test_a_header_out_of_form_is_found(old, new):
     """A header with wrong syntax is found."""
     with pytest.raises(AssertionError):

@@ -239,7 +239,7 @@ def test_a_loop_that_has_ended(dsn):
         return await make()
 
     for make in uses(pool, ids).values():
-        with pytest.raises(ConfigurationError, match="has ended"):
+        with pytest.raises(ConfigurationError, match="is closed"):
             asyncio.run(run(make))
     del pool, make
     with pytest.warns(ResourceWarning):  # nothing can close the connections any more

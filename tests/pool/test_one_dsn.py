@@ -395,13 +395,13 @@ def test_yoyo_reads_the_same(servers: Servers, surroundings: Any) -> None:
 
 
 REFUSED = [
-    ({"PGHOSTADDR": "127.0.0.1"}, "PGHOSTADDR is nothing that asyncpg can follow"),
+    ({"PGHOSTADDR": "127.0.0.1"}, "does not support the environment variable PGHOSTADDR"),
     ({"PGREQUIREAUTH": "scram-sha-256"}, "PGREQUIREAUTH"),
     ({"PGREQUIREPEER": "postgres"}, "PGREQUIREPEER"),
     ({"PGSSLCRL": "/none"}, "PGSSLCRL"),
     ({"PGSSLMINPROTOCOLVERSION": "TLSv1.3"}, "PGSSLMINPROTOCOLVERSION"),
     ({"PGLOADBALANCEHOSTS": "random"}, "PGLOADBALANCEHOSTS"),
-    ({"PGSERVICE": "none"}, "no service file has the service"),
+    ({"PGSERVICE": "none"}, "no service file defines the service"),
     ({"PGPORT": "x"}, "the environment's port must be a number"),
     ({"PGSSLMODE": "on"}, "the environment's sslmode must be one of"),
     ({"PGCONNECT_TIMEOUT": "soon"}, "the environment's connect_timeout"),

@@ -618,7 +618,7 @@ async def test_a_repetition_is_logged_without_anything_of_the_caller(dsn, conver
         kill_sessions(dsn)
         await append(pool, conversation, "SECRET", key="SECRET KEY")
     (line,) = repetitions(caplog)
-    assert re.fullmatch(r"append_message_keyed is sent again in \d+ ms: UnavailableError \(\w+\)", line)
+    assert re.fullmatch(r"retrying append_message_keyed in \d+ ms: UnavailableError \(\w+\)", line)
 
 
 async def test_repetitions_are_switched_off(dsn, conversation, caplog):

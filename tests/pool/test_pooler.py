@@ -219,7 +219,7 @@ async def test_a_pooler_that_is_full(pooled, version):
             for _ in range(number):
                 await stack.enter_async_context(chatdb.transaction(db))
 
-        with pytest.raises(UnavailableError, match="takes no connections") as caught:
+        with pytest.raises(UnavailableError, match="not accepting connections") as caught:
             await take(4)
     assert caught.value.sent is False
 
@@ -229,9 +229,9 @@ async def test_a_pooler_that_is_full(pooled, version):
     [
         ("no such database: my_connections", ConfigurationError, "the user, the password or the database"),
         ('password authentication failed for user "my_connections"', ConfigurationError, "the user, the password"),
-        ("no more connections allowed (max_client_conn)", UnavailableError, "takes no connections"),
-        ("remaining connection slots are reserved for superusers", UnavailableError, "takes no connections"),
-        ("sorry, too many clients already", UnavailableError, "takes no connections"),
+        ("no more connections allowed (max_client_conn)", UnavailableError, "not accepting connections"),
+        ("remaining connection slots are reserved for superusers", UnavailableError, "not accepting connections"),
+        ("sorry, too many clients already", UnavailableError, "not accepting connections"),
         ("no memory for authentication pool", UnavailableError, "lost"),
         ("query_wait_timeout", UnavailableError, "lost"),
         ("SSL required", ConfigurationError, "TLS"),

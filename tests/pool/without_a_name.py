@@ -18,7 +18,7 @@ warnings: list[str] = []
 
 class _Collect(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        if "asyncpg's own way" in record.getMessage():
+        if "asyncpg's public API" in record.getMessage():
             warnings.append(record.getMessage())
 
 

@@ -101,7 +101,7 @@ async def test_past_the_acquire_timeout_the_error_is_clear(dsn):
     )
     assert len(errors) == TASKS - SIZE
     assert {(str(error), error.sent) for error in errors} == {
-        ("no connection became free within 0.5 s: all 4 of the pool are in use", False)
+        ("no connection became free within 0.5 s (max_size is 4): release connections sooner or raise max_size", False)
     }
     assert longest <= limit + 1
 

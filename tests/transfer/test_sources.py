@@ -31,7 +31,7 @@ pytestmark = pytest.mark.server_independent
 CUT_INSIDE = Skipped("the file is truncated inside its last conversation", conversations=1)
 CUT_BETWEEN = Skipped("the file is truncated: its closing bracket is missing")
 NO_END = Skipped("the file is truncated: its end line is missing")
-REPLACED = "NUL or a lone surrogate replaced by U+FFFD, the original kept in the payload"
+REPLACED = "NUL or lone surrogate replaced with U+FFFD, original kept in the payload"
 
 SECRET = "Ich heiße Ute"
 
@@ -348,19 +348,19 @@ def test_the_other_spelling_of_the_fields_is_read():
     ("conversation", "reason"),
     [
         (said(), "no messages"),
-        ({"id": "x"}, "it has no list of messages"),
-        ({"conversations": None}, "it has no list of messages"),
-        ({"conversations": {}}, "it has no list of messages"),
-        (said("a") | {"conversations": [*said("a")["conversations"], "b"]}, "it has a role that chatdb does not know"),
-        ({"conversations": [{"from": "alien", "value": "a"}]}, "it has a role that chatdb does not know"),
-        ({"conversations": [{"from": ["human"], "value": "a"}]}, "it has a role that chatdb does not know"),
-        ({"conversations": [{"value": "a"}]}, "it has a role that chatdb does not know"),
-        (said("a", None), "it has a message without a text"),
-        (said("a", ["b"]), "it has a message without a text"),
-        (said("a", "ä" * (2**21 + 1)), "it has a text of over 4 MiB"),
+        ({"id": "x"}, "no list of messages"),
+        ({"conversations": None}, "no list of messages"),
+        ({"conversations": {}}, "no list of messages"),
+        (said("a") | {"conversations": [*said("a")["conversations"], "b"]}, "unknown role"),
+        ({"conversations": [{"from": "alien", "value": "a"}]}, "unknown role"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, "unknown role"),
+        ({"conversations": [{"value": "a"}]}, "unknown role"),
+        (said("a", None), "message without text"),
+        (said("a", ["b"]), "message without text"),
+        (said("a", "ä" * (2**21 + 1)), "text longer than 4 MiB"),
         (
             said("a", "\0" + "\x01" * (4 * 2**20 - 3)),
-            "it has a message whose original is over 16 MiB or nested deeper than 200 levels",
+            "original message larger than 16 MiB or nested deeper than 200 levels",
         ),
     ],
 )
@@ -595,7 +595,7 @@ def test_the_current_branch_of_a_tree_arrives():
         SourceMessage(2, "user", "Why?", None, None, None, "id-Why?", moment(8, 250000)),
         SourceMessage(3, "assistant", "So.", None, '{"model": "gpt-4"}', None, "id-So.", moment(9, 500000)),
         SourceMessage(4, "user", "Thanks", None, None, None, "id-Thanks", moment(10)),
-        Skipped("on another branch than the current one", messages=2),
+        Skipped("not on the current branch", messages=2),
     ]
 
 
@@ -603,7 +603,7 @@ def test_the_current_node_may_be_on_any_branch():
     """The other answer arrives if the current node is on its branch, even as an empty leaf."""
     items = read([branched() | {"current_node": "other-3"}], "chatgpt")
     assert [message.content for message in messages(items)] == ["", "Why?", "No.", "Oh"]
-    assert items[-1] == Skipped("on another branch than the current one", messages=2)
+    assert items[-1] == Skipped("not on the current branch", messages=2)
 
 
 def test_an_empty_leaf_is_not_the_newest():
@@ -660,7 +660,7 @@ def test_a_missing_parent_ends_the_branch(parent):
     conversation["mapping"]["node-2"]["parent"] = parent
     items = read([conversation], "chatgpt")
     assert [message.content for message in messages(items)] == ["b", "c"]
-    assert items[-1] == Skipped("on another branch than the current one", messages=1)
+    assert items[-1] == Skipped("not on the current branch", messages=1)
 
 
 def test_damaged_nodes_are_no_messages():
@@ -808,7 +808,7 @@ def test_titles_are_made_to_fit(title, stored, cut):
     """A long title is shortened, and the change is reported."""
     head, _, *more = read([chatgpt(turn("user", "a"), title=title)], "chatgpt")
     assert head.title == stored
-    assert more == ([Changed("a title of over 1,000 characters cut", conversations=1)] if cut else [])
+    assert more == ([Changed("title truncated to 1,000 characters", conversations=1)] if cut else [])
 
 
 def nested(depth):
@@ -825,18 +825,18 @@ def nested(depth):
         (chatgpt(), "no messages"),
         (chatgpt(mapping={}), "no messages"),
         (chatgpt(turn("user", "a"), current_node="client-created-root"), "no messages"),
-        ({"id": "x"}, "it has no tree of messages"),
-        (chatgpt(mapping=[]), "it has no tree of messages"),
-        (chatgpt(turn("user", "a"), turn("alien", "b")), "it has a role that chatdb does not know"),
-        (chatgpt(turn("user", "a"), turn("user", "b", author=None)), "it has a role that chatdb does not know"),
-        (chatgpt(turn("user", "a" * (2**22 + 1))), "it has a text of over 4 MiB"),
+        ({"id": "x"}, "no message tree"),
+        (chatgpt(mapping=[]), "no message tree"),
+        (chatgpt(turn("user", "a"), turn("alien", "b")), "unknown role"),
+        (chatgpt(turn("user", "a"), turn("user", "b", author=None)), "unknown role"),
+        (chatgpt(turn("user", "a" * (2**22 + 1))), "text longer than 4 MiB"),
         (
             chatgpt(turn("tool", content={"text": "a", "x": nested(300)})),
-            "it has a message whose original is over 16 MiB or nested deeper than 200 levels",
+            "original message larger than 16 MiB or nested deeper than 200 levels",
         ),
         (
             chatgpt(turn("tool", content={"text": "a", "x": "a" * 2**24})),
-            "it has a message whose original is over 16 MiB or nested deeper than 200 levels",
+            "original message larger than 16 MiB or nested deeper than 200 levels",
         ),
     ],
 )

@@ -324,12 +324,12 @@ HOSTILE = [
     ("[" * 100_000, "it is invalid JSON, or has NaN,"),
     ("null", "it is not a JSON object"),
     ('[{"role": "user"}]', "it is not a JSON object"),
-    ("{}", "it is of a type that chatdb does not know"),
-    ('{"type": "banana"}', "it is of a type that chatdb does not know"),
-    ('{"type": ["reasoning"]}', "it is of a type that chatdb does not know"),
-    ('{"role": "wizard", "content": "x"}', "it has a role that chatdb does not know"),
-    ('{"role": ["user"], "content": "x"}', "it has a role that chatdb does not know"),
-    ('{"__enc__": 1, "v": 1, "kid": "hkdf-v1", "payload": "x"}', "it is encrypted, by openai-agents' EncryptedSession"),
+    ("{}", "unknown type"),
+    ('{"type": "banana"}', "unknown type"),
+    ('{"type": ["reasoning"]}', "unknown type"),
+    ('{"role": "wizard", "content": "x"}', "unknown role"),
+    ('{"role": ["user"], "content": "x"}', "unknown role"),
+    ('{"__enc__": 1, "v": 1, "kid": "hkdf-v1", "payload": "x"}', "encrypted by openai-agents' EncryptedSession"),
     ('{"role": "user", "content": "' + "x" * (4 * 1024 * 1024 + 1) + '"}', "it has a text of over 4 MiB"),
     ('{"type": "reasoning", "encrypted_content": "' + "x" * 16 * 1024 * 1024 + '"}', "it has over 16 MiB as JSON"),
 ]
@@ -414,13 +414,13 @@ def test_langchains_strange_messages(empty_dsn: str) -> None:
     assert [(m.seq, m.content) for m in items if isinstance(m, SourceMessage)] == [(1, "a"), (4, "c")]
     assert items[0].last_seq == 9
     assert [(s.reason, s.seq) for s in items if isinstance(s, Skipped)] == [
-        ("it is an instruction to remove a message", 2),
-        ("it has a role that chatdb does not know", 3),
-        ("it is of a type that chatdb does not know", 5),
-        ("it is of a type that chatdb does not know", 6),
+        ("instruction to remove a message", 2),
+        ("unknown role", 3),
+        ("unknown type", 5),
+        ("unknown type", 6),
         ("it is not a JSON object", 7),
         ("it is not a JSON object", 8),
-        ("it is of a type that chatdb does not know", 9),
+        ("unknown type", 9),
     ]
     assert not any(isinstance(item, Changed) for item in items)
 
@@ -511,8 +511,8 @@ async def test_which_tables(empty_dsn: str) -> None:
     [
         ({"format": "chatgpt"}, "format: must be one of auto, openai-agents, langchain"),
         ({"format": "openai-agents", "table": "t"}, "table: applies only to langchain"),
-        ({"table": "nul \0"}, "table: has a NUL"),
-        ({"sessions": ["half \ud83d"]}, "session: has a lone surrogate"),
+        ({"table": "nul \0"}, "table: contains a NUL"),
+        ({"sessions": ["half \ud83d"]}, "session: contains a lone surrogate"),
     ],
 )
 def test_wrong_arguments(empty_dsn: str, options: dict[str, Any], sentence: str) -> None:
