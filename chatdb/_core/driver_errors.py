@@ -73,15 +73,13 @@ RLS_USER_ID = "rls_user_id"
 The constraint name in the error that row-level security's function chatdb.rls_user_id raises when no user is set.
 """
 
-ROW_SUPPRESSED = (
-    "the row was not stored because a custom trigger or rule on chatdb.{} suppressed it: run chatdb check to find it"
-)
+ROW_SUPPRESSED = "the row was not stored because a custom trigger or rule on chatdb.{} suppressed it: see chatdb check"
 NO_USER = (
     "row-level security is on (chatdb protect), but no user is set: open the pool with "
     "create_pool(row_level_security=True), or make the call inside transaction(db, user_id=...)"
 )
 
-# the server's internal functions, because its messages may be translated
+# functions in the server's source, because the server may translate its messages
 _RLS_FUNCTIONS = frozenset({"ExecWithCheckOptions", "check_enable_rls"})
 _GONE = re.compile("connection is closed|released back to the pool")
 _CLOSED = re.compile("pool is (clos|not initialized|being initialized)")
@@ -105,11 +103,11 @@ _SETTINGS_HINT = (
 )
 _REFUSED_HINT = "the server{at} refused the connection (SQLSTATE {state}): {reason}"
 _REASONS = {
-    sqlstate.INVALID_PASSWORD: "the user or the password is incorrect; check the DSN",
+    sqlstate.INVALID_PASSWORD: "the user name or password is incorrect; check the DSN",
     sqlstate.INVALID_AUTHORIZATION_SPECIFICATION: "the user does not exist or may not log in from here (pg_hba.conf)",
     sqlstate.INVALID_CATALOG_NAME: "the database does not exist; create it or check the DSN",
 }
-_REASON = "the user, the password or the database is incorrect; check the DSN"
+_REASON = "the user name, password or database name is incorrect; check the DSN"
 _FULL_HINT = "the server is not accepting connections at the moment: try again later"
 _REFUSED = re.compile("auth[a-z]* failed|password|no such (user|database)|login rejected|database .*(exist|disabled)")
 _FULL = re.compile("connections|connection slots|too many clients")
@@ -119,7 +117,7 @@ _ENCODING = re.compile(
     r"\b(?:SQL_ASCII|LATIN\d+|WIN\d+|EUC_\w+|ISO_8859_\d+|KOI8[RU]|MULE_INTERNAL|BIG5|GBK|GB18030|JOHAB|SJIS|UHC)\b"
 )
 _NOT_NULL = frozenset({"user_id", "conversation_id", "seq", "role", "content", "created_at"})
-# transient kinds, not to be blamed on a host's function that was running: connections, resources, locks, limits
+# transient failures of connections, resources, locks and limits, which no host's function causes
 _TRANSIENT = frozenset(
     {Kind.CONNECTION, Kind.RESOURCES, Kind.INTERNAL, Kind.INVALID_STATE, Kind.READ_ONLY, Kind.CANCELED}
     | {Kind.SERIALIZATION, Kind.DEADLOCK, Kind.LOCK_TIMEOUT}
@@ -203,7 +201,7 @@ def _reason(error: OSError) -> str:
 
 def _function_of(error: asyncpg.PostgresError) -> str | None:
     """
-    Return the outermost procedural function in the error's context, which the server may translate.
+    Return the outermost procedural function in the error's context, in any language of the server.
 
     The lines before it may quote a statement with the caller's values.
     """
@@ -295,7 +293,7 @@ def _of_constraint(error: asyncpg.PostgresError) -> ChatDBError | None:
             return InvalidInputError(str(column), "is required")
     if not error.table_name or classify(error) is not Kind.CONSTRAINT:
         return None
-    part = f"constraint {name}" if name else f"NOT NULL of column {column}"
+    part = f"constraint {name}" if name else f"NOT NULL constraint for column {column}"
     return _refused(f"{part} on table {error.schema_name}.{error.table_name}", error.sqlstate)
 
 

@@ -330,7 +330,7 @@ class _Options:
 
 
 class _WrongError(ValueError):
-    """Says what is wrong with an option's value, without quoting it."""
+    """An invalid option value, which the message does not quote."""
 
 
 def _one_of(choices: Iterable[str]) -> Callable[[str], str]:

@@ -128,7 +128,7 @@ async def test_constraints_of_the_hosts(dsn: str, db: Any) -> None:
         "alter table chatdb.messages drop constraint short",
         "alter table chatdb.messages add column tenant int not null",
     )
-    with pytest.raises(ConfigurationError, match=r"NOT NULL of column tenant on table chatdb\.messages"):
+    with pytest.raises(ConfigurationError, match=r"NOT NULL constraint for column tenant on table chatdb\.messages"):
         await append(db, conversation)
     execute(
         dsn,

@@ -227,8 +227,8 @@ async def test_a_pooler_that_is_full(pooled, version):
 @pytest.mark.parametrize(
     ("words", "error", "told"),
     [
-        ("no such database: my_connections", ConfigurationError, "the user, the password or the database"),
-        ('password authentication failed for user "my_connections"', ConfigurationError, "the user, the password"),
+        ("no such database: my_connections", ConfigurationError, "the user name, password or database name"),
+        ('password authentication failed for user "my_connections"', ConfigurationError, "the user name, password"),
         ("no more connections allowed (max_client_conn)", UnavailableError, "not accepting connections"),
         ("remaining connection slots are reserved for superusers", UnavailableError, "not accepting connections"),
         ("sorry, too many clients already", UnavailableError, "not accepting connections"),

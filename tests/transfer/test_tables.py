@@ -602,7 +602,7 @@ async def test_a_role_that_may_only_read(empty_dsn: str, server: str) -> None:
             chatdb.ConfigurationError,
             "must start with postgresql://",
         ),
-        ("postgresql://alice:sec#ret@127.0.0.1:1/x", chatdb.ConfigurationError, "percent-encoding"),
+        ("postgresql://alice:sec#ret@127.0.0.1:1/x", chatdb.ConfigurationError, "percent-encode"),
     ],
 )
 def test_a_dsn_that_does_not_fit(dsn: str, error: type[Exception], sentence: str) -> None:
