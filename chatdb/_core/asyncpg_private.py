@@ -454,7 +454,7 @@ class PoolBase(AsyncpgPool):
         if self._state == "closed":
             raise PoolClosedError("the pool is closed", sent=False)
         if self._state != "open":
-            raise PoolClosedError("the pool is not open: await it, or enter it with async with, first", sent=False)
+            raise PoolClosedError("the pool is not open: await it or use async with first", sent=False)
 
     def _raise_acquire_error(self, error: Exception, timeout: float, *, is_exhausted: bool = False) -> NoReturn:
         """Raise the error of a failed acquire; nothing of the statement was sent."""
@@ -477,7 +477,7 @@ class PoolBase(AsyncpgPool):
         raise (UnavailableError(str(found), sent=False) if isinstance(found, UnavailableError) else found) from error
 
     def acquire(self, *, timeout: float | None = None) -> AcquireContext:  # type: ignore[override] # see handles.pyi
-        """Acquire a connection with `await` or `async with`, like asyncpg's `acquire`."""
+        """Acquire a connection with `await` or `async with`; `timeout` in seconds overrides the pool's."""
         return _AcquireContext(self, timeout)
 
     async def acquire_fifo(self, timeout: float | None) -> Connection:

@@ -85,6 +85,5 @@ def filler_source(record: type[BaseModel], fields_from_args: tuple[str, ...] = (
 
 
 def filler(source: str) -> Callable[..., list[dict[str, Any]]]:
-    """Compile the result of `filler_source`."""
     function: Callable[..., list[dict[str, Any]]] = eval(source, {"JsonText": JsonText, "loads": json.loads})  # noqa: S307
     return function

@@ -275,7 +275,6 @@ def _of_server(error: asyncpg.PostgresError, code: str | None, at: str) -> ChatD
 
 
 def _of_constraint(error: asyncpg.PostgresError) -> ChatDBError | None:
-    """Return the error for a violated constraint, chatdb's own or the host's."""
     name, column = error.constraint_name, error.column_name
     if error.schema_name in {None, "chatdb"}:
         if name in CONSTRAINTS:

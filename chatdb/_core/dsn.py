@@ -358,7 +358,6 @@ def _seconds(value: str) -> float:
 
 
 def _of_text(dsn: str) -> dict[str, str]:
-    """Return the options in a DSN, by their libpq names."""
     scheme, separator, _ = dsn.partition("://")
     if not separator or scheme not in SCHEMES:
         raise ConfigurationError(
@@ -458,7 +457,6 @@ def _home(environment: Mapping[str, str]) -> Path | None:
 
 
 def _addresses(given: Mapping[str, Any], options: _Options) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Return the hosts and their ports."""
     hosts: list[str] = options.take("host", lambda value: _text(value).split(",")) or [""]
     ports: list[int] = options.take("port", lambda value: [_port(port) for port in value.split(",")]) or [5432]
     if given.get("host"):
@@ -521,7 +519,6 @@ def _password(
     database: str,
     user: str,
 ) -> str | None:
-    """Return the hosts' password from the password file."""
     home = _home(environment)
     file = Path(passfile) if passfile else home / ".pgpass" if home else None
     entries = _entries(file) if file else []
@@ -590,7 +587,6 @@ def _is_local(host: str) -> bool:
 def _tls(
     options: _Options, given: ssl.SSLContext | str | bool | None, *, local: bool
 ) -> tuple[ssl.SSLContext | str | bool, dict[str, str]]:
-    """Return the TLS settings for asyncpg and for libpq."""
     is_demanded = options.has("sslrootcert")
     mode = options.take("sslmode", _one_of(SSLMODES))
     files = {name: options.take(name, str) for name in ("sslrootcert", "sslcert", "sslkey", "sslpassword")}

@@ -45,7 +45,7 @@ def data_folder(name: str) -> Path:
 
 
 def statement_files() -> list[Path]:
-    """Return the files with the statements that a service's role runs: functions, import and export."""
+    """Return the SQL files that a service's role runs: functions, import and export."""
     folder = data_folder("sql")
     return sorted([*folder.glob("*.sql"), *folder.glob("transfer/*.sql")], key=lambda path: path.name)
 
@@ -98,7 +98,7 @@ class Query(Generic[RecordT]):
 
     async def fetch_page(self, db: Database, *args: object, idempotent: bool = False) -> list[RecordT]:
         """
-        Return one record per row except an existence row; raise ConversationNotFoundError if there is no row.
+        Return one record per row, without the existence row; raise ConversationNotFoundError if there is no row.
 
         `idempotent` marks this call as safe to repeat, whatever the statement's default.
         """

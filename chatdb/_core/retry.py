@@ -25,7 +25,7 @@ class RetryPolicy:
     window: float = RETRY_WINDOW
 
     def may_retry(self, error: ChatDBError, *, idempotent: bool) -> bool:
-        """Return whether a retry is safe: the server rolled the statement back, or the call is `idempotent`."""
+        """Return whether a retry is safe: the server rolled back, or the connection was lost in an idempotent call."""
         if not isinstance(error, UnavailableError):
             return False
         if classify(error.__cause__) in {Kind.SERIALIZATION, Kind.DEADLOCK}:

@@ -100,17 +100,14 @@ def check_handle(db: object, method: str) -> None:
 
 
 def check_user_id(value: object) -> str:
-    """Return a checked `user_id`."""
     return check_text("user_id", value, least=1, most=MAX_NAME)
 
 
 def check_key(parameter: str, value: object) -> str | None:
-    """Return a checked key, or None."""
     return None if value is None else check_text(parameter, value, least=1, most=MAX_NAME)
 
 
 def check_title(parameter: str, value: object) -> str | None:
-    """Return a checked title, or None."""
     return None if value is None else check_text(parameter, value, least=0, most=MAX_TITLE)
 
 
@@ -131,17 +128,14 @@ def check_id(value: object, *, parameter: str = "conversation_id") -> int:
 
 
 def check_seq(parameter: str, value: object) -> int:
-    """Return a checked `seq`; 0 is allowed."""
     return check_int(parameter, value, least=0)
 
 
 def check_limit(parameter: str, value: object) -> int:
-    """Return a page size of 1 to 10,000."""
     return check_int(parameter, value, least=1, most=MAX_LIMIT)
 
 
 def check_role(parameter: str, value: object) -> str:
-    """Return a checked role."""
     value = check_str(parameter, value)
     if value not in ROLES:
         raise InvalidInputError(parameter, "must be user, assistant, system, developer or tool")
@@ -149,7 +143,6 @@ def check_role(parameter: str, value: object) -> str:
 
 
 def check_content(parameter: str, value: object) -> str:
-    """Return a message's content, which may be empty."""
     value = check_str(parameter, value)
     if utf8_length(parameter, value) > MAX_CONTENT:
         raise InvalidInputError(parameter, "must be at most 4 MiB in UTF-8")
@@ -182,12 +175,10 @@ def as_text_array(values: Iterable[object]) -> list[str | None]:
 
 
 def check_token_count(parameter: str, value: object) -> int | None:
-    """Return a token count, or None if unknown."""
     return None if value is None else check_int(parameter, value, least=0, most=MAX_INT)
 
 
 def check_metadata(parameter: str, value: object, *, most: int = MAX_METADATA) -> str | None:
-    """Return metadata as JSON text for jsonb, or None."""
     if value is None:
         return None
     if not issubclass(type(value), dict):
@@ -326,7 +317,6 @@ def _fields(parameter: str, value: object) -> tuple[Any, ...]:
 
 
 def _refuse_field(parameter: str, fields: Mapping[Any, object]) -> NoReturn:
-    """Raise InvalidInputError for the first unknown field."""
     name: object = next(name for name in fields if type(name) is not str or name not in _NAMES)
     shown = f".{name}" if type(name) is int or _is_plain_name(name) else "[...]"
     near = get_close_matches(name, _NAMES, 1) if _is_plain_name(name) else []

@@ -116,7 +116,6 @@ def _text(content: _Object) -> tuple[str, bool]:
 
 
 def _title(value: object) -> tuple[str | None, bool]:
-    """Return a conversation's title, and whether it was truncated."""
     if not isinstance(value, str):
         return None, False
     return items.replace_unstorable(value[:MAX_TITLE]), len(value) > MAX_TITLE
