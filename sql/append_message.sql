@@ -14,7 +14,7 @@
 
 with conversation as (
     update chatdb.conversations
-    -- greatest(), because statements may get the row lock in a different order than they began
+    -- greatest(), because statements may not get the row lock in the order in which they began
     set last_seq = last_seq + 1, updated_at = greatest(updated_at, pg_catalog.statement_timestamp())
     where user_id = $1 and id = $2
     returning user_id, id, last_seq, updated_at

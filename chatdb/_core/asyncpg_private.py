@@ -169,8 +169,8 @@ class PoolConnection(AsyncpgConnection):
     Outside its process or event loop it raises ConfigurationError before it sends anything. On release, the pool
     resets it only if statements other than chatdb's own ran on it; chatdb's own leave no session state behind.
 
-    When a statement finds that a table has changed, the whole pool drops its caches. asyncpg reaches the pool through
-    the connection's proxy, which `Pool.fetch` does not use.
+    When a statement finds that a table has changed, the whole pool drops its caches. asyncpg finds the pool through
+    the connection's proxy, which `Pool.fetch` does not use; the overrides below use the holder instead.
     """
 
     __slots__ = ("_home", "_name", "_needs_reset", "_process")
