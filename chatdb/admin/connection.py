@@ -1,7 +1,8 @@
 """
-A direct connection to the database, for the operators' commands: migrate, rollback, protect, adopt and link-users.
+Direct connections for the operator commands: migrate, rollback, protect, adopt and link-users.
 
-They change tables, so one at a time does: by an advisory lock of the session, which a transaction pooler would lose.
+These commands change tables, so a session-level advisory lock lets only one of them run at a time. A transaction
+pooler would lose that lock.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from chatdb._core.sqlstate import Kind, classify
 from chatdb.errors import ChatDBError, ConfigurationError, UnavailableError
 
 try:
-    import psycopg as psycopg  # for the other modules, too, as here it is said what to install
+    import psycopg as psycopg  # re-exported, so that only this module has to report a missing extra
     from psycopg.conninfo import conninfo_to_dict, make_conninfo
     from psycopg.rows import dict_row as dict_row
 except ImportError:
-    raise ConfigurationError("the drivers for migrations are not installed: pip install 'chatdb[migrate]'") from None
+    raise ConfigurationError("the extra for migrations is not installed: pip install 'chatdb[migrate]'") from None
 
 if TYPE_CHECKING:
     from psycopg.abc import RV, PQGen
@@ -37,30 +38,30 @@ APPLICATION = "chatdb operator"
 WAIT = 60.0
 """Maximum wait, in seconds, for another operator command and for table locks."""
 _LOCK = 0x636861746462  # "chatdb"
-_NO_ROUTE = "set CHATDB_MIGRATE_URL to the direct connection (on Neon the host without -pooler)"
+_NO_ROUTE = "set CHATDB_MIGRATE_URL to a direct connection (on Neon, the host without -pooler)"
 
 _CONNECT_SECONDS = 10
 _SILENT_SECONDS = 5.0
-"""How long a server may be silent during a statement before it is asked, by another connection, if it still answers."""
+"""Seconds of silence during a statement before a second connection asks whether the server still works on it."""
 
 _UNKNOWN_SECONDS = 300.0
-"""The same where the server cannot say, as through a pooler, whose process numbers are its own: the bound of looks."""
+"""Maximum silence if the server cannot tell, for example behind a pooler, which reports PIDs of its own."""
 
 _IN_TRANSIT = 1.0
-"""How long an answer may be on its way."""
+"""Seconds to wait for an answer that may still be on the network."""
 
-_SILENT = "the server has gone silent"
+_SILENT = "the server stopped responding"
 _ACTIVITY = "select state from pg_catalog.pg_stat_activity where pid operator(pg_catalog.=) %s"
 
-# the kernel's own signs of a peer that is gone, which need no answer of the server's
+# the kernel detects a dead peer without any help from the server
 _KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 30_000}
 
 
 class _Connection(psycopg.Connection):
     """
-    A connection whose statements may take as long as they need, but only while the server is at work on them.
+    A connection whose statements may run as long as the server works on them.
 
-    A long statement, such as the build of an index, and a server that has gone silent look the same on a connection.
+    To the client, a long index build looks the same as a server that stopped responding.
     """
 
     conninfo = ""
@@ -71,7 +72,7 @@ class _Connection(psycopg.Connection):
         return super().wait(self._watched(gen), *args, **options)
 
     def _watched(self, gen: PQGen[RV]) -> PQGen[RV]:
-        """Run psycopg's generator, which waits for the socket, and raise where nothing more will come."""
+        """Run psycopg's generator, which waits for the socket; raise OperationalError once no answer can come."""
         heard = asked = time.monotonic()
         lost_at: float | None = None
         try:
@@ -96,7 +97,7 @@ class _Connection(psycopg.Connection):
             return result
 
     def _is_at_work(self) -> bool | None:
-        """Ask by a new connection if the server is at work on the statement; None where that is not to be known."""
+        """Ask through a new connection whether the server is working on our statement; None if it cannot tell."""
         try:
             with _Connection.connect(self.conninfo, autocommit=True, application_name=APPLICATION) as probe:
                 probe.is_probe, probe.silent_seconds = True, self.silent_seconds
@@ -106,18 +107,18 @@ class _Connection(psycopg.Connection):
         except psycopg.Error as error:
             if _SILENT in str(error):
                 return False
-            # any other answer than of the host itself is the server's, such as that all connections are taken
+            # any other error comes from a live server, such as "too many connections"
             return None if "Connection refused" in str(error) else True
         return None if row is None or row[0] is None else not row[0].startswith("idle")
 
 
 def open_connection(dsn: str, **options: Any) -> psycopg.Connection:  # noqa: ANN401 - psycopg's own
     """
-    Return a connection, in the making and the use of which no silence lasts.
+    Return a connection that notices an unresponsive server, both while it connects and while a statement runs.
 
-    The DSN's `connect_timeout` goes before the default of 10 seconds.
+    `connect_timeout` in the DSN, or PGCONNECT_TIMEOUT, overrides the default of 10 seconds.
 
-    Raises ConfigurationError and UnavailableError, which name the server, and say which of its answers it was.
+    Raises ConfigurationError or UnavailableError, which names the server and the reason.
     """
     conninfo = libpq_dsn(dsn, scheme="postgresql")
     there = conninfo_to_dict(conninfo)
@@ -139,44 +140,48 @@ def open_connection(dsn: str, **options: Any) -> psycopg.Connection:  # noqa: AN
 
 @contextmanager
 def connected(dsn: str) -> Generator[psycopg.Connection]:
-    """Give a connection in autocommit mode, and with the role's settings; the driver's errors become chatdb's."""
+    """Yield a connection in autocommit mode with the role's own settings; map the driver's errors to chatdb's."""
     try:
         with open_connection(
             dsn,
             autocommit=True,
             fallback_application_name=APPLICATION,
-            client_encoding="UTF8",  # else names come as bytes from a database without an encoding
+            client_encoding="UTF8",  # otherwise psycopg returns bytes from a SQL_ASCII database
         ) as connection:
             yield connection
     except psycopg.Error as error:
-        # whose text may quote a row, and a traceback would show it
+        # from None: the driver's text may quote a row, which a traceback would show
         raise map_psycopg_error(error, server_of(connect_arguments(dsn))) from None
 
 
 def _refused(dsn: str, error: psycopg.Error) -> ChatDBError:
     """
-    Return why no connection could be made.
+    Return the error that explains a failed connection attempt.
 
-    libpq tells it by a sentence only, in the server's language. asyncpg has the SQLSTATE, so it tries again.
+    libpq reports only a sentence in the server's language. asyncpg reports the SQLSTATE, so connect again with it.
     """
     arguments = connect_arguments(dsn)
     server = server_of(arguments)
     second: Exception = TimeoutError()
     if not isinstance(error, psycopg.errors.ConnectionTimeout):
-        with ThreadPoolExecutor(1) as executor:  # this thread may have an event loop
+        with ThreadPoolExecutor(1) as executor:  # asyncio.run fails in a thread with a running event loop
             try:
                 executor.submit(asyncio.run, _connect_once(arguments)).result()
             except Exception as caught:  # noqa: BLE001 - mapped below
                 second = caught
             else:
-                return UnavailableError(f"the connection to {server} failed, and then did not: try again", sent=False)
+                return UnavailableError(
+                    f"a first connection to {server} failed, a second did not: try again", sent=False
+                )
     if isinstance(second, TimeoutError):
-        return UnavailableError(f"{server} does not answer: check that the server runs, host and port", sent=False)
+        return UnavailableError(
+            f"{server} does not answer: check the host and port, and that the server is running", sent=False
+        )
     if isinstance(second, asyncpg.InsufficientPrivilegeError):
-        return ConfigurationError(f"the role may not connect to this database at {server}: grant it connect")
+        return ConfigurationError(f"the role may not connect to this database at {server}: grant it CONNECT")
     found = map_driver_error(second, server)
     if found is None or isinstance(found, UnavailableError):
-        sentence = str(found) if found else f"no connection to {server} could be made ({type(second).__name__})"
+        sentence = str(found) if found else f"could not connect to {server} ({type(second).__name__})"
         return UnavailableError(sentence, sent=False)
     return found
 
@@ -190,23 +195,23 @@ async def _connect_once(arguments: dict[str, Any]) -> None:
 @contextmanager
 def pinned_transaction(dsn: str) -> Generator[psycopg.Connection]:
     """
-    Give a connection in a transaction that finds functions, operators and types in pg_catalog only.
+    Yield a connection in a transaction that resolves functions, operators and types in pg_catalog only.
 
-    For what only looks, also through a pooler, which would give a session with other settings to the next client.
+    For read-only work, also through a pooler, which would pass session settings on to its next client.
     """
     with connected(dsn) as connection, connection.transaction():
         prepare_session(connection, "local")
         connection.execute("set local lock_timeout = '10s'")
-        connection.execute("set local statement_timeout = '5min'")  # some of it counts the rows of large tables
+        connection.execute("set local statement_timeout = '5min'")  # counting the rows of a large table takes time
         yield connection
 
 
 def prepare_session(connection: psycopg.Connection, scope: Literal["session", "local"] = "session") -> None:
     """
-    Have functions, operators and types found in pg_catalog only, and no time limit end the session or its lock.
+    Resolve functions, operators and types in pg_catalog only, and disable the timeouts that could end the session.
 
-    For a session, which no pooler gives to others, until its end; or for the transaction that is open. Otherwise an
-    operator in `public` that fits the types better is taken, and anyone may have put one there.
+    `scope` is the session, which no pooler may share, or the open transaction. Otherwise an operator in `public` with
+    better matching types would win, and any role may have created it.
     """
     connection.execute(f"set {scope} search_path to pg_catalog, pg_temp".encode())
     connection.execute(
@@ -219,43 +224,43 @@ def prepare_session(connection: psycopg.Connection, scope: Literal["session", "l
 @contextmanager
 def advisory_lock(dsn: str, *, wait: float) -> Generator[psycopg.Connection]:
     """
-    Give a connection that holds the lock of the operators' commands on this database until the end of the block.
+    Yield a connection, set up by `prepare_session`, that holds the operator commands' lock on this database.
 
-    It is as `prepare_session` makes it. The lock is polled for: who waits in `pg_advisory_lock` keeps a snapshot, for
-    whose end CREATE INDEX CONCURRENTLY waits, and both would wait for ever.
+    The lock is polled: a session that waits in `pg_advisory_lock` holds a snapshot, for which a CREATE INDEX
+    CONCURRENTLY of the lock's holder would wait forever.
 
-    Raises ConfigurationError behind a transaction pooler, UnavailableError when the lock is not free within `wait`
+    Raises ConfigurationError behind a transaction pooler, UnavailableError if the lock is not free within `wait`
     seconds.
     """
     with connected(dsn) as connection:
         if is_pooled(dsn, connection):
             raise ConfigurationError(
-                f"a transaction pooler stands in front of the database, through which no lock lasts: {_NO_ROUTE}"
+                f"the connection goes through a transaction pooler, which cannot keep a session's lock: {_NO_ROUTE}"
             )
         prepare_session(connection)
         deadline = time.monotonic() + wait
         while not fetch_value(connection, "select pg_catalog.pg_try_advisory_lock(%s)", _LOCK):
             if time.monotonic() > deadline:
                 raise UnavailableError(
-                    f"another process has worked on this database's tables for {wait:g} s{_holder(connection)}: "
-                    "wait for its end, and run this again",
+                    f"another operator command still runs on this database after {wait:g} s{_holder(connection)}: "
+                    "wait until it ends, then run this again",
                     sent=False,
                 )
-            time.sleep(random.uniform(0.05, 0.15))  # noqa: S311 - so that many do not ask in step
+            time.sleep(random.uniform(0.05, 0.15))  # noqa: S311 - keeps many waiters from polling in step
         yield connection
 
 
 def is_pooled(dsn: str, connection: psycopg.Connection) -> bool:
     """
-    Whether what answers this connection is a pooler in transaction mode.
+    Return whether this connection goes through a transaction pooler.
 
-    A pooler announces a process number of its own. If so, a second connection opens a transaction, and gets the server
-    process that the idle first one believes to have.
+    A pooler reports its own PID. In transaction mode it gives a second connection's transaction the server process
+    that the idle first connection used.
     """
     process = "select pg_catalog.pg_backend_pid()"
     if fetch_value(connection, process) == connection.info.backend_pid:
         return False
-    for _ in range(3):  # others may be quicker to take the process
+    for _ in range(3):  # another client may take that process first
         with connected(dsn) as second:
             before = fetch_value(connection, process)
             with second.transaction():
@@ -265,54 +270,56 @@ def is_pooled(dsn: str, connection: psycopg.Connection) -> bool:
 
 
 def retry_on_lock_timeout(work: Callable[[], object], deadline: float) -> None:
-    """Do something, again while a lock_timeout or a deadlock ends it and the deadline is not over."""
+    """Call `work`; repeat it after a lock timeout or a deadlock until the deadline has passed."""
     while True:
         try:
             work()
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
             if time.monotonic() > deadline:
                 raise
-            time.sleep(0.2)  # lets those through who queued behind the waiting lock
+            time.sleep(0.2)  # lets through the sessions that queue behind our lock request
         else:
             return
 
 
 def fetch_value(connection: psycopg.Connection, statement: str, *arguments: object) -> Any:  # noqa: ANN401 - any type
-    """Return the first value of a statement's first row, None without a row."""
+    """Return the first value of a statement's first row, or None if it returns no row."""
     row = connection.execute(statement.encode(), arguments or None).fetchone()
     return row[0] if row else None
 
 
 def map_psycopg_error(error: psycopg.Error, server: str = "the database server") -> ChatDBError:
-    """Return chatdb's own error for the driver's, whose text may hold rows, or a password."""
+    """Return chatdb's own error for the driver's, whose text may contain a row or a password."""
     state, kind = error.sqlstate or "", classify(error)
     if error.diag.constraint_name == RLS_USER_ID or error.diag.source_function == "check_enable_rls":
         return ConfigurationError(
             f"row-level security hides rows from this role ({error.diag.message_primary}): run this as a superuser or "
             "a role with BYPASSRLS"
         )
-    if kind is Kind.PRIVILEGE:  # the message has names of objects only
+    if kind is Kind.PRIVILEGE:  # its message names objects only
         return ConfigurationError(
             f"the database role lacks a privilege ({error.diag.message_primary}): grant it, or run this as the "
-            "owner of the database and of what is named"
+            "owner of the database and of the named object"
         )
     if kind is Kind.READ_ONLY:
-        return ConfigurationError("the server takes no writes: is it a standby? connect to the primary")
+        return ConfigurationError(
+            "the server accepts no writes, probably because it is a standby: connect to the primary"
+        )
     if kind in {Kind.LOCK_TIMEOUT, Kind.DEADLOCK, Kind.CANCELED}:
         return UnavailableError(
-            f"the server gave up waiting for a lock or for time (SQLSTATE {state}), and undid the statement: run this "
-            "again when fewer long transactions are open",
+            f"a lock, a timeout or a deadlock stopped the statement (SQLSTATE {state}), and the server rolled it back: "
+            "end long transactions, then run this again",
             sent=True,
         )
     if kind is Kind.CONNECTION or (kind is Kind.CLIENT and isinstance(error, psycopg.OperationalError)):
         return UnavailableError(
-            f"the connection to {server} was lost, or the server no longer answers: check that it runs, and run this "
-            "again",
+            f"the connection to {server} was lost, or the server no longer answers: check that it is running, then "
+            "run this again",
             sent=None,
         )
     names = [name for name in (error.diag.table_name, error.diag.constraint_name) if name]
-    place = f" at {', '.join(names)}" if names else ""
-    return ChatDBError(f"the server refused a statement (SQLSTATE {state}){place}; run this again once that is fixed")
+    place = f" on {', '.join(names)}" if names else ""
+    return ChatDBError(f"the server rejected a statement{place} (SQLSTATE {state}): fix the cause, then run this again")
 
 
 def _holder(connection: psycopg.Connection) -> str:

@@ -1,8 +1,8 @@
 """
-Applies the files under `migrations/`, and takes them back. They are yoyo's files, and `yoyo apply` works on them too.
+Applies and rolls back the files under `migrations/`. They are in yoyo's format, so `yoyo apply` can run them too.
 
-The bookkeeping is `chatdb._chatdb_migration`, with a checksum of each file, because yoyo knows only a file's name.
-A migration and its row are one transaction. What `yoyo apply` recorded under chatdb's names is copied to it.
+`chatdb._chatdb_migration` records each applied file with its checksum, because yoyo records only the name. A migration
+and its record are one transaction, unless the file opts out. Records that `yoyo apply` made are copied into it.
 
 Decision: docs/decisions/0006-yoyo.md
 """
@@ -36,14 +36,14 @@ from chatdb.admin.yoyo import applied_by_yoyo, remove_first_release, remove_yoyo
 from chatdb.errors import ConfigurationError, InvalidInputError, SchemaError
 
 try:
-    import sqlparse  # which yoyo splits the files by, too
+    import sqlparse  # yoyo, too, splits the files with it
 except ImportError:
-    raise ConfigurationError("yoyo is not installed: pip install 'chatdb[migrate]'") from None
+    raise ConfigurationError("the extra for migrations is not installed: pip install 'chatdb[migrate]'") from None
 
 SUMS = "SHA256SUMS"
 
 Report = Callable[[str, float], None]
-"""Called with a migration's name and its seconds when it is done."""
+"""Called after each migration with its name and its duration in seconds."""
 
 _MAX_WAIT: Final = 86_400.0
 
@@ -51,7 +51,7 @@ _log = logging.getLogger("chatdb")
 
 
 class MigrationFile(NamedTuple):
-    """A migration of this release."""
+    """A migration of this release, with its rollback."""
 
     name: str
     path: Path
@@ -61,15 +61,15 @@ class MigrationFile(NamedTuple):
 
     @property
     def warning(self) -> str:
-        """What the rollback does, as its first line says."""
+        """The effect of the rollback, from the first line of its file."""
         return self.rollback.partition("\n")[0].removeprefix("-- ")
 
 
 def migration_files(folder: Path | None = None) -> list[MigrationFile]:
     """
-    Return the migrations of this release, in their order.
+    Return the migrations of this release, in order.
 
-    Raises ConfigurationError, which names the file, if one of them is not as it was released.
+    Raises ConfigurationError, which names the file, if a file is missing or does not match SHA256SUMS.
     """
     folder = folder or data_folder("migrations")
     lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
@@ -77,11 +77,11 @@ def migration_files(folder: Path | None = None) -> list[MigrationFile]:
     texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.sql"))}
     for name in sorted(released.keys() | texts.keys()):
         if name not in texts:
-            raise ConfigurationError(f"the migration {name} is missing from {folder}: install chatdb again")
+            raise ConfigurationError(f"the migration {name} is missing from {folder}: reinstall chatdb")
         if released.get(name) != hashlib.sha256(texts[name].encode()).hexdigest():
             raise ConfigurationError(
-                f"the migration {name} is not as it was released: its checksum differs from that in {SUMS}. Restore "
-                "the file, and put the change into a new migration"
+                f"the migration {name} does not match its checksum in {SUMS}: restore the released file, and put "
+                "changes into a new migration"
             )
     return [
         MigrationFile(stem, folder / name, sql, texts[f"{stem}.rollback.sql"], released[name])
@@ -94,15 +94,15 @@ def apply_migrations(
     dsn: str, *, to: str | None = None, wait: float = WAIT, report: Report | None = None, folder: Path | None = None
 ) -> list[str]:
     """
-    Apply the migrations that the database lacks, up to and with `to`, and return their names.
+    Apply the missing migrations, up to and including `to`, and return their names.
 
-    Blocks; in a coroutine call it by `asyncio.to_thread`. `dsn` is that of a direct connection, not of a pooler, by a
-    role that may create things. Many may be called at once: one works, and the others find nothing to do. What a
-    process that was killed has left half done is brought to its end, an invalid index rebuilt.
+    Blocks; in a coroutine, call it with `asyncio.to_thread`. `dsn` must not lead through a transaction pooler, and its
+    role must be allowed to create schemas. Concurrent calls are safe: one works, the others wait and find nothing to
+    do. A call also finishes what a killed process left half done, and rebuilds invalid indexes.
 
-    Raises ConfigurationError, SchemaError when the database has another content of a migration than this release, and
-    UnavailableError when the server cannot be reached, or another process or transaction was not done after `wait`
-    seconds; all can be run again.
+    Raises ConfigurationError; SchemaError if a migration was applied with different content than this release's; and
+    UnavailableError if the server cannot be reached, or if another process or transaction still holds a lock after
+    `wait` seconds. After any of them you can call it again.
     """
     _check_arguments(to, wait)
     files = migration_files(folder)
@@ -118,7 +118,7 @@ def apply_migrations(
         if not may_create_schemas(connection):
             if not missing:
                 return []
-            raise ConfigurationError("the database role may not create a schema: migrate as the database's owner")
+            raise ConfigurationError("the database role may not create a schema: run this as the database's owner")
         with _worker(dsn, connection, missing, deadline) as worker:
             retry_on_lock_timeout(lambda: _prepare_bookkeeping(worker, files), deadline)
             for file in missing:
@@ -136,12 +136,12 @@ def rollback_migrations(
     folder: Path | None = None,
 ) -> list[str]:
     """
-    Take back the last migration, or all after `to` ("0": all), and return their names. Their data are deleted.
+    Roll back the last migration, or all after `to` ("0": all), and return their names. This deletes their data.
 
-    `expected` are the names that somebody has agreed to; nothing is done if it would be others by now.
+    `expected` lists the names that the caller agreed to roll back. If the list has changed, nothing is rolled back.
 
-    Blocks, and raises, as `apply_migrations` does; SchemaError also when a newer release has migrated the database,
-    whose own migrations have to go first.
+    Blocks, and raises the errors of `apply_migrations`. Also raises SchemaError if `expected` no longer holds, or if a
+    newer release has migrated the database: roll back that release's migrations first.
     """
     _check_arguments(to, wait)
     files = migration_files(folder)
@@ -150,7 +150,8 @@ def rollback_migrations(
         last = _last(connection, files, to)
         if expected is not None and [file.name for file in last] != expected:
             raise SchemaError(
-                "another process has migrated this database meanwhile: nothing was taken back, look again"
+                "another process has migrated this database in the meantime: nothing was rolled back, review the list "
+                "again"
             )
         if not last:
             return []
@@ -162,7 +163,7 @@ def rollback_migrations(
 
 
 def missing_migrations(dsn: str, *, to: str | None = None, folder: Path | None = None) -> list[MigrationFile]:
-    """Return what `apply_migrations` would apply, without writing anything."""
+    """Return the migrations that `apply_migrations` would apply. Writes nothing."""
     _check_arguments(to, WAIT)
     files = migration_files(folder)
     with pinned_transaction(dsn) as connection:
@@ -175,9 +176,9 @@ def last_migrations(
     dsn: str, *, to: str | None = None, folder: Path | None = None
 ) -> list[tuple[MigrationFile, dict[str, int | None]]]:
     """
-    Return what `rollback_migrations` would take back, each with the tables that go and their numbers of rows.
+    Return what `rollback_migrations` would roll back, with the row count of each table that it drops.
 
-    A number is None where row-level security hides rows from the role, as FORCEd it does from the tables' owner.
+    A count is None if row-level security hides rows from the role; if forced, also from the tables' owner.
     """
     files = migration_files(folder)
     with pinned_transaction(dsn) as connection:
@@ -188,7 +189,7 @@ def last_migrations(
 
 
 def applied_migrations(dsn: str, *, folder: Path | None = None) -> dict[str, str | None]:
-    """Return the names of the applied migrations, each with its checksum, None for what only yoyo has recorded."""
+    """Return the applied migrations by name, each with its checksum, or None if only yoyo has recorded it."""
     with pinned_transaction(dsn) as connection:
         return _applied(connection, migration_files(folder))
 
@@ -204,7 +205,7 @@ def _warn_of_encoding(connection: psycopg.Connection) -> None:
     encoding = fetch_value(connection, "show server_encoding")
     if encoding != "UTF8":
         _log.warning(
-            "the database's encoding is %s, which cannot hold every text: for a service create a database with "
+            "the database's encoding is %s, which cannot store every character: create the service's database with "
             "encoding 'UTF8' template template0",
             encoding,
         )
@@ -214,13 +215,12 @@ def _refuse_foreign_objects(connection: psycopg.Connection) -> None:
     foreign = foreign_objects(connection)
     if foreign:
         raise ConfigurationError(
-            f"in the schema chatdb {'; '.join(map(str, foreign))}, which could run code with this role's privileges: "
-            "drop it, or give it to the database's owner (alter ... owner to)"
+            f"the {'; '.join(map(str, foreign))}, which could run code with this role's privileges: drop the object, "
+            "or make the database's owner its owner (alter ... owner to)"
         )
 
 
 def _tables(connection: psycopg.Connection) -> set[str]:
-    """Return the names of the tables in the schema chatdb."""
     rows = connection.execute(
         "select c.relname::text from pg_catalog.pg_class as c "
         "inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace "
@@ -230,19 +230,18 @@ def _tables(connection: psycopg.Connection) -> set[str]:
 
 
 def _recorded(connection: psycopg.Connection) -> dict[str, str]:
-    """Return the names of the migrations that chatdb has recorded, with the checksums."""
+    """Return chatdb's own records: names and checksums."""
     if "_chatdb_migration" not in _tables(connection):
         return {}
     try:
         return dict(connection.execute("select migration_id, sha256 from chatdb._chatdb_migration").fetchall())
     except psycopg.errors.InsufficientPrivilege:
         raise ConfigurationError(
-            "the database role may not read which migrations were applied: ask the owner"
+            "the database role may not read chatdb._chatdb_migration: run this as its owner"
         ) from None
 
 
 def _index(files: list[MigrationFile], to: str) -> int:
-    """Return the index of a migration, given by its name or number."""
     for index, file in enumerate(files):
         if to in {file.name, file.name.partition(".")[0]}:
             return index
@@ -253,7 +252,7 @@ def _pending(connection: psycopg.Connection, files: list[MigrationFile], to: str
     applied = _applied(connection, files)
     wanted = files if to is None else files[: _index(files, to) + 1]
     if to is not None and any(file.name in applied for file in files[len(wanted) :]):
-        raise InvalidInputError("to", "is behind the database: chatdb rollback --to takes migrations back")
+        raise InvalidInputError("to", "is older than the applied migrations: roll back with chatdb rollback --to")
     return [file for file in wanted if file.name not in applied]
 
 
@@ -261,11 +260,11 @@ def _last(connection: psycopg.Connection, files: list[MigrationFile], to: str | 
     newer = sorted(_recorded(connection).keys() - {file.name for file in files})
     if newer:
         raise SchemaError(
-            f"a newer release has applied {', '.join(newer)}: take that back first, by that release's chatdb rollback"
+            f"a newer release has applied {', '.join(newer)}: roll it back first with that release's chatdb rollback"
         )
     applied = _applied(connection, files)
     if not applied and "conversations" in _tables(connection):
-        raise SchemaError("chatdb's tables are there, and no record of a migration: run chatdb migrate first")
+        raise SchemaError("chatdb's tables exist, but no migration is recorded: run chatdb migrate first")
     last = [file for file in reversed(files) if file.name in applied]
     if to is None:
         return last[:1]
@@ -274,13 +273,14 @@ def _last(connection: psycopg.Connection, files: list[MigrationFile], to: str | 
 
 
 def _applied(connection: psycopg.Connection, files: list[MigrationFile]) -> dict[str, str | None]:
-    """Return what is recorded as applied, by chatdb or by yoyo, and whose tables are there."""
+    """Return the migrations that chatdb or yoyo has recorded and whose tables exist."""
     tables = _tables(connection)
     by_yoyo = applied_by_yoyo(connection, [file.name for file in files])
     recorded: dict[str, str | None] = dict.fromkeys(by_yoyo) | _recorded(connection)
     if not _has_schema(connection):
         return {}
-    dropped = {file.name for file in files if not _drops(file) <= tables}  # yoyo rollback has dropped them
+    # yoyo rollback drops tables but keeps chatdb's record
+    dropped = {file.name for file in files if not _drops(file) <= tables}
     return {name: recorded[name] for name in sorted(recorded) if name not in dropped}
 
 
@@ -293,13 +293,13 @@ def _check_contents(connection: psycopg.Connection, files: list[MigrationFile]) 
     for file in files:
         if (recorded.get(file.name) or file.checksum) != file.checksum:
             raise SchemaError(
-                f"the migration {file.name} was applied to this database with another content than that of "
-                f"{file.path.name} in this release: use the release that applied it, or take the migration back first"
+                f"the migration {file.name} was applied to this database with different content than {file.path.name} "
+                "in this release: use the release that applied it, or roll the migration back first"
             )
 
 
 def _prepare_bookkeeping(connection: psycopg.Connection, files: list[MigrationFile]) -> None:
-    """Create chatdb's bookkeeping, and copy to it what yoyo has recorded; remove what the first release recorded."""
+    """Create chatdb's bookkeeping, copy yoyo's records into it, and remove those of the first release."""
     with connection.transaction():
         connection.execute("set local lock_timeout = '2s'")
         is_new = "_chatdb_migration" not in _tables(connection)
@@ -319,7 +319,7 @@ def _prepare_bookkeeping(connection: psycopg.Connection, files: list[MigrationFi
             remove_first_release(connection, objects, by_yoyo=bool(by_yoyo))
 
 
-# default privileges are for the tables of data
+# default privileges are meant for the data tables, not for the bookkeeping
 _REVOKE = """
     do $$
     declare
@@ -352,7 +352,7 @@ def _record(connection: psycopg.Connection, file: MigrationFile, *, replace: boo
 
 
 def _remove_record(connection: psycopg.Connection, file: MigrationFile) -> None:
-    """Remove a migration from chatdb's bookkeeping, which the first one's rollback drops, and from yoyo's."""
+    """Delete both records of a migration; the first migration's rollback has dropped chatdb's table."""
     if "_chatdb_migration" in _tables(connection):
         connection.execute("delete from chatdb._chatdb_migration where migration_id = %s", [file.name])
     remove_yoyo_record(connection, file.name)
@@ -366,7 +366,7 @@ def _run(
     deadline: float,
     report: Report | None,
 ) -> None:
-    """Run a migration's statements and record it, in one transaction unless its first line says otherwise."""
+    """Run and record a migration, in one transaction unless its first line opts out."""
 
     def work() -> None:
         with worker.transaction() if _is_transactional(sql) else nullcontext():
@@ -393,7 +393,7 @@ def _is_transactional(sql: str) -> bool:
 def _worker(
     dsn: str, lock: psycopg.Connection, work: list[MigrationFile], deadline: float
 ) -> Generator[psycopg.Connection]:
-    """Open a second connection for the work; the first one keeps other commands and `yoyo apply` away."""
+    """Yield a second connection for the work; the first one holds the locks."""
     in_transaction = all(_is_transactional(file.sql) for file in work)
     with connected(dsn) as worker:
         prepare_session(worker)
@@ -402,12 +402,12 @@ def _worker(
 
 
 def _rebuild_indexes(connection: psycopg.Connection, deadline: float) -> None:
-    """Rebuild the indexes that CREATE INDEX CONCURRENTLY left invalid when it failed or was killed."""
+    """Rebuild the indexes that a failed or killed CREATE INDEX CONCURRENTLY left invalid."""
 
     def rebuild() -> None:
-        connection.execute("set lock_timeout = '2s'")  # CONCURRENTLY is for no transaction
+        connection.execute("set lock_timeout = '2s'")  # not local: CONCURRENTLY cannot run in a transaction
         for name, identifier in connection.execute(_INVALID).fetchall():
-            leftover = re.search(r"_cc(new|old)\d*$", name)  # of a REINDEX CONCURRENTLY, whose own index is there
+            leftover = re.search(r"_cc(new|old)\d*$", name)  # from REINDEX CONCURRENTLY; the original exists
             action = "drop index concurrently if exists" if leftover else "reindex index concurrently"
             connection.execute(f"{action} {identifier}".encode())
 
@@ -415,7 +415,7 @@ def _rebuild_indexes(connection: psycopg.Connection, deadline: float) -> None:
     connection.execute("reset lock_timeout")
 
 
-# not those that are being built; which one another role builds is not to be seen
+# skips indexes that are being built; another role's build hides its index, so it skips all of them
 _INVALID = """
     select c.relname, pg_catalog.quote_ident(n.nspname::text) || '.' || pg_catalog.quote_ident(c.relname::text)
     from pg_catalog.pg_index as i
@@ -432,12 +432,12 @@ _INVALID = """
 
 
 def _drops(file: MigrationFile) -> set[str]:
-    """Return the names of the tables that a migration's rollback drops, in the schema chatdb."""
+    """Return the tables that a migration's rollback drops."""
     return {*re.findall(r"^drop table if exists chatdb\.([a-z]\w*)", file.rollback, re.MULTILINE)}
 
 
 def _count(connection: psycopg.Connection, table: str) -> int | None:
     if fetch_value(connection, "select pg_catalog.row_security_active(%s)", f"chatdb.{table}"):
         return None
-    count: int = fetch_value(connection, f"select pg_catalog.count(*) from chatdb.{table}")  # noqa: S608 - a released file's
+    count: int = fetch_value(connection, f"select pg_catalog.count(*) from chatdb.{table}")  # noqa: S608 - named in a released file
     return count

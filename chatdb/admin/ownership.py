@@ -1,7 +1,7 @@
 """
-Finds what in the schema `chatdb` belongs to other roles, and what a host has added to chatdb's tables.
+Finds objects in the schema `chatdb` that belong to other roles, and what a host has added to chatdb's tables.
 
-Who owns a table or a trigger's function decides what happens when somebody else writes to the table.
+The owner of a table or of a trigger's function decides what code runs when another role writes to the table.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from chatdb.schema import EXPECTED_SCHEMA
 
 
 class ForeignObject(NamedTuple):
-    """An object, as SQL names it, with its owner."""
+    """An object, named as in SQL, and its owner."""
 
     what: str
     owner: str
@@ -22,7 +22,7 @@ class ForeignObject(NamedTuple):
         return f"{self.what} belongs to the role {self.owner}"
 
 
-# pg_has_role answers true to every superuser, so it is asked for other roles only
+# pg_has_role is always true for a superuser, so only other roles consult it
 _FOREIGN = """
 with trusted as (
     select r.oid
@@ -99,7 +99,7 @@ select pg_catalog.concat('rule ', w.rulename, ' on ', c.name), 'rewrites stateme
 from tables as c
 inner join pg_catalog.pg_rewrite as w on w.ev_class operator(pg_catalog.=) c.oid
 union all
-select pg_catalog.concat('policy ', p.polname, ' on ', c.name), 'also decides which rows are seen'
+select pg_catalog.concat('policy ', p.polname, ' on ', c.name), 'also decides which rows are visible'
 from tables as c
 inner join pg_catalog.pg_policy as p on p.polrelid operator(pg_catalog.=) c.oid
 where p.polname operator(pg_catalog.<>) pg_catalog.concat('rls_', c.relname)::pg_catalog.name
@@ -109,14 +109,16 @@ select
         'table ', pg_catalog.quote_ident(n.nspname::pg_catalog.text), '.',
         pg_catalog.quote_ident(h.relname::pg_catalog.text)
     ),
-    pg_catalog.concat('inherits from ', c.name, ', so its rows are read with it; it belongs to the role ', r.rolname)
+    pg_catalog.concat(
+        'inherits from ', c.name, ', so queries on that table also return its rows; it belongs to the role ', r.rolname
+    )
 from tables as c
 inner join pg_catalog.pg_inherits as i on i.inhparent operator(pg_catalog.=) c.oid
 inner join pg_catalog.pg_class as h on h.oid operator(pg_catalog.=) i.inhrelid
 inner join pg_catalog.pg_namespace as n on n.oid operator(pg_catalog.=) h.relnamespace
 inner join pg_catalog.pg_roles as r on r.oid operator(pg_catalog.=) h.relowner
 union all
-select pg_catalog.concat('event trigger ', e.evtname), 'runs at each DDL statement of the database'
+select pg_catalog.concat('event trigger ', e.evtname), 'runs on every DDL statement in the database'
 from pg_catalog.pg_event_trigger as e
 where e.evtenabled operator(pg_catalog.<>) 'D'
 """
@@ -135,29 +137,25 @@ where n.nspname operator(pg_catalog.=) 'public'
 
 def foreign_objects(connection: psycopg.Connection) -> list[ForeignObject]:
     """
-    Return the schema `chatdb` and the tables, sequences, functions and types in it that belong to another role.
+    Return the schema `chatdb`, and its tables, views, sequences, functions and types, if an untrusted role owns them.
 
-    Another role is none of: a superuser, the current role and those it is a member of, the database's owner, and for
-    what is in the schema the schema's owner. Empty where there is no schema.
+    Trusted are superusers, the database's owner, the current role and the roles that it is a member of; for objects in
+    the schema, also the schema's owner.
     """
     return [ForeignObject(*row) for row in connection.execute(_FOREIGN).fetchall()]
 
 
 def host_objects(connection: psycopg.Connection) -> list[tuple[str, str]]:
-    """
-    Return what a host has added to chatdb's tables, or to the database, and what that does.
-
-    It is triggers, rules and child tables of chatdb's tables, policies that are not its own, and event triggers.
-    """
+    """Return the host's triggers, rules, policies and child tables on chatdb's tables, and event triggers."""
     return [(what, detail) for what, detail in connection.execute(_ADDED, {"tables": [*EXPECTED_SCHEMA]})]
 
 
 def public_is_writable(connection: psycopg.Connection) -> bool:
-    """Whether every role may create objects in the schema `public`, which is in the search_path of most sessions."""
+    """Return whether every role may create objects in `public`, which most search_paths contain."""
     return connection.execute(_WRITABLE).fetchone() is not None
 
 
 def may_create_schemas(connection: psycopg.Connection) -> bool:
-    """Whether the role may create schemas in this database, as its owner may."""
+    """Return whether the current role may create schemas in this database."""
     statement = "select pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create')"
     return fetch_value(connection, statement) is True

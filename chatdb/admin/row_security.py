@@ -1,9 +1,9 @@
 """
-Row-level security on chatdb's tables, so that a statement without its `user_id` reaches nothing.
+Row-level security on chatdb's tables: a statement that lacks its `user_id` condition reaches no other user's rows.
 
-FORCEd, it holds for the tables' owner too; only superusers and roles with BYPASSRLS are above it. The user is the one
-that `chatdb.transaction(db, user_id=...)` names, or each call of a pool with `row_level_security=True`. Where none is
-named the policies raise an error: no rows at all would look like an empty account.
+It is forced, so it also applies to the tables' owner; only superusers and roles with BYPASSRLS bypass it.
+`chatdb.transaction(db, user_id=...)` names the user, as does each call on a pool with `row_level_security=True`. If no
+user is named, the policies raise an error: an empty result would look like an empty account.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ _CREATE = (
     f"create or replace function {_FUNCTION} returns pg_catalog.text language plpgsql stable parallel safe "
     f"as $rls${_BODY}$rls$"
 )
-# a subquery is evaluated once for a statement, the bare function for each row that is written
+# a subquery is evaluated once per statement, the bare function once per written row
 _CONDITION = f"user_id operator(pg_catalog.=) (select {_FUNCTION})"
 _AS_STORED = f"(user_id = ( SELECT {_FUNCTION} AS {RLS_USER_ID}))"
 
 
 class TableProtection(NamedTuple):
-    """What a table has of row-level security."""
+    """The row-level security of one table."""
 
     table: str
     is_on: bool
     is_forced: bool
     policy: tuple[bool, str, bool, str, str] | None
     others: list[str]
-    """The names of the policies that would let more through."""
+    """The names of other permissive policies, which would let more rows through."""
 
 
 def protect_tables(dsn: str, *, off: bool = False, wait: float = WAIT) -> list[str]:
     """
-    Switch row-level security on, or off, and return the statements that were run; none if it is as it should be.
+    Switch row-level security on or off, and return the statements that ran; none if nothing had to change.
 
-    Blocks, and raises, as `chatdb.admin.migrate.apply_migrations` does. One transaction, which holds each table for a
-    moment and for that waits at most two seconds at a time.
+    Blocks. One transaction locks each table briefly; it waits for a lock at most two seconds, then tries again.
 
-    Raises ConfigurationError when another policy stands on a table, because it would let more rows through.
+    Raises as `chatdb.admin.migrate.apply_migrations` does, and ConfigurationError if a table has another permissive
+    policy, which would let more rows through.
     """
     deadline = time.monotonic() + wait
     with advisory_lock(dsn, wait=wait) as connection:
@@ -78,7 +78,7 @@ def protect_tables(dsn: str, *, off: bool = False, wait: float = WAIT) -> list[s
 
 
 def protection_statements(dsn: str, *, off: bool = False) -> list[str]:
-    """Return the statements that `protect_tables` would run, without changing anything."""
+    """Return the statements that `protect_tables` would run. Changes nothing."""
     with pinned_transaction(dsn) as connection:
         return _statements(connection, off=off)
 
@@ -93,12 +93,12 @@ def _statements(connection: psycopg.Connection, *, off: bool) -> list[str]:
 
 
 def read_protection(connection: psycopg.Connection) -> list[TableProtection]:
-    """Return what each of chatdb's tables has of row-level security. Raises SchemaError where one is not there."""
+    """Return the row-level security of each of chatdb's tables. Raises SchemaError if a table is missing."""
     return [_read_table(connection, table) for table in TABLES]
 
 
 def missing_function(connection: psycopg.Connection) -> list[str]:
-    """Return the statements by which the database gets the function that the policies call, as it should be."""
+    """Return the statements that create or correct the function that the policies call."""
     ((owner, is_owners, is_open, is_right),) = connection.execute(
         """
         select
@@ -121,18 +121,18 @@ def missing_function(connection: psycopg.Connection) -> list[str]:
     statements = [] if is_right else [_CREATE]
     if not is_open:
         statements.append(f"grant execute on function {_FUNCTION} to public")
-    if not is_owners:  # whoever owns it decides what it does
+    if not is_owners:  # its owner can replace its body
         statements.append(f"alter function {_FUNCTION} owner to {owner}")
     return statements
 
 
 def missing_statements(protection: TableProtection) -> list[str]:
-    """Return the statements that complete a table's protection; ConfigurationError where it has another policy."""
+    """Return the statements that complete a table's protection. Raises ConfigurationError for another policy."""
     table = protection.table
     if protection.others:
         raise ConfigurationError(
-            f"chatdb.{table} has a policy of someone's own, {protection.others[0]}, which would let more rows through "
-            "than those of one user: drop it, or make it restrictive, and run this again"
+            f"chatdb.{table} has another permissive policy, {protection.others[0]}, which would let other users' rows "
+            "through: drop it or make it restrictive, then run this again"
         )
     statements: list[str] = []
     policy = protection.policy and (*protection.policy[:3], *map(without_quotes, protection.policy[3:]))
@@ -164,7 +164,7 @@ def _read_table(connection: psycopg.Connection, table: str) -> TableProtection:
         [table],
     ).fetchone()
     if row is None:
-        raise SchemaError(f"the database has no table chatdb.{table}: run yoyo apply, or chatdb migrate")
+        raise SchemaError(f"the database has no table chatdb.{table}: run chatdb migrate or yoyo apply")
     policies = connection.execute(
         """
         select polname, polpermissive, polcmd, polroles = '{0}',

@@ -1,8 +1,8 @@
 """
-Links conversations to the host's own table of users: deleting a user there deletes the user's conversations.
+Links conversations to the host's own users table: deleting a user there deletes the user's conversations.
 
-The foreign key is added NOT VALID, which does not read the rows, and then validated, which blocks no writer. A run
-finishes what an earlier one that was killed has left.
+The foreign key is added NOT VALID, which does not scan the rows, and then validated, which does not block writers. A
+run finishes what a killed run left.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from chatdb.errors import InvalidInputError, SchemaError
 
 SHOWN = 20
 _TEXTS = ("text", "varchar", "bpchar", "name")
-"""The types with which the server can compare a text by an index, as a foreign key needs it."""
+"""Types that the server can compare with text through an index, as a foreign key requires."""
 
 
 class UsersMissingError(InvalidInputError):
-    """The host's table lacks users who have conversations: `users` are the first of them, `total` says how many."""
+    """The host's table lacks users who have conversations: `users` lists up to 20 of them, `total` counts all."""
 
     users: list[str]
     total: int
@@ -34,14 +34,14 @@ class UsersMissingError(InvalidInputError):
         super().__init__(
             "table",
             f"{column} lacks {total} users who have conversations: {', '.join(map(repr, users))}{more}; add them "
-            "there, or delete their conversations, and run this again",
+            "to it or delete their conversations, then run this again",
         )
         self.users = list(users)
         self.total = total
 
 
 class Link(NamedTuple):
-    """A column of the host's table, by names in the form of SQL, and what was done, or is to be done, to link to it."""
+    """The host's column, named as in SQL, and the steps that link to it (or would, in a dry run)."""
 
     table: str
     column: str
@@ -57,13 +57,14 @@ class _Target(NamedTuple):
 
 def link_users(dsn: str, *, table: str, column: str = "id", wait: float = WAIT, dry_run: bool = False) -> Link:
     """
-    Make `chatdb.conversations.user_id` a foreign key to a column of the host's, with ON DELETE CASCADE.
+    Make `chatdb.conversations.user_id` a foreign key to a column of the host's table, with ON DELETE CASCADE.
 
-    Blocks; in a coroutine call it by `asyncio.to_thread`. Writers wait for two seconds at most, and get no errors. From
-    then on a conversation of an unknown user is an InvalidInputError of `user_id`.
+    Blocks; in a coroutine, call it with `asyncio.to_thread`. Writers wait at most two seconds and get no errors. From
+    then on, creating a conversation for an unknown user raises an InvalidInputError for `user_id`.
 
-    Raises UsersMissingError, InvalidInputError where the column cannot be referenced or another is, SchemaError without
-    chatdb's tables, and ConfigurationError and UnavailableError as `apply_migrations` does; all can be run again.
+    Raises UsersMissingError; InvalidInputError if the column cannot be referenced or another one is linked; SchemaError
+    without chatdb's tables; ConfigurationError and UnavailableError as `apply_migrations` does. After any of them you
+    can call it again.
     """
     deadline = time.monotonic() + wait
     with pinned_transaction(dsn) if dry_run else advisory_lock(dsn, wait=wait) as connection:
@@ -84,7 +85,7 @@ def link_users(dsn: str, *, table: str, column: str = "id", wait: float = WAIT, 
 
 
 def unlink_users(dsn: str, *, wait: float = WAIT, dry_run: bool = False) -> bool:
-    """Drop the foreign key to the host's users, and return whether there was one. Raises as `link_users` does."""
+    """Drop the foreign key to the host's users and return whether it existed. Raises as `link_users` does."""
     deadline = time.monotonic() + wait
     with pinned_transaction(dsn) if dry_run else advisory_lock(dsn, wait=wait) as connection:
         link = _link(connection)
@@ -94,7 +95,7 @@ def unlink_users(dsn: str, *, wait: float = WAIT, dry_run: bool = False) -> bool
 
 
 def _target(connection: psycopg.Connection, table: str, column: str) -> _Target:
-    """Return the host's column, if a foreign key can reference it."""
+    """Return the host's column. Raises InvalidInputError if a foreign key cannot reference it."""
     oid = _table(connection, table)
     name = _column(connection, oid, column)
     row = connection.execute(
@@ -119,17 +120,19 @@ def _target(connection: psycopg.Connection, table: str, column: str) -> _Target:
         {"oid": oid, "column": name, "texts": [*_TEXTS]},
     ).fetchone()
     if row is None:
-        raise InvalidInputError("table", "was dropped meanwhile")
+        raise InvalidInputError("table", "was dropped while this ran")
     name, is_table, number, quoted, kind, is_text, is_unique = row
     if not is_table:
-        raise InvalidInputError("table", f"{name} is no ordinary table, and cannot be referenced")
+        raise InvalidInputError("table", f"{name} is not an ordinary table, so it cannot be referenced")
     if number is None:
-        raise InvalidInputError("column", f'{name} has no column {column!r}: write it as in SQL, like id or "userId"')
+        raise InvalidInputError(
+            "column", f'{name} has no column {column!r}: write the name as in SQL, like id or "userId"'
+        )
     if not is_text:
         raise InvalidInputError(
             "column",
-            f"{name}.{quoted} is of the type {kind}, and a foreign key cannot compare that with chatdb's user_id, "
-            "which is a text. Link to a column that has the same as text: "
+            f"{name}.{quoted} has the type {kind}, which a foreign key cannot compare with chatdb's user_id, a text. "
+            "Link to a column that holds the same value as text: "
             f"alter table {name} add column user_key text unique generated always as ({quoted}::text) stored",
         )
     if not is_unique:
@@ -142,29 +145,29 @@ def _target(connection: psycopg.Connection, table: str, column: str) -> _Target:
 
 
 def _table(connection: psycopg.Connection, table: str) -> int:
-    """Return the table of a name as in SQL, or else the one that is spelled so, capital letters and all."""
+    """Return the OID of the table with this name, read as in SQL or else as the exact spelling."""
     utf8_length("table", table)
     schema, _, rest = table.partition(".")
     statement = "select pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid"
     for name in (table, _quoted(table), f"{_quoted(schema)}.{_quoted(rest)}"):
-        # what is no name in SQL is an error; the server's later releases answer null
+        # older servers raise an error for an invalid name, newer ones return null
         with suppress(psycopg.errors.SyntaxError, psycopg.errors.InvalidName, psycopg.errors.FeatureNotSupported):
-            with connection.transaction(force_rollback=True):  # tables are found as the role does by default
+            with connection.transaction(force_rollback=True):  # to resolve the name in the role's own search_path
                 connection.execute("set local search_path to default")
                 oid: int | None = fetch_value(connection, statement, name)
             if oid is not None:
                 return oid
-    problem = f'the database has no table {table!r}: write it as in SQL, like public.users or public."Users"'
+    problem = f'the database has no table {table!r}: write the name as in SQL, like public.users or public."Users"'
     raise InvalidInputError("table", problem)
 
 
 def _column(connection: psycopg.Connection, table: int, column: str) -> str:
-    """Return a column's name without quotes, by the same rule; as it is given where there is no such column."""
+    """Return a column's name without quotes, by the same rule, or `column` itself if no such column exists."""
     utf8_length("column", column)
     try:
         with connection.transaction():
             folded: list[str] = fetch_value(connection, "select pg_catalog.parse_ident(%s::text)", column)
-    except psycopg.errors.InvalidParameterValue:  # it is no name in SQL, such as one with a space
+    except psycopg.errors.InvalidParameterValue:  # not a valid SQL name, for example because of a space
         return column
     statement = (
         "select attname::text from pg_catalog.pg_attribute "
@@ -180,7 +183,7 @@ def _quoted(name: str) -> str:
 
 def _link(connection: psycopg.Connection) -> tuple[int, list[int], str, bool, str] | None:
     if fetch_value(connection, "select pg_catalog.to_regclass('chatdb.conversations')") is None:
-        raise SchemaError("the database has no chatdb tables: run yoyo apply, or chatdb migrate")
+        raise SchemaError("the database has no chatdb tables: run chatdb migrate or yoyo apply")
     return connection.execute(
         "select confrelid, confkey, confdeltype::text, convalidated, pg_catalog.pg_get_constraintdef(oid) "
         "from pg_catalog.pg_constraint where conrelid = 'chatdb.conversations'::regclass and conname = %s",
@@ -189,7 +192,6 @@ def _link(connection: psycopg.Connection) -> tuple[int, list[int], str, bool, st
 
 
 def _steps(connection: psycopg.Connection, target: _Target) -> list[str]:
-    """Return what is to be done."""
     link = _link(connection)
     if link is None:
         return ["add", "validate"]
@@ -197,14 +199,14 @@ def _steps(connection: psycopg.Connection, target: _Target) -> list[str]:
     if (oid, numbers, on_delete) != (target.oid, [target.number], "c"):
         raise InvalidInputError(
             "table",
-            f"conversations are linked otherwise, by {definition}: chatdb link-users --unlink, and run this again",
+            f"conversations have another link, {definition}: run chatdb link-users --unlink, then run this again",
         )
     return [] if is_valid else ["validate"]
 
 
 def _refuse_missing(connection: psycopg.Connection, target: _Target) -> None:
     with connection.transaction():
-        connection.execute("set local row_security to off")  # rows that chatdb protect hides are an error
+        connection.execute("set local row_security to off")  # fail instead of missing rows that a policy hides
         rows = connection.execute(
             f"""
             select user_id, pg_catalog.count(*) over ()
@@ -212,7 +214,7 @@ def _refuse_missing(connection: psycopg.Connection, target: _Target) -> None:
             where not exists (select from {target.table} as u where u.{target.column} collate "C" = c.user_id)
             order by user_id
             limit {SHOWN}
-            """.encode()  # noqa: S608 - names that the server has quoted
+            """.encode()  # noqa: S608 - the server quoted the names
         ).fetchall()
     if rows:
         raise UsersMissingError(f"{target.table}({target.column})", [user for user, _ in rows], rows[0][1])
@@ -239,11 +241,11 @@ def _drop(connection: psycopg.Connection, users: int, deadline: float) -> None:
 
 def _alter(connection: psycopg.Connection, users: int, mode: str, statement: str, deadline: float) -> None:
     """
-    Run a statement that locks the conversations and the users.
+    Run a statement that locks both the conversations and the users.
 
-    It waits for the second lock for less than deadlock_timeout, so that no writer who has them the other way round is
-    whom the server picks to end a deadlock. Which one is the first changes from try to try: whichever order the writers
-    have, there is one that lets them end.
+    The wait for the second lock is shorter than deadlock_timeout: if a writer locks the tables in the opposite order,
+    this statement gives up before the server cancels the writer. The order alternates, so one attempt matches the
+    writers' order.
     """
     name = fetch_value(connection, "select %s::oid::regclass::text", users)
     privileges = "select pg_catalog.has_table_privilege(%s::oid, 'update, delete, truncate')"

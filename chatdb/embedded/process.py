@@ -1,4 +1,4 @@
-"""PostgreSQL's programs: as which user they run, how a server is launched, and how a running one gets signals."""
+"""Runs PostgreSQL's programs: chooses their user, launches a server, and sends signals to a running one."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _SETTINGS = {
     "listen_addresses": "",  # no TCP
     "port": "5432",  # names the socket, so postgresql.conf must not change it
     "max_wal_size": "2GB",  # 1GB makes a bulk import wait for checkpoints
-    "random_page_cost": "1.1",  # 4 is for spinning disks and makes the planner shun indexes
-    "log_min_messages": "log",  # a failed statement's ERROR goes to its client; the log must not quote conversations
-    "log_min_error_statement": "panic",  # and likewise the statement of a connection that ends
+    "random_page_cost": "1.1",  # the default, 4, is for spinning disks: the planner would avoid indexes
+    "log_min_messages": "log",  # no ERRORs, which their clients get: the log must not quote conversations
+    "log_min_error_statement": "panic",  # nor the statement of a terminated connection
     "log_checkpoints": "off",  # noise
 }
 
 
 class RunAs(NamedTuple):
-    """How to run PostgreSQL, which refuses to run as root: the owner of its files, and the command in front of it."""
+    """How to run PostgreSQL, which refuses to run as root: the owner of its files, and a prefix for the command."""
 
     uid: int
     gid: int
@@ -47,16 +47,16 @@ class RunAs(NamedTuple):
 
     @classmethod
     def candidates(cls) -> list[RunAs]:
-        """List how PostgreSQL could be run, best first."""
+        """Return the possible ways to run PostgreSQL, best first."""
         uid, gid = os.geteuid(), os.getegid()
-        with suppress(KeyError):  # a container's user may have no name, and initdb refuses such a user like root
+        with suppress(KeyError):  # a container's user may have no name; initdb refuses it, as it refuses root
             if pwd.getpwuid(uid).pw_uid != 0:
                 return [cls(uid, gid)]
         try:
             nobody = pwd.getpwnam("nobody")
         except KeyError:
             return []
-        # In a user namespace the server takes itself for nobody, while its files stay ours and no one else's.
+        # In a user namespace the server sees itself as nobody, while its files stay ours.
         namespace = ("unshare", "--user", f"--map-user={nobody.pw_uid}", f"--map-group={nobody.pw_gid}")
         return [cls(uid, gid, namespace), cls(nobody.pw_uid, nobody.pw_gid)]
 
@@ -67,8 +67,8 @@ def without_libpq_variables() -> dict[str, str]:
 
 
 def chown_tree(folder: Path, run_as: RunAs) -> None:
-    """Give a folder and all in it to the server's user."""
-    for path in [*folder.rglob("*"), folder]:  # the folder last: its owner says that all is done
+    """Change the owner of a folder and everything in it to the server's user."""
+    for path in [*folder.rglob("*"), folder]:  # the folder last: its owner shows that all is done
         os.chown(path, run_as.uid, run_as.gid, follow_symlinks=False)
 
 
@@ -83,7 +83,7 @@ class Launcher:
     deadline: float
 
     def launch(self, check_abort: Callable[[], None]) -> None:
-        """Make the database if there is none, and launch the server. `check_abort` raises after an abort."""
+        """Create the database if it does not exist, and launch the server. `check_abort` raises after an abort."""
         check_abort()
         with self.folder.opened("server.log") as log:
             if os.fstat(log).st_size > LOG_BYTES:
@@ -93,32 +93,35 @@ class Launcher:
         programs = self._find_programs(run_as)
         if not data.exists():
             self._make_data(run_as, programs)
-        if data.stat().st_uid != run_as.uid:  # the last server was run in the other way
+        if data.stat().st_uid != run_as.uid:  # the last server ran as the other user
             chown_tree(data, run_as)
         with suppress(FileExistsError):
             socket_folder.mkdir(mode=0o700)
         self.folder.check_socket()
         os.chown(socket_folder, run_as.uid, run_as.gid, follow_symlinks=False)
         for leftover in (data / "postmaster.pid", socket_folder / _SOCKET, socket_folder / f"{_SOCKET}.lock"):
-            leftover.unlink(missing_ok=True)  # a killed server's, alive to PostgreSQL if another has its number now
+            leftover.unlink(missing_ok=True)  # of a killed server: if its PID is in use again, it looks alive
         check_abort()
         settings = _SETTINGS | {"unix_socket_directories": str(socket_folder)}
         options = [f"--{name}={value}" for name, value in settings.items()]
-        # The shell makes it an orphan, so that it is not our child to be waited for.
+        # The shell orphans the server, so that it is not our child to wait for.
         self._run(run_as, "/bin/sh", "-c", '"$@" &', "sh", programs / "postgres", "-D", data, *options)
 
     def _choose_run_as(self) -> RunAs:
         path = self.folder.path
         for run_as in RunAs.candidates():
             if run_as.uid != os.geteuid():
-                path.chmod(0o711)  # to go through: the locks and the log stay our own
+                path.chmod(0o711)  # lets it pass through: the locks and the log stay ours
             if self._run(run_as, "/bin/sh", "-c", 'cd "$0"', path):
                 return run_as
-        problem = "PostgreSQL refuses root and nameless users, namespaces are forbidden, and no user nobody can reach"
+        problem = (
+            "PostgreSQL refuses root and nameless users, user namespaces are forbidden, and the user nobody is missing "
+            "or cannot reach"
+        )
         raise ConfigurationError(f"{problem} {path}: choose another folder with CHATDB_HOME, or set DATABASE_URL")
 
     def _find_programs(self, run_as: RunAs) -> Path:
-        """Return the folder of PostgreSQL's programs, copied if they are where the server's user may not go."""
+        """Return the folder of PostgreSQL's programs. Copies them if the server's user cannot reach the original."""
         programs = Path("pginstall", "bin")
         if self._run(run_as, "/bin/sh", "-c", '"$0" -V >/dev/null', self.package / programs / "postgres"):
             return self.package / programs
@@ -132,7 +135,7 @@ class Launcher:
                 if source.exists():
                     shutil.copytree(source, new / source.name, symlinks=True, ignore=unneeded)
             chown_tree(new, run_as)
-            os.sync()  # before the name says that all is there
+            os.sync()  # before the rename marks the copy as complete
             new.rename(copy)
         return copy / self.package.name / programs
 
@@ -147,20 +150,20 @@ class Launcher:
         initdb = (programs / "initdb", "--no-instructions", "--auth=trust", "-U", "postgres", *locale, f"-D{new}")
         single = (programs / "postgres", "--single", "--exit_on_error=on", f"-D{new}", "postgres")
         if not self._run(run_as, *initdb) or not self._run(run_as, *single, stdin=b"create database chatdb\n"):
-            raise UnavailableError(f"no database could be made; the log is {self.folder.log}", sent=False)
+            raise UnavailableError(f"could not create the database: see the log {self.folder.log}", sent=False)
         new.rename(self.folder.data)
         folder = os.open(path, os.O_RDONLY)
-        os.fsync(folder)  # or a power cut could undo the rename, long after rows were acknowledged
+        os.fsync(folder)  # otherwise a power cut could undo the rename after rows were acknowledged
         os.close(folder)
 
     def _run(self, run_as: RunAs, *command: str | Path, stdin: bytes = b"") -> bool:
-        """Run a command to its end, with its output in the log, and return whether it succeeded."""
+        """Run a command with its output in the log, and return whether it succeeded."""
         drop = run_as.uid != os.geteuid()
         with self.folder.opened("server.log") as log, suppress(OSError, subprocess.TimeoutExpired):
             process = subprocess.run(  # noqa: S603 - the wheel's programs, and no shell reads the paths
                 [*run_as.prefix, *command],
                 input=stdin,
-                stdout=log,  # a pipe would stay open as long as the server
+                stdout=log,  # a pipe would stay open as long as the server runs
                 stderr=log,
                 cwd=self.folder.path,
                 env=without_libpq_variables() | {"LC_ALL": "C", "TZ": "UTC"},
@@ -178,18 +181,18 @@ class Launcher:
 
 @dataclass(frozen=True)
 class ServerProcess:
-    """The first process of the server that runs in a folder, if one does."""
+    """The first process of the server that runs in a folder, if any."""
 
     folder: Folder
 
     def state(self) -> str | None:
-        """Return what the server says of itself, such as ready or stopping, None without one."""
+        """Return the server's status, such as ready or stopping; None without a server."""
         with suppress(OSError):
             return next(reversed(self._postmaster_pid()), None)
         return None
 
     def peer(self) -> int | None:
-        """Return the process number of the server that listens, 0 if it is in another container, None without one."""
+        """Return the PID of the server that listens, 0 if it runs in another container, None without a server."""
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(1)
             try:
@@ -205,10 +208,10 @@ class ServerProcess:
         """
         Send a signal to the server's first process, and return whether that was possible.
 
-        A number in a file, or one from another container, may be that of any process here. So the process has to hold
-        this folder's lock and to work in its data, and it is named by a pidfd, whose number no other can get.
+        A PID from a file, or from another container, may belong to any process here. So the process must hold this
+        folder's lock and run in its data folder. A pidfd addresses it, because a PID can be reused.
         """
-        if sys.platform != "linux":  # only the kernel's word for who listens, and nothing for one that does not
+        if sys.platform != "linux":  # the kernel identifies only a server that listens
             pid = self.peer()
             if pid and number == signal.SIGINT:
                 os.kill(pid, number)
@@ -226,16 +229,16 @@ class ServerProcess:
 
     def end_if_hung(self, hung_at: float) -> bool | None:
         """
-        End a server at once that was told to stop and cannot, as after a backend was killed; its WAL has all.
+        End at once a server that was told to stop but hangs, as after a killed backend. Its WAL holds all data.
 
-        Returns False if there is one that cannot be ended from here, None if there is none.
+        Returns False if such a server cannot be ended from here, None if no server hangs.
         """
         if time.monotonic() <= hung_at or self.state() != "stopping":
             return None
         return self.send_signal(signal.SIGQUIT) or self.state() != "stopping"
 
     def is_server(self, pid: int) -> bool:
-        """Return whether a process is PostgreSQL at work in this folder; OSError if that cannot be seen."""
+        """Return whether a process is PostgreSQL running in this folder. Raises OSError if that is not visible."""
         of_process = Path("/proc", str(pid))
         if not (of_process / "exe").readlink().name.startswith("postgres"):
             return False

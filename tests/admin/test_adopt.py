@@ -1,4 +1,4 @@
-"""`chatdb adopt`: an older system's tables, made by Alembic and filled by SQLModel, become chatdb's conversations."""
+"""`chatdb adopt` on an older system's tables, created by Alembic and filled by SQLModel."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ REASONS = {
 _serial = itertools.count()
 
 Stored = dict[int, tuple[object, ...]]
-"""Conversations by id: user, times, last_seq, and the messages in their order."""
+"""Conversations by id: user, times, last_seq, and the messages in order."""
 
 
 @pytest.fixture(scope="module")
 def older_template(server: str, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Give the name of a migrated database that has the older system's tables, too."""
+    """Yield the name of a migrated database that also has the older system's tables."""
     name = f"{template}_older"
     with new_database(server, name, template) as dsn:
         older_system.migrate(dsn, tmp_path_factory.mktemp("alembic"))
@@ -54,13 +54,13 @@ def older_template(server: str, template: str, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def older(server: str, older_template: str) -> Iterator[str]:
-    """Give the DSN of a database with the older system's empty tables, beside chatdb's."""
+    """Yield the DSN of a database with chatdb's tables and the older system's empty tables."""
     with new_database(server, f"{older_template}_{next(_serial)}", older_template) as dsn:
         yield dsn
 
 
 async def stored(dsn: str) -> Stored:
-    """Return what chatdb's own functions give of all users."""
+    """Return the conversations of all users, as chatdb's own functions return them."""
     found: Stored = {}
     with psycopg.connect(dsn) as connection:
         users = [user for (user,) in connection.execute("select distinct user_id from chatdb.conversations")]
@@ -76,7 +76,7 @@ async def stored(dsn: str) -> Stored:
 
 
 def expected(dsn: str, *, without: set[int] = frozenset()) -> Stored:  # type: ignore[assignment]
-    """Return what chatdb has to have of the older system's conversations, without some messages."""
+    """Return what chatdb must contain after an adoption that leaves out the messages in `without`."""
     conversations, messages = rows(dsn)
     of: dict[int, list[Message]] = defaultdict(list)
     for message in messages:
@@ -98,36 +98,36 @@ def expected(dsn: str, *, without: set[int] = frozenset()) -> Stored:  # type: i
 
 
 def in_zone(dsn: str, zone: str) -> None:
-    """Have the server's sessions of this database in another time zone."""
+    """Set the time zone of all sessions on this database."""
     execute(dsn, f"alter database {one(dsn, 'select current_database()')} set timezone to '{zone}'")
 
 
 def one(dsn: str, statement: str) -> object:
-    """Return the first value of a statement."""
+    """Return the first value of a statement's first row."""
     with psycopg.connect(dsn) as connection:
         row = connection.execute(statement).fetchone()
     return row and row[0]
 
 
 def aside(dsn: str) -> dict[int, str]:
-    """Return the messages kept aside, each with its reason."""
+    """Return the reason for each quarantined message, by id."""
     with psycopg.connect(dsn) as connection:
         return dict(connection.execute("select id, reason from chatdb_adopt.quarantine_messages").fetchall())
 
 
 def a_message(conversation: int, user: str, minute: float = 0, content: str = "new", role: str = "user") -> Message:
-    """Return a message of the older system's."""
+    """Return a message of the older system."""
     moment = START + timedelta(minutes=minute)
     return Message(conversation_id=conversation, user_id=user, role=role, content=content, created_at=moment)
 
 
 def a_conversation(user: str) -> Conversation:
-    """Return a conversation of the older system's."""
+    """Return a conversation of the older system."""
     return Conversation(user_id=user, created_at=START, updated_at=START)
 
 
 async def is_adopted(dsn: str) -> None:
-    """Check that chatdb has all of the older system's, and that its report says so."""
+    """Check that chatdb has adopted every row of the older system and reports so."""
     report = adopt(dsn)
     assert report.is_complete
     assert report.aside == {}
@@ -135,7 +135,7 @@ async def is_adopted(dsn: str) -> None:
 
 
 async def test_every_row_and_nothing_else(older: str) -> None:
-    """All rows come over as they are, wherever the server's clock stands; no older table is touched."""
+    """All rows are adopted unchanged, in any server time zone, and the older tables stay untouched."""
     in_zone(older, "Pacific/Chatham")
     fill(older)
     before = untouched(older)
@@ -151,7 +151,7 @@ async def test_every_row_and_nothing_else(older: str) -> None:
 
 
 async def test_what_came_since(older: str) -> None:
-    """A second run adopts only the new: messages, conversations, a moved updated_at, and one that was left half way."""
+    """A second run adopts only new messages, new conversations and changed `updated_at` values."""
     fill(older, conversations=3, messages=4)
     adopt(older)
     (made,) = add(older, a_conversation("new"))
@@ -164,7 +164,7 @@ async def test_what_came_since(older: str) -> None:
 
 
 async def test_a_late_commit(older: str) -> None:
-    """A message that belongs before adopted ones gets its place, and what was edited there meanwhile stays."""
+    """A message older than adopted ones is inserted before them, and edits made in chatdb since are kept."""
     fill(older, conversations=2, messages=4)
     adopt(older)
     async with chatdb.create_pool(older) as db:
@@ -181,7 +181,7 @@ async def test_a_late_commit(older: str) -> None:
 
 
 async def test_behind_messages_of_chatdbs_own(older: str) -> None:
-    """Where chatdb's users have appended, no seq moves: what comes late stands at the end, and is counted."""
+    """If users have appended in chatdb, no seq changes: late messages go to the end and are counted."""
     fill(older, conversations=2, messages=3)
     adopt(older)
     async with chatdb.create_pool(older) as db:
@@ -200,7 +200,7 @@ async def test_behind_messages_of_chatdbs_own(older: str) -> None:
 
 
 async def test_behind_what_was_deleted_in_chatdb(older: str) -> None:
-    """What was deleted in chatdb does not come back; a message that comes late then stands at the end."""
+    """Rows deleted in chatdb do not come back, and a late message then goes to the end."""
     fill(older, conversations=3, messages=3)
     adopt(older)
     async with chatdb.create_pool(older) as db:
@@ -239,7 +239,7 @@ MENDED = {
 
 
 async def test_misfits_are_kept_aside_and_mended(older: str) -> None:
-    """Each message that does not fit is kept aside, whole, with its reason; one that is mended comes to its place."""
+    """Each misfit message is quarantined whole, with its reason; once fixed, it is adopted in its place."""
     fill(older, conversations=3, messages=4)
     wanted = expected(older, without=set(range(1, 9)))
     execute(
@@ -283,7 +283,7 @@ BAD_CONVERSATIONS = {
 
 
 async def test_conversations_that_do_not_fit(older: str) -> None:
-    """A conversation that does not fit is kept aside with all its messages, and comes over with them when mended."""
+    """A misfit conversation is quarantined with all its messages and adopted with them once fixed."""
     fill(older, conversations=6, messages=4)
     execute(
         older,
@@ -313,19 +313,19 @@ async def test_conversations_that_do_not_fit(older: str) -> None:
     report = adopt(older)
     assert (report.adopted, report.is_complete) == (Counts(5, 20), True)
     assert report.aside == {"chatdb has another conversation of this user and id": Counts(1, 0)}, "the row as it was"
-    execute(older, "update conversations set updated_at = '2026-01-01' where id = 3")  # which it has taken over
+    execute(older, "update conversations set updated_at = '2026-01-01' where id = 3")  # as chatdb filled it in
     assert {each: value for each, value in (await stored(older)).items() if each != 1000} == expected(older)
 
 
 def test_every_reason_is_documented_and_tested() -> None:
-    """The guide has every reason of the SQL, and no other."""
+    """The guide lists exactly the reasons that the SQL reports."""
     assert set(re.findall(r"^\| `([^`]+)` \| (?:conversation|message)", DOCUMENT, re.MULTILINE)) == REASONS
     tested = {*MISFITS, *BAD_CONVERSATIONS, "its conversation is kept aside", "its conversation was deleted in chatdb"}
     assert tested == REASONS
 
 
 async def test_messages_without_a_time(older: str) -> None:
-    """A message without a time takes that of the one before it, or of the conversation, and so keeps its place."""
+    """A message without a time gets the previous message's, or the conversation's, and so keeps its position."""
     (made,) = add(older, a_conversation("u"))
     ids = add(older, *(a_message(made, "u", minute) for minute in (1, 2, 3, 4, 5)))
     execute(
@@ -361,7 +361,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 async def test_variants(older: str, variant: str) -> None:
-    """What does not matter does not: cascade, indexes, keys, wider types."""
+    """The cascade, indexes, keys and wider types make no difference."""
     fill(older, conversations=4, messages=5)
     wanted = expected(older)
     execute(older, *VARIANTS[variant])
@@ -373,7 +373,7 @@ async def test_variants(older: str, variant: str) -> None:
 
 @pytest.mark.parametrize(("kind", "value"), [("uuid", "00000000-0000-0000-0000-00000000000{}"), ("bigint", "{}")])
 async def test_users_that_are_no_text(older: str, kind: str, value: str) -> None:
-    """A user's id may be a number or a UUID, and is taken as text."""
+    """A user's id may be a number or a UUID and is converted to text."""
     fill(older, conversations=3, messages=2)
     cast = value.format("' || right(user_id, 1) || '")
     for table in ("conversations", "messages"):
@@ -383,7 +383,7 @@ async def test_users_that_are_no_text(older: str, kind: str, value: str) -> None
 
 
 async def test_one_table_only(older: str) -> None:
-    """Conversations without the messages' table are adopted; messages without conversations are all kept aside."""
+    """Conversations without a messages table are adopted; messages without conversations are all quarantined."""
     fill(older, conversations=3, messages=2)
     execute(older, "alter table messages rename to other_messages")
     report = adopt(older)
@@ -396,17 +396,17 @@ async def test_one_table_only(older: str) -> None:
     await is_adopted(older)
     execute(older, "alter table messages rename to other_messages")
     report = adopt(older, delete_gone=lambda _: True)
-    assert (report.gone, report.deleted) == (Counts(0, 0), Counts(0, 0)), "a table that is away is not empty"
+    assert (report.gone, report.deleted) == (Counts(0, 0), Counts(0, 0)), "a missing table is not an empty one"
 
 
 def test_empty_tables(older: str) -> None:
-    """Where there is nothing, nothing happens."""
+    """Empty tables make a complete adoption of nothing."""
     report = adopt(older)
     assert (report.adopted, report.originals, report.is_complete) == (Counts(0, 0), Counts(0, 0), True)
 
 
 def test_other_tables_of_the_names(older: str) -> None:
-    """Tables that are something else are refused, with all that differs, and nothing is written."""
+    """Unsuitable tables are refused with every difference, and nothing is written."""
     fill(older, conversations=1, messages=1)
     execute(
         older,
@@ -419,7 +419,7 @@ def test_other_tables_of_the_names(older: str) -> None:
     for difference in (
         "public.messages has no column content",
         "public.messages.role is jsonb, not character varying or text",
-        "public.conversations is no table",
+        "public.conversations is not a table",
         "public.conversations has no column updated_at",
         "public.conversations.id is smallint, not integer or bigint",
     ):
@@ -428,20 +428,20 @@ def test_other_tables_of_the_names(older: str) -> None:
     execute(older, "drop view conversations", "alter table c rename to conversations", "drop table messages")
     execute(older, "alter table conversations drop constraint conversations_pkey")
     execute(older, "insert into conversations select * from conversations")
-    with pytest.raises(SchemaError, match="no primary key, and 1 rows whose id is null or another row's"):
+    with pytest.raises(SchemaError, match="no primary key, and 1 rows have a null or duplicate id"):
         adopt(older)
 
 
 def test_what_is_missing(dsn: str, empty_dsn: str) -> None:
-    """Without chatdb's tables, or without any to adopt, the error says what to do."""
+    """If chatdb's or the older tables are missing, the error says so."""
     with pytest.raises(SchemaError, match=r"lacks the table chatdb\.conversations: run chatdb migrate first"):
         adopt(empty_dsn)
-    with pytest.raises(SchemaError, match=r"looked for .* public\.conversations and public\.messages"):
+    with pytest.raises(SchemaError, match=r"tables public\.conversations and public\.messages do not exist"):
         adopt(dsn)
 
 
 def test_extra_columns(older: str) -> None:
-    """Columns that chatdb has no place for are named, with how many rows have a value there."""
+    """The report names columns that are not copied, with the number of rows that have a value."""
     fill(older, conversations=2, messages=3)
     execute(older, 'alter table messages add "Model %" text', "alter table conversations add title text")
     execute(older, """update messages set "Model %" = 'large' where id < 4""")
@@ -452,7 +452,7 @@ def test_extra_columns(older: str) -> None:
 
 
 def test_a_dry_run_writes_nothing(older: str) -> None:
-    """A dry run counts the same as the run after it, and leaves nothing behind, before and after a first run."""
+    """A dry run reports the same numbers as the real run and writes nothing, on the first run and later."""
     fill(older)
     add(older, a_message(1, "u0", role="narrator"))
     tried = adopt(older, dry_run=True)
@@ -471,7 +471,7 @@ def test_a_dry_run_writes_nothing(older: str) -> None:
 
 
 def test_the_sequences(older: str) -> None:
-    """New ids of chatdb go on beyond the older ones, and never go back."""
+    """The sequences of chatdb's ids move beyond the adopted ids and never back."""
     fill(older, conversations=2, messages=2)
     execute(older, "update messages set id = 2000000000 where id = 4")
     adopt(older)
@@ -483,7 +483,7 @@ def test_the_sequences(older: str) -> None:
 
 
 async def test_what_is_gone(older: str) -> None:
-    """What was deleted in the older tables is only reported, or deleted when asked for, but not under a new message."""
+    """Upstream deletions are reported, and repeated only on request and not in conversations with new messages."""
     fill(older, conversations=5, messages=3)
     (empty,) = add(older, a_conversation("u0"))
     adopt(older)
@@ -511,7 +511,7 @@ async def test_what_is_gone(older: str) -> None:
 
 
 async def test_gone_without_a_cascade(older: str) -> None:
-    """A conversation is not deleted while the older table has messages of it that were adopted."""
+    """A conversation is not deleted while the older table still has its adopted messages."""
     fill(older, conversations=2, messages=2)
     adopt(older)
     execute(older, "alter table messages drop constraint messages_conversation_id_fkey")
@@ -523,7 +523,7 @@ async def test_gone_without_a_cascade(older: str) -> None:
 
 
 def test_another_user_since(older: str) -> None:
-    """A conversation that has got another user since is reported, and its new messages are kept aside."""
+    """A conversation whose user changed upstream is reported, and its new messages are quarantined."""
     fill(older, conversations=2, messages=2)
     adopt(older)
     execute(older, "update conversations set user_id = 'else' where id = 1")
@@ -533,7 +533,7 @@ def test_another_user_since(older: str) -> None:
 
 
 def test_nobody_else_may_read(older: str) -> None:
-    """The rows kept aside are private, also where the database grants new tables to everybody."""
+    """Quarantined rows are private, even if default privileges grant new tables to everybody."""
     execute(older, "alter default privileges grant all on tables to public", "drop role if exists chatdb_test_reader")
     fill(older, conversations=1, messages=1)
     adopt(older)
@@ -549,7 +549,7 @@ def test_nobody_else_may_read(older: str) -> None:
 
 
 def test_rows_that_a_policy_hides(older: str) -> None:
-    """A role that does not see all rows is refused, instead of taking the others for gone."""
+    """A role that cannot see all rows is refused; it would take the hidden ones for deleted."""
     fill(older, conversations=1, messages=1)
     execute(
         older,
@@ -573,20 +573,20 @@ def test_rows_that_a_policy_hides(older: str) -> None:
 
 
 def test_writers_that_have_not_ended(older: str) -> None:
-    """An open transaction that has written keeps the report from saying that nothing is left."""
+    """While a transaction that has written is open, the report does not say that nothing is left."""
     fill(older, conversations=1, messages=1)
     with psycopg.connect(older) as writing:
         writing.execute("insert into messages select 100, 1, 'u0', 'user', 'not yet', now()")
         report = adopt(older)
         assert (report.writers, report.is_complete, report.remaining) == (1, False, Counts(0, 0))
-        assert "1 transactions that write to the originals have not ended" in report.described()
+        assert "1 open transactions have written to the original tables" in report.described()
         assert "nothing is left" not in report.described()
         writing.commit()
     assert adopt(older).adopted == Counts(0, 1)
 
 
 def test_a_busy_conversation(older: str) -> None:
-    """A conversation that another transaction holds is waited for, and not for ever."""
+    """The wait for a conversation that another transaction has locked is bounded."""
     fill(older, conversations=2, messages=2)
     adopt(older)
     add(older, a_message(1, "u0"))
@@ -597,12 +597,12 @@ def test_a_busy_conversation(older: str) -> None:
         with ThreadPoolExecutor() as pool:
             done = pool.submit(adopt, older)
             wait_until(older, BLOCKED)
-            busy.commit()  # which makes the row another than that of the snapshot
+            busy.commit()  # changes the row after the snapshot
             assert done.result(60).adopted == Counts(0, 1)
 
 
 def test_appends_all_the_time(older: str) -> None:
-    """Where others append to the same conversations without a pause, adopting comes to its end, and seq is dense."""
+    """An adoption ends although others append to the same conversations without a pause, and seq has no gaps."""
     fill(older, conversations=1, messages=2)
     adopt(older)
     script = (
@@ -637,7 +637,7 @@ BLOCKED = (
 
 
 def wait_until(dsn: str, condition: str) -> None:
-    """Wait until a statement gives true."""
+    """Wait until a statement returns true."""
     deadline = time.monotonic() + 60
     while not one(dsn, condition):
         assert time.monotonic() < deadline, condition
@@ -658,7 +658,7 @@ adopt(sys.argv[1], batch=20, progress=told)
 
 @contextmanager
 def adopting(dsn: str, batches: int) -> Iterator[subprocess.Popen[str]]:
-    """Give a process that adopts and has come to the end of some batches; kill it at the end of the block."""
+    """Yield a process that has finished a number of batches and waits; kill it when the block ends."""
     with subprocess.Popen(
         [sys.executable, "-c", SCRIPT, dsn], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -679,7 +679,7 @@ INSIDE = ("chatdb.messages", "chatdb_adopt.messages", "chatdb_adopt.quarantine_m
 
 
 async def test_killed_inside_a_batch(older: str) -> None:
-    """A run that is killed before a statement of a batch leaves whole batches, and the next one brings the rest."""
+    """A run killed in the middle of a batch leaves only whole batches, and the next run adopts the rest."""
     fill(older, conversations=4, messages=5)
     adopt(older)
     for place, table in enumerate(INSIDE):
@@ -695,8 +695,8 @@ async def test_killed_inside_a_batch(older: str) -> None:
             wait_until(older, BLOCKED)
             process.send_signal(signal.SIGKILL)
             process.wait()
-        report = adopt(older)  # waits for the lock of the killed one
-        assert 0 < report.adopted.messages < len(ids) + 1, "some batches were there, and some were not"
+        report = adopt(older)  # waits for the killed run's lock
+        assert 0 < report.adopted.messages < len(ids) + 1, "some batches were committed, some were not"
         assert report.is_complete
         assert set(bad) <= set(aside(older))
     assert await stored(older) == expected(older, without=set(aside(older)))
@@ -704,7 +704,7 @@ async def test_killed_inside_a_batch(older: str) -> None:
 
 @pytest.mark.parametrize("batches", [1, 3])
 async def test_killed_between_batches(older: str, batches: int) -> None:
-    """A run that is killed after some batches is taken up by the next, with the same result as without it."""
+    """The next run continues one killed after some batches, with the same result as an uninterrupted run."""
     fill(older, conversations=12, messages=9)
     with adopting(older, batches=batches):
         pass
@@ -715,7 +715,7 @@ async def test_killed_between_batches(older: str, batches: int) -> None:
 
 
 async def test_two_at_once(older: str) -> None:
-    """One works, and the other waits and finds nothing to do."""
+    """Of concurrent runs one works; the others wait and find nothing to do."""
     fill(older)
     with ThreadPoolExecutor() as pool:
         reports = list(pool.map(adopt, [older] * 3))
@@ -723,12 +723,12 @@ async def test_two_at_once(older: str) -> None:
     assert await stored(older) == expected(older)
     with psycopg.connect(older) as other:
         other.execute("select pg_advisory_lock(%s)", [0x636861746462])
-        with pytest.raises(UnavailableError, match="another process"):
+        with pytest.raises(UnavailableError, match="another operator command"):
             adopt(older, wait=0.1)
 
 
 async def test_while_the_older_service_writes(older: str) -> None:
-    """The cut-over as it is documented, under a service that writes without a pause, loses nothing."""
+    """The documented cut-over loses nothing while a service writes without a pause."""
     role = "older_service"
     script = DOCUMENT.partition("```sql\n")[2].partition("```")[0]
     assert role in script
@@ -764,7 +764,7 @@ async def test_while_the_older_service_writes(older: str) -> None:
 
 @pytest.mark.chaos
 def test_a_large_table(older: str, pytestconfig: pytest.Config) -> None:
-    """A hundred thousand messages, without an index on the older table, come in batches and in order."""
+    """A hundred thousand messages are adopted in batches and in order, without an index on the older table."""
     total = 40_000 if pytestconfig.getoption("--quick") else 100_000
     conversations = total // 20
     execute(
@@ -789,14 +789,14 @@ def test_a_large_table(older: str, pytestconfig: pytest.Config) -> None:
 
 
 def test_the_command(older: str) -> None:
-    """The command says what it does, in lines or as JSON, and shows no text of a message."""
+    """The command reports as text or JSON and never shows a message's text."""
     fill(older, conversations=2, messages=2)
     add(older, a_message(1, "else", content="a secret"))
     env = {"DATABASE_URL": "postgresql://127.0.0.1:1/none", "CHATDB_MIGRATE_URL": older}
-    assert "would adopt 2 conversations, 4 messages\nwould keep aside" in command("adopt", "--dry-run", env=env)
+    assert "would adopt 2 conversations, 4 messages\nwould quarantine" in command("adopt", "--dry-run", env=env)
     said = command("adopt", env=env)
     assert re.match(r"adopted 2 conversations, 4 messages in \d+\.\d s", said)
-    assert "kept aside 0 conversations, 1 messages: its user is not its conversation's\nnothing is left" in said
+    assert "quarantined 0 conversations, 1 messages: its user is not its conversation's\nnothing is left" in said
     execute(older, "delete from conversations where id = 2")
     assert "--yes" in command("adopt", "--delete-gone", env=env, code=1)
     report = json.loads(command("adopt", "--delete-gone", "--yes", "--json", env=env))
@@ -808,13 +808,13 @@ def test_the_command(older: str) -> None:
 
 
 async def test_tables_made_anew_since(older: str) -> None:
-    """Where chatdb's tables were taken back and made anew, an adoption says so, and does not take itself for done."""
+    """If chatdb's tables were rolled back and recreated, an adoption says so instead of reporting success."""
     fill(older)
     adopt(older)
     before = await stored(older)
     rollback_migrations(older)
     apply_migrations(older)
-    with pytest.raises(SchemaError, match="made anew since"):
+    with pytest.raises(SchemaError, match="recreated since"):
         adopt(older)
     rollback_migrations(older, to="0001")
     apply_migrations(older)
@@ -824,14 +824,14 @@ async def test_tables_made_anew_since(older: str) -> None:
 
 
 def test_the_files_are_numbered_in_the_order_of_the_steps() -> None:
-    """Each file is a step's, and the steps run in the order of the files; some run again in a later phase."""
+    """Every file belongs to a step, and steps run in file order; some run again in a later phase."""
     phases = [each for each in vars(steps).values() if isinstance(each, tuple)]
     files = [steps.FIND_COLUMNS, *dict.fromkeys(step.file for phase in phases for step in phase)]
     assert files == sorted(path.stem for path in (ROOT / "sql" / "adopt").glob("*.sql"))
 
 
 async def test_the_tables_of_an_older_build(older: str) -> None:
-    """An adoption that was begun when the tables of what is quarantined had other names goes on, and loses no row."""
+    """An adoption begun when the quarantine tables had other names continues and loses no row."""
     fill(older, conversations=3, messages=2)
     add(older, a_message(1, "else"))
     adopt(older)

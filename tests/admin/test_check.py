@@ -1,4 +1,4 @@
-"""`chatdb check` and `check_schema` on real databases, whole and damaged: each damage is found, named and fixed."""
+"""`chatdb check` and `check_schema` on intact and damaged databases: they find and name each damage and its fix."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KEY = "uq_messages_user_id_conversation_id_key"
 
 
 def run(dsn: str, *arguments: str, code: int, program: tuple[str, ...] = ()) -> str:
-    """Run `chatdb check`, in this process unless a program is named; return what it prints, never the DSN."""
+    """Run `chatdb check`, in this process unless `program` is given; return its output, which never has the DSN."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATABASE_URL", dsn)
         patch.delenv("CHATDB_MIGRATE_URL", raising=False)
@@ -63,15 +63,15 @@ def run(dsn: str, *arguments: str, code: int, program: tuple[str, ...] = ()) -> 
 
 
 def wrong(dsn: str, *arguments: str, program: tuple[str, ...] = ()) -> dict[str, tuple[str, str]]:
-    """Return what `chatdb check --json` finds missing or different, each with its state and hint."""
+    """Return the problems that `chatdb check --json` finds, each with its state and hint."""
     found = json.loads(run(dsn, "--json", *arguments, code=1, program=program))
     places = [each["state"] in {"missing", "different"} for each in found]
-    assert places == sorted(places), "what is wrong comes last"
+    assert places == sorted(places), "problems come last"
     return {each["what"]: (each["state"], each["hint"]) for each, is_bad in zip(found, places, strict=True) if is_bad}
 
 
 def checked(dsn: str) -> str:
-    """Return what `check_schema` says, the empty text if all is well."""
+    """Return the error text of `check_schema`, empty if the schema is correct."""
 
     async def check() -> str:
         async with chatdb.create_pool(dsn, min_size=1, max_size=1) as db:
@@ -85,7 +85,7 @@ def checked(dsn: str) -> str:
 
 
 def fix(dsn: str, hint: str) -> None:
-    """Do what a hint says."""
+    """Follow a hint."""
     for statement in re.split("; (?:or, to have it empty: )?|, then ", hint):
         if statement == "chatdb migrate":
             apply_migrations(dsn)
@@ -94,14 +94,14 @@ def fix(dsn: str, hint: str) -> None:
 
 
 def test_a_healthy_database(dsn: str) -> None:
-    """All that is looked at is listed, and all of it is well."""
+    """Every check is listed, and every check passes."""
     found = {each["what"]: each["state"] for each in json.loads(run(dsn, "--json", code=0, program=(str(PROGRAM),)))}
     listed = ["server", "extensions", "encoding", "pooler", "table conversations", "table messages"]
     listed += ["checks of messages", "primary key pk_messages", f"index {KEY}", "cascade fk_messages_conversation"]
     listed += ["migration 0001.chatdb-create-schema", "statements", "row-level security"]
     assert {each: found[each] for each in listed} == dict.fromkeys(listed, "ok")
     assert found.pop("users") == "note", "the link to the host's users is optional"
-    with psycopg.connect(dsn) as connection:  # up to PostgreSQL 14 every role may create in a new database's public
+    with psycopg.connect(dsn) as connection:  # up to PostgreSQL 14, every role may create objects in public
         is_open = connection.info.server_version < 150_000
     assert found.pop("schema public", None) == ("note" if is_open else None)
     assert set(found.values()) == {"ok"}
@@ -109,7 +109,7 @@ def test_a_healthy_database(dsn: str) -> None:
 
 
 def test_more_is_welcome(dsn: str) -> None:
-    """Columns, tables and indexes of a newer release, and its migration, are no damage, in any search_path."""
+    """A newer release's columns, tables, indexes and migration count as no damage, with any search_path."""
     execute(
         dsn,
         "alter table chatdb.messages add column language text, add check (language <> '')",
@@ -210,19 +210,19 @@ def test_more_is_welcome(dsn: str) -> None:
     }.values(),
 )
 def test_damage_to_the_catalog(dsn: str, damage: str, found: dict[str, str]) -> None:
-    """What was done to a table is found and named by both, nothing else is, and the hints fix it."""
+    """Both checks find and name exactly the damage, and the hints fix it."""
     execute(dsn, damage)
     bad = wrong(dsn)
     assert {what: state for what, (state, _) in bad.items()} == found
-    assert any(each.what.startswith("statement") for each in inspect(dsn)), "what is wrong leaves nothing unsaid"
+    assert any(each.what.startswith("statement") for each in inspect(dsn)), "problems hide no other finding"
     said = checked(dsn)
     for what in found:
-        if what.startswith("migration"):  # which check_schema does not read
+        if what.startswith("migration"):  # check_schema does not read them
             continue
         assert what.split(" ")[1].removeprefix("messages.").removeprefix("conversations.") in said
     for _, hint in bad.values():
         fix(dsn, hint)
-    if "drop expression" in damage:  # the column was made anew, and its index went with the old one
+    if "drop expression" in damage:  # recreating the column dropped its index
         (index,) = filter(is_wrong, inspect(dsn))
         fix(dsn, index.hint)
     assert [each for each in inspect(dsn) if is_wrong(each)] == []
@@ -230,7 +230,7 @@ def test_damage_to_the_catalog(dsn: str, damage: str, found: dict[str, str]) -> 
 
 
 def test_hints_are_what_one_would_do(dsn: str) -> None:
-    """A hint is the statement for the very damage, no more: validate, reindex, alter the one column."""
+    """A hint fixes the damage and no more: validate, reindex, alter one column."""
     execute(
         dsn,
         f"{CASCADE} on delete cascade not valid",
@@ -252,7 +252,7 @@ def test_hints_are_what_one_would_do(dsn: str) -> None:
 
 
 def test_no_schema_at_all(empty_dsn: str) -> None:
-    """An empty database lacks the schema and the migrations, which chatdb migrate brings."""
+    """An empty database lacks the schema and the migrations; chatdb migrate fixes both."""
     bad = wrong(empty_dsn)
     assert set(bad) == {"schema chatdb", *(f"migration {file.name}" for file in migration_files())}
     assert set(bad.values()) == {("missing", "chatdb migrate")}
@@ -262,7 +262,7 @@ def test_no_schema_at_all(empty_dsn: str) -> None:
 
 
 def test_a_migration_not_applied(empty_dsn: str) -> None:
-    """A database of an older release lacks a migration, and what lacks with it is for chatdb migrate too."""
+    """If a migration is not applied, the fix for everything it adds is chatdb migrate."""
     apply_migrations(empty_dsn, to="0002")
     assert wrong(empty_dsn) == dict.fromkeys(
         ["migration 0003.chatdb-create-messages", "table messages"], ("missing", "chatdb migrate")
@@ -271,7 +271,7 @@ def test_a_migration_not_applied(empty_dsn: str) -> None:
 
 
 def test_a_migration_of_another_content(dsn: str) -> None:
-    """A migration that was applied with another content is named; one of which only yoyo knows is well."""
+    """A migration applied with different content is named; one that only yoyo recorded is fine."""
     execute(dsn, "update chatdb._chatdb_migration set sha256 = 'x' where migration_id = '0003.chatdb-create-messages'")
     bad = wrong(dsn)
     assert [*bad] == ["migration 0003.chatdb-create-messages"]
@@ -282,7 +282,7 @@ def test_a_migration_of_another_content(dsn: str) -> None:
 
 
 def test_an_edited_file(dsn: str, tmp_path: Path) -> None:
-    """A migration file that was edited is named, by the command of that installation too."""
+    """An edited migration file is named, also by the command of that installation."""
     for folder in ("chatdb", "migrations", "sql"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     path = tmp_path / "migrations" / "0003.chatdb-create-messages.sql"
@@ -296,7 +296,7 @@ def test_an_edited_file(dsn: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def role(dsn: str):
-    """Give a role that has all privileges on chatdb's tables in the test's database, and a name to be quoted."""
+    """Yield a role with all privileges on chatdb's tables and a name that needs quotes."""
     name = "Chatdb test-reader"
     execute(
         dsn,
@@ -309,7 +309,7 @@ def role(dsn: str):
 
 
 def test_a_revoked_privilege(dsn: str, role: str) -> None:
-    """What a role lacks is named, and granted by the hint; a role that is not there is said to be so."""
+    """The check names missing privileges, the hint grants them, and an unknown role is reported."""
     run(dsn, "--role", role, code=0)
     execute(
         dsn,
@@ -323,7 +323,7 @@ def test_a_revoked_privilege(dsn: str, role: str) -> None:
         f'grant update, delete on chatdb.messages to "{role}"',
         f'grant usage on schema chatdb to "{role}"',
     }
-    run(dsn, code=0)  # the connecting role has them
+    run(dsn, code=0)  # the connecting role lacks none
     for each in found:
         fix(dsn, each["hint"])
     run(dsn, "--role", role, code=0)
@@ -333,7 +333,7 @@ def test_a_revoked_privilege(dsn: str, role: str) -> None:
 
 
 def test_a_role_with_few_rights(server: str, dsn: str) -> None:
-    """The check runs as the service's own role, which may not read yoyo's tables, and as one that may do nothing."""
+    """The check runs as the service's role, which may not read yoyo's tables, and as a role without privileges."""
     name = "chatdb_test_checker"
     execute(dsn, f"create role {name} login password '{name}'")
     try:
@@ -343,7 +343,7 @@ def test_a_role_with_few_rights(server: str, dsn: str) -> None:
             execute(dsn, statement)
         found = {each.what: each for each in inspect(as_role(dsn, name))}
         assert found["migrations"].state == "note"
-        assert "lack of privileges" in found["statements"].detail
+        assert "lacks privileges" in found["statements"].detail
         execute(dsn, f"grant select, insert, update, delete on all tables in schema chatdb to {name}")
         run(as_role(dsn, name), code=0)
     finally:
@@ -351,7 +351,7 @@ def test_a_role_with_few_rights(server: str, dsn: str) -> None:
 
 
 def test_an_encoding_that_lacks_characters(server: str) -> None:
-    """A database that is not in UTF-8 is found, and read without a failure."""
+    """The check reports a database that is not in UTF-8, and reads it without a failure."""
     name = f"chatdb_test_{os.getpid()}_latin1"
     with psycopg.connect(server) as connection:
         provider = "locale_provider libc" if connection.info.server_version >= 150_000 else ""
@@ -362,14 +362,14 @@ def test_an_encoding_that_lacks_characters(server: str) -> None:
 
 @pytest.mark.parametrize(("oldest", "newest", "state"), [(99, 99, "different"), (1, 2, "note")])
 def test_the_servers_version(dsn: str, monkeypatch: pytest.MonkeyPatch, oldest: int, newest: int, state: str) -> None:
-    """A server that is too old is wrong, and one that is newer is a note."""
+    """A server that is too old is a problem; a newer one is a note."""
     monkeypatch.setattr(inspection, "OLDEST", oldest)
     monkeypatch.setattr(inspection, "NEWEST", newest)
     assert next(each for each in inspect(dsn) if each.what == "server").state == state
 
 
 def test_an_index_that_a_failed_build_left(dsn: str) -> None:
-    """An invalid index beside chatdb's own is a note, with what drops it."""
+    """An invalid index that is not chatdb's is a note with a hint that drops it."""
     execute(
         dsn,
         "create index ix_messages_key_ccnew on chatdb.messages (key)",
@@ -378,7 +378,7 @@ def test_an_index_that_a_failed_build_left(dsn: str) -> None:
     found = {each.what: each for each in inspect(dsn)}
     assert found["index ix_messages_key_ccnew"][1:] == (
         "note",
-        "is invalid: left over by a build that failed",
+        "is invalid: a failed build left it behind",
         "chatdb migrate",
     )
     apply_migrations(dsn)
@@ -386,7 +386,7 @@ def test_an_index_that_a_failed_build_left(dsn: str) -> None:
 
 
 def test_the_plans(dsn: str) -> None:
-    """With much in the tables each statement is planned with its index; without them those are named that lack one."""
+    """On large tables each statement's plan uses its index; without the indexes the check names the statements."""
     with connected(dsn) as connection:
         assert "too small to tell" in check_plans(connection)[0].detail
         connection.execute(DATA.encode())
@@ -394,13 +394,13 @@ def test_the_plans(dsn: str) -> None:
         assert (found.state, found.detail) == ("ok", "each is planned with an index")
         connection.execute(f"alter table chatdb.messages drop constraint pk_messages; drop index chatdb.{KEY}".encode())
         bad = {each.what: each.detail for each in check_plans(connection) if is_wrong(each)}
-        assert bad["statement get_history"] == "no index serves it: it reads the whole of messages"
+        assert bad["statement get_history"] == "no index serves it: it scans all of messages"
         assert "SQLSTATE 42P10" in bad["statement append_message_keyed"]
         assert "statement list_conversations" not in bad
 
 
 def test_a_planner_that_shuns_indexes(dsn: str) -> None:
-    """A statement that is planned to read a large table whole, though it has an index, is a note with what helps."""
+    """A plan that scans a large table despite an index is a note with a hint."""
     execute(
         dsn,
         "insert into chatdb.conversations (user_id, id) select 'alice', n from generate_series(1, 2000) as n",
@@ -418,7 +418,7 @@ def test_a_planner_that_shuns_indexes(dsn: str) -> None:
 
 
 def test_it_changes_nothing(dsn: str) -> None:
-    """The check reads only: a role that may only read runs it, and a session is left as it was."""
+    """The check writes nothing, works in a read-only session, and leaves the session as it was."""
     with connected(dsn) as connection:
         check_plans(connection)
         assert connection.execute("select name from pg_prepared_statements where name like 'chatdb%'").fetchall() == []
@@ -429,7 +429,7 @@ def test_it_changes_nothing(dsn: str) -> None:
 
 
 def test_how_it_is_shown(dsn: str) -> None:
-    """On a terminal and elsewhere every thing is shown that was looked at, by its whole name, and last the verdict."""
+    """On a terminal and in a pipe, the output has each check with its full name, then the verdict."""
     execute(
         dsn, f'drop index chatdb.ix_conversations_user_id_active_on; create index "{"x" * 63}" on chatdb.messages (seq)'
     )
@@ -458,7 +458,7 @@ def test_how_it_is_shown(dsn: str) -> None:
     ],
 )
 def test_a_search_path_that_ends_with_pg_catalog(dsn: str, roles: Roles, path: str, *, is_found: bool) -> None:
-    """A setting by which names are looked up elsewhere first is found, of this role, the database and another role."""
+    """A search_path with another schema before pg_catalog is found for this role, the database and another role."""
     with psycopg.connect(dsn) as connection:
         database, user = connection.info.dbname, connection.info.user
 
@@ -476,7 +476,7 @@ def test_a_search_path_that_ends_with_pg_catalog(dsn: str, roles: Roles, path: s
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_through_poolers(dsn: str, tmp_path: Path, version: str) -> None:
-    """A pooler in transaction mode is noted, and the check works through it."""
+    """A transaction pooler is noted, and the check works through it."""
     with pgbouncer(dsn, tmp_path, version) as pooled:
         found = {each.what: each for each in inspect(pooled)}
     assert found["pooler"].state == "note"
@@ -485,7 +485,7 @@ def test_through_poolers(dsn: str, tmp_path: Path, version: str) -> None:
 
 
 def test_a_server_that_is_not_there() -> None:
-    """An unreachable server is one sentence without the password."""
+    """The error for an unreachable server is one sentence without the password."""
     command = [PROGRAM, "check", "--json"]
     env = os.environ | {"DATABASE_URL": "postgresql://a:secret@127.0.0.1:1/x"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -495,7 +495,7 @@ def test_a_server_that_is_not_there() -> None:
 
 
 def test_quoted_identifiers_are_no_difference(dsn: str) -> None:
-    """With `quote_all_identifiers` on, a good schema is good, and a changed one is not."""
+    """With `quote_all_identifiers` on, a correct schema passes and a changed one does not."""
     execute(
         dsn,
         "do $$ begin execute format('alter database %I set quote_all_identifiers = on', current_database()); end $$",

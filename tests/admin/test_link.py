@@ -1,4 +1,4 @@
-"""The link to the host's own users: what it refuses, that it can be run again anywhere, and what it then does."""
+"""The link to the host's own users: what it refuses, how it resumes, and what it does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOT_VALID = (
 
 @pytest.fixture
 def host(dsn: str) -> str:
-    """Give a database whose host has users, alice and bob, each with a conversation of two messages."""
+    """Return the DSN of a database with a users table: alice and bob, each with a conversation of two messages."""
     execute(
         dsn,
         "create table public.users (id varchar(50) primary key, name text)",
@@ -39,18 +39,18 @@ def host(dsn: str) -> str:
 
 
 def rows(dsn: str, statement: str) -> list[tuple[object, ...]]:
-    """Return what a statement gives."""
+    """Return the rows of a statement."""
     with psycopg.connect(dsn) as connection:
         return connection.execute(statement).fetchall()
 
 
 def state(dsn: str) -> list[tuple[object, ...]]:
-    """Return the link's definition, if it is there."""
+    """Return the link's definition, if it exists."""
     return rows(dsn, f"select pg_get_constraintdef(oid) from pg_constraint where conname = '{LINK}'")
 
 
 def users_of_check(dsn: str) -> str:
-    """Return the state of the link as `chatdb check` sees it."""
+    """Return the state of the link according to `chatdb check`."""
     return next(each.state for each in inspect(dsn) if each.what == "users")
 
 
@@ -58,7 +58,7 @@ LINKED = [("FOREIGN KEY (user_id) REFERENCES users(id) ON DELETE CASCADE",)]
 
 
 def test_a_deleted_user_takes_his_chats_along(host: str) -> None:
-    """Deleting a row of the host's deletes its conversations and messages, and nobody else's."""
+    """Deleting a user in the host's table deletes that user's conversations and messages, and no others."""
     assert users_of_check(host) == "note"
     assert link_users(host, table="public.users") == ("public.users", "id", ["add", "validate"])
     assert state(host) == LINKED
@@ -69,7 +69,7 @@ def test_a_deleted_user_takes_his_chats_along(host: str) -> None:
 
 
 async def test_an_unknown_user(host: str) -> None:
-    """A conversation of a user whom the host does not have is refused, by the name of the argument."""
+    """A conversation of an unknown user is refused with an error that names the argument."""
     await asyncio.to_thread(link_users, host, table="users")
     async with chatdb.create_pool(host) as db:
         await chatdb.check_schema(db)
@@ -85,7 +85,7 @@ async def test_an_unknown_user(host: str) -> None:
 
 @pytest.mark.parametrize("kind", ["text", "varchar", "char(40)", "name", "a_domain"])
 def test_types_that_compare_with_text(dsn: str, kind: str) -> None:
-    """Every type of texts can be linked to, by a name that has to be quoted too."""
+    """Every text type can be linked, even under a name that needs quotes."""
     execute(
         dsn,
         "create domain a_domain as varchar(40)",
@@ -102,13 +102,13 @@ def test_types_that_compare_with_text(dsn: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["uuid", "bigint", "integer", "bytea"])
 def test_types_that_do_not(dsn: str, kind: str) -> None:
-    """An id of another type is refused with the reason and a way out, which works."""
+    """An id of another type is refused with the reason and a fix that works."""
     execute(dsn, f"create table users (id {kind} primary key)")
     for dry_run in (True, False):
         with pytest.raises(chatdb.InvalidInputError, match=f"type {kind}, .* a text") as caught:
             link_users(dsn, table="users", dry_run=dry_run)
     assert caught.value.parameter == "column"
-    if kind != "bytea":  # whose text depends on a setting
+    if kind != "bytea":  # its text form depends on a setting
         execute(dsn, str(caught.value).partition("as text: ")[2])
         assert link_users(dsn, table="users", column="user_key").steps == ["add", "validate"]
 
@@ -120,8 +120,8 @@ def test_types_that_do_not(dsn: str, kind: str) -> None:
         ({"table": "users; drop table users"}, "table", "no "),
         ({"table": "a.b.c.d"}, "table", "no "),
         ({"table": ""}, "table", "no "),
-        ({"table": "viewed"}, "table", "no ordinary table"),
-        ({"table": "unlogged"}, "table", "no ordinary table"),
+        ({"table": "viewed"}, "table", "not an ordinary table"),
+        ({"table": "unlogged"}, "table", "not an ordinary table"),
         ({"table": "users", "column": "ids"}, "column", "public.users has no column 'ids'"),
         ({"table": "users", "column": "name"}, "column", "public.users.name is neither .* unique"),
         ({"table": "users", "column": "half"}, "column", "public.users.half is neither .* unique"),
@@ -129,7 +129,7 @@ def test_types_that_do_not(dsn: str, kind: str) -> None:
     ],
 )
 def test_what_cannot_be_referenced(host: str, arguments: dict[str, str], parameter: str, sentence: str) -> None:
-    """A table or a column that a foreign key cannot reference is refused before anything is locked."""
+    """A table or column that a foreign key cannot reference is refused before anything is locked."""
     execute(
         host,
         "alter table users add column half text, add column late text unique deferrable",
@@ -144,7 +144,7 @@ def test_what_cannot_be_referenced(host: str, arguments: dict[str, str], paramet
 
 
 def test_users_that_the_host_lacks(host: str) -> None:
-    """Users with conversations whom the host does not have are listed, twenty of them, with their number."""
+    """The error lists up to twenty users whom the host lacks, and their total number."""
     execute(host, "insert into chatdb.conversations (user_id) select 'u' || n % 25 from generate_series(100, 199) as n")
     for dry_run in (True, False):
         with pytest.raises(UsersMissingError, match="lacks 25 users") as caught:
@@ -157,7 +157,7 @@ def test_users_that_the_host_lacks(host: str) -> None:
 
 
 def test_again_after_it_was_killed(host: str) -> None:
-    """The next run validates what one that was killed has left; an older user who is missing ends the link."""
+    """The next run validates what a killed run left; if the host lacks an older user, it removes the link."""
     execute(host, NOT_VALID)
     assert users_of_check(host) == "different"
     assert link_users(host, table="users").steps == ["validate"]
@@ -180,7 +180,7 @@ def test_again_after_it_was_killed(host: str) -> None:
     ],
 )
 def test_a_link_of_another_kind(host: str, other: str) -> None:
-    """A link to another table or column, or without the cascade, is refused, and --unlink makes way."""
+    """A link to another table or column, or without the cascade, is refused until --unlink removes it."""
     execute(host, "create table people (id text primary key)", "alter table users add unique (name)", other)
     with pytest.raises(chatdb.InvalidInputError, match="--unlink"):
         link_users(host, table="users")
@@ -192,7 +192,7 @@ def test_a_link_of_another_kind(host: str, other: str) -> None:
 
 
 def test_an_owner_who_may_only_reference_the_users(host: str) -> None:
-    """Who owns chatdb's tables needs no more on the host's than to read and reference them, and is told so."""
+    """The owner of chatdb's tables needs only SELECT and REFERENCES on the host's, and the error names them."""
     name = "chatdb_test_owner"
     execute(
         host,
@@ -212,7 +212,7 @@ def test_an_owner_who_may_only_reference_the_users(host: str) -> None:
 
 
 def test_without_chatdbs_tables(empty_dsn: str) -> None:
-    """Without the migrations it is a SchemaError that says so."""
+    """Without chatdb's tables, a SchemaError says what to run."""
     execute(empty_dsn, "create table users (id text primary key)")
     with pytest.raises(chatdb.SchemaError, match="chatdb migrate"):
         link_users(empty_dsn, table="users")
@@ -222,7 +222,7 @@ def test_without_chatdbs_tables(empty_dsn: str) -> None:
 
 @pytest.mark.parametrize("held", ["chatdb.conversations", "public.users"])
 def test_a_busy_table(host: str, held: str) -> None:
-    """Behind a long transaction it gives up within its time, lets writers through meanwhile, and has left nothing."""
+    """Behind a long transaction, linking gives up in time, lets writers through, and leaves nothing behind."""
     with psycopg.connect(host) as other, psycopg.connect(host, autocommit=True) as writer:
         other.execute(f"lock table {held} in row exclusive mode")
         started = time.monotonic()
@@ -237,7 +237,7 @@ def test_a_busy_table(host: str, held: str) -> None:
 
 @pytest.mark.chaos
 async def test_writers_at_work(request: pytest.FixtureRequest, host: str) -> None:
-    """Those who append, and who add a user and his conversation in either order of tables, get no errors meanwhile."""
+    """Concurrent appends, and transactions that write both tables in either order, get no errors."""
     stop, made = asyncio.Event(), [0, 0]
 
     async def append(db: chatdb.pool.Pool) -> None:
@@ -273,13 +273,13 @@ async def test_writers_at_work(request: pytest.FixtureRequest, host: str) -> Non
 
 
 async def test_many_at_once(host: str) -> None:
-    """Of many that link at once one does, and the others find it done."""
+    """Of concurrent calls one links; the others find nothing to do."""
     done = await asyncio.gather(*(asyncio.to_thread(link_users, host, table="users") for _ in range(4)))
     assert sorted(len(each.steps) for each in done) == [0, 0, 0, 2]
 
 
 def test_the_command(host: str) -> None:
-    """`chatdb link-users` says what it does, tells without doing, lists who is missing, and takes the link back."""
+    """`chatdb link-users` reports what it does, has a dry run, lists missing users, and unlinks."""
     env = {"DATABASE_URL": host}
     assert "--table" in command("link-users", env=env, code=2)
     said = command("link-users", "--table", "users", "--dry-run", env=env)
@@ -310,7 +310,7 @@ def test_the_command(host: str) -> None:
     ],
 )
 def test_names_are_as_in_sql_or_as_they_are_spelled(dsn: str, table: str, column: str, taken: tuple[str, str]) -> None:
-    """One rule holds for the table and the column: SQL's, and a name not found so is taken as it is spelled."""
+    """Table and column names are read as in SQL, and if that finds nothing, as spelled."""
     execute(
         dsn,
         'create table public."Users" ("userId" text primary key)',
@@ -336,6 +336,6 @@ def test_names_are_as_in_sql_or_as_they_are_spelled(dsn: str, table: str, column
     ],
 )
 def test_wrong_names_are_said(host: str, table: str, column: str, sentence: str) -> None:
-    """A name that leads nowhere is an error of its argument, which says how names are written."""
+    """An unknown name is an error that names the argument and says how to write names."""
     with pytest.raises(chatdb.InvalidInputError, match=sentence):
         link_users(host, table=table, column=column)

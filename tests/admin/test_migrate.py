@@ -1,4 +1,4 @@
-"""`chatdb migrate` and `chatdb rollback`: what they add to yoyo."""
+"""`chatdb migrate` and `chatdb rollback`, and what they add to yoyo."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.owner
 
 
 def test_twenty_at_once(empty_dsn: str) -> None:
-    """Of twenty processes that start at once on an empty database all end well, and each migration is applied once."""
+    """Twenty processes that start at once on an empty database all succeed and apply each migration once."""
     barrier, queue = processes.Barrier(20), processes.Queue()
     started = [processes.Process(target=migrate_at, args=(barrier, queue, empty_dsn)) for _ in range(20)]
     for process in started:
@@ -55,7 +55,7 @@ def test_twenty_at_once(empty_dsn: str) -> None:
 
 
 def test_one_that_waits(empty_dsn: str) -> None:
-    """While another is at it one waits, at most as long as it was told, and says which server process it is."""
+    """A second command waits at most `wait` seconds for the first, and names the server process that it waits for."""
     with advisory_lock(empty_dsn, wait=0) as connection:
         with pytest.raises(chatdb.UnavailableError, match=f"server process {connection.info.backend_pid}"):
             apply_migrations(empty_dsn, wait=0)
@@ -67,7 +67,7 @@ def test_one_that_waits(empty_dsn: str) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_through_poolers(empty_dsn: str, tmp_path: Path, version: str) -> None:
-    """A transaction pooler is refused, with the way out; a session pooler is not."""
+    """A transaction pooler is refused with a fix; a session pooler works."""
     with pgbouncer(empty_dsn, tmp_path, version) as dsn:
         said = command("migrate", env={"DATABASE_URL": dsn}, code=1)
         assert "CHATDB_MIGRATE_URL" in said
@@ -81,37 +81,37 @@ def test_through_poolers(empty_dsn: str, tmp_path: Path, version: str) -> None:
 
 
 def test_an_edited_file(empty_dsn: str, folder: Path) -> None:
-    """A released file that was edited, or is gone, or was never released, is named, and nothing is applied."""
+    """An edited, missing or unreleased file is named, and nothing is applied."""
     edited = folder / f"{NAMES[1]}.sql"
     edited.write_text(edited.read_text() + "-- a word\n")
     (folder / f"{NAMES[2]}.rollback.sql").unlink()
-    with pytest.raises(chatdb.ConfigurationError, match=f"{NAMES[1]}.sql is not as it was released"):
+    with pytest.raises(chatdb.ConfigurationError, match=f"{NAMES[1]}.sql does not match its checksum"):
         apply_migrations(empty_dsn, folder=folder)
     shutil.copy(ROOT / "migrations" / edited.name, edited)
     with pytest.raises(chatdb.ConfigurationError, match=f"{NAMES[2]}.rollback.sql is missing"):
         apply_migrations(empty_dsn, folder=folder)
     shutil.copy(ROOT / "migrations" / f"{NAMES[2]}.rollback.sql", folder)
     (folder / "0009.mine.sql").write_text("select 1;")
-    with pytest.raises(chatdb.ConfigurationError, match=r"0009.mine.sql is not as it was released"):
+    with pytest.raises(chatdb.ConfigurationError, match=r"0009.mine.sql does not match its checksum"):
         apply_migrations(empty_dsn, folder=folder)
     assert objects(empty_dsn) == []
 
 
 def test_line_ends_of_windows(folder: Path) -> None:
-    """A checkout with other line ends is no edit."""
+    """Windows line endings in a checkout do not count as an edit."""
     for path in folder.glob("*.sql"):
         path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert migration_files(folder) == [file._replace(path=folder / file.path.name) for file in migration_files()]
 
 
 def test_another_content_was_applied(empty_dsn: str, folder: Path) -> None:
-    """What was applied is remembered by its content, so that a release with another one of the same name is refused."""
+    """A release whose file differs from the applied migration of the same name is refused."""
     apply_migrations(empty_dsn)
     edited = folder / f"{NAMES[2]}.sql"
     edited.write_text(edited.read_text() + "-- a word\n")
     release(folder)
     for call in (apply_migrations, missing_migrations):
-        with pytest.raises(chatdb.SchemaError, match=f"{NAMES[2]} was applied to this database with another content"):
+        with pytest.raises(chatdb.SchemaError, match=f"{NAMES[2]} was applied to this database with different content"):
             call(empty_dsn, folder=folder)
     yoyo(empty_dsn, "apply", "--batch")
     yoyo(empty_dsn, "rollback", "--batch", "--revision", NAMES[2])
@@ -121,7 +121,7 @@ def test_another_content_was_applied(empty_dsn: str, folder: Path) -> None:
 
 
 def test_yoyos_own_are_remembered(empty_dsn: str) -> None:
-    """What yoyo has applied is remembered at the first `chatdb migrate`, and applied again after yoyo took it back."""
+    """The first `chatdb migrate` records what yoyo applied, and later applies again what yoyo rolled back."""
     yoyo(empty_dsn, "apply", "--batch")
     assert migrate.applied_migrations(empty_dsn) == dict.fromkeys(NAMES)
     assert apply_migrations(empty_dsn) == []
@@ -136,7 +136,7 @@ def test_yoyos_own_are_remembered(empty_dsn: str) -> None:
 
 
 def test_a_hosts_own_migrations(empty_dsn: str) -> None:
-    """A host that has migrations of its own in yoyo's tables is not disturbed."""
+    """A host's own migrations in yoyo's tables stay untouched."""
     yoyo(empty_dsn, "apply", "--batch")
     execute(empty_dsn, "insert into _yoyo_migration values ('h', '20260101_01_host', now())")
     assert apply_migrations(empty_dsn) == []
@@ -145,7 +145,7 @@ def test_a_hosts_own_migrations(empty_dsn: str) -> None:
 
 
 def test_dry_run(empty_dsn: str) -> None:
-    """--dry-run prints the SQL and writes nothing, not even its bookkeeping."""
+    """--dry-run prints the SQL and writes nothing, not even the bookkeeping table."""
     env = {"DATABASE_URL": empty_dsn}
     said = command("migrate", "--dry-run", env=env)
     for name in NAMES:
@@ -160,7 +160,7 @@ def test_dry_run(empty_dsn: str) -> None:
 
 
 def test_to(empty_dsn: str) -> None:
-    """--to names the last migration to apply, or to keep, by name or number."""
+    """--to names the last migration to apply or to keep, by name or number."""
     env = {"DATABASE_URL": empty_dsn}
     assert json.loads(command("migrate", "--to", "0001", "--json", env=env)) == {"applied": NAMES[:1]}
     assert json.loads(command("migrate", "--to", NAMES[1], "--json", env=env)) == {"applied": NAMES[1:2]}
@@ -174,7 +174,7 @@ def test_to(empty_dsn: str) -> None:
 
 
 def test_rollback_asks(dsn: str) -> None:
-    """A rollback says what goes and how many rows, and does nothing without a yes."""
+    """A rollback says what it deletes and how many rows, and does nothing without a confirmation."""
     execute(
         dsn,
         "insert into chatdb.conversations (user_id, id, last_seq) values ('alice', 1, 2)",
@@ -193,7 +193,7 @@ def test_rollback_asks(dsn: str) -> None:
 
 
 def answered(answer: str, *arguments: str, env: dict[str, str]) -> str:
-    """Run `chatdb` with a person at the terminal who gives an answer, and return all that it says."""
+    """Run `chatdb` on a terminal that answers its question, and return its output."""
     ours, theirs = pty.openpty()
     os.write(ours, answer.encode())
     done = subprocess.run(
@@ -210,7 +210,7 @@ def answered(answer: str, *arguments: str, env: dict[str, str]) -> str:
 
 
 def test_something_else_in_the_schema(dsn: str) -> None:
-    """A table of someone's own in chatdb's schema keeps the last rollback from taking it along."""
+    """The last rollback fails while chatdb's schema holds a table of the host."""
     execute(dsn, "create table chatdb.mine (id int)")
     with pytest.raises(chatdb.ChatDBError, match="2BP01"):
         rollback_migrations(dsn, to="0")
@@ -219,7 +219,7 @@ def test_something_else_in_the_schema(dsn: str) -> None:
 
 
 def test_a_busy_table(dsn: str) -> None:
-    """A migration that a lock_timeout ends is tried again until the time is over, and loses nothing."""
+    """A migration that hits lock_timeout is retried until `wait` is over, and loses nothing."""
     with transaction(dsn, "select * from chatdb.messages") as connection:
         with pytest.raises(chatdb.UnavailableError, match="55P03"):
             rollback_migrations(dsn, wait=0)
@@ -228,7 +228,7 @@ def test_a_busy_table(dsn: str) -> None:
 
 
 def test_yoyos_lock(empty_dsn: str) -> None:
-    """Yoyo's lock is respected, and broken when it is of a process that is gone for certain."""
+    """Yoyo's lock is respected, and removed only if its process has certainly ended."""
     yoyo(empty_dsn, "apply", "--batch", "--revision", NAMES[0])
     with psycopg.connect(empty_dsn) as yoyos:
         yoyos.execute("insert into yoyo_lock (locked, ctime, pid) values (1, now() at time zone 'UTC', 4711)")
@@ -245,7 +245,7 @@ def test_yoyos_lock(empty_dsn: str) -> None:
 
 
 def test_yoyo_waits(empty_dsn: str) -> None:
-    """`yoyo apply` beside a `chatdb migrate` waits for its end, and applies the same again."""
+    """`yoyo apply` waits for a running `chatdb migrate`, then applies the same files again."""
     yoyo(empty_dsn, "apply", "--batch", "--revision", NAMES[0])
     waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query ~* '^\\s*{}'"
     with transaction(empty_dsn, "create table chatdb.conversations ()") as blocker, ThreadPoolExecutor() as threads:
@@ -262,7 +262,7 @@ def test_yoyo_waits(empty_dsn: str) -> None:
 
 
 def test_invalid_indexes(dsn: str, folder: Path) -> None:
-    """An index that CREATE INDEX CONCURRENTLY left invalid is rebuilt, and the leftover of a REINDEX is dropped."""
+    """An invalid index from CREATE INDEX CONCURRENTLY is rebuilt, and the leftover of a REINDEX is dropped."""
     add(folder, "0004.index-created-at", CONCURRENTLY, "drop index if exists chatdb.ix_messages_created_at;")
     with (
         transaction(dsn, "lock chatdb.messages in share update exclusive mode"),
@@ -270,7 +270,7 @@ def test_invalid_indexes(dsn: str, folder: Path) -> None:
     ):
         apply_migrations(dsn, wait=0, folder=folder)
     with (
-        transaction(dsn, "insert into chatdb.conversations (user_id) values ('a')"),  # for whose end it waits
+        transaction(dsn, "insert into chatdb.conversations (user_id) values ('a')"),  # the index build waits for it
         psycopg.connect(dsn, autocommit=True) as connection,
     ):
         connection.execute("set lock_timeout = '300ms'")
@@ -290,12 +290,12 @@ def test_invalid_indexes(dsn: str, folder: Path) -> None:
 
 
 def make_invalid(dsn: str, index: str) -> None:
-    """Make an index invalid, as a CREATE INDEX CONCURRENTLY leaves it that failed."""
+    """Make an index invalid, as a failed CREATE INDEX CONCURRENTLY does."""
     execute(dsn, f"update pg_index set indisvalid = false where indexrelid = 'chatdb.{index}'::regclass")
 
 
 def test_a_newer_releases_migrations(dsn: str, folder: Path) -> None:
-    """An older release does not take back what stands below a newer one's migrations."""
+    """An older release refuses to roll back below a newer release's migrations."""
     add(folder, "0004.later", "create table if not exists chatdb.later (id int);", "drop table if exists chatdb.later;")
     assert apply_migrations(dsn, folder=folder) == ["0004.later"]
     for call in (rollback_migrations, last_migrations):
@@ -306,15 +306,15 @@ def test_a_newer_releases_migrations(dsn: str, folder: Path) -> None:
 
 
 def test_what_was_agreed_to(dsn: str) -> None:
-    """A rollback that would take back another migration than the one that was agreed to does nothing."""
+    """A rollback does nothing if the migrations are no longer those in `expected`."""
     assert rollback_migrations(dsn, expected=[NAMES[2]]) == [NAMES[2]]
-    with pytest.raises(chatdb.SchemaError, match="migrated this database meanwhile"):
+    with pytest.raises(chatdb.SchemaError, match="migrated this database in the meantime"):
         rollback_migrations(dsn, expected=[NAMES[2]])
     assert value(dsn, "select to_regclass('chatdb.conversations') is not null")
 
 
 def test_a_role_named_chatdb(empty_dsn: str) -> None:
-    """The bookkeeping stays in one schema, although the first migration makes one of the role's name."""
+    """The bookkeeping stays in one schema, although the first migration creates one with the role's name."""
     execute(empty_dsn, "drop role if exists chatdb", "create role chatdb login superuser password 'chatdb'")
     dsn = as_role(empty_dsn, "chatdb")
     try:
@@ -327,7 +327,7 @@ def test_a_role_named_chatdb(empty_dsn: str) -> None:
 
 
 def test_another_search_path(empty_dsn: str) -> None:
-    """Whatever a role's search_path is, the bookkeeping is in chatdb's schema."""
+    """The bookkeeping is in chatdb's schema whatever the role's search_path."""
     execute(empty_dsn, "create schema app")
     joint = "&" if "?" in empty_dsn else "?"
     other = f"{empty_dsn}{joint}options=-csearch_path%3Dapp,public"
@@ -342,7 +342,7 @@ def test_another_search_path(empty_dsn: str) -> None:
 
 
 def test_another_roles_session(owner: str, empty_dsn: str) -> None:
-    """A yoyo and a CREATE INDEX of another role are respected, though the owner sees little of their sessions."""
+    """Another role's yoyo and CREATE INDEX are respected, though the owner sees little of their sessions."""
     yoyo(owner, "apply", "--batch")
     assert apply_migrations(owner) == []
     with psycopg.connect(empty_dsn) as yoyos:
@@ -364,7 +364,7 @@ def test_another_roles_session(owner: str, empty_dsn: str) -> None:
 
 
 def test_an_index_that_cannot_be_rebuilt_now(dsn: str) -> None:
-    """The rebuilding of an index waits no longer than it was told to, and leaves nothing of its tries."""
+    """Rebuilding an index waits at most `wait` seconds, and its attempts leave nothing behind."""
     make_invalid(dsn, "uq_messages_user_id_conversation_id_key")
     with (
         transaction(dsn, "select from chatdb.messages"),
@@ -377,7 +377,7 @@ def test_an_index_that_cannot_be_rebuilt_now(dsn: str) -> None:
 
 
 def test_timeouts_of_a_role(owner: str, empty_dsn: str) -> None:
-    """Timeouts that a role has for its service do not end the session that holds the locks."""
+    """Timeouts set on a role do not end the session that holds the locks."""
     role = f"owner_{os.getpid()}"
     for name in ("idle_session_timeout", "idle_in_transaction_session_timeout", "transaction_timeout"):
         if value(empty_dsn, f"select count(*) from pg_settings where name = '{name}'"):
@@ -391,7 +391,7 @@ def test_timeouts_of_a_role(owner: str, empty_dsn: str) -> None:
 
 
 def test_tables_that_are_not_there(dsn: str) -> None:
-    """Migrations whose tables were dropped are applied again, also where yoyo has them for applied."""
+    """Migrations whose tables were dropped are applied again, even if yoyo has recorded them."""
     yoyo(dsn, "apply", "--batch")
     execute(dsn, "drop table chatdb.messages")
     assert apply_migrations(dsn) == [NAMES[2]]
@@ -400,7 +400,7 @@ def test_tables_that_are_not_there(dsn: str) -> None:
 
 
 def test_a_dsn_of_several_hosts(empty_dsn: str) -> None:
-    """A DSN is read as libpq reads it: with several hosts, and with names in percent-encoding."""
+    """A DSN may have several hosts and percent-encoded names, as in libpq."""
     arguments = connect_arguments(empty_dsn)
     host, port = arguments["host"][0], arguments.get("port", 5432)
     user, password = arguments["user"], arguments.get("password", "")
@@ -415,7 +415,7 @@ def test_a_dsn_of_several_hosts(empty_dsn: str) -> None:
 
 
 def test_no_row_in_a_traceback(dsn: str) -> None:
-    """What the server quotes of a row does not come out, not even as the cause of chatdb's error."""
+    """A row that the server quotes appears nowhere in the traceback, not even as the cause of chatdb's error."""
     secret = "a private word"
     execute(dsn, f"alter table chatdb.conversations add check (title <> '{secret}')")
 
@@ -429,7 +429,7 @@ def test_no_row_in_a_traceback(dsn: str) -> None:
 
 
 def test_a_role_without_privileges(dsn: str) -> None:
-    """A role that may not create finds that there is nothing to do, if so."""
+    """A role that may not create objects succeeds if there is nothing to do."""
     execute(
         dsn,
         "drop role if exists chatdb_test_looker",
@@ -437,7 +437,7 @@ def test_a_role_without_privileges(dsn: str) -> None:
     )
     try:
         execute(dsn, "grant usage on schema chatdb to chatdb_test_looker")
-        with pytest.raises(chatdb.ConfigurationError, match="ask the owner"):
+        with pytest.raises(chatdb.ConfigurationError, match="run this as its owner"):
             apply_migrations(as_role(dsn, "chatdb_test_looker"))
         execute(dsn, "grant select on chatdb._chatdb_migration to chatdb_test_looker")
         assert apply_migrations(as_role(dsn, "chatdb_test_looker")) == []
@@ -446,7 +446,7 @@ def test_a_role_without_privileges(dsn: str) -> None:
 
 
 def test_a_user_without_a_name(empty_dsn: str) -> None:
-    """A container's user who has no name can migrate, although yoyo asks for it."""
+    """A container's user without a name can migrate, although yoyo asks for the name."""
     code = f"from chatdb.admin.migrate import apply_migrations; print(apply_migrations({empty_dsn!r}))"
     nameless = {name: text for name, text in os.environ.items() if name not in {"LOGNAME", "USER", "LNAME", "USERNAME"}}
     code = "import os, pwd; pwd.getpwuid = lambda uid: {}[uid]; " + code

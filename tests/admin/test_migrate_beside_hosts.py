@@ -1,4 +1,4 @@
-"""`chatdb migrate` on databases of the first release, and beside a host's yoyo and Alembic."""
+"""`chatdb migrate` on databases of the first release, and alongside a host's yoyo and Alembic."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def rows(dsn: str, statement: str) -> list[Any]:
 
 
 def recorded(dsn: str) -> list[str]:
-    """Return what yoyo has recorded in public."""
+    """Return the migrations that yoyo has recorded in public."""
     return [name for (name,) in rows(dsn, "select migration_id from public._yoyo_migration order by 1")]
 
 
 @pytest.mark.parametrize("dump", DUMPS, ids=lambda path: path.stem)
 def test_a_database_of_the_first_release(empty_dsn: str, dump: Path) -> None:
-    """Its rows stay, its schema becomes that of a new database, and its bookkeeping moves into the schema chatdb."""
+    """The rows stay, the schema becomes that of a new database, and the bookkeeping moves into the schema chatdb."""
     load(empty_dsn, dump)
     before = rows(empty_dsn, ROWS[0])
     assert len(before) == 5
@@ -69,7 +69,7 @@ def test_a_database_of_the_first_release(empty_dsn: str, dump: Path) -> None:
 
 @pytest.mark.parametrize("dump", DUMPS, ids=lambda path: path.stem)
 def test_a_database_of_the_first_release_by_yoyo(empty_dsn: str, dump: Path) -> None:
-    """`yoyo apply` brings it over too, and `chatdb migrate` finds nothing to do after it."""
+    """`yoyo apply` also upgrades it, and `chatdb migrate` then finds nothing to do."""
     load(empty_dsn, dump)
     before = rows(empty_dsn, ROWS[0])
     yoyo(empty_dsn, "apply", "--batch")
@@ -80,7 +80,7 @@ def test_a_database_of_the_first_release_by_yoyo(empty_dsn: str, dump: Path) -> 
 
 
 def test_the_wider_limit_holds_up_nobody(empty_dsn: str) -> None:
-    """A reader's open transaction keeps the limit from being widened for the time of --wait only, not for ever."""
+    """While a reader's transaction is open, widening the limit gives up after `wait`; a writer's does not stop it."""
     load(empty_dsn, DUMPS[0])
     with (
         transaction(empty_dsn, "select from chatdb.conversations"),
@@ -94,7 +94,7 @@ def test_the_wider_limit_holds_up_nobody(empty_dsn: str) -> None:
 
 @pytest.fixture
 def host(tmp_path: Path) -> Path:
-    """Give a host's own migrations, whose names are those of chatdb's first release."""
+    """Return a folder of a host's own migrations with the names of chatdb's first release."""
     (tmp_path / "0001.create-schema.sql").write_text("create table public.host_settings (id int primary key);")
     for name, before in (("0002.create-conversations", "0001.create-schema"), ("0003.create-messages", "")):
         depends = f"-- depends: {before or '0002.create-conversations'}\n"
@@ -120,7 +120,7 @@ def hosts_tables(dsn: str) -> list[str]:
 
 @pytest.mark.parametrize("first", ["host", "chatdb", "yoyo apply"])
 def test_a_host_with_migrations_of_the_same_names(empty_dsn: str, host: Path, first: str) -> None:
-    """Whoever comes first, both are applied, and neither takes the other's rows or tables along."""
+    """Both are applied in either order, and neither removes the other's records or tables."""
     if first == "chatdb":
         assert apply_migrations(empty_dsn) == NAMES
     elif first == "yoyo apply":
@@ -139,7 +139,7 @@ def test_a_host_with_migrations_of_the_same_names(empty_dsn: str, host: Path, fi
 
 
 def test_a_host_beside_the_first_release(empty_dsn: str, host: Path) -> None:
-    """A host whose migration was skipped, because the first release had its name, can apply it afterwards."""
+    """A host migration skipped because the first release had its name can be applied afterwards."""
     load(empty_dsn, next(path for path in DUMPS if "chatdb-migrate" in path.name))
     host_applies(empty_dsn, host)
     assert hosts_tables(empty_dsn) == []
@@ -153,7 +153,7 @@ def test_a_host_beside_the_first_release(empty_dsn: str, host: Path) -> None:
 
 
 def test_a_host_that_hid_the_first_release(empty_dsn: str, host: Path) -> None:
-    """A host's migration for which the first release wrote down its own checksum stays the host's."""
+    """A host's migration stays the host's even if the first release recorded its own checksum for it."""
     load(empty_dsn, next(path for path in DUMPS if "chatdb-migrate" in path.name))
     execute(
         empty_dsn,
@@ -170,7 +170,7 @@ def test_a_host_that_hid_the_first_release(empty_dsn: str, host: Path) -> None:
 
 
 def test_default_privileges_leave_the_bookkeeping_alone(empty_dsn: str) -> None:
-    """The service's role, for which default privileges are set, may not write what was applied."""
+    """Default privileges do not let the service's role write to the bookkeeping table."""
     load(empty_dsn, DUMPS[0])
     execute(empty_dsn, "drop role if exists chatdb_test_app", "create role chatdb_test_app")
     try:
@@ -197,7 +197,7 @@ TRAP = (
 
 
 def test_planted_tables_of_yoyos(owner: str, empty_dsn: str) -> None:
-    """Tables of yoyo's names that another role has made, with a trigger, are neither read nor written."""
+    """Tables with yoyo's names and a trigger, planted by another role, are neither read nor written."""
     name = "chatdb_test_planter"
     execute(empty_dsn, f"drop role if exists {name}", f"create role {name} login password '{name}'")
     try:
@@ -224,7 +224,7 @@ def test_planted_tables_of_yoyos(owner: str, empty_dsn: str) -> None:
 
 
 def test_a_planted_function(empty_dsn: str) -> None:
-    """Functions and operators in public that fit the migrations' arguments better are not called, by yoyo neither."""
+    """Planted functions and operators in public with a closer match are not called, even under yoyo."""
     planted = (
         "create sequence public.planted",
         "create function public.format(text, name) returns text language plpgsql as "
@@ -247,7 +247,7 @@ def test_a_planted_function(empty_dsn: str) -> None:
     "planted", ["create schema chatdb", "create schema chatdb; create table chatdb.conversations (id int)"]
 )
 def test_a_schema_of_another_role(owner: str, empty_dsn: str, planted: str) -> None:
-    """A schema chatdb that another role has made is refused by its owner's name, and nothing is changed."""
+    """A schema chatdb that another role owns is refused, the error names the owner, and nothing changes."""
     name = "chatdb_test_planter"
     execute(empty_dsn, f"drop role if exists {name}", f"create role {name} login password '{name}'")
     try:
@@ -276,7 +276,7 @@ def include_name() -> Any:
 
 
 def proposed(dsn: str, **options: Any) -> list[str]:
-    """Return the tables that Alembic's autogenerate would drop or make for a host's own model."""
+    """Return the tables that Alembic's autogenerate would drop or create for a host's own model."""
     metadata = MetaData()
     Table("host_users", metadata, Column("id", Integer, primary_key=True))
     engine = create_engine(dsn.replace("postgresql://", "postgresql+psycopg://", 1), poolclass=NullPool)
@@ -288,7 +288,7 @@ def proposed(dsn: str, **options: Any) -> list[str]:
 @pytest.mark.parametrize("include_schemas", [False, True])
 @pytest.mark.parametrize("by", ["chatdb migrate", "yoyo apply", *(path.stem for path in DUMPS)])
 def test_alembic(empty_dsn: str, include_schemas: bool, by: str) -> None:
-    """With the filter of the docs Alembic proposes nothing about chatdb's or yoyo's tables, only the host's own."""
+    """With the documented filter, Alembic proposes changes to the host's tables only, not to chatdb's or yoyo's."""
     if by == "chatdb migrate":
         apply_migrations(empty_dsn)
     elif by == "yoyo apply":

@@ -1,4 +1,4 @@
-"""Migrations that are killed before and after each of their statements, by the process and by the server."""
+"""Migrations whose process or server is killed before and after each statement."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _serial = count()
 
 
 def state(dsn: str) -> list[object]:
-    """Return all that a migration changes: the schema, and what is recorded as applied."""
+    """Return everything that a migration changes: the schema and the recorded migrations."""
     with psycopg.connect(dsn) as connection:
         remembered = connection.execute(
             "select migration_id, sha256 from chatdb._chatdb_migration order by 1"
@@ -41,7 +41,7 @@ def state(dsn: str) -> list[object]:
 
 @contextmanager
 def prepared(server: str, applied: int, dump: Path | None = None) -> Iterator[str]:
-    """Give the name of a new database with so many migrations, or with a dump."""
+    """Yield the name of a new database, loaded with a dump or with the first `applied` migrations."""
     name = f"chatdb_crash_{os.getpid()}_{next(_serial)}"
     with new_database(server, name) as dsn:
         if dump:
@@ -52,13 +52,13 @@ def prepared(server: str, applied: int, dump: Path | None = None) -> Iterator[st
 
 
 def writes(statement: Statement) -> bool:
-    """Whether a statement may change what the next run finds."""
+    """Return whether a statement may change what the next run finds."""
     return not statement.sql.lower().startswith(("select", "savepoint"))
 
 
 @pytest.fixture(scope="module")
 def own_server() -> Iterator[EmbeddedServer]:
-    """Give a server that may be killed."""
+    """Yield a server that may be killed."""
     with tempfile.TemporaryDirectory(prefix="chatdb-test-", ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o711)
         with EmbeddedServer(Path(folder) / "server") as server:
@@ -76,7 +76,7 @@ WORK = (
 @pytest.mark.parametrize(("work", "place"), WORK, ids=lambda value: getattr(value, "__name__", str(value)))
 @pytest.mark.parametrize("victim", ["process", "server"])
 def test_killed(request: pytest.FixtureRequest, victim: str, work: Callable[[str, int], None], place: int) -> None:
-    """Killed before or after any statement that writes, the next run brings the same as one that was not killed."""
+    """After a kill before or after any writing statement, the next run has the result of an uninterrupted one."""
     own = request.getfixturevalue("own_server") if victim == "server" else None
     server = own.dsn if own else request.getfixturevalue("server")
     quick = request.config.getoption("--quick")
@@ -104,14 +104,16 @@ def test_killed(request: pytest.FixtureRequest, victim: str, work: Callable[[str
                     again(dsn)
                     assert expected is None or state(dsn) == expected, (number, answered)
                     assert after or objects(dsn) == []
-    print(f"figure: {work.__name__} {place}: the {victim} killed at {points} places, and all came to the same end")
+    print(
+        f"figure: {work.__name__} {place}: the {victim} was killed at {points} points, each time with the same result"
+    )
     assert points >= 20 // step // 2
 
 
 def _run_until(
     dsn: str, work: Callable[[str, int], None], place: int, number: int, *, answered: bool, own: EmbeddedServer | None
 ) -> tuple[ForkServerProcess, bool]:
-    """Run the work in a process, and kill this or the server at a statement; tell whether there was so many a one."""
+    """Run `work` in a process and kill it or the server at statement `number`; return whether that was reached."""
     struck = threading.Event()
     places = count()
 

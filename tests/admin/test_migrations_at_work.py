@@ -16,7 +16,7 @@ from tests.support.migrations import CONCURRENTLY, NAMES, add
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 LOCK_TIMEOUT = 2.0
-"""Seconds, as each migration sets it."""
+"""The lock_timeout that each migration sets, in seconds."""
 
 FILL = (
     "insert into chatdb.conversations (user_id, id, last_seq) select 'user ' || n % 1000, n, 100 "
@@ -29,7 +29,7 @@ FILL = (
 
 
 async def work(db: chatdb.pool.Pool, place: int, waits: list[float], done: asyncio.Event) -> None:
-    """Append to a conversation and read it, until told to stop, and note how long each call took."""
+    """Append to a conversation and read it until `done` is set, and record the duration of each call."""
     user = {"user_id": f"user {place % 1000}", "conversation_id": place}
     while not done.is_set():
         for call in (
@@ -42,7 +42,7 @@ async def work(db: chatdb.pool.Pool, place: int, waits: list[float], done: async
 
 
 async def test_nobody_notices(request: pytest.FixtureRequest, dsn: str, folder: Path) -> None:
-    """Each migration, and two as later ones will be, is applied to a million messages under the hands of writers."""
+    """Each migration, and two typical later ones, stalls no writer on a million messages beyond lock_timeout."""
     conversations = 1_000 if request.config.getoption("--quick") else 10_000
     execute(dsn, *(statement.format(conversations=conversations) for statement in FILL))
     add(

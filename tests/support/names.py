@@ -77,8 +77,8 @@ COMPLETED = {
 PROSE = {
     "analyze chatdb.conversations, chatdb.messages; on an SSD also set random_page_cost = 1.1",
     "create database ... encoding 'UTF8' template template0, and move the tables there",
-    "drop policy, or chatdb protect --off",
-    "set CHATDB_MIGRATE_URL to the direct connection (on Neon the host without -pooler)",
+    "drop the policy, or run chatdb protect --off",
+    "set CHATDB_MIGRATE_URL to a direct connection (on Neon, the host without -pooler)",
 }
 """Sentences that begin like SQL."""
 

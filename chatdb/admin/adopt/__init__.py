@@ -1,8 +1,8 @@
 """
-Adopts the conversations and messages of an older system, which are in the schema `public`, into chatdb's own tables.
+Adopts the conversations and messages of an older system, from the schema `public`, into chatdb's own tables.
 
-The originals are read and never changed. What was adopted, and what does not fit and is quarantined, is recorded in the
-schema `chatdb_adopt`, so the older system can go on writing, and the next run continues one that was killed.
+The original tables are never changed. The schema `chatdb_adopt` records what was adopted, and what does not fit and is
+quarantined. So the older system can keep writing, and the next run continues a killed one.
 """
 
 from chatdb.admin.adopt.adoption import BATCH_SIZE, adopt

@@ -1,4 +1,4 @@
-"""Adopts the older system's rows: the order of the phases, and what is reported of them."""
+"""Runs the phases of an adoption in order and fills its report."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from chatdb.admin.connection import WAIT, advisory_lock, fetch_value, psycopg
 from chatdb.errors import ChatDBError, SchemaError
 
 BATCH_SIZE = 20_000
-"""About how many messages are adopted in one transaction."""
+"""The approximate number of messages in one transaction."""
 
 Progress = Callable[[int, int], None]
-"""Called with the number of rows that are done, and of all that were found."""
+"""Called with the number of rows done and the total."""
 
 _IDS = ("integer", "bigint")
 _TEXTS = ("character varying", "text")
@@ -33,16 +33,16 @@ _TABLES = {
         "created_at": _TIMES,
     },
 }
-"""The tables of the older system, with their columns and the types that are taken."""
+"""The older system's tables, their columns, and the types that each column may have."""
 
-# what a run needs beside what advisory_lock sets, whatever the settings of the role or the server are
+# added to those of advisory_lock; they override the role's and the server's settings
 _SETTINGS = (
     "set default_transaction_isolation to 'repeatable read'",
     "set timezone to 'UTC'",
-    "set row_security to off",  # rows that a policy hides are an error
+    "set row_security to off",  # fail instead of missing rows that a policy hides
     "set jit to off",
     "set work_mem to '64MB'",
-    "set temp_buffers to '64MB'",  # in which a batch fits
+    "set temp_buffers to '64MB'",  # a batch fits in them
 )
 
 
@@ -56,14 +56,14 @@ def adopt(
     batch: int = BATCH_SIZE,
 ) -> AdoptReport:
     """
-    Adopt what chatdb does not have yet of `public.conversations` and `public.messages`, and report what became of it.
+    Adopt the rows of `public.conversations` and `public.messages` that chatdb does not have yet, and return a report.
 
-    Blocks. Each batch is one transaction, so the next run continues one that was killed. A `dry_run` is rolled back.
-    `delete_gone` is called with the numbers of what was adopted and has been deleted upstream since. If it returns
-    true, these are deleted from chatdb too, unless their conversation has a message that was not adopted.
+    Blocks. Each batch is one transaction, so the next run continues a killed one. A `dry_run` is rolled back.
+    `delete_gone` is called with the counts of adopted rows that were deleted upstream since. If it returns true, they
+    are deleted from chatdb too, except in conversations with a message that was not adopted.
 
-    Raises SchemaError if chatdb's tables or the originals are missing or not as expected, and UnavailableError if
-    another process or transaction is not done after `wait` seconds.
+    Raises SchemaError if chatdb's or the original tables are missing or do not have the expected columns, and
+    UnavailableError if another process or transaction still holds a lock after `wait` seconds.
     """
     start = time.monotonic()
     report = AdoptReport(dry_run=dry_run)
@@ -71,7 +71,7 @@ def adopt(
         for setting in _SETTINGS:
             connection.execute(setting.encode())
         connection.execute(f"set lock_timeout to {round(wait * 1000) or 1}".encode())
-        connection.prepare_threshold = None  # a plan is made for what a batch has
+        connection.prepare_threshold = None  # plan each statement for the rows of its batch
         runner = Runner(connection, {"batch_size": batch}, dry_run=dry_run)
         _check_originals(connection, runner, report)
         runner.run(steps.SET_UP)
@@ -90,9 +90,9 @@ def adopt(
 
 def _check_originals(connection: psycopg.Connection, runner: Runner, report: AdoptReport) -> None:
     """
-    Compare the tables with what is expected. Reports those that are missing, and the columns that are not copied.
+    Check the original tables. Reports missing tables and columns that are not copied.
 
-    Raises SchemaError, with all that differs.
+    Raises SchemaError, which lists every difference.
     """
     for table in ("chatdb.conversations", "chatdb.messages"):
         if not fetch_value(connection, "select pg_catalog.to_regclass(%s) is not null", table):
@@ -108,7 +108,7 @@ def _check_originals(connection: psycopg.Connection, runner: Runner, report: Ado
             continue
         runner.numbers[f"has_{name}"] = 1
         if kind not in ("r", "p"):
-            differences.append(f"{table} is no table")
+            differences.append(f"{table} is not a table")
         columns = {row["name"]: row for row in runner.execute(steps.FIND_COLUMNS, table)}
         for column, accepted in expected.items():
             if column not in columns:
@@ -119,12 +119,12 @@ def _check_originals(connection: psycopg.Connection, runner: Runner, report: Ado
         if not differences and not columns["id"]["is_primary_key"]:
             statement = f"select pg_catalog.count(*) - pg_catalog.count(distinct id) from {table}"  # noqa: S608 - of _TABLES
             if doubtful := fetch_value(connection, statement):
-                problem = f"{doubtful:,} rows whose id is null or another row's"
+                problem = f"{doubtful:,} rows have a null or duplicate id"
                 differences.append(f"{table} has no primary key, and {problem}")
     if len(report.missing) == len(_TABLES):
-        raise SchemaError(f"there is nothing to adopt: looked for the tables {' and '.join(report.missing)}")
+        raise SchemaError(f"there is nothing to adopt: the tables {' and '.join(report.missing)} do not exist")
     if differences:
-        raise SchemaError(f"these are not the tables that chatdb can adopt: {'; '.join(differences)}")
+        raise SchemaError(f"chatdb cannot adopt these tables: {'; '.join(differences)}")
     for table, identifiers in extra_columns.items():
         if not identifiers:
             continue
@@ -139,8 +139,8 @@ def _adopt(connection: psycopg.Connection, runner: Runner, report: AdoptReport, 
     report.adopted_before = runner.counts("adopted_before")
     if report.adopted_before.messages and not fetch_value(connection, "select exists (select from chatdb.messages)"):
         raise SchemaError(
-            f"chatdb's tables are empty, though {report.adopted_before} were adopted: they were made anew since. "
-            "To adopt all again: chatdb rollback --to 0001, chatdb migrate, drop schema chatdb_adopt cascade"
+            f"chatdb's tables are empty, though {report.adopted_before} were adopted: the tables were recreated since. "
+            "To adopt everything again: chatdb rollback --to 0001, chatdb migrate, drop schema chatdb_adopt cascade"
         )
     rows = 0
     for _ in range(numbers["batches"]):
@@ -155,7 +155,7 @@ def _adopt(connection: psycopg.Connection, runner: Runner, report: AdoptReport, 
     runner.run_atomically(steps.ORPHANS)
     _add_reasons(runner, report)
     runner.run(steps.FINISH)
-    if report.adopted.messages > BATCH_SIZE and not report.dry_run:  # so that the first queries have plans that fit
+    if report.adopted.messages > BATCH_SIZE and not report.dry_run:  # for the plans of the first queries
         connection.execute("analyze chatdb.conversations, chatdb.messages")
 
 
@@ -166,7 +166,7 @@ def _add_reasons(runner: Runner, report: AdoptReport) -> None:
 
 
 def _verify(runner: Runner, report: AdoptReport) -> None:
-    """Compare the originals with what is recorded, and that with chatdb, in one snapshot."""
+    """Compare the originals with the records, and the records with chatdb's tables, in one snapshot."""
     runner.run(steps.COUNT_WRITERS)
     runner.run_atomically(steps.VERIFY)
     numbers = runner.numbers
@@ -174,8 +174,8 @@ def _verify(runner: Runner, report: AdoptReport) -> None:
         found = numbers[f"adopted_{name}"] + numbers[f"quarantined_{name}"] + numbers[f"remaining_{name}"]
         if found != numbers[f"originals_{name}"]:
             raise ChatDBError(
-                f"of public.{name} {found - numbers[f'originals_{name}']:,} rows are both adopted and kept aside: "
-                "has something else written to the schema chatdb_adopt?"
+                f"{found - numbers[f'originals_{name}']:,} rows of public.{name} are both adopted and quarantined: "
+                "check whether another program has written to the schema chatdb_adopt"
             )
         if not numbers[f"has_{name}"]:
             numbers[f"deleted_upstream_{name}"] = 0

@@ -18,23 +18,23 @@ _LOCK_TABLE = "lock table chatdb.conversations in share row exclusive mode"
 _CONFLICTS = (
     psycopg.errors.SerializationFailure,
     psycopg.errors.DeadlockDetected,
-    psycopg.errors.UniqueViolation,  # a conversation of the same user and id was created at this moment
+    psycopg.errors.UniqueViolation,  # another session just created a conversation with this user and id
 )
 
 
 class Runner:
-    """Runs steps on one connection. A dry run is in a transaction of the caller's."""
+    """Runs steps on one connection. In a dry run, the caller has opened a transaction."""
 
     def __init__(self, connection: psycopg.Connection, numbers: Mapping[str, int], *, dry_run: bool) -> None:
         self.numbers = defaultdict[str, int](int, numbers)
-        """What the steps need and what they have reported."""
+        """The steps' input, and the numbers that they have reported."""
         self.reasons: dict[str, Counts] = {}
-        """Why rows do not fit, as the last phase has reported it."""
+        """The reasons for quarantine that the last phase has reported."""
         self._connection = connection
         self._dry_run = dry_run
 
     def run(self, phase: tuple[Step, ...]) -> None:
-        """Run the steps of a phase one after the other, each in a transaction of its own."""
+        """Run the steps of a phase in order, each in its own transaction unless one is open."""
         self.reasons = {}
         for step in phase:
             is_wanted = not step.when or self.numbers[step.when]
@@ -44,9 +44,9 @@ class Runner:
 
     def run_atomically(self, phase: tuple[Step, ...]) -> None:
         """
-        Run the steps of a phase in one transaction, again if other transactions wrote to the same conversations.
+        Run the steps of a phase in one transaction; retry if others wrote to the same conversations.
 
-        The last attempt locks the table, so that nobody else can write.
+        The last attempt locks the table against other writers.
         """
         if self._dry_run:
             self.run(phase)
@@ -64,11 +64,11 @@ class Runner:
                 time.sleep(0.05 * (retries + 1))
 
     def counts(self, name: str) -> Counts:
-        """Return what was reported under a name of conversations and of messages."""
+        """Return the numbers of conversations and messages that were reported under `name`."""
         return Counts(self.numbers[f"{name}_conversations"], self.numbers[f"{name}_messages"])
 
     def execute(self, file: str, *arguments: object) -> psycopg.Cursor[dict[str, Any]]:
-        """Run the statement of a file of `sql/adopt`."""
+        """Run the statement in a file of `sql/adopt`."""
         return psycopg.RawCursor(self._connection, row_factory=dict_row).execute(_statement(file), arguments or None)
 
     def _run_step(self, step: Step) -> None:

@@ -1,8 +1,7 @@
 """
 The phases of `chatdb adopt`, in the order they run. Each step is a file in `sql/adopt`, numbered in this order.
 
-A step reports by numbers, each of which has a name: the runner keeps them, later steps depend on them, and the report
-is made of them.
+Steps report named numbers, which the runner passes to later steps and to the report.
 """
 
 from __future__ import annotations
@@ -11,23 +10,23 @@ from typing import Literal, NamedTuple
 
 
 class Step(NamedTuple):
-    """A file of `sql/adopt`, and how it is run."""
+    """A file of `sql/adopt` and how to run it."""
 
     file: str
     returns: Literal["counts", "reasons"] | None = None
-    """What is reported: the columns of the only row, or rows of a reason and how many conversations and messages."""
+    """What the step returns: one row of numbers, or a row of counts for each reason."""
     rowcount: str = ""
-    """The name under which the number of changed rows is reported."""
+    """The name that reports the number of changed rows."""
     arguments: tuple[str, ...] = ()
-    """The numbers that are passed to the statement."""
+    """The numbers to pass to the statement."""
     when: str = ""
-    """The step is skipped if this number is 0."""
+    """Skip the step if this number is 0."""
     unless: str = ""
-    """The step is skipped if this number is not 0."""
+    """Skip the step if this number is not 0."""
     dry_run: bool | None = None
-    """True: only in a dry run, False: never in one."""
+    """True: only in a dry run. False: never in one."""
     analyze: str = ""
-    """The temporary table, or columns of it, that is analyzed afterwards."""
+    """The temporary table, or some of its columns, to analyze afterwards."""
 
 
 FIND_COLUMNS = "100_find_columns"
@@ -51,7 +50,7 @@ START = (
 BATCH = (
     Step("300_take_batch", analyze="batch_conversations"),
     Step("310_lock_conversations", dry_run=False),
-    Step("320_take_messages", analyze="batch_messages (id, conversation_id, reason)"),  # the texts would take long
+    Step("320_take_messages", analyze="batch_messages (id, conversation_id, reason)"),  # the content would take long
     Step("330_count_batch", returns="counts"),
     Step("340_fill_times", when="without_time"),
     Step("350_mark_renumbered", rowcount="renumbered_conversations"),
@@ -79,7 +78,7 @@ ORPHANS = (
 
 FINISH = (Step("210_advance_sequences", dry_run=False),)
 
-# before the snapshot of what follows, or a transaction that ends between the two would be in neither
+# runs before VERIFY takes its snapshot; otherwise neither might see a transaction that ends in between
 COUNT_WRITERS = (Step("600_count_writers", returns="counts", dry_run=False),)
 
 VERIFY = (

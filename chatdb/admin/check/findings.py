@@ -1,4 +1,4 @@
-"""Compares the catalog with what this release needs, and names the statement that fixes each difference."""
+"""Compares the catalog with what this release needs and names the statement that fixes each difference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLUMN = re.compile(r"(?P<type>.*?)(?P<not_null> not null)?(?: (?P<value>(?:def
 
 
 class Finding(NamedTuple):
-    """The result of one check: `state` is ok, note, missing or different; `hint` says what fixes the last two."""
+    """The result of one check. `state` is ok, note, missing or different; `hint` says how to fix the last two."""
 
     what: str
     state: str
@@ -28,33 +28,33 @@ def check_schema_objects(
     parts: Sequence[SchemaPart], *, served: Mapping[str, Sequence[str]], unapplied: bool
 ) -> Iterator[Finding]:
     """
-    Yield a finding for each table, key, group of CHECKs and index, and for each part that is not as it should be.
+    Yield a finding for each table, key, group of CHECKs and index, and for each part that differs.
 
-    `served` has the statements that each index serves. What is missing while migrations are `unapplied` is theirs.
+    `served` maps each index to its statements. While migrations are `unapplied`, they are the fix for missing parts.
     """
     wrong = {(difference.table, difference.name): difference for difference in differences(parts)}
     relations = {part.relation for part in parts}
     for table, needed in EXPECTED_SCHEMA.items():
         if table not in relations:
-            hint = "chatdb migrate" if unapplied else "restore it from a backup; or, to have it empty, chatdb migrate"
-            yield Finding(f"table {table}", MISSING, "is not there", hint)
+            hint = "chatdb migrate" if unapplied else "restore it from a backup, or create it empty: chatdb migrate"
+            yield Finding(f"table {table}", MISSING, "does not exist", hint)
             continue
         correct = [name for name in needed if (table, name) not in wrong]
         columns = sum(kind_of(name) == "column" for name in correct)
         checks = [name for name in correct if kind_of(name) == "check"]
-        yield Finding(f"table {table}", OK, f"{columns} columns are as they should be")
+        yield Finding(f"table {table}", OK, f"{columns} columns match this release")
         yield Finding(f"checks of {table}", OK, ", ".join(checks))
         for name in needed:
             kind = kind_of(name)
             if (table, name) in wrong:
                 yield _difference(wrong[table, name], unapplied=unapplied)
             elif kind == "foreign key":
-                yield Finding(f"cascade {name}", OK, "a deleted conversation takes its messages along")
+                yield Finding(f"cascade {name}", OK, "deleting a conversation deletes its messages")
             elif kind in {"primary key", "index"}:
                 yield Finding(f"{kind} {name}", OK, f"valid; serves {', '.join(served[name])}")
-    for part in parts:  # an invalid index that is not chatdb's own costs every write and serves nothing
+    for part in parts:  # an invalid index, even of the host's, slows every write and serves no statement
         if part.definition.endswith(" INVALID") and part.name not in EXPECTED_SCHEMA.get(part.relation, ()):
-            detail = "is invalid: left over by a build that failed"
+            detail = "is invalid: a failed build left it behind"
             yield Finding(f"index {part.name}", NOTE, detail, "chatdb migrate")
     yield _link(parts)
 
@@ -65,20 +65,20 @@ def _difference(difference: Difference, *, unapplied: bool) -> Finding:
     what = f"column {table}.{name}" if kind == "column" else f"{kind} {name}"
     if current is None:
         hint = "chatdb migrate" if unapplied else _add(difference)
-        return Finding(what, MISSING, f"{table} lacks it: {difference.needed}", hint)
+        return Finding(what, MISSING, f"missing from {table}: {difference.needed}", hint)
     detail = f"is {current}, not {difference.needed}"
     if kind == "column":
         return Finding(what, DIFFERENT, detail, _alter(difference, current))
     rest = current.removeprefix(difference.needed).strip()
     if rest == "INVALID":
         hint = f"reindex index concurrently chatdb.{name}"
-        return Finding(what, DIFFERENT, "is invalid, so that no statement uses it", hint)
+        return Finding(what, DIFFERENT, "is invalid, so no statement uses it", hint)
     if rest == "NOT VALID":
         hint = f"alter table chatdb.{table} validate constraint {name}"
-        return Finding(what, DIFFERENT, "is not validated: older rows may break it", hint)
+        return Finding(what, DIFFERENT, "is not validated: older rows may violate it", hint)
     if rest == "DISABLED":
         hint = "; ".join(f"alter table chatdb.{name} enable trigger all" for name in EXPECTED_SCHEMA)
-        return Finding(what, DIFFERENT, "does nothing, because its triggers are disabled", hint)
+        return Finding(what, DIFFERENT, "has no effect, because its triggers are disabled", hint)
     if kind == "index":
         return Finding(what, DIFFERENT, detail, f"drop index concurrently chatdb.{name}; {_add(difference)}")
     return Finding(what, DIFFERENT, detail, f"alter table chatdb.{table} drop constraint {name}; {_add(difference)}")
@@ -93,7 +93,7 @@ def _add(difference: Difference) -> str:
             return difference.needed.replace(" INDEX ", " INDEX CONCURRENTLY ", 1)
         case "primary key":
             return f"alter table chatdb.{table} add constraint {name} {difference.needed}"
-        case _:  # in two steps, the longer of which lets writers work
+        case _:  # in two steps, of which the long one does not block writers
             return (
                 f"alter table chatdb.{table} add constraint {name} {difference.needed} NOT VALID; "
                 f"alter table chatdb.{table} validate constraint {name}"
@@ -128,12 +128,12 @@ def _parsed(definition: str) -> dict[str, str]:
 def _link(parts: Sequence[SchemaPart]) -> Finding:
     link = next((part.definition for part in parts if (part.relation, part.name) == ("conversations", LINK)), None)
     if link is None:
-        return Finding("users", NOTE, "not linked to a table of the host's, which is optional: chatdb link-users")
+        return Finding("users", NOTE, "not linked to the host's users (optional): chatdb link-users")
     users = link.partition(" REFERENCES ")[2]
     if users.endswith(" ON DELETE CASCADE"):
-        detail = f"linked to {users.removesuffix(' ON DELETE CASCADE')}, whose deletion takes the conversations along"
+        detail = f"linked to {users.removesuffix(' ON DELETE CASCADE')}: deleting a user deletes their conversations"
         return Finding("users", OK, detail)
     if users.endswith(" ON DELETE CASCADE NOT VALID"):
-        hint = "chatdb link-users, with the same --table and --column"
+        hint = "run chatdb link-users with the same --table and --column"
         return Finding("users", DIFFERENT, f"the link is not validated: {users}", hint)
-    return Finding("users", DIFFERENT, f"the link is another: {users}", "chatdb link-users --unlink, and link anew")
+    return Finding("users", DIFFERENT, f"unexpected link: {users}", "chatdb link-users --unlink, then link again")

@@ -1,8 +1,8 @@
 """
-Checks a database for `chatdb check`: whether it has what this release needs, and how to fix what differs.
+Checks for `chatdb check` whether a database has what this release needs, and says how to fix what differs.
 
-The catalog is compared as `check_schema` does it. The checks that need more statements are here: the server, the
-privileges of roles, the migrations, and the indexes that the planner takes for the statements under `sql/`.
+Compares the catalog as `check_schema` does, then checks the server, the roles' privileges, the migrations, and the
+indexes that the planner uses for the statements under `sql/`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from chatdb.records import SchemaPart
 from chatdb.schema import CHECK_SCHEMA_SQL, EXPECTED_SCHEMA
 
 OLDEST, NEWEST = 14, 18
-"""The major versions of PostgreSQL that this release is made for."""
+"""The oldest and newest major version of PostgreSQL that this release supports."""
 
 PRIVILEGES = ["select", "insert", "update", "delete"]
 
 
 def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) -> list[Finding]:
     """
-    Return the results, with what is wrong at the end. Blocks; in a coroutine call it by `asyncio.to_thread`.
+    Return the findings, problems last. Blocks; in a coroutine, call it with `asyncio.to_thread`.
 
-    `role` is another role than the connecting one whose privileges are checked, such as the service's. Nothing is
-    written: statements are planned, not run, in transactions that are rolled back.
+    `role` names a second role whose privileges are checked, such as the service's. Writes nothing: statements are
+    planned, not run, in transactions that are rolled back.
 
-    Raises ConfigurationError and UnavailableError where no connection can be made.
+    Raises ConfigurationError or UnavailableError if no connection can be made.
     """
     with connected(dsn) as connection:
         pooler = _pooler(dsn, connection)
@@ -61,7 +61,7 @@ def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) ->
 
 
 def is_wrong(finding: Finding) -> bool:
-    """Whether something has to be fixed."""
+    """Return whether the finding needs a fix."""
     return finding.state in {MISSING, DIFFERENT}
 
 
@@ -72,72 +72,72 @@ def _server(connection: psycopg.Connection) -> Iterator[Finding]:
     if major < OLDEST:
         yield Finding("server", DIFFERENT, version, f"upgrade the server to PostgreSQL {OLDEST} or later")
     elif major > NEWEST:
-        yield Finding("server", NOTE, f"{version}, with which this release was not tried")
+        yield Finding("server", NOTE, f"{version}, which this release was not tested with")
     else:
         yield Finding("server", OK, version)
-    yield Finding("extensions", OK, "none is needed")
+    yield Finding("extensions", OK, "none needed")
     if encoding == "UTF8":
         yield Finding("encoding", OK, "UTF8")
     else:
         hint = "create database ... encoding 'UTF8' template template0, and move the tables there"
-        yield Finding("encoding", DIFFERENT, f"{encoding}, which cannot hold every text", hint)
+        yield Finding("encoding", DIFFERENT, f"{encoding}, which cannot store every character", hint)
     isolation = fetch_value(connection, "show default_transaction_isolation")
     if isolation != "read committed":
-        detail = f"{isolation} by default: appends to one conversation at the same time fail and are sent again"
+        detail = f"{isolation} by default: concurrent appends to one conversation fail and are retried"
         hint = "change it for the role: alter role ... set default_transaction_isolation = 'read committed'"
         yield Finding("isolation", NOTE, detail, hint)
     if fetch_value(connection, "show default_transaction_read_only") == "on":
-        yield Finding("read only", NOTE, "default_transaction_read_only is on: no writes are taken")
+        yield Finding("read only", NOTE, "default_transaction_read_only is on: the server rejects writes")
     if fetch_value(connection, "select pg_catalog.pg_is_in_recovery()"):
-        yield Finding("standby", NOTE, "the server is a standby, which takes no writes")
+        yield Finding("standby", NOTE, "the server is a standby, which rejects writes")
 
 
 def _row_security(connection: psycopg.Connection, roles: list[str]) -> list[Finding]:
-    """Return whether row-level security is up, as `chatdb protect` makes it, and if so for which of the roles."""
+    """Return the state of row-level security, and to which of the roles it applies."""
     what = "row-level security"
     try:
         tables = read_protection(connection)
         if not any(table.is_on or table.is_forced or table.policy for table in tables):
             return [Finding(what, OK, "off")]
         if any(table.is_on and table.is_forced and not table.policy and not table.others for table in tables):
-            return [Finding(what, DIFFERENT, "on without a policy: no row is seen", "chatdb protect")]
+            return [Finding(what, DIFFERENT, "on without a policy: no row is visible", "chatdb protect")]
         if not any(table.policy for table in tables):
-            return [Finding(what, NOTE, "on, without chatdb's policies")]
+            return [Finding(what, NOTE, "on, but without chatdb's policies")]
         if missing_function(connection) or any(map(missing_statements, tables)):
-            return [Finding(what, DIFFERENT, "up in part", "chatdb protect")]
-    except SchemaError:  # a table is not there, which is its own finding
+            return [Finding(what, DIFFERENT, "only partly set up", "chatdb protect")]
+    except SchemaError:  # the missing table is a finding of its own
         return []
     except ConfigurationError as error:
-        return [Finding(what, DIFFERENT, str(error), "drop policy, or chatdb protect --off")]
+        return [Finding(what, DIFFERENT, str(error), "drop the policy, or run chatdb protect --off")]
     statement = "select rolname, rolsuper or rolbypassrls from pg_catalog.pg_roles where rolname = any(%s)"
     return [
-        Finding(f"{what} for {name}", NOTE, "on, but a superuser, or one with BYPASSRLS, is above it")
+        Finding(f"{what} for {name}", NOTE, "on, but the role bypasses it: a superuser, or has BYPASSRLS")
         if is_above
-        else Finding(f"{what} for {name}", OK, "on: a transaction sees the rows of the user that it names")
+        else Finding(f"{what} for {name}", OK, "on: a transaction sees only the rows of the user that it names")
         for name, is_above in connection.execute(statement, [roles])
     ]
 
 
 def _owners(connection: psycopg.Connection) -> Iterator[Finding]:
-    """Yield what belongs to other roles than it should, and what others have added to chatdb's tables."""
+    """Yield objects that an untrusted role owns, and a host's additions to chatdb's tables."""
     may_create = may_create_schemas(connection)
     foreign = foreign_objects(connection)
     for what, owner in foreign:
-        # a service's role cannot tell whether the schema has the owner that it should have
+        # a service's role cannot tell which owner the schema should have
         state = DIFFERENT if may_create or not what.startswith("schema ") else NOTE
-        detail = f"the role {owner}, who can change it and run code of its own when others use it"
-        yield Finding(f"owner of {what}", state, detail, f"look at it, then: alter {what} owner to ...")
+        detail = f"the role {owner}, which can change it and run code of its own when other roles use it"
+        yield Finding(f"owner of {what}", state, detail, f"inspect it, then: alter {what} owner to ...")
     if not foreign:
-        yield Finding("owners", OK, "the schema chatdb and everything in it belong to its owner")
+        yield Finding("owners", OK, "the schema chatdb and all objects in it belong to its owner")
     for what, detail in host_objects(connection):
         yield Finding(what, NOTE, detail)
     if public_is_writable(connection):
-        detail = "every role may create functions in it, which the statements of others can call by mistake"
+        detail = "every role may create functions in it, which other roles' statements can call by mistake"
         yield Finding("schema public", NOTE, detail, "revoke create on schema public from public")
 
 
 def _clock(connection: psycopg.Connection) -> list[Finding]:
-    """Return whether conversations are ahead of the server's clock: what is appended to them gets their time."""
+    """Return a note if conversations are ahead of the server's clock."""
     try:
         with connection.transaction():
             connection.execute("set local statement_timeout = '5s'")
@@ -152,7 +152,7 @@ def _clock(connection: psycopg.Connection) -> list[Finding]:
         return []
     if not ahead:
         return []
-    detail = f"{ahead} conversations are ahead of the server's clock, and what is appended to them gets their time"
+    detail = f"{ahead} conversations are ahead of the server's clock, so messages appended to them get a future time"
     hint = (
         "update chatdb.messages set created_at = pg_catalog.now() where created_at > pg_catalog.now(); "
         "update chatdb.conversations set updated_at = pg_catalog.now() where updated_at > pg_catalog.now()"
@@ -162,17 +162,17 @@ def _clock(connection: psycopg.Connection) -> list[Finding]:
 
 def _pooler(dsn: str, connection: psycopg.Connection) -> Finding:
     if is_pooled(dsn, connection):
-        detail = "a transaction pooler stands in front of the database: a service can work through it"
-        return Finding("pooler", NOTE, detail, "for chatdb migrate set CHATDB_MIGRATE_URL to the direct connection")
+        detail = "the connection goes through a transaction pooler: a service can work through it"
+        return Finding("pooler", NOTE, detail, "for chatdb migrate, set CHATDB_MIGRATE_URL to a direct connection")
     return Finding("pooler", OK, "none in transaction mode")
 
 
 def _search_paths(connection: psycopg.Connection, own: str, role: str | None) -> list[Finding]:
-    """Return in which search_path pg_catalog is named after another schema, for this role and for another."""
+    """Return a finding for each search_path that names pg_catalog after another schema."""
     default = "select reset_val from pg_catalog.pg_settings where name = 'search_path'"
     paths = {own: fetch_value(connection, default)}
     if role is not None:
-        # the closest setting is what a login of the role gets; the server's own is not to be seen by every role
+        # a login gets the most specific setting; not every role can see the server's own
         rows = connection.execute(
             """
             select pg_catalog.substr(p.setting, pg_catalog.strpos(p.setting, '=') + 1)
@@ -193,8 +193,8 @@ def _search_paths(connection: psycopg.Connection, own: str, role: str | None) ->
         Finding(
             f"search_path of {name}",
             DIFFERENT,
-            f"{path}: what stands before pg_catalog can replace =, text and every other operator and type",
-            "take pg_catalog out of it, or put it first: alter role ... set search_path = ...",
+            f"{path}: a schema before pg_catalog can replace =, text and every other operator and type",
+            "remove pg_catalog from it, or put it first: alter role ... set search_path = ...",
         )
         for name, path in paths.items()
         if "pg_catalog" in [schema.strip(' "').lower() for schema in str(path).split(",")][1:]
@@ -205,35 +205,35 @@ def _migrations(dsn: str, folder: Path | None) -> Iterator[Finding]:
     try:
         files = migration_files(folder)
     except ConfigurationError as error:
-        yield Finding("migration files", DIFFERENT, str(error), "restore the file, or install chatdb again")
+        yield Finding("migration files", DIFFERENT, str(error), "restore the file, or reinstall chatdb")
         return
     try:
         applied = applied_migrations(dsn, folder=folder)
     except ConfigurationError:
-        yield Finding("migrations", NOTE, "this role may not read which were applied: ask the database's owner")
+        yield Finding("migrations", NOTE, "this role may not read chatdb._chatdb_migration: run this as its owner")
         return
     for file in files:
         what = f"migration {file.name}"
         if file.name not in applied:
-            yield Finding(what, MISSING, "is not applied", "chatdb migrate")
+            yield Finding(what, MISSING, "not applied", "chatdb migrate")
         elif applied[file.name] is None:
-            yield Finding(what, OK, "applied by yoyo, which keeps no checksum")
+            yield Finding(what, OK, "applied by yoyo, which records no checksum")
         elif applied[file.name] == file.checksum:
             yield Finding(what, OK, "applied as it was released")
         else:
-            hint = "use the release that applied it, or take it back by that release's chatdb rollback"
-            yield Finding(what, DIFFERENT, "was applied with another content than this release's", hint)
+            hint = "use the release that applied it, or roll it back with that release's chatdb rollback"
+            yield Finding(what, DIFFERENT, "was applied with different content than this release's", hint)
     for name in sorted(applied.keys() - {file.name for file in files}):
         yield Finding(f"migration {name}", NOTE, "applied by another release, probably a newer one")
 
 
 def _statements(connection: psycopg.Connection, *, suffer: bool) -> list[Finding]:
-    """Return what there is to say of the statements; what they `suffer` from wrong tables is these tables' finding."""
+    """Return the findings on plans; if wrong tables make them `suffer`, one note replaces the problems."""
     findings = check_plans(connection)
     hurt = [finding.what.removeprefix("statement ") for finding in findings if is_wrong(finding)]
     if not suffer or not hurt:
         return findings
-    detail = f"{len(hurt)} suffer from what is wrong with the tables: {', '.join(hurt)}"
+    detail = f"{len(hurt)} are affected by the problems of the tables: {', '.join(hurt)}"
     return [finding for finding in findings if not is_wrong(finding)] + [Finding("statements", NOTE, detail)]
 
 
@@ -241,7 +241,7 @@ def _privileges(connection: psycopg.Connection, role: str) -> list[Finding]:
     what = f"privileges of {role}"
     grantee = fetch_value(connection, "select pg_catalog.quote_ident(%s::text)", role)
     if fetch_value(connection, "select 1 from pg_catalog.pg_roles where rolname = %s", role) is None:
-        return [Finding(what, MISSING, "there is no such role", f"create role {grantee} login")]
+        return [Finding(what, MISSING, "the role does not exist", f"create role {grantee} login")]
     rows = connection.execute(
         """
         select c.relname, p.privilege, pg_catalog.has_table_privilege(%(role)s, c.oid, p.privilege)
@@ -257,7 +257,7 @@ def _privileges(connection: psycopg.Connection, role: str) -> list[Finding]:
         if not is_granted:
             lacking[table].append(privilege)
     if not lacking:
-        detail = f"usage of the schema, {', '.join(PRIVILEGES)} on {' and '.join(EXPECTED_SCHEMA)}"
+        detail = f"usage on the schema, {', '.join(PRIVILEGES)} on {' and '.join(EXPECTED_SCHEMA)}"
         return [Finding(what, OK, detail)]
     return [
         Finding(

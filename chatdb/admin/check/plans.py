@@ -1,4 +1,4 @@
-"""Asks the planner by which index it would run each statement under `sql/`."""
+"""Asks the planner which index it would use for each statement under `sql/`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chatdb.admin.connection import errors, fetch_value, psycopg
 from chatdb.schema import EXPECTED_SCHEMA
 
 SMALL = 1 << 16
-"""Bytes of a table up to which the planner rightly reads it whole."""
+"""Bytes up to which a sequential scan of a table is fine."""
 
 _ANALYZE = "analyze chatdb.conversations, chatdb.messages; on an SSD also set random_page_cost = 1.1"
 
@@ -31,7 +31,7 @@ class _Plan(NamedTuple):
 
 
 def statements_by_index() -> dict[str, list[str]]:
-    """Return the indexes, each with the statements that it serves, as their files say."""
+    """Return each index with the statements that it serves, according to their files."""
     names: dict[str, list[str]] = defaultdict(list)
     for statement in _statements():
         for index in statement.indexes:
@@ -41,10 +41,10 @@ def statements_by_index() -> dict[str, list[str]]:
 
 def check_plans(connection: psycopg.Connection) -> list[Finding]:
     """
-    Return what there is to say of the plans, which are the generic ones, as a service gets them.
+    Return the findings on the generic plans, which a service gets.
 
-    The planner reads a small table whole, or by any index, which says nothing: then a statement is planned once more
-    with `enable_seqscan = off`, and with some index it is well.
+    The plan of a small table proves nothing. If it scans the table, the statement is planned again with
+    `enable_seqscan = off` and passes if it uses an index.
     """
     small = _small(connection)
     findings: list[Finding] = []
@@ -58,28 +58,30 @@ def check_plans(connection: psycopg.Connection) -> list[Finding]:
             forced = _plan(connection, statement, whole=False) if plan.whole else plan
         except errors.InsufficientPrivilege:
             unseen.append(statement.name)
-        except (errors.ProgrammingError, errors.NotSupportedError) as error:  # the latter by a host's rule
-            detail = f"the server refuses it (SQLSTATE {error.sqlstate})"
+        except (errors.ProgrammingError, errors.NotSupportedError) as error:  # the latter because of a host's rule
+            detail = f"the server rejects it (SQLSTATE {error.sqlstate})"
             findings.append(Finding(what, DIFFERENT, detail, "fix the tables and indexes"))
         else:
             if forced.whole:
-                detail = f"no index serves it: it reads the whole of {', '.join(sorted(forced.whole))}"
+                detail = f"no index serves it: it scans all of {', '.join(sorted(forced.whole))}"
                 hint = f"fix {', '.join(sorted(statement.indexes)) or 'the tables'}"
                 findings.append(Finding(what, DIFFERENT, detail, hint))
-            elif plan.whole - small:  # of a user who has most of a table, the planner may be right
-                detail = f"is planned to read the whole of {', '.join(sorted(plan.whole - small))}"
+            elif plan.whole - small:  # right if one user has most of the table
+                detail = f"its plan scans all of {', '.join(sorted(plan.whole - small))}"
                 findings.append(Finding(what, NOTE, detail, _ANALYZE))
             elif plan.whole:
                 forced_off.append(statement.name)
             elif not small and not statement.indexes <= plan.indexes:
                 others.append(f"{statement.name} ({', '.join(sorted(plan.indexes))})")
     if unseen:
-        findings.append(Finding("statements", NOTE, f"{len(unseen)} are not planned, for lack of privileges"))
+        findings.append(
+            Finding("statements", NOTE, f"{len(unseen)} cannot be planned, because this role lacks privileges")
+        )
     if not findings:
         detail = "each is planned with an index"
         detail += ", though the tables are too small to tell" if small else ""
         detail += f" ({len(forced_off)} with enable_seqscan = off)" if forced_off else ""
-        detail += f"; not with that of its file at present: {', '.join(others)}" if others else ""
+        detail += f"; currently with another index than in their files: {', '.join(others)}" if others else ""
         findings.append(Finding("statements", OK, detail))
     return findings
 
@@ -87,7 +89,7 @@ def check_plans(connection: psycopg.Connection) -> list[Finding]:
 def _statements() -> Iterator[_Statement]:
     for path in statement_files():
         header, _, body = path.read_text(encoding="utf-8").partition("\n\n")
-        if re.search(r" chatdb\.", body):  # a table, and not the setting that is read by a text
+        if re.search(r" chatdb\.", body):  # a table, not the quoted name of a setting
             served = re.search(r"^-- served by (.*)$", header, re.MULTILINE)
             parameters = len(re.findall(r"^-- \$", header, re.MULTILINE))
             yield _Statement(path.stem, body, parameters, set(served[1].split(", ")) if served else set())
@@ -105,7 +107,7 @@ def _plan(connection: psycopg.Connection, statement: _Statement, *, whole: bool 
         try:
             with connection.transaction():
                 plan: Any = fetch_value(connection, f"explain (format json) execute {name}{nulls}")
-        finally:  # here, because a pooler may have another server process for the next transaction
+        finally:  # here: a pooler may run the next transaction in another server process
             connection.execute(f"deallocate {name}".encode())
     nodes = list(_nodes(plan[0]["Plan"]))
     indexes = {node["Index Name"] for node in nodes if "Index Name" in node}
