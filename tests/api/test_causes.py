@@ -228,7 +228,7 @@ async def test_a_strict_isolation_level(dsn: str) -> None:
     )
     found = {each.what: each for each in inspect(dsn)}
     assert (found["isolation"].state, found["read only"].state) == ("note", "note")
-    assert "sent again" in found["isolation"].detail
+    assert "are retried" in found["isolation"].detail
 
 
 @pytest.mark.owner
