@@ -333,7 +333,7 @@ def _message(
     author, said, kind, name = convert(item)
     content = items.replace_unstorable(said)
     if len(content.encode()) > MAX_CONTENT:
-        raise items.UnsupportedItemError("it has a text of over 4 MiB")
+        raise items.UnsupportedItemError("text longer than 4 MiB")
     metadata = items.metadata_of(type=items.short(kind), name=items.short(name))
     message = items.SourceMessage(seq, author, content, payload, metadata, None, str(row.id), _utc(row.written_at))
     return message, content != said

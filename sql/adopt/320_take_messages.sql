@@ -11,7 +11,7 @@ select
     m.content,
     m.created_at,
     case
-        when b.reason is not null then 'its conversation is kept aside'
+        when b.reason is not null then 'its conversation is quarantined'
         when b.is_adopted and b.last_seq is null then 'its conversation was deleted in chatdb'
         when m.user_id is null then 'it has no user'
         when m.user_id <> b.user_id then 'its user is not its conversation''s'

@@ -296,7 +296,7 @@ async def test_conversations_that_do_not_fit(older: str) -> None:
     tried = adopt(older, dry_run=True)
     report = adopt(older)
     assert report.aside == tried.aside
-    assert report.aside == {"its conversation is kept aside": Counts(0, 20)} | {
+    assert report.aside == {"its conversation is quarantined": Counts(0, 20)} | {
         reason: Counts(1, 0) for reason in BAD_CONVERSATIONS
     }
     assert (report.adopted, report.is_complete) == (Counts(1, 4), True)
@@ -320,7 +320,7 @@ async def test_conversations_that_do_not_fit(older: str) -> None:
 def test_every_reason_is_documented_and_tested() -> None:
     """The guide lists exactly the reasons that the SQL reports."""
     assert set(re.findall(r"^\| `([^`]+)` \| (?:conversation|message)", DOCUMENT, re.MULTILINE)) == REASONS
-    tested = {*MISFITS, *BAD_CONVERSATIONS, "its conversation is kept aside", "its conversation was deleted in chatdb"}
+    tested = {*MISFITS, *BAD_CONVERSATIONS, "its conversation is quarantined", "its conversation was deleted in chatdb"}
     assert tested == REASONS
 
 

@@ -330,7 +330,7 @@ HOSTILE = [
     ('{"role": "wizard", "content": "x"}', "unknown role"),
     ('{"role": ["user"], "content": "x"}', "unknown role"),
     ('{"__enc__": 1, "v": 1, "kid": "hkdf-v1", "payload": "x"}', "encrypted by openai-agents' EncryptedSession"),
-    ('{"role": "user", "content": "' + "x" * (4 * 1024 * 1024 + 1) + '"}', "it has a text of over 4 MiB"),
+    ('{"role": "user", "content": "' + "x" * (4 * 1024 * 1024 + 1) + '"}', "text longer than 4 MiB"),
     ('{"type": "reasoning", "encrypted_content": "' + "x" * 16 * 1024 * 1024 + '"}', "it has over 16 MiB as JSON"),
 ]
 
