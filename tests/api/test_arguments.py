@@ -1,4 +1,4 @@
-"""Any value in any place: each parameter of each public function, and each option of a pool, is taken or named."""
+"""Every public parameter and pool option, with values of every kind: accepted, or refused by name."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ MARK = "Alice's own words"
 
 
 class Color(enum.Enum):
-    """An enum of numbers."""
+    """An enum with an int value."""
 
     RED = 1
 
 
 class Part(enum.StrEnum):
-    """An enum of texts."""
+    """An enum with a str value."""
 
     USER = "user"
 
@@ -63,26 +63,26 @@ class Level(enum.IntEnum):
 
 
 class Item(BaseModel):
-    """A model of a host's."""
+    """A host's model."""
 
     type: str = "message"
 
 
 class Turn(NewMessage):
-    """A message of a host's, with one field more."""
+    """A host's message with one more field."""
 
     model: str = "some-model"
 
 
 @dataclasses.dataclass
 class Call:
-    """A dataclass of a host's."""
+    """A host's dataclass."""
 
     name: str = "f"
 
 
 def raising(*_: object, **__: object) -> Any:
-    """Raise what nobody expects."""
+    """Raise an error that no code expects."""
     raise ArithmeticError("a method of the caller's class")
 
 
@@ -91,18 +91,18 @@ METHODS += ("__gt__", "__le__", "__ge__", "__getitem__", "__int__", "__float__",
 
 
 def hostile(*bases: type) -> type:
-    """Return a class each of whose methods raises."""
+    """Return a class whose methods all raise."""
     return type("Hostile", bases, dict.fromkeys(METHODS, raising))
 
 
 class HostileDict(dict[Any, Any]):
-    """A dict that cannot be read."""
+    """A dict that raises when it is read."""
 
     keys = values = items = get = __iter__ = __len__ = __getitem__ = raising  # type: ignore[assignment]
 
 
 def numbers() -> Any:
-    """Iterate over what is no message, and then raise."""
+    """Yield one valid message, then raise."""
     yield {"role": "user", "content": ""}
     raise LookupError("a caller's own")
 
@@ -180,11 +180,11 @@ ODD: dict[str, Any] = {
     "model without fields": NewMessage.model_construct(role="user"),
     "conversation without fields": chatdb.Conversation.model_construct(id="odd", updated_at="odd"),
 }
-"""What no parameter is made for, and some take."""
+"""Values that few parameters accept."""
 
 
 def odd(label: str) -> Any:
-    """Return an odd value, a new one where it is used up."""
+    """Return an odd value; a generator is created anew for each use."""
     return ODD[label]() if label == "generator" else ODD[label]
 
 
@@ -199,9 +199,9 @@ async def refused_wrongly(
     taken: tuple[type[ChatDBError], ...] = (),
 ) -> dict[str, str]:
     """
-    Send each odd value, and return what became of those that are neither taken nor refused by the parameter's name.
+    Send each odd value and report the ones that are neither accepted nor refused by the parameter's name.
 
-    `taken` are the errors of a value that chatdb has taken and the database answers.
+    `taken` lists the errors for values that chatdb accepts and the database answers.
     """
     wrong = {}
     for label in ODD:
@@ -215,7 +215,7 @@ async def refused_wrongly(
                 wrong[label] = f"{len(db.statements)} sent, {error}"
         except taken:
             pass
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is the wrong one
+        except Exception as error:  # noqa: BLE001 - any other error is wrong
             wrong[label] = repr(error)[:200]
         await block.rollback()
     return wrong
@@ -223,7 +223,7 @@ async def refused_wrongly(
 
 @pytest.mark.parametrize(("name", "parameter"), PLACES)
 async def test_every_parameter(tx: asyncpg.Connection, name: str, parameter: str) -> None:
-    """An odd value is taken, or is an InvalidInputError that names the parameter, and nothing is sent."""
+    """An odd value is accepted, or raises InvalidInputError that names the parameter before anything is sent."""
     conversation = await conversation_with_a_message(tx)
 
     async def send(db: Counting, value: Any) -> None:
@@ -238,7 +238,7 @@ FIELDS = list(NewMessage.model_fields)
 @pytest.mark.parametrize("kind", [dict, NewMessage.model_construct, Turn.model_construct], ids=["dict", "model", "own"])
 @pytest.mark.parametrize("field", FIELDS)
 async def test_every_field_of_a_message(tx: asyncpg.Connection, kind: Any, field: str) -> None:
-    """So it is with the fields of the messages in a batch."""
+    """Same for the fields of messages in a batch."""
     conversation = await conversation_with_a_message(tx)
 
     async def send(db: Counting, value: Any) -> None:
@@ -250,7 +250,7 @@ async def test_every_field_of_a_message(tx: asyncpg.Connection, kind: Any, field
 
 @pytest.mark.parametrize("label", [label for label in ODD if label != "NewMessage"])
 async def test_every_message_of_a_batch(label: str) -> None:
-    """What is no message is named."""
+    """A batch item that is not a message is refused by its index."""
     db = Counting(None)
     with pytest.raises(InvalidInputError) as caught:
         await chatdb.append_messages(db, user_id="alice", conversation_id=1, messages=[odd(label)])
@@ -259,12 +259,12 @@ async def test_every_message_of_a_batch(label: str) -> None:
 
 
 HANDLES = {label: value for label, value in ODD.items() if label != "mock"}
-"""All but what has any method."""
+"""Every odd value except the mock that has every method."""
 
 
 @pytest.mark.parametrize("label", HANDLES)
 async def test_every_handle(label: str) -> None:
-    """What is no pool and no connection is an InvalidInputError that names `db`."""
+    """A value that is neither a pool nor a connection raises InvalidInputError for `db`."""
     for name, arguments in CALLS:
         with pytest.raises(InvalidInputError, match=r"^db: must be a pool or an asyncpg connection, not "):
             await call(HANDLES[label], name, arguments, NOBODYS)
@@ -277,7 +277,7 @@ async def test_every_handle(label: str) -> None:
 
 @pytest.mark.parametrize("label", ODD)
 async def test_the_user_of_a_transaction(tx: asyncpg.Connection, label: str) -> None:
-    """So is a user of a transaction."""
+    """An odd `user_id` is accepted or refused by name."""
     try:
         async with chatdb.transaction(tx, user_id=odd(label)):
             pass
@@ -287,7 +287,7 @@ async def test_the_user_of_a_transaction(tx: asyncpg.Connection, label: str) -> 
 
 @pytest.mark.parametrize("label", ODD)
 def test_the_folder_of_an_embedded_server(label: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """So is a folder, by a ConfigurationError."""
+    """An odd folder is accepted or raises ConfigurationError."""
     monkeypatch.chdir(tmp_path)
     try:
         chatdb.open_embedded(odd(label))
@@ -300,14 +300,14 @@ DSN = "postgresql://ada@127.0.0.1:1/none"
 
 @pytest.mark.parametrize("option", _CHECKS)
 def test_every_option(option: str) -> None:
-    """An odd value of an option is taken, or is a ConfigurationError that names it."""
+    """An odd option value is accepted, or raises ConfigurationError that names the option."""
     wrong = {}
     for label in ODD:
         try:
             pool = chatdb.create_pool(DSN, **{option: odd(label)})
         except ConfigurationError as error:
             if option not in str(error):
-                # the service and its file are looked for, a password file read
+                # these options read the service file or the password file
                 wrong[label] = str(error)
         except Exception as error:  # noqa: BLE001
             wrong[label] = repr(error)[:200]
@@ -315,7 +315,7 @@ def test_every_option(option: str) -> None:
             pool.terminate()
     if option == "service":
         wrong = {label: said for label, said in wrong.items() if "no service file defines the service" not in said}
-    if option == "host":  # a host that is not local is reached by TLS
+    if option == "host":  # a remote host requires TLS
         wrong = {label: said for label, said in wrong.items() if "one port for all hosts" not in said}
     assert wrong == {}
 
@@ -348,7 +348,7 @@ TAKEN = {
 
 @pytest.mark.parametrize(("option", "value"), [(option, value) for option in TAKEN for value in TAKEN[option]])
 async def test_what_is_taken_works(dsn: str, option: str, value: Any) -> None:
-    """A pool opens with each value that is taken."""
+    """A pool opens with each accepted value."""
     async with chatdb.create_pool(dsn, **{option: value}) as db:
         assert (await chatdb.create_conversation(db, user_id="alice")).user_id == "alice"
 
@@ -377,13 +377,13 @@ async def test_what_is_taken_works(dsn: str, option: str, value: Any) -> None:
     ],
 )
 def test_an_option_is_refused_by_name(options: dict[str, Any], said: str) -> None:
-    """The error names the option, what it has to be, and what it was."""
+    """The error names the option, what it must be, and what it was."""
     with pytest.raises(ConfigurationError, match=said):
         chatdb.create_pool(DSN, **options)
 
 
 def test_all_options_of_the_driver() -> None:
-    """Each option that asyncpg takes has a type and a check, or is refused."""
+    """Each option of asyncpg has a type and a check, or is refused."""
     of_driver = inspect.signature(asyncpg.create_pool).parameters | inspect.signature(asyncpg.connect).parameters
     named = of_driver.keys() - {"dsn", "connect_kwargs"}
     own = inspect.signature(chatdb.create_pool).parameters.keys() - {"dsn", "options"}
@@ -392,7 +392,7 @@ def test_all_options_of_the_driver() -> None:
 
 
 def test_an_option_comes_before_the_dsn() -> None:
-    """Host, user and the like overrule the DSN, and the demand of TLS is that of the host."""
+    """Options override the DSN, and the host that is used decides whether TLS is required."""
     pool = chatdb.create_pool(
         DSN, host="db.example.com", user="eve", port=7, server_settings={"geqo": "off"}, max_cached_statement_lifetime=9
     )
@@ -420,7 +420,7 @@ HELD = {
 
 @pytest.mark.parametrize("label", HELD)
 def test_an_object_that_holds_a_dsn(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What settings classes hand over is taken, with the password that some of them mask."""
+    """Objects from settings classes are accepted, including their masked passwords."""
     monkeypatch.delenv("DATABASE_URL", raising=False)
     told = chatdb.create_pool(HELD[label])._connect_kwargs
     assert (told["host"], told["port"], told["user"], told["password"]) == (["127.0.0.1"], 1, "ada", "s3cr3t-@")
@@ -429,7 +429,7 @@ def test_an_object_that_holds_a_dsn(label: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("label", [label for label in ODD if label not in {"None", "empty str"}])
 def test_every_dsn(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What holds none is a ConfigurationError that says what to pass."""
+    """A value without a DSN raises ConfigurationError that says what to pass."""
     monkeypatch.delenv("DATABASE_URL", raising=False)
     with pytest.raises(ConfigurationError, match=r"dsn must be a str|the DSN"):
         chatdb.create_pool(odd(label))
@@ -456,7 +456,7 @@ JSON = {
 @pytest.mark.parametrize("parameter", ["metadata", "payload"])
 @pytest.mark.parametrize("label", JSON)
 def test_the_path_of_what_is_no_json(parameter: str, label: str) -> None:
-    """The error names the path from the parameter on, and the type."""
+    """The error gives the path from the parameter on, and the type."""
     value = {"items": [0, 1, {}, {"when": ODD[label], "created At": 1}], "toolCall": 1}
     with pytest.raises(InvalidInputError) as caught:
         getattr(chatdb._core.validate, f"check_{parameter}")(parameter, value)
@@ -482,7 +482,7 @@ def test_the_path_of_what_is_no_json(parameter: str, label: str) -> None:
     ],
 )
 def test_the_keys_that_a_path_shows(key: str, shown: str) -> None:
-    """Keys that a program would use are shown, and none that may be a user's words or a secret."""
+    """Identifier-like keys are shown; keys that may be a user's words or a secret are not."""
     with pytest.raises(InvalidInputError) as caught:
         chatdb._core.validate.check_payload("payload", {"a": {key: {1}}})
     assert str(caught.value).endswith(f": payload.a{shown} is of type set")
@@ -497,13 +497,13 @@ def test_the_keys_that_a_path_shows(key: str, shown: str) -> None:
     ],
 )
 def test_other_faults_have_paths(value: Any, said: str) -> None:
-    """So have keys that are no texts, and numbers that JSON does not have."""
+    """Non-str keys and numbers that JSON lacks are reported with their paths too."""
     with pytest.raises(InvalidInputError, match=said.replace("[", r"\[")):
         chatdb._core.validate.check_metadata("metadata", value)
 
 
 async def test_a_subclass_of_new_message(tx: asyncpg.Connection) -> None:
-    """A message with more fields, added by a class or by a copy, is stored without them."""
+    """Extra fields, added by a subclass or a copy, are not stored."""
     conversation = await chatdb.create_conversation(tx, user_id="alice")
     copied = NewMessage(role="user", content="b").model_copy(update={"model": "m"})
     stored = await chatdb.append_messages(
@@ -523,7 +523,7 @@ async def test_a_subclass_of_new_message(tx: asyncpg.Connection) -> None:
     ],
 )
 async def test_a_field_that_a_message_does_not_have(message: Any, parameter: str, said: str) -> None:
-    """The error names the field, and the one that may have been meant."""
+    """The error names the field and suggests the likely one."""
     with pytest.raises(InvalidInputError) as caught:
         await chatdb._core.validate.check_messages([message])
     assert caught.value.parameter == parameter
@@ -543,7 +543,7 @@ async def test_a_field_that_a_message_does_not_have(message: Any, parameter: str
 def test_a_new_message_that_cannot_be_made(
     values: tuple[Any, ...], fields: dict[str, Any], parameter: str, said: str
 ) -> None:
-    """The class raises chatdb's error, too, and quotes nothing of what it was given."""
+    """NewMessage raises chatdb's error too, and quotes none of the values."""
     make: Any = NewMessage
     with pytest.raises(InvalidInputError, match=said) as caught:
         make(*values, **fields)
@@ -552,13 +552,13 @@ def test_a_new_message_that_cannot_be_made(
 
 
 def test_the_fields_of_a_subclass_are_its_own() -> None:
-    """What pydantic says of a field that the caller's class adds, it says to the caller."""
+    """Pydantic's errors about a subclass's own fields reach the caller unchanged."""
     with pytest.raises(ValidationError, match="model"):
         Turn(role="user", content="a", model=[])  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
 async def test_an_iterable_that_raises() -> None:
-    """The error says so, and has the caller's own as its cause."""
+    """The error says that the iterable raised, and its cause is the caller's error."""
     with pytest.raises(InvalidInputError, match=r"^messages: iterating over them raised LookupError$") as caught:
         await chatdb._core.validate.check_messages(numbers())
     assert isinstance(caught.value.__cause__, LookupError)
@@ -579,7 +579,7 @@ async def test_an_iterable_that_raises() -> None:
     ],
 )
 def test_arguments_of_migrations(dsn: str, arguments: dict[str, Any], parameter: str) -> None:
-    """What applies migrations, and what takes them back, refuse an argument by its name."""
+    """Applying and rolling back migrations refuse an argument by name."""
     work: Any
     for work in (apply_migrations, rollback_migrations):
         with pytest.raises(InvalidInputError, match=f"^{parameter}: must be"):

@@ -1,4 +1,4 @@
-"""Errors name the true cause: the host's own triggers and constraints, counters, encodings, settings, the way there."""
+"""Errors name the true cause: a host's triggers and constraints, counters, encodings, settings, the network."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BODIES = {
     "P0001": "raise exception 'refused by moderation';",
     "22012": "perform 1 / 0;",
 }
-"""What a host's trigger may do wrong, by the SQLSTATE that comes of it."""
+"""Mistakes in a host's trigger, by the SQLSTATE they cause."""
 
 TRIGGER = """
 create schema if not exists hosts;
@@ -47,7 +47,7 @@ create or replace trigger host before insert on chatdb.{table} for each row exec
 
 
 async def append(db: Any, conversation: chatdb.Conversation, **more: Any) -> chatdb.Message:
-    """Append a message of the user's."""
+    """Append a user message."""
     here = {"user_id": conversation.user_id, "conversation_id": conversation.id}
     return await chatdb.append_message(db, role="user", content="a message", **here, **more)
 
@@ -59,7 +59,7 @@ async def append(db: Any, conversation: chatdb.Conversation, **more: Any) -> cha
 @pytest.mark.parametrize("state", BODIES)
 @pytest.mark.parametrize("more", [{}, {"key": "k"}], ids=["plain", "keyed"])
 async def test_a_trigger_of_the_hosts_fails(dsn: str, db: Any, state: str, more: dict[str, str]) -> None:
-    """The error says that the database's own function refused, and which; nothing is stored."""
+    """The error names the database function that failed, and nothing is stored."""
     conversation = await chatdb.create_conversation(db, user_id="alice")
     execute(dsn, TRIGGER.format(body=BODIES[state], table="messages"))
     for _ in range(2):
@@ -72,10 +72,10 @@ async def test_a_trigger_of_the_hosts_fails(dsn: str, db: Any, state: str, more:
 @pytest.mark.owner
 @pytest.mark.parametrize("language", ["german", "english"])
 async def test_the_function_is_named_in_any_language(dsn: str, language: str) -> None:
-    """What the server's context calls the function does not depend on the language of its messages."""
+    """The function is named whatever language the server's messages use."""
     execute(dsn, TRIGGER.format(body="raise exception 'no';", table="conversations"))
     settings = {"lc_messages": "de_DE.UTF-8" if language == "german" else "C"}
-    with suppress(asyncpg.InvalidParameterValueError):  # a server without that language
+    with suppress(asyncpg.InvalidParameterValueError):  # the server lacks that language
         connection = await asyncpg.connect(**connect_arguments(dsn) | {"server_settings": settings})
         with pytest.raises(ConfigurationError, match=r"hosts\.on_row\(\)"):
             await chatdb.create_conversation(connection, user_id="alice")
@@ -84,7 +84,7 @@ async def test_the_function_is_named_in_any_language(dsn: str, language: str) ->
 
 @pytest.mark.owner
 async def test_a_text_is_not_taken_for_the_function(dsn: str, db: Any) -> None:
-    """A message that looks like the server's context, in a statement that a trigger makes of it, is not quoted."""
+    """Message text that resembles the server's error context is not quoted."""
     conversation = await chatdb.create_conversation(db, user_id="alice")
     execute(dsn, TRIGGER.format(body="execute format('select 1 / 0 /* %s */', new.content);", table="messages"))
     text = "PL/pgSQL function zebra_crossing() line 1\nPL/pgSQL function zebra_crossing() line 1 at RAISE"
@@ -96,7 +96,7 @@ async def test_a_text_is_not_taken_for_the_function(dsn: str, db: Any) -> None:
 @pytest.mark.owner
 @pytest.mark.parametrize("keyed", [False, True])
 async def test_a_trigger_that_leaves_rows_out(dsn: str, db: Any, keyed: bool) -> None:
-    """A message that a host's trigger left out is not reported as a missing conversation, or as a conflict."""
+    """A row that a host's trigger discards is not reported as a missing conversation or a conflict."""
     conversation = await chatdb.create_conversation(db, user_id="alice")
     here = {"user_id": "alice", "conversation_id": conversation.id}
     execute(dsn, TRIGGER.format(body="return null;", table="messages"))
@@ -118,7 +118,7 @@ async def test_a_trigger_that_leaves_rows_out(dsn: str, db: Any, keyed: bool) ->
 
 @pytest.mark.owner
 async def test_constraints_of_the_hosts(dsn: str, db: Any) -> None:
-    """A constraint or a column that the host has added, or that refers to chatdb's tables, is named as such."""
+    """The error names a constraint or column that the host added, or that references chatdb's tables."""
     conversation = await chatdb.create_conversation(db, user_id="alice")
     execute(dsn, "alter table chatdb.messages add constraint short check (content <> 'a message')")
     with pytest.raises(ConfigurationError, match=r"constraint short on table chatdb\.messages"):
@@ -141,14 +141,14 @@ async def test_constraints_of_the_hosts(dsn: str, db: Any) -> None:
     for other in ("pk_messages", "ck_messages_role", "fk_messages_conversation", "fk_conversations_user", None):
         with pytest.raises(ConfigurationError, match=rf"constraint {name} on table public\.pins"):
             await chatdb.delete_conversation(db, user_id="alice", conversation_id=conversation.id)
-        if other is not None:  # a name of chatdb's own, in the host's schema
+        if other is not None:  # one of chatdb's own constraint names, in the host's schema
             execute(dsn, f"alter table public.pins rename constraint {name} to {other}")
             name = other
 
 
 @pytest.mark.owner
 async def test_counters_that_are_behind_or_at_their_end(dsn: str, db: Any) -> None:
-    """A restore that forgot the sequences is the operator's to mend, by the SQL that the error gives."""
+    """Counters that a restore left behind are fixed with the SQL in the error."""
     conversation = await chatdb.create_conversation(db, user_id="alice")
     await append(db, conversation)
     execute(dsn, "select setval('chatdb.conversations_id_seq', 1, false)")
@@ -172,14 +172,14 @@ async def test_counters_that_are_behind_or_at_their_end(dsn: str, db: Any) -> No
     assert (await chatdb.create_conversation(db, user_id="alice")).id == 4
 
 
-# what the server undid
+# what the server rolled back
 
 
 @pytest.mark.owner
 @pytest.mark.parametrize("state", ["40001", "40P01"])
 @pytest.mark.parametrize("times", [2, 3])
 async def test_an_undone_statement_is_sent_again(dsn: str, state: str, times: int) -> None:
-    """A statement that the server rolled back is sent again up to `retries` times, without a key too, and once."""
+    """A rolled-back statement is sent again up to `retries` times, even without a key, and takes effect once."""
     body = f"if nextval('hosts.tries') <= {times} then raise exception using errcode = '{state}'; end if;"
     execute(
         dsn,
@@ -202,14 +202,14 @@ async def test_an_undone_statement_is_sent_again(dsn: str, state: str, times: in
             await append(db, conversation)
         execute(dsn, "alter sequence hosts.tries restart")
     async with chatdb.create_pool(dsn) as db:
-        with pytest.raises(UnavailableError, match=state):  # its transaction is the caller's to repeat
+        with pytest.raises(UnavailableError, match=state):  # only the caller can repeat its transaction
             async with chatdb.transaction(db) as connection:
                 await append(connection, conversation)
 
 
 @pytest.mark.owner
 async def test_a_strict_isolation_level(dsn: str) -> None:
-    """Where transactions are serializable by default, appends that meet are sent again, and the check says so."""
+    """With serializable transactions by default, conflicting appends are sent again, and the check says so."""
     settings = {"default_transaction_isolation": "serializable"}
     async with chatdb.create_pool(dsn, server_settings=settings) as db, chatdb.create_pool(dsn) as plain:
         conversation = await chatdb.create_conversation(db, user_id="alice")
@@ -233,7 +233,7 @@ async def test_a_strict_isolation_level(dsn: str) -> None:
 
 @pytest.mark.owner
 async def test_a_database_that_takes_no_writes(dsn: str) -> None:
-    """The error names both reasons that a server has."""
+    """The error names both possible reasons."""
     async with chatdb.create_pool(dsn, server_settings={"default_transaction_read_only": "on"}) as db:
         with pytest.raises(UnavailableError, match=r"standby.*default_transaction_read_only") as caught:
             await chatdb.create_conversation(db, user_id="alice")
@@ -246,7 +246,7 @@ async def test_a_database_that_takes_no_writes(dsn: str) -> None:
 @pytest.mark.parametrize("statement", ["discard all", "deallocate all", "DISCARD  PLANS"])
 @pytest.mark.parametrize("way", ["execute", "fetch", "lent"])
 async def test_dropped_statements_are_prepared_again(dsn: str, statement: str, way: str) -> None:
-    """After a host's DISCARD ALL or DEALLOCATE the pool works, outside and inside a transaction."""
+    """The pool works after a host's DISCARD ALL or DEALLOCATE, inside and outside a transaction."""
     async with chatdb.create_pool(dsn, max_size=1) as db:
         conversation = await conversation_with_a_message(db)
         here: dict[str, Any] = {"user_id": "alice", "conversation_id": conversation.id}
@@ -257,7 +257,7 @@ async def test_dropped_statements_are_prepared_again(dsn: str, statement: str, w
                     await connection.execute(statement)
             else:
                 await getattr(db, way)(statement)
-            if inside and way != "fetch":  # the pool's fetch looks for it only when a statement is missing
+            if inside and way != "fetch":  # the pool's fetch checks only when a statement is missing
                 async with chatdb.transaction(db) as connection:
                     assert len(await chatdb.get_history(connection, **here)) == 1
             else:
@@ -266,7 +266,7 @@ async def test_dropped_statements_are_prepared_again(dsn: str, statement: str, w
 
 @pytest.mark.owner
 async def test_statements_that_others_drop(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
-    """What a function has dropped is prepared again on any connection, and the log says so."""
+    """Statements that a database function drops are prepared again on any connection, and the log says so."""
     drop = (
         "create function public.drop_all() returns void language plpgsql as $$ begin execute 'deallocate all'; end $$"
     )
@@ -293,7 +293,7 @@ async def test_statements_that_others_drop(dsn: str, caplog: pytest.LogCaptureFi
 
 @pytest.mark.owner
 async def test_statements_that_others_drop_where_calls_name_their_user(dsn: str) -> None:
-    """A pool with `row_level_security`, whose calls are transactions, prepares them anew as well."""
+    """A pool with `row_level_security`, whose calls are transactions, prepares them again too."""
     drop = "create function public.drop_all() returns void language plpgsql as "
     execute(dsn, f"{drop} $$ begin execute 'deallocate all'; end $$")
     async with chatdb.create_pool(dsn, max_size=1, row_level_security=True) as db:
@@ -305,7 +305,7 @@ async def test_statements_that_others_drop_where_calls_name_their_user(dsn: str)
 
 @pytest.mark.owner
 async def test_a_changed_column_inside_a_transaction(dsn: str) -> None:
-    """A transaction that meets a column of another type than it had prepared for can be run again."""
+    """If a column's type changed after its statement was prepared, the transaction can be run again."""
     async with chatdb.create_pool(dsn, max_size=1) as db:
         conversation = await conversation_with_a_message(db)
         here: dict[str, Any] = {"user_id": "alice", "conversation_id": conversation.id}
@@ -324,7 +324,7 @@ async def test_a_changed_column_inside_a_transaction(dsn: str) -> None:
 
 @pytest.fixture(params=["LATIN1", "SQL_ASCII", "WIN1252"])
 def narrow(request: pytest.FixtureRequest, server: str) -> Iterator[tuple[str, str]]:
-    """Give an encoding and the DSN of a migrated database that has it."""
+    """Yield an encoding and the DSN of a migrated database that uses it."""
     name = f"chatdb_test_{os.getpid()}_{request.param.lower()}"
     execute(
         server,
@@ -341,7 +341,7 @@ def narrow(request: pytest.FixtureRequest, server: str) -> Iterator[tuple[str, s
 
 @pytest.mark.owner
 async def test_an_encoding_that_is_too_narrow(narrow: tuple[str, str], caplog: pytest.LogCaptureFixture) -> None:
-    """The error names the encoding, and migrate and check say beforehand that it cannot hold every text."""
+    """The error names the encoding; migrate and check warn beforehand that it cannot store every character."""
     encoding, dsn = narrow
     for look in (apply_migrations, missing_migrations):
         caplog.clear()
@@ -350,14 +350,14 @@ async def test_an_encoding_that_is_too_narrow(narrow: tuple[str, str], caplog: p
     assert {each.what: each for each in inspect(dsn)}["encoding"].detail.startswith(encoding)
     async with chatdb.create_pool(dsn) as db:
         conversation = await chatdb.create_conversation(db, user_id="alice")
-        if encoding == "SQL_ASCII":  # takes any bytes
+        if encoding == "SQL_ASCII":  # stores any bytes
             return
         for more in ({}, {"metadata": {"mood": "\N{GRINNING FACE}"}}):
             with pytest.raises(ConfigurationError, match=f"encoding, {encoding},"):
                 await append(db, conversation.model_copy(), payload="\N{GRINNING FACE}", **more)
 
 
-# the way to the server
+# reaching the server
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ async def test_an_encoding_that_is_too_narrow(narrow: tuple[str, str], caplog: p
     ],
 )
 async def test_a_server_that_cannot_be_reached(dsn: str, said: str) -> None:
-    """The error names the host and the port and says in words what went wrong."""
+    """The error names the host and the port and says what went wrong."""
     with pytest.raises(UnavailableError) as caught:
         await chatdb.create_pool(dsn)
     assert said in str(caught.value)
@@ -383,7 +383,7 @@ async def test_a_server_that_cannot_be_reached(dsn: str, said: str) -> None:
 
 
 async def test_a_server_of_another_kind(dsn: str) -> None:
-    """Where no host meets target_session_attrs the error says which was asked for, and that nothing was sent."""
+    """If no host meets target_session_attrs, the error names the requested value, and nothing was sent."""
     with pytest.raises(UnavailableError, match="target_session_attrs=standby") as caught:
         await chatdb.create_pool(dsn, target_session_attrs="standby")
     assert caught.value.sent is False
@@ -392,7 +392,7 @@ async def test_a_server_of_another_kind(dsn: str) -> None:
 @pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("url", ["postgresql://127.0.0.1:1/chat", "postgresql:///chat"])
 def test_a_process_without_a_name(url: str) -> None:
-    """A DSN without a user, in a container whose user has no name, is an error that says what to add."""
+    """If neither the DSN nor the system names a user, as in some containers, the error says what to add."""
     program = (
         "import os, sys, chatdb\n"
         "os.environ.pop('PGUSER', None); [os.environ.pop(n, None) for n in ('LOGNAME', 'USER', 'LNAME', 'USERNAME')]\n"
@@ -419,14 +419,14 @@ CODECS = {
 
 
 async def with_codecs(connection: Any) -> None:
-    """Set a codec for every type of chatdb's that gives something else than the driver does."""
+    """Set codecs that decode each of chatdb's types differently than asyncpg does."""
     for name, (form, encoder, decoder) in CODECS.items():
         await connection.set_type_codec(name, encoder=encoder, decoder=decoder, schema="pg_catalog", format=form)
 
 
 @pytest.mark.parametrize("kind", ["chatdb's pool", "in a transaction", "asyncpg's pool", "asyncpg's connection"])
 async def test_records_are_the_same_whatever_codecs_are_set(dsn: str, kind: str) -> None:
-    """Every function answers as without them, on any handle."""
+    """Every function returns the same results with and without codecs, on any handle."""
     answers: list[list[Any]] = []
     for init in (None, with_codecs):
         found: list[Any] = []
@@ -452,7 +452,7 @@ async def test_records_are_the_same_whatever_codecs_are_set(dsn: str, kind: str)
 
 
 async def test_a_handle_of_another_kind_with_codecs(dsn: str) -> None:
-    """Where chatdb cannot reach past a codec, its own error names the fields and no value."""
+    """If chatdb cannot bypass a codec, its error names the fields and no value."""
 
     class Wrapped:
         def __init__(self, pool: Any) -> None:
@@ -483,11 +483,11 @@ async def test_a_handle_of_another_kind_with_codecs(dsn: str) -> None:
     assert "20" not in str(caught.value)
 
 
-# what may be shown
+# what users may see
 
 
 def every(kind: type[ChatDBError]) -> Iterator[type[ChatDBError]]:
-    """Yield an error class and those below it."""
+    """Yield an error class and its subclasses."""
     yield kind
     for each in kind.__subclasses__():
         yield from every(each)
@@ -495,7 +495,7 @@ def every(kind: type[ChatDBError]) -> Iterator[type[ChatDBError]]:
 
 @pytest.mark.parametrize("kind", [*every(ChatDBError)], ids=lambda kind: kind.__name__)
 def test_each_error_has_a_sentence_for_the_services_users(kind: type[ChatDBError]) -> None:
-    """It is a plain sentence or two, without words for operators."""
+    """It is short, plain, and free of operator terms."""
     assert kind.public.endswith(".")
     assert len(kind.public) < 100
     words = kind.public.lower()
@@ -505,7 +505,7 @@ def test_each_error_has_a_sentence_for_the_services_users(kind: type[ChatDBError
 
 @pytest.mark.owner
 async def test_conversations_that_are_ahead_of_the_clock(dsn: str, db: Any) -> None:
-    """The check says how many there are and how they are set right; an append keeps the order until then."""
+    """The check counts these conversations and gives the fix; until then, appends keep the order."""
     conversation = await chatdb.create_conversation(db, user_id="alice")
     assert "clock" not in {each.what for each in inspect(dsn)}
     execute(dsn, "update chatdb.conversations set updated_at = now() + interval '1 year'")

@@ -1,4 +1,4 @@
-"""Many callers at once, on connections of their own: order, gaps, keys, and deletions under way."""
+"""Concurrent callers, each on its own connection: order, gaps, keys, and deletions."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ CALLERS = 16
 
 @pytest.fixture
 async def db(dsn: str, arguments_of: Callable[[str], dict[str, Any]]) -> AsyncIterator[chatdb.pool.Pool]:
-    """Give a pool of sixteen connections, all open, so that sixteen callers are sixteen sessions."""
+    """Yield a pool with sixteen open connections, so that sixteen callers are sixteen sessions."""
     async with chatdb.create_pool(**arguments_of(dsn), min_size=CALLERS, max_size=CALLERS) as pool:
         yield pool
 
 
 @pytest.fixture
 async def conversation(db: chatdb.pool.Pool) -> Conversation:
-    """Give an empty conversation."""
+    """Return an empty conversation."""
     return await chatdb.create_conversation(db, user_id=USER)
 
 
-class _Rollback(Exception):  # noqa: N818 - no error, but the way out of a transaction
+class _Rollback(Exception):  # noqa: N818 - not an error: it ends a transaction
     """Ends a transaction without its writes."""
 
 
 @contextlib.asynccontextmanager
 async def rolled_back(db: chatdb.pool.Pool) -> AsyncIterator[Any]:
-    """Run a block in a transaction of which nothing stays."""
+    """Run a block in a transaction and roll it back."""
     with contextlib.suppress(_Rollback):
         async with chatdb.transaction(db) as connection:
             yield connection
@@ -46,14 +46,14 @@ async def rolled_back(db: chatdb.pool.Pool) -> AsyncIterator[Any]:
 
 
 async def together(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
-    """Run the calls at the same time, and return their results; a hang fails, and so does the first error."""
+    """Run the calls concurrently and return their results; a hang or the first error fails."""
     async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         tasks = [group.create_task(call) for call in calls]
     return [task.result() for task in tasks]
 
 
 async def outcome(call: Coroutine[Any, Any, Any], *expected: type[Exception]) -> Any:
-    """Return the result of a call, or its error if it is an expected one."""
+    """Return the result of a call, or its error if expected."""
     try:
         return await call
     except expected as error:
@@ -61,14 +61,14 @@ async def outcome(call: Coroutine[Any, Any, Any], *expected: type[Exception]) ->
 
 
 async def append(db: Any, conversation: Conversation, content: str, **fields: Any) -> Message:
-    """Append a user's message."""
+    """Append a user message."""
     return await chatdb.append_message(
         db, user_id=USER, conversation_id=conversation.id, role="user", content=content, **fields
     )
 
 
 async def append_batch(db: Any, conversation: Conversation, *messages: dict[str, Any]) -> list[Message]:
-    """Append messages of a user at once."""
+    """Append user messages in one batch."""
     return await chatdb.append_messages(
         db, user_id=USER, conversation_id=conversation.id, messages=[{"role": "user"} | fields for fields in messages]
     )
@@ -87,7 +87,7 @@ async def stored(db: Any, conversation: Conversation) -> list[Message]:
 
 
 async def in_order(db: Any, conversation: Conversation) -> list[Message]:
-    """Return all messages, of which none is missing, whose times never run back, and which the conversation counts."""
+    """Check that seq has no gap, times never decrease and the conversation agrees; return all messages."""
     messages = await stored(db, conversation)
     now = await reload(db, conversation)
     assert [message.seq for message in messages] == list(range(1, len(messages) + 1))
@@ -98,7 +98,7 @@ async def in_order(db: Any, conversation: Conversation) -> list[Message]:
 
 
 def by_writer(messages: list[Message]) -> dict[str, list[int]]:
-    """Return the serial numbers of each writer's messages, whose content is `writer serial`."""
+    """Return each writer's serial numbers, from contents of the form `writer serial`."""
     found: dict[str, list[int]] = {}
     for message in messages:
         writer, serial = message.content.split()
@@ -110,7 +110,7 @@ def by_writer(messages: list[Message]) -> dict[str, list[int]]:
 
 
 async def test_sixteen_writers_leave_no_gap_and_keep_their_order(db, conversation):
-    """Every writer's messages stand in the order in which it wrote them, at the places that it was told."""
+    """Each writer's messages are in the order it wrote them, at the seq that its call returned."""
     each = 40
 
     async def write(writer: int) -> list[Message]:
@@ -123,7 +123,7 @@ async def test_sixteen_writers_leave_no_gap_and_keep_their_order(db, conversatio
 
 
 async def test_a_batch_is_never_interleaved(db, conversation):
-    """The messages of a batch follow each other and share their time, whatever else is appended meanwhile."""
+    """The messages of a batch are consecutive and share a time, whatever other callers append."""
     each, size = 20, 5
 
     async def write(writer: int) -> None:
@@ -143,7 +143,7 @@ async def test_a_batch_is_never_interleaved(db, conversation):
 
 
 async def test_a_reader_sees_a_batch_whole_or_not_at_all(db, conversation):
-    """A page read while batches are appended ends with the end of a batch."""
+    """A page read during batch appends ends at the end of a batch."""
     size, rounds = 7, 25
     done = asyncio.Event()
 
@@ -170,14 +170,14 @@ async def test_a_reader_sees_a_batch_whole_or_not_at_all(db, conversation):
 
 
 async def test_transactions_held_open_and_rolled_back_leave_no_gap(db, conversation):
-    """A place that a rolled-back transaction had taken goes to the next writer, and times follow places even so."""
+    """A seq that a transaction rolled back goes to the next writer, and times still follow seq."""
     each = 6
 
     async def write_held(writer: int) -> None:
         chance = random.Random(writer)
         for serial in range(0, each * 3, 3):
             async with chatdb.transaction(db) as connection:
-                # the transaction, and so its now(), begins before others append
+                # fix the transaction's now() before others append
                 await connection.fetchval("select now()")
                 await asyncio.sleep(chance.uniform(0, 0.01))
                 await append(connection, conversation, f"{writer} {serial}")
@@ -212,7 +212,7 @@ async def test_transactions_held_open_and_rolled_back_leave_no_gap(db, conversat
 
 
 async def test_a_tail_reader_misses_nothing_and_sees_each_message_once(db, conversation):
-    """A reader that goes on from the last seq it saw, while all kinds of writers commit, gets 1, 2, 3 and so on."""
+    """A reader that continues from its last seq gets 1, 2, 3, ... while writers of every kind commit."""
     done = asyncio.Event()
 
     async def write(writer: int) -> None:
@@ -259,7 +259,7 @@ async def test_a_tail_reader_misses_nothing_and_sees_each_message_once(db, conve
 
 
 async def test_writers_in_serializable_transactions_can_try_again(db, conversation):
-    """A serialization failure is an UnavailableError that was sent and did nothing, so that repeating it is safe."""
+    """A serialization failure raises UnavailableError with sent=True and no effect, so repeating it is safe."""
     each = 5
 
     failures: list[chatdb.UnavailableError] = []
@@ -284,7 +284,7 @@ async def test_writers_in_serializable_transactions_can_try_again(db, conversati
 
 
 async def test_sixteen_callers_of_the_same_keys_store_each_once(db, conversation):
-    """Every one of the calls is answered, by one and the same message per key, and the counter counts the keys."""
+    """Every call returns the one message per key, and the counter counts each key once."""
     keys = [f"key {number}" for number in range(128)]
 
     async def call() -> list[Message]:
@@ -301,7 +301,7 @@ async def test_sixteen_callers_of_the_same_keys_store_each_once(db, conversation
 
 
 async def test_keys_in_any_order_and_transactions_leave_no_gap(db, conversation):
-    """Callers that meet on keys in different orders, some in transactions rolled back, store each key once."""
+    """Callers that use the keys in different orders, some in rolled-back transactions, store each key once."""
     keys = [f"key {number}" for number in range(40)]
 
     async def call(caller: int) -> dict[str, Message]:
@@ -321,7 +321,7 @@ async def test_keys_in_any_order_and_transactions_leave_no_gap(db, conversation)
 
 
 async def test_of_different_bodies_under_one_key_one_wins(db, conversation):
-    """The first body is stored and returned to its caller, and every other caller gets ConflictError."""
+    """The first body is stored and returned to its caller; every other caller gets ConflictError."""
     rounds = 25
     for number in range(rounds):
         answers = await together(
@@ -339,7 +339,7 @@ async def test_of_different_bodies_under_one_key_one_wins(db, conversation):
 
 
 async def test_the_same_keyed_batch_from_sixteen_callers_is_stored_once(db, conversation):
-    """Every caller gets the stored messages, in the order of its own batch."""
+    """Every caller gets the stored messages in the order of its batch."""
     rounds, size = 20, 5
     for number in range(rounds):
         batch = [{"content": f"{place}", "key": f"{number} {place}"} for place in range(size)]
@@ -354,7 +354,7 @@ async def test_the_same_keyed_batch_from_sixteen_callers_is_stored_once(db, conv
 
 
 async def test_overlapping_keyed_batches_are_all_or_nothing(db, conversation):
-    """A batch is stored whole, or is found whole, or is a mixture: then ConflictError, and nothing of it is there."""
+    """A batch is stored whole, found whole, or raises ConflictError and stores nothing."""
     rounds = 20
     winners: list[set[str]] = []
     for number in range(rounds):
@@ -386,7 +386,7 @@ async def test_overlapping_keyed_batches_are_all_or_nothing(db, conversation):
 
 
 async def test_keyed_batches_and_deletions_do_not_block_each_other(db, conversation):
-    """A batch repeated in another order, while its messages are deleted and changed, meets no deadlock."""
+    """Repeating a batch in another order while its messages are deleted never deadlocks."""
     keys = [f"{place}" for place in range(6)]
     stop = asyncio.Event()
 
@@ -412,7 +412,7 @@ async def test_keyed_batches_and_deletions_do_not_block_each_other(db, conversat
 
 
 async def test_a_deleted_messages_key_is_free_for_one_of_many(db, conversation):
-    """While a keyed message is deleted and appended again, every new one gets the next place and none two."""
+    """While a keyed message is deleted and appended again, each new one gets the next seq, exactly once."""
     rounds, callers = 25, 8
     stop = asyncio.Event()
     deleted = 0
@@ -445,7 +445,7 @@ async def test_a_deleted_messages_key_is_free_for_one_of_many(db, conversation):
 
 
 async def test_get_or_create_creates_once(db):
-    """Sixteen callers of the same hundred keys all get the same hundred conversations."""
+    """Sixteen callers with the same hundred keys all get the same hundred conversations."""
     keys = [f"key {number}" for number in range(100)]
 
     async def call(caller: int) -> list[Conversation]:
@@ -458,7 +458,7 @@ async def test_get_or_create_creates_once(db):
 
 
 async def test_get_or_create_raced_with_deletion_always_answers(db):
-    """Whoever asks for a key that others delete gets a conversation, there is never a second one, and no id returns."""
+    """Creating with a key that others delete succeeds, makes no second conversation, and reuses no id."""
     stop = asyncio.Event()
     deleted: list[int] = []
 
@@ -493,7 +493,7 @@ async def test_get_or_create_raced_with_deletion_always_answers(db):
 
 
 async def test_an_append_comes_before_the_deletion_or_finds_nothing(db):
-    """An append raced with delete_conversation succeeds or raises ConversationNotFoundError; no message is left."""
+    """An append racing delete_conversation succeeds or raises ConversationNotFoundError; no message is left behind."""
     rounds, lost = 25, 0
     appends = (
         lambda target: append(db, target, "x"),
@@ -520,7 +520,7 @@ async def test_an_append_comes_before_the_deletion_or_finds_nothing(db):
         )
         assert deleted.conversations == 1
         for answer in answers:
-            assert answer == sorted(answer, reverse=True)  # once it is gone, it stays gone
+            assert answer == sorted(answer, reverse=True)  # once deleted, it stays deleted
             lost += answer.count(False)
     assert lost > 0
     assert await db.fetchval("select count(*) from chatdb.conversations") == 0
@@ -528,7 +528,7 @@ async def test_an_append_comes_before_the_deletion_or_finds_nothing(db):
 
 
 async def test_delete_user_raced_with_appends_and_creations(db):
-    """Two deletions of a user count each conversation once, and what they left stands complete."""
+    """Two concurrent deletions of a user count each conversation once, and every remaining one is complete."""
     here = {"user_id": USER}
     for number in range(15):
         conversations = [await chatdb.create_conversation(db, key=f"{place}", **here) for place in range(6)]
@@ -572,7 +572,7 @@ async def test_delete_user_raced_with_appends_and_creations(db):
 
 
 async def test_changes_of_a_message_raced_with_appends_lose_nothing(db, conversation):
-    """Callers that replace different parts of one message all find their last word in it, and nothing else moves."""
+    """Callers that change different fields of one message each find their last value, and nothing else changes."""
     first = await append(db, conversation, "x", key="key")
     here = {"user_id": USER, "conversation_id": conversation.id}
     rounds = 40
@@ -580,7 +580,7 @@ async def test_changes_of_a_message_raced_with_appends_lose_nothing(db, conversa
     async def change(part: str, value: Any) -> None:
         for number in range(rounds):
             await chatdb.update_message(db, seq=first.seq, **{part: value(number)}, **here)
-            for _ in range(2):  # nobody else writes this part
+            for _ in range(2):  # nobody else writes this field
                 found = await chatdb.get_message(db, seq=first.seq, **here)
                 assert getattr(found, part) == value(number)
 
@@ -608,7 +608,7 @@ async def test_changes_of_a_message_raced_with_appends_lose_nothing(db, conversa
 
 
 async def test_a_key_repeated_while_its_message_changes_stores_no_second(db, conversation):
-    """A repeated call finds the body that it knows or a changed one, which is ConflictError, and writes nothing."""
+    """A repeated call returns the message, or ConflictError if its body has changed, and writes nothing."""
     first = await append(db, conversation, "x 0", key="key")
     before = await reload(db, conversation)
     here = {"user_id": USER, "conversation_id": conversation.id}
@@ -627,7 +627,7 @@ async def test_a_key_repeated_while_its_message_changes_stores_no_second(db, con
 
 
 async def test_cutting_a_conversation_off_raced_with_appends(db, conversation):
-    """What was appended before delete_messages_after began is gone, what began after it ended is there, none twice."""
+    """Messages appended before delete_messages_after are gone, later ones remain, and no seq is used twice."""
     here = {"user_id": USER, "conversation_id": conversation.id}
     writers, each, keep = 10, 30, 5
     appended: list[int] = []

@@ -1,4 +1,4 @@
-"""The functions on conversations, each case of each."""
+"""The functions on conversations, case by case."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ON_A_CONVERSATION = {
     "delete_message": {"seq": 1},
     "delete_messages_after": {"seq": 0},
 }
-"""Every function that names a conversation by its id."""
+"""Every function with a `conversation_id`."""
 
 VARIANTS = [
     *ON_A_CONVERSATION.items(),
@@ -42,32 +42,32 @@ VARIANTS = [
 
 
 async def create(db, user_id="alice", **fields):
-    """Create a conversation of alice."""
+    """Create a conversation, by default Alice's."""
     return await chatdb.create_conversation(db, user_id=user_id, **fields)
 
 
 async def append(db, conversation, **fields):
-    """Append a message to the end of a conversation."""
+    """Append a message to the conversation."""
     place = {"user_id": conversation.user_id, "conversation_id": conversation.id}
     return await chatdb.append_message(db, **place, **({"role": "user", "content": "hello"} | fields))
 
 
 async def listed(db, **page):
-    """Return the ids on a page of alice's conversations."""
+    """Return the ids on a page of Alice's conversations."""
     return [found.id for found in await chatdb.list_conversations(db, user_id="alice", **page)]
 
 
 async def paged(db, limit):
-    """Return all of alice's conversations, read in pages."""
+    """Return all of Alice's conversations, read in pages."""
     found = page = await chatdb.list_conversations(db, user_id="alice", limit=limit)
-    while page and len(found) < 100:  # more than any test makes
+    while page and len(found) < 100:  # more than any test creates
         page = await chatdb.list_conversations(db, user_id="alice", limit=limit, before=page[-1])
         found = found + page
     return found
 
 
 async def created_at_intervals(db, seconds):
-    """Create a conversation for each number, active so many seconds before a certain early morning."""
+    """Create a conversation for each number, last active that many seconds before a fixed time."""
     made = []
     for ago in seconds:
         conversation = await create(db)
@@ -78,12 +78,12 @@ async def created_at_intervals(db, seconds):
 
 
 async def result(answer):
-    """Await a coroutine, or the first step of an asynchronous iterator."""
+    """Await a coroutine, or the first item of an async iterator."""
     return await (anext(answer) if hasattr(answer, "__anext__") else answer)
 
 
 async def test_create(tx):
-    """A new conversation has the given values, no messages, and one time for creation and activity."""
+    """A new conversation has the given values, no messages, and equal times of creation and activity."""
     start = await tx.fetchval("select clock_timestamp()")
 
     conversation = await create(tx, title="Plans", key="thread-1", metadata={"model": "small", "tags": ["a", None]})
@@ -102,19 +102,19 @@ async def test_create(tx):
 
 
 async def test_create_with_nothing_but_a_user(tx):
-    """All but the user is optional, and what is not given is None."""
+    """Only the user is required; omitted values are None."""
     conversation = await create(tx)
 
     assert (conversation.key, conversation.title, conversation.metadata) == (None, None, None)
 
 
 async def test_create_without_a_key_makes_another(tx):
-    """Without a key, each call makes a conversation of its own."""
+    """Without a key, each call creates a new conversation."""
     assert (await create(tx, title="Plans")).id != (await create(tx, title="Plans")).id
 
 
 async def test_create_with_a_stored_key(tx):
-    """A stored key brings back what is stored, whatever else is passed."""
+    """A stored key returns the stored conversation, whatever else is passed."""
     first = await create(tx, key="thread-1", title="Plans", metadata={"model": "small"})
 
     assert await create(tx, key="thread-1", title="Other plans", metadata={"model": "large"}) == first
@@ -122,7 +122,7 @@ async def test_create_with_a_stored_key(tx):
 
 @pytest.mark.owner
 async def test_create_with_a_stored_key_writes_nothing(tx):
-    """A stored key costs no row version and no number of the identity, and shows what has happened since."""
+    """A stored key writes no row version, uses no identity value, and returns the current state."""
     first = await create(tx, key="thread-1")
     await append(tx, first)
     row, number = await tx.fetchrow(WRITTEN, first.id), await tx.fetchval(IDENTITY)
@@ -135,14 +135,14 @@ async def test_create_with_a_stored_key_writes_nothing(tx):
 
 
 async def test_create_keeps_the_activity_of_a_stored_key(db):
-    """To come back to a conversation by its key does not move it in the list."""
+    """Getting a conversation by its key does not move it in the list."""
     first = await create(db, key="thread-1")
 
     assert (await create(db, key="thread-1")).updated_at == first.updated_at
 
 
 async def test_create_with_another_users_key(tx):
-    """A key is unique per user: two users' conversations of one key are two."""
+    """A key is unique per user: two users can use the same key for two conversations."""
     of_alice, of_bob = await create(tx, key="thread-1"), await create(tx, "bob", key="thread-1")
 
     assert of_alice.id != of_bob.id
@@ -150,7 +150,7 @@ async def test_create_with_another_users_key(tx):
 
 
 async def test_key_of_a_deleted_conversation_is_free(tx):
-    """After a deletion the key makes a new conversation."""
+    """After a deletion the key creates a new conversation."""
     first = await create(tx, key="thread-1")
     await chatdb.delete_conversation(tx, user_id="alice", conversation_id=first.id)
 
@@ -161,7 +161,7 @@ async def test_key_of_a_deleted_conversation_is_free(tx):
 
 
 async def test_keys_differ_by_every_character(tx):
-    """Keys and users are compared as they are, not by a language's rules."""
+    """Keys and user ids are compared exactly, not by locale rules."""
     names = ["ss", "ß", "SS", "e\u0301", "\u00e9", "key", "key "]
 
     assert len({(await create(tx, key=name)).id for name in names}) == len(names)
@@ -169,14 +169,14 @@ async def test_keys_differ_by_every_character(tx):
 
 
 async def test_get(tx):
-    """A conversation is found by its id as it was stored."""
+    """A conversation is returned by its id as stored."""
     conversation = await create(tx, key="thread-1", title="Plans", metadata={"model": "small"})
 
     assert await chatdb.get_conversation(tx, user_id="alice", conversation_id=conversation.id) == conversation
 
 
 async def test_get_by_key(tx):
-    """A conversation is found by its key as it was stored."""
+    """A conversation is returned by its key as stored."""
     conversation = await create(tx, key="thread-1", title="Plans", metadata={"model": "small"})
 
     assert await chatdb.get_conversation_by_key(tx, user_id="alice", key="thread-1") == conversation
@@ -184,7 +184,7 @@ async def test_get_by_key(tx):
 
 @pytest.mark.parametrize(("user_id", "key"), [("alice", "thread-2"), ("bob", "thread-1")], ids=["missing", "foreign"])
 async def test_get_by_a_missing_key(tx, user_id, key):
-    """A key that this user has not used raises ConversationNotFoundError, whoever else has."""
+    """A key that this user does not use raises ConversationNotFoundError, even if another user does."""
     await create(tx, key="thread-1")
 
     with pytest.raises(ConversationNotFoundError):
@@ -192,13 +192,13 @@ async def test_get_by_a_missing_key(tx, user_id, key):
 
 
 def test_every_function_on_a_conversation_is_tried():
-    """The two tests below leave out no function that takes a conversation's id."""
+    """The two tests below cover every function that takes `conversation_id`."""
     assert ON_A_CONVERSATION.keys() == {name for name, others in SIGNATURES.items() if "conversation_id" in others}
 
 
 @pytest.mark.parametrize(("name", "arguments"), VARIANTS)
 async def test_foreign_is_missing(tx, name, arguments):
-    """Another user's conversation raises what a missing one raises, in the same words, and stays as it is."""
+    """Another user's conversation raises the same error and text as a missing one, and stays unchanged."""
     conversation = await create(tx)
     message = await append(tx, conversation, key="first", content="hers")
     said = set()
@@ -216,7 +216,7 @@ async def test_foreign_is_missing(tx, name, arguments):
 
 @pytest.mark.parametrize(("name", "arguments"), VARIANTS)
 async def test_deleted_is_missing(tx, name, arguments):
-    """A deleted conversation raises ConversationNotFoundError in every function, also where it had messages."""
+    """Every function raises ConversationNotFoundError for a deleted conversation, even one that had messages."""
     conversation = await create(tx)
     await append(tx, conversation, key="first")
     await chatdb.delete_conversation(tx, user_id="alice", conversation_id=conversation.id)
@@ -226,7 +226,7 @@ async def test_deleted_is_missing(tx, name, arguments):
 
 
 async def test_list_is_by_latest_activity(db):
-    """The conversation of the latest append comes first, then the others by their times."""
+    """The list is ordered by latest activity, newest first."""
     first, second, third = [await create(db) for _ in range(3)]
     assert await listed(db) == [third.id, second.id, first.id]
 
@@ -245,7 +245,7 @@ async def test_list_has_whole_conversations(tx):
 
 
 async def test_list_is_one_users(tx):
-    """A user's list has no other user's conversations."""
+    """The list contains only the user's own conversations."""
     mine = await create(tx)
     await create(tx, "bob")
 
@@ -253,7 +253,7 @@ async def test_list_is_one_users(tx):
 
 
 async def test_list_of_an_unknown_user(tx):
-    """An unknown user has an empty list, on every page."""
+    """An unknown user's list is empty on every page."""
     conversation = await create(tx)
 
     assert await chatdb.list_conversations(tx, user_id="bob") == []
@@ -261,7 +261,7 @@ async def test_list_of_an_unknown_user(tx):
 
 
 async def test_list_limit(tx):
-    """A page has at most `limit` conversations, 20 where nothing is said, and always the first."""
+    """A page has the first `limit` conversations, 20 by default."""
     for _ in range(21):
         await create(tx)
     everything = await listed(tx, limit=10_000)
@@ -273,7 +273,7 @@ async def test_list_limit(tx):
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 8])
 async def test_list_pages_of_equal_times(tx, limit):
-    """Pages of conversations that were active at the same moment leave none out and repeat none."""
+    """Pages over conversations with equal times skip none and repeat none."""
     made = [await create(tx) for _ in range(7)]
     await tx.execute("update chatdb.conversations set updated_at = $1", made[0].updated_at)
 
@@ -283,7 +283,7 @@ async def test_list_pages_of_equal_times(tx, limit):
 @pytest.mark.parametrize("limit", [1, 2, 5])
 @pytest.mark.parametrize("zone", ["Pacific/Kiritimati", "UTC", "Pacific/Pago_Pago"])
 async def test_list_pages_over_days(tx, limit, zone):
-    """Pages run over the borders of days and hours, in whatever zone the session is."""
+    """Pages cross day and hour boundaries in any session time zone."""
     hour = 3600
     made = await created_at_intervals(tx, [0, 3 * hour, 3 * hour + 1, 26 * hour, 30 * hour, 50 * hour, 400 * 24 * hour])
     await tx.execute(f"set local timezone to '{zone}'")
@@ -292,7 +292,7 @@ async def test_list_pages_over_days(tx, limit, zone):
 
 
 async def test_list_with_an_append_between_pages(db):
-    """What becomes active between two pages is on page one, and the second page doubles and loses nothing else."""
+    """A conversation that becomes active between two pages moves to page one; the second page skips nothing else."""
     first, second, third, fourth = [await create(db) for _ in range(4)]
     page = await chatdb.list_conversations(db, user_id="alice", limit=2)
     assert [found.id for found in page] == [fourth.id, third.id]
@@ -305,7 +305,7 @@ async def test_list_with_an_append_between_pages(db):
 
 
 async def test_list_cursor_survives_its_own_deletion(tx):
-    """The cursor's values are the place: the conversation itself may be gone, or have been through JSON."""
+    """The cursor works by its values, even after a round trip through JSON or its conversation's deletion."""
     first, second = await created_at_intervals(tx, [20, 10])
     await chatdb.delete_conversation(tx, user_id="alice", conversation_id=second.id)
     cursor = Conversation.model_validate_json(second.model_dump_json())
@@ -331,7 +331,7 @@ async def test_list_cursor_survives_its_own_deletion(tx):
     ids=repr,
 )
 async def test_update(tx, change, expected):
-    """A given value replaces the stored one, None clears it, and what is not given stays."""
+    """A given value replaces the stored one, None clears it, and an omitted one stays."""
     conversation = await create(tx, key="thread-1", title="Old", metadata={"a": 1})
 
     updated = await chatdb.update_conversation(tx, user_id="alice", conversation_id=conversation.id, **change)
@@ -341,7 +341,7 @@ async def test_update(tx, change, expected):
 
 
 async def test_update_leaves_the_others(tx):
-    """One conversation is updated, no other of the user."""
+    """The user's other conversations stay unchanged."""
     one, other = await create(tx, title="one"), await create(tx, title="other")
 
     await chatdb.update_conversation(tx, user_id="alice", conversation_id=one.id, title="new")
@@ -360,7 +360,7 @@ async def test_update_keeps_the_place_in_the_list(db):
 
 
 async def test_delete(tx):
-    """A conversation goes with its messages, which are counted, and nothing else goes."""
+    """The conversation and its messages are deleted and counted, and nothing else."""
     conversation, other = await create(tx), await create(tx)
     for _ in range(3):
         await append(tx, conversation)
@@ -374,7 +374,7 @@ async def test_delete(tx):
 
 
 async def test_delete_counts_what_is_there(tx):
-    """Messages that were deleted before are not counted, nor does an empty conversation count any."""
+    """Only existing messages count: not ones deleted before, and 0 for an empty conversation."""
     conversation, empty = await create(tx), await create(tx)
     for _ in range(3):
         await append(tx, conversation)
@@ -386,7 +386,7 @@ async def test_delete_counts_what_is_there(tx):
 
 
 async def test_delete_cascades_in_the_database(tx):
-    """A conversation that is deleted by SQL takes its messages along too."""
+    """Deleting a conversation with SQL deletes its messages too."""
     conversation = await create(tx)
     await append(tx, conversation)
 
@@ -396,7 +396,7 @@ async def test_delete_cascades_in_the_database(tx):
 
 
 async def test_delete_user(tx):
-    """A user goes with all conversations and messages, which are counted, and another user keeps his."""
+    """All of the user's conversations and messages are deleted and counted; another user's stay."""
     for messages in (2, 0, 3):
         conversation = await create(tx)
         for _ in range(messages):
@@ -418,7 +418,7 @@ async def test_delete_an_unknown_user(tx):
 
 
 async def test_delete_user_takes_a_timeout(db, dsn):
-    """The timeout of `delete_user` replaces the pool's, be it shorter or longer."""
+    """The timeout of `delete_user` replaces the pool's, shorter or longer."""
     await create(db)
     async with chatdb.create_pool(dsn, command_timeout=0.5) as hurried:
         async with chatdb.transaction(db) as other:
@@ -431,7 +431,7 @@ async def test_delete_user_takes_a_timeout(db, dsn):
 
 
 async def test_the_list_within_a_transaction(db):
-    """Of two conversations the one appended to later stands first, however long ago its transaction began."""
+    """The conversation with the later append comes first, however long ago its transaction began."""
     first = await chatdb.create_conversation(db, user_id="alice")
     async with chatdb.transaction(db) as connection:
         await connection.execute("select")

@@ -1,4 +1,4 @@
-"""The errors, each raised by what really raises it, and none of them telling a text, a key or a password."""
+"""Every error, raised by its real cause; none reveals a text, a key or a password."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from chatdb.admin.users_link import UsersMissingError
 from chatdb.schema import EXPECTED_SCHEMA, kind_of
 from tests.support.calls import CALLS, NOBODYS, call, conversation_with_a_message
 
-MARK = "XYZZY"  # a text, a key or a password that no error may tell
+MARK = "XYZZY"  # a text, key or password that no error may reveal
 DSN = f"postgresql://alice:{MARK}@127.0.0.1:{{}}/chat?{{}}"
 
 
 @contextlib.contextmanager
 def raises(kind, *, sent=..., match=None):
-    """Expect an error of exactly this kind, which tells the mark nowhere."""
+    """Expect an error of exactly this class that never shows the mark."""
     with pytest.raises(kind, match=match) as raised:
         yield raised
     error = raised.value
@@ -64,11 +64,11 @@ async def append(db, conversation, **fields):
     return await chatdb.append_message(db, **place, **marked | fields)
 
 
-# the tree
+# the error hierarchy
 
 
 def drawn():
-    """Read the tree in the docstring of `chatdb.errors`: each class with its bases."""
+    """Read each class and its bases from the tree in the docstring of `chatdb.errors`."""
     bases, path = {}, []
     for line in re.findall(r"^ {4}( *\w+Error\b.*)$", errors.__doc__, re.MULTILINE):
         level = (len(line) - len(line.lstrip())) // 2
@@ -83,7 +83,7 @@ def drawn():
 
 
 def test_the_tree_is_as_drawn():
-    """Every error of the module stands in the drawing, under its base, and the drawing has no other."""
+    """The tree lists exactly the errors of the module, each under its base."""
     found = {
         name: [base.__name__ for base in value.__bases__]
         for name, value in vars(errors).items()
@@ -111,11 +111,11 @@ def test_the_tree_is_that_of_the_contract():
     }
 
 
-# what a caller did
+# errors that a caller causes
 
 
 async def test_input_and_conflict_tell_no_text(tx):
-    """An error about a caller's values says what is wrong with them and not what they are."""
+    """An error about a caller's values says what is wrong, not what they are."""
     conversation = await chatdb.create_conversation(tx, user_id=MARK, key=MARK, title=MARK)
     await append(tx, conversation, key=MARK)
     with raises(ConflictError):
@@ -153,7 +153,7 @@ async def test_input_and_conflict_tell_no_text(tx):
     ids=lambda wrong: f"{wrong}"[:40],
 )
 async def test_values_that_the_server_or_the_driver_refuses(tx, wrong):
-    """What goes past chatdb's own checks is an InvalidInputError too, without the row that the server quotes."""
+    """A value that bypasses chatdb's checks still raises InvalidInputError, without the row that the server quotes."""
     conversation = await chatdb.create_conversation(tx, user_id="alice")
     row = {"role": "user", "content": MARK, "payload": None, "metadata": None, "token_count": None} | wrong
 
@@ -162,7 +162,7 @@ async def test_values_that_the_server_or_the_driver_refuses(tx, wrong):
 
 
 async def test_misuse_stays_the_drivers_error(tx):
-    """Two operations at once on one connection are a bug, to be seen as it is."""
+    """Two concurrent operations on one connection are a programming error, which propagates unchanged."""
     calls = [chatdb.list_conversations(tx, user_id="alice") for _ in range(2)]
 
     answers = await asyncio.gather(*calls, return_exceptions=True)
@@ -171,7 +171,7 @@ async def test_misuse_stays_the_drivers_error(tx):
 
 
 async def test_an_aborted_transaction_stays_the_drivers_error(tx):
-    """A statement after a failed one in the same transaction is a bug, to be seen as it is."""
+    """Using an aborted transaction is a programming error, which propagates unchanged."""
     with pytest.raises(asyncpg.DivisionByZeroError):
         await tx.execute("select 1 / 0")
 
@@ -182,7 +182,7 @@ async def test_an_aborted_transaction_stays_the_drivers_error(tx):
 
 @pytest.mark.parametrize("make", [chatdb.create_pool, lambda dsn: asyncpg.create_pool(**connect_arguments(dsn))])
 async def test_a_pool_that_is_not_open(dsn, make):
-    """A pool that was closed or not opened yet, asyncpg's own too, is a PoolClosedError: nothing was sent."""
+    """A pool that is closed or not open yet, asyncpg's too, raises PoolClosedError with sent=False."""
     pool = make(dsn)
     for _ in range(2):
         with pytest.raises(chatdb.PoolClosedError) as raised:
@@ -194,7 +194,7 @@ async def test_a_pool_that_is_not_open(dsn, make):
 
 @pytest.mark.parametrize("again", [lambda error: pickle.loads(pickle.dumps(error)), copy.copy, copy.deepcopy])
 def test_errors_cross_processes(again):
-    """Every error can be pickled and copied with its attributes, so that a worker's error reaches its parent."""
+    """Every error can be pickled and copied with its attributes, so a worker's error reaches its parent."""
     made = [
         InvalidInputError("content", "must be a str"),
         UsersMissingError("public.users(id)", ["ada"], 3),
@@ -211,18 +211,18 @@ def test_errors_cross_processes(again):
         assert (found.args, str(found), vars(found)) == (error.args, str(error), vars(error))
 
 
-# a server that is not there, or does not answer
+# a server that is absent or does not answer
 
 
 def closed_port():
-    """Return a port of this machine at which nobody listens."""
+    """Return a local port that nobody listens on."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
 
 
 async def test_nobody_listens():
-    """A refused connection is an UnavailableError: nothing was sent, whoever makes the connection."""
+    """A refused connection raises UnavailableError with sent=False, whoever opens the connection."""
     dsn = DSN.format(closed_port(), "")
     with raises(UnavailableError, sent=False):
         await chatdb.create_pool(dsn)
@@ -232,14 +232,14 @@ async def test_nobody_listens():
 
 
 async def test_no_socket(tmp_path):
-    """A missing Unix socket is an UnavailableError: nothing was sent."""
+    """A missing Unix socket raises UnavailableError with sent=False."""
     with raises(UnavailableError, sent=False):
         await chatdb.create_pool(f"postgresql://alice:{MARK}@/chat?host={tmp_path}")
 
 
 @contextlib.asynccontextmanager
 async def listening(serve):
-    """Listen on a port and serve each connection by the given function."""
+    """Listen on a port and serve each connection with the given function."""
     serving = set()
 
     async def served(reader, writer):
@@ -252,11 +252,11 @@ async def listening(serve):
 
     async with await asyncio.start_server(served, "127.0.0.1", 0) as listener:
         yield listener.sockets[0].getsockname()[1]
-    await asyncio.gather(*serving)  # which Python 3.11 leaves to us
+    await asyncio.gather(*serving)  # Python 3.11 does not wait for them
 
 
 async def test_a_server_that_never_answers():
-    """Waiting for a server that is silent ends with the acquire timeout: nothing was sent."""
+    """Waiting for a silent server ends at the acquire timeout, with sent=False."""
     start = time.monotonic()
     async with listening(lambda reader, writer: reader.read()) as port:
         with raises(AcquireTimeoutError, sent=False):
@@ -266,14 +266,14 @@ async def test_a_server_that_never_answers():
 
 
 async def test_a_server_that_hangs_up():
-    """A server that takes a connection and closes it is an UnavailableError: nothing was sent."""
+    """A server that accepts and closes the connection raises UnavailableError with sent=False."""
     async with listening(lambda reader, writer: reader.read(1)) as port:
         with raises(UnavailableError, sent=False):
             await chatdb.create_pool(DSN.format(port, "sslmode=disable"))
 
 
 async def test_an_exhausted_pool(dsn):
-    """Where no connection becomes free, the wait ends with the acquire timeout: nothing was sent."""
+    """If no connection becomes free, the wait ends at the acquire timeout, with sent=False."""
     async with chatdb.create_pool(dsn, max_size=1, acquire_timeout=0.5) as db:
         async with db.acquire():
             start = time.monotonic()
@@ -284,7 +284,7 @@ async def test_an_exhausted_pool(dsn):
 
 
 async def test_a_statement_that_takes_too_long(db, dsn):
-    """A statement that waits longer than the command timeout was sent, and the pool works afterwards."""
+    """A statement that exceeds the command timeout has sent=True, and the pool works afterwards."""
     conversation = await chatdb.create_conversation(db, user_id="alice")
     async with chatdb.create_pool(dsn, command_timeout=0.5) as hurried:
         async with chatdb.transaction(db) as other:
@@ -298,7 +298,7 @@ async def test_a_statement_that_takes_too_long(db, dsn):
 
 
 async def blocked_backend(db):
-    """Return the process number of the backend that waits for a lock."""
+    """Return the pid of the backend that waits for a lock."""
     async with asyncio.timeout(20):
         while True:
             pid = await db.fetchval(
@@ -324,7 +324,7 @@ async def killed(db):
 
 
 async def test_a_backend_that_is_killed(db):
-    """A write whose backend is killed may have been carried out, and the pool works afterwards."""
+    """A write whose backend is killed may have committed, and the pool works afterwards."""
     conversation = await chatdb.create_conversation(db, user_id="alice")
     async with killed(db):
         with raises(UnavailableError) as raised:
@@ -335,7 +335,7 @@ async def test_a_backend_that_is_killed(db):
 
 
 async def test_a_killed_backend_is_retried_by_chatdbs_pool_only(db, dsn):
-    """What can safely be repeated is, by chatdb's pool, and on a connection or another pool nothing is."""
+    """Only chatdb's pool retries, and only what is safe to repeat; connections and other pools never do."""
     conversation = await chatdb.create_conversation(db, user_id="alice")
 
     async def answered(handle):
@@ -351,20 +351,20 @@ async def test_a_killed_backend_is_retried_by_chatdbs_pool_only(db, dsn):
     connection = await asyncpg.connect(**connect_arguments(dsn))
     with raises(UnavailableError, sent=None):
         await answered(connection)
-    with raises(UnavailableError):  # it is closed now
+    with raises(UnavailableError):  # now closed
         await chatdb.list_conversations(connection, user_id="alice")
 
 
 @pytest.mark.parametrize("goes_on", [True, False], ids=["statement", "commit"])
 async def test_a_backend_that_goes_between_two_statements(db, goes_on):
-    """A transaction whose backend goes between two statements can be tried again, and the pool works afterwards."""
+    """A transaction whose backend ends between two statements can be retried, and the pool works afterwards."""
     conversation = await chatdb.create_conversation(db, user_id="alice")
     with raises(UnavailableError):
         async with chatdb.transaction(db) as connection:
             await append(connection, conversation)
-            pid = await connection.fetchval("select pg_backend_pid()")  # a pooler would tell another one at the start
+            pid = await connection.fetchval("select pg_backend_pid()")  # a pooler reports another pid at startup
             assert await db.fetchval("select pg_terminate_backend($1, 20000)", pid)
-            await asyncio.sleep(0.05)  # by then the driver knows
+            await asyncio.sleep(0.05)  # time for the driver to notice
             if goes_on:
                 await append(connection, conversation)
 
@@ -381,7 +381,7 @@ async def test_a_backend_that_goes_between_two_statements(db, goes_on):
     ids=["lock timeout", "read only", "statement timeout"],
 )
 async def test_a_statement_that_is_rolled_back(db, setting, kind):
-    """A statement that the server rolls back for a reason that passes can be tried again: it was sent."""
+    """A statement that the server rolls back for a temporary reason has sent=True and can be retried."""
     conversation = await chatdb.create_conversation(db, user_id="alice")
 
     async with chatdb.transaction(db) as other, chatdb.transaction(db) as connection:
@@ -393,20 +393,20 @@ async def test_a_statement_that_is_rolled_back(db, setting, kind):
 
 
 async def test_a_transaction_that_lost_a_race(db):
-    """A serialization failure can be tried again: it was sent."""
+    """A serialization failure has sent=True and can be retried."""
     conversation = await chatdb.create_conversation(db, user_id="alice")
 
     async with db.acquire() as connection:
         block = connection.transaction(isolation="repeatable_read")
         await block.start()
-        await chatdb.list_conversations(connection, user_id="alice")  # what is seen now is older than the next append
+        await chatdb.list_conversations(connection, user_id="alice")  # take a snapshot from before the next append
         await append(db, conversation)
         with raises(UnavailableError, sent=True):
             await append(connection, conversation)
         await block.rollback()
 
 
-# a database that is not as it should be
+# an outdated or damaged database
 
 
 async def test_a_database_without_migrations(empty_dsn):
@@ -447,7 +447,7 @@ async def test_a_database_without_migrations(empty_dsn):
     ids=["table", "column", "generated column", "index of messages", "index of conversations"],
 )
 async def test_a_database_with_older_migrations(tx, older, missing, name, arguments):
-    """Where a table, a column or an index is missing, the function that needs it says so, and the check names it."""
+    """If a table, column or index is missing, the function that needs it says so and the check names it."""
     conversation = await conversation_with_a_message(tx)
     await call(tx, name, arguments, conversation)
     await tx.execute(older)
@@ -461,7 +461,7 @@ async def test_a_database_with_older_migrations(tx, older, missing, name, argume
 @pytest.mark.owner
 @pytest.mark.parametrize("table", EXPECTED_SCHEMA)
 async def test_check_schema_misses_every_part(tx, table):
-    """Whatever column, constraint or index is dropped, the check names it."""
+    """The check names any dropped column, constraint or index."""
     for part, definition in EXPECTED_SCHEMA[table].items():
         kind = kind_of(part)
         if kind == "index":
@@ -481,7 +481,7 @@ async def test_check_schema_misses_every_part(tx, table):
 
 @pytest.mark.owner
 async def test_check_schema_knows_types(tx):
-    """A column of another type is not the one that is needed."""
+    """A column of the wrong type counts as missing."""
     await tx.execute("alter table chatdb.messages alter column payload type jsonb")
 
     with raises(SchemaError, match=r"messages\.payload \(json\)"):
@@ -490,7 +490,7 @@ async def test_check_schema_knows_types(tx):
 
 @pytest.mark.owner
 async def test_check_schema_knows_invalid_indexes(db):
-    """An index that was left invalid by a failed build is not the one that is needed."""
+    """An index left invalid by a failed build counts as missing."""
     index = "uq_conversations_user_id_key"
     await db.execute(f"drop index chatdb.{index}")
     for _ in range(2):
@@ -506,7 +506,7 @@ async def test_check_schema_knows_invalid_indexes(db):
 
 @pytest.mark.owner
 async def test_a_database_with_newer_migrations(db):
-    """A database that has more columns, tables and indexes is served, also by statements that were prepared before."""
+    """Extra columns, tables and indexes do no harm, even to statements that were already prepared."""
 
     async def serve():
         for name, arguments in CALLS:
@@ -526,12 +526,12 @@ async def test_a_database_with_newer_migrations(db):
     await serve()
 
 
-# a role, a name or a way that does not fit
+# a wrong role, name or connection setting
 
 
 @pytest.fixture
 async def role(db):
-    """Give a role of the test's own that may log in and do nothing."""
+    """Yield a role that can log in and do nothing else."""
     name = f"chatdb_test_{uuid.uuid4().hex[:12]}"
     await db.execute(f"create role {name} login password '{MARK}'")
     yield name
@@ -540,14 +540,14 @@ async def role(db):
 
 @pytest.fixture
 def role_dsn(dsn, role):
-    """Give the DSN of that role."""
+    """Return the DSN of that role."""
     parts = urlsplit(dsn)
     return urlunsplit(parts._replace(netloc=f"{role}:{MARK}@{parts.netloc.rpartition('@')[2]}"))
 
 
 @pytest.mark.owner
 async def test_a_role_without_privileges(role_dsn):
-    """A role that may not use chatdb's tables is told to be granted that."""
+    """A role without privileges on chatdb's tables is told to grant them."""
     async with chatdb.create_pool(role_dsn) as db:
         for name, arguments in CALLS:
             with raises(ConfigurationError, match="privilege"):
@@ -556,7 +556,7 @@ async def test_a_role_without_privileges(role_dsn):
 
 @pytest.mark.owner
 async def test_a_role_with_some_privileges(role_dsn, role, db):
-    """A role that may read only is told of the privilege that a write lacks."""
+    """A read-only role is told which privilege a write needs."""
     conversation = await chatdb.create_conversation(db, user_id="alice")
     await db.execute(f"grant usage on schema chatdb to {role}; grant select on all tables in schema chatdb to {role}")
     async with chatdb.create_pool(role_dsn) as reader:
@@ -568,7 +568,7 @@ async def test_a_role_with_some_privileges(role_dsn, role, db):
 
 @pytest.mark.owner
 async def test_a_role_that_may_not_log_in(role_dsn, role, db):
-    """A role that the server does not let in is a matter of configuration."""
+    """A role that the server rejects raises ConfigurationError."""
     await db.execute(f"alter role {role} nologin")
 
     with raises(ConfigurationError):
@@ -577,7 +577,7 @@ async def test_a_role_that_may_not_log_in(role_dsn, role, db):
 
 @pytest.mark.owner
 async def test_a_role_with_too_many_connections(role_dsn, role, db):
-    """A server that has no connection left can be tried again: nothing was sent."""
+    """A server with no free connection can be retried, with sent=False."""
     await db.execute(f"alter role {role} connection limit 1")
 
     async with chatdb.create_pool(role_dsn):
@@ -589,7 +589,7 @@ async def test_a_role_with_too_many_connections(role_dsn, role, db):
 
 
 async def test_an_unknown_role(dsn):
-    """A user that the server does not know is a matter of configuration."""
+    """An unknown user raises ConfigurationError."""
     parts = urlsplit(dsn)
     stranger = parts._replace(netloc=f"chatdb_test_nobody:{MARK}@{parts.netloc.rpartition('@')[2]}")
 
@@ -598,7 +598,7 @@ async def test_an_unknown_role(dsn):
 
 
 async def test_an_unknown_database(dsn):
-    """A database that the server does not have is a matter of configuration, on any pool."""
+    """An unknown database raises ConfigurationError, on any pool."""
     dsn = urlunsplit(urlsplit(dsn)._replace(path="/chatdb_test_missing"))
     with raises(ConfigurationError):
         await chatdb.create_pool(dsn)
@@ -608,14 +608,14 @@ async def test_an_unknown_database(dsn):
 
 
 def message(letter, body):
-    """Return a message of PostgreSQL's protocol."""
+    """Return a PostgreSQL protocol message."""
     return letter + (len(body) + 4).to_bytes(4) + body
 
 
 async def test_a_wrong_password():
-    """A password that the server does not take is a matter of configuration, and is not told."""
+    """A wrong password raises ConfigurationError, which does not show it."""
 
-    async def refuse(reader, writer):  # because the server of a test run trusts everybody
+    async def refuse(reader, writer):  # the test server trusts everybody
         await reader.readexactly(int.from_bytes(await reader.readexactly(4)) - 4)
         writer.write(message(b"R", (3).to_bytes(4)))
         asked = await reader.readexactly(1 + 4 + len(MARK) + 1)
@@ -634,7 +634,7 @@ async def test_a_wrong_password():
 
 
 async def test_a_server_without_tls():
-    """A server that offers no TLS where the DSN demands it is a matter of configuration: nothing is sent in clear."""
+    """If the DSN requires TLS and the server offers none, nothing is sent in clear and ConfigurationError is raised."""
     heard = []
 
     async def decline(reader, writer):
@@ -646,12 +646,12 @@ async def test_a_server_without_tls():
         with raises(ConfigurationError):
             await chatdb.create_pool(DSN.format(port, "sslmode=verify-full"))
 
-    assert b"".join(heard) == (8).to_bytes(4) + (80877103).to_bytes(4)  # the request for TLS and nothing else
+    assert b"".join(heard) == (8).to_bytes(4) + (80877103).to_bytes(4)  # the TLS request and nothing else
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="only openssl makes a certificate here")
 async def test_a_certificate_that_nobody_vouches_for(tmp_path):
-    """A certificate that is not verified is a matter of configuration, and no password is sent to its owner."""
+    """An unverified certificate raises ConfigurationError, and its owner receives no password."""
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     await asyncio.to_thread(
         subprocess.run,
@@ -676,24 +676,24 @@ async def test_a_certificate_that_nobody_vouches_for(tmp_path):
         with raises(ConfigurationError):
             await chatdb.create_pool(DSN.format(port, "sslmode=verify-full"))
         assert b"".join(heard) == b""
-        with raises(UnavailableError):  # it hangs up after it has been verified
+        with raises(UnavailableError):  # the server hangs up after verification
             await chatdb.create_pool(DSN.format(port, f"sslmode=verify-full&sslrootcert={certificate}"))
         assert b"".join(heard) == b"\0"
 
 
 async def test_a_setting_that_the_driver_refuses(dsn):
-    """A value in the DSN that only the driver knows to be wrong is a matter of configuration."""
+    """A DSN value that only the driver knows to be wrong raises ConfigurationError."""
     with raises(ConfigurationError):
         await chatdb.create_pool(f"{dsn}{'&' if '?' in dsn else '?'}target_session_attrs=sometimes")
 
 
 async def test_a_pooler_that_loses_prepared_statements(dsn):
-    """Behind a pooler that keeps no prepared statements the error says how to do without them."""
+    """Behind a pooler that loses prepared statements the error says how to do without them."""
 
     async def lose() -> None:
         async with chatdb.transaction(pool) as connection:
             await chatdb.list_conversations(connection, user_id="alice")
-            # what the next session that such a pooler hands out looks like; not by execute(), which notices
+            # simulate such a pooler's next session; execute() would notice the deallocate
             await asyncpg.Connection.execute(connection._con, "deallocate all")
             await chatdb.list_conversations(connection, user_id="alice")
 
@@ -703,7 +703,7 @@ async def test_a_pooler_that_loses_prepared_statements(dsn):
 
 
 async def test_a_transaction_on_a_server_that_went(dsn):
-    """A transaction that gets no connection from asyncpg's own pool is an UnavailableError of chatdb's."""
+    """A transaction that cannot get a connection from asyncpg's pool raises UnavailableError."""
     async with asyncpg.create_pool(**connect_arguments(dsn), min_size=0) as pool:
         pool.set_connect_args(dsn="postgresql://alice@127.0.0.1:1/chat")
         with pytest.raises(chatdb.UnavailableError) as caught:

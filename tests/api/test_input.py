@@ -1,4 +1,4 @@
-"""What chatdb takes and refuses: every parameter at the edge of its limits and one past it, before anything is sent."""
+"""Limits of every parameter: values at the edge are accepted, values beyond are refused before anything is sent."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ pytestmark = pytest.mark.server_independent
 
 MIB = 1024 * 1024
 WIDE = "👋"  # one character, four bytes
-MARK = "XYZZY"  # stands for a text that no message may quote
+MARK = "XYZZY"  # text that no error message may quote
 
 
 class Recorder:
-    """A database that sends nothing and remembers that it should have."""
+    """A database handle that records each statement and sends nothing."""
 
     def __init__(self):
         self.sent = []
 
     async def fetch(self, query, *args, timeout=None):
-        """Remember the statement."""
+        """Record the statement."""
         self.sent.append(query)
         return []
 
 
 def nested(depth, innermost=0):
-    """Return lists and dicts in each other, `depth` levels of them."""
+    """Return `depth` levels of nested lists and dicts."""
     value = innermost
     for level in range(depth):
         value = [value] if level % 2 else {"a": value}
@@ -61,14 +61,14 @@ def nested(depth, innermost=0):
 
 
 def circular():
-    """Return a dict that holds itself."""
+    """Return a dict that contains itself."""
     value = {}
     value["self"] = value
     return value
 
 
 def json_of(size):
-    """Return metadata whose JSON has so many bytes."""
+    """Return metadata whose JSON has that many bytes."""
     return {"a": "x" * (size - len('{"a": ""}'))}
 
 
@@ -117,7 +117,7 @@ WRONG_JSON = {
 
 
 def longer_metadata(kibibytes):
-    """Return metadata of one byte, or of little, more than that."""
+    """Return metadata that exceeds this size slightly."""
     size = kibibytes * 1024
     return {
         "one byte": json_of(size + 1),
@@ -198,11 +198,11 @@ WRONG = {
     },
     "timeout": {"str": "1", "bool": True, "list": [], "negative": -1.0, "NaN": float("nan"), "huge": 10**400},
 }
-"""The wrong values of each parameter."""
+"""Invalid values of each parameter."""
 
 
 def wrong_values(name, parameter):
-    """Return the values that a function does not take for one of its parameters."""
+    """Return the values that a function refuses for one of its parameters."""
     default = SIGNATURES[name][parameter]
     optional = default is None or (default is UNSET and parameter != "content")
     values = WRONG[parameter]
@@ -217,7 +217,7 @@ VALID = dict(reversed(CALLS))  # the first call of each function
 
 
 async def outcome(name, arguments, parameter):
-    """Say in a word what a call comes to that is to be refused for one of its parameters."""
+    """Make a call that must be refused for one parameter, and return what happened."""
     db = Recorder()
     try:
         await call(db, name, VALID[name] | arguments, NOBODYS)
@@ -227,7 +227,7 @@ async def outcome(name, arguments, parameter):
         if (error.parameter, str(error).partition(":")[0]) != (parameter, parameter):
             return f"names {error.parameter}"
         return "sent" if db.sent else "refused"
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is the wrong one
+    except Exception as error:  # noqa: BLE001 - any other error is wrong
         return repr(error)[:100]
     return "taken"
 
@@ -236,7 +236,7 @@ async def outcome(name, arguments, parameter):
     ("name", "parameter"), [(name, parameter) for name, parameters in SIGNATURES.items() for parameter in parameters]
 )
 async def test_refused_before_anything_is_sent(name, parameter):
-    """A wrong value raises InvalidInputError, which names its parameter and no text, and nothing is sent."""
+    """An invalid value raises InvalidInputError that names the parameter, quotes no text, and sends nothing."""
     values = wrong_values(name, parameter)
 
     outcomes = {label: await outcome(name, {parameter: value}, parameter) for label, value in values.items()}
@@ -248,7 +248,7 @@ async def test_refused_before_anything_is_sent(name, parameter):
 @pytest.mark.parametrize("kind", [dict, NewMessage])
 @pytest.mark.parametrize("field", ["role", "content", "payload", "metadata", "token_count", "key"])
 async def test_refused_in_a_batch(kind, field):
-    """A wrong value in a batch is named with its message, and nothing is sent."""
+    """The error for an invalid value in a batch names the message and the field, and nothing is sent."""
     good = {"role": "user", "content": "hello"}
     optional = field not in {"role", "content"}
     values = {label: value for label, value in WRONG[field].items() if not (value is None and optional)}
@@ -277,7 +277,7 @@ async def test_refused_in_a_batch(kind, field):
     ids=["None", "str", "tuple", "no content", "no role", "an unknown field", "a number as field"],
 )
 async def test_what_is_no_message_in_a_batch(value, parameter):
-    """What is neither a NewMessage nor a dict of its fields is named, and nothing is sent."""
+    """The error names an item that is neither a NewMessage nor a dict of its fields, and nothing is sent."""
     batch = [{"role": "user", "content": "hello"}, value]
 
     assert await outcome("append_messages", {"messages": batch}, parameter) == "refused"
@@ -300,7 +300,7 @@ async def test_what_is_no_message_in_a_batch(value, parameter):
     ("name", "parameter"), [("append_message", "content"), ("append_messages", "messages[0].content")]
 )
 async def test_position_of_what_content_cannot_hold(name, parameter, text, position):
-    """A NUL or a lone surrogate in content is told by its position, not by the text around it."""
+    """The error gives the position of a NUL or lone surrogate in content, not the text around it."""
     arguments = {"role": "user", "content": text}
 
     with pytest.raises(InvalidInputError, match=rf" at position {position}\b") as raised:
@@ -312,7 +312,7 @@ async def test_position_of_what_content_cannot_hold(name, parameter, text, posit
 
 @pytest.mark.parametrize("parameter", ["metadata", "payload"])
 def test_circles_that_branch(parameter):
-    """A structure that holds itself twice is refused before it fills the memory."""
+    """A structure that contains itself twice is refused before it exhausts memory."""
     program = """
         import asyncio, resource, sys
         import chatdb
@@ -336,13 +336,13 @@ def test_circles_that_branch(parameter):
     assert run.stdout.strip() == parameter, run.stderr[-300:]
 
 
-# what is taken
+# accepted values
 
 WIDE_NAME = WIDE * 255
 
 
 async def test_the_longest_names(tx):
-    """User and key may have 255 characters, of whatever width, and the title 1,000."""
+    """User ids and keys can have 255 characters of any width, titles 1,000."""
     for name, title in [(WIDE_NAME, WIDE * 1000), ("n" * 255, "t" * 1000), ("n", "")]:
         conversation = await chatdb.create_conversation(tx, user_id=name, key=name, title=title)
         message = await chatdb.append_message(
@@ -360,7 +360,7 @@ async def test_the_longest_names(tx):
 
 @pytest.fixture
 async def place(tx):
-    """Give the user and the id of a conversation that has one message."""
+    """Return the user and id of a conversation with one message."""
     conversation = await chatdb.create_conversation(tx, user_id="alice")
     found = {"user_id": "alice", "conversation_id": conversation.id}
     await chatdb.append_message(tx, **found, role="user", content="")
@@ -368,7 +368,7 @@ async def place(tx):
 
 
 async def written(db, place, way, **fields):
-    """Write the fields in one of the ways there are, and return the message."""
+    """Write the fields with one of the four calls, and return the message."""
     if way == "batch":
         batch = [{"role": "user", "content": ""} | fields]
         [message] = await chatdb.append_messages(db, **place, messages=batch)
@@ -388,7 +388,7 @@ WAYS = ("append", "keyed", "batch", "update")
     "content", ["x" * (4 * MIB), WIDE * MIB, ""], ids=["4 MiB", "4 MiB of wide characters", "none"]
 )
 async def test_the_longest_content(tx, place, way, content):
-    """Content may have from 0 bytes to 4 MiB as UTF-8."""
+    """Content can have 0 bytes to 4 MiB in UTF-8."""
     message = await written(tx, place, way, content=content)
 
     assert message.content == content
@@ -402,7 +402,7 @@ async def test_the_longest_content(tx, place, way, content):
     ids=["64 KiB", "64 KiB of wide characters", "64 KiB of escapes", "200 levels"],
 )
 async def test_the_largest_metadata(tx, place, way, metadata):
-    """A message's metadata may have 64 KiB as JSON and 200 levels."""
+    """A message's metadata can have 64 KiB of JSON and 200 levels."""
     assert "nested" in metadata or len(json.dumps(metadata, ensure_ascii=False).encode()) == 65_536
 
     message = await written(tx, place, way, metadata=metadata)
@@ -416,7 +416,7 @@ async def test_the_largest_metadata(tx, place, way, metadata):
     ids=["1 MiB", "1 MiB of wide characters", "200 levels"],
 )
 async def test_the_largest_metadata_of_a_conversation(tx, place, metadata):
-    """A conversation's metadata may have 1 MiB as JSON and 200 levels."""
+    """A conversation's metadata can have 1 MiB of JSON and 200 levels."""
     assert "nested" in metadata or len(json.dumps(metadata, ensure_ascii=False).encode()) == MIB
 
     conversation = await chatdb.update_conversation(tx, **place, metadata=metadata)
@@ -432,7 +432,7 @@ async def test_the_largest_metadata_of_a_conversation(tx, place, metadata):
     ids=["value", "JsonText", "JsonText of wide characters"],
 )
 async def test_the_largest_payload(tx, place, payload):
-    """A payload may have 16 MiB as JSON."""
+    """A payload can have 16 MiB of JSON."""
     message = await written(tx, place, "append", payload=payload)
 
     assert len(message.payload.encode()) == 16 * MIB
@@ -442,7 +442,7 @@ async def test_the_largest_payload(tx, place, payload):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("innermost", [0, []], ids=["200 levels", "200 levels, the last empty"])
 async def test_the_deepest_payload(tx, place, way, innermost):
-    """A payload may have 200 levels, as a value and as a JsonText."""
+    """A payload can have 200 levels, as a value or as JsonText."""
     value = nested(200) if innermost == 0 else nested(199, innermost=innermost)
     text = JsonText(json.dumps(value, separators=(",", ":")))
 
@@ -451,7 +451,7 @@ async def test_the_deepest_payload(tx, place, way, innermost):
 
 
 async def test_brackets_in_a_text_are_no_levels(tx, place):
-    """A JsonText with very many brackets is taken where they are not nested."""
+    """JsonText with very many brackets is accepted if they are not nested."""
     for value in ("[{" * 300, [[]] * 300, {"a": ["]"] * 300}):
         assert (await written(tx, place, "append", payload=JsonText(json.dumps(value)))).payload.parsed() == value
 
@@ -463,7 +463,7 @@ async def test_brackets_in_a_text_are_no_levels(tx, place):
 )
 @pytest.mark.parametrize("way", WAYS)
 async def test_extreme_numbers_can_be_read_back(tx, place, way, number):
-    """A number that no float or numeric holds is refused, or else it comes back as it was written."""
+    """A number beyond float and numeric is refused or returned as written."""
     payload = JsonText(f'{{"n": {number}}}')
     try:
         message = await written(tx, place, way, payload=payload)
@@ -479,7 +479,7 @@ async def test_extreme_numbers_can_be_read_back(tx, place, way, number):
     "metadata", [{"a": 10**4299}, {"a": -1.7976931348623157e308}, {"a": 5e-324}], ids=lambda m: f"{m}"[:20]
 )
 async def test_extreme_numbers_in_metadata(tx, place, metadata):
-    """The largest int and the largest and smallest floats that metadata takes can be read back."""
+    """The largest int and the largest and smallest floats in metadata can be read back."""
     message = await written(tx, place, "append", metadata=metadata)
 
     assert float(message.metadata["a"]) == float(metadata["a"]) if isinstance(metadata["a"], float) else True
@@ -487,7 +487,7 @@ async def test_extreme_numbers_in_metadata(tx, place, metadata):
 
 
 async def test_limits_at_their_edges(tx, place):
-    """A limit and a batch may be 1 to 10,000."""
+    """`limit` and `batch` range from 1 to 10,000."""
     for limit in (1, 10_000):
         assert len(await chatdb.get_history(tx, **place, limit=limit)) == 1
         assert len(await chatdb.list_messages(tx, **place, limit=limit)) == 1
@@ -498,7 +498,7 @@ async def test_limits_at_their_edges(tx, place):
 
 
 async def test_numbers_at_their_edges(tx, place):
-    """Ids and places may be any int8, places not negative, and a token count any int4 from 0."""
+    """Ids can be any int8, seq any int8 from 0, and token counts any int4 from 0."""
     for conversation_id in (2**63 - 1, -(2**63), 0):
         with pytest.raises(ConversationNotFoundError):
             await chatdb.get_conversation(tx, user_id="alice", conversation_id=conversation_id)
@@ -526,13 +526,13 @@ class Size(enum.IntEnum):
 
 
 class Text(str):
-    """A host's own kind of str."""
+    """A host's own str class."""
 
     __slots__ = ()
 
 
 async def test_kinds_of_str_and_int(tx):
-    """Subclasses of str and int are taken for what they are, and what comes back is plain."""
+    """Subclasses of str and int are accepted as their values, and plain values are returned."""
     conversation = await chatdb.create_conversation(tx, user_id=Text("alice"), key=Text("key"), title=Text("title"))
     place = {"user_id": Text("alice"), "conversation_id": conversation.id}
     fields = {"role": Speaker.ASSISTANT, "content": JsonText("content"), "metadata": {Text("a"): Size.PAGE}}
@@ -552,7 +552,7 @@ async def test_kinds_of_str_and_int(tx):
 
 
 async def test_a_caller_s_values_stay_as_they_are(tx, place):
-    """What a caller passes is not changed, and what he changes later is not stored."""
+    """A caller's objects are not modified, and later changes to them are not stored."""
     metadata, payload = {"a": [1]}, {"b": [2]}
     batch = [{"role": "user", "content": "", "metadata": metadata, "payload": payload}]
 
@@ -579,7 +579,7 @@ MESSAGE = {
     "key": "null",
     "created_at": "now()",
 }
-JSONB = "jsonb_build_object('a', repeat('x', {}))"  # with 9 bytes besides
+JSONB = "jsonb_build_object('a', repeat('x', {}))"  # 9 bytes more than the text
 EDGES = {
     "ck_conversations_user_id": (["'u'", f"repeat('{WIDE}', 255)"], ["''", "repeat('u', 256)"]),
     "ck_conversations_key": (["'k'", f"repeat('{WIDE}', 255)"], ["''", "repeat('k', 256)"]),
@@ -596,19 +596,19 @@ EDGES = {
     "ck_messages_metadata": (["'{}'", JSONB.format(65_527)], [JSONB.format(65_528), "'[]'", "'null'", "'1'"]),
     "ck_messages_token_count": (["0", "2147483647"], ["-1"]),
 }
-"""SQL expressions that each CHECK lets pass, and that it refuses."""
+"""SQL expressions that each CHECK accepts, and ones that it refuses."""
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 async def test_the_database_enforces_the_same(tx, place, constraint):
-    """SQL that goes past chatdb meets the same limits, each as a CHECK that chatdb has a sentence for."""
+    """SQL that bypasses chatdb meets the same limits, as CHECKs that chatdb translates."""
     parameter, sentence = CONSTRAINTS[constraint]
     table = constraint.split("_")[1]
     columns, arguments = (MESSAGE, [place["conversation_id"]]) if table == "messages" else (CONVERSATION, [])
 
     async def insert(expression):
         values = columns | {parameter: expression}
-        # the parent of a message is found by its user, so all but the tried value is right
+        # every other value is valid, so that the insert finds the message's conversation
         await tx.execute(
             f"insert into chatdb.{table} ({', '.join(values)}) values ({', '.join(values.values())})", *arguments
         )
@@ -629,11 +629,11 @@ async def test_the_database_enforces_the_same(tx, place, constraint):
         assert (error.parameter, str(error)) == (parameter, f"{parameter}: {sentence}")
 
 
-# What callers pass that only looks like JSON: their own subclasses, and what is referenced several times.
+# values that only resemble JSON: subclasses and shared references
 
 
 def shared(levels, value="lol"):
-    """Return lists that hold the same list twice, so that their JSON doubles at each level."""
+    """Return lists that contain the same object twice, so that the JSON doubles at each level."""
     for level in range(levels):
         value = {"a": value, "b": value} if level % 2 else [value, value]
     return value
@@ -646,7 +646,7 @@ def shared(levels, value="lol"):
     ids=["26 levels", "60 levels", "190 levels", "a string", "a key", "a list"],
 )
 def test_shared_references_are_refused_before_they_are_encoded(parameter, value):
-    """A value that is small in memory and huge as JSON is refused without a huge text."""
+    """A value that is small in memory but huge as JSON is refused without building the JSON."""
     tracemalloc.start()
     try:
         with pytest.raises(InvalidInputError, match="must be at most") as raised:
@@ -670,15 +670,15 @@ class Level(enum.IntEnum):
 
 
 class NumpyFloat(float):
-    """A float whose repr is not a number, as numpy's."""
+    """A float whose repr is not a number, like numpy's."""
 
     def __repr__(self):
-        """Return what numpy does."""
+        """Return a repr like numpy's."""
         return f"np.float64({float.__repr__(self)})"
 
 
 class OddStr(str):
-    """A str whose methods lie or fail."""
+    """A str whose methods fail."""
 
     def _fail(self, *_):
         raise LookupError
@@ -687,10 +687,10 @@ class OddStr(str):
 
 
 class OddDict(dict):
-    """A dict that has something else than it stores."""
+    """A dict whose items are not the stored ones."""
 
     def items(self):
-        """Return others than are stored."""
+        """Return other items."""
         return [("other", [1])]
 
 
@@ -703,18 +703,18 @@ class FailingDict(dict):
 
 
 class EndlessList(list):
-    """A list that never ends, of strings."""
+    """An endless list of strings."""
 
     def __iter__(self):
-        """Go on for ever."""
+        """Yield strings forever."""
         return repeat("x" * 1000)
 
 
 class Deep(list):
-    """A list that holds a new one, for ever."""
+    """A list that always contains another one."""
 
     def __iter__(self):
-        """Go deeper."""
+        """Yield one more list."""
         return iter([Deep()])
 
 
@@ -743,21 +743,21 @@ class Pair(NamedTuple):
 )
 @pytest.mark.parametrize("parameter", ["payload", "metadata"])
 def test_subclasses_are_taken_by_what_they_hold(parameter, value, json_value):
-    """A subclass of a JSON type is stored as its value, whatever its own methods say."""
+    """A subclass of a JSON type is stored as its value, whatever its methods return."""
     assert json.loads(getattr(validate, f"check_{parameter}")(parameter, {"a": value})) == {"a": json_value}
 
 
 class Same(list):
-    """A list with a method of its own, which does what a list's does."""
+    """A list subclass that behaves like a list."""
 
     def __iter__(self):
-        """Go through the items."""
+        """Iterate over the items."""
         return super().__iter__()
 
 
 @pytest.mark.parametrize("kind", [list, Same])
 def test_subclasses_may_be_as_deep(kind):
-    """A subclass may be nested as deep as the type itself, and no deeper."""
+    """A subclass can be nested exactly as deep as the type itself."""
     value = "text"
     for _ in range(validate.MAX_DEPTH):
         value = kind([value])
@@ -769,8 +769,8 @@ def test_subclasses_may_be_as_deep(kind):
 @pytest.mark.parametrize("value", [FailingDict(a=1), EndlessList(), Deep(), (x for x in "ab"), range(3), Score])
 @pytest.mark.parametrize("parameter", ["payload", "metadata"])
 def test_what_only_looks_like_json_is_refused(parameter, value, monkeypatch):
-    """A value that cannot be read, never ends or is no JSON is an InvalidInputError, which quotes nothing."""
-    monkeypatch.setattr(validate, "islice", lambda items, most: islice(items, most // 64))  # all would take ten seconds
+    """A value that is unreadable, endless or not JSON raises InvalidInputError, which quotes nothing."""
+    monkeypatch.setattr(validate, "islice", lambda items, most: islice(items, most // 64))  # the full scan takes 10 s
     with pytest.raises(InvalidInputError) as raised:
         getattr(validate, f"check_{parameter}")(parameter, {"a": [value]})
     assert raised.value.parameter == parameter
@@ -802,7 +802,7 @@ VALUES = st.recursive(
 @given(VALUES)
 @settings(deadline=None, max_examples=200)
 def test_any_value_is_taken_as_it_is_or_refused(value):
-    """Whatever is passed is stored as the JSON that Python makes of it, or is an InvalidInputError."""
+    """Any value is stored as the JSON that Python makes of it, or raises InvalidInputError."""
     for parameter, given_value in (("payload", value), ("metadata", {"a": value})):
         try:
             encoded = getattr(validate, f"check_{parameter}")(parameter, given_value)
@@ -821,7 +821,7 @@ def test_any_value_is_taken_as_it_is_or_refused(value):
     ],
 )
 def test_path_of_what_is_no_json(value, sentence):
-    """The error names the place and the type of what is no JSON."""
+    """The error gives the path and the type of the non-JSON value."""
     with pytest.raises(InvalidInputError) as raised:
         validate.check_payload("payload", value)
     assert str(raised.value).endswith(sentence)
@@ -829,7 +829,7 @@ def test_path_of_what_is_no_json(value, sentence):
 
 
 async def test_odd_strings_are_sent_as_they_are():
-    """A subclass of str is sent as a plain str of its characters."""
+    """A subclass of str is sent as a plain str."""
     odd = OddStr("user")
     for taken in (
         validate.check_user_id(odd),
@@ -844,11 +844,11 @@ async def test_odd_strings_are_sent_as_they_are():
     assert type(validate.check_int("seq", Level.LOW, least=0)) is int
 
 
-# A batch.
+# batches
 
 
 def endless(text="x"):
-    """Yield messages for ever."""
+    """Yield messages forever."""
     for number in count():
         yield {"role": "user", "content": text, "key": f"{number}"}
 
@@ -864,7 +864,7 @@ def endless(text="x"):
     ids=["number", "bytes", "wide characters", "payloads"],
 )
 async def test_a_batch_ends_at_its_limit(messages, consumed, problem):
-    """A batch of too many messages or bytes is refused before anything is sent, and read no further than needed."""
+    """A batch with too many messages or bytes is refused before anything is sent, and read only to the limit."""
     taken = 0
 
     def counted():
@@ -882,7 +882,7 @@ async def test_a_batch_ends_at_its_limit(messages, consumed, problem):
 
 
 async def test_the_largest_batches():
-    """A batch of exactly the limits is taken."""
+    """A batch of exactly the limits is accepted."""
     assert len(await validate.check_messages([{"role": "user", "content": ""}] * 10_000)) == 10_000
     assert len(await validate.check_messages([{"role": "user", "content": "x" * (4 * MIB)}] * 16)) == 16
     with pytest.raises(InvalidInputError):
@@ -892,7 +892,7 @@ async def test_the_largest_batches():
 
 
 async def test_a_large_batch_lets_other_tasks_run():
-    """While a large batch is checked, the event loop goes on to other tasks."""
+    """Checking a large batch does not block the event loop."""
     turns = 0
 
     async def other():
@@ -911,7 +911,7 @@ async def test_a_large_batch_lets_other_tasks_run():
 
 
 def test_a_compact_text_of_many_lists_is_counted_by_its_bytes() -> None:
-    """A JsonText without blanks is taken up to 16 MiB, however many lists are in it."""
+    """JsonText is accepted up to 16 MiB, however many lists it contains."""
     text = JsonText("[[" + "1," * (8 * MIB - 400) + "1]" + ",[]" * 250 + "]")
     assert 15 * MIB < len(text) < 16 * MIB
     assert validate.check_payload("payload", text) == text
@@ -923,20 +923,20 @@ def test_a_compact_text_of_many_lists_is_counted_by_its_bytes() -> None:
     )
 )
 def test_the_depth_of_a_text(value: Any) -> None:
-    """How deep a text is nested is told by its brackets, not by those in strings, after quotes and backslashes."""
+    """Depth counts structural brackets, not brackets inside strings, even after quotes and backslashes."""
 
     def depth(value: Any) -> int:
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
         return 0 if inner is None else 1 + max(map(depth, inner), default=0)
 
-    many = [value] + [[]] * 300  # few brackets are not counted
+    many = [value] + [[]] * 300  # with few brackets the depth is not computed
     assert validate._depth(json.dumps(many)) == depth(many)
     assert validate._depth(json.dumps(many, ensure_ascii=False, indent=1)) == depth(many)
 
 
 @pytest.mark.parametrize("value", [[10**4_200] * 10_000, [[10**4_200] * 1_000] * 10, {"a": [-(10**4_200)] * 10_000}])
 def test_the_digits_of_shared_numbers_are_counted(value: Any) -> None:
-    """A long number that is there many times is refused before hundreds of megabytes are written out."""
+    """A shared long number is refused before hundreds of megabytes are written out."""
     tracemalloc.start()
     try:
         with pytest.raises(InvalidInputError, match="16 MiB"):

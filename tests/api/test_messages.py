@@ -1,4 +1,4 @@
-"""The functions on messages, each case of each."""
+"""The functions on messages, case by case."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.calls import Counting
 
 @pytest.fixture
 async def talk(tx):
-    """Give an empty conversation of alice that was created an hour ago, to be used inside a transaction."""
+    """Return an empty conversation of Alice's, created an hour ago, on a transaction."""
     created = await chatdb.create_conversation(tx, user_id="alice", title="Talk")
     hour_ago = created.created_at - timedelta(hours=1)
     await tx.execute("update chatdb.conversations set created_at = $1, updated_at = $1", hour_ago)
@@ -34,41 +34,41 @@ async def talk(tx):
 
 @pytest.fixture
 async def committed(db):
-    """Give an empty conversation of alice, to be used through the pool."""
+    """Return an empty conversation of Alice's, on the pool."""
     return Talk(db, await chatdb.create_conversation(db, user_id="alice", title="Talk"))
 
 
 class Talk:
-    """A conversation and the database that it is in, which every call names."""
+    """A conversation and the handle that every call uses."""
 
     def __init__(self, db, conversation):
         self.db = db
         self.conversation = conversation
 
     def __getattr__(self, name):
-        """Return a function of chatdb that is on this conversation."""
+        """Return a chatdb function bound to this conversation."""
         place = {"user_id": self.conversation.user_id, "conversation_id": self.conversation.id}
         return lambda **arguments: getattr(chatdb, name)(self.db, **place, **arguments)
 
     def through(self, db):
-        """Return the same conversation through another handle."""
+        """Return the same conversation on another handle."""
         return Talk(db, self.conversation)
 
     async def append(self, content="hello", **fields):
-        """Append a user's message."""
+        """Append a user message."""
         return await self.append_message(**({"role": "user", "content": content} | fields))
 
     async def fill(self, count):
-        """Append so many messages, whose contents are their places."""
+        """Append that many messages, each with its seq as content."""
         return await self.append_messages(messages=[said(str(seq)) for seq in range(1, count + 1)])
 
     async def seqs(self):
-        """Return the places of the messages that are there."""
+        """Return the seqs of the existing messages."""
         return [message.seq for message in await self.list_messages(limit=10_000)]
 
 
 def said(content="hello", **fields):
-    """Return a user's message to be appended."""
+    """Return a new user message."""
     return {"role": "user", "content": content} | fields
 
 
@@ -76,7 +76,7 @@ def said(content="hello", **fields):
 
 
 async def test_append(talk):
-    """A message comes back with the values that were given, its place, and the time of the append."""
+    """A message is returned with the given values, its seq, and the time of the append."""
     start = await talk.db.fetchval("select clock_timestamp()")
 
     message = await talk.append_message(
@@ -107,7 +107,7 @@ async def test_append(talk):
 
 @pytest.mark.parametrize("key", [None, "turn-1"], ids=["unkeyed", "keyed"])
 async def test_append_with_role_and_content_only(talk, key):
-    """All but role and content is optional, what is not given is None, and the content may be empty."""
+    """Only role and content are required, omitted values are None, and content can be empty."""
     message = await talk.append(content="", key=key)
 
     assert (message.content, message.payload, message.metadata, message.token_count) == ("", None, None, None)
@@ -115,7 +115,7 @@ async def test_append_with_role_and_content_only(talk, key):
 
 @pytest.mark.parametrize("key", [None, "turn"], ids=["unkeyed", "keyed"])
 async def test_append_counts_from_one(talk, key):
-    """The places are 1, 2, 3 in the order of the calls, in each conversation from the start."""
+    """Each conversation counts 1, 2, 3 in the order of the calls."""
     other = Talk(talk.db, await chatdb.create_conversation(talk.db, user_id="alice"))
 
     assert [(await talk.append(key=key and f"{key}-{turn}")).seq for turn in range(3)] == [1, 2, 3]
@@ -125,14 +125,14 @@ async def test_append_counts_from_one(talk, key):
 
 @pytest.mark.parametrize("role", ["user", "assistant", "system", "developer", "tool"])
 async def test_append_takes_every_role(talk, role):
-    """Each of the five roles is stored and comes back."""
+    """Each of the five roles is stored and returned."""
     assert (await talk.append(role=role)).role == role
 
 
 @pytest.mark.parametrize("key", [None, "turn-1"], ids=["unkeyed", "keyed"])
 @pytest.mark.parametrize("batch", [False, True], ids=["one", "batch"])
 async def test_append_makes_the_conversation_active(talk, key, batch):
-    """The append's time is the message's and becomes the conversation's, of which only the count moves besides."""
+    """The time of the append becomes the conversation's activity; otherwise only its counter changes."""
     message = (await talk.append_messages(messages=[said(key=key)]))[0] if batch else await talk.append(key=key)
 
     assert message.created_at > talk.conversation.created_at
@@ -144,7 +144,7 @@ async def test_append_makes_the_conversation_active(talk, key, batch):
 @pytest.mark.parametrize("key", [None, "late"], ids=["unkeyed", "keyed"])
 @pytest.mark.parametrize("batch", [False, True], ids=["one", "batch"])
 async def test_time_never_runs_backwards(committed, key, batch):
-    """A transaction that began before another's append gives its messages the time of their own append, a later one."""
+    """A message's time is that of its append, even if its transaction began before another append."""
     async with chatdb.transaction(committed.db) as early:
         began = await early.fetchval("select now()")
         first = await committed.append()
@@ -157,7 +157,7 @@ async def test_time_never_runs_backwards(committed, key, batch):
 
 
 async def test_time_of_a_conversation_from_the_future(talk):
-    """Where another clock was ahead, times stand still until it is reached."""
+    """If another clock was ahead, times stay equal until the clock catches up."""
     ahead = datetime.now(UTC) + timedelta(hours=1)
     await talk.db.execute("update chatdb.conversations set updated_at = $1", ahead)
 
@@ -165,7 +165,7 @@ async def test_time_of_a_conversation_from_the_future(talk):
 
 
 async def test_append_inside_a_rolled_back_transaction(talk):
-    """A place that was rolled back is assigned again: there is no gap."""
+    """A rolled-back seq is assigned again, so no gap remains."""
     with contextlib.suppress(ZeroDivisionError):
         async with chatdb.transaction(talk.db):
             assert (await talk.append("lost")).seq == 1
@@ -181,7 +181,7 @@ BODY = {"role": "user", "content": "hello", "payload": JsonText('{"n":1}'), "met
 
 
 async def test_same_key_and_body(talk):
-    """The same key with the same body returns the stored message and moves nothing."""
+    """The same key and body return the stored message and change nothing."""
     first = await talk.append(**BODY, key="turn-1")
     await talk.append("another")
     before = await talk.get_conversation()
@@ -195,14 +195,14 @@ async def test_same_key_and_body(talk):
 
 
 async def test_same_body_in_another_order_of_metadata(talk):
-    """Metadata is compared by its value, whatever the order of its keys."""
+    """Metadata is compared by value, in any key order."""
     first = await talk.append(**BODY, key="turn-1")
 
     assert await talk.append(**BODY | {"metadata": {"b": [2], "a": 1.0}}, key="turn-1") == first
 
 
 async def test_token_count_is_not_of_the_body(talk):
-    """Another token count is not another body, and what is stored stays."""
+    """A different token count is not a different body, and the stored one stays."""
     first = await talk.append(**BODY, key="turn-1", token_count=3)
 
     assert await talk.append(**BODY, key="turn-1", token_count=4) == first
@@ -224,7 +224,7 @@ async def test_token_count_is_not_of_the_body(talk):
     ids=repr,
 )
 async def test_same_key_with_another_body(talk, other):
-    """Another body is a conflict: nothing is written, what is stored stays, and the transaction goes on."""
+    """A different body is a conflict: nothing is written, and the transaction can continue."""
     first = await talk.append(**BODY, key="turn-1")
     before = await talk.get_conversation()
 
@@ -236,7 +236,7 @@ async def test_same_key_with_another_body(talk, other):
 
 
 async def test_key_without_payload_and_metadata(talk):
-    """That payload and metadata are missing is a part of the body too."""
+    """Missing payload and metadata are part of the body too."""
     first = await talk.append(key="turn-1")
 
     assert await talk.append(key="turn-1") == first
@@ -245,7 +245,7 @@ async def test_key_without_payload_and_metadata(talk):
 
 
 async def test_key_is_unique_in_its_conversation_only(talk):
-    """Another conversation of the same user may use the same key for something else."""
+    """Another conversation of the same user can use the same key for another message."""
     other = Talk(talk.db, await chatdb.create_conversation(talk.db, user_id="alice"))
     await talk.append("here", key="turn-1")
 
@@ -254,7 +254,7 @@ async def test_key_is_unique_in_its_conversation_only(talk):
 
 
 async def test_key_of_a_deleted_message_is_free(talk):
-    """A deleted message's key makes a new message, at a new place and of any body."""
+    """A deleted message's key can be used again, with any body and a new seq."""
     await talk.append("first", key="turn-1")
     await talk.delete_message(seq=1)
 
@@ -264,7 +264,7 @@ async def test_key_of_a_deleted_message_is_free(talk):
 
 
 async def test_key_after_an_update(talk):
-    """The body that counts is the one that is stored now."""
+    """The currently stored body is the one that counts."""
     await talk.append("first", key="turn-1")
     updated = await talk.update_message(seq=1, content="second")
 
@@ -277,7 +277,7 @@ async def test_key_after_an_update(talk):
 
 
 async def test_append_messages(talk):
-    """A batch is stored in its order at the next places, with the values of each message and one time for all."""
+    """A batch is stored in order at the next seqs, with each message's values and one time for all."""
     await talk.append()
 
     messages = await talk.append_messages(
@@ -300,7 +300,7 @@ async def test_append_messages(talk):
 
 
 async def test_append_messages_with_keys(talk):
-    """A batch with keys is stored in the same way, and may have messages without."""
+    """A batch with keys is stored the same way, and can mix messages with and without keys."""
     await talk.append()
 
     messages = await talk.append_messages(
@@ -328,14 +328,14 @@ async def test_append_many_messages(talk, keyed):
 
 
 async def test_append_messages_from_a_generator(talk):
-    """Any iterable will do."""
+    """Any iterable is accepted."""
     messages = await talk.append_messages(messages=(said(letter) for letter in "abc"))
 
     assert [message.content for message in messages] == ["a", "b", "c"]
 
 
 async def test_append_no_messages(talk):
-    """An empty batch appends nothing and moves nothing."""
+    """An empty batch appends nothing and changes nothing."""
     before = await talk.get_conversation()
 
     assert await talk.append_messages(messages=[]) == []
@@ -345,7 +345,7 @@ async def test_append_no_messages(talk):
 
 @pytest.mark.parametrize("key", [None, "k"], ids=["unkeyed", "keyed"])
 async def test_append_messages_is_all_or_nothing(talk, key):
-    """A batch of which one message is refused leaves nothing behind."""
+    """If one message is invalid, the batch stores nothing."""
     with pytest.raises(chatdb.InvalidInputError):
         await talk.append_messages(messages=[said(key=key), {"role": "nobody", "content": "hello"}])
 
@@ -356,7 +356,7 @@ async def test_append_messages_is_all_or_nothing(talk, key):
 @pytest.mark.owner
 @pytest.mark.parametrize("key", [None, "k"], ids=["unkeyed", "keyed"])
 async def test_append_messages_that_the_database_refuses(talk, key):
-    """A batch of which the database refuses one message leaves nothing behind."""
+    """If the database refuses one message, the batch stores nothing."""
     await talk.db.execute("alter table chatdb.messages add constraint a_hosts_own check (content <> 'bad')")
 
     with pytest.raises(chatdb.ConfigurationError, match="a_hosts_own"):
@@ -368,7 +368,7 @@ async def test_append_messages_that_the_database_refuses(talk, key):
 
 
 async def test_batch_that_is_stored(talk):
-    """A batch of stored keys with equal bodies returns the stored messages in the batch's order and moves nothing."""
+    """Repeating a stored batch returns the stored messages in the batch's order and changes nothing."""
     batch = [NewMessage(**BODY, key="a"), NewMessage(role="tool", content="", key="b"), NewMessage(**BODY, key="c")]
     stored = await talk.append_messages(messages=batch)
     await talk.append("another")
@@ -382,7 +382,7 @@ async def test_batch_that_is_stored(talk):
 
 
 async def test_batch_and_single_appends_are_one(talk):
-    """What was appended alone comes back in a batch, and the other way round."""
+    """A batch returns messages that were appended singly, and vice versa."""
     one, two = await talk.append("1", key="a"), await talk.append("2", key="b")
 
     assert await talk.append_messages(messages=[said("2", key="b"), said("1", key="a")]) == [two, one]
@@ -422,7 +422,7 @@ async def test_batch_and_single_appends_are_one(talk):
     ],
 )
 async def test_batch_in_conflict(talk, batch):
-    """A mixture of stored and new, or another body, is a conflict: nothing is written and the transaction goes on."""
+    """A partly stored or changed batch is a conflict: nothing is written, and the transaction can continue."""
     stored = await talk.append_messages(messages=[said("1", key="a"), said("2", key="b")])
     before = await talk.get_conversation()
 
@@ -447,14 +447,14 @@ async def test_history(talk):
 
 
 async def test_history_has_a_hundred_messages(talk):
-    """Where no limit is said, the history is the newest hundred."""
+    """By default, the history is the newest hundred messages."""
     messages = await talk.fill(101)
 
     assert await talk.get_history() == messages[1:]
 
 
 async def test_history_before_a_place(talk):
-    """With a place, the history is what came before it."""
+    """With `before_seq`, the history is the messages before it."""
     messages = await talk.fill(5)
 
     assert await talk.get_history(before_seq=4) == messages[:3]
@@ -466,7 +466,7 @@ async def test_history_before_a_place(talk):
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 8])
 async def test_history_in_pages(talk, limit):
-    """The first place of a page is the cursor of the page before it, over holes too."""
+    """The first seq of a page is the cursor for the previous page, across gaps too."""
     await talk.fill(9)
     for hole in (4, 5):
         await talk.delete_message(seq=hole)
@@ -488,7 +488,7 @@ async def test_history_without_messages(talk):
 
 
 async def test_history_is_of_one_conversation(talk):
-    """A history has no other conversation's messages."""
+    """A history contains only its conversation's messages."""
     other = Talk(talk.db, await chatdb.create_conversation(talk.db, user_id="alice"))
     mine, theirs = await talk.append(), await other.append()
 
@@ -500,7 +500,7 @@ async def test_history_is_of_one_conversation(talk):
 
 
 async def test_list(talk):
-    """The list goes forward from a place, oldest first."""
+    """The list runs forward from a seq, oldest first."""
     messages = await talk.fill(5)
 
     assert await talk.list_messages() == messages
@@ -512,7 +512,7 @@ async def test_list(talk):
 
 
 async def test_list_has_a_hundred_messages(talk):
-    """Where no limit is said, a page has the oldest hundred."""
+    """By default, a page has the oldest hundred messages."""
     messages = await talk.fill(101)
 
     assert await talk.list_messages() == messages[:100]
@@ -525,7 +525,7 @@ async def test_list_without_messages(talk):
 
 @pytest.mark.parametrize("there", range(6))
 async def test_pages_full_and_not(talk, there):
-    """A page has as many messages as there are up to its limit, and an existence row behind them if it is not full."""
+    """A page has up to `limit` messages, and an existence row after them if it is not full."""
     messages = await talk.fill(there)
     at = (talk.conversation.user_id, talk.conversation.id)
     for limit in range(1, 7):
@@ -544,7 +544,7 @@ async def test_pages_full_and_not(talk, there):
 
 @pytest.mark.parametrize("limit", [1, 2, 10_000])
 async def test_pages_of_no_conversation(talk, limit):
-    """Whatever its limit, a page of a conversation that the user does not have is an error, not an empty page."""
+    """For a conversation that the user does not have, a page of any limit is an error, not empty."""
     await talk.fill(2)
     for place in (
         {"user_id": "bob", "conversation_id": talk.conversation.id},
@@ -570,7 +570,7 @@ async def test_pages_of_no_conversation(talk, limit):
     ],
 )
 async def test_the_conversation_is_looked_for_if_need_be(talk, name, args, read):
-    """Where the page is full or the message found, the server does not read the conversation."""
+    """If the page is full or the message is found, the server does not read the conversation."""
     await talk.append_messages(messages=[said(key=f"key-{number}") for number in (1, 2, 3)])
     sql = getattr(chatdb.messages, f"_{name}").sql
     at = (talk.conversation.user_id, talk.conversation.id)
@@ -585,7 +585,7 @@ async def test_the_conversation_is_looked_for_if_need_be(talk, name, args, read)
 
 
 async def test_list_follows_what_is_appended(talk):
-    """A reader that goes on from the last place finds what came since, after a deletion of the newest too."""
+    """A reader that continues from its last seq finds newer messages, even after the newest were deleted."""
     await talk.fill(3)
     await talk.delete_messages_after(seq=1)
     await talk.append("since")
@@ -597,7 +597,7 @@ async def test_list_follows_what_is_appended(talk):
     ("batch", "statements"), [(1, 8), (2, 4), (3, 3), (6, 2), (7, 2), (8, 1), (10_000, 1)], ids=lambda value: str(value)
 )
 async def test_iter(talk, batch, statements):
-    """The iterator gives every message once, oldest first, and sends one statement a page."""
+    """The iterator yields every message once, oldest first, with one statement per page."""
     messages = await talk.fill(7)
     counting = talk.through(Counting(talk.db))
 
@@ -606,7 +606,7 @@ async def test_iter(talk, batch, statements):
 
 
 async def test_iter_takes_one_page_at_a_time(talk):
-    """A page is read when its first message is asked for, and no sooner."""
+    """A page is read only when its first message is requested."""
     await talk.fill(5)
     counting = talk.through(Counting(talk.db))
 
@@ -616,7 +616,7 @@ async def test_iter_takes_one_page_at_a_time(talk):
 
 
 async def test_iter_pages_of_500(talk):
-    """Where nothing is said, a page has 500 messages."""
+    """By default, a page has 500 messages."""
     messages = await talk.fill(501)
     counting = talk.through(Counting(talk.db))
 
@@ -625,7 +625,7 @@ async def test_iter_pages_of_500(talk):
 
 
 async def test_iter_after_a_place(talk):
-    """The iterator begins after the given place."""
+    """The iterator starts after the given seq."""
     messages = await talk.fill(5)
 
     assert [message async for message in talk.iter_messages(after_seq=3, batch=1)] == messages[3:]
@@ -633,7 +633,7 @@ async def test_iter_after_a_place(talk):
 
 
 async def test_iter_over_holes(talk):
-    """Deleted messages make no page shorter or doubled."""
+    """Deleted messages neither shorten a page nor repeat messages."""
     await talk.fill(7)
     for hole in (1, 4, 5):
         await talk.delete_message(seq=hole)
@@ -642,7 +642,7 @@ async def test_iter_over_holes(talk):
 
 
 async def test_iter_while_messages_come_and_go(talk):
-    """What is appended or deleted after the iterator's place is seen as it is when its page is read."""
+    """Appends and deletions beyond the current page are seen when their page is read."""
     await talk.fill(5)
     seen = []
     async for message in talk.iter_messages(batch=2):
@@ -655,12 +655,12 @@ async def test_iter_while_messages_come_and_go(talk):
 
 
 async def test_iter_over_nothing(talk):
-    """A conversation without messages has nothing to iterate over."""
+    """A conversation without messages yields nothing."""
     assert [message async for message in talk.iter_messages()] == []
 
 
 async def test_iter_over_a_missing_conversation(tx):
-    """A missing conversation is an error at the first step, not at the call."""
+    """A missing conversation raises at the first step, not at the call."""
     messages = chatdb.iter_messages(tx, user_id="alice", conversation_id=-1)
 
     with pytest.raises(ConversationNotFoundError):
@@ -668,7 +668,7 @@ async def test_iter_over_a_missing_conversation(tx):
 
 
 async def test_iter_over_a_conversation_that_goes(talk):
-    """A conversation that is deleted meanwhile is an error at the next page."""
+    """Deleting the conversation during iteration raises at the next page."""
     await talk.fill(3)
     messages = talk.iter_messages(batch=2)
     assert [(await anext(messages)).seq for _ in range(2)] == [1, 2]
@@ -682,7 +682,7 @@ async def test_iter_over_a_conversation_that_goes(talk):
 
 
 async def test_get(talk):
-    """A message is found by its place and by its key, as it was stored."""
+    """A message is returned by its seq and by its key as stored."""
     await talk.append()
     message = await talk.append(**BODY, key="turn-2", token_count=3)
 
@@ -692,7 +692,7 @@ async def test_get(talk):
 
 @pytest.mark.parametrize("seq", [0, 1, 3, 2**63 - 1])
 async def test_get_a_missing_message(talk, seq):
-    """A place where no message is, or no longer, raises MessageNotFoundError."""
+    """A seq without a message, or whose message was deleted, raises MessageNotFoundError."""
     await talk.fill(2)
     await talk.delete_message(seq=1)
 
@@ -701,7 +701,7 @@ async def test_get_a_missing_message(talk, seq):
 
 
 async def test_get_by_a_missing_key(talk):
-    """A key that the conversation does not have, be it another's, raises MessageNotFoundError."""
+    """A key that only another conversation has raises MessageNotFoundError."""
     other = Talk(talk.db, await chatdb.create_conversation(talk.db, user_id="alice"))
     await other.append(key="turn-1")
     await talk.append()
@@ -735,7 +735,7 @@ OLD = {"content": "hello", "payload": '{"n":1}', "metadata": {"a": 1, "b": [2]},
     ids=repr,
 )
 async def test_update(talk, change):
-    """A given value replaces the stored one, None clears it, what is not given stays, and so does all else."""
+    """A given value replaces the stored one, None clears it, and everything else stays."""
     before = await talk.append(**BODY, key="turn-1", token_count=3)
     other = await talk.append(**BODY, key="turn-2", token_count=3)
     given = {name: value for name, value in change.items() if value is not chatdb.UNSET}
@@ -747,7 +747,7 @@ async def test_update(talk, change):
 
 
 async def test_update_keeps_the_time_and_the_list(talk):
-    """An update moves neither the message's time nor the conversation in the list."""
+    """An update changes neither the message's time nor the conversation's position in the list."""
     message = await talk.append()
     before = await talk.get_conversation()
 
@@ -758,7 +758,7 @@ async def test_update_keeps_the_time_and_the_list(talk):
 
 
 async def test_update_encodes_as_append_does(talk):
-    """A payload that is no JsonText is encoded like that of an append."""
+    """A payload that is not JsonText is encoded as for an append."""
     value = {"b": [1.0, None, "ü"], "a": {}}
     appended = await talk.append(payload=value)
 
@@ -767,7 +767,7 @@ async def test_update_encodes_as_append_does(talk):
 
 @pytest.mark.parametrize("change", [{"content": "new"}, {}], ids=["write", "nothing given"])
 async def test_update_a_missing_message(talk, change):
-    """A place without a message raises MessageNotFoundError."""
+    """A seq without a message raises MessageNotFoundError."""
     await talk.append()
 
     with pytest.raises(MessageNotFoundError):
@@ -778,7 +778,7 @@ async def test_update_a_missing_message(talk, change):
 
 
 async def test_delete_message(talk):
-    """A deleted message leaves a hole: no other moves, and the next append goes on behind the last place."""
+    """A deleted message leaves a gap: no other changes, and the next append uses the next new seq."""
     await talk.fill(3)
     before = await talk.get_conversation()
 
@@ -789,7 +789,7 @@ async def test_delete_message(talk):
 
 
 async def test_delete_the_newest_message(talk):
-    """The place of the newest message is not used again either."""
+    """The seq of the newest message is not used again either."""
     await talk.fill(2)
     await talk.delete_message(seq=2)
 
@@ -800,7 +800,7 @@ async def test_delete_the_newest_message(talk):
 
 @pytest.mark.parametrize("seq", [0, 2, 3, 2**63 - 1])
 async def test_delete_a_missing_message(talk, seq):
-    """A place without a message raises MessageNotFoundError, also when it was deleted before."""
+    """A seq without a message, or whose message was deleted, raises MessageNotFoundError."""
     await talk.fill(2)
     await talk.delete_message(seq=2)
 
@@ -811,7 +811,7 @@ async def test_delete_a_missing_message(talk, seq):
 
 @pytest.mark.parametrize(("seq", "left"), [(0, 0), (2, 2), (4, 4), (5, 5), (2**63 - 1, 5)])
 async def test_delete_messages_after(talk, seq, left):
-    """The messages with a greater place go and are counted, and the next append goes on behind the last place."""
+    """Messages with a greater seq are deleted and counted, and the next append uses the next new seq."""
     await talk.append_messages(messages=[said(str(n), key=str(n)) for n in range(1, 6)])
     before = await talk.get_conversation()
 
@@ -822,7 +822,7 @@ async def test_delete_messages_after(talk, seq, left):
 
 
 async def test_delete_messages_after_frees_their_keys(talk):
-    """The keys of messages that were deleted together are free again."""
+    """The keys of messages deleted together can be used again."""
     await talk.append_messages(messages=[said("1", key="a"), said("2", key="b")])
     await talk.delete_messages_after(seq=0)
 
@@ -831,7 +831,7 @@ async def test_delete_messages_after_frees_their_keys(talk):
     assert [message.seq for message in messages] == [3, 4]
 
 
-# what comes back
+# returned values
 
 EXACT = [
     '{"b":1,"a":2}',
@@ -854,7 +854,7 @@ EXACT = [
 
 @pytest.mark.parametrize("way", ["append", "keyed", "batch", "keyed batch", "update"])
 async def test_json_text_is_kept_byte_for_byte(talk, way):
-    """A JsonText comes back as it is, whichever way it was written and read, and stands for its value."""
+    """JsonText is returned unchanged, however it is written and read, and parses to its value."""
     await talk.append()
     for number, text in enumerate(EXACT):
         payload = JsonText(text)
@@ -894,7 +894,7 @@ async def test_json_text_is_kept_byte_for_byte(talk, way):
     ids=ascii,
 )
 async def test_payload_of_any_value(talk, value):
-    """Any JSON value can be a payload and comes back as the text that stands for it, in the order of its keys."""
+    """A payload can be any JSON value and is returned as JSON text, with its keys in order."""
     payload = (await talk.append(payload=value)).payload
 
     assert type(payload) is JsonText
@@ -905,7 +905,7 @@ async def test_payload_of_any_value(talk, value):
 
 
 async def test_no_payload_is_not_null(talk):
-    """None is no payload; JSON's null is one, and a text is not taken for JSON."""
+    """None means no payload, JSON null is a payload, and a plain str is not parsed as JSON."""
     for payload in (None, JsonText("null"), "null", [None]):
         await talk.append(payload=payload)
 
@@ -926,7 +926,7 @@ async def test_no_payload_is_not_null(talk):
     ids=repr,
 )
 async def test_metadata(talk, metadata):
-    """Metadata comes back as an equal dict, of a message and of a conversation."""
+    """Metadata of messages and conversations is returned as an equal dict."""
     message = await talk.append(metadata=metadata)
     conversation = await talk.update_conversation(metadata=metadata)
 
@@ -938,7 +938,7 @@ async def test_metadata(talk, metadata):
 
 
 async def test_metadata_can_be_asked_for(talk):
-    """Metadata is stored as jsonb, whose operators the host's own queries can use."""
+    """Metadata is stored as jsonb, so the host's queries can use its operators."""
     for model in ("small", "large"):
         await talk.append(metadata={"model": model})
 
@@ -995,7 +995,7 @@ HANDLES = {
 
 @pytest.mark.parametrize("handle", HANDLES)
 async def test_every_handle_gives_the_same(dsn, arguments_of, handle):
-    """Pools and connections, in a transaction or with codecs of the host's own, give the same results and errors."""
+    """Pools, connections, transactions and connections with codecs give the same results and errors."""
     metadata = {"a": [1, None], "b": "text"}
     async with HANDLES[handle](**arguments_of(dsn)) as db:
         conversation = await chatdb.create_conversation(db, user_id="alice", key="c", metadata=metadata)

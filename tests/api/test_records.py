@@ -1,4 +1,4 @@
-"""The records: what they have, what they refuse, and how they travel."""
+"""The records: their fields, what they refuse, and how they serialize."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import chatdb
 from chatdb import UNSET, Conversation, Deleted, JsonText, Message, NewMessage, Role
 
 REFUSED = (ValidationError, chatdb.InvalidInputError)
-"""What a class raises for fields that it does not have; that of new messages raises chatdb's own."""
+"""Errors for an unknown field: pydantic's or, for NewMessage, chatdb's own."""
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 RECORDS = {
@@ -55,21 +55,21 @@ RECORDS = {
     },
     Deleted: {"conversations": 1, "messages": 2},
 }
-"""A record of each kind, with its fields in their order."""
+"""One record of each class, with its fields in order."""
 
 each = pytest.mark.parametrize("record", RECORDS)
 
 
 @each
 def test_fields(record):
-    """A record has the documented fields, in their order, and no other."""
+    """A record has exactly the documented fields, in order."""
     assert list(record.model_fields) == list(RECORDS[record])
     assert record(**RECORDS[record]).model_dump() == RECORDS[record]
 
 
 @each
 def test_is_frozen(record):
-    """No field of a record can be set or deleted, and none be added."""
+    """A record's fields cannot be set, deleted or added."""
     made = record(**RECORDS[record])
     for field in [*RECORDS[record], "other"]:
         with pytest.raises(ValidationError):
@@ -82,21 +82,21 @@ def test_is_frozen(record):
 
 @each
 def test_is_not_hashable(record):
-    """A record has no hash, whatever is in it."""
+    """A record has no hash, whatever it contains."""
     with pytest.raises(TypeError, match="unhashable"):
         hash(record(**RECORDS[record]))
 
 
 @each
 def test_refuses_other_fields(record):
-    """A field that a record does not have is refused."""
+    """An unknown field is refused."""
     with pytest.raises(REFUSED, match="other"):
         record(**RECORDS[record], other=1)
 
 
 @each
 def test_refuses_missing_fields(record):
-    """All fields must be given, but for those of a new message that have a default."""
+    """All fields are required, except those of NewMessage that have a default."""
     for field in RECORDS[record]:
         rest = {name: value for name, value in RECORDS[record].items() if name != field}
         if record is NewMessage and field not in {"role", "content"}:
@@ -108,7 +108,7 @@ def test_refuses_missing_fields(record):
 
 @each
 def test_equality(record):
-    """Records are equal if all their fields are."""
+    """Records are equal if all their fields are equal."""
     made = record(**RECORDS[record])
     other = dict.fromkeys(("id", "conversations"), 99) | {"content": "other"}
 
@@ -118,7 +118,7 @@ def test_equality(record):
 
 @each
 def test_travels(record):
-    """A record comes back the same from JSON, from a pickle and from a copy."""
+    """A record survives JSON, pickling and copying."""
     made = record(**RECORDS[record])
 
     for back in (
@@ -133,7 +133,7 @@ def test_travels(record):
 
 @each
 def test_has_a_json_schema(record):
-    """A record can be described to the readers of a service, with its fields by name."""
+    """A record has a JSON schema with its fields by name."""
     assert list(record.model_json_schema(mode="serialization")["properties"]) == list(RECORDS[record])
 
 
@@ -149,7 +149,7 @@ def test_every_field_has_a_description():
 
 @each
 def test_refusals_quote_no_value(record):
-    """What a record refuses it does not quote, for the value may be a text of a conversation."""
+    """A record's errors quote no value, since it may be a conversation's text."""
     with pytest.raises(REFUSED) as raised:
         record(**RECORDS[record], other="XYZZY")
 
@@ -160,7 +160,7 @@ def test_refusals_quote_no_value(record):
 
 
 class Pair(NamedTuple):
-    """A record as chatdb returns it, and what validation makes of the same row."""
+    """A record as chatdb returns it, and the same row validated."""
 
     filled: Conversation | Message
     validated: Conversation | Message
@@ -168,7 +168,7 @@ class Pair(NamedTuple):
 
 @pytest.fixture
 async def pairs(tx):
-    """Give conversations and messages with all that they may have, and with nothing of it."""
+    """Return conversations and messages with all optional values, and with none."""
     plain = await chatdb.create_conversation(tx, user_id="alice")
     full = await chatdb.create_conversation(tx, user_id="alice", key="k", title="Plans", metadata={"a": [1, {}]})
     for fields in (
@@ -193,7 +193,7 @@ async def pairs(tx):
 
 
 def is_filled(record):
-    """Return whether a record has not gone through validation, which sets what pydantic keeps in a slot."""
+    """Return whether the record skipped validation, which would set a slot of pydantic's."""
     try:
         object.__getattribute__(record, "__pydantic_fields_set__")
     except AttributeError:
@@ -202,7 +202,7 @@ def is_filled(record):
 
 
 async def test_filled_records_are_as_validated_ones(pairs):
-    """They are equal from either side, value by value of the same type, and look the same."""
+    """Filled and validated records are equal in both directions, field by field, with the same types and repr."""
     assert len(pairs) == 4
     for filled, validated in pairs:
         assert (is_filled(filled), is_filled(validated)) == (True, False)
@@ -234,7 +234,7 @@ async def test_filled_records_are_as_validated_ones(pairs):
     ids=repr,
 )
 async def test_filled_records_are_dumped_as_validated_ones(pairs, options):
-    """They become the same dict and the same JSON, by themselves, in a list and in another model."""
+    """They dump to the same dict and JSON, alone, in a list and inside another model."""
 
     class Answer(BaseModel):
         items: list[Conversation | Message]
@@ -253,7 +253,7 @@ async def test_filled_records_are_dumped_as_validated_ones(pairs, options):
 
 
 async def test_filled_records_are_taken_by_validation(pairs):
-    """Their dump gives an equal record, and so do they themselves, in a model that trusts none as in one that does."""
+    """They and their dumps validate to equal records, whether or not a model revalidates instances."""
 
     class Strict(BaseModel):
         model_config = ConfigDict(revalidate_instances="always")
@@ -272,7 +272,7 @@ async def test_filled_records_are_taken_by_validation(pairs):
 
 
 async def test_filled_records_are_copied_as_validated_ones(pairs):
-    """Copies and pickles are equal, of the same types, and independent where they go deep; an update is in a copy."""
+    """Copies and pickles are equal, types included; deep copies are independent, and updates leave the original."""
     for filled, validated in pairs:
         copies = [pickle.loads(pickle.dumps(filled, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
         copies += [copy.deepcopy(filled), filled.model_copy(deep=True)]
@@ -294,7 +294,7 @@ async def test_filled_records_are_copied_as_validated_ones(pairs):
 
 
 async def test_filled_records_are_records(pairs):
-    """They have their fields and no others, cannot be changed and not be hashed."""
+    """They have exactly their fields, cannot be changed and cannot be hashed."""
     for filled, validated in pairs:
         record = type(filled)
         assert filled.model_fields_set == validated.model_fields_set == set(record.model_fields)
@@ -312,7 +312,7 @@ async def test_filled_records_are_records(pairs):
 
 @pytest.mark.parametrize("name", ["other", "_private", "__pydantic_other__", "__other__"])
 async def test_filled_records_have_no_other_attribute(pairs, name):
-    """An attribute that there is not is an AttributeError that names the record and it, as of a validated one."""
+    """An unknown attribute raises AttributeError that names the record and the attribute, as on a validated record."""
     for record in itertools.chain(*pairs):
         assert not hasattr(record, name)
         with pytest.raises(AttributeError, match=f"'{type(record).__name__}' object has no attribute '{name}'"):
@@ -320,7 +320,7 @@ async def test_filled_records_have_no_other_attribute(pairs, name):
 
 
 async def test_what_every_function_returns_is_filled(tx):
-    """Whichever statement a conversation or a message comes from, it is filled and not validated."""
+    """Every function returns records that are filled, not validated."""
     user = {"user_id": "alice"}
     at = user | {"conversation_id": (await chatdb.create_conversation(tx, **user)).id}
     said = {"role": "user", "content": "hello"}
@@ -347,21 +347,21 @@ async def test_what_every_function_returns_is_filled(tx):
 
 
 class Word(str):
-    """A text of the caller's own."""
+    """A caller's str class."""
 
 
 class Name(StrEnum):
-    """Users by name."""
+    """A caller's enum of users."""
 
     ALICE = "alice"
 
 
 class Number(int):
-    """A number of the caller's own."""
+    """A caller's int class."""
 
 
 async def test_arguments_of_other_types(tx):
-    """A user and a conversation that are named by a str and an int of other classes do not get into the records."""
+    """Arguments that are subclasses of str and int appear in records as plain str and int."""
     at = {"user_id": Name.ALICE, "conversation_id": Number((await chatdb.create_conversation(tx, user_id="alice")).id)}
     written = await chatdb.append_message(tx, **at, role="user", content="hello")
 
@@ -389,7 +389,7 @@ CODECS = {
 
 @pytest.mark.parametrize("codecs", CODECS)
 async def test_codecs_of_the_caller(tx, codecs):
-    """On a connection whose codecs give other types, or the same in other places, the records are the same."""
+    """Codecs that return other types do not change the records."""
     user = {"user_id": "alice"}
     at = user | {"conversation_id": (await chatdb.create_conversation(tx, **user, key="k", metadata={"a": 1})).id}
     await chatdb.create_conversation(tx, **user)
@@ -406,7 +406,7 @@ async def test_codecs_of_the_caller(tx, codecs):
             await chatdb.update_message(tx, **at, seq=2, content="full"),
         ]
 
-    # the first row of a page has nothing of what may be null
+    # the first row of a page has null in every nullable column
     for fields in ({}, {"payload": JsonText("[ 1 ]"), "metadata": {"b": 2}, "token_count": 3, "key": "k"}, {}):
         await chatdb.append_message(tx, **at, role="user", content="full" if fields else "", **fields)
     before = await read()
@@ -425,7 +425,7 @@ async def test_codecs_of_the_caller(tx, codecs):
 
 
 async def test_stored_records_travel(tx):
-    """Records of real rows come back the same from JSON, their times aware and in UTC."""
+    """Records read from the database survive JSON, with aware times in UTC."""
     created = await chatdb.create_conversation(
         tx, user_id="alice", key="k", title="Grüße 👋", metadata={"a": {"b": None}}
     )
@@ -450,7 +450,7 @@ async def test_stored_records_travel(tx):
 
 
 async def test_times_are_utc_in_any_session(tx):
-    """Times are in UTC and right, whatever the zone of the session."""
+    """Times are correct and in UTC, whatever the session's time zone."""
     await tx.execute("set local timezone to 'Asia/Kathmandu'")
     created = await chatdb.create_conversation(tx, user_id="alice")
 
@@ -464,7 +464,7 @@ def test_roles():
 
 
 def test_json_text():
-    """JsonText is a str that knows what it stands for."""
+    """JsonText is a str that can be parsed."""
     text = JsonText(' {"b":1e5,"a":[null, 1.0]}')
 
     assert isinstance(text, str)
@@ -474,13 +474,13 @@ def test_json_text():
 
 
 def test_unset():
-    """UNSET says its name, which signatures show, and is not None."""
+    """UNSET has a readable repr for signatures, and is not None."""
     assert repr(UNSET) == "UNSET"
     assert UNSET is not None
 
 
 async def test_new_message_is_checked_when_it_is_appended(tx):
-    """A new message takes any value, and the function that appends it refuses the wrong one by name."""
+    """NewMessage accepts any value; the append refuses an invalid one by name."""
     message = NewMessage(role="nobody", content=3, token_count="many", key=b"", metadata=[], payload=object())
 
     with pytest.raises(chatdb.InvalidInputError, match=r"messages\[0\]\.role"):
@@ -488,7 +488,7 @@ async def test_new_message_is_checked_when_it_is_appended(tx):
 
 
 def test_cursor_in_another_zone():
-    """A time that went through JSON with another offset is the same time."""
+    """A time that returns from JSON with another offset is the same time."""
     made = Conversation(**RECORDS[Conversation])
     moved = NOW.astimezone(timezone(timedelta(hours=5, minutes=45))).isoformat()
 

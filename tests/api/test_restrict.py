@@ -1,4 +1,4 @@
-"""A host's constraint that refuses a deletion, which PostgreSQL 18 tells by another SQLSTATE than those before it."""
+"""A host's constraint that prevents a deletion; PostgreSQL 18 uses another SQLSTATE for it than earlier versions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.databases import execute
 @pytest.mark.owner
 @pytest.mark.parametrize("action", ["restrict", "no action"])
 async def test_a_reference_of_the_hosts_keeps_a_conversation(dsn: str, db: Any, action: str) -> None:
-    """The error names the constraint and its table, and not an argument of the caller's."""
+    """The error names the constraint and its table, not an argument."""
     conversation = await chatdb.create_conversation(db, user_id="alice")
     execute(
         dsn,
