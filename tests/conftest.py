@@ -1,4 +1,4 @@
-"""A real PostgreSQL for all tests: one server a run, one migrated template, a clone of it where a test commits."""
+"""A real PostgreSQL for all tests: one server per run, one migrated template, and a clone per committing test."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ _serial = itertools.count()
 
 
 def pytest_configure() -> None:
-    """Have Ctrl-C in the processes that tests start, also where a shell runs the tests in the background without it."""
+    """Enable Ctrl-C in the processes that tests start, even if a shell runs the tests in the background without it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     leaks.watch()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, object, object]:
-    """Fail a test in which an error or a log record told what is private."""
+    """Fail a test if an error or a log record revealed private data."""
     try:
         result = yield
     finally:
@@ -62,7 +62,7 @@ def pytest_runtest_call() -> Generator[None, object, object]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add what the nox sessions choose by."""
+    """Add the options that the nox sessions use."""
     group = parser.getgroup("chatdb")
     group.addoption("--server", choices=SERVERS, default="auto", help="where the PostgreSQL for the tests comes from")
     group.addoption(
@@ -74,7 +74,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out with --pooler what would not go through it, and with --role app what the role would not run."""
+    """Deselect tests that would bypass the pooler, and with --role app those that only the owner can run."""
     needed = {"--pooler": "arguments_of", "--role": "app_of"}
     fixtures = {needed[option] for option in needed if config.getoption(option) not in (None, "owner")}
     chosen = {item for item in items if fixtures <= set(getattr(item, "fixturenames", ()))}
@@ -85,13 +85,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Spare the collector what was imported, through which it would go again and again."""
+    """Exempt everything imported so far from garbage collection, which would scan it repeatedly."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Close what is kept for all tests, and have the controller told what was searched."""
+    """Close the shared connections, and report to xdist's controller how much was searched."""
     while administrators:
         administrators.popitem()[1].close()
     if hasattr(session.config, "workeroutput"):
@@ -100,14 +100,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Add what a process of xdist's searched."""
+    """Add what an xdist worker searched."""
     errors, records = getattr(node, "workeroutput", {}).get("searched", (0, 0))
     leaks.errors += errors
     leaks.records += records
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how much was searched for leaks."""
+    """Print how much was searched for leaks."""
     terminalreporter.write_line(f"chatdb: {leaks.errors:,} errors and {leaks.records:,} log records searched for leaks")
 
 
@@ -119,17 +119,17 @@ def pytest_asyncio_loop_factories(config: pytest.Config) -> dict[str, object]:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    """Say in the head of the report what the run stands on."""
+    """Show the server and the event loop in the report header."""
     return f"chatdb: server {config.getoption('--server')}, {'uvloop' if config.getoption('--uvloop') else 'asyncio'}"
 
 
 @pytest.fixture(scope="session")
 def server(request: pytest.FixtureRequest) -> Iterator[str]:
     """
-    Give the DSN of a server on which databases can be made.
+    Yield the DSN of a server that can create databases.
 
-    In this order: the one that CHATDB_TEST_DSN names, a container where a Docker engine answers, the embedded one, a
-    PostgreSQL that the machine has.
+    Tries, in this order: CHATDB_TEST_DSN, a container if a Docker engine answers, the embedded server, a local
+    PostgreSQL.
     """
     wanted = request.config.getoption("--server")
     starts = {"dsn": _named, "container": _container, "embedded": _embedded, "local": _local}
@@ -152,7 +152,7 @@ def _say(config: pytest.Config, line: str) -> None:
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     capture = config.pluginmanager.get_plugin("capturemanager")
     if reporter is not None and capture is not None:
-        with capture.global_and_fixture_disabled():  # or pytest would take it for the first test's output
+        with capture.global_and_fixture_disabled():  # otherwise it becomes part of the first test's output
             reporter.ensure_newline()
             reporter.write_line(line)
 
@@ -163,7 +163,7 @@ def _named(stack: ExitStack) -> str | None:
 
 def _container(stack: ExitStack) -> str | None:
     if "DOCKER_HOST" not in os.environ and not Path("/var/run/docker.sock").exists():
-        return None  # docker's client would leak the socket by which it finds that out
+        return None  # without Docker, its client would leak a socket
     import docker
     from testcontainers.community.postgres import PostgresContainer
 
@@ -181,7 +181,7 @@ def _container(stack: ExitStack) -> str | None:
 def _embedded(stack: ExitStack) -> str:
     place = tempfile.TemporaryDirectory(prefix="chatdb-test-", dir=in_memory(), ignore_cleanup_errors=True)
     folder = stack.enter_context(place)
-    Path(folder).chmod(0o711)  # where user namespaces are forbidden, root's server runs as nobody
+    Path(folder).chmod(0o711)  # without user namespaces, root's server runs as nobody
     return stack.enter_context(EmbeddedServer(Path(folder) / "server")).dsn
 
 
@@ -225,7 +225,7 @@ def _local(stack: ExitStack) -> str | None:
 
 @pytest.fixture(scope="session")
 def roles(server: str) -> Iterator[Roles]:
-    """Give the roles of docs/security.md, which can log in by their names, and a migrated database of the owner's."""
+    """Yield the roles of docs/security.md, whose passwords are their names, and the owner's migrated database."""
     name = f"chatdb_test_{os.getpid()}"
     made = Roles(f"{name}_owner", f"{name}_app", f"{name}_reader", f"{name}_chat")
     as_superuser, there, as_owner = made.blocks()
@@ -241,7 +241,7 @@ def roles(server: str) -> Iterator[Roles]:
 
 @pytest.fixture(scope="session")
 def app_of(request: pytest.FixtureRequest) -> AppOf:
-    """Give the function that makes of the server's DSN the one by which a test connects."""
+    """Return a function that turns the server's DSN into the test's DSN."""
 
     def of(dsn: str, test: pytest.FixtureRequest) -> str:
         if request.config.getoption("--role") == "owner":
@@ -255,7 +255,7 @@ def app_of(request: pytest.FixtureRequest) -> AppOf:
 
 @pytest.fixture(scope="session")
 def template(server: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    """Give the name of a migrated database that tests clone."""
+    """Yield the name of a migrated database that tests clone."""
     if request.config.getoption("--role") == "app":
         yield request.getfixturevalue("roles").database
         return
@@ -267,7 +267,7 @@ def template(server: str, request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Trust one authority instead of all that the system does, which take 30 ms of each reading of a DSN."""
+    """Trust one authority; loading all of the system's takes 30 ms per parsed DSN."""
     file = tmp_path_factory.mktemp("authority") / "authority.pem"
     trustme.CA().cert_pem.write_to_path(str(file))
     with pytest.MonkeyPatch.context() as environment:
@@ -277,21 +277,21 @@ def one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def empty_dsn(server: str) -> Iterator[str]:
-    """Give the DSN of an empty database of the test's own."""
+    """Yield the DSN of the test's own empty database."""
     with new_database(server, f"chatdb_test_{os.getpid()}_{next(_serial)}") as dsn:
         yield dsn
 
 
 @pytest.fixture
 def dsn(server: str, template: str, app_of: AppOf, request: pytest.FixtureRequest) -> Iterator[str]:
-    """Give the DSN of a migrated database of the test's own, whose commits nobody else sees."""
+    """Yield the DSN of the test's own migrated database, whose commits no other test sees."""
     with new_database(server, f"chatdb_test_{os.getpid()}_{next(_serial)}", template) as made:
         yield app_of(made, request)
 
 
 @pytest.fixture(scope="session")
 def arguments_of(request: pytest.FixtureRequest) -> Iterator[Callable[[str], dict[str, object]]]:
-    """Give the function that makes of a DSN the arguments of a pool: with --pooler, on a PgBouncer in front."""
+    """Yield a function that returns pool arguments for a DSN, through PgBouncer if --pooler is set."""
     version = request.config.getoption("--pooler")
     if not version:
         yield lambda dsn: {"dsn": dsn}
@@ -300,7 +300,7 @@ def arguments_of(request: pytest.FixtureRequest) -> Iterator[Callable[[str], dic
     folder = request.getfixturevalue("tmp_path_factory").mktemp("pgbouncer")
     try:
         program(version)
-    except pytest.skip.Exception as error:  # it was asked for
+    except pytest.skip.Exception as error:  # the option requires it
         pytest.fail(str(error))
     with pgbouncer(server, folder, version, server_round_robin=1) as pooled:
 
@@ -312,14 +312,14 @@ def arguments_of(request: pytest.FixtureRequest) -> Iterator[Callable[[str], dic
 
 @pytest.fixture
 async def db(dsn: str, arguments_of: Callable[[str], dict[str, object]]) -> AsyncIterator[chatdb.pool.Pool]:
-    """Give a pool on a migrated database of the test's own."""
+    """Yield a pool on the test's own migrated database."""
     async with chatdb.create_pool(**arguments_of(dsn)) as pool:
         yield pool
 
 
 @pytest.fixture(scope="session")
 def shared_dsn(server: str, template: str) -> Iterator[str]:
-    """Give the DSN of a migrated database that stays empty, because nobody commits there."""
+    """Yield the DSN of a migrated database that stays empty, because no test commits to it."""
     with new_database(server, f"{template}_shared", template) as dsn:
         yield dsn
 
@@ -331,7 +331,7 @@ async def tx(
     arguments_of: Callable[[str], dict[str, object]],
     request: pytest.FixtureRequest,
 ) -> AsyncIterator[asyncpg.Connection]:
-    """Give a connection inside a transaction that is rolled back after the test: the quickest database there is."""
+    """Yield a connection in a transaction that is rolled back after the test: the fastest fixture."""
     arguments = arguments_of(app_of(shared_dsn, request))
     connection = await asyncpg.connect(**chatdb._core.dsn.connect_arguments(arguments.pop("dsn")), **arguments)
     block = connection.transaction()

@@ -547,7 +547,7 @@ def role_dsn(dsn, role):
 
 @pytest.mark.owner
 async def test_a_role_without_privileges(role_dsn):
-    """A role without privileges on chatdb's tables is told to grant them."""
+    """Without privileges on chatdb's tables, the error says to grant them."""
     async with chatdb.create_pool(role_dsn) as db:
         for name, arguments in CALLS:
             with raises(ConfigurationError, match="privilege"):
@@ -577,7 +577,7 @@ async def test_a_role_that_may_not_log_in(role_dsn, role, db):
 
 @pytest.mark.owner
 async def test_a_role_with_too_many_connections(role_dsn, role, db):
-    """A server with no free connection can be retried, with sent=False."""
+    """Exceeding a connection limit raises UnavailableError with sent=False."""
     await db.execute(f"alter role {role} connection limit 1")
 
     async with chatdb.create_pool(role_dsn):

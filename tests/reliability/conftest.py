@@ -1,4 +1,4 @@
-"""Servers that may be killed, and what chatdb says of its repetitions."""
+"""Servers that tests can kill, and a record of chatdb's retries."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _serial = count()
 
 @pytest.fixture(scope="module")
 def durable() -> Iterator[EmbeddedServer]:
-    """Give a server of the module's own, that waits for the disk as one in production does, and may be killed."""
+    """Yield the module's own server, which flushes to disk as in production and can be killed."""
     with tempfile.TemporaryDirectory(prefix="chatdb-chaos-", ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o711)  # where user namespaces are forbidden, root's server runs as nobody
+        Path(folder).chmod(0o711)  # without user namespaces, root's server runs as nobody
         with EmbeddedServer(Path(folder) / "server") as server:
             apply_migrations(server.dsn)
             yield server
@@ -29,7 +29,7 @@ def durable() -> Iterator[EmbeddedServer]:
 
 @pytest.fixture
 def durable_dsn(durable: EmbeddedServer) -> Iterator[str]:
-    """Give the DSN of a migrated database of the test's own on that server."""
+    """Yield the DSN of the test's own migrated database on that server."""
     name = f"chatdb_chaos_{next(_serial)}"
     execute(database_of(durable.dsn, "postgres"), f"create database {name} template chatdb")
     yield database_of(durable.dsn, name)
@@ -38,7 +38,7 @@ def durable_dsn(durable: EmbeddedServer) -> Iterator[str]:
 
 @pytest.fixture
 def repetitions() -> Iterator[list[str]]:
-    """Collect what chatdb says of its repetitions, which are too many to be shown."""
+    """Collect chatdb's log messages about retries, and keep them out of the output."""
     found: list[str] = []
 
     def collect(record: logging.LogRecord) -> bool:

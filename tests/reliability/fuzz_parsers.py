@@ -1,7 +1,7 @@
 """
-Looks, guided by coverage, for a DSN or a file that a parser answers by anything but its own error.
+Search, guided by coverage, for a DSN or file on which a parser fails with anything but its own error.
 
-`nox -s fuzz` runs it; what it has found so far is kept under `.cache/fuzz` and taken up by the next run.
+Run by `nox -s fuzz`; its corpus stays in `.cache/fuzz`, and the next run continues from it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ with atheris.instrument_imports(include=["chatdb", "urllib", "json"]):
     from chatdb._core.dsn import connect_arguments, libpq_dsn
     from chatdb.transfer import files
 
-ssl.create_default_context = cache(ssl.create_default_context)  # it reads the system's certificates for 10 ms
+ssl.create_default_context = cache(ssl.create_default_context)  # reading the system's certificates takes 10 ms
 SEEDS = {"dsn": DSNS, "file": FILES}
 
 
 def dsn(data: bytes) -> None:
-    """Read a DSN for asyncpg, and for psycopg."""
+    """Parse a DSN for asyncpg and for psycopg."""
     text = data.decode("utf-8", "surrogateescape")
     for read in (connect_arguments, lambda text: libpq_dsn(text, scheme="postgresql")):
         try:
@@ -39,7 +39,7 @@ def dsn(data: bytes) -> None:
 
 
 def file(data: bytes) -> None:
-    """Read a file, as what it looks like and as each of the formats."""
+    """Read a file in its detected format and in each format."""
     stream = io.BytesIO(data)
     for kind in ("auto", *files.FORMATS):
         stream.seek(0)

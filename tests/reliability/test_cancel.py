@@ -1,4 +1,4 @@
-"""Tasks cancelled at any of their awaits, each followed by another task's call on the same pool."""
+"""Tasks cancelled at any await, each followed by another task's call on the same pool."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HANG = 30
 
 
 async def cancel_at_random(dsn: str, direct: str, rounds: int, options: dict[str, int]) -> tuple[int, int]:
-    """Cancel calls, and look after each at what another task gets; return how many there were of each."""
+    """Cancel calls and check after each what another task gets; return the number of cancelled calls and of checks."""
     chance = random.Random(rounds)
     cancelled = 0
     victims: list[object] = []
@@ -82,8 +82,8 @@ async def cancel_at_random(dsn: str, direct: str, rounds: int, options: dict[str
                 async with asyncio.timeout(HANG):
                     await asyncio.create_task(look(number))
                     answers = await asyncio.gather(*tasks, return_exceptions=True)
-            except BaseException:  # whatever it is, it came from another's cancellation
-                pool.terminate()  # closing would wait for what was not given back
+            except BaseException:  # any error here comes from another task's cancellation
+                pool.terminate()  # close() would wait for connections that were not released
                 raise
             cancelled += sum(isinstance(answer, asyncio.CancelledError) for answer in answers)
             for answer in answers:
@@ -105,7 +105,7 @@ async def cancel_at_random(dsn: str, direct: str, rounds: int, options: dict[str
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("way", ["direct", *VERSIONS])
 def test_a_cancelled_task_harms_nobody_else(request, dsn, tmp_path, loop, way):
-    """Calls cancelled at any await leave no error, no open transaction and nobody else's answer behind."""
+    """Calls cancelled at any await cause no error, open transaction or wrong answer for others."""
     rounds = sized(request, 3_000, 200)
     with contextlib.ExitStack() as stack:
         through = dsn if way == "direct" else stack.enter_context(pgbouncer(dsn, Path(tmp_path), way))

@@ -1,4 +1,4 @@
-"""Servers killed under load: what was acknowledged is there, and what has a key is there once."""
+"""Servers killed under load: acknowledged messages survive, and keyed messages are stored once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STORED = "select conversation_id, seq, content from chatdb.messages"
 async def write_under_kills(
     server: EmbeddedServer, dsn: str, *, messages: int, kills: int
 ) -> dict[tuple[int, int], str]:
-    """Have many write while the server is killed again and again; return what it acknowledged, by its place."""
+    """Write concurrently while the server is killed repeatedly; return the acknowledged messages."""
     acknowledged: dict[tuple[int, int], str] = {}
     done = asyncio.Event()
 
@@ -59,7 +59,7 @@ async def write_under_kills(
 
     async with chatdb.create_pool(dsn, max_size=16, acquire_timeout=10, command_timeout=10) as pool:
         conversations = [await chatdb.create_conversation(pool, user_id=USER) for _ in range(WRITERS // 2)]
-        await pool.execute("checkpoint")  # without synchronous_commit they could be lost too
+        await pool.execute("checkpoint")  # otherwise the conversations could be lost too without synchronous_commit
         async with asyncio.timeout(HANG), asyncio.TaskGroup() as group:
             group.create_task(kill())
             for writer in range(WRITERS):
@@ -69,13 +69,13 @@ async def write_under_kills(
 
 
 def lost(dsn: str, acknowledged: dict[tuple[int, int], str]) -> int:
-    """Return how many of the acknowledged messages are not in their places."""
+    """Return how many acknowledged messages are not stored at their seq."""
     stored = {(conversation, seq): content for conversation, seq, content in query(dsn, STORED)}
     return sum(stored.get(place) != content for place, content in acknowledged.items())
 
 
 async def test_no_acknowledged_message_is_lost(request, durable, durable_dsn):
-    """After kill -9 of all the server's processes under load, every message that was returned is in its place."""
+    """After kill -9 of all server processes under load, every returned message is stored at its seq."""
     kills = sized(request, 22, 2)
     settings = {name: query(durable_dsn, f"show {name}")[0][0] for name in ("fsync", "synchronous_commit")}
     assert settings == {"fsync": "on", "synchronous_commit": "on"}
@@ -92,11 +92,11 @@ async def test_no_acknowledged_message_is_lost(request, durable, durable_dsn):
 
 
 async def test_what_is_lost_without_synchronous_commit(request, durable, durable_dsn):
-    """With synchronous_commit=off the same load loses messages: that setting is not covered, and the proof can fail."""
+    """With synchronous_commit=off the same load loses messages, which proves that the test above can fail."""
     kills = sized(request, 6, 1)
     database = urlsplit(durable_dsn).path[1:]
     execute(durable_dsn, f"alter database {database} set synchronous_commit = off")
-    # the longest that it may be behind is three times this; more than the default, so that a lucky moment is rare
+    # commits can lag by three times this; a longer delay than the default makes a lucky run rare
     execute(durable_dsn, "alter system set wal_writer_delay = '1s'", "select pg_reload_conf()")
     acknowledged = await write_under_kills(durable, durable_dsn, messages=sized(request, 20_000, 3_000), kills=kills)
     missing = lost(durable_dsn, acknowledged)
@@ -111,7 +111,7 @@ async def test_what_is_lost_without_synchronous_commit(request, durable, durable
 async def append_under_disturbances(
     server: EmbeddedServer, dsn: str, *, messages: int, kills: int, keyed: bool
 ) -> tuple[Counter[str], Counter[str]]:
-    """Append each message until it succeeds, whatever happens; return what is stored, and what failed."""
+    """Append each message until it succeeds, through kills; return what is stored and which failures occurred."""
     troubles: Counter[str] = Counter()
     answers: dict[str, tuple[int, int]] = {}
     numbers = iter(range(messages))
@@ -174,7 +174,7 @@ async def append_under_disturbances(
 
 
 async def test_a_keyed_append_is_applied_once(request, durable, durable_dsn, repetitions):
-    """Through kills, cancels and time limits in the middle, a caller who repeats until he succeeds stores it once."""
+    """A caller that retries through kills, cancellations and timeouts until success stores each message once."""
     messages, kills = sized(request, 50_000, 2_000), sized(request, 10, 1)
     stored, troubles = await append_under_disturbances(durable, durable_dsn, messages=messages, kills=kills, keyed=True)
     doubled = sum(count > 1 for count in stored.values())
@@ -189,7 +189,7 @@ async def test_a_keyed_append_is_applied_once(request, durable, durable_dsn, rep
 
 
 async def test_without_keys_the_same_caller_doubles(request, durable, durable_dsn):
-    """Repeated blindly, appends without a key are stored twice: the proof can fail, and the key is what it takes."""
+    """Blind retries without a key store messages twice, which proves that the test above can fail."""
     messages = sized(request, 10_000, 1_000)
     stored, _ = await append_under_disturbances(durable, durable_dsn, messages=messages, kills=1, keyed=False)
     doubled = sum(count > 1 for count in stored.values())

@@ -1,4 +1,4 @@
-"""Hostile input, a million of it: every public parameter, every DSN, every reader of files."""
+"""A million hostile inputs for every public parameter, every DSN and every file reader."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MIB = 1024 * 1024
 
 
 def calls(request: pytest.FixtureRequest, full: int) -> int:
-    """Return how many inputs this run has."""
+    """Return the number of inputs in this run."""
     return full // 50 if request.config.getoption("--quick") else full
 
 
@@ -34,14 +34,14 @@ def calls(request: pytest.FixtureRequest, full: int) -> int:
 
 
 def character(chance: random.Random) -> str:
-    """Return a character of any of Unicode's planes, often one of those that make trouble."""
+    """Return a character from any Unicode plane, often a troublesome one."""
     if chance.random() < 0.3:
         return chance.choice("\0\ud800\udfff\ufeff\u202e\u2028\x1b\x7f\r\n'\"\\%${}\ufffd\uffff")
     return chr(chance.randrange(chance.randrange(17) << 16 | 0xFFFF) + 1)
 
 
 def text(chance: random.Random) -> object:
-    """Return a text, or what is taken for one."""
+    """Return a text, or a value that only resembles one."""
     match chance.randrange(12):
         case 0:
             return chance.choice(["", " ", "a" * 255, "a" * 256, "a" * 1000, "a" * 1001, "👋" * 255, "👋" * 256])
@@ -56,21 +56,21 @@ def text(chance: random.Random) -> object:
 
 
 def number(chance: random.Random) -> object:
-    """Return a number at the edge of something, or what is taken for one."""
+    """Return a boundary number, or a value that only resembles a number."""
     edges = [0, -1, 1, 2**31 - 1, 2**31, 2**53, 2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 10**400, 10_000, 10_001]
     others = [None, True, 1.0, float("nan"), float("inf"), "1", b"1", [], Decimal(1), 1j, UNSET, SECRET]
     return chance.choice(edges if chance.random() < 0.6 else others)
 
 
 def nested(depth: int, innermost: object) -> object:
-    """Return lists in each other."""
+    """Return nested lists."""
     for _ in range(depth):
         innermost = [innermost]
     return innermost
 
 
 def value(chance: random.Random, depth: int = 0) -> object:
-    """Return a JSON value, or what is none."""
+    """Return a JSON value, or one that JSON lacks."""
     match chance.randrange(16 if depth < 4 else 6):
         case 0 | 1:
             return text(chance)
@@ -105,7 +105,7 @@ def value(chance: random.Random, depth: int = 0) -> object:
 
 
 def batch(chance: random.Random) -> object:
-    """Return messages, or what is taken for them."""
+    """Return messages, or values that only resemble them."""
     fields: dict[str, Any] = {"role": role, "content": text, "payload": value, "metadata": value}
     fields |= {"token_count": number, "key": text, "seq": number}
     if chance.random() < 0.2:
@@ -118,7 +118,7 @@ def batch(chance: random.Random) -> object:
 
 
 def role(chance: random.Random) -> object:
-    """Return a role, or none."""
+    """Return a valid or invalid role."""
     return chance.choice(["user", "tool", "User", "user ", "function", "", None, 1, b"user", ["user"]])
 
 
@@ -130,11 +130,11 @@ HOSTILE = {
     "role": role,
     "messages": batch,
 }
-"""What each parameter is tried with."""
+"""The generator for each parameter's values."""
 
 
 class Counting:
-    """A real pool, whose statements are counted."""
+    """A real pool that counts its statements."""
 
     def __init__(self, pool: chatdb.pool.Pool) -> None:
         self.pool = pool
@@ -147,7 +147,7 @@ class Counting:
 
 
 async def test_every_parameter(request: pytest.FixtureRequest, db: chatdb.pool.Pool) -> None:
-    """What is refused is refused by a typed error before anything is sent; the rest is taken; the pool stays well."""
+    """A refusal is a typed error before anything is sent, every other value is accepted, and the pool keeps working."""
     assert {name for parameters in SIGNATURES.values() for name in parameters} <= HOSTILE.keys()
     seed = random.randrange(2**32)
     chance = random.Random(seed)
@@ -201,7 +201,7 @@ PIECES = ("#", "@", ":", "/", "%", "%zz", "?", "&", "=", "\0", "\ud800", "[", "]
 
 
 def mutated(chance: random.Random, whole: str, pieces: tuple[str, ...]) -> str:
-    """Return a text with some of its places cut, doubled, moved or replaced."""
+    """Return the text with random parts cut, doubled, moved or replaced."""
     for _ in range(chance.randrange(1, 5)):
         start = chance.randrange(len(whole) + 1)
         end = min(len(whole), start + chance.randrange(12))
@@ -211,8 +211,8 @@ def mutated(chance: random.Random, whole: str, pieces: tuple[str, ...]) -> str:
 
 
 def test_every_dsn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A DSN is read, or refused by a ConfigurationError that quotes nothing of it."""
-    once = cache(ssl.create_default_context)  # it reads the system's certificates for 10 ms
+    """A DSN is parsed, or refused by a ConfigurationError that does not quote it."""
+    once = cache(ssl.create_default_context)  # reading the system's certificates takes 10 ms
     monkeypatch.setattr(ssl, "create_default_context", once)
     seed = random.randrange(2**32)
     chance = random.Random(seed)
@@ -235,7 +235,7 @@ BITS = ('"', "{", "}", "[", "]", ",", ":", "\\", "\\ud800", "\\u0000", "null", "
 
 
 def test_every_file(request: pytest.FixtureRequest) -> None:
-    """A file is read as far as it can be, or refused by an InvalidInputError; no reader raises anything else."""
+    """A file is read as far as possible or raises InvalidInputError; no reader raises anything else."""
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     outcomes: Counter[str] = Counter()

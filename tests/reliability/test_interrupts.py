@@ -1,4 +1,4 @@
-"""Commands and programs on the embedded server that are interrupted at random moments: none leaves a server behind."""
+"""Commands and programs on the embedded server, interrupted at random moments, leave no server running."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.embedded import lock_is_free, new_place, postmaster
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3_600)]
 
-# A program that opens, uses and closes the server. It is cancelled by a signal, as services are, or by a time limit.
+# This program opens, uses and closes the server. A signal, as sent to services, or a time limit cancels it.
 PROGRAM_OF_A_USER = """
 import asyncio, chatdb, signal, sys
 
@@ -45,7 +45,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Work(NamedTuple):
-    """Something that starts the embedded server: its command, and its status when it is left alone."""
+    """A command that starts the embedded server, and its exit status when not interrupted."""
 
     command: tuple[str | Path, ...]
     status: int = 0
@@ -73,11 +73,11 @@ def works(file: Path, out: Path) -> dict[str, Work]:
 
 def test_an_interrupt_leaves_no_server(request: pytest.FixtureRequest) -> None:
     """
-    Neither signals nor a time limit leave a server, at whatever moment they come, in new folders and in old ones.
+    A signal or time limit at any moment leaves no server running, in new and in existing folders.
 
-    Counted is what was interrupted: what was at work when the signal was sent, and did not end as if there were none.
-    Most signals come when the command works on the server's folder, from its start to the end of the process, and the
-    others from the process's start.
+    Only real interruptions count: the process was running at the signal and did not end with its normal status.
+    Most signals are sent after the process has started work on the server's folder, the others at any time from its
+    start.
     """
     wanted = sized(request, 200, 12)
     dice = random.Random(13)
@@ -149,7 +149,7 @@ def test_an_interrupt_leaves_no_server(request: pytest.FixtureRequest) -> None:
 
 
 def _left_out(folder: str, names: list[str]) -> list[str]:
-    """Leave sockets out, and the lock file whose making says that the work on the folder has begun."""
+    """Exclude sockets, and the lock file whose creation shows that work on the folder has begun."""
     return [name for name in names if name == "users.lock" or Path(folder, name).is_socket()]
 
 
@@ -165,13 +165,13 @@ def _start(command: tuple[str | Path, ...], home: Path, *, stdout: int = subproc
 
 
 def _wait_for_begin(process: subprocess.Popen[str], home: Path) -> None:
-    """Wait until a process works on the folder, or ends."""
+    """Wait until the process starts work on the folder, or ends."""
     while not (home / "users.lock").exists() and process.poll() is None:
         time.sleep(0.001)
 
 
 def _measured(name: str, work: Work, home: Path) -> tuple[float, float]:
-    """Return when something that is left alone begins to work on the folder, and when it ends."""
+    """Return when the uninterrupted command starts work on the folder, and when it ends."""
     start = time.monotonic()
     process = _start(work.command, home, stdout=subprocess.PIPE)
     _wait_for_begin(process, home)
@@ -179,7 +179,7 @@ def _measured(name: str, work: Work, home: Path) -> tuple[float, float]:
     told, said = process.communicate()
     length = time.monotonic() - start
     assert process.returncode == work.status, said
-    if name == "a time limit":  # it begins with the opening
+    if name == "a time limit":  # the time limit runs from the opening
         return 0, float(told)
     return round(begun, 3), round(length, 3)
 
@@ -195,7 +195,7 @@ def _interrupted(
     """
     Run a command and send it signals.
 
-    Returns how many found it at work, whether there was a server then, what it says, and its status.
+    Returns how many signals reached it, whether a server was running then, its stderr, and its exit status.
     """
     process = _start(command, home)
     if not is_early:

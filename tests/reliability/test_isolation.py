@@ -1,4 +1,4 @@
-"""One pool under everything at once: each answer is the caller's own, and what was refused is not stored."""
+"""One pool under every load at once: each caller gets its own answers, and refused writes are not stored."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ USERS = 24
 
 
 def refused(make: Callable[[], Awaitable[Any]]) -> str:
-    """Say how a use ended in an event loop of its own: in refusal, or by what else."""
+    """Use a pool in a new event loop; return "refused" or what happened instead."""
 
     async def run() -> Any:
         return await make()
@@ -47,12 +47,12 @@ def refused(make: Callable[[], Awaitable[Any]]) -> str:
 
 
 def step(use: Awaitable[Any]) -> None:
-    """Run what is awaited up to where it waits for the server."""
+    """Run an awaitable until it waits for the server."""
     next(iter(use.__await__()))
 
 
 class _User:
-    """A user, what this user has stored, and calls whose answers are compared with that."""
+    """A user, what it has stored, and calls that check their answers against that."""
 
     def __init__(self, world: _World, name: str) -> None:
         self.world, self.name = world, name
@@ -61,7 +61,7 @@ class _User:
         self.titles: dict[int, str | None] = {}
 
     def text(self) -> str:
-        """Return a text that no other call has, with the user's name."""
+        """Return a unique text that starts with the user's name."""
         return f"{self.name} {next(self.world.serial)}"
 
     async def create(self) -> None:
@@ -76,7 +76,7 @@ class _User:
         return number, {"user_id": self.name, "conversation_id": number}
 
     def took(self, number: int, message: chatdb.Message, text: str, key: str | None) -> None:
-        """Compare the answer to an append with what was sent, and remember it."""
+        """Check an append's answer and remember it."""
         assert (message.user_id, message.conversation_id, message.content) == (self.name, number, text)
         assert message.key == key
         held = self.stored[number]
@@ -189,7 +189,7 @@ class _User:
                 self.took(number, message, text, None)
 
     async def borrow(self) -> None:
-        """Dirty the session of a lent connection, and see that it was clean."""
+        """Check that a borrowed connection's session is clean, then dirty it."""
         mine = self.text()
         async with self.world.pool.acquire() as connection:
             seen = "select current_setting('chaos.owner', true), current_setting('work_mem')"
@@ -201,7 +201,7 @@ class _User:
             assert await connection.fetchval("select current_setting('chaos.owner')") == mine
 
     async def act(self) -> None:
-        """Make one random call, whose failure is an innocent's."""
+        """Make one random call and record a failure, which another caller must have caused."""
         kind = self.chance.choices([*KINDS], [*KINDS.values()])[0] if self.stored else _User.create
         name = kind.__name__
         try:
@@ -232,11 +232,11 @@ KINDS = {
     _User.transaction: 6,
     _User.borrow: 6,
 }
-"""How often a user makes each call, of 100."""
+"""How often a user makes each call, in percent."""
 
 
 class _World:
-    """The pool, its users, and what goes on beside them."""
+    """The pool, its users, and the disturbances beside them."""
 
     def __init__(self, loop: str, dsn: str) -> None:
         self.loop, self.dsn = loop, dsn
@@ -257,7 +257,7 @@ class _World:
         return f"{kind} {next(self.serial)}"
 
     def ways(self, pool: chatdb.pool.Pool, lent: dict[str, Any] | None = None) -> dict[str, Callable[[], Any]]:
-        """Return the ways to use a pool and what it has lent; each write says that it was refused."""
+        """Return every use of a pool and of objects borrowed from it; each write is marked as refused."""
         at = self.at
         text = self.text("refused")
 
@@ -297,10 +297,10 @@ class _World:
     def try_some(self, ways: dict[str, Callable[[], Any]], number: int) -> dict[str, str]:
         return {way: refused(ways[way]) for way in random.Random(number).sample(list(ways), 4)}
 
-    # --- beside the users -----------------------------------------------------------------------------------------
+    # --- disturbances ---------------------------------------------------------------------------------------------
 
     async def cancel(self) -> None:
-        """Start writes and reads that are cancelled at any moment; what they stored is nobody's to know."""
+        """Start writes and reads and cancel them at any moment; nobody knows which writes are stored."""
         while not self.stop.is_set():
             text = self.text("cancelled")
 
@@ -319,7 +319,7 @@ class _World:
                     lambda text=text: chatdb.append_message(self.pool, role="user", content=text, key=text, **self.at),
                     lambda: chatdb.get_history(self.pool, **self.at),
                     lambda: self.pool.fetch("select pg_sleep(0.02)"),
-                    lambda: self.pool.fetch("begin"),  # which nobody ends
+                    lambda: self.pool.fetch("begin"),  # never ended
                     in_transaction,
                     borrowed,
                 ]
@@ -334,7 +334,7 @@ class _World:
             await asyncio.sleep(0.004)
 
     async def threads(self) -> None:
-        """Call from the event loops of other threads, and by a pool whose loop has ended."""
+        """Call from event loops in other threads, and on a pool whose loop has ended."""
         for number in itertools.count():
             if self.stop.is_set():
                 return
@@ -359,7 +359,7 @@ class _World:
 
     @contextlib.asynccontextmanager
     async def lent(self) -> Any:
-        """Lend a connection with a statement and a cursor on it, all of which work in the end as in the beginning."""
+        """Yield a connection, a statement and a cursor, and check afterwards that they still work."""
         async with self.pool.acquire() as connection, connection.transaction():
             statement = await connection.prepare("select $1::text")
             cursor = await connection.cursor("select generate_series(1, 9)")
@@ -368,7 +368,7 @@ class _World:
             assert [row[0] for row in await cursor.fetch(2)] == [1, 2]
 
     async def forks(self) -> None:
-        """Fork from a coroutine, and have the child use what it inherits in all ways, and end in all ways."""
+        """Fork from a coroutine; the child uses what it inherited and exits in every way."""
         for number in itertools.count():
             if self.stop.is_set():
                 return
@@ -398,9 +398,9 @@ class _World:
         answers["terminate"] = self.inherited(self.pool.terminate)
         os.write(pipe, "\n".join(f"{way}={end}" for way, end in answers.items()).encode())
         os.close(pipe)
-        # an exception that ends uvloop in a child aborts its parent, whatever runs there
+        # an exception that ends uvloop in a child aborts the parent
         if number % 3 == 1 and self.loop == "asyncio" and self.pool.get_size() == SIZE:
-            # asyncio's own: threads that stayed behind, and what wakes the parent's loop, which both still share
+            # the executor's threads exist only in the parent, which shares its loop's wake-up pipe: leave both alone
             self.event_loop._default_executor = None
             self.event_loop._close_self_pipe = lambda: None
             raise random.Random(number).choice([SystemExit, KeyboardInterrupt])
@@ -411,7 +411,7 @@ class _World:
         os._exit(0)
 
     def inherited(self, use: Callable[[], None]) -> str:
-        """Say how a use ended in the loop of the parent, which is the pool's, in its child."""
+        """Use the parent's loop in the child; return "refused" or what happened instead."""
         asyncio._set_running_loop(self.event_loop)
         try:
             use()
@@ -424,13 +424,13 @@ class _World:
         return "done"
 
     def reap(self, child: int, reading: int) -> str:
-        """Read what a child tells, and wait for its end."""
+        """Read the child's report and wait for its exit."""
         with open(reading, "rb", closefd=True) as pipe:
             told = pipe.read().decode()
         end = time.monotonic() + 3
         while os.waitpid(child, os.WNOHANG) == (0, 0):
             if time.monotonic() > end:
-                self.beside["children that did not end by themselves"] += 1  # which harms none of the parent's calls
+                self.beside["children that did not end by themselves"] += 1  # harmless for the parent
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 break
@@ -447,7 +447,7 @@ class _World:
             pool.close()
             await asyncio.to_thread(pool.join)
 
-    # --- the whole --------------------------------------------------------------------------------------------------
+    # --- the whole run ----------------------------------------------------------------------------------------------
 
     async def run(self, calls: int) -> None:
         self.pause = 0.02 if calls < 10_000 else 0.1
@@ -473,7 +473,7 @@ class _World:
         self.compare(users)
 
     def compare(self, users: list[_User]) -> None:
-        """Compare all that the database holds with what the users know, by another driver."""
+        """Compare the database's contents, read with psycopg, with what the users stored."""
         held: dict[tuple[str, int], list[tuple[int, str, str | None]]] = {}
         for user, number, title in query(self.dsn, "select user_id, id, title from chatdb.conversations"):
             assert user != "outside" or not title, "a refused conversation is stored"
@@ -492,15 +492,15 @@ _inherited: tuple[_World, int]
 
 
 def in_worker(place: int) -> dict[str, str]:
-    """Use the inherited pool in a process of a pool of them."""
+    """Use the inherited pool in a process of a multiprocessing pool."""
     world, number = _inherited
     return world.try_some(world.ways(world.pool), number * 10 + place)
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")  # what ended, and forks by threads
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")  # ended loops; forks with threads
 @pytest.mark.parametrize("loop", LOOPS)
 def test_each_gets_what_is_its_own(request, dsn, loop):
-    """Coroutines, threads, forks, cancelled tasks and ended loops on one pool: 0 foreign rows, 0 innocent failures."""
+    """Coroutines, threads, forks, cancellations and ended loops share a pool: no wrong rows, no innocent failures."""
     parent = os.getpid()
     calls = sized(request, 100_000, 2_000)
     world = _World(loop, dsn)
@@ -529,6 +529,6 @@ def test_each_gets_what_is_its_own(request, dsn, loop):
         figure(f"{what}: " + ", ".join(f"{name} {number:,}" for name, number in counted.most_common()))
     assert world.failures[:20] == []
     assert world.foreign == 0
-    left_open = "Resetting connection with an active transaction"  # asyncpg's word for a "begin" that nobody ends
+    left_open = "Resetting connection with an active transaction"  # asyncpg's message about an unended "begin"
     assert [error for error in world.loop_errors if not error["message"].startswith(left_open)] == []
     assert sum(world.calls.values()) >= calls

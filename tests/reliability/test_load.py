@@ -27,7 +27,7 @@ TASKS, SIZE = 500, 4
 
 
 async def test_slow_callers_starve_nobody(request, dsn):
-    """Of 500 tasks on 4 connections, some in a slow model call, nobody overtakes, and none waits more than a round."""
+    """Of 500 tasks on 4 connections, some in slow model calls, none overtakes another or waits more than a round."""
     rounds, slow, model = sized(request, 4, 2), 40, 0.2
     tickets, overtakes, waits = itertools.count(), 0, []
     last = -1
@@ -39,7 +39,7 @@ async def test_slow_callers_starve_nobody(request, dsn):
             nonlocal last, overtakes
             for _ in range(rounds):
                 begun, ticket = time.monotonic(), next(tickets)
-                if task % 3 == 1:  # by the way that takes an idle connection without asyncpg's detours
+                if task % 3 == 1:  # the pool's fast path
                     await chatdb.get_history(pool, limit=5, **at)
                     waits.append(time.monotonic() - begun)
                     continue
@@ -67,7 +67,7 @@ async def test_slow_callers_starve_nobody(request, dsn):
 
 
 async def test_past_the_acquire_timeout_the_error_is_clear(dsn):
-    """While slow callers hold all connections the others get AcquireTimeoutError in time, and service afterwards."""
+    """While slow callers hold every connection, others get AcquireTimeoutError in time, and service afterwards."""
     limit, clock = 0.5, time.monotonic
     async with chatdb.create_pool(dsn, max_size=SIZE, acquire_timeout=limit) as pool:
         call_model, holding = asyncio.Event(), asyncio.Semaphore(0)
@@ -110,7 +110,7 @@ async def test_past_the_acquire_timeout_the_error_is_clear(dsn):
 
 
 class Standing(NamedTuple):
-    """What is there between two stretches of work."""
+    """Resources in use between two stretches of work."""
 
     resident: int
     objects: int
@@ -124,12 +124,12 @@ class Standing(NamedTuple):
 
 
 def resident() -> int:
-    """Return how much memory this process has."""
+    """Return this process's resident memory in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def standing(pool: chatdb.pool.Pool, dsn: str) -> Standing:
-    """Measure everything that could grow, the most of any backend."""
+    """Measure everything that could grow; per-backend values are the maximum of all backends."""
     held = [await pool.acquire() for _ in range(pool.get_max_size())]
     statements = [await each.fetchval("select count(*) from pg_prepared_statements") for each in held]
     memory = [await each.fetchval("select sum(total_bytes)::int8 from pg_backend_memory_contexts") for each in held]
@@ -151,7 +151,7 @@ async def standing(pool: chatdb.pool.Pool, dsn: str) -> Standing:
 
 
 async def operate(pool: chatdb.pool.Pool, worker: int, operations: int, conversations: list[int]) -> None:
-    """Do what a service does, errors and cancelled calls included."""
+    """Do what a service does, including errors and cancelled calls."""
     chance = random.Random(worker)
     for number in range(operations):
         at = {"user_id": USER, "conversation_id": chance.choice(conversations)}
@@ -194,7 +194,7 @@ async def operate(pool: chatdb.pool.Pool, worker: int, operations: int, conversa
 
 
 async def test_nothing_grows(request, dsn):
-    """Over 200,000 operations memory, files, connections, statements, locks and transactions stay as they are."""
+    """Over 200,000 operations, memory, files, connections, statements, locks and transactions do not grow."""
     operations, workers, stretches = sized(request, 200_000, 20_000), 16, 4
     seen: list[Standing] = []
     async with chatdb.create_pool(dsn, min_size=8, max_size=8) as pool:
@@ -206,7 +206,7 @@ async def test_nothing_grows(request, dsn):
                     *(operate(pool, stretch * workers + worker, each, conversations) for worker in range(workers))
                 )
             seen.append(await standing(pool, dsn))
-    after, end = seen[0], seen[-1]  # the first stretch warms up
+    after, end = seen[0], seen[-1]  # the first stretch is the warm-up
     grown = end.resident - after.resident
     figure(
         f"after {operations:,} operations: {end.resident >> 20} MiB resident, "

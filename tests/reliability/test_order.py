@@ -1,4 +1,4 @@
-"""A reader that follows the places of a conversation while many write: it misses nothing, and sees no time go back."""
+"""A reader that follows seq while many callers write misses nothing, and times never decrease."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ USER = "ada"
 HANG = 120
 
 
-class _Rollback(Exception):  # noqa: N818 - no error, but the way out of a transaction
+class _Rollback(Exception):  # noqa: N818 - not an error: it ends a transaction
     """Ends a transaction without its writes."""
 
 
 async def write(pool: chatdb.pool.Pool, writer: int, at: dict[str, Any], messages: int) -> int:
-    """Write in all ways, also in long transactions and in some that are rolled back; count what is stored."""
+    """Write in every way, including long and rolled-back transactions; return the number of stored messages."""
     chance = random.Random(writer)
     stored = 0
     while stored < messages:
@@ -42,7 +42,7 @@ async def write(pool: chatdb.pool.Pool, writer: int, at: dict[str, Any], message
                         await chatdb.append_message(connection, **new, **at)
                         await asyncio.sleep(chance.uniform(0, 0.005))
                         raise _Rollback
-            case 2:  # its statements begin long before they get the row
+            case 2:  # statements that start long before they lock the row
                 async with chatdb.transaction(pool) as connection:
                     await connection.fetchval("select now()")
                     await asyncio.sleep(chance.uniform(0, 0.02))
@@ -59,7 +59,7 @@ async def write(pool: chatdb.pool.Pool, writer: int, at: dict[str, Any], message
 
 
 async def follow(pool: chatdb.pool.Pool, at: dict[str, Any], limit: int, done: asyncio.Event) -> list[chatdb.Message]:
-    """Read on from the last place that was seen, until nothing comes any more."""
+    """Read on from the last seq until the writers are done and nothing is left."""
     seen: list[chatdb.Message] = []
     while True:
         last = done.is_set()
@@ -71,7 +71,7 @@ async def follow(pool: chatdb.pool.Pool, at: dict[str, Any], limit: int, done: a
 
 @pytest.mark.parametrize("writers", [8, 16, 32, 64])
 async def test_a_reader_misses_nothing(request, dsn, writers):
-    """Two readers behind 8 to 64 writers see every message once, in dense places, in order of commit and of time."""
+    """Two readers beside 8 to 64 writers see every message once, without gaps, in order of commit and time."""
     messages = sized(request, 4_000, 500)
     done = asyncio.Event()
     writing = chatdb.create_pool(dsn, max_size=writers, acquire_timeout=60, command_timeout=60)

@@ -1,4 +1,4 @@
-"""The pool comes back by itself: from ended sessions, a network that goes silent, a restart, and a fail-over."""
+"""The pool recovers by itself from terminated sessions, a silent network, a restart, and a failover."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CALLERS = 16
 
 
 class Traffic:
-    """Callers who read and write on one pool all the time, and note when they are answered."""
+    """Callers that read and write on one pool continuously and record when each call is answered."""
 
     def __init__(self, pool: chatdb.pool.Pool) -> None:
         self.pool = pool
@@ -49,7 +49,7 @@ class Traffic:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Have the callers call while the block runs."""
+        """Run the callers during the block."""
         conversation = await chatdb.create_conversation(self.pool, user_id=USER)
         self.at: dict[str, Any] = {"user_id": USER, "conversation_id": conversation.id}
         self._end = False
@@ -83,7 +83,7 @@ class Traffic:
                 await asyncio.sleep(0.002)
 
     async def service_again(self, since: float) -> float:
-        """Wait until each of many calls in a row is answered, and return how long after a moment that began."""
+        """Wait until many calls in a row succeed; return the seconds from `since` to the first of them."""
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + 30):
             while True:
                 failed, number = self.failed, len(self.answered)
@@ -95,7 +95,7 @@ class Traffic:
 
 
 def report(what: str, again: float, traffic: Traffic, times: int = 1) -> None:
-    """Print and judge how long it took until calls were answered again."""
+    """Print the recovery time and check it against the limit."""
     rounds = f" ({times} times)" if times > 1 else ""
     figure(
         f"{what}{rounds}: service again after {max(again, 0):.2f} s, at most {2 * COMMAND:g}; 0 connections leaked, "
@@ -105,12 +105,12 @@ def report(what: str, again: float, traffic: Traffic, times: int = 1) -> None:
 
 
 def pool_on(dsn: str) -> chatdb.pool.Pool:
-    """Make the pool that is to come back."""
+    """Return the pool that must recover."""
     return chatdb.create_pool(dsn, max_size=8, acquire_timeout=COMMAND, command_timeout=COMMAND)
 
 
 async def test_ended_sessions(request, dsn):
-    """After pg_terminate_backend of all backends the same pool goes on, and the server has no session more."""
+    """After pg_terminate_backend of all backends, the same pool works and no extra session remains."""
     times = sized(request, 20, 3)
     again = 0.0
     async with pool_on(dsn) as pool:
@@ -125,7 +125,7 @@ async def test_ended_sessions(request, dsn):
 
 @pytest.mark.parametrize("held", ["held back", "lost"])
 async def test_a_silent_network(request, dsn, held):
-    """After 5 s in which nothing comes through, and then all or none of it does, the same pool goes on."""
+    """After a 5 s network silence, whether the data then arrives or is lost, the same pool works."""
     silence = 5.0 if held == "held back" or not request.config.getoption("--quick") else COMMAND
     with Proxy(dsn) as proxy:
         async with pool_on(proxy.dsn) as pool:
@@ -143,7 +143,7 @@ async def test_a_silent_network(request, dsn, held):
 
 
 async def test_a_restarted_server(request, durable, durable_dsn):
-    """After a kill of all the server's processes and a start, the same pool goes on."""
+    """After a kill and restart of the server, the same pool works."""
     times = sized(request, 3, 1)
     again = 0.0
     async with pool_on(durable_dsn) as pool:
@@ -157,12 +157,12 @@ async def test_a_restarted_server(request, durable, durable_dsn):
     report("server killed and started again", again, traffic, times)
 
 
-# --- fail-over -------------------------------------------------------------------------------------------------------
+# --- failover --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def standby(primary: EmbeddedServer) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Run a replica of the server that confirms every commit; give the folder of its socket, and what promotes it."""
+    """Run a synchronous replica of the server; yield its socket folder and a function that promotes it."""
     with tempfile.TemporaryDirectory(prefix="chatdb-chaos-", ignore_cleanup_errors=True) as name:
         folder, data = Path(name), Path(name) / "data"
         with primary._folder.opened("server.lock") as lock:
@@ -190,7 +190,7 @@ def standby(primary: EmbeddedServer) -> Iterator[tuple[str, Callable[[], None]]]
 
 
 async def test_a_fail_over(durable):
-    """A multi-host DSN finds the promoted replica by itself, and what was acknowledged before is there."""
+    """A pool with a multi-host DSN finds the promoted replica, which has every acknowledged message."""
     hosts: list[str] = []
     with standby(durable) as (folder, promote):
         hosts = [quote(host, safe="") for host in (str(durable._folder.socket), folder)]

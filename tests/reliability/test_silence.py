@@ -1,4 +1,4 @@
-"""A server that takes everything and never answers: no call hangs, and its error says for what it waited."""
+"""A server that accepts everything and never answers: no call hangs, and each error names what it waited for."""
 
 from __future__ import annotations
 
@@ -31,38 +31,38 @@ EVERY: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {**CALLS, "transac
 
 
 def test_every_function_is_called():
-    """The calls are those of every public function that waits for a server."""
+    """The calls cover every public function that waits for a server."""
     functions = {name for name in chatdb.__all__ if inspect.isfunction(getattr(chatdb, name))}
     assert {name.partition(",")[0] for name in EVERY} == functions - {"create_pool", "open_embedded"}
 
 
 @pytest.fixture
 def proxy(dsn: str) -> Iterator[Proxy]:
-    """Give a proxy before the test's own database."""
+    """Yield a proxy to the test's own database."""
     with Proxy(dsn) as found:
         yield found
 
 
 def pool_on(proxy: Proxy, **options: Any) -> chatdb.pool.Pool:
-    """Make a pool with short limits."""
+    """Return a pool with short timeouts."""
     return chatdb.create_pool(proxy.dsn, acquire_timeout=ACQUIRE, command_timeout=COMMAND, **options)
 
 
 async def timed(call: Coroutine[Any, Any, Any]) -> tuple[float, BaseException | None]:
-    """Return how long a call took, and its error."""
+    """Return a call's duration and error."""
     clock = asyncio.get_running_loop().time
     begun = clock()
     error: BaseException | None = None
     async with asyncio.timeout(HANG):
         try:
             await call
-        except Exception as found:  # noqa: BLE001 - the tests look at it
+        except Exception as found:  # noqa: BLE001 - the tests check it
             error = found
     return clock() - begun, error
 
 
 def judge(what: str, answers: list[tuple[float, BaseException | None]], kind: type[Exception], words: str) -> None:
-    """Print the longest call, and prove that each ended in time by the right error."""
+    """Print the longest call, and check that each ended in time with the expected error."""
     longest = max(seconds for seconds, _ in answers)
     right = sum(type(error) is kind and words in str(error) for _, error in answers)
     figure(
@@ -77,7 +77,7 @@ AT = {"user_id": "ada", "conversation_id": 1}
 
 
 async def test_a_server_that_never_answers_the_connect(proxy):
-    """Every call ends by AcquireTimeoutError, which names the server, and so does a new pool."""
+    """Every call, and opening a pool, ends with AcquireTimeoutError that names the server."""
     async with pool_on(proxy, max_size=len(EVERY)) as pool:
         proxy.pause()
         proxy.cut()
@@ -93,7 +93,7 @@ async def test_a_server_that_never_answers_the_connect(proxy):
 
 
 async def test_a_server_that_goes_silent_on_statements(proxy):
-    """Every call on an open connection ends by CommandTimeoutError, which says that the server did not answer."""
+    """Every call on an open connection ends with CommandTimeoutError that says that the server did not answer."""
     async with pool_on(proxy, min_size=len(EVERY), max_size=len(EVERY)) as pool:
         proxy.pause()
         answers = await asyncio.gather(*(timed(call(pool, AT, 1)) for call in EVERY.values()))
@@ -102,7 +102,7 @@ async def test_a_server_that_goes_silent_on_statements(proxy):
 
 
 async def test_silence_after_a_wait_for_the_connection(proxy):
-    """Who has waited for a connection, and then for an answer, waits no longer than for both."""
+    """A call that waits for a connection and then for an answer takes at most both timeouts."""
     async with pool_on(proxy, min_size=len(EVERY), max_size=len(EVERY)) as pool:
         held = [await pool.acquire() for _ in EVERY]
         waiting = [asyncio.create_task(timed(call(pool, AT, 1))) for call in EVERY.values()]
@@ -116,7 +116,7 @@ async def test_silence_after_a_wait_for_the_connection(proxy):
 
 
 async def test_silence_inside_a_transaction(proxy):
-    """The COMMIT, and a statement in the block, end like a call, and so does the way out of the block."""
+    """COMMIT, a statement in the block, and the exit from the block end with the same error as a call."""
     async with pool_on(proxy, min_size=2, max_size=2) as pool:
 
         async def run(statement: bool) -> None:
