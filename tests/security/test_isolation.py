@@ -1,7 +1,7 @@
 """
-Two users, the same ids and keys, any operation in any order: nobody sees, counts or changes what is another's.
+Two users call any operations in any order on the same ids and keys; neither sees, counts or changes the other's rows.
 
-A model in plain Python says what each call returns; a snapshot of the tables says whom it touched.
+A model in plain Python predicts each answer. A snapshot of the tables shows whose rows changed.
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ _example = itertools.count(1)
 
 
 class Counting:
-    """A database that remembers which statements were sent."""
+    """A database handle that records the statements that it sends."""
 
     def __init__(self, db: chatdb.pool.Pool) -> None:
         self._db = db
         self.sent: list[str] = []
 
     async def fetch(self, query: str, /, *args: Any, timeout: float | None = None) -> list[Any]:
-        """Run a statement and remember it."""
+        """Run a statement and record it."""
         self.sent.append(query)
         return await self._db.fetch(query, *args, timeout=timeout)
 
 
 class Model:
-    """What one user has, and what each function does to it."""
+    """One user's data, and the effect of each function on it."""
 
     def __init__(self, user: str) -> None:
         self.user = user
@@ -77,7 +77,7 @@ class Model:
         self.messages: dict[int, dict[int, Message]] = {}
 
     def add(self, conversation: Conversation) -> None:
-        """Take a conversation that was stored."""
+        """Add a stored conversation."""
         self.conversations[conversation.id] = conversation
         self.messages[conversation.id] = {}
 
@@ -99,7 +99,7 @@ class Model:
         return next(found, None)
 
     def append(self, number: int, batch: list[NewMessage], answer: Any) -> list[Message] | type[ConflictError]:
-        """Append messages; the answer gives the ids and the time, which a model cannot know."""
+        """Append messages, with the ids and the time from `answer`, which the model cannot predict."""
         stored = [self.message_by_key(number, item.key) for item in batch]
         if any(stored):
             same = (found is not None and body(found) == body(item) for found, item in zip(stored, batch, strict=True))
@@ -129,7 +129,7 @@ class Model:
         return new
 
     def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Return what the tables hold of the user."""
+        """Return the user's rows as the tables should hold them."""
         messages = (message for number in self.messages for message in self.messages[number].values())
         return (
             [self.conversations[number].model_dump() for number in sorted(self.conversations)],
@@ -138,12 +138,12 @@ class Model:
 
 
 def as_text(payload: Any) -> JsonText | None:
-    """Return the JSON text as which a payload is stored."""
+    """Return the JSON text that chatdb stores for a payload."""
     return payload if payload is None or isinstance(payload, JsonText) else JsonText(json.dumps(payload))
 
 
 def body(message: Message | NewMessage) -> tuple[Any, ...]:
-    """Return what has to be the same when a key comes again."""
+    """Return the fields that must be equal when a key is used again."""
     return message.role, message.content, as_text(message.payload), message.metadata
 
 
@@ -179,7 +179,7 @@ token_counts = st.sampled_from((None, 0, 7))
 
 
 def messages(keys: st.SearchStrategy[str | None]) -> st.SearchStrategy[NewMessage]:
-    """Draw a message: plain, so that it comes again with the same body, or any."""
+    """Draw any message, or a plain one that is likely to repeat a body."""
     role = st.sampled_from(("user", "assistant"))
     plain = st.builds(partial(NewMessage, role="user", content="a"), key=keys)
     return plain | st.builds(
@@ -199,15 +199,15 @@ def batches(keys: st.SearchStrategy[str | None]) -> st.SearchStrategy[list[NewMe
 
 
 def or_unset(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Draw one of the values, or none for the argument."""
+    """Draw one of the values, or UNSET."""
     return st.just(UNSET) | values
 
 
 class Isolation(RuleBasedStateMachine):
     """
-    Every public function, called by one of two users about what is theirs, the other's, or nobody's.
+    Every public function, called by one of two users with an id of their own, of the other user, or of nobody.
 
-    A third user, who calls nothing, has the same ids and keys.
+    A third user makes no calls and has the same ids and keys.
     """
 
     def __init__(
@@ -227,14 +227,14 @@ class Isolation(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        """Give every user a conversation of the same id, and one of the same key, with a message of the same key."""
+        """Create two conversations for every user, with the same id, the same key and the same message keys."""
         for model in self.models:
             for conversation in (self.adopt(model), self.create(model, title=None, key="k", metadata=None)):
                 for key in ("k", "l"):
                     self.append_to(model, conversation.id, NewMessage(role="user", content="a", key=key))
 
     def adopt(self, model: Model) -> Conversation:
-        """Store a conversation under an id that other users have too, as an adoption of old tables may."""
+        """Store a conversation under an id that other users also have, which an adoption of existing tables can do."""
         sql = "insert into chatdb.conversations (id, user_id) values ($1, $2)"
         self.run(self.admin.execute(sql, self.shared, model.user))
         get = chatdb.get_conversation(self.db, user_id=model.user, conversation_id=self.shared)
@@ -243,7 +243,7 @@ class Isolation(RuleBasedStateMachine):
         return model.conversations[self.shared]
 
     def create(self, model: Model, **fields: Any) -> Conversation:
-        """Create a conversation, or get that of the key."""
+        """Create a conversation, or get the one that has the key."""
         answer = self.call(model, chatdb.create_conversation, **fields)
         stored = model.by_key(fields["key"])
         if stored is None:
@@ -268,14 +268,14 @@ class Isolation(RuleBasedStateMachine):
             expected = model.append(number, [message], [answer])
             self.settle(model, answer, expected if isinstance(expected, type) else expected[0])
 
-    # what every call goes through
+    # helpers
 
     def conversation(self, index: int) -> int:
-        """Return the id of any conversation that there is, was, or never will be."""
+        """Return the id of a stored or deleted conversation, or one that never existed."""
         return self.ids[index % len(self.ids)]
 
     def snapshot(self) -> list[Any]:
-        """Return what the tables hold of each user, down to the version of each row."""
+        """Return each user's rows, including the version of each row."""
         names = [model.user for model in self.models]
         conversations = self.run(self.admin.fetch(SNAPSHOT_CONVERSATIONS, names))
         messages = self.run(self.admin.fetch(SNAPSHOT_MESSAGES, names))
@@ -286,10 +286,10 @@ class Isolation(RuleBasedStateMachine):
 
     def call(self, model: Model, function: Callable[..., Any], number: int | None = None, **arguments: Any) -> Any:
         """
-        Call a function, and prove that the other users' rows are the very same afterwards.
+        Call a function and check that the other users' rows are unchanged.
 
-        For a conversation that the user does not have, the answer must be that of one that nobody has: the same error,
-        after the same statements.
+        If the user does not have the conversation, the call must send the same statements and raise the same error as
+        for an id that nobody has.
         """
         self.called.add("iter_messages" if function is iterated else function.__name__)
         about = {} if number is None else {"conversation_id": number}
@@ -309,7 +309,7 @@ class Isolation(RuleBasedStateMachine):
         return answer
 
     def settle(self, model: Model, answer: Any, expected: Any) -> None:
-        """Prove that the answer and the user's rows are those of the model."""
+        """Check the answer and the user's rows against the model."""
         if isinstance(expected, type):
             assert type(answer) is expected
         else:
@@ -327,12 +327,12 @@ class Isolation(RuleBasedStateMachine):
 
     @rule(user=users, title=titles, key=keys, metadata=metadata)
     def create_conversation(self, user: int, **fields: Any) -> None:
-        """Create a conversation, or get that of the key."""
+        """Create a conversation, or get the one that has the key."""
         self.create(self.models[user], **fields)
 
     @rule(user=users)
     def adopt_again(self, user: int) -> None:
-        """Store the conversation of the shared id again, after it was deleted."""
+        """Store the conversation with the shared id again after its deletion."""
         if self.shared not in self.models[user].conversations:
             self.adopt(self.models[user])
 
@@ -353,14 +353,14 @@ class Isolation(RuleBasedStateMachine):
 
     @rule(user=users, limit=limits, cursor=st.integers(0, 20))
     def list_conversations(self, user: int, limit: int, cursor: int) -> None:
-        """List conversations, from any that anybody ever got on."""
+        """List conversations, with any conversation of any user as the cursor."""
         model, before = self.models[user], self.cursors[cursor % len(self.cursors)]
         answer = self.call(model, chatdb.list_conversations, limit=limit, before=before)
         self.settle(model, answer, model.page(limit, before))
 
     @rule(user=users, index=conversations, title=or_unset(titles), metadata=or_unset(metadata))
     def update_conversation(self, user: int, index: int, **fields: Any) -> None:
-        """Change a conversation."""
+        """Update a conversation."""
         model, number = self.models[user], self.conversation(index)
         answer = self.call(model, chatdb.update_conversation, number, **fields)
         if number in model.conversations:
@@ -379,7 +379,7 @@ class Isolation(RuleBasedStateMachine):
 
     @rule(user=users, sure=st.integers(0, 3).map(lambda draw: draw == 0))
     def delete_user(self, user: int, sure: bool) -> None:
-        """Delete everything of a user, now and then."""
+        """Delete all of a user's data in some of the draws."""
         if not sure:
             return
         model = self.models[user]
@@ -416,7 +416,7 @@ class Isolation(RuleBasedStateMachine):
 
     @rule(user=users, index=conversations, limit=limits, after_seq=places)
     def list_messages(self, user: int, index: int, limit: int, after_seq: int) -> None:
-        """Read the messages after a place."""
+        """List the messages after a `seq`."""
         model, number = self.models[user], self.conversation(index)
         answer = self.call(model, chatdb.list_messages, number, limit=limit, after_seq=after_seq)
         if number in model.conversations:
@@ -425,7 +425,7 @@ class Isolation(RuleBasedStateMachine):
 
     @rule(user=users, index=conversations, batch=limits, after_seq=places)
     def iter_messages(self, user: int, index: int, batch: int, after_seq: int) -> None:
-        """Read all messages after a place."""
+        """Iterate over all messages after a `seq`."""
         model, number = self.models[user], self.conversation(index)
         answer = self.call(model, iterated, number, batch=batch, after_seq=after_seq)
         if number in model.conversations:
@@ -433,7 +433,7 @@ class Isolation(RuleBasedStateMachine):
 
     @rule(user=users, index=conversations, seq=places)
     def get_message(self, user: int, index: int, seq: int) -> None:
-        """Get a message by its place."""
+        """Get a message by its `seq`."""
         model, number = self.models[user], self.conversation(index)
         answer = self.call(model, chatdb.get_message, number, seq=seq)
         if number in model.conversations:
@@ -457,7 +457,7 @@ class Isolation(RuleBasedStateMachine):
         token_count=or_unset(token_counts),
     )
     def update_message(self, user: int, index: int, seq: int, **fields: Any) -> None:
-        """Change a message."""
+        """Update a message."""
         model, number = self.models[user], self.conversation(index)
         answer = self.call(model, chatdb.update_message, number, seq=seq, **fields)
         if number in model.conversations:
@@ -480,7 +480,7 @@ class Isolation(RuleBasedStateMachine):
 
     @rule(user=users, index=conversations, seq=places)
     def delete_messages_after(self, user: int, index: int, seq: int) -> None:
-        """Delete the messages after a place."""
+        """Delete the messages after a `seq`."""
         model, number = self.models[user], self.conversation(index)
         answer = self.call(model, chatdb.delete_messages_after, number, seq=seq)
         if number in model.conversations:
@@ -492,7 +492,7 @@ class Isolation(RuleBasedStateMachine):
 
 @pytest.fixture
 def runner(pytestconfig: pytest.Config) -> Iterator[asyncio.Runner]:
-    """Give the one event loop of a test that is no coroutine."""
+    """Yield an event loop for tests that are not coroutines."""
     factory = uvloop.new_event_loop if pytestconfig.getoption("--uvloop") else None
     with asyncio.Runner(loop_factory=factory) as found:
         yield found
@@ -500,14 +500,14 @@ def runner(pytestconfig: pytest.Config) -> Iterator[asyncio.Runner]:
 
 @pytest.mark.timeout(600)  # hypothesis takes up to five minutes to find the shortest sequence that fails
 def test_users_share_nothing(dsn: str, runner: asyncio.Runner, arguments_of: Callable[[str], dict[str, Any]]) -> None:
-    """Any sequence of calls answers as the model says, and leaves every other user's rows byte for byte."""
+    """Any sequence of calls returns what the model predicts and leaves every other user's rows unchanged."""
     with started(runner, **arguments_of(dsn)) as db:
         run_isolation(runner, db, db, examples=60)
 
 
 @contextmanager
 def started(runner: asyncio.Runner, dsn: str, **options: Any) -> Iterator[chatdb.pool.Pool]:
-    """Give a pool of one connection on the runner's loop."""
+    """Open a pool of one connection on the runner's loop."""
 
     async def start() -> chatdb.pool.Pool:
         return await chatdb.create_pool(dsn, max_size=1, **options)
@@ -518,10 +518,10 @@ def started(runner: asyncio.Runner, dsn: str, **options: Any) -> Iterator[chatdb
 
 
 def run_isolation(runner: asyncio.Runner, db: Any, admin: chatdb.pool.Pool, *, examples: int) -> None:
-    """Run sequences of calls on a database, which a pool that sees all of it looks into."""
+    """Run sequences of calls on `db`; `admin` sees the rows of all users."""
     called: set[str] = set()
     run_state_machine_as_test(
-        # not runner.run, which sets a handler of Ctrl-C each time, for a quarter of the test's time
+        # runner.run installs a Ctrl-C handler on every call, which costs a quarter of the test's time
         partial(Isolation, runner.get_loop().run_until_complete, db, admin, called),
         settings=settings(
             max_examples=examples,
@@ -536,13 +536,13 @@ def run_isolation(runner: asyncio.Runner, db: Any, admin: chatdb.pool.Pool, *, e
 
 
 class InTransactions:
-    """A database that runs each statement in a transaction of its user's."""
+    """A database handle that runs each statement in a transaction of its user."""
 
     def __init__(self, pool: chatdb.pool.Pool) -> None:
         self._pool = pool
 
     async def fetch(self, query: str, /, *args: Any, timeout: float | None = None) -> list[Any]:
-        """Run a statement, whose first argument is the user."""
+        """Run a statement whose first argument is `user_id`."""
         async with chatdb.transaction(self._pool, user_id=args[0]) as connection:
             return await connection.fetch(query, *args, timeout=timeout)
 
@@ -552,7 +552,7 @@ class InTransactions:
 def test_users_share_nothing_behind_both_walls(
     server: str, roles: Roles, tmp_path: Path, runner: asyncio.Runner, pytestconfig: pytest.Config
 ) -> None:
-    """Nor do they as a role without privileges, in transactions, with row-level security, on one pooled connection."""
+    """The same holds for an unprivileged role with row-level security, in transactions on one PgBouncer connection."""
     examples = 6 if pytestconfig.getoption("--quick") else 60
     with cloned(server, roles, f"{roles.database}_isolation") as dsn:
         protect_tables(as_role(dsn, roles.owner))
@@ -566,14 +566,14 @@ def test_users_share_nothing_behind_both_walls(
 
 
 def test_every_function_on_a_conversation_is_called():
-    """The table of calls has the functions that take a conversation_id, all of them."""
+    """The table of calls lists every function with a `conversation_id`."""
     functions = {name for name in OF_USERS if "conversation_id" in inspect.signature(getattr(chatdb, name)).parameters}
     assert set(CONVERSATION_CALLS) == functions
 
 
 @pytest.mark.parametrize("name", CONVERSATION_CALLS)
 async def test_a_foreign_conversation_looks_like_a_missing_one(db, name):
-    """The same error of the same words after the same statement, and what the other user has is as it was."""
+    """Both raise the same error after the same statement, and the other user's rows stay unchanged."""
     conversation = await chatdb.create_conversation(db, user_id="bob", key="k")
     here = {"user_id": "bob", "conversation_id": conversation.id}
     for content in ("a", "b"):
@@ -595,7 +595,7 @@ async def test_a_foreign_conversation_looks_like_a_missing_one(db, name):
 
 
 async def test_a_foreign_key_looks_like_a_missing_one(db):
-    """Another user's key of a conversation finds nothing, and makes a conversation of one's own."""
+    """Another user's conversation key is not found, and the user can create a conversation with the same key."""
     other = await chatdb.create_conversation(db, user_id="bob", key="k", title="bob's")
     errors = []
     for key in ("k", "unknown"):
@@ -608,7 +608,7 @@ async def test_a_foreign_key_looks_like_a_missing_one(db):
 
 
 async def test_the_other_users_cursor_pages_ones_own_list(db):
-    """A conversation of another user, given as `before`, is only a place in time."""
+    """Another user's conversation in `before` only sets a time."""
     own = [await chatdb.create_conversation(db, user_id="ada") for _ in range(2)]
     other = await chatdb.create_conversation(db, user_id="bob")
     last = await chatdb.create_conversation(db, user_id="ada")
@@ -618,7 +618,7 @@ async def test_the_other_users_cursor_pages_ones_own_list(db):
 
 
 async def test_import_and_export_keep_to_the_user(db):
-    """A file is told from what its user has, extends only that, and is exported without what others have."""
+    """An import compares with and extends only its user's rows, and an export contains only its user's rows."""
     time = datetime(2026, 1, 1, tzinfo=UTC)
     others = ["aaron", "zed"]
 
@@ -629,7 +629,7 @@ async def test_import_and_export_keep_to_the_user(db):
                 yield SourceMessage(seq, "user", "ada's", None, None, None, None, time)
 
     async def adopt(user: str) -> None:
-        """Store conversations of the same ids, keys, times and lengths, in which other things were said."""
+        """Store conversations with the same ids, keys, times and lengths but other texts."""
         await db.executemany(
             """
             insert into chatdb.conversations (id, user_id, key, last_seq, created_at, updated_at)

@@ -1,4 +1,4 @@
-"""What belongs to others in the schema `chatdb`, and what others added to its tables, on real databases."""
+"""Objects of other roles in the schema `chatdb`, and objects that a host adds to its tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.owner
 
 @pytest.fixture
 def mallory(server: str) -> Iterator[str]:
-    """Give a role that is nobody's; it goes after the databases in which it owns things."""
+    """Yield an unrelated role; drop it after the databases in which it owns objects."""
     name = "chatdb_test_mallory"
     with administrator(server) as connection:
         connection.execute(f"create role {name}".encode())
@@ -29,24 +29,24 @@ def mallory(server: str) -> Iterator[str]:
 
 
 def foreign(dsn: str) -> list[str]:
-    """Return what belongs to others, in sentences."""
+    """Return a sentence for each object of another role."""
     with connected(dsn) as connection:
         return [str(each) for each in foreign_objects(connection)]
 
 
 def value(dsn: str, statement: str) -> object:
-    """Return the one value of a statement."""
+    """Return the single value that a statement selects."""
     with connected(dsn) as connection:
         return fetch_value(connection, statement)
 
 
 def findings(dsn: str) -> dict[str, str]:
-    """Return the details of what `chatdb check` says of ownership and additions."""
+    """Return the state and detail of each finding of `chatdb check`."""
     return {each.what: f"{each.state}: {each.detail}" for each in inspect(dsn)}
 
 
 def test_nothing_is_foreign_in_a_migrated_database(mallory: str, empty_dsn: str) -> None:
-    """Before and after the migrations of one role, nothing belongs to another, and nothing was added."""
+    """Before and after one role's migrations, nothing belongs to another role and nothing is added."""
     assert foreign(empty_dsn) == []
     apply_migrations(empty_dsn)
     with connected(empty_dsn) as connection:
@@ -54,7 +54,7 @@ def test_nothing_is_foreign_in_a_migrated_database(mallory: str, empty_dsn: str)
 
 
 def test_a_foreign_schema_and_table_are_named(mallory: str, empty_dsn: str) -> None:
-    """The schema of another role is named, and so are a table, a function and a type of another in one's own schema."""
+    """Another role's schema is named, and so are another role's table, function and type in the owner's schema."""
     execute(empty_dsn, f"create schema chatdb authorization {mallory}")
     assert foreign(empty_dsn) == [f"schema chatdb belongs to the role {mallory}"]
     execute(empty_dsn, "alter schema chatdb owner to current_user")
@@ -77,7 +77,7 @@ def test_a_foreign_schema_and_table_are_named(mallory: str, empty_dsn: str) -> N
 
 
 def test_what_is_foreign_is_refused(mallory: str, empty_dsn: str) -> None:
-    """Neither a migration nor a rollback runs in a schema of another role's, or beside a table or function of one."""
+    """Neither a migration nor a rollback runs if another role owns the schema, or a table or function in it."""
     execute(empty_dsn, f"create schema chatdb authorization {mallory}")
     with pytest.raises(ConfigurationError, match=f"schema chatdb belongs to the role {mallory}"):
         apply_migrations(empty_dsn)
@@ -99,7 +99,7 @@ def test_what_is_foreign_is_refused(mallory: str, empty_dsn: str) -> None:
 
 
 def test_additions_to_the_tables_are_named(mallory: str, dsn: str) -> None:
-    """A trigger with its function, a rule, a policy and a child table are notes; chatdb's own policies are none."""
+    """A trigger with its function, a rule, a policy and a child table are notes; chatdb's own policies are not."""
     execute(
         dsn,
         "create function public.audit() returns trigger language plpgsql as 'begin return new; end'",
@@ -124,7 +124,7 @@ def test_additions_to_the_tables_are_named(mallory: str, dsn: str) -> None:
 
 
 def test_a_public_that_all_may_write_to_is_noted(dsn: str) -> None:
-    """CREATE on `public` for everybody is a note, and none once it is revoked."""
+    """CREATE on `public` for every role is a note until it is revoked."""
     execute(dsn, "grant create on schema public to public")
     assert findings(dsn)["schema public"].startswith("note: ")
     execute(dsn, "revoke create on schema public from public")

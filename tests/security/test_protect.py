@@ -1,4 +1,4 @@
-"""Row-level security: `chatdb protect`, and what a role that it holds back sees inside and outside its transactions."""
+"""Row-level security: `chatdb protect`, and what a restricted role sees inside and outside its transactions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _serial = itertools.count()
 
 
 class Place(NamedTuple):
-    """A database of the roles of docs/security.md, by the DSN of each."""
+    """The DSNs of one database for each role of docs/security.md."""
 
     superuser: str
     owner: str
@@ -53,26 +53,26 @@ class Place(NamedTuple):
 
 @pytest.fixture
 def place(server: str, roles: Roles) -> Iterator[Place]:
-    """Give a database of the test's own, without the wall."""
+    """Yield a new database without row-level security."""
     with cloned(server, roles, f"{roles.database}_{next(_serial)}") as dsn:
         yield Place(dsn, *(as_role(dsn, role) for role in (roles.owner, roles.app, roles.reader)))
 
 
 @pytest.fixture
 def walled(place: Place) -> Place:
-    """Give a database of the test's own, with the wall."""
+    """Return a new database with row-level security."""
     protect_tables(place.owner)
     return place
 
 
 def rows(dsn: str, statement: str) -> list[tuple[Any, ...]]:
-    """Return the rows of a statement."""
+    """Return the rows that a statement selects."""
     with psycopg.connect(dsn) as connection:
         return connection.execute(statement.encode()).fetchall()
 
 
 def snapshot(dsn: str, user: str) -> list[Any]:
-    """Return what the tables hold of a user, down to the version of each row."""
+    """Return a user's rows, including the version of each row."""
     texts = [f"select t::text, xmin::text, ctid::text from chatdb.{table} as t" for table in TABLES]
     return [rows(dsn, f"{text} where user_id = '{user}' order by 1") for text in texts]
 
@@ -81,7 +81,7 @@ def snapshot(dsn: str, user: str) -> list[Any]:
 
 
 def test_on_and_off(place: Place) -> None:
-    """The command switches both tables on and off, says what it ran, and a second time does nothing."""
+    """The command switches both tables on and off, prints what it ran, and does nothing the second time."""
     env = {"DATABASE_URL": "postgresql://127.0.0.1:1/nowhere", "CHATDB_MIGRATE_URL": place.owner}
     state = "select relrowsecurity, relforcerowsecurity from pg_class where relname in ('conversations', 'messages')"
     before = json.loads(command("protect", "--dry-run", "--json", env=env))["would_run"]
@@ -115,7 +115,7 @@ def test_on_and_off(place: Place) -> None:
     ],
 )
 def test_a_wall_with_a_hole_is_mended(walled: Place, roles: Roles, change: str) -> None:
-    """Whatever part of the wall is missing or was changed, the command puts it back."""
+    """The command restores any part of the protection that is missing or changed."""
     execute(walled.owner, change)
     assert protection_statements(walled.owner)
     assert checked(walled.owner, roles.app) == {"row-level security": "different"}
@@ -124,7 +124,7 @@ def test_a_wall_with_a_hole_is_mended(walled: Place, roles: Roles, change: str) 
 
 
 def test_an_older_wall_is_replaced(place: Place, roles: Roles) -> None:
-    """The policies of an earlier release, which hid all rows where no user was named, become those that raise."""
+    """The command replaces an earlier release's policies, which hide all rows without a user, with ones that raise."""
     condition = "user_id = nullif(current_setting('chatdb.user_id', true), '')"
     for table in TABLES:
         execute(
@@ -143,7 +143,7 @@ def test_an_older_wall_is_replaced(place: Place, roles: Roles) -> None:
 
 @pytest.mark.parametrize("setting", ["search_path = chatdb, public", "quote_all_identifiers = on"])
 def test_settings_of_the_role_are_no_difference(walled: Place, roles: Roles, setting: str) -> None:
-    """However the server writes the names for a role, a wall that is whole is seen as whole."""
+    """Policies count as intact even if a role's settings change how the server prints names."""
     execute(walled.superuser, f"alter role {roles.owner} in database {roles_database(walled)} set {setting}")
     assert protection_statements(walled.owner) == []
 
@@ -154,7 +154,7 @@ def roles_database(place: Place) -> str:
 
 
 def test_whoever_protects_the_tables_owner_has_the_function(place: Place, roles: Roles) -> None:
-    """The function belongs to the tables' owner, and all may call it, whoever ran the command and by what defaults."""
+    """The function belongs to the tables' owner and every role may call it, whoever runs the command."""
     execute(place.superuser, "alter default privileges revoke execute on functions from public")
     assert protect_tables(place.superuser)[2] == f"alter function chatdb.rls_user_id() owner to {roles.owner}"
     assert rows(place.superuser, "select proowner::regrole::text from pg_proc where proname = 'rls_user_id'") == [
@@ -167,7 +167,7 @@ def test_whoever_protects_the_tables_owner_has_the_function(place: Place, roles:
 
 
 def test_a_planted_function_is_replaced(place: Place, roles: Roles) -> None:
-    """A function of the same name that another role put there gets chatdb's body and the tables' owner."""
+    """A function of the same name that another role created gets chatdb's body and the tables' owner."""
     execute(
         place.superuser,
         "create function chatdb.rls_user_id() returns text language sql stable as $$ select 'bob' $$",
@@ -181,13 +181,13 @@ def test_a_planted_function_is_replaced(place: Place, roles: Roles) -> None:
 
 
 def test_all_is_taken_back_behind_the_wall(walled: Place) -> None:
-    """The rollback of all migrations takes the wall's function too, for it would keep the schema."""
+    """Rolling back all migrations also drops the policies' function, which would keep the schema."""
     rollback_migrations(walled.owner, to="0")
     assert rows(walled.owner, "select from pg_namespace where nspname = 'chatdb'") == []
 
 
 def test_a_command_over_all_users(walled: Place) -> None:
-    """An operator's command that would see no rows says who can run it, instead of taking there to be none."""
+    """An operator command that would see no rows names the roles that can run it."""
     execute(walled.owner, 'create table public.users (id text collate "C" primary key)')
     execute(walled.superuser, "insert into chatdb.conversations (user_id) values ('nobody')")
     with pytest.raises(ConfigurationError, match="superuser or a role with BYPASSRLS"):
@@ -197,7 +197,7 @@ def test_a_command_over_all_users(walled: Place) -> None:
 
 
 async def test_readiness(walled: Place) -> None:
-    """`check_schema` refuses a handle that names no user, and is quiet where one is named or nobody is held back."""
+    """`check_schema` raises if a restricted role names no user, and passes for a named user and an exempt role."""
     async with chatdb.create_pool(walled.app) as db:
         with pytest.raises(chatdb.SchemaError, match="create_pool\\(row_level_security=True\\)"):
             await chatdb.check_schema(db)
@@ -209,14 +209,14 @@ async def test_readiness(walled: Place) -> None:
 
 
 def checked(dsn: str, role: str | None = None) -> dict[str, str]:
-    """Return what `chatdb check` says of the wall, each thing once."""
+    """Return the findings of `chatdb check` about row-level security; each occurs once."""
     found = [(each.what, each.state) for each in inspect(dsn, role=role) if "row-level security" in each.what]
     assert len(found) == len(dict(found))
     return dict(found)
 
 
 def test_what_the_check_says(place: Place, roles: Roles) -> None:
-    """It tells whether the wall is up, whether it holds a role back, and a wall of someone's own from chatdb's."""
+    """The check reports whether row-level security is on, whether it restricts a role, and a host's own policies."""
     assert checked(place.owner, roles.app) == {"row-level security": "ok"}
     execute(place.owner, "alter table chatdb.messages enable row level security")
     execute(place.owner, "create policy mine on chatdb.messages for select using (true)")
@@ -239,7 +239,7 @@ def test_what_the_check_says(place: Place, roles: Roles) -> None:
 
 
 def test_another_policy(place: Place) -> None:
-    """A policy that would let more through is refused by its name; a restrictive one is not."""
+    """A permissive policy of the host is refused by name; a restrictive one is accepted."""
     execute(place.owner, "create policy mine on chatdb.messages for select using (true)")
     with pytest.raises(ConfigurationError, match="mine"):
         protect_tables(place.owner)
@@ -253,7 +253,7 @@ def test_another_policy(place: Place) -> None:
 
 
 def test_a_busy_table(place: Place) -> None:
-    """A table that is in use is waited for, not longer than was told, and holds nobody up for over two seconds."""
+    """The command waits at most `wait` seconds for a busy table and holds up other sessions for at most two seconds."""
     with transaction(place.app, "select from chatdb.messages") as connection:
         with pytest.raises(chatdb.UnavailableError, match="55P03"):
             protect_tables(place.owner, wait=0)
@@ -265,7 +265,7 @@ def test_a_busy_table(place: Place) -> None:
 
 
 def test_who_may_not(place: Place, empty_dsn: str) -> None:
-    """The application may not protect, and where there are no tables the command says so."""
+    """The application's role is refused, and so is a database without tables."""
     with pytest.raises(ConfigurationError, match="owner"):
         protect_tables(place.app)
     with pytest.raises(chatdb.SchemaError, match="chatdb migrate"):
@@ -273,7 +273,7 @@ def test_who_may_not(place: Place, empty_dsn: str) -> None:
 
 
 def test_a_rollback_counts_no_hidden_rows(walled: Place) -> None:
-    """A rollback by the owner, from whom the rows are hidden, does not say that it deletes none."""
+    """If row-level security hides the rows from the owner, a rollback does not claim that it deletes none."""
     execute(walled.superuser, "insert into chatdb.conversations (user_id) values ('ada')")
     assert [tables for _, tables in last_migrations(walled.owner)] == [{"chatdb.messages": None}]
     assert [tables for _, tables in last_migrations(walled.superuser)] == [{"chatdb.messages": 0}]
@@ -285,7 +285,7 @@ def test_a_rollback_counts_no_hidden_rows(walled: Place) -> None:
 
 
 def described(answer: Any) -> Any:
-    """Return an answer without what differs from one run to another."""
+    """Return an answer without the values that differ between runs."""
     if isinstance(answer, list):
         return [described(item) for item in answer]
     varying = {"id", "conversation_id", "created_at", "updated_at"}
@@ -294,7 +294,7 @@ def described(answer: Any) -> Any:
 
 @pytest.mark.parametrize("role", ["app", "owner"])
 async def test_every_function_works_inside(server: str, roles: Roles, walled: Place, role: str) -> None:
-    """Inside a transaction of its user every function answers as without the wall, for the owner too."""
+    """In a transaction of its user, every function answers as without row-level security, for the owner too."""
     with cloned(server, roles, f"{roles.database}_{next(_serial)}") as plain:
         answers: list[list[Any]] = []
         for dsn in (as_role(plain, roles.app), getattr(walled, role)):
@@ -312,7 +312,7 @@ async def test_every_function_works_inside(server: str, roles: Roles, walled: Pl
 
 @pytest.mark.parametrize("user", [None, "bob"])
 async def test_nothing_is_there_outside(walled: Place, user: str | None) -> None:
-    """Without a user all is refused with the way out; in another user's transaction all is missing."""
+    """Without a user, every call raises an error with the fix; in another user's transaction, nothing is found."""
     async with chatdb.create_pool(walled.app) as db:
         async with chatdb.transaction(db, user_id="alice") as connection:
             conversation = await conversation_with_a_message(connection)
@@ -336,7 +336,7 @@ async def test_nothing_is_there_outside(walled: Place, user: str | None) -> None
 
 
 async def test_a_row_of_another_users(walled: Place) -> None:
-    """Neither an insertion nor a change can give a row to another user, whoever writes the statement."""
+    """No INSERT or UPDATE, not even the host's own, can assign a row to another user."""
     async with chatdb.create_pool(walled.app) as db:
         for statement in (
             "insert into chatdb.conversations (user_id) values ('bob')",
@@ -352,7 +352,7 @@ async def test_a_row_of_another_users(walled: Place) -> None:
 
 @pytest.mark.parametrize("role", ["app", "owner"])
 async def test_the_foreign_key_works(walled: Place, role: str) -> None:
-    """The cascade takes the messages, and only these, and a message without its conversation is refused."""
+    """The cascade deletes only the conversation's messages, and a message without a conversation is refused."""
     async with chatdb.create_pool(getattr(walled, role)) as db:
         numbers = {}
         for user in ("ada", "bob"):
@@ -378,26 +378,26 @@ async def test_the_foreign_key_works(walled: Place, role: str) -> None:
 
 
 async def seen(connection: Any) -> list[str]:
-    """Return whose conversations a statement without a user sees."""
+    """Return the users whose conversations an unfiltered statement sees."""
     return [row["user_id"] for row in await connection.fetch("select user_id from chatdb.conversations order by 1")]
 
 
 async def assert_refused(connection: Any) -> None:
-    """Prove that the database itself refuses a statement, because no user is named."""
+    """Check that the database refuses a statement because no user is named."""
     with pytest.raises(asyncpg.InsufficientPrivilegeError, match="no user is named"):
         await seen(connection)
 
 
 @pytest.fixture
 async def users(walled: Place) -> Any:
-    """Give a pool of one connection, of the application's, on a database where two users have a conversation each."""
+    """Yield the application's pool of one connection, on a database where two users have one conversation each."""
     execute(walled.superuser, "insert into chatdb.conversations (user_id) values ('ada'), ('bob')")
     async with chatdb.create_pool(walled.app, max_size=1) as db:
         yield db
 
 
 async def test_a_user_ends_with_his_transaction(users: Any) -> None:
-    """After the end, by COMMIT or ROLLBACK, the connection is refused until another user is named."""
+    """After COMMIT or ROLLBACK, the connection's statements are refused until another user is named."""
     for user in ("ada", "bob"):
         async with chatdb.transaction(users, user_id=user) as connection:
             assert await seen(connection) == [user]
@@ -412,7 +412,7 @@ async def test_a_user_ends_with_his_transaction(users: Any) -> None:
 
 
 async def test_a_savepoints_user_ends_with_it(users: Any) -> None:
-    """After a savepoint of another user's, released, rolled back or cancelled, the outer user is back."""
+    """After a savepoint of another user is released, rolled back or cancelled, the outer user applies again."""
     async with chatdb.transaction(users, user_id="ada") as connection:
         async with chatdb.transaction(connection):
             assert await seen(connection) == ["ada"]
@@ -438,7 +438,7 @@ async def test_a_savepoints_user_ends_with_it(users: Any) -> None:
 
 
 async def test_a_user_that_cannot_be(users: Any) -> None:
-    """A user_id that no row can have is refused before anything is sent."""
+    """A `user_id` that no row can have is refused before any statement."""
     for user in ("", "a\0", "\ud800", "x" * 256, 1):
         with pytest.raises(chatdb.InvalidInputError, match="user_id"):
             async with chatdb.transaction(users, user_id=user):  # type: ignore[arg-type]
@@ -448,7 +448,7 @@ async def test_a_user_that_cannot_be(users: Any) -> None:
 
 
 async def test_the_reader_and_the_owner_are_held_back(walled: Place, users: Any) -> None:
-    """The wall holds for the reader and, FORCEd, for the owner."""
+    """Row-level security also restricts the reader and, with FORCE, the owner."""
     for dsn in (walled.reader, walled.owner):
         async with chatdb.create_pool(dsn) as db:
             await assert_refused(db)
@@ -457,7 +457,7 @@ async def test_the_reader_and_the_owner_are_held_back(walled: Place, users: Any)
 
 
 async def test_it_costs_two_round_trips(walled: Place) -> None:
-    """A call in a transaction of its user's takes three round trips, and each further one in it one more."""
+    """One call in a transaction of its user costs three round trips; each further call adds one."""
     with Proxy(walled.app) as proxy:
         async with chatdb.create_pool(proxy.dsn, max_size=1) as db:
             for calls in (1, 1, 3):
@@ -473,7 +473,7 @@ async def test_it_costs_two_round_trips(walled: Place) -> None:
 
 @pytest.mark.parametrize("role", ["app", "owner"])
 async def test_every_function_works_on_the_pool(server: str, roles: Roles, walled: Place, role: str) -> None:
-    """On a pool with `row_level_security` every function answers as without the wall, and reaches nobody else."""
+    """On a pool with `row_level_security`, every function answers as without it and cannot reach another user."""
     with cloned(server, roles, f"{roles.database}_{next(_serial)}") as plain:
         answers: list[list[Any]] = []
         for dsn in (as_role(plain, roles.app), getattr(walled, role)):
@@ -494,7 +494,7 @@ async def test_every_function_works_on_the_pool(server: str, roles: Roles, walle
 
 
 async def test_a_call_on_the_pool_is_three_round_trips(walled: Place) -> None:
-    """Each call is BEGIN with the user, the statement and COMMIT; a statement of the host's own names its user."""
+    """Each call sends BEGIN with the user, the statement and COMMIT; the host's own statements need `transaction`."""
     with Proxy(walled.app) as proxy:
         async with chatdb.create_pool(proxy.dsn, max_size=1, row_level_security=True) as db:
             conversation = await conversation_with_a_message(db)
@@ -520,7 +520,7 @@ async def test_a_call_on_the_pool_is_three_round_trips(walled: Place) -> None:
 @pytest.mark.parametrize("user", ["o'brien", "back\\slash", "\\'; drop table chatdb.messages; --", "ünï 💬", "'", "\\"])
 @pytest.mark.parametrize("escape", ["on", "off"])
 async def test_any_user_can_be_named(walled: Place, user: str, escape: str) -> None:
-    """Whatever is in a user_id is the user_id, and the transaction leaves nothing to reset."""
+    """Quotes, backslashes and Unicode in a `user_id` arrive unchanged, and the transaction leaves nothing to reset."""
     settings = {"standard_conforming_strings": escape}
     with Proxy(walled.app) as proxy:
         async with chatdb.create_pool(proxy.dsn, max_size=1, row_level_security=True, server_settings=settings) as db:
@@ -538,7 +538,7 @@ async def test_any_user_can_be_named(walled: Place, user: str, escape: str) -> N
 
 @pytest.mark.parametrize("answered", [False, True], ids=["before", "after"])
 async def test_a_lost_commit(walled: Place, answered: bool) -> None:
-    """When the connection is lost at COMMIT nobody knows: `.sent` is None, and a keyed write is sent again."""
+    """A connection lost at COMMIT leaves the outcome unknown: `.sent` is None, and a keyed write is retried."""
     cut = 0
 
     def watch(statement: Statement) -> bool:
@@ -563,7 +563,7 @@ async def test_a_lost_commit(walled: Place, answered: bool) -> None:
 
 
 async def test_a_lost_begin(walled: Place) -> None:
-    """A connection that is lost before the statement was sent is told so, and nothing is stored."""
+    """A connection lost before the statement raises an error with `.sent` False, and nothing is stored."""
     lost = False
     with Proxy(walled.app, watch=lambda statement: lost and statement.sql.startswith("begin")) as proxy:
         async with chatdb.create_pool(proxy.dsn, row_level_security=True) as db:
@@ -576,7 +576,7 @@ async def test_a_lost_begin(walled: Place) -> None:
 
 
 async def test_cancelled_calls_leave_no_user_behind(walled: Place) -> None:
-    """However a call is cut short, the next one on its connection works for its own user only."""
+    """After a cancelled call, the next one on the same connection sees only its own user's rows."""
     async with chatdb.create_pool(walled.app, max_size=2, row_level_security=True) as db:
         numbers = {user: (await chatdb.create_conversation(db, user_id=user)).id for user in ("ada", "bob")}
         for delay in range(100):
@@ -593,7 +593,7 @@ async def test_cancelled_calls_leave_no_user_behind(walled: Place) -> None:
 
 
 async def test_a_change_of_the_tables_is_no_surprise(walled: Place) -> None:
-    """When a statement's result has another type than before, a call prepares it again and answers."""
+    """If the type of a statement's result changes, the call prepares the statement again and answers."""
     async with chatdb.create_pool(walled.app, max_size=3, row_level_security=True) as db:
         here = {"user_id": "alice", "conversation_id": (await conversation_with_a_message(db)).id}
         for kind in ("varchar", "text"):
@@ -604,16 +604,16 @@ async def test_a_change_of_the_tables_is_no_surprise(walled: Place) -> None:
 
 
 def test_the_option_is_a_bool() -> None:
-    """Anything but True and False is refused."""
+    """Any value other than True and False is refused."""
     with pytest.raises(ConfigurationError, match="row_level_security"):
         chatdb.create_pool("postgresql://localhost/x", row_level_security="yes")  # type: ignore[arg-type]
 
 
-# statements that forget their user
+# statements without a user filter
 
 
 def argument(file: SqlFile, name: str, conversation: Conversation) -> Any:
-    """Return what an argument of a statement would be for a conversation."""
+    """Return a value for a statement's parameter, for a conversation."""
     return {
         "user_id": "ada",
         "conversation_id": conversation.id,
@@ -646,7 +646,7 @@ FORGETFUL = {stem: file_of(stem) for stem in TEXTS if "user_id = $1" in file_of(
 
 
 async def taken(connection: Any, sql: str, arguments: list[Any]) -> tuple[Any, list[Any]]:
-    """Run a statement and undo it; return its answer and what the other user had meanwhile."""
+    """Run a statement and roll it back; return its answer and the other user's rows after it."""
     block = connection.transaction()
     await block.start()
     try:
@@ -664,7 +664,7 @@ async def taken(connection: Any, sql: str, arguments: list[Any]) -> tuple[Any, l
 
 
 async def test_a_statement_that_forgets_its_user_reaches_nothing(walled: Place) -> None:
-    """Each statement without its conditions answers another user as with them; without the wall it does not."""
+    """Without its user filters, each statement reaches another user's rows only if row-level security is off."""
     reached: dict[bool, set[str]] = {True: set(), False: set()}
     async with chatdb.create_pool(walled.app, max_size=1) as db:
         async with chatdb.transaction(db, user_id="bob") as connection:
@@ -704,7 +704,7 @@ EVERYTHING = "select user_id from chatdb.messages union all select user_id from 
 async def test_many_users_on_one_pooler(
     walled: Place, tmp_path: Path, pytestconfig: pytest.Config, version: str
 ) -> None:
-    """Through PgBouncer in transaction mode, statements without a user see their transaction's own, and no others'."""
+    """Through PgBouncer in transaction mode, unfiltered statements see only their transaction's user."""
     per_user = 20 if pytestconfig.getoption("--quick") else 260
     names = [f"user {number}" for number in range(40)]
     own = foreign = outside = 0
@@ -718,7 +718,7 @@ async def test_many_users_on_one_pooler(
                 own += user in whose
                 foreign += len(whose - {user})
                 continue
-            if number % 5 == 4:  # on whatever session the pooler gives
+            if number % 5 == 4:  # on any of the pooler's sessions
                 with pytest.raises(asyncpg.InsufficientPrivilegeError):
                     outside += len(await db.fetch("select user_id from chatdb.messages"))
                 continue
@@ -759,7 +759,7 @@ def file(length: int) -> Iterator[Item]:
 
 
 async def test_import_and_export(server: str, roles: Roles, walled: Place) -> None:
-    """A role that is held back imports, again and what has grown, and exports what one without the wall does."""
+    """A restricted role can import, import again, extend and export, with the same results as without restrictions."""
     exported = []
     with cloned(server, roles, f"{roles.database}_{next(_serial)}") as plain:
         for dsn in (as_role(plain, roles.app), walled.app):
@@ -777,7 +777,7 @@ async def test_import_and_export(server: str, roles: Roles, walled: Place) -> No
 
 
 def test_the_command_line(walled: Place, tmp_path: Path) -> None:
-    """Import, list, show and export work as they stand for a role that is held back."""
+    """Import, list, show and export work unchanged for a restricted role."""
     env = {"DATABASE_URL": walled.app}
     source = tmp_path / "file.json"
     source.write_text(json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "hi there"}]}]))
@@ -791,12 +791,12 @@ def test_the_command_line(walled: Place, tmp_path: Path) -> None:
     assert "no such conversation" in command("show", number, "--user", "bob", env=env, code=1)
 
 
-# what it costs
+# costs
 
 
 @pytest.fixture(scope="module")
 def planned(server: str, roles: Roles) -> Iterator[Live]:
-    """Give a connection that is held back, on tables with enough in them for the planner's choices to be real ones."""
+    """Yield a restricted connection to tables that are large enough for realistic plans."""
     with cloned(server, roles, f"{roles.database}_plans") as dsn:
         execute(dsn, DATA, f"alter role {roles.app} in database {roles.database}_plans set track_functions = 'pl'")
         protect_tables(as_role(dsn, roles.owner))
@@ -807,18 +807,18 @@ def planned(server: str, roles: Roles) -> Iterator[Live]:
 
 @pytest.mark.parametrize("stem", [stem for stem in TEXTS if stem != "check_schema"])
 def test_the_plans_are_the_same(planned: Live, stem: str) -> None:
-    """Behind the wall each statement is served by the same indexes."""
+    """With row-level security each statement uses the same indexes."""
     check_plan(planned, file_of(stem))
 
 
 def asked(live: Live) -> int:
-    """Return how often the session has asked for the user, since the server last gathered the counts."""
+    """Return how often the session has called the user function since the server last collected the counts."""
     return sum(count for (count,) in live.rows("select calls from pg_stat_xact_user_functions"))
 
 
 @pytest.mark.parametrize("stem", [stem for stem in TEXTS if stem != "check_schema"])
 def test_the_user_is_asked_for_once(planned: Live, stem: str) -> None:
-    """A statement asks for its user once or twice where it names a table, and not for each row, of which it has 50."""
+    """A statement calls the user function once or twice per table that it names, not once for each of its 50 rows."""
     file, connection = file_of(stem), planned.connection
     (at,) = planned.rows("select id, last_seq from chatdb.conversations where user_id = 'user 1' limit 1")
     conversation = Conversation.model_construct(id=at[0], last_seq=at[1], created_at=datetime.now(UTC))
@@ -836,12 +836,12 @@ def test_the_user_is_asked_for_once(planned: Live, stem: str) -> None:
             calls.append(asked(planned) - before)
     connection.execute("deallocate asked")
     tables = sum(is_table(node) for node in file.nodes)
-    assert 1 <= calls[1] <= 2 * tables, calls  # an UPDATE asks for the old row and for the new one
+    assert 1 <= calls[1] <= 2 * tables, calls  # an UPDATE checks the old and the new row
 
 
 @pytest.mark.chaos
 async def test_what_it_costs(place: Place, pytestconfig: pytest.Config) -> None:
-    """What a history of 100, an append and an import take, without and with the wall, in interleaved rounds."""
+    """Print the times of a history of 100, an append and an import, with and without row-level security, in turns."""
     rounds = 100 if pytestconfig.getoption("--quick") else 1_000
     times: dict[str, list[float]] = {}
     fill = [{"role": "user", "content": "x" * 200}] * 100
@@ -873,7 +873,7 @@ async def test_what_it_costs(place: Place, pytestconfig: pytest.Config) -> None:
         made = [await chatdb.create_conversation(db, user_id="ada") for _ in range(2)]
         read, written = ({"user_id": "ada", "conversation_id": conversation.id} for conversation in made)
         await chatdb.append_messages(db, messages=fill, **read)
-        for part in range(10):  # the wall goes up and down, so that the kinds take turns
+        for part in range(10):  # alternate, so that all kinds run under the same load
             for _ in range(rounds // 10):
                 await timed("plain: history", chatdb.get_history(db, **read))
                 await timed("plain: append", chatdb.append_message(db, **written, **body))

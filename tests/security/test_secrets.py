@@ -1,7 +1,7 @@
 """
-No error, as a traceback prints it, no log record and no repr tells a text, a title, a key, metadata or a password.
+No error, traceback, log record or repr contains a message text, title, key, metadata or password.
 
-Whatever is private has the mark in it. A `Told` is shown all that the package says, and searches it.
+Every private value contains MARK. A `Told` searches everything that the package outputs for it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MARK = "XYZZY"
 
 
 class Told(logging.Handler):
-    """What was said, and where the mark was in it."""
+    """Search texts for MARK, and record where it occurs."""
 
     def __init__(self) -> None:
         super().__init__(logging.NOTSET)
@@ -47,16 +47,16 @@ class Told(logging.Handler):
         self.reprs = self.records = 0
 
     def search(self, what: str, *texts: str) -> None:
-        """Note the texts that have the mark."""
+        """Record the texts that contain MARK."""
         self.leaks += [f"{what}: {text[:300]}" for text in texts if MARK.lower() in text.lower()]
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Search a log record, as a handler would write it."""
+        """Search a log record as a handler would format it."""
         self.records += 1
         self.search(f"log of {record.name}", self.format(record))
 
     def error(self, error: BaseException) -> None:
-        """Search an error and those behind it, as a program can print them."""
+        """Search an error and its causes, in every form that a program can print."""
         self.errors.append(type(error).__name__)
         seen: BaseException | None = error
         while seen is not None:
@@ -67,16 +67,16 @@ class Told(logging.Handler):
         self.search("traceback", "".join(traceback.format_exception(error)))
 
     def shown(self, *values: object) -> None:
-        """Search the texts of values, alone and within others."""
+        """Search the str and repr of values, alone and inside other values."""
         for value in values:
             self.reprs += 1
             self.search(type(value).__name__, repr(value), str(value), f"{[value]} {value}")
 
     async def awaited(self, awaitable: Awaitable[Any], *, is_shown: bool = True) -> Any:
-        """Await something; its error is searched, and its result if that is of the package."""
+        """Await a call and search its error or its result; `is_shown=False` skips the result."""
         try:
             answer = await awaitable
-        except Exception as error:  # noqa: BLE001 - whichever
+        except Exception as error:  # noqa: BLE001 - any error
             self.error(error)
             return None
         self.shown(*((answer if isinstance(answer, list) else [answer]) if is_shown else ()))
@@ -85,7 +85,7 @@ class Told(logging.Handler):
 
 @pytest.fixture
 def told() -> Iterator[Told]:
-    """Give a Told that hears every logger of the process, and say at the end what it searched and found."""
+    """Yield a Told that receives the records of every logger."""
     told = Told()
     root = logging.getLogger()
     before = {logger: logger.level for name in logging.root.manager.loggerDict if (logger := logging.getLogger(name))}
@@ -102,7 +102,7 @@ def told() -> Iterator[Told]:
 
 
 def figure(told: Told, what: str) -> None:
-    """Print how much was searched, and require that nothing was found."""
+    """Print how much was searched, and check that nothing was found."""
     own = sum(name in chatdb.__all__ for name in told.errors)
     found = f"{len(told.errors)} errors ({own} of chatdb's), {told.reprs} reprs, {told.records} log records"
     print(f"figure: {what}: {found}: {len(told.leaks)} leaks")
@@ -130,7 +130,7 @@ WRONG: list[Any] = [
 
 
 async def test_every_argument(tx: asyncpg.Connection, told: Told) -> None:
-    """Every argument of every function, with values that are refused, here, by the driver or by the server."""
+    """Call every function with wrong values for each argument; chatdb, the driver or the server refuses them."""
     conversation = await chatdb.create_conversation(tx, user_id="alice", key=MARK, title=MARK, metadata={MARK: MARK})
     here = {"user_id": "alice", "conversation_id": conversation.id}
     await chatdb.append_message(tx, **here, **{name: BODY[name] for name in ("role", "content", "payload", "key")})
@@ -142,7 +142,7 @@ async def test_every_argument(tx: asyncpg.Connection, told: Told) -> None:
             for value in WRONG:
                 block = tx.transaction()
                 await block.start()
-                # a record tells whose it is
+                # a record's repr shows its user_id
                 answering = call(tx, name, given | {parameter: value}, conversation)
                 await told.awaited(answering, is_shown=parameter != "user_id")
                 await block.rollback()
@@ -168,7 +168,7 @@ REFUSED: list[dict[str, Any]] = [
 
 @pytest.mark.owner
 async def test_every_refusal_of_the_server(dsn: str, told: Told) -> None:
-    """What the server refuses, with the row in its DETAIL, in every class of error that it has."""
+    """Errors of the server contain the row in their DETAIL; provoke one of every class."""
     async with chatdb.create_pool(dsn) as db, chatdb.create_pool(dsn, command_timeout=0.2) as hurried:
         conversation = await chatdb.create_conversation(db, user_id="alice", key=MARK, title=MARK)
         here = {"user_id": "alice", "conversation_id": conversation.id}
@@ -177,7 +177,7 @@ async def test_every_refusal_of_the_server(dsn: str, told: Told) -> None:
         for wrong in REFUSED:
             row = {"role": "user", "content": MARK, "payload": None, "metadata": None, "token_count": None} | wrong
             await told.awaited(Query("append_message", Message).fetch_one(db, "alice", conversation.id, *row.values()))
-        for statement in (  # as another service's, on chatdb's tables
+        for statement in (  # statements that another service might run on chatdb's tables
             f"insert into chatdb.conversations (user_id, key) values ('alice', '{MARK}')",
             f"insert into chatdb.messages values (default, 99, 1, now(), 1, 'bob', 'user', '{MARK}', '{MARK}')",
             f"insert into chatdb.messages select 9, 99, 1, now(), 1, 'bob', 'user', null, '{MARK}'",
@@ -243,13 +243,13 @@ OPTIONS = [
 
 
 def connect(dsn: str) -> None:
-    """Connect as the operators' commands do."""
+    """Connect as the operator commands do."""
     with connected(dsn):
         pass
 
 
 async def test_every_dsn(told: Told, dsn: str, one_authority: None) -> None:
-    """A password in a DSN, well or badly encoded, by every way to a server that is not there."""
+    """Passwords in a DSN, encoded well or badly, appear neither in connection errors nor in a pool's repr."""
     for password in PASSWORDS:
         for option in OPTIONS:
             for place in ("127.0.0.1:1", "[::1", "127.0.0.1:port", "nowhere.invalid"):
@@ -276,7 +276,7 @@ async def test_every_dsn(told: Told, dsn: str, one_authority: None) -> None:
 
 
 async def test_everything_public(db: chatdb.pool.Pool, told: Told) -> None:
-    """What the package hands out, as a log would print it."""
+    """Records, handles and reports, as a log would print them."""
     conversation = await chatdb.create_conversation(db, user_id="alice", key=MARK, title=MARK, metadata={MARK: MARK})
     here = {"user_id": "alice", "conversation_id": conversation.id}
     host = logging.getLogger("host")
@@ -313,7 +313,7 @@ async def test_everything_public(db: chatdb.pool.Pool, told: Told) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 async def test_every_source(db: chatdb.pool.Pool, told: Told, format: str) -> None:  # noqa: A002
-    """A file that is broken somewhere, and an import of it."""
+    """Read and import a file that is broken at every position."""
     whole = {
         "sharegpt": f'[{{"id": "{MARK}", "conversations": [{{"from": "human", "value": "{MARK}"}}]}}]',
         "chatgpt": f'[{{"title": "{MARK}", "mapping": {{"{MARK}": {{"message": "{MARK}"}}}}, "current_node": "a"}}]',
@@ -335,7 +335,7 @@ async def test_every_source(db: chatdb.pool.Pool, told: Told, format: str) -> No
 
 
 async def test_a_leak_is_found(told: Told) -> None:
-    """The search finds the mark wherever it may stand."""
+    """The search finds MARK in every place where it can occur."""
     cause = asyncpg.UniqueViolationError(MARK)
     behind = ChatDBError("the key is taken")
     behind.__cause__ = cause
@@ -357,7 +357,7 @@ async def test_a_leak_is_found(told: Told) -> None:
 
 @pytest.mark.parametrize("private", ["content", "payload", "metadata", "key"])
 async def test_a_leak_is_found_in_every_test(private: str) -> None:
-    """An error or a log record with what a function was told fails the test that it is made in."""
+    """In every test, an error or log record that contains a private argument fails the test."""
     said = "wonderful weather"
 
     class Telling:
@@ -373,7 +373,7 @@ async def test_a_leak_is_found_in_every_test(private: str) -> None:
 
 @pytest.mark.parametrize("dsn", ["//alice:rainy%20day@nowhere/chat", "///chat?host=nowhere&password=rainy%20day"])
 def test_a_leak_of_a_password_is_found(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor may they have the password of a DSN."""
+    """In every test, an error that contains a DSN's password fails the test."""
 
     def telling(dsn: str) -> None:
         raise ChatDBError("there is no such password as rainy day")

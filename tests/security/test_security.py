@@ -1,4 +1,4 @@
-"""The roles of docs/security.md, and what a foreign id costs beside a missing one."""
+"""The roles of docs/security.md, and the cost of another user's id compared with a missing one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _serial = itertools.count()
 
 @pytest.fixture
 def database(server: str, roles: Roles) -> Iterator[str]:
-    """Give the superuser's DSN of a database of the roles."""
+    """Yield the superuser's DSN of a database with these roles."""
     with cloned(server, roles, f"{roles.database}_security_{next(_serial)}") as dsn:
         yield dsn
 
@@ -83,7 +83,7 @@ PRIVILEGES = "select relname, relacl::text from pg_class where relnamespace = 'c
 
 
 def refusal(connection: psycopg.Connection, statement: str) -> str | None:
-    """Return the SQLSTATE by which a statement is refused."""
+    """Return the SQLSTATE of a refused statement, or None."""
     try:
         connection.execute(statement.encode())
     except psycopg.Error as error:
@@ -92,7 +92,7 @@ def refusal(connection: psycopg.Connection, statement: str) -> str | None:
 
 
 def test_what_the_roles_may_not(database: str, roles: Roles) -> None:
-    """Neither the application nor the reader can create, change, drop, truncate or read secrets."""
+    """Neither the application nor the reader can create, alter, drop or truncate objects, or read secrets."""
     count = 0
     for role, forbidden in ((roles.app, FORBIDDEN), (roles.reader, FORBIDDEN + WRITES)):
         with psycopg.connect(as_role(database, role), autocommit=True) as connection:
@@ -103,7 +103,7 @@ def test_what_the_roles_may_not(database: str, roles: Roles) -> None:
                 count += 1
     with psycopg.connect(as_role(database, roles.app), autocommit=True) as connection:
         privileges = connection.execute(PRIVILEGES).fetchall()
-        connection.execute("grant all on chatdb.messages to public")  # is only warned of
+        connection.execute("grant all on chatdb.messages to public")  # PostgreSQL only warns
         assert connection.execute(PRIVILEGES).fetchall() == privileges
         assert [refusal(connection, statement) for statement in WRITES] == [None] * len(WRITES)
     with pytest.raises(chatdb.ConfigurationError, match="owner"):
@@ -115,7 +115,7 @@ def test_what_the_roles_may_not(database: str, roles: Roles) -> None:
 
 
 async def test_what_the_roles_may(database: str, roles: Roles) -> None:
-    """The application can do all that chatdb does, the reader what changes nothing, and is told so of the rest."""
+    """The application can call every function; the reader can call only those that read."""
     async with (
         chatdb.create_pool(as_role(database, roles.app)) as app,
         chatdb.create_pool(as_role(database, roles.reader)) as reader,
@@ -135,19 +135,19 @@ async def test_what_the_roles_may(database: str, roles: Roles) -> None:
     assert refused == writes
 
 
-# a foreign id beside a missing one
+# another user's id compared with a missing one
 
 ADA, BOB, NOBODY = 1, 2, 50
 """The ids of conversations are n * 100 + the number of their user."""
 
 
 def place(number: int, whose: int) -> dict[str, Any]:
-    """Return the arguments for a place in somebody's conversation."""
+    """Return the arguments for a message in a user's conversation."""
     return {"user_id": f"user {ADA}", "conversation_id": number * 100 + whose, "seq": 1, "key": "key 1"}
 
 
 def values(stem: str, number: int, whose: int) -> str:
-    """Return the arguments of a statement on somebody's conversation, as SQL."""
+    """Return a statement's arguments for a user's conversation, as SQL."""
     given = place(number, whose)
     known: dict[str, Any] = {"role": "user", "content": "x", "row_limit": 100, "after_seq": 0, "before_seq": 2**62}
     arrays = {"roles": "array['user']", "contents": "array['x']", "keys": "array['key 1']"}
@@ -170,14 +170,14 @@ ON_CONVERSATIONS = [stem for stem in TEXTS if "conversation_id" in {p.name for p
 
 @pytest.fixture(scope="module")
 def filled(server: str, roles: Roles) -> Iterator[str]:
-    """Give a database with conversations of twenty users."""
+    """Yield the application's DSN of a database with conversations of twenty users."""
     with cloned(server, roles, f"{roles.database}_filled") as dsn:
         execute(dsn, DATA)
         yield as_role(dsn, roles.app)
 
 
 def test_a_foreign_id_reads_what_a_missing_one_does(filled: str) -> None:
-    """For a foreign and a missing id each statement reads as many blocks and rows, in each of its nodes."""
+    """For both ids, each statement reads the same number of blocks, and of rows in each plan node."""
     compared = 0
     with psycopg.connect(filled, prepare_threshold=None) as connection:
         connection.execute("set plan_cache_mode = force_generic_plan; set random_page_cost = 1.1")
@@ -192,7 +192,7 @@ def test_a_foreign_id_reads_what_a_missing_one_does(filled: str) -> None:
                 return plan["Shared Hit Blocks"] + plan["Shared Read Blocks"], [*actual(plan)]
 
             numbers = [*range(20, 140, 6)]
-            for _ in range(2):  # the second time all is in memory, and seen to be committed
+            for _ in range(2):  # by the second run all blocks are cached and all hint bits are set
                 foreign, missing = ([seen(number, whose) for number in numbers] for whose in (BOB, NOBODY))
             assert foreign == missing, stem
             own = seen(numbers[0], ADA)
@@ -205,7 +205,7 @@ def test_a_foreign_id_reads_what_a_missing_one_does(filled: str) -> None:
 
 
 def actual(plan: dict[str, Any]) -> Iterator[float]:
-    """Yield how many rows each node of a plan gave."""
+    """Yield the number of rows that each node of a plan returned."""
     yield plan["Actual Rows"] * plan["Actual Loops"]
     for part in plan.get("Plans", ()):
         yield from actual(part)
@@ -213,7 +213,7 @@ def actual(plan: dict[str, Any]) -> Iterator[float]:
 
 @pytest.mark.chaos
 async def test_how_long_a_foreign_id_takes(filled: str, pytestconfig: pytest.Config) -> None:
-    """The times of foreign and of missing ids, in turns; a figure, on which nothing depends."""
+    """Print the times of another user's and of missing ids, in turns; no assertion depends on them."""
     rounds = 40 if pytestconfig.getoption("--quick") else 400
     times: dict[str, list[float]] = {"foreign": [], "missing": []}
     async with chatdb.create_pool(filled, max_size=1) as db:
@@ -235,7 +235,7 @@ async def test_how_long_a_foreign_id_takes(filled: str, pytestconfig: pytest.Con
 
 
 def test_the_missing_id_is_missing(filled: str) -> None:
-    """The ids that the comparison takes for foreign and for missing are that."""
+    """The compared ids belong to another user and to nobody."""
     with psycopg.connect(filled) as connection:
         found = connection.execute("select distinct user_id, id % 100 from chatdb.conversations").fetchall()
     assert (f"user {BOB}", BOB) in found
