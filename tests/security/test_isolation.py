@@ -1,5 +1,5 @@
 """
-Two users call any operations in any order on the same ids and keys; neither sees, counts or changes the other's rows.
+Two users call any operations in any order on the same ids and keys, and never see or change the other's rows.
 
 A model in plain Python predicts each answer. A snapshot of the tables shows whose rows changed.
 """
@@ -56,7 +56,7 @@ _example = itertools.count(1)
 
 
 class Counting:
-    """A database handle that records the statements that it sends."""
+    """A database handle that records its statements."""
 
     def __init__(self, db: chatdb.pool.Pool) -> None:
         self._db = db
@@ -69,7 +69,7 @@ class Counting:
 
 
 class Model:
-    """One user's data, and the effect of each function on it."""
+    """One user's data, and each function's effect on it."""
 
     def __init__(self, user: str) -> None:
         self.user = user
@@ -99,7 +99,7 @@ class Model:
         return next(found, None)
 
     def append(self, number: int, batch: list[NewMessage], answer: Any) -> list[Message] | type[ConflictError]:
-        """Append messages, with the ids and the time from `answer`, which the model cannot predict."""
+        """Append messages. The ids and the time come from `answer`, because the model cannot predict them."""
         stored = [self.message_by_key(number, item.key) for item in batch]
         if any(stored):
             same = (found is not None and body(found) == body(item) for found, item in zip(stored, batch, strict=True))
@@ -129,7 +129,7 @@ class Model:
         return new
 
     def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Return the user's rows as the tables should hold them."""
+        """Return the rows that the tables should hold."""
         messages = (message for number in self.messages for message in self.messages[number].values())
         return (
             [self.conversations[number].model_dump() for number in sorted(self.conversations)],
@@ -205,9 +205,9 @@ def or_unset(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 class Isolation(RuleBasedStateMachine):
     """
-    Every public function, called by one of two users with an id of their own, of the other user, or of nobody.
+    Two users call every public function with ids of their own, of the other user, and of nobody.
 
-    A third user makes no calls and has the same ids and keys.
+    A third user has the same ids and keys and makes no calls.
     """
 
     def __init__(
@@ -227,14 +227,14 @@ class Isolation(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        """Create two conversations for every user, with the same id, the same key and the same message keys."""
+        """Create two conversations for every user, with the same id, key and message keys."""
         for model in self.models:
             for conversation in (self.adopt(model), self.create(model, title=None, key="k", metadata=None)):
                 for key in ("k", "l"):
                     self.append_to(model, conversation.id, NewMessage(role="user", content="a", key=key))
 
     def adopt(self, model: Model) -> Conversation:
-        """Store a conversation under an id that other users also have, which an adoption of existing tables can do."""
+        """Store a conversation under an id that other users also have, as adopted tables can."""
         sql = "insert into chatdb.conversations (id, user_id) values ($1, $2)"
         self.run(self.admin.execute(sql, self.shared, model.user))
         get = chatdb.get_conversation(self.db, user_id=model.user, conversation_id=self.shared)
@@ -243,7 +243,7 @@ class Isolation(RuleBasedStateMachine):
         return model.conversations[self.shared]
 
     def create(self, model: Model, **fields: Any) -> Conversation:
-        """Create a conversation, or get the one that has the key."""
+        """Create or get a conversation by its key."""
         answer = self.call(model, chatdb.create_conversation, **fields)
         stored = model.by_key(fields["key"])
         if stored is None:
@@ -271,11 +271,11 @@ class Isolation(RuleBasedStateMachine):
     # helpers
 
     def conversation(self, index: int) -> int:
-        """Return the id of a stored or deleted conversation, or one that never existed."""
+        """Return the id of a conversation that exists, was deleted, or never existed."""
         return self.ids[index % len(self.ids)]
 
     def snapshot(self) -> list[Any]:
-        """Return each user's rows, including the version of each row."""
+        """Return each user's rows with their versions."""
         names = [model.user for model in self.models]
         conversations = self.run(self.admin.fetch(SNAPSHOT_CONVERSATIONS, names))
         messages = self.run(self.admin.fetch(SNAPSHOT_MESSAGES, names))
@@ -289,7 +289,7 @@ class Isolation(RuleBasedStateMachine):
         Call a function and check that the other users' rows are unchanged.
 
         If the user does not have the conversation, the call must send the same statements and raise the same error as
-        for an id that nobody has.
+        for an unused id.
         """
         self.called.add("iter_messages" if function is iterated else function.__name__)
         about = {} if number is None else {"conversation_id": number}
@@ -327,12 +327,12 @@ class Isolation(RuleBasedStateMachine):
 
     @rule(user=users, title=titles, key=keys, metadata=metadata)
     def create_conversation(self, user: int, **fields: Any) -> None:
-        """Create a conversation, or get the one that has the key."""
+        """Create or get a conversation by its key."""
         self.create(self.models[user], **fields)
 
     @rule(user=users)
     def adopt_again(self, user: int) -> None:
-        """Store the conversation with the shared id again after its deletion."""
+        """Store the deleted conversation with the shared id again."""
         if self.shared not in self.models[user].conversations:
             self.adopt(self.models[user])
 
@@ -353,7 +353,7 @@ class Isolation(RuleBasedStateMachine):
 
     @rule(user=users, limit=limits, cursor=st.integers(0, 20))
     def list_conversations(self, user: int, limit: int, cursor: int) -> None:
-        """List conversations, with any conversation of any user as the cursor."""
+        """List conversations after any user's conversation."""
         model, before = self.models[user], self.cursors[cursor % len(self.cursors)]
         answer = self.call(model, chatdb.list_conversations, limit=limit, before=before)
         self.settle(model, answer, model.page(limit, before))
@@ -379,7 +379,7 @@ class Isolation(RuleBasedStateMachine):
 
     @rule(user=users, sure=st.integers(0, 3).map(lambda draw: draw == 0))
     def delete_user(self, user: int, sure: bool) -> None:
-        """Delete all of a user's data in some of the draws."""
+        """Delete a user's data in some of the draws."""
         if not sure:
             return
         model = self.models[user]
@@ -500,7 +500,7 @@ def runner(pytestconfig: pytest.Config) -> Iterator[asyncio.Runner]:
 
 @pytest.mark.timeout(600)  # hypothesis takes up to five minutes to find the shortest sequence that fails
 def test_users_share_nothing(dsn: str, runner: asyncio.Runner, arguments_of: Callable[[str], dict[str, Any]]) -> None:
-    """Any sequence of calls returns what the model predicts and leaves every other user's rows unchanged."""
+    """Any sequence of calls returns what the model predicts and leaves other users' rows unchanged."""
     with started(runner, **arguments_of(dsn)) as db:
         run_isolation(runner, db, db, examples=60)
 
@@ -518,7 +518,7 @@ def started(runner: asyncio.Runner, dsn: str, **options: Any) -> Iterator[chatdb
 
 
 def run_isolation(runner: asyncio.Runner, db: Any, admin: chatdb.pool.Pool, *, examples: int) -> None:
-    """Run sequences of calls on `db`; `admin` sees the rows of all users."""
+    """Run sequences of calls on `db`; `admin` sees all rows."""
     called: set[str] = set()
     run_state_machine_as_test(
         # runner.run installs a Ctrl-C handler on every call, which costs a quarter of the test's time
@@ -552,7 +552,7 @@ class InTransactions:
 def test_users_share_nothing_behind_both_walls(
     server: str, roles: Roles, tmp_path: Path, runner: asyncio.Runner, pytestconfig: pytest.Config
 ) -> None:
-    """The same holds for an unprivileged role with row-level security, in transactions on one PgBouncer connection."""
+    """The same holds for an unprivileged role with row-level security on one PgBouncer connection."""
     examples = 6 if pytestconfig.getoption("--quick") else 60
     with cloned(server, roles, f"{roles.database}_isolation") as dsn:
         protect_tables(as_role(dsn, roles.owner))
@@ -573,7 +573,7 @@ def test_every_function_on_a_conversation_is_called():
 
 @pytest.mark.parametrize("name", CONVERSATION_CALLS)
 async def test_a_foreign_conversation_looks_like_a_missing_one(db, name):
-    """Both raise the same error after the same statement, and the other user's rows stay unchanged."""
+    """Both raise the same error after the same statement, and the other user's rows are unchanged."""
     conversation = await chatdb.create_conversation(db, user_id="bob", key="k")
     here = {"user_id": "bob", "conversation_id": conversation.id}
     for content in ("a", "b"):
@@ -595,7 +595,7 @@ async def test_a_foreign_conversation_looks_like_a_missing_one(db, name):
 
 
 async def test_a_foreign_key_looks_like_a_missing_one(db):
-    """Another user's conversation key is not found, and the user can create a conversation with the same key."""
+    """Another user's key is not found, and the user can create a conversation with the same key."""
     other = await chatdb.create_conversation(db, user_id="bob", key="k", title="bob's")
     errors = []
     for key in ("k", "unknown"):
@@ -618,7 +618,7 @@ async def test_the_other_users_cursor_pages_ones_own_list(db):
 
 
 async def test_import_and_export_keep_to_the_user(db):
-    """An import compares with and extends only its user's rows, and an export contains only its user's rows."""
+    """Import and export read and write only their user's rows."""
     time = datetime(2026, 1, 1, tzinfo=UTC)
     others = ["aaron", "zed"]
 
@@ -629,7 +629,7 @@ async def test_import_and_export_keep_to_the_user(db):
                 yield SourceMessage(seq, "user", "ada's", None, None, None, None, time)
 
     async def adopt(user: str) -> None:
-        """Store conversations with the same ids, keys, times and lengths but other texts."""
+        """Store conversations that differ only in their texts."""
         await db.executemany(
             """
             insert into chatdb.conversations (id, user_id, key, last_seq, created_at, updated_at)

@@ -54,7 +54,7 @@ def test_nothing_is_foreign_in_a_migrated_database(mallory: str, empty_dsn: str)
 
 
 def test_a_foreign_schema_and_table_are_named(mallory: str, empty_dsn: str) -> None:
-    """Another role's schema is named, and so are another role's table, function and type in the owner's schema."""
+    """Another role's schema is named, and so are its table, function and type in the owner's schema."""
     execute(empty_dsn, f"create schema chatdb authorization {mallory}")
     assert foreign(empty_dsn) == [f"schema chatdb belongs to the role {mallory}"]
     execute(empty_dsn, "alter schema chatdb owner to current_user")
@@ -77,7 +77,7 @@ def test_a_foreign_schema_and_table_are_named(mallory: str, empty_dsn: str) -> N
 
 
 def test_what_is_foreign_is_refused(mallory: str, empty_dsn: str) -> None:
-    """Neither a migration nor a rollback runs if another role owns the schema, or a table or function in it."""
+    """Migration and rollback refuse to run if another role owns the schema, or a table or function in it."""
     execute(empty_dsn, f"create schema chatdb authorization {mallory}")
     with pytest.raises(ConfigurationError, match=f"schema chatdb belongs to the role {mallory}"):
         apply_migrations(empty_dsn)

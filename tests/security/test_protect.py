@@ -115,7 +115,7 @@ def test_on_and_off(place: Place) -> None:
     ],
 )
 def test_a_wall_with_a_hole_is_mended(walled: Place, roles: Roles, change: str) -> None:
-    """The command restores any part of the protection that is missing or changed."""
+    """The command restores any missing or changed part of the protection."""
     execute(walled.owner, change)
     assert protection_statements(walled.owner)
     assert checked(walled.owner, roles.app) == {"row-level security": "different"}
@@ -167,7 +167,7 @@ def test_whoever_protects_the_tables_owner_has_the_function(place: Place, roles:
 
 
 def test_a_planted_function_is_replaced(place: Place, roles: Roles) -> None:
-    """A function of the same name that another role created gets chatdb's body and the tables' owner."""
+    """Another role's function of the same name gets chatdb's body and the tables' owner."""
     execute(
         place.superuser,
         "create function chatdb.rls_user_id() returns text language sql stable as $$ select 'bob' $$",
@@ -181,7 +181,7 @@ def test_a_planted_function_is_replaced(place: Place, roles: Roles) -> None:
 
 
 def test_all_is_taken_back_behind_the_wall(walled: Place) -> None:
-    """Rolling back all migrations also drops the policies' function, which would keep the schema."""
+    """Rolling back all migrations also drops the policies' function."""
     rollback_migrations(walled.owner, to="0")
     assert rows(walled.owner, "select from pg_namespace where nspname = 'chatdb'") == []
 
@@ -197,7 +197,7 @@ def test_a_command_over_all_users(walled: Place) -> None:
 
 
 async def test_readiness(walled: Place) -> None:
-    """`check_schema` raises if a restricted role names no user, and passes for a named user and an exempt role."""
+    """`check_schema` raises if a restricted role names no user, and passes otherwise."""
     async with chatdb.create_pool(walled.app) as db:
         with pytest.raises(chatdb.SchemaError, match="create_pool\\(row_level_security=True\\)"):
             await chatdb.check_schema(db)
@@ -209,7 +209,7 @@ async def test_readiness(walled: Place) -> None:
 
 
 def checked(dsn: str, role: str | None = None) -> dict[str, str]:
-    """Return the findings of `chatdb check` about row-level security; each occurs once."""
+    """Return each finding of `chatdb check` about row-level security."""
     found = [(each.what, each.state) for each in inspect(dsn, role=role) if "row-level security" in each.what]
     assert len(found) == len(dict(found))
     return dict(found)
@@ -253,7 +253,7 @@ def test_another_policy(place: Place) -> None:
 
 
 def test_a_busy_table(place: Place) -> None:
-    """The command waits at most `wait` seconds for a busy table and holds up other sessions for at most two seconds."""
+    """The command waits at most `wait` seconds for a busy table, and blocks other sessions for at most two."""
     with transaction(place.app, "select from chatdb.messages") as connection:
         with pytest.raises(chatdb.UnavailableError, match="55P03"):
             protect_tables(place.owner, wait=0)
@@ -273,7 +273,7 @@ def test_who_may_not(place: Place, empty_dsn: str) -> None:
 
 
 def test_a_rollback_counts_no_hidden_rows(walled: Place) -> None:
-    """If row-level security hides the rows from the owner, a rollback does not claim that it deletes none."""
+    """If row-level security hides the rows, a rollback does not report a count of zero."""
     execute(walled.superuser, "insert into chatdb.conversations (user_id) values ('ada')")
     assert [tables for _, tables in last_migrations(walled.owner)] == [{"chatdb.messages": None}]
     assert [tables for _, tables in last_migrations(walled.superuser)] == [{"chatdb.messages": 0}]
@@ -294,7 +294,7 @@ def described(answer: Any) -> Any:
 
 @pytest.mark.parametrize("role", ["app", "owner"])
 async def test_every_function_works_inside(server: str, roles: Roles, walled: Place, role: str) -> None:
-    """In a transaction of its user, every function answers as without row-level security, for the owner too."""
+    """In its user's transaction, every function answers as without row-level security, for the owner too."""
     with cloned(server, roles, f"{roles.database}_{next(_serial)}") as plain:
         answers: list[list[Any]] = []
         for dsn in (as_role(plain, roles.app), getattr(walled, role)):
@@ -312,7 +312,7 @@ async def test_every_function_works_inside(server: str, roles: Roles, walled: Pl
 
 @pytest.mark.parametrize("user", [None, "bob"])
 async def test_nothing_is_there_outside(walled: Place, user: str | None) -> None:
-    """Without a user, every call raises an error with the fix; in another user's transaction, nothing is found."""
+    """Without a user, every call raises an error with the fix; in another user's transaction, it finds nothing."""
     async with chatdb.create_pool(walled.app) as db:
         async with chatdb.transaction(db, user_id="alice") as connection:
             conversation = await conversation_with_a_message(connection)
@@ -336,7 +336,7 @@ async def test_nothing_is_there_outside(walled: Place, user: str | None) -> None
 
 
 async def test_a_row_of_another_users(walled: Place) -> None:
-    """No INSERT or UPDATE, not even the host's own, can assign a row to another user."""
+    """No INSERT or UPDATE, not even the host's, can assign a row to another user."""
     async with chatdb.create_pool(walled.app) as db:
         for statement in (
             "insert into chatdb.conversations (user_id) values ('bob')",
@@ -352,7 +352,7 @@ async def test_a_row_of_another_users(walled: Place) -> None:
 
 @pytest.mark.parametrize("role", ["app", "owner"])
 async def test_the_foreign_key_works(walled: Place, role: str) -> None:
-    """The cascade deletes only the conversation's messages, and a message without a conversation is refused."""
+    """Deleting a conversation deletes only its messages, and a message without a conversation is refused."""
     async with chatdb.create_pool(getattr(walled, role)) as db:
         numbers = {}
         for user in ("ada", "bob"):
@@ -390,14 +390,14 @@ async def assert_refused(connection: Any) -> None:
 
 @pytest.fixture
 async def users(walled: Place) -> Any:
-    """Yield the application's pool of one connection, on a database where two users have one conversation each."""
+    """Yield the application's pool of one connection, on a database with one conversation for each of two users."""
     execute(walled.superuser, "insert into chatdb.conversations (user_id) values ('ada'), ('bob')")
     async with chatdb.create_pool(walled.app, max_size=1) as db:
         yield db
 
 
 async def test_a_user_ends_with_his_transaction(users: Any) -> None:
-    """After COMMIT or ROLLBACK, the connection's statements are refused until another user is named."""
+    """After COMMIT or ROLLBACK, statements are refused until another user is named."""
     for user in ("ada", "bob"):
         async with chatdb.transaction(users, user_id=user) as connection:
             assert await seen(connection) == [user]
@@ -412,7 +412,7 @@ async def test_a_user_ends_with_his_transaction(users: Any) -> None:
 
 
 async def test_a_savepoints_user_ends_with_it(users: Any) -> None:
-    """After a savepoint of another user is released, rolled back or cancelled, the outer user applies again."""
+    """However a savepoint of another user ends, the outer user applies again."""
     async with chatdb.transaction(users, user_id="ada") as connection:
         async with chatdb.transaction(connection):
             assert await seen(connection) == ["ada"]
@@ -473,7 +473,7 @@ async def test_it_costs_two_round_trips(walled: Place) -> None:
 
 @pytest.mark.parametrize("role", ["app", "owner"])
 async def test_every_function_works_on_the_pool(server: str, roles: Roles, walled: Place, role: str) -> None:
-    """On a pool with `row_level_security`, every function answers as without it and cannot reach another user."""
+    """With `row_level_security`, every function on a pool answers as without it and reaches no other user."""
     with cloned(server, roles, f"{roles.database}_{next(_serial)}") as plain:
         answers: list[list[Any]] = []
         for dsn in (as_role(plain, roles.app), getattr(walled, role)):
@@ -538,7 +538,7 @@ async def test_any_user_can_be_named(walled: Place, user: str, escape: str) -> N
 
 @pytest.mark.parametrize("answered", [False, True], ids=["before", "after"])
 async def test_a_lost_commit(walled: Place, answered: bool) -> None:
-    """A connection lost at COMMIT leaves the outcome unknown: `.sent` is None, and a keyed write is retried."""
+    """If the connection is lost at COMMIT, `.sent` is None, and a keyed write is retried."""
     cut = 0
 
     def watch(statement: Statement) -> bool:
@@ -563,7 +563,7 @@ async def test_a_lost_commit(walled: Place, answered: bool) -> None:
 
 
 async def test_a_lost_begin(walled: Place) -> None:
-    """A connection lost before the statement raises an error with `.sent` False, and nothing is stored."""
+    """If the connection is lost before the statement, `.sent` is False and nothing is stored."""
     lost = False
     with Proxy(walled.app, watch=lambda statement: lost and statement.sql.startswith("begin")) as proxy:
         async with chatdb.create_pool(proxy.dsn, row_level_security=True) as db:
@@ -576,7 +576,7 @@ async def test_a_lost_begin(walled: Place) -> None:
 
 
 async def test_cancelled_calls_leave_no_user_behind(walled: Place) -> None:
-    """After a cancelled call, the next one on the same connection sees only its own user's rows."""
+    """After a cancelled call, the next one on its connection sees only its own user's rows."""
     async with chatdb.create_pool(walled.app, max_size=2, row_level_security=True) as db:
         numbers = {user: (await chatdb.create_conversation(db, user_id=user)).id for user in ("ada", "bob")}
         for delay in range(100):
@@ -593,7 +593,7 @@ async def test_cancelled_calls_leave_no_user_behind(walled: Place) -> None:
 
 
 async def test_a_change_of_the_tables_is_no_surprise(walled: Place) -> None:
-    """If the type of a statement's result changes, the call prepares the statement again and answers."""
+    """If a statement's result type changes, the call prepares it again and answers."""
     async with chatdb.create_pool(walled.app, max_size=3, row_level_security=True) as db:
         here = {"user_id": "alice", "conversation_id": (await conversation_with_a_message(db)).id}
         for kind in ("varchar", "text"):
@@ -646,7 +646,7 @@ FORGETFUL = {stem: file_of(stem) for stem in TEXTS if "user_id = $1" in file_of(
 
 
 async def taken(connection: Any, sql: str, arguments: list[Any]) -> tuple[Any, list[Any]]:
-    """Run a statement and roll it back; return its answer and the other user's rows after it."""
+    """Run a statement and roll it back; return its answer and the other user's rows."""
     block = connection.transaction()
     await block.start()
     try:
@@ -664,7 +664,7 @@ async def taken(connection: Any, sql: str, arguments: list[Any]) -> tuple[Any, l
 
 
 async def test_a_statement_that_forgets_its_user_reaches_nothing(walled: Place) -> None:
-    """Without its user filters, each statement reaches another user's rows only if row-level security is off."""
+    """Without its user filters, a statement reaches another user's rows only if row-level security is off."""
     reached: dict[bool, set[str]] = {True: set(), False: set()}
     async with chatdb.create_pool(walled.app, max_size=1) as db:
         async with chatdb.transaction(db, user_id="bob") as connection:
@@ -759,7 +759,7 @@ def file(length: int) -> Iterator[Item]:
 
 
 async def test_import_and_export(server: str, roles: Roles, walled: Place) -> None:
-    """A restricted role can import, import again, extend and export, with the same results as without restrictions."""
+    """A restricted role imports, repeats, extends and exports with the same results as an unrestricted one."""
     exported = []
     with cloned(server, roles, f"{roles.database}_{next(_serial)}") as plain:
         for dsn in (as_role(plain, roles.app), walled.app):
@@ -796,7 +796,7 @@ def test_the_command_line(walled: Place, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def planned(server: str, roles: Roles) -> Iterator[Live]:
-    """Yield a restricted connection to tables that are large enough for realistic plans."""
+    """Yield a restricted connection to tables large enough for realistic plans."""
     with cloned(server, roles, f"{roles.database}_plans") as dsn:
         execute(dsn, DATA, f"alter role {roles.app} in database {roles.database}_plans set track_functions = 'pl'")
         protect_tables(as_role(dsn, roles.owner))
@@ -812,13 +812,13 @@ def test_the_plans_are_the_same(planned: Live, stem: str) -> None:
 
 
 def asked(live: Live) -> int:
-    """Return how often the session has called the user function since the server last collected the counts."""
+    """Return how often the session has called the user function since the server last flushed the counts."""
     return sum(count for (count,) in live.rows("select calls from pg_stat_xact_user_functions"))
 
 
 @pytest.mark.parametrize("stem", [stem for stem in TEXTS if stem != "check_schema"])
 def test_the_user_is_asked_for_once(planned: Live, stem: str) -> None:
-    """A statement calls the user function once or twice per table that it names, not once for each of its 50 rows."""
+    """A statement calls the user function at most twice per table that it names, not once per row."""
     file, connection = file_of(stem), planned.connection
     (at,) = planned.rows("select id, last_seq from chatdb.conversations where user_id = 'user 1' limit 1")
     conversation = Conversation.model_construct(id=at[0], last_seq=at[1], created_at=datetime.now(UTC))
@@ -841,7 +841,7 @@ def test_the_user_is_asked_for_once(planned: Live, stem: str) -> None:
 
 @pytest.mark.chaos
 async def test_what_it_costs(place: Place, pytestconfig: pytest.Config) -> None:
-    """Print the times of a history of 100, an append and an import, with and without row-level security, in turns."""
+    """Print the times of reads, appends and imports, with and without row-level security."""
     rounds = 100 if pytestconfig.getoption("--quick") else 1_000
     times: dict[str, list[float]] = {}
     fill = [{"role": "user", "content": "x" * 200}] * 100

@@ -1,7 +1,7 @@
 """
 No error, traceback, log record or repr contains a message text, title, key, metadata or password.
 
-Every private value contains MARK. A `Told` searches everything that the package outputs for it.
+Every private value contains MARK. A `Told` searches all output of the package for it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MARK = "XYZZY"
 
 
 class Told(logging.Handler):
-    """Search texts for MARK, and record where it occurs."""
+    """Search texts for MARK and record the matches."""
 
     def __init__(self) -> None:
         super().__init__(logging.NOTSET)
@@ -56,7 +56,7 @@ class Told(logging.Handler):
         self.search(f"log of {record.name}", self.format(record))
 
     def error(self, error: BaseException) -> None:
-        """Search an error and its causes, in every form that a program can print."""
+        """Search an error and its causes, in every printable form."""
         self.errors.append(type(error).__name__)
         seen: BaseException | None = error
         while seen is not None:
@@ -130,7 +130,7 @@ WRONG: list[Any] = [
 
 
 async def test_every_argument(tx: asyncpg.Connection, told: Told) -> None:
-    """Call every function with wrong values for each argument; chatdb, the driver or the server refuses them."""
+    """Call every function with wrong values, which chatdb, the driver or the server refuses."""
     conversation = await chatdb.create_conversation(tx, user_id="alice", key=MARK, title=MARK, metadata={MARK: MARK})
     here = {"user_id": "alice", "conversation_id": conversation.id}
     await chatdb.append_message(tx, **here, **{name: BODY[name] for name in ("role", "content", "payload", "key")})
@@ -249,7 +249,7 @@ def connect(dsn: str) -> None:
 
 
 async def test_every_dsn(told: Told, dsn: str, one_authority: None) -> None:
-    """Passwords in a DSN, encoded well or badly, appear neither in connection errors nor in a pool's repr."""
+    """A DSN's password, encoded well or badly, appears neither in errors nor in a pool's repr."""
     for password in PASSWORDS:
         for option in OPTIONS:
             for place in ("127.0.0.1:1", "[::1", "127.0.0.1:port", "nowhere.invalid"):
@@ -276,7 +276,7 @@ async def test_every_dsn(told: Told, dsn: str, one_authority: None) -> None:
 
 
 async def test_everything_public(db: chatdb.pool.Pool, told: Told) -> None:
-    """Records, handles and reports, as a log would print them."""
+    """Search records, handles and reports as a log would print them."""
     conversation = await chatdb.create_conversation(db, user_id="alice", key=MARK, title=MARK, metadata={MARK: MARK})
     here = {"user_id": "alice", "conversation_id": conversation.id}
     host = logging.getLogger("host")
@@ -335,7 +335,7 @@ async def test_every_source(db: chatdb.pool.Pool, told: Told, format: str) -> No
 
 
 async def test_a_leak_is_found(told: Told) -> None:
-    """The search finds MARK in every place where it can occur."""
+    """The search finds MARK wherever it can occur."""
     cause = asyncpg.UniqueViolationError(MARK)
     behind = ChatDBError("the key is taken")
     behind.__cause__ = cause
@@ -357,7 +357,7 @@ async def test_a_leak_is_found(told: Told) -> None:
 
 @pytest.mark.parametrize("private", ["content", "payload", "metadata", "key"])
 async def test_a_leak_is_found_in_every_test(private: str) -> None:
-    """In every test, an error or log record that contains a private argument fails the test."""
+    """An error or log record that contains a private argument fails any test."""
     said = "wonderful weather"
 
     class Telling:
@@ -373,7 +373,7 @@ async def test_a_leak_is_found_in_every_test(private: str) -> None:
 
 @pytest.mark.parametrize("dsn", ["//alice:rainy%20day@nowhere/chat", "///chat?host=nowhere&password=rainy%20day"])
 def test_a_leak_of_a_password_is_found(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every test, an error that contains a DSN's password fails the test."""
+    """An error that contains a DSN's password fails any test."""
 
     def telling(dsn: str) -> None:
         raise ChatDBError("there is no such password as rainy day")

@@ -1,4 +1,4 @@
-"""The roles of docs/security.md, and the cost of another user's id compared with a missing one."""
+"""The roles of docs/security.md, and the cost of another user's id compared with a missing id."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def refusal(connection: psycopg.Connection, statement: str) -> str | None:
 
 
 def test_what_the_roles_may_not(database: str, roles: Roles) -> None:
-    """Neither the application nor the reader can create, alter, drop or truncate objects, or read secrets."""
+    """Neither the application nor the reader can change the schema, truncate tables or read secrets."""
     count = 0
     for role, forbidden in ((roles.app, FORBIDDEN), (roles.reader, FORBIDDEN + WRITES)):
         with psycopg.connect(as_role(database, role), autocommit=True) as connection:
@@ -177,7 +177,7 @@ def filled(server: str, roles: Roles) -> Iterator[str]:
 
 
 def test_a_foreign_id_reads_what_a_missing_one_does(filled: str) -> None:
-    """For both ids, each statement reads the same number of blocks, and of rows in each plan node."""
+    """Each statement reads the same blocks, and rows in each plan node, for another user's id and a missing one."""
     compared = 0
     with psycopg.connect(filled, prepare_threshold=None) as connection:
         connection.execute("set plan_cache_mode = force_generic_plan; set random_page_cost = 1.1")
@@ -213,7 +213,7 @@ def actual(plan: dict[str, Any]) -> Iterator[float]:
 
 @pytest.mark.chaos
 async def test_how_long_a_foreign_id_takes(filled: str, pytestconfig: pytest.Config) -> None:
-    """Print the times of another user's and of missing ids, in turns; no assertion depends on them."""
+    """Print the times of another user's and of missing ids, in turns."""
     rounds = 40 if pytestconfig.getoption("--quick") else 400
     times: dict[str, list[float]] = {"foreign": [], "missing": []}
     async with chatdb.create_pool(filled, max_size=1) as db:
