@@ -1,4 +1,4 @@
-"""Where asyncpg has not the private names that the fast way takes, chatdb takes asyncpg's own, and keeps its word."""
+"""If asyncpg lacks private names that the fast path uses, chatdb uses asyncpg's public API with the same results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.calls import conversation_with_a_message
 PROGRAM = Path(__file__).with_name("without_a_name.py")
 
 COMPILED = {"Protocol", "_cancel_current_command"}
-"""What asyncpg's compiled part defines or calls, so that its sources cannot have another name for it."""
+"""Names that asyncpg's compiled part defines or calls, so a copy of its sources cannot rename them."""
 
 NAMES = [(owner.__name__, name) for owner, names in NEEDED.items() for name in names]
 
@@ -31,11 +31,11 @@ QUICK = (
     *("_get_statement", "_pool_release_ctr", "_transport", "_cancel_current_command", "_connect_kwargs", "_loop"),
     *("_con", "_state", "queries_count"),
 )
-"""Those of which something depends by themselves, and one of each class; the others are for a long run."""
+"""Names with an effect of their own, and one of each class. A long run tests the others too."""
 
 
 def renamed(source: str, names: set[str]) -> str:
-    """Return asyncpg's source with other names for its own; the queue's class has one of asyncio's."""
+    """Return asyncpg's source with these names renamed, except `_queue` in the queue class, which is asyncio's."""
     pattern = re.compile(rf"\b({'|'.join(names)})\b")
     head, mark, rest = source.partition("class PoolConnectionProxyMeta")
     if mark:
@@ -45,7 +45,7 @@ def renamed(source: str, names: set[str]) -> str:
 
 
 def asyncpg_without(folder: Path, names: set[str]) -> Path:
-    """Make a copy of asyncpg that has other names for these, and return the folder that it is in."""
+    """Copy asyncpg to a folder with these names renamed, and return the folder."""
     original = Path(asyncpg.__file__).parent
     shutil.copytree(original, folder / "asyncpg", ignore=shutil.ignore_patterns("__pycache__", "*.pyx", "*.pxd"))
     for path in (folder / "asyncpg").glob("*.py"):
@@ -54,12 +54,12 @@ def asyncpg_without(folder: Path, names: set[str]) -> Path:
 
 
 def expected(missing: list[str]) -> dict[str, Any]:
-    """Return what the program says: a codec can be passed by or, where that is not possible, is told."""
+    """Return the expected results. If private names prevent bypassing a custom codec, chatdb refuses it."""
     return EXPECTED | {"codec": "ConfigurationError" if "Connection._get_statement" in missing else "none"}
 
 
 def outcome(dsn: str, folder: Path | str, *hidden: str) -> dict[str, Any]:
-    """Return what a program that uses chatdb says, on the asyncpg of a folder, or with names hidden at the import."""
+    """Return the program's results with the asyncpg in a folder, or with names hidden during chatdb's import."""
     command = [sys.executable, str(PROGRAM), dsn, str(folder), *hidden]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -98,7 +98,7 @@ EXPECTED = {
     [pytest.param(*pair, marks=[] if pair[1] in QUICK else pytest.mark.chaos) for pair in NAMES],
 )
 def test_each_name_can_be_missing(dsn: str, tmp_path: Path, owner: str, name: str) -> None:
-    """With any one of the names missing, every use ends as it should; a warning names it."""
+    """Without any single private name, every use has its expected result, and one warning names what is missing."""
     if {owner, name} & COMPILED:
         found = outcome(dsn, "-", owner, name)
     else:
@@ -110,7 +110,7 @@ def test_each_name_can_be_missing(dsn: str, tmp_path: Path, owner: str, name: st
 
 
 def test_all_names_can_be_missing(dsn: str, tmp_path: Path) -> None:
-    """Nothing of asyncpg's private parts is needed."""
+    """Without all private names, every use has its expected result."""
     names = {name for owner, name in NAMES if not {owner, name} & COMPILED}
     found = outcome(dsn, asyncpg_without(tmp_path, names))
     missing = found.pop("missing")
@@ -120,7 +120,7 @@ def test_all_names_can_be_missing(dsn: str, tmp_path: Path) -> None:
 
 
 def test_no_name_is_missing(dsn: str) -> None:
-    """The same program on the asyncpg that is there has the fast way, no warning, and the same outcome."""
+    """With the installed asyncpg, the program uses the fast path, logs no warning, and has the same results."""
     found = outcome(dsn, "-")
     assert (found.pop("missing"), found.pop("warnings")) == ([], 0)
     assert found == expected([])
@@ -128,7 +128,7 @@ def test_no_name_is_missing(dsn: str) -> None:
 
 @pytest.mark.parametrize("is_fast", [True, False], ids=["fast", "public"])
 async def test_rows_with_the_drivers_own_types(dsn: str, is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows by chatdb's pool are never validated; of other handles they need not be where private names are there."""
+    """A chatdb pool never validates rows; other handles skip validation if the private names exist."""
     monkeypatch.setattr(asyncpg_private, "FAST", is_fast)
     async with (
         chatdb.create_pool(dsn) as db,

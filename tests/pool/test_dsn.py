@@ -1,4 +1,4 @@
-"""DSNs as clouds and tools give them: what the driver is told, what is refused, and that no password is quoted."""
+"""DSNs as cloud providers and tools write them: what the driver receives, what is refused, no password in errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MA8GA1UdEwEB/wQFMAMBAf8wCgYIKoZIzj0EAwIDRwAwRAIgBWYO/8q2Hmm4X/Rz
 NfnCdvql8AvJ9XYEeUi1gREkW3oCIC4S1z9/HDiPknhBJRMFyd5mJaC22GPWK/U1
 M9HArQUf
 -----END CERTIFICATE-----
-"""  # a root that vouches for nothing
+"""  # a root that has signed no certificate
 NEON = "ep-cool-darkness-123456-pooler.us-east-2.aws.neon.tech"
 SUPABASE = "aws-0-eu-central-1.pooler.supabase.com"
 RDS = "mydb.abcdefgh.eu-west-1.rds.amazonaws.com"
@@ -37,7 +37,7 @@ ALICE = {"user": "alice", "password": "pw", "database": "chat"}
 
 
 def on(*hosts, port=5432, **others):
-    """Return alice's arguments for some hosts."""
+    """Return alice's arguments for the hosts."""
     return ALICE | {"host": list(hosts), "port": port} | others
 
 
@@ -52,11 +52,11 @@ DEFAULTS = {
     "krbsrvname": "postgres",
     "gsslib": "gssapi",
 }
-"""What asyncpg is told where a DSN says nothing, so that it asks no environment."""
+"""Arguments for what a DSN omits, so that asyncpg does not read the environment."""
 
 
 def tls(arguments):
-    """Return what the arguments say about TLS."""
+    """Return the kind of TLS that the arguments ask for."""
     context = arguments.get("ssl")
     if not isinstance(context, ssl.SSLContext):
         return "by itself" if context == "prefer" else context
@@ -74,7 +74,7 @@ def _no_environment(monkeypatch, one_authority):
 
 
 DSNS = {
-    # as clouds give them
+    # cloud providers
     f"postgresql://alice:pw@{NEON}/chat?sslmode=require&channel_binding=require": (on(NEON), "verified"),
     f"postgres://alice:pw@{NEON}/chat?sslmode=require": (on(NEON), "verified"),
     f"postgresql://postgres.abcdef:pw@{SUPABASE}:6543/postgres": (
@@ -111,7 +111,7 @@ DSNS = {
         on("db.example.com", direct_tls=True),
         "verified",
     ),
-    # local ones
+    # local hosts
     "postgresql://alice:pw@localhost/chat": (on("localhost"), "by itself"),
     "postgresql://alice:pw@127.0.0.1:5433/chat": (on("127.0.0.1", port=5433), "by itself"),
     "postgresql://alice:pw@[::1]:5433/chat?sslmode=prefer": (on("::1", port=5433), "by itself"),
@@ -126,7 +126,7 @@ DSNS = {
     ),
     "postgresql:///chat": ({"database": "chat"}, "by itself"),
     "postgresql://": ({}, "by itself"),
-    # several
+    # several hosts
     "postgresql://alice:pw@one.example.com,two.example.com:5433/chat?target_session_attrs=read-write": (
         on("one.example.com", "two.example.com", port=[5432, 5433], target_session_attrs="read-write"),
         "verified",
@@ -172,12 +172,12 @@ DSNS = {
     ),
     "postgresql://localhost/?dbname=chat&user=alice&password=pw": (on("localhost"), "by itself"),
 }
-"""DSNs, each with the arguments that asyncpg is given, and what they say about TLS."""
+"""DSNs, each with the expected arguments for asyncpg and kind of TLS."""
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Give the path of a root certificate."""
+    """Return the path of a root certificate."""
     path = tmp_path / "root.pem"
     path.write_text(CERTIFICATE)
     return path
@@ -185,7 +185,7 @@ def root(tmp_path):
 
 @pytest.mark.parametrize("dsn", DSNS)
 def test_read(dsn, root):
-    """A DSN is read as libpq reads it, and a host that is not local is reached by verified TLS."""
+    """A DSN is read as libpq reads it, and a remote host requires verified TLS unless sslmode is disable."""
     expected, kind = DSNS[dsn]
 
     arguments = connect_arguments(dsn.format(root=root))
@@ -195,7 +195,7 @@ def test_read(dsn, root):
 
 
 def test_the_root_certificate_is_the_only_one(root):
-    """With a root certificate of the DSN's no other authority is trusted."""
+    """With a root certificate in the DSN, no other authority is trusted."""
     context = connect_arguments(f"postgresql://alice@db.example.com/chat?sslrootcert={root}")["ssl"]
 
     assert [dict(entry[0] for entry in found["subject"]) for found in context.get_ca_certs()] == [
@@ -204,7 +204,7 @@ def test_the_root_certificate_is_the_only_one(root):
 
 
 def test_a_host_from_the_environment(monkeypatch):
-    """A host that only PGHOST names is reached by verified TLS too, if it is not local."""
+    """A remote host from PGHOST also requires verified TLS."""
     monkeypatch.setenv("PGHOST", "db.example.com")
     assert tls(connect_arguments("postgresql:///chat")) == "verified"
 
@@ -220,7 +220,7 @@ REFUSED = {
     f"host=localhost user=alice password={PASSWORD}": r"must start with postgresql://",
     f"postgresql:alice:{PASSWORD}@localhost": r"must start with postgresql://",
     PASSWORD: r"must start with postgresql://",
-    # what is not encoded
+    # unencoded characters
     f"postgresql://alice:#{PASSWORD}@localhost/chat": r"%23",
     f"postgresql://alice:{PASSWORD}#@localhost/chat": r"%23",
     f"postgresql://alice:12#{PASSWORD}@localhost/chat": r"%23",
@@ -273,12 +273,12 @@ REFUSED = {
     f"postgresql://alice:{PASSWORD}@db.example.com/chat?sslrootcert={{no_certificate}}": r"sslrootcert",
     f"postgresql://alice:{PASSWORD}@db.example.com/chat?sslcert={{root}}&sslpassword={PASSWORD}": r"sslcert",
 }
-"""DSNs that are refused, each with what the error says."""
+"""Refused DSNs, each with the expected error text."""
 
 
 @pytest.mark.parametrize("dsn", REFUSED)
 def test_refused(dsn, root, tmp_path):
-    """What chatdb cannot do as it is told is refused by name, and no part of a password is told."""
+    """An error names what chatdb does not support, and contains no part of a password."""
     no_certificate = tmp_path / "no.pem"
     no_certificate.write_text("no certificate")
 
@@ -291,14 +291,14 @@ def test_refused(dsn, root, tmp_path):
 
 @pytest.mark.parametrize("dsn", REFUSED)
 def test_a_pool_refuses_at_once(dsn, root):
-    """A pool on a DSN that is refused is not made at all."""
+    """`create_pool` refuses a bad DSN immediately."""
     with pytest.raises(ConfigurationError):
         chatdb.create_pool(dsn.replace("{root}", str(root)))
 
 
 @pytest.mark.parametrize("dsn", [None, ""])
 def test_no_dsn(monkeypatch, dsn):
-    """Without a DSN and DATABASE_URL the error says which to give."""
+    """Without a DSN and DATABASE_URL, the error says what to set."""
     with pytest.raises(ConfigurationError, match="DATABASE_URL"):
         chatdb.create_pool(dsn)
     monkeypatch.setenv("DATABASE_URL", "")
@@ -307,7 +307,7 @@ def test_no_dsn(monkeypatch, dsn):
 
 
 async def test_dsn_from_the_environment(monkeypatch, dsn):
-    """Without a DSN that of DATABASE_URL is used."""
+    """Without a DSN, the pool uses DATABASE_URL."""
     monkeypatch.setenv("DATABASE_URL", dsn)
 
     async with chatdb.create_pool() as db:
@@ -315,7 +315,7 @@ async def test_dsn_from_the_environment(monkeypatch, dsn):
 
 
 async def test_a_given_dsn_comes_first(monkeypatch, dsn):
-    """DATABASE_URL is not looked at where a DSN is given."""
+    """With a DSN, DATABASE_URL is ignored."""
     monkeypatch.setenv("DATABASE_URL", "postgresql://localhost/?no=such")
 
     async with chatdb.create_pool(dsn) as db:
@@ -324,7 +324,7 @@ async def test_a_given_dsn_comes_first(monkeypatch, dsn):
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg"])
 async def test_every_scheme_connects(dsn, scheme):
-    """A server is reached under each scheme, and settings and options of the DSN reach it."""
+    """Each scheme connects, and the DSN's settings and options reach the server."""
     dsn = f"{scheme}://{dsn.partition('://')[2]}"
     options = "application_name=my%20app&options=-c%20geqo%3Doff&channel_binding=prefer&connect_timeout=30"
 
@@ -351,13 +351,13 @@ LIBPQ = {
     "postgresql:///chat": {"dbname": "chat"},
     "postgresql:///chat?host=/run/postgresql": {"host": "/run/postgresql", "dbname": "chat"},
 }
-"""DSNs, each with some of what libpq is to read in the one that it is given."""
+"""DSNs, each with parameters that libpq must read from the converted DSN."""
 
 
 @pytest.mark.parametrize("dsn", LIBPQ)
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
 def test_for_libpq(dsn, scheme, root):
-    """The DSN for libpq's drivers says the same, and demands TLS where chatdb does."""
+    """The DSN for libpq's drivers is equivalent, and requires TLS where chatdb does."""
     given = libpq_dsn(dsn.format(root=root), scheme=scheme)
 
     found = psycopg.conninfo.conninfo_to_dict(given)
@@ -367,14 +367,14 @@ def test_for_libpq(dsn, scheme, root):
 
 
 def test_a_part_of_a_password_that_looks_like_an_option():
-    """A password with an unencoded ? and & is not quoted as the name of an unknown option."""
+    """If a password contains an unencoded ? and &, no part of it is quoted as an unknown option."""
     with pytest.raises(ConfigurationError, match="percent-encode") as caught:
         connect_arguments("postgresql://alice@localhost/chat?password=p&s3cr3t-rest=1")
     assert "s3cr3t" not in str(caught.value)
 
 
 def test_libpq_gets_the_whole_password():
-    """libpq, which ends a password at its first @ or :, gets what asyncpg gets."""
+    """Although libpq ends a password at its first @ or :, its drivers get the same password as asyncpg."""
     for dsn in ("postgresql://ann:a@b:c@localhost/chat", "postgresql://ann:a%40b%3Ac@localhost/chat"):
         assert connect_arguments(dsn)["password"] == "a@b:c"
         assert psycopg.conninfo.conninfo_to_dict(libpq_dsn(dsn, scheme="postgresql"))["password"] == "a@b:c"

@@ -1,4 +1,4 @@
-"""A pool belongs to the process and the event loop that open it, and a lent connection comes back clean."""
+"""A pool belongs to the process and event loop that open it; a released connection keeps no session state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HANG = 30
 
 
 async def opened(dsn, **options):
-    """Return a pool, with a conversation of alice's and one of bob's."""
+    """Return a pool, and the ids of a conversation of alice and one of bob."""
     pool = await chatdb.create_pool(dsn, **options)
     ids = {}
     for user in ("alice", "bob"):
@@ -36,12 +36,12 @@ async def opened(dsn, **options):
 
 
 async def contents(pool, ids, user):
-    """Return what a user's conversation holds."""
+    """Return the contents of a user's messages."""
     return [m.content for m in await chatdb.get_history(pool, user_id=user, conversation_id=ids[user])]
 
 
 def uses(pool, ids, connection=None):
-    """Return the ways in which a pool, or a connection of it, can be used where it does not belong."""
+    """Return the ways to use a pool or its connection in the wrong process or loop."""
     at = {"user_id": "bob", "conversation_id": ids["bob"]}
 
     async def in_transaction():
@@ -70,7 +70,7 @@ def uses(pool, ids, connection=None):
 
 
 def refused(make):
-    """Say in a few words how a use ended in an event loop of its own."""
+    """Return how a use ended in an event loop of its own."""
 
     async def run():
         return await make()
@@ -79,20 +79,20 @@ def refused(make):
         asyncio.run(run())
     except ConfigurationError:
         return "refused"
-    except BaseException as error:  # noqa: BLE001 - any other end is a failure, which the test shows
+    except BaseException as error:  # noqa: BLE001 - the test shows any other error
         return f"{type(error).__name__}: {error}"
     return "done"
 
 
 def report(pipe, ways):
-    """Send how each use ended, from a forked process."""
+    """Send the outcome of each use from a forked process."""
     pipe.send({name: refused(make) for name, make in ways.items()})
     pipe.close()
 
 
 @pytest.mark.parametrize("size", [1, 3])
 async def test_a_forked_process_is_refused(dsn, size):
-    """Nothing is sent by a process forked from a coroutine, and its parent's calls and connections are undisturbed."""
+    """A forked process sends nothing, and the parent's calls and connections continue."""
     pool, ids = await opened(dsn, max_size=size)
     connection = await pool.acquire() if size > 1 else None
     ways = uses(pool, ids, connection)
@@ -111,7 +111,7 @@ async def test_a_forked_process_is_refused(dsn, size):
 
 
 async def test_terminating_in_a_forked_process_is_refused(dsn):
-    """`terminate`, which needs no loop, does not drop the parent's connections."""
+    """`terminate` needs no loop, but in a forked process it does not drop the parent's connections."""
     pool, ids = await opened(dsn)
 
     def terminate(pipe):
@@ -130,7 +130,7 @@ async def test_terminating_in_a_forked_process_is_refused(dsn):
 
 
 async def test_another_threads_loop_is_refused(dsn):
-    """Nothing of another thread's calls is stored, and no call of the pool's own loop fails meanwhile."""
+    """Calls from another thread store nothing, and calls on the pool's own loop continue."""
     pool, ids = await opened(dsn, max_size=2)
     connection = await pool.acquire()
     answers = []
@@ -152,9 +152,9 @@ async def test_another_threads_loop_is_refused(dsn):
 
 
 async def reap(child):
-    """Wait for a forked process, without a thread that it would wait for in its turn, and say whether it ended."""
+    """Wait for a forked process without a thread, and return whether it ended in time."""
     end = time.monotonic() + HANG / 3
-    while os.waitpid(child, os.WNOHANG) == (0, 0):  # noqa: ASYNC222 - there is nothing to wait for
+    while os.waitpid(child, os.WNOHANG) == (0, 0):  # noqa: ASYNC222 - WNOHANG does not block
         if time.monotonic() > end:
             os.kill(child, signal.SIGKILL)
         await asyncio.sleep(0.01)
@@ -162,7 +162,7 @@ async def reap(child):
 
 
 async def test_prepared_statements_and_cursors_are_refused(dsn):
-    """What was prepared on a lent connection sends nothing in a forked process or in another thread's loop."""
+    """Prepared statements and cursors send nothing from a forked process or another thread's loop."""
     pool, _ = await opened(dsn)
     async with pool.acquire() as connection, connection.transaction():
         statement = await connection.prepare("select $1::text")
@@ -185,7 +185,7 @@ async def test_prepared_statements_and_cursors_are_refused(dsn):
 
 
 @pytest.mark.parametrize(
-    ("loop", "error"),  # on uvloop, an exception that ends the loop in a child aborts its parent, whatever runs there
+    ("loop", "error"),  # on uvloop, an exception that ends the loop in a child aborts the parent
     [
         (asyncio.new_event_loop, SystemExit),
         (asyncio.new_event_loop, KeyboardInterrupt),
@@ -195,7 +195,7 @@ async def test_prepared_statements_and_cursors_are_refused(dsn):
     ids=["asyncio-exit", "asyncio-interrupt", "asyncio-garbage", "uvloop-garbage"],
 )
 def test_a_forked_process_ends_anyhow(dsn, loop, error):
-    """A child that ends by an exception, or collects its garbage, takes no answer and cancels no statement."""
+    """A child that exits with an exception or collects garbage reads no answer and cancels no statement."""
     parent = os.getpid()
     stop = asyncio.Event()
 
@@ -232,7 +232,7 @@ def test_a_forked_process_ends_anyhow(dsn, loop, error):
 
 
 def test_a_loop_that_has_ended(dsn):
-    """A pool of an earlier asyncio.run() says that its event loop has ended, each time."""
+    """A pool of a finished asyncio.run() reports each time that its event loop is closed."""
     pool, ids = asyncio.run(opened(dsn))
 
     async def run(make):
@@ -247,7 +247,7 @@ def test_a_loop_that_has_ended(dsn):
 
 
 def test_a_pool_made_outside_a_loop(dsn):
-    """A pool that a module makes when it is imported belongs to the loop that opens it."""
+    """A pool that a module creates at import belongs to the loop that opens it."""
     pool = chatdb.create_pool(dsn)
 
     async def run():
@@ -259,7 +259,7 @@ def test_a_pool_made_outside_a_loop(dsn):
 
 @pytest.mark.owner
 async def test_a_lent_connection_comes_back_clean(dsn):
-    """What a borrower sets, locks or makes in its session is gone for the next one."""
+    """A session's settings, locks and objects are gone for the next borrower."""
     pool, ids = await opened(dsn, max_size=1)
     leave = (
         "select set_config('app.tenant', 'A', false), set_config('statement_timeout', '1ms', false)",
@@ -296,14 +296,14 @@ async def test_a_lent_connection_comes_back_clean(dsn):
 
 
 async def test_the_process_is_told_apart_from_the_loop():
-    """A process that goes on with the loop that it has inherited is refused too."""
+    """A process that keeps using its inherited loop is refused too."""
     with pytest.raises(ConfigurationError, match="another process"):
         check_process_and_loop(os.getpid() + 1, asyncio.get_running_loop(), "pool")
     check_process_and_loop(os.getpid(), asyncio.get_running_loop(), "pool")
 
 
 async def test_a_busy_connection_is_not_handed_on(dsn):
-    """A connection that is given back while a statement runs on it is dropped, and nobody else meets that statement."""
+    """A connection released while a statement runs on it is dropped."""
     pool, ids = await opened(dsn, max_size=1)
     connection = await pool.acquire()
     inner = connection._con
@@ -318,7 +318,7 @@ async def test_a_busy_connection_is_not_handed_on(dsn):
 
 
 async def test_closing_is_bounded(dsn, caplog):
-    """A connection that nobody gives back does not keep a pool from closing, and the log says that it was dropped."""
+    """The pool drops a connection that is never released, logs that, and closes."""
     pool, _ = await opened(dsn, acquire_timeout=0.3)
     released = asyncio.Event()
 
@@ -344,7 +344,7 @@ async def test_closing_is_bounded(dsn, caplog):
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -1, 1e-6, 1e300, "10", True, None])
 @pytest.mark.parametrize("name", ["acquire_timeout", "command_timeout", "max_inactive_connection_lifetime"])
 def test_a_limit_that_is_none(name, wrong):
-    """NaN, infinity, what is no number, and a lifetime that would keep a core busy are refused by name."""
+    """NaN, infinity, non-numbers, and a lifetime that would keep a CPU busy are refused by name."""
     if wrong == 1e-6 and name != "max_inactive_connection_lifetime":
         return
     with pytest.raises(ConfigurationError, match=name):
@@ -352,14 +352,14 @@ def test_a_limit_that_is_none(name, wrong):
 
 
 def test_another_class_of_connections():
-    """A class that would not know its process and loop is refused."""
+    """A connection class that does not check its process and loop is refused."""
     with pytest.raises(ConfigurationError, match="connection_class"):
         chatdb.create_pool("postgresql://ada@127.0.0.1/none", connection_class=asyncpg.Connection)
 
 
 @pytest.mark.owner
 async def test_a_reset_gives_back_the_role_of_the_session(dsn):
-    """A role that is set for the login at its start holds after a reset: the connection gets no rights it had not."""
+    """A role set in `server_settings` survives a reset, so a connection gains no privileges."""
     name = f"chatdb_test_restricted_{time.time_ns()}"
     admin = await asyncpg.connect(**connect_arguments(dsn))
     await admin.execute(f"create role {name}")

@@ -1,4 +1,4 @@
-"""What chatdb's pool does with idle connections: `fetch` takes one without asyncpg's detours, and unused ones go."""
+"""Idle connections of chatdb's pool: `fetch` uses one directly, and the pool closes unused ones."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ LOST = (asyncpg.PostgresConnectionError, asyncpg.AdminShutdownError, asyncpg.Int
 
 
 async def pid_of(pool: Pool) -> int:
-    """Return the process at the server's end of the connection that the pool's next statement is run on."""
+    """Return the server process of the connection that runs the pool's next statement."""
     return (await pool.fetch(PID))[0]["pid"]
 
 
 @pytest.fixture
 async def quiet_dsn(shared_dsn: str) -> AsyncIterator[str]:
-    """Give the DSN of a database where nothing is stored, and leave no session for the next test to find there."""
+    """Yield the DSN of a database without data, and end its sessions afterwards."""
     yield shared_dsn
     kill_sessions(shared_dsn)
 
 
 @pytest.fixture
 async def pool(quiet_dsn: str) -> AsyncIterator[Pool]:
-    """Give a pool that has one connection, idle."""
+    """Yield a pool of one idle connection."""
     async with chatdb.create_pool(quiet_dsn, max_size=1) as found:
         yield found
 
 
 async def acquired(pool: Pool) -> Any:
-    """Return a connection of the pool, to be released."""
+    """Return a connection of the pool, which the caller must release."""
     return await pool.acquire()
 
 
 def is_running(dsn: str, query: str) -> bool:
-    """Return whether a session of the database has a statement under way."""
+    """Return whether a session of the database is running the statement."""
     return ("active", query) in [(state, sent) for state, sent, _ in seen_by_the_server(dsn)]
 
 
 def sessions(dsn: str) -> set[int]:
-    """Return the processes of the database's other sessions, without those that look: one may be ending still."""
+    """Return the processes of the database's other sessions, except those of this function."""
     with psycopg.connect(dsn, autocommit=True, application_name="chatdb test") as connection:
         return {
             pid
@@ -68,11 +68,11 @@ def sessions(dsn: str) -> set[int]:
         }
 
 
-# --- fetch: to the connection and back -------------------------------------------------------------------------------
+# --- fetch: acquire and release --------------------------------------------------------------------------------------
 
 
 async def test_an_idle_connection_is_taken_as_it_is(pool, monkeypatch):
-    """Where one is idle and nobody waits, fetch does not go asyncpg's way; else it waits in the row, be it in vain."""
+    """If a connection is idle and nobody waits, fetch bypasses asyncpg's acquire; otherwise it waits in the queue."""
 
     async def fetch_straight() -> None:
         with monkeypatch.context() as patch:
@@ -92,7 +92,7 @@ async def test_an_idle_connection_is_taken_as_it_is(pool, monkeypatch):
 
 
 async def test_rows_are_of_the_class_that_is_asked_for(pool):
-    """A record_class is taken as asyncpg's fetch takes it."""
+    """The record_class argument works as in asyncpg's fetch."""
 
     class Row(asyncpg.Record):
         pass
@@ -110,7 +110,7 @@ async def test_rows_are_of_the_class_that_is_asked_for(pool):
     ],
 )
 async def test_the_connection_comes_back(pool, quiet_dsn, statement, arguments, error):
-    """After a result, an error of the server and a time limit the same connection is idle, and nothing runs on it."""
+    """After a result, a server error or a timeout, the same connection is idle and runs nothing."""
     before = await pid_of(pool)
     with pytest.raises(error) if error else contextlib.nullcontext():
         await pool.fetch(statement, **arguments)
@@ -131,7 +131,7 @@ async def test_the_connection_comes_back_after_a_wrong_argument(pool):
 
 @pytest.mark.parametrize("times", [1, 2])
 async def test_the_connection_comes_back_after_a_cancellation(pool, quiet_dsn, times):
-    """A cancelled fetch, be it cancelled again while it gives back, gives back a connection on which nothing runs."""
+    """A cancelled fetch, even if cancelled again during the release, leaves nothing running on its connection."""
     before = await pid_of(pool)
     call = asyncio.create_task(pool.fetch(SLEEP))
     await until(lambda: is_running(quiet_dsn, SLEEP))
@@ -148,7 +148,7 @@ async def test_the_connection_comes_back_after_a_cancellation(pool, quiet_dsn, t
 
 
 async def test_a_call_that_is_cancelled_before_its_turn_takes_no_connection(pool):
-    """A task cancelled before it began, and one cancelled at its first step, leave a whole pool."""
+    """A task cancelled before it starts or at its first step leaves all connections usable."""
     for steps in range(3):
         call = asyncio.create_task(pool.fetch(PID))
         for _ in range(steps):
@@ -160,7 +160,7 @@ async def test_a_call_that_is_cancelled_before_its_turn_takes_no_connection(pool
 
 @pytest.mark.parametrize("when", ["by itself", "unnoticed", "noticed"])
 async def test_a_lost_connection_is_replaced(pool, quiet_dsn, when):
-    """A session that ended, during a fetch or before it, costs one error at most, and its place is free again."""
+    """A session that ends before or during a fetch causes at most one error, and the pool opens another."""
     before = await pid_of(pool)
     if when == "by itself":
         with pytest.raises(LOST):
@@ -178,7 +178,7 @@ async def test_a_lost_connection_is_replaced(pool, quiet_dsn, when):
 
 
 async def test_a_connection_that_the_driver_gave_up_is_replaced(quiet_dsn):
-    """One that asyncpg closes over an error of its own during a fetch is made anew where the pool has a floor."""
+    """A connection that asyncpg closes after an internal error is replaced if the pool has a min_size."""
     async with chatdb.create_pool(quiet_dsn, min_size=1, max_size=1) as pool:
         async with pool.acquire() as proxy:
             connection = proxy._con
@@ -192,7 +192,7 @@ async def test_a_connection_that_the_driver_gave_up_is_replaced(quiet_dsn):
 
 
 async def test_a_place_that_is_in_use_again_is_not_given_back(quiet_dsn):
-    """A fetch that lost its connection leaves the one alone that another task has got in its place meanwhile."""
+    """A fetch that loses its connection does not release the one that another task now has in its slot."""
     with Proxy(quiet_dsn) as proxy:
         spare = [await asyncpg.connect(**connect_arguments(address)) for address in (quiet_dsn, proxy.dsn)]
 
@@ -217,7 +217,7 @@ async def test_a_place_that_is_in_use_again_is_not_given_back(quiet_dsn):
 
 
 async def test_a_transaction_that_is_begun_is_rolled_back(dsn):
-    """A statement that leaves a transaction open is undone when its connection comes back, and that is told."""
+    """If a statement leaves a transaction open, the release rolls it back and reports it."""
     async with chatdb.create_pool(dsn, max_size=1) as pool, chatdb.create_pool(dsn, max_size=1) as other:
         with loop_errors() as errors:
             await pool.fetch("begin")
@@ -228,7 +228,7 @@ async def test_a_transaction_that_is_begun_is_rolled_back(dsn):
 
 
 async def test_a_connection_is_replaced_after_its_queries(quiet_dsn):
-    """max_queries holds for fetch too."""
+    """max_queries also applies to fetch."""
     async with chatdb.create_pool(quiet_dsn, max_size=1, max_queries=3) as pool:
         pids = [await pid_of(pool) for _ in range(9)]
     assert pids == [pids[0]] * 3 + [pids[3]] * 3 + [pids[6]] * 3
@@ -237,7 +237,7 @@ async def test_a_connection_is_replaced_after_its_queries(quiet_dsn):
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 async def test_an_expired_connection_is_replaced(pool, quiet_dsn, when):
-    """After expire_connections() the next fetch has another session, whether the old one was idle or in use."""
+    """After expire_connections(), the next fetch uses a new session, whether the old one was idle or in use."""
     before = await pid_of(pool)
     if when == "meanwhile":
         call = asyncio.create_task(pool.fetch("select pg_sleep(0.1)"))
@@ -254,7 +254,7 @@ async def test_an_expired_connection_is_replaced(pool, quiet_dsn, when):
 
 
 async def test_closing_waits_for_a_fetch(quiet_dsn):
-    """close() lets a fetch that is under way end, and takes no other."""
+    """close() waits for a running fetch and refuses new ones."""
     pool = await chatdb.create_pool(quiet_dsn, max_size=2)
     await assert_whole(pool)
     call = asyncio.create_task(pool.fetch("select pg_sleep(0.2), 1 as a"))
@@ -273,7 +273,7 @@ async def test_closing_waits_for_a_fetch(quiet_dsn):
 
 
 async def test_a_pool_that_is_not_there_yet_or_any_more(quiet_dsn):
-    """A pool that was not awaited yet, or was terminated, says so."""
+    """A pool that is not open yet or is terminated raises PoolClosedError."""
     pool = chatdb.create_pool(quiet_dsn)
     with pytest.raises(chatdb.PoolClosedError, match="not open"):
         await pool.fetch("select 1")
@@ -285,7 +285,7 @@ async def test_a_pool_that_is_not_there_yet_or_any_more(quiet_dsn):
 
 
 async def test_what_is_outdated_is_forgotten_by_the_whole_pool(quiet_dsn):
-    """After a table was changed one fetch is enough: no other connection's transaction fails over the old plan."""
+    """After a table change, one fetch suffices to clear the cached plans of all connections."""
     async with chatdb.create_pool(quiet_dsn, min_size=2, max_size=2) as pool:
         await pool.fetch("create table changing (a int)")
         try:
@@ -298,7 +298,7 @@ async def test_what_is_outdated_is_forgotten_by_the_whole_pool(quiet_dsn):
 
 
 async def test_a_type_that_is_outdated_is_forgotten_by_the_whole_pool(quiet_dsn):
-    """After a type was changed one error is enough: the other connections have forgotten it too."""
+    """After a type change, one error suffices to clear the cached types of all connections."""
     async with chatdb.create_pool(quiet_dsn, min_size=2, max_size=2) as pool:
         await pool.fetch("create type changing as (a int)")
         await pool.fetch("create table holding (a changing)")
@@ -315,7 +315,7 @@ async def test_a_type_that_is_outdated_is_forgotten_by_the_whole_pool(quiet_dsn)
 
 
 async def run_on_all(pool: Pool, statement: str) -> None:
-    """Run a statement in a transaction on every connection of the pool at the same time."""
+    """Run a statement in a transaction on every connection of the pool at once."""
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(pool.get_max_size()):
             connection = await stack.enter_async_context(pool.acquire())
@@ -323,11 +323,11 @@ async def run_on_all(pool: Pool, statement: str) -> None:
                 await connection.fetch(statement)
 
 
-# --- fetch: in order -------------------------------------------------------------------------------------------------
+# --- fetch: order ----------------------------------------------------------------------------------------------------
 
 
 async def test_a_late_fetch_does_not_overtake(quiet_dsn):
-    """However the release of two connections and a fetch fall together, who asked before the fetch is served before."""
+    """Whatever the timing of a fetch and two releases, earlier requests are served first."""
     async with chatdb.create_pool(quiet_dsn, min_size=2, max_size=2) as pool:
         for steps in range(12):
             order: list[str] = []
@@ -356,7 +356,7 @@ async def test_a_late_fetch_does_not_overtake(quiet_dsn):
 
 
 async def test_fetches_are_served_in_their_order(quiet_dsn):
-    """Fetches by many tasks over one connection run in the order in which they were called, again and again."""
+    """Repeated fetches by many tasks on one connection run in the order of their calls."""
     async with chatdb.create_pool(quiet_dsn, max_size=1) as pool:
         await pool.fetch("create temporary sequence place")
         tickets, order = iter(range(1000)), []
@@ -370,11 +370,11 @@ async def test_fetches_are_served_in_their_order(quiet_dsn):
     assert [ticket for _, ticket in sorted(order)] == list(range(100))
 
 
-# --- fetch: the caller's options -------------------------------------------------------------------------------------
+# --- fetch: caller's options -----------------------------------------------------------------------------------------
 
 
 async def test_what_the_caller_has_set_is_done(quiet_dsn):
-    """init= runs once a connection; setup= before and reset= after each fetch, on its connection."""
+    """init= runs once per connection; setup= runs before and reset= after each fetch on its connection."""
     done: list[tuple[str, int]] = []
 
     def noting(name: str) -> Any:
@@ -393,7 +393,7 @@ async def test_what_the_caller_has_set_is_done(quiet_dsn):
 
 
 async def test_a_setup_that_fails_is_told(quiet_dsn):
-    """The error of a setup= leaves fetch, and the connection that it failed on is not used."""
+    """An error of setup= propagates from fetch, and that connection is not used."""
     fails = [False, True, False]
 
     async def setup(connection: asyncpg.Connection) -> None:
@@ -407,21 +407,21 @@ async def test_a_setup_that_fails_is_told(quiet_dsn):
         assert await pid_of(pool) != before
 
 
-# --- connections that nobody uses ------------------------------------------------------------------------------------
+# --- unused connections ----------------------------------------------------------------------------------------------
 
 
 async def open_all(pool: Pool) -> None:
-    """Have the pool connect as often as it may."""
+    """Open all connections of the pool."""
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(pool.get_max_size()):
             await stack.enter_async_context(pool.acquire())
-        # here, because on a busy machine the first may be closed before the last has come back
+        # check here: on a busy machine the pool may close the first connection before the last is released
         assert pool.get_size() == pool.get_max_size()
 
 
 @pytest.mark.parametrize(("floor", "lifetime"), [(0, 0.2), (1, 0.2), (2, 0.2), (0, 0), (0, 30)])
 async def test_idle_connections_are_closed(quiet_dsn, floor, lifetime):
-    """After their time they go, down to the floor; with 0, or before their time, none does."""
+    """The pool closes idle connections after their lifetime, down to min_size; a lifetime of 0 keeps them."""
     left = floor if lifetime == 0.2 else 3
     async with chatdb.create_pool(
         quiet_dsn, min_size=floor, max_size=3, max_inactive_connection_lifetime=lifetime
@@ -436,7 +436,7 @@ async def test_idle_connections_are_closed(quiet_dsn, floor, lifetime):
 
 
 async def test_idle_connections_have_their_time(quiet_dsn):
-    """None is closed before its time, and each some time after it."""
+    """A connection is closed after its lifetime, never before."""
     async with chatdb.create_pool(quiet_dsn, max_size=1, max_inactive_connection_lifetime=0.8) as pool:
         loop = asyncio.get_running_loop()
         for _ in range(3):
@@ -448,8 +448,8 @@ async def test_idle_connections_have_their_time(quiet_dsn):
 
 @pytest.mark.parametrize("way", ["fetch", "acquire"])
 async def test_a_connection_that_is_used_now_and_then_stays(quiet_dsn, way):
-    """A use between two looks begins the time anew: eight looks without one close a connection."""
-    # the looks are taken by hand, because on a busy machine a timer may have come too late for a use in between
+    """A use between two checks restarts the lifetime; eight checks without one close a connection."""
+    # the test calls the check itself, because on a busy machine a timer may run too late
     async with chatdb.create_pool(quiet_dsn, max_size=1, max_inactive_connection_lifetime=300) as pool:
         pids = set()
         for _ in range(5):
@@ -468,7 +468,7 @@ async def test_a_connection_that_is_used_now_and_then_stays(quiet_dsn, way):
 
 @pytest.mark.parametrize("way", ["fetch", "acquire", "setup"])
 async def test_a_connection_in_use_stays(quiet_dsn, way):
-    """A use that lasts longer than an idle connection lives is not disturbed, nor is the caller's setup=."""
+    """A use longer than the idle lifetime is not interrupted, nor is a slow setup=."""
 
     async def setup(connection: asyncpg.Connection) -> None:
         await asyncio.sleep(0.3 if way == "setup" else 0)
@@ -487,7 +487,7 @@ async def test_a_connection_in_use_stays(quiet_dsn, way):
 
 
 async def test_idle_connections_are_looked_at_by_one_timer(quiet_dsn, monkeypatch):
-    """A pool that is awaited and entered has one timer, and one that is closed has none."""
+    """A pool that is both awaited and entered has one timer; a closed pool has none."""
     looks: list[Pool] = []
     monkeypatch.setattr(Pool, "_close_idle", lambda self: looks.append(self))
     pool = await chatdb.create_pool(quiet_dsn, max_inactive_connection_lifetime=0.8)
@@ -500,22 +500,22 @@ async def test_idle_connections_are_looked_at_by_one_timer(quiet_dsn, monkeypatc
 
 
 def test_a_negative_lifetime_is_refused():
-    """It is a ConfigurationError that says what is taken."""
+    """A negative lifetime raises ConfigurationError, which names the valid values."""
     with pytest.raises(ConfigurationError, match="max_inactive_connection_lifetime must be 0"):
         chatdb.create_pool("postgresql://localhost/chat", max_inactive_connection_lifetime=-1)
 
 
 async def test_a_pool_that_nobody_has_is_collected(quiet_dsn):
-    """A pool that was used and dropped without a close is not kept by its timer, and its sessions end."""
+    """The timer does not keep an abandoned pool alive, and the pool's sessions end."""
     pool = await chatdb.create_pool(quiet_dsn, max_size=2, max_inactive_connection_lifetime=0.4)
     await open_all(pool)
     await pool.fetch("select 1")
-    await asyncio.sleep(0.15)  # so that connections have been looked at
+    await asyncio.sleep(0.15)  # at least one check has run
     reference = weakref.ref(pool)
     del pool
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # that a connection is not closed
+        warnings.simplefilter("ignore", ResourceWarning)  # about the unclosed connections
         gc.collect()
     assert reference() is None
     await until(lambda: seen_by_the_server(quiet_dsn) == [])
-    await asyncio.sleep(0.1)  # and the timer finds nothing
+    await asyncio.sleep(0.1)  # the timer finds nothing

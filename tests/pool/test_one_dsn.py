@@ -1,4 +1,4 @@
-"""One DSN for all drivers: where asyncpg, psycopg and psycopg2 go for it, beside where libpq goes by itself."""
+"""asyncpg, psycopg and psycopg2 connect to the same server with one DSN, as libpq does."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ STATUS = {
     "DateStyle": "ISO, MDY",
     "standard_conforming_strings": "on",
 }
-CLEAR, GSS = 80877103, 80877104  # the requests for TLS and for GSS encryption
+CLEAR, GSS = 80877103, 80877104  # request codes for TLS and GSS encryption
 
 
 class Seen(NamedTuple):
-    """What a server was told by a client: which one it is, as whom, and with what."""
+    """The server that a client reached, and what the client sent."""
 
     server: str
     user: str
@@ -44,7 +44,7 @@ class Seen(NamedTuple):
 
 
 class Servers:
-    """Servers that let everyone in and remember what they were told: TCP, IPv6 and Unix sockets."""
+    """TCP, IPv6 and Unix servers that accept every client and record what it sends."""
 
     def __init__(self, folder: Path) -> None:
         self.seen: list[Seen] = []
@@ -109,7 +109,7 @@ class Servers:
         async def end() -> None:
             for listener in self._listeners:
                 listener.close()
-            await asyncio.sleep(0.05)  # for those that were accepted last
+            await asyncio.sleep(0.05)  # for the latest connections
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
                 task.cancel()
@@ -126,13 +126,13 @@ class Servers:
 
 
 def message(kind: bytes, body: bytes) -> bytes:
-    """Return a message of the protocol's."""
+    """Return a protocol message."""
     return kind + (len(body) + 4).to_bytes(4) + body
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """Give the servers, in a folder whose name is short enough for sockets."""
+    """Yield the servers, in a folder whose path is short enough for Unix sockets."""
     folder = tmp_path_factory.mktemp("pg")
     made = Servers(folder)
     yield made
@@ -140,7 +140,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
 
 class Case(NamedTuple):
-    """A DSN with its surroundings, and what the server is told; places stand in braces."""
+    """A DSN with its environment and files, and what the server should receive; braces mark ports and folders."""
 
     dsn: str
     seen: Seen
@@ -148,18 +148,18 @@ class Case(NamedTuple):
     service: str = ""
     passwords: str = ""
     as_libpq: bool = True
-    """Whether libpq, given the DSN itself, does the same."""
+    """Whether libpq does the same with the original DSN."""
 
 
 def at(server: str, user: str = "ann", database: str = "chat", password: str | None = None, **settings: str) -> Seen:
-    """Return what a server is told."""
+    """Return what a server should receive."""
     return Seen(server, user, database, password, frozenset(settings.items()))
 
 
 BOTH = "127.0.0.1:{gone},127.0.0.1:{two}"
 PROD = "[test]\nhost=127.0.0.1\nport={two}\n\n[prod]\n# ours\nhost=127.0.0.1\nport={one}\nuser=sue\ndbname=shop\n"
 CASES = [
-    # the address
+    # addresses
     Case("postgresql://ann@127.0.0.1:{one}/chat", at("one")),
     Case("postgres://ann@127.0.0.1:{one}/chat", at("one")),
     Case("postgresql+psycopg://ann@127.0.0.1:{one}/chat", at("one"), as_libpq=False),
@@ -190,7 +190,7 @@ CASES = [
     Case("postgresql://ann@/chat?port=7777", at("default:7777"), as_libpq=False),
     Case("postgresql://ann@/chat", at("default:7777"), {"PGPORT": "7777"}, as_libpq=False),
     Case("postgresql://ann@/chat?host=", at("default:5432"), {"PGHOST": "{run}"}, as_libpq=False),
-    # several
+    # several hosts
     Case(f"postgresql://ann@{BOTH}/chat", at("two")),
     Case("postgresql://ann@/chat?host=127.0.0.1,127.0.0.1&port={gone},{two}", at("two")),
     Case("postgresql://ann@127.0.0.1:{one},127.0.0.1:{two}/chat", at("one")),
@@ -214,7 +214,7 @@ CASES = [
         at("standby"),
         {"PGTARGETSESSIONATTRS": "read-write"},
     ),
-    # variables
+    # environment variables
     Case("postgresql:///chat", at("one"), {"PGHOST": "127.0.0.1", "PGPORT": "{one}", "PGUSER": "ann"}),
     Case("postgresql://", at("one"), {"PGHOST": "127.0.0.1", "PGPORT": "{one}", "PGUSER": "ann", "PGDATABASE": "chat"}),
     Case("postgresql://ann@127.0.0.1/chat", at("one"), {"PGPORT": "{one}"}),
@@ -301,11 +301,11 @@ CASES = [
     ),
     Case("postgresql://ann@127.0.0.1:{one}/chat", at("one"), {"PGPASSFILE": "{home}/none"}, passwords="*:*:*:*:no"),
 ]
-"""DSNs, variables, services and passwords, each with what a server is told."""
+"""DSNs, variables, services and passwords, each with what a server should receive."""
 
 
 def fill(text: str, servers: Servers) -> str:
-    """Put the places into a text."""
+    """Fill the servers' ports and folders into a text."""
     for name, place in servers.places.items():
         text = text.replace(f"{{{name}}}", str(place))
     return text
@@ -313,7 +313,7 @@ def fill(text: str, servers: Servers) -> str:
 
 @pytest.fixture
 def surroundings(servers: Servers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Give the function that makes a case's surroundings, and only these, and returns its DSN."""
+    """Return a function that sets up only a case's environment and files and returns its DSN."""
     for name in [name for name in os.environ if name.startswith("PG")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -346,7 +346,7 @@ def by_asyncpg(dsn: str) -> None:
 
 
 def by_psycopg(dsn: str) -> None:
-    """Connect as chatdb migrate does."""
+    """Connect as `chatdb migrate` does."""
     with contextlib.closing(psycopg.connect(libpq_dsn(dsn, scheme="postgresql"), autocommit=True)):
         pass
 
@@ -358,7 +358,7 @@ def by_psycopg2(dsn: str) -> None:
 
 
 def by_libpq(dsn: str) -> None:
-    """Connect by the DSN itself."""
+    """Connect with the original DSN."""
     with contextlib.closing(psycopg.connect(dsn, autocommit=True)):
         pass
 
@@ -368,7 +368,7 @@ WAYS = {"asyncpg": by_asyncpg, "psycopg": by_psycopg, "psycopg2": by_psycopg2, "
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{each.dsn} {' '.join(each.environment)}".strip() for each in CASES])
 def test_where_each_driver_goes(case: Case, servers: Servers, surroundings: Any) -> None:
-    """Each driver goes to the same server, as the same user, to the same database, with the same password."""
+    """Each driver connects to the same server and database, with the same user and password."""
     dsn = surroundings(case)
     went = {}
     for name, connect in WAYS.items():
@@ -381,13 +381,13 @@ def test_where_each_driver_goes(case: Case, servers: Servers, surroundings: Any)
 
 
 def test_the_table_is_long_enough() -> None:
-    """It has at least 60 combinations, and libpq itself has read most of them."""
+    """The table has at least 60 combinations that libpq itself reads in the same way."""
     assert len(CASES) >= 60
     assert sum(case.as_libpq for case in CASES) >= 60
 
 
 def test_yoyo_reads_the_same(servers: Servers, surroundings: Any) -> None:
-    """Yoyo's URL of a DSN with several hosts and a service is that of the same place."""
+    """With several hosts or a service, yoyo reads the same parameters from the URL."""
     for case in (Case(f"postgresql://ann@{BOTH}/chat", at("two")), Case("postgresql:///?service=prod", at("one"))):
         dsn = surroundings(case._replace(service=PROD))
         found = yoyo.connections.parse_uri(libpq_dsn(dsn, scheme="postgresql"))
@@ -412,7 +412,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("environment", "said"), REFUSED, ids=[" ".join(each) for each, _ in REFUSED])
 def test_what_one_driver_cannot_do_is_refused_for_all(environment: Any, said: str, surroundings: Any) -> None:
-    """A variable that only libpq could follow, or that nobody can read, is named."""
+    """A variable that only libpq supports, or an invalid value, is refused by name."""
     dsn = surroundings(Case("postgresql://ann@127.0.0.1/chat", at("one"), environment))
     for read in (connect_arguments, lambda dsn: libpq_dsn(dsn, scheme="postgresql")):
         with pytest.raises(ConfigurationError, match=said):
@@ -422,7 +422,7 @@ def test_what_one_driver_cannot_do_is_refused_for_all(environment: Any, said: st
 
 
 def test_different_passwords_for_the_hosts(surroundings: Any) -> None:
-    """Asyncpg would send the first host's password to the second."""
+    """Different passwords per host are refused: asyncpg would send the first password to every host."""
     dsn = surroundings(
         Case("postgresql://ann@one.example,two.example/chat", at("one"), passwords="one.example:*:*:*:a\n*:*:*:*:b")
     )
@@ -431,7 +431,7 @@ def test_different_passwords_for_the_hosts(surroundings: Any) -> None:
 
 
 def test_a_password_file_that_others_can_read(surroundings: Any, tmp_path: Path, caplog: Any) -> None:
-    """It is not used, as libpq does not, and a warning says so."""
+    """A password file that others can read is ignored, as in libpq, with a warning."""
     dsn = surroundings(Case("postgresql://ann@127.0.0.1/chat", at("one"), passwords="*:*:*:*:deep"))
     (tmp_path / ".pgpass").chmod(0o644)
     assert read_dsn(dsn).password is None
@@ -440,14 +440,14 @@ def test_a_password_file_that_others_can_read(surroundings: Any, tmp_path: Path,
 
 @pytest.mark.parametrize("line", ["host", "service=other", "hots=127.0.0.1", "sslmode=on"])
 def test_a_service_that_cannot_be_read(line: str, surroundings: Any) -> None:
-    """What a service says that nobody knows is refused, too."""
+    """An unknown or invalid line in a service file is refused."""
     dsn = surroundings(Case("postgresql:///?service=prod", at("one"), service=PROD + line))
     with pytest.raises(ConfigurationError, match="service"):
         read_dsn(dsn)
 
 
 def test_a_service_file_of_the_system(surroundings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the user has no such service, that of PGSYSCONFDIR is taken."""
+    """If the user's service file lacks the service, the one in PGSYSCONFDIR applies."""
     dsn = surroundings(Case("postgresql:///?service=prod", at("one"), service="[other]\nhost=x\n"))
     (tmp_path / "pg_service.conf").write_text("[prod]\nhost=db\nuser=sue\n")
     monkeypatch.setenv("PGSYSCONFDIR", str(tmp_path))
@@ -455,7 +455,7 @@ def test_a_service_file_of_the_system(surroundings: Any, tmp_path: Path, monkeyp
 
 
 def test_a_remote_host_by_a_variable_or_a_service(surroundings: Any, one_authority: None) -> None:
-    """A host that is not local is reached by verified TLS, whoever names it, and only then."""
+    """A remote host from a variable or a service requires verified TLS unless sslmode is disable."""
     for environment, service, mode in (
         ({"PGHOST": "db.example.com"}, "", "verify-full"),
         ({"PGHOST": "db.example.com", "PGSSLMODE": "prefer"}, "", "verify-full"),
@@ -469,7 +469,7 @@ def test_a_remote_host_by_a_variable_or_a_service(surroundings: Any, one_authori
 
 
 def test_no_limit_of_time(surroundings: Any) -> None:
-    """A connect_timeout of 0 is for no limit, and overrules the variable for libpq, too."""
+    """A connect_timeout of 0 means no limit and overrides the variable, also for libpq."""
     case = Case("postgresql://ann@127.0.0.1/chat?connect_timeout=0", at("one"), {"PGCONNECT_TIMEOUT": "5"})
     found = read_dsn(surroundings(case))
     assert (found.timeout, found.libpq()["connect_timeout"]) == (None, "0")
@@ -478,7 +478,7 @@ def test_no_limit_of_time(surroundings: Any) -> None:
 
 
 def test_the_value_has_no_password_in_its_repr() -> None:
-    """Nor has it the options, which may hold one."""
+    """The repr contains neither the password nor the options, which may contain one."""
     found = read_dsn("postgresql://ann:deep@127.0.0.1/chat?options=-c%20x.y%3Ddeep")
     assert "deep" not in f"{found} {found!r}"
     assert read_dsn(found) is found

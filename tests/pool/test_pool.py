@@ -38,20 +38,20 @@ USER = "ada"
 
 @pytest.fixture
 def proxy(dsn: str) -> Iterator[Proxy]:
-    """Give a proxy before the test's own database."""
+    """Yield a proxy to the test's database."""
     with Proxy(dsn) as found:
         yield found
 
 
 @pytest.fixture
 def watcher(dsn: str) -> Iterator[Session]:
-    """Give a session that sees what is committed in the test's own database, for a test that looks often."""
+    """Yield a session that sees the test database's committed data."""
     with psycopg.connect(dsn, autocommit=True) as session:
         yield session
 
 
 async def outcome(call: Coroutine[Any, Any, Any], *expected: type[BaseException]) -> Any:
-    """Return the result of a call, or its error if it is an expected one."""
+    """Return a call's result, or its error if that is expected."""
     try:
         return await call
     except expected as error:
@@ -66,21 +66,21 @@ async def append(db: Any, conversation: Conversation, content: str = "x", key: s
 
 
 def contents(where: str | Session) -> list[str]:
-    """Return what all messages say, in their order, as another session sees them."""
+    """Return the contents of all messages as another session sees them."""
     return [content for (content,) in answered(where, "select content from chatdb.messages order by seq")]
 
 
 @pytest.fixture
 async def conversation(db: chatdb.pool.Pool) -> Conversation:
-    """Give an empty conversation."""
+    """Return an empty conversation."""
     return await chatdb.create_conversation(db, user_id=USER, key="key")
 
 
-# --- making a pool -------------------------------------------------------------------------------------------------
+# --- creating a pool -----------------------------------------------------------------------------------------------
 
 
 async def test_a_pool_is_awaited_or_entered(dsn):
-    """Both ways give an asyncpg pool that is connected."""
+    """Both await and `async with` return a connected asyncpg pool."""
     awaited = await chatdb.create_pool(dsn)
     async with chatdb.create_pool(dsn) as entered:
         for pool in (awaited, entered):
@@ -93,7 +93,7 @@ async def test_a_pool_is_awaited_or_entered(dsn):
 
 
 async def test_the_environment_names_the_database(dsn, monkeypatch):
-    """Without an argument DATABASE_URL is taken, and without that ConfigurationError is raised at once."""
+    """The default DSN is DATABASE_URL; without either, ConfigurationError is raised immediately."""
     monkeypatch.setenv("DATABASE_URL", dsn)
     async with chatdb.create_pool() as pool:
         assert await chatdb.list_conversations(pool, user_id=USER) == []
@@ -103,14 +103,14 @@ async def test_the_environment_names_the_database(dsn, monkeypatch):
 
 
 async def test_a_server_that_is_not_there(unused_tcp_port):
-    """A refused connection is an UnavailableError, nothing was sent, and it shows when the pool is made."""
+    """If the server refuses connections, opening a pool raises UnavailableError with `sent` False."""
     with pytest.raises(UnavailableError) as caught:
         await chatdb.create_pool(f"postgresql://u@127.0.0.1:{unused_tcp_port}/d?sslmode=disable")
     assert caught.value.sent is False
 
 
 async def test_a_server_that_does_not_answer(proxy):
-    """Making a pool ends after the acquire timeout, when the server takes the connection and says nothing."""
+    """If the server accepts the connection but does not answer, opening a pool ends after `acquire_timeout`."""
     proxy.pause()
     async with asyncio.timeout(HANG):
         with pytest.raises(AcquireTimeoutError) as caught:
@@ -122,7 +122,7 @@ async def test_a_server_that_does_not_answer(proxy):
 
 
 async def served(pool: asyncpg.Pool, tasks: int, rounds: int) -> list[int]:
-    """Let tasks ask for a connection again and again, and return their tickets in the order in which they got one."""
+    """Let tasks acquire connections repeatedly, and return their tickets in the order of service."""
     tickets = itertools.count()
     order: list[int] = []
 
@@ -141,7 +141,7 @@ async def served(pool: asyncpg.Pool, tasks: int, rounds: int) -> list[int]:
 
 @pytest.mark.parametrize(("size", "tasks"), [(1, 50), (2, 50), (4, 200)])
 async def test_connections_go_out_in_the_order_of_asking(dsn, size, tasks):
-    """Nobody who asks later is served earlier, neither by the pool's first round nor by those who come back."""
+    """Connections are lent in the order of requests, both on a new pool and after releases."""
     async with chatdb.create_pool(dsn, min_size=size, max_size=size) as pool:
         order = await served(pool, tasks, rounds=5)
     assert order == list(range(tasks * 5))
@@ -153,7 +153,7 @@ async def test_connections_go_out_in_the_order_of_asking(dsn, size, tasks):
     ids=["chatdb", "asyncpg"],
 )
 async def test_a_latecomer_does_not_overtake(dsn, kind, order):
-    """Who asks at the moment a connection comes free goes behind who waits for it; with asyncpg's own pool, before."""
+    """A request made during a release waits behind earlier ones; in asyncpg's own pool it overtakes them."""
     arguments = {"dsn": dsn} if kind is chatdb.create_pool else connect_arguments(dsn)
     served: list[str] = []
     async with kind(**arguments, min_size=1, max_size=1) as pool:
@@ -163,7 +163,7 @@ async def test_a_latecomer_does_not_overtake(dsn, kind, order):
                 served.append(name)
 
         async def come_late() -> None:
-            while not pool.get_idle_size():  # noqa: ASYNC110 - the very moment is the point
+            while not pool.get_idle_size():  # noqa: ASYNC110 - the test needs this exact moment
                 await asyncio.sleep(0)
             await use("latecomer")
 
@@ -177,7 +177,7 @@ async def test_a_latecomer_does_not_overtake(dsn, kind, order):
 
 
 async def test_calls_wait_in_the_same_order(dsn, conversation):
-    """Appends by many tasks over one connection are stored in the order in which they were called."""
+    """Appends by many tasks on one connection are stored in the order of their calls."""
     async with chatdb.create_pool(dsn, max_size=1) as pool:
         await asyncio.gather(*(append(pool, conversation, f"{number}") for number in range(50)))
     assert contents(dsn) == [f"{number}" for number in range(50)]
@@ -187,7 +187,7 @@ async def test_calls_wait_in_the_same_order(dsn, conversation):
 
 
 async def test_waiting_for_a_connection_ends(dsn, conversation):
-    """Callers of an exhausted pool get AcquireTimeoutError, nothing was sent, and the pool is whole afterwards."""
+    """Callers of an exhausted pool get AcquireTimeoutError with `sent` False, and the pool stays usable."""
     async with chatdb.create_pool(dsn, max_size=2, acquire_timeout=0.1) as pool:
         async with pool.acquire(), pool.acquire():
             calls = (outcome(append(pool, conversation), AcquireTimeoutError) for _ in range(10))
@@ -203,7 +203,7 @@ async def test_waiting_for_a_connection_ends(dsn, conversation):
 
 
 async def test_limits_that_pass_as_connections_come_free_lose_none(dsn):
-    """However the end of a wait and the release of a connection fall together, no connection gets lost."""
+    """Whatever the timing of a timeout and a release, no connection is lost."""
     chance = random.Random(1)
     async with chatdb.create_pool(dsn, max_size=2) as pool:
 
@@ -218,7 +218,7 @@ async def test_limits_that_pass_as_connections_come_free_lose_none(dsn):
 
 
 async def test_connecting_ends(proxy):
-    """A connection that cannot be made in time is an AcquireTimeoutError, and its place in the pool is free again."""
+    """If a connection cannot be opened in time, AcquireTimeoutError is raised and its slot is free again."""
     async with chatdb.create_pool(proxy.dsn, max_size=2, acquire_timeout=0.2) as pool:
         async with pool.acquire():
             proxy.pause()
@@ -229,7 +229,7 @@ async def test_connecting_ends(proxy):
 
 
 async def test_a_statement_that_takes_too_long(dsn, conversation):
-    """It ends with CommandTimeoutError, was sent, and neither the connection nor the next call has anything of it."""
+    """A slow statement raises CommandTimeoutError with `sent` True; its connection and the next call are unaffected."""
     async with chatdb.create_pool(dsn, max_size=1, command_timeout=0.2) as pool, chatdb.create_pool(dsn) as other:
         async with chatdb.transaction(other) as connection:
             await append(connection, conversation, "held")
@@ -248,7 +248,7 @@ async def _in_savepoint(pool: chatdb.pool.Pool, conversation: Conversation) -> N
 
 @pytest.mark.parametrize("call", [append, _in_savepoint], ids=["call", "transaction"])
 async def test_a_silent_server_does_not_draw_an_error_out(proxy, conversation, call):
-    """The error comes after the limit and a moment, and not when the statement is known to be cancelled."""
+    """The error is raised soon after the limit, even if the server does not confirm the cancellation."""
     clock = asyncio.get_running_loop().time
     async with chatdb.create_pool(proxy.dsn, max_size=1, acquire_timeout=HANG, command_timeout=1.5) as pool:
         proxy.pause()
@@ -261,7 +261,7 @@ async def test_a_silent_server_does_not_draw_an_error_out(proxy, conversation, c
 
 
 async def test_closing_a_pool_on_a_silent_server(proxy):
-    """It ends without an error: the connections are dropped when the server has not closed them in time."""
+    """The pool drops connections that the server does not close in time."""
     async with asyncio.timeout(HANG), chatdb.create_pool(proxy.dsn, command_timeout=0.1) as pool:
         proxy.pause()
     assert pool.get_size() == 0
@@ -271,7 +271,7 @@ async def test_closing_a_pool_on_a_silent_server(proxy):
 
 
 async def test_cancelled_waiters_leave_the_queue(dsn):
-    """Tasks cancelled in the queue, first, middle or last, take no connection with them and hold nobody up."""
+    """Cancelling any tasks in the queue loses no connection and blocks nobody."""
     chance = random.Random(1)
     async with chatdb.create_pool(dsn, max_size=1) as pool:
         for _ in range(50):
@@ -295,7 +295,7 @@ async def test_cancelled_waiters_leave_the_queue(dsn):
 
 
 async def test_a_cancelled_connect_gives_its_place_back(proxy):
-    """Tasks cancelled while the server lets them wait for a new connection leave a whole pool."""
+    """Tasks cancelled while they open a connection leave all slots usable."""
     async with chatdb.create_pool(proxy.dsn, max_size=3) as pool:
         async with pool.acquire():
             proxy.pause()
@@ -310,7 +310,7 @@ async def test_a_cancelled_connect_gives_its_place_back(proxy):
 
 
 async def test_cancelled_calls_hurt_nobody_else(dsn, conversation):
-    """After each of 500 calls that were cancelled at any of their awaits, another task's call is answered rightly."""
+    """After each of 500 rounds of calls cancelled anywhere, another task's call returns the right answer."""
     chance = random.Random(1)
     bystander = await _bystander(dsn)
     returned: list[str] = []
@@ -349,7 +349,7 @@ async def test_cancelled_calls_hurt_nobody_else(dsn, conversation):
                 }
                 returned += [answer.content for answer in answers if isinstance(answer, chatdb.Message)]
         await assert_whole(pool)
-        await until(lambda: len(seen_by_the_server(dsn)) <= 3)  # the two, and that of the fixture
+        await until(lambda: len(seen_by_the_server(dsn)) <= 3)  # the pool's two, and one of the fixture
         assert not any(in_transaction for _, _, in_transaction in seen_by_the_server(dsn))
         messages = await chatdb.get_history(pool, user_id=USER, conversation_id=conversation.id, limit=10_000)
     assert [message.seq for message in messages] == list(range(1, len(messages) + 1))
@@ -368,7 +368,7 @@ async def _bystander(dsn: str) -> Conversation:
 
 
 def test_every_function_is_counted():
-    """The table of calls has every public function that works on a database."""
+    """The table of calls lists every public function that works on a database."""
     functions = {name for name in chatdb.__all__ if "db" in _parameters(getattr(chatdb, name))} - {"transaction"}
     assert {name.partition(",")[0] for name in CALLS} == functions
 
@@ -378,7 +378,7 @@ def _parameters(member: object) -> list[str]:
 
 
 async def _fill(db: Any, user: str) -> dict[str, Any]:
-    """Give a user a conversation with what the calls need."""
+    """Create a conversation with the messages that the calls need."""
     conversation = await chatdb.create_conversation(db, user_id=user, key="key")
     here = {"user_id": user, "conversation_id": conversation.id}
     await chatdb.append_message(db, role="user", content="x", key="key", **here)
@@ -387,7 +387,7 @@ async def _fill(db: Any, user: str) -> dict[str, Any]:
 
 
 async def test_a_call_is_one_round_trip(proxy):
-    """Once its statement is prepared, a call sends Bind, Execute and Sync, and waits once."""
+    """With its statement prepared, a call sends Bind, Execute and Sync, and waits once."""
     counted = {}
     async with chatdb.create_pool(proxy.dsn, max_size=1) as pool:
         for name, call in CALLS.items():
@@ -400,7 +400,7 @@ async def test_a_call_is_one_round_trip(proxy):
 
 
 async def test_a_later_page_of_the_list_is_one_round_trip(proxy, conversation):
-    """The page after a conversation costs what the first page costs."""
+    """A later page costs the same as the first."""
     async with chatdb.create_pool(proxy.dsn, max_size=1) as pool:
         for _ in range(2):
             proxy.clear()
@@ -409,7 +409,7 @@ async def test_a_later_page_of_the_list_is_one_round_trip(proxy, conversation):
 
 
 async def test_asyncpgs_own_pool_takes_two(proxy, conversation):
-    """The same count on asyncpg's pool finds its reset query: it can fail."""
+    """The same count shows asyncpg's reset query, so the check can fail."""
     async with asyncpg.create_pool(**connect_arguments(proxy.dsn), min_size=1, max_size=1) as pool:
         for _ in range(2):
             proxy.clear()
@@ -418,7 +418,7 @@ async def test_asyncpgs_own_pool_takes_two(proxy, conversation):
 
 
 async def test_a_transaction_adds_begin_and_commit(proxy, conversation):
-    """A transaction of two appends is four round trips."""
+    """A transaction of two appends takes four round trips."""
     async with chatdb.create_pool(proxy.dsn, max_size=1) as pool:
         for _ in range(2):
             proxy.clear()
@@ -432,7 +432,7 @@ async def test_a_transaction_adds_begin_and_commit(proxy, conversation):
 
 
 async def test_nothing_is_sent_when_a_connection_comes_back(dsn):
-    """The last statement that the server saw on the idle connection is chatdb's own, by its name."""
+    """The last statement that the server saw on an idle connection is chatdb's own, not a reset."""
     async with chatdb.create_pool(dsn, max_size=1) as pool:
         await chatdb.list_conversations(pool, user_id=USER)
         ((state, query, in_transaction),) = seen_by_the_server(dsn)
@@ -440,7 +440,7 @@ async def test_nothing_is_sent_when_a_connection_comes_back(dsn):
 
 
 async def test_a_transaction_left_open_is_rolled_back(dsn, conversation):
-    """A connection released inside a transaction comes back outside it, and nothing of it is stored."""
+    """A connection released inside a transaction is rolled back, and nothing is stored."""
     async with chatdb.create_pool(dsn, max_size=1) as pool:
         with loop_errors() as errors:
             connection = await pool.acquire()
@@ -458,7 +458,7 @@ async def test_a_transaction_left_open_is_rolled_back(dsn, conversation):
 
 @pytest.mark.parametrize("noticed", [True, False])
 async def test_a_read_survives_lost_connections(dsn, conversation, noticed):
-    """After the server ended all sessions the next reads succeed, whether the pool has noticed or not."""
+    """After the server ends all sessions, reads succeed, whether or not the pool has noticed."""
     async with chatdb.create_pool(dsn, max_size=4) as pool:
         await assert_whole(pool)
         assert kill_sessions(dsn) >= 4
@@ -480,7 +480,7 @@ async def test_a_read_survives_lost_connections(dsn, conversation, noticed):
     ],
 )
 async def test_every_read_and_keyed_write_survives_a_lost_connection(dsn, name):
-    """What does nothing more the second time is sent again."""
+    """Calls that have no further effect the second time are retried."""
     async with chatdb.create_pool(dsn, max_size=1) as pool:
         here = await _fill(pool, USER)
         kill_sessions(dsn)
@@ -488,7 +488,7 @@ async def test_every_read_and_keyed_write_survives_a_lost_connection(dsn, name):
 
 
 async def test_a_read_on_asyncpgs_own_pool_is_not_repeated(dsn, conversation):
-    """There the same read raises UnavailableError: what chatdb's pool does is to repeat it."""
+    """On asyncpg's own pool, the same read raises UnavailableError: only chatdb's pool retries."""
     async with asyncpg.create_pool(**connect_arguments(dsn), min_size=1, max_size=1) as pool:
         kill_sessions(dsn)
         with pytest.raises(UnavailableError) as caught:
@@ -497,7 +497,7 @@ async def test_a_read_on_asyncpgs_own_pool_is_not_repeated(dsn, conversation):
 
 
 async def test_a_keyed_append_survives_a_lost_connection(dsn, conversation):
-    """It is repeated like a read, and stored once."""
+    """A keyed append is retried like a read, and stored once."""
     async with chatdb.create_pool(dsn, max_size=1) as pool:
         kill_sessions(dsn)
         message = await append(pool, conversation, key="key")
@@ -506,7 +506,7 @@ async def test_a_keyed_append_survives_a_lost_connection(dsn, conversation):
 
 @pytest.mark.parametrize("noticed", [True, False])
 async def test_an_append_without_a_key_is_done_once_or_fails(dsn, conversation, noticed):
-    """After a lost connection an append without a key is never repeated by chatdb, and what it says is so."""
+    """An append without a key is never retried, and its answer matches what is stored."""
     async with chatdb.create_pool(dsn, max_size=1) as pool:
         kill_sessions(dsn)
         if noticed:
@@ -520,7 +520,7 @@ async def test_an_append_without_a_key_is_done_once_or_fails(dsn, conversation, 
 
 
 async def test_a_running_append_that_is_killed_is_not_repeated(dsn, conversation):
-    """It raises UnavailableError, of which it is not known whether it was carried out, and is not sent again."""
+    """An append without a key whose session is killed raises UnavailableError with `sent` None and is not retried."""
     async with chatdb.create_pool(dsn, max_size=1) as pool, chatdb.create_pool(dsn, max_size=1) as other:
         async with chatdb.transaction(other) as connection:
             await append(connection, conversation, "first")
@@ -537,7 +537,7 @@ async def test_a_running_append_that_is_killed_is_not_repeated(dsn, conversation
 
 
 async def test_a_running_read_that_is_killed_is_repeated(dsn, conversation):
-    """A read that waited for a lock when its session was ended goes on in another one."""
+    """A read whose session is killed while it waits for a lock continues in another session."""
     async with chatdb.create_pool(dsn, max_size=1) as pool, chatdb.create_pool(dsn, max_size=1) as other:
         async with chatdb.transaction(other) as connection:
             await connection.execute("lock table chatdb.conversations in access exclusive mode")
@@ -563,7 +563,7 @@ _WAITING = "from pg_stat_activity where datname = current_database() and wait_ev
 
 
 async def test_a_pool_under_load_survives_lost_connections(dsn, conversation):
-    """While sessions are ended again and again, what was answered is stored, and the pool is whole afterwards."""
+    """While sessions are killed repeatedly, confirmed messages are stored, and the pool stays usable."""
     stop = asyncio.Event()
     answered: list[str] = []
 
@@ -594,25 +594,25 @@ async def test_a_pool_under_load_survives_lost_connections(dsn, conversation):
 
 
 async def test_a_floor_of_connections_comes_back(dsn):
-    """A pool with a min_size connects again by itself after it lost all connections."""
+    """A pool with a min_size reconnects by itself after it loses all connections."""
     async with chatdb.create_pool(dsn, min_size=2, max_size=3) as pool:
         assert kill_sessions(dsn) == 2
         await until(lambda: len(seen_by_the_server(dsn)) == 2)
         await assert_whole(pool)
 
 
-# --- repetitions -----------------------------------------------------------------------------------------------------
+# --- retries ---------------------------------------------------------------------------------------------------------
 
 
 def repetitions(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return what the logger of chatdb was told, at level WARNING."""
+    """Return the messages that the chatdb logger received at level WARNING."""
     return [
         record.getMessage() for record in caplog.records if (record.name, record.levelname) == ("chatdb", "WARNING")
     ]
 
 
 async def test_a_repetition_is_logged_without_anything_of_the_caller(dsn, conversation, caplog):
-    """One record for each, with the statement's name and the errors' classes, and no text, key or DSN."""
+    """Each retry logs the statement's name and the error classes, but no text, key or DSN."""
     async with chatdb.create_pool(dsn, max_size=1) as pool:
         await append(pool, conversation, "nothing is logged", key="calm")
         kill_sessions(dsn)
@@ -622,7 +622,7 @@ async def test_a_repetition_is_logged_without_anything_of_the_caller(dsn, conver
 
 
 async def test_repetitions_are_switched_off(dsn, conversation, caplog):
-    """With retries=0 the loss is raised as what it is."""
+    """With retries=0, the lost connection is raised as UnavailableError."""
     async with chatdb.create_pool(dsn, max_size=1, retries=0) as pool:
         kill_sessions(dsn)
         with pytest.raises(UnavailableError) as caught:
@@ -632,14 +632,14 @@ async def test_repetitions_are_switched_off(dsn, conversation, caplog):
 
 
 def test_a_negative_number_of_repetitions(dsn):
-    """It is a ConfigurationError."""
+    """A negative number of retries raises ConfigurationError."""
     with pytest.raises(ConfigurationError, match="retries"):
         chatdb.create_pool(dsn, retries=-1)
 
 
 @pytest.mark.parametrize(("retries", "least", "most"), [(0, 0, 0), (1, 1, 1), (2, 2, 2), (1000, 10, 101)])
 async def test_repetitions_end(proxy, conversation, caplog, retries, least, most):
-    """There are as many as were asked for, with waits between them, and none later than a second after the loss."""
+    """The pool retries at most `retries` times, with waits between, and stops a second after the loss."""
     clock = asyncio.get_running_loop().time
     async with chatdb.create_pool(proxy.dsn, max_size=1, retries=retries) as pool:
         proxy.close()
@@ -648,12 +648,12 @@ async def test_repetitions_end(proxy, conversation, caplog, retries, least, most
         with pytest.raises(UnavailableError) as caught:
             await chatdb.get_conversation(pool, user_id=USER, conversation_id=conversation.id)
         assert min(retries, 100) * 0.01 <= clock() - begun < 2
-    assert caught.value.sent is False  # no time, and that is known
+    assert caught.value.sent is False  # only connection attempts failed, so nothing was sent
     assert least <= len(repetitions(caplog)) <= most
 
 
 async def test_what_is_known_of_all_attempts_is_told(proxy, dsn, conversation, caplog):
-    """When the first attempt may have been carried out, a refused repetition does not say that none was sent."""
+    """After an attempt that may have been executed, a refused retry does not set `sent` to False."""
     async with chatdb.create_pool(proxy.dsn, max_size=1) as pool, chatdb.create_pool(dsn, max_size=1) as other:
         async with chatdb.transaction(other) as connection:
             await append(connection, conversation, "first")
@@ -670,7 +670,7 @@ async def test_what_is_known_of_all_attempts_is_told(proxy, dsn, conversation, c
 
 @pytest.mark.parametrize("keys", [("a", "b"), ("a", None)])
 async def test_a_batch_is_repeated_if_all_have_keys(dsn, conversation, keys):
-    """A message without a key would be stored twice."""
+    """A batch is retried only if every message has a key."""
     batch = [{"role": "user", "content": "x", "key": key} for key in keys]
     async with chatdb.create_pool(dsn, max_size=1) as pool:
         kill_sessions(dsn)
@@ -681,7 +681,7 @@ async def test_a_batch_is_repeated_if_all_have_keys(dsn, conversation, keys):
 
 
 async def test_no_change_or_deletion_is_repeated(dsn, conversation, caplog):
-    """Only what has a key and what reads is."""
+    """Updates, deletes and appends without a key are not retried."""
     at = {"user_id": USER, "conversation_id": conversation.id}
     async with chatdb.create_pool(dsn, max_size=1) as pool:
         for call in (
@@ -708,8 +708,8 @@ async def handle(
     arguments_of: Callable[[str], dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Any]:
-    """Give each kind of handle in turn."""
-    # on a busy machine a server may take longer to stop a cancelled statement, and the connection would be given up
+    """Yield each kind of handle."""
+    # on a busy machine, cancelling a statement may exceed the default, and the connection would be dropped
     monkeypatch.setattr(chatdb._core.asyncpg_private, "CANCEL_TIMEOUT", HANG)
     arguments = arguments_of(dsn)
     driver = arguments | connect_arguments(arguments["dsn"]) | {"dsn": None}
@@ -729,8 +729,8 @@ async def handle(
 
 
 async def assert_clean(handle: Any, conversation: Conversation, watcher: Session) -> None:
-    """Prove that the handle's connection is outside a transaction, and that the next one on it is committed."""
-    assert await handle.fetchval("select 1") == 1  # only the next statement awaits the end of a cancelled one
+    """Check that the handle's connection is outside a transaction, and that its next one commits."""
+    assert await handle.fetchval("select 1") == 1  # waits for the end of a cancelled statement
     assert not any(in_transaction for _, _, in_transaction in seen_by_the_server(watcher))
     before = contents(watcher)
     if isinstance(handle, asyncpg.Pool):
@@ -746,7 +746,7 @@ async def assert_clean(handle: Any, conversation: Conversation, watcher: Session
 
 
 async def test_a_block_that_ends_commits(handle, conversation, watcher):
-    """What was written in the block is seen by others after it, and not before."""
+    """Other sessions see what the block wrote only after it ends."""
     async with chatdb.transaction(handle) as connection:
         await append(connection, conversation, "a")
         await append(connection, conversation, "b")
@@ -757,7 +757,7 @@ async def test_a_block_that_ends_commits(handle, conversation, watcher):
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("of the block"), KeyboardInterrupt()], ids=repr)
 async def test_an_exception_rolls_back(handle, conversation, watcher, error):
-    """An exception leaves the block as it is, and nothing of the block is stored."""
+    """An exception propagates unchanged, and nothing of the block is stored."""
 
     async def run() -> None:
         async with chatdb.transaction(handle) as connection:
@@ -772,7 +772,7 @@ async def test_an_exception_rolls_back(handle, conversation, watcher, error):
 
 
 async def test_an_error_of_the_server_rolls_back(handle, conversation, watcher):
-    """An error that leaves the block is raised as it is, and the connection can be used again."""
+    """A server error propagates unchanged, and the connection stays usable."""
 
     async def run() -> None:
         async with chatdb.transaction(handle) as connection:
@@ -786,7 +786,7 @@ async def test_an_error_of_the_server_rolls_back(handle, conversation, watcher):
 
 
 async def test_a_swallowed_error_is_told(handle, conversation, watcher):
-    """When a block ends as if nothing had happened after an error in it, ChatDBError says that nothing is stored."""
+    """If the block swallows a server error, ChatDBError says that it was rolled back."""
 
     async def run() -> None:
         async with chatdb.transaction(handle) as connection:
@@ -802,7 +802,7 @@ async def test_a_swallowed_error_is_told(handle, conversation, watcher):
 
 
 async def test_asyncpgs_own_transaction_says_nothing(conversation, dsn):
-    """There the same block loses its writes in silence: that is what transaction() is for."""
+    """In asyncpg's own transaction, the same block loses its writes without an error."""
     connection = await asyncpg.connect(**connect_arguments(dsn))
     async with connection.transaction():
         await append(connection, conversation)
@@ -814,7 +814,7 @@ async def test_asyncpgs_own_transaction_says_nothing(conversation, dsn):
 
 @pytest.mark.owner
 async def test_an_error_at_the_commit_is_told(handle, conversation, dsn, watcher):
-    """A constraint that is checked at COMMIT makes that an error of chatdb's, and nothing is stored."""
+    """A deferred constraint that fails at COMMIT raises ChatDBError, and nothing is stored."""
     with psycopg.connect(dsn, autocommit=True) as admin:
         admin.execute("create table late (a int unique deferrable initially deferred)")
 
@@ -830,7 +830,7 @@ async def test_an_error_at_the_commit_is_told(handle, conversation, dsn, watcher
 
 
 async def test_a_transaction_in_a_transaction_is_a_savepoint(handle, conversation, watcher):
-    """An inner block that fails loses its own writes only, and an inner block that ends is committed by the outer."""
+    """A failed inner block loses only its own writes; a successful one commits with the outer block."""
 
     async def run_inside(outer: Any) -> None:
         async with chatdb.transaction(outer) as inner:
@@ -849,7 +849,7 @@ async def test_a_transaction_in_a_transaction_is_a_savepoint(handle, conversatio
 
 
 async def test_an_error_swallowed_in_a_savepoint_does_not_stay_hidden(handle, conversation, watcher):
-    """The end of the inner block raises the server's own complaint, and nothing of the outer one is stored."""
+    """The end of the inner block raises the server's error, and nothing of the outer block is stored."""
 
     async def run() -> None:
         async with chatdb.transaction(handle) as outer:
@@ -865,7 +865,7 @@ async def test_an_error_swallowed_in_a_savepoint_does_not_stay_hidden(handle, co
 
 
 async def test_asyncpgs_transaction_inside_and_outside(handle, conversation, watcher):
-    """Blocks of asyncpg and of chatdb stand in each other."""
+    """Transactions of asyncpg and chatdb can be nested in each other."""
     async with chatdb.transaction(handle) as connection:
         async with connection.transaction():
             await append(connection, conversation, "a")
@@ -880,7 +880,7 @@ async def test_asyncpgs_transaction_inside_and_outside(handle, conversation, wat
 
 
 async def test_a_block_cancelled_inside_rolls_back(handle, conversation, watcher):
-    """A task cancelled in the block ends cancelled, and nothing of the block is stored."""
+    """A task cancelled in the block raises CancelledError, and nothing of the block is stored."""
     inside = asyncio.Event()
 
     async def run() -> None:
@@ -899,7 +899,7 @@ async def test_a_block_cancelled_inside_rolls_back(handle, conversation, watcher
 
 
 async def test_a_block_cancelled_anywhere_is_all_or_nothing(handle, conversation, watcher):
-    """Wherever a transaction is cancelled, BEGIN and COMMIT included, both messages are stored or none is."""
+    """Wherever a transaction is cancelled, including BEGIN and COMMIT, both messages are stored or neither is."""
 
     async def run(content: str) -> None:
         async with chatdb.transaction(handle) as connection:
@@ -923,7 +923,7 @@ async def test_a_block_cancelled_anywhere_is_all_or_nothing(handle, conversation
 
 @pytest.mark.parametrize("statement", ["begin", "commit"])
 async def test_a_cancelled_begin_or_commit_leaves_the_handle_clean(handle, conversation, watcher, statement):
-    """The next transaction on the handle is one of its own, not a savepoint in one that nobody will commit."""
+    """The next transaction on the handle is a new one, not a savepoint."""
 
     async def run() -> None:
         async with chatdb.transaction(handle) as connection:
@@ -945,7 +945,7 @@ async def test_a_cancelled_begin_or_commit_leaves_the_handle_clean(handle, conve
 
 @pytest.mark.parametrize("kind", [chatdb.create_pool, asyncpg.create_pool], ids=["chatdb", "asyncpg"])
 async def test_a_transaction_on_a_lost_connection(dsn, conversation, kind):
-    """A BEGIN that finds its session ended is an UnavailableError like that of any call."""
+    """A BEGIN on an ended session raises UnavailableError, as any call does."""
 
     async def run(pool: asyncpg.Pool) -> None:
         async with chatdb.transaction(pool) as connection:
@@ -963,7 +963,7 @@ async def test_a_transaction_on_a_lost_connection(dsn, conversation, kind):
 
 @pytest.mark.parametrize("noticed", [True, False])
 async def test_a_connection_lost_inside_a_transaction(handle, dsn, conversation, noticed):
-    """The call that finds it raises UnavailableError, which leaves the block as it is, and nothing is stored."""
+    """The next call raises UnavailableError, which propagates unchanged, and nothing is stored."""
 
     async def run() -> None:
         async with chatdb.transaction(handle) as connection:
@@ -982,7 +982,7 @@ async def test_a_connection_lost_inside_a_transaction(handle, dsn, conversation,
 
 @pytest.mark.parametrize("noticed", [True, False])
 async def test_a_connection_lost_inside_a_savepoint(handle, dsn, conversation, noticed):
-    """The inner block hides the error no more than the outer one does."""
+    """An inner block also propagates the error."""
 
     async def run() -> None:
         async with chatdb.transaction(handle) as outer, chatdb.transaction(outer) as connection:
@@ -1001,7 +1001,7 @@ async def test_a_connection_lost_inside_a_savepoint(handle, dsn, conversation, n
 
 @pytest.mark.parametrize("noticed", [True, False])
 async def test_a_connection_lost_before_the_commit(handle, dsn, conversation, noticed):
-    """The COMMIT raises UnavailableError, and nothing is stored."""
+    """COMMIT raises UnavailableError, and nothing is stored."""
 
     async def run() -> None:
         async with chatdb.transaction(handle) as connection:
@@ -1018,11 +1018,11 @@ async def test_a_connection_lost_before_the_commit(handle, dsn, conversation, no
         await assert_whole(handle)
 
 
-# --- the end of a pool -----------------------------------------------------------------------------------------------
+# --- closing a pool --------------------------------------------------------------------------------------------------
 
 
 async def test_closing_waits_for_those_who_work(dsn, conversation):
-    """close() ends when the held connection is back, and the server has no session of the pool then."""
+    """close() waits for the lent connection; then the server has no session of the pool."""
     pool = await chatdb.create_pool(dsn, max_size=2)
     sessions = len(seen_by_the_server(dsn))
     async with pool.acquire() as connection:
@@ -1042,7 +1042,7 @@ async def test_closing_waits_for_those_who_work(dsn, conversation):
 
 @pytest.mark.parametrize("end", ["close", "terminate"])
 async def test_nobody_waits_for_ever_on_a_pool_that_ends(dsn, end):
-    """Tasks in the queue of a pool that is closed or terminated are served or get an error."""
+    """When a pool is closed or terminated, queued tasks are served or get an error."""
     pool = await chatdb.create_pool(dsn, max_size=1)
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(pool.acquire())
@@ -1063,7 +1063,7 @@ async def test_nobody_waits_for_ever_on_a_pool_that_ends(dsn, end):
 
 
 async def test_terminating_ends_running_calls(dsn, conversation):
-    """A call under way when its pool is terminated raises UnavailableError."""
+    """A call that is running when its pool is terminated raises UnavailableError."""
     pool = await chatdb.create_pool(dsn, max_size=1)
     async with chatdb.create_pool(dsn) as other, chatdb.transaction(other) as connection:
         await append(connection, conversation, "first")

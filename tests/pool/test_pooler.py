@@ -1,4 +1,4 @@
-"""What users meet behind a PgBouncer in transaction mode, one that tracks prepared statements and one that does not."""
+"""PgBouncer in transaction mode: a version that tracks prepared statements and one that does not."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ PREPARED = "select count(*) from pg_prepared_statements"
 
 @pytest.fixture(params=VERSIONS)
 def version(request: pytest.FixtureRequest) -> str:
-    """Give each PgBouncer in turn."""
+    """Return each PgBouncer version."""
     return request.param
 
 
 @pytest.fixture
 def pooled(dsn: str, tmp_path: Path, version: str) -> Iterator[Pooled]:
-    """Give the function that starts a PgBouncer, with settings, before the test's database and returns its DSN."""
+    """Yield a function that starts a PgBouncer for the test's database and returns its DSN."""
     with ExitStack() as stack:
         yield lambda **settings: stack.enter_context(pgbouncer(dsn, tmp_path, version, **settings))
 
 
 def pool_of(dsn: str, version: str, **options: Any) -> chatdb.pool.Pool:
-    """Return a pool with what this PgBouncer needs and nothing else."""
+    """Return a pool with only the options that this PgBouncer requires."""
     return chatdb.create_pool(dsn, **OPTIONS[version], **options)
 
 
 async def use(db: Any, user: str, *, times: int = 1) -> None:
-    """Write, read and change as a user, and see nothing but what that user has written."""
+    """Write, read and update as a user, and check that the results are only the user's own."""
     for number in range(times):
         key = f"{user} {number}"
         one = await chatdb.create_conversation(db, user_id=user, key=key)
@@ -69,7 +69,7 @@ async def use(db: Any, user: str, *, times: int = 1) -> None:
 
 @pytest.mark.parametrize("kept", [200, 3], ids=["kept", "crowded out"])
 async def test_many_clients_on_few_connections(pooled, version, kept):
-    """Pools share connections that take turns: all works, with prepared statements where these are kept."""
+    """Pools share a few server connections, and use prepared statements where PgBouncer keeps them."""
     few = {"default_pool_size": 3, "server_round_robin": 1}
     dsn = pooled(**few, **({} if version == "1.18" else {"max_prepared_statements": kept}))
     async with AsyncExitStack() as stack:
@@ -82,12 +82,12 @@ async def test_many_clients_on_few_connections(pooled, version, kept):
 
 
 async def test_statements_that_nobody_keeps(pooled, dsn, version):
-    """Behind a PgBouncer that keeps none the error names the option that does without them, and that is so."""
+    """If PgBouncer keeps no prepared statements, the error names `statement_cache_size=0`, which works."""
     through = pooled(**({} if version == "1.18" else {"max_prepared_statements": 0}))
     async with chatdb.create_pool(through, max_size=1) as db, chatdb.create_pool(dsn, max_size=1) as direct:
         await chatdb.list_conversations(db, user_id="ada")
         async with chatdb.create_pool(through, statement_cache_size=0) as other, chatdb.transaction(other) as busy:
-            await busy.execute("select 1")  # on the connection that has the statement
+            await busy.execute("select 1")  # on the connection that has the prepared statement
             with pytest.raises(ConfigurationError, match="statement_cache_size=0"):
                 await chatdb.list_conversations(db, user_id="ada")
             await use(other, "ada")
@@ -95,7 +95,7 @@ async def test_statements_that_nobody_keeps(pooled, dsn, version):
 
 
 async def test_sessions_that_end(pooled, dsn, version):
-    """The server's sessions end, and the pooler closes idle clients: nobody who reads or has a key notices."""
+    """Reads and keyed writes survive ended server sessions, and idle clients that the pooler closes."""
     async with pool_of(pooled(client_idle_timeout=0.5), version, max_size=2) as db:
         await use(db, "ada")
         kill_sessions(dsn)
@@ -107,7 +107,7 @@ async def test_sessions_that_end(pooled, dsn, version):
 
 
 async def test_idle_connections_are_closed(pooled, version):
-    """The pool closes what nobody uses, before a pooler as elsewhere, and opens others when they are asked for."""
+    """The pool also closes idle connections to a pooler, and opens new ones on demand."""
     async with pool_of(pooled(), version, max_size=4, max_inactive_connection_lifetime=0.4) as db:
         await asyncio.gather(*(use(db, f"user {number}") for number in range(8)))
         assert db.get_size() == 4
@@ -117,7 +117,7 @@ async def test_idle_connections_are_closed(pooled, version):
 
 @pytest.mark.owner
 async def test_tables_that_change(pooled, dsn, version):
-    """Migrations while a pool is in use, and columns besides: no statement is outdated, and nothing is restarted."""
+    """Migrations and new columns on a pool in use break no prepared statement and require no restart."""
     async with pool_of(pooled(default_pool_size=3, server_round_robin=1), version, max_size=6) as db:
 
         async def load(when: str) -> None:
@@ -138,7 +138,7 @@ async def test_tables_that_change(pooled, dsn, version):
 
 
 async def test_listening(pooled, dsn, version):
-    """One who listens on a direct connection hears all; through the pooler one misses it, and disturbs nobody."""
+    """A direct listener receives every notification; one through the pooler receives none and disturbs nobody."""
     heard: list[Any] = []
 
     def hear(*said: Any) -> None:
@@ -164,7 +164,7 @@ async def test_listening(pooled, dsn, version):
 
 
 async def test_each_pool_has_its_name(pooled, version):
-    """Pools that share a connection of the server have their own application_name on it each."""
+    """Pools that share a server connection each have their own application_name."""
     dsn = pooled(default_pool_size=1)
     named = pool_of(f"{dsn}&application_name=one", version)
     async with named as one, pool_of(dsn, version, server_settings={"application_name": "two"}) as two:
@@ -175,7 +175,7 @@ async def test_each_pool_has_its_name(pooled, version):
 
 @pytest.mark.parametrize("kind", ["options", "server_settings"])
 async def test_settings_that_are_not_taken(pooled, dsn, version, kind):
-    """Other settings are refused by an error that says where they belong, and there they work."""
+    """Other settings raise an error that suggests ALTER ROLE, which works."""
     through = pooled()
     asked: dict[str, Any] = {"dsn": f"{through}&options=-c%20statement_timeout%3D7s"}
     if kind == "server_settings":
@@ -190,11 +190,11 @@ async def test_settings_that_are_not_taken(pooled, dsn, version, kind):
             assert await db.fetchval("select current_setting('statement_timeout')") == "7s"
 
 
-# --- what a pooler refuses by itself ---------------------------------------------------------------------------------
+# --- the pooler's own errors -----------------------------------------------------------------------------------------
 
 
 async def test_a_login_that_is_refused(pooled, tmp_path):
-    """A wrong password, user or database are told as such, not as a lack of prepared statements."""
+    """A wrong password, user or database is reported as such, not as missing prepared statements."""
     users = tmp_path / "users.txt"
     users.write_text('"ada" "right"\n')
     parts = urlsplit(pooled(auth_type="plain", auth_file=users))
@@ -212,7 +212,7 @@ async def test_a_login_that_is_refused(pooled, tmp_path):
 
 
 async def test_a_pooler_that_is_full(pooled, version):
-    """A client too many is an UnavailableError, for which nothing was sent."""
+    """A client beyond max_client_conn gets UnavailableError with `sent` False."""
     async with pool_of(pooled(max_client_conn=3), version) as db, AsyncExitStack() as stack:
 
         async def take(number: int) -> None:
@@ -240,7 +240,7 @@ async def test_a_pooler_that_is_full(pooled, version):
     ],
 )
 def test_a_poolers_words(words, error, told):
-    """All of a pooler's own errors have one SQLSTATE; their words are told apart without the names in them."""
+    """A pooler's errors share one SQLSTATE; chatdb distinguishes them by text, ignoring the names in it."""
     found = map_driver_error(asyncpg.PostgresError.new({"S": "FATAL", "C": "08P01", "M": words}))
     assert type(found) is error
     assert told in str(found)
@@ -249,7 +249,7 @@ def test_a_poolers_words(words, error, told):
 
 @pytest.mark.owner
 def test_a_look_leaves_the_pooled_session_as_it_was(pooled, dsn):
-    """What `chatdb check` and the dry runs set for themselves is not left to whom the pooler gives the session next."""
+    """`chatdb check` and the dry runs leave no settings in a pooled session for its next client."""
     execute(dsn, "create table public.users (id text primary key)")
     through = pooled(default_pool_size=1)
     settings = "select name, setting from pg_catalog.pg_settings where name <> 'application_name' order by name"
@@ -265,7 +265,7 @@ def test_a_look_leaves_the_pooled_session_as_it_was(pooled, dsn):
         lambda: apply_migrations(through),
     )
     for look in looks:
-        with suppress(ConfigurationError):  # of what refuses to work through a pooler
+        with suppress(ConfigurationError):  # some refuse a pooler
             look()
         with psycopg.connect(through) as connection:
             after = connection.execute(settings).fetchall()
@@ -277,9 +277,9 @@ def test_a_look_leaves_the_pooled_session_as_it_was(pooled, dsn):
 
 def test_commands(pooled, tmp_path):
     """
-    Commands work one after the other on the same connection of the server, without any option.
+    Commands without options work in turn on the same server connection.
 
-    As processes, because each of them gives its prepared statements the same names.
+    Each is a process of its own, because every process uses the same prepared statement names.
     """
     lines = tmp_path / "chat.json"
     lines.write_text('[{"id": "a title", "conversations": [{"from": "human", "value": "hello"}]}]')

@@ -1,4 +1,4 @@
-"""Which errors a statement is sent again after; test_pool and test_causes show how often and on which handles."""
+"""The errors after which chatdb retries a statement; test_pool and test_causes show how often and on which handles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chatdb._core.retry import RetryPolicy
 
 
 def caused(error: ChatDBError, cause: Exception) -> ChatDBError:
-    """Return an error with the driver's as its cause."""
+    """Return an error with a driver error as its cause."""
     error.__cause__ = cause
     return error
 
@@ -39,7 +39,7 @@ def caused(error: ChatDBError, cause: Exception) -> ChatDBError:
     ids=str,
 )
 def test_which_errors_are_retried(error: ChatDBError, idempotent: bool, other: bool) -> None:
-    """A lost connection is a reason where the statement is idempotent, and what the server rolled back always is."""
+    """A lost connection retries only idempotent statements; a serialization failure or deadlock retries all."""
     policy = RetryPolicy(2)
     assert policy.may_retry(error, idempotent=True) is idempotent
     assert policy.may_retry(error, idempotent=False) is other

@@ -1,4 +1,4 @@
-"""TLS against a real server of it, a PgBouncer, with a chain of certificates made here."""
+"""TLS to a PgBouncer with certificate chains created here."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ pytestmark = pytest.mark.server_independent
 
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
-    """Give an authority that signs the server's certificate by another one below it."""
+    """Return the root authority."""
     return trustme.CA()
 
 
 @contextmanager
 def tls(server: str, folder: Path, certificate: trustme.LeafCert) -> Iterator[tuple[int, str]]:
-    """Run a PgBouncer that takes TLS only, with a certificate, and give its port and the database."""
+    """Run a PgBouncer that requires TLS, and yield its port and database."""
     key, chain = folder / "server.key", folder / "server.crt"
     certificate.private_key_pem.write_to_path(key)
     key.chmod(0o600)
@@ -40,7 +40,7 @@ def tls(server: str, folder: Path, certificate: trustme.LeafCert) -> Iterator[tu
 
 
 async def is_encrypted(dsn: str) -> bool:
-    """Connect as a service and as the operators' driver do, and tell whether both are encrypted."""
+    """Return whether both a service's connection and the operator driver's are encrypted."""
     async with chatdb.create_pool(dsn, statement_cache_size=0) as db, db.acquire() as connection:
         assert await connection.fetchval("select 1") == 1
         ours = connection._con._transport.get_extra_info("ssl_object") is not None
@@ -50,7 +50,7 @@ async def is_encrypted(dsn: str) -> bool:
 
 
 async def refusal(dsn: str) -> str:
-    """Return why a service is refused, after seeing that the operators' driver is, too."""
+    """Return a service's error, after checking that the operator driver fails too."""
     with pytest.raises(psycopg.OperationalError):
         psycopg.connect(libpq_dsn(dsn, scheme="postgresql"))
     with pytest.raises(ConfigurationError) as caught:
@@ -60,7 +60,7 @@ async def refusal(dsn: str) -> str:
 
 
 async def test_a_chain_of_certificates(dsn: str, tmp_path: Path, authority: trustme.CA) -> None:
-    """A certificate that an authority signed by another one is taken where the first is known, for its name only."""
+    """An intermediate authority's certificate is accepted if the root is known; verify-full also checks the host."""
     root = tmp_path / "root.crt"
     authority.cert_pem.write_to_path(root)
     below = authority.create_child_ca()
@@ -76,7 +76,7 @@ async def test_a_chain_of_certificates(dsn: str, tmp_path: Path, authority: trus
 
 
 async def test_a_certificate_of_its_own(dsn: str, tmp_path: Path, authority: trustme.CA) -> None:
-    """A certificate that nobody known has signed is refused, though its name is right."""
+    """A certificate from an unknown authority is refused, although its name matches."""
     root = tmp_path / "root.crt"
     authority.cert_pem.write_to_path(root)
     with tls(dsn, tmp_path, trustme.CA().issue_cert("localhost")) as (port, database):
@@ -86,6 +86,6 @@ async def test_a_certificate_of_its_own(dsn: str, tmp_path: Path, authority: tru
 
 
 async def test_without_tls(dsn: str, tmp_path: Path, authority: trustme.CA) -> None:
-    """A server that takes TLS only refuses a DSN that has it switched off."""
+    """A server that requires TLS refuses a DSN with sslmode=disable."""
     with tls(dsn, tmp_path, authority.issue_cert("localhost")) as (port, database):
         await refusal(f"postgresql://postgres@localhost:{port}/{database}?sslmode=disable")

@@ -1,4 +1,4 @@
-"""What tracing tools and the server's statistics show of chatdb's calls."""
+"""chatdb's calls in tracing tools and in the server's statistics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARIANTS = ("", "_keyed", "_before")
 
 @pytest.fixture
 def spans() -> Iterator[InMemorySpanExporter]:
-    """Trace asyncpg by OpenTelemetry, which is switched on after chatdb was imported."""
+    """Enable OpenTelemetry for asyncpg after chatdb's import, and yield the exporter."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -34,7 +34,7 @@ def spans() -> Iterator[InMemorySpanExporter]:
 
 
 def taken(spans: InMemorySpanExporter) -> list[str]:
-    """Return the names of the spans since the last time."""
+    """Return the names of the spans since the last call, and clear them."""
     names = [span.name for span in spans.get_finished_spans()]
     spans.clear()
     return names
@@ -42,7 +42,7 @@ def taken(spans: InMemorySpanExporter) -> list[str]:
 
 @pytest.mark.parametrize("lent", [False, True], ids=["pool", "transaction"])
 async def test_each_call_is_a_span_of_its_name(dsn: str, spans: InMemorySpanExporter, lent: bool) -> None:
-    """OpenTelemetry sees each call, on the pool and on a connection, under the function's name."""
+    """OpenTelemetry records one span per call, named after the function, on a pool and on a connection."""
     async with chatdb.create_pool(dsn) as db:
         for name, arguments in CALLS:
             await chatdb.delete_user(db, user_id="alice")
@@ -69,7 +69,7 @@ async def test_each_call_is_a_span_of_its_name(dsn: str, spans: InMemorySpanExpo
 
 
 async def test_a_span_has_its_error(dsn: str, spans: InMemorySpanExporter) -> None:
-    """A statement that fails is a span with the status of an error, and the connection is whole after it."""
+    """A failed statement is a span with status ERROR, and the connection stays usable."""
     async with chatdb.create_pool(dsn, max_size=1) as db:
         with pytest.raises(Exception, match="division by zero"):
             await db.fetch("select 1/0")
@@ -102,13 +102,13 @@ asyncio.run(main())
 
 
 def test_tracing_from_the_start(dsn: str) -> None:
-    """So it does when tracing is switched on before chatdb is imported, until it is switched off."""
+    """Tracing that is enabled before chatdb's import records calls until it is disabled."""
     done = subprocess.run([sys.executable, "-c", EARLY, dsn], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["--chatdb.list_conversations"] * 2
 
 
 def test_the_statistics_name_the_function() -> None:
-    """What pg_stat_statements keeps from PostgreSQL 18 on, the statement from its first word, has the name too."""
+    """From PostgreSQL 18 on, pg_stat_statements drops a leading comment; the remaining text also names the function."""
     for sql in STATEMENTS:
         name, is_named = sql.partition("\n")[0].removeprefix("--"), sql.startswith("--chatdb.")
         [statement] = parse_sql(sql)

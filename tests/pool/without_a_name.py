@@ -1,4 +1,4 @@
-"""Uses chatdb on an asyncpg without some private name, and says what came of it: `dsn folder|- [class name]`."""
+"""Print chatdb's results with an asyncpg that lacks a private name: `dsn folder|- [class name]`."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ USER = "ada"
 
 
 async def error_of(call: Any) -> str:
-    """Return the name of the error that a call raises."""
+    """Return the class name of the error that a call raises, or `none`."""
     try:
         await call
-    except Exception as error:  # noqa: BLE001 - whichever it is
+    except Exception as error:  # noqa: BLE001 - any error
         return type(error).__name__
     return "none"
 
 
 async def state_of(pool: Any) -> str:
-    """Return `whole` if all connections can be used at once, and none is in a transaction."""
+    """Return `whole` if all connections can be used at once and none is in a transaction."""
     lent = [await pool.acquire() for _ in range(pool.get_max_size())]
     async with asyncio.timeout(10):
         pids = {await each.fetchval("select pg_backend_pid()") for each in lent}
@@ -73,7 +73,7 @@ async def state_of(pool: Any) -> str:
 
 
 async def cancelled(call: Any, steps: int = 0) -> None:
-    """Begin a call, and cancel it, after so many steps of the event loop or in the middle of its long statement."""
+    """Start a call, and cancel it after `steps` steps of the event loop or during its long statement."""
     task = asyncio.ensure_future(call)
     for _ in range(steps):
         await asyncio.sleep(0)
@@ -84,13 +84,13 @@ async def cancelled(call: Any, steps: int = 0) -> None:
 
 
 async def with_a_codec(connection: Any) -> None:
-    """Have times read as lists."""
+    """Decode times as lists."""
     options: dict[str, Any] = {"encoder": str, "decoder": lambda value: [value]}
     await connection.set_type_codec("timestamptz", schema="pg_catalog", **options)
 
 
 async def in_order(pool: Any) -> bool:
-    """Whether tasks get their connections in the order in which they ask."""
+    """Return whether tasks get connections in the order of their requests."""
     order: list[int] = []
 
     async def use(number: int) -> None:
@@ -129,7 +129,7 @@ def in_a_child(call: Any) -> str:
 
 
 async def main() -> dict[str, Any]:
-    """Return what came of each use."""
+    """Return the result of each use."""
     found: dict[str, Any] = {"missing": asyncpg_private.MISSING, "warnings": len(warnings)}
     async with chatdb.create_pool(DSN, max_size=2, command_timeout=5) as pool:
         await chatdb.delete_user(pool, user_id=USER)
