@@ -1,4 +1,4 @@
-"""Fixtures of the benchmarks and the final judgement: `pytest benchmarks` fails if a gate fails."""
+"""Fixtures of the benchmarks. `pytest benchmarks` fails if a gate fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.server import LARGE_BUFFERS, BenchServer, folder
 from benchmarks.workload import SIZES, Size
 
 ORDER = ("test_load", "test_counts", "test_operations", "test_bulk", "test_target", "test_growth")
-"""The suites in run order. The suites that restart the server are last."""
+"""The suites in run order. Suites that restart the server are last."""
 
 SUITES = {
     "counts": "test_counts",
@@ -34,14 +34,14 @@ FIGURES = pytest.StashKey[Figures]()
 SERVER = pytest.StashKey[BenchServer]()
 
 MINUTES_A_MILLION = 0.5
-"""Estimated time to load a million messages."""
+"""Estimated minutes to load a million messages."""
 
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    """Add the options of the nox sessions, and pytest-benchmark, which only the benchmarks need."""
+    """Add the options of the nox sessions, and load pytest-benchmark."""
     pluginmanager.import_plugin("pytest_benchmark.plugin")
     group = parser.getgroup("chatdb")
     group.addoption(
@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Select the gates to judge: those whose suites run."""
+    """Select the gates whose suites run."""
     config = session.config
     suites = {_suite(item) for item in session.items}
     judged = {gate.name for gate in GATES if SUITES[gate.group] in suites}
@@ -106,7 +106,7 @@ def _sizes(session: pytest.Session) -> list[Size]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """Start the server and load missing data before the time limit of the first test starts."""
+    """Start the server and load missing data before the first test's time limit starts."""
     if session.config.option.collectonly or not session.items:
         return
     server = session.config.stash[SERVER] = BenchServer()
@@ -210,7 +210,7 @@ def loop(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def runner(loop: str) -> Iterator[asyncio.Runner]:
-    """Yield one event loop for all calls of a suite, so that creating it is not measured."""
+    """Yield one event loop for all calls of a suite, so its creation is not measured."""
     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
         yield runner
 

@@ -1,5 +1,5 @@
 """
-Four clients that do the same work: chatdb through its pool, and three alternatives that its users might choose.
+Four clients that do the same work: chatdb through its pool, and three alternatives.
 
 All have the same methods. `lane` is the number of the calling task; clients without a pool keep a connection for each.
 They return what a program would receive: records from chatdb and SQLModel, rows from the drivers.

@@ -21,7 +21,7 @@ from benchmarks.workload import Size
 
 RESULTS = Path(__file__).parent.parent / ".benchmarks"
 SAMPLES = 500
-"""Maximum number of single times that the file keeps for each series."""
+"""Maximum number of individual times that the file keeps for each series."""
 
 
 JUDGED = "asyncio"
@@ -52,7 +52,7 @@ class Figures:
         }
         self.named: dict[str, float] = {}
         self.expected: set[str] = set()
-        """The gates that this run judges, even if their figure was not measured."""
+        """The gates that this run judges, even without a measured figure."""
 
     def timed(self, operation: str, loop: str, times: dict[str, list[float]]) -> None:
         """Record all clients' times of an operation, in seconds, and the ratios of their medians."""
@@ -108,17 +108,16 @@ class Figures:
             self.worst(f"{operation}.wal", wal)
 
     def worst(self, name: str, value: float) -> None:
-        """Record a figure for a gate. If it is recorded several times, the worst value counts."""
+        """Record a figure for a gate. If it is recorded again, the worst value counts."""
         gate = next((gate for gate in GATES if gate.name == name), None)
         choose = min if gate and not gate.at_most else max
         self.named[name] = choose(value, self.named.get(name, value))
 
     def place(self, name: str, title: str, rounds: Sequence[Sequence[float]]) -> None:
         """
-        Record the times, in seconds, of the history in a case that endangers the target.
+        Record the times of the history, in seconds, in a case that might miss the target.
 
-        The p99 comes from the best round: chatdb's own cost is part of every round, a burst of other load on a shared
-        machine is not.
+        The p99 is that of the best round: chatdb's own cost affects every round, other load on the machine does not.
         """
         times = [time for each in rounds for time in each]
         p99 = min(percentile(each, 99) for each in rounds) * 1e3
@@ -160,7 +159,7 @@ class Figures:
         self.worst("growth.buffers", last["buffers"] / first["buffers"])
 
     def judge(self, gate: Gate) -> tuple[float | None, bool | None]:
-        """Return a gate's figure and whether it passes, None if this run does not judge it."""
+        """Return a gate's figure and whether it passes, or None if this run does not judge it."""
         value = self.named.get(gate.name)
         if gate.name not in self.expected:
             return value, None

@@ -1,4 +1,4 @@
-"""The benchmarked operations. Each is a call without arguments that does the next unit of the same work."""
+"""The benchmarked operations. Each is a call without arguments that does the next unit of work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _deleted = itertools.count()
 
 
 def call_of(operation: str, by: Contender, size: Size) -> Callable[[], Awaitable[object]]:
-    """Return a client's call of an operation, on conversations chosen at random but the same in each run."""
+    """Return a client's call of an operation, on random conversations that are the same in each run."""
     chance = random.Random(f"{operation} {by.name}")
     used = _Places(size, chance)
     place = used.any

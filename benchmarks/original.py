@@ -3,7 +3,7 @@ The baseline: the persistence layer in the documents that chatdb started from.
 
 It has SQLModel entities with the original's indexes, SQLAlchemy's asyncio sessions on asyncpg, and the service's own
 steps: look up the conversation by its user, add the message, update `updated_at`, commit, refresh. The only change is
-`Field(ondelete="CASCADE", sa_type=Text)`, which replaces arguments that today's SQLModel refuses.
+`Field(ondelete="CASCADE", sa_type=Text)`, which replaces arguments that current SQLModel rejects.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A proxy that adds network latency. It runs in a process of its own, so that it uses none of the client's time."""
+"""A proxy that adds network latency. Its separate process uses none of the client's CPU time."""
 
 from __future__ import annotations
 

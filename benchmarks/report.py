@@ -27,7 +27,7 @@ from matplotlib.ticker import NullLocator, StrMethodFormatter
 TARGET_MS = 100
 RAW, CHATDB, SQLMODEL = "raw asyncpg", "chatdb", "SQLModel"
 COLOURS = {RAW: "#8c8c8c", CHATDB: "#0072b2", "psycopg 3": "#e69f00", SQLMODEL: "#882255"}
-"""Each contender's colour in every plot. The colours also differ in lightness, for colour-blind readers."""
+"""Each contender's colour in every plot. The colours also differ in lightness for colour-blind readers."""
 OTHER, LIMIT = "#009e73", "#b42318"
 NONE = "\N{EN DASH}"
 PLOTS: dict[Any, Any] = {
@@ -132,7 +132,7 @@ def by_loop(rows: list[Run], field: str) -> dict[str, dict[str, dict[str, Any]]]
 
 
 def contenders(rows: list[Run]) -> list[str]:
-    """Return the contenders that took part, first those with a colour of their own."""
+    """Return the contenders of this run, first those with a colour of their own."""
     present = [row["contender"] for row in rows]
     return unique([*(name for name in COLOURS if name in present), *present])
 
@@ -147,7 +147,7 @@ def comparison(titles: dict[str, dict[str, float]], names: list[str], *pairs: tu
 
 
 def plot(name: str, caption: str, size: tuple[int, int, float], draw: Callable[[Figure, Any], None]) -> Plot:
-    """Let `draw` fill a grid of axes, and remove from the SVG whatever varies between runs."""
+    """Draw a grid of axes with `draw`, and remove everything from the SVG that varies between runs."""
     rows, columns, height = size
     with mpl.rc_context(PLOTS | {"svg.hashsalt": name}):  # keeps ids distinct between the plots of a page
         figure = Figure(figsize=(9, height), layout="constrained", facecolor="white")
@@ -160,7 +160,7 @@ def plot(name: str, caption: str, size: tuple[int, int, float], draw: Callable[[
 
 
 def log_scale(axes: Axes, low: float, high: float, text: Callable[[float], str] = "{:g}".format) -> None:
-    """Give the x axis a logarithmic scale with three to six round numbers."""
+    """Set a logarithmic scale with three to six round numbers on the x axis."""
     at: list[float] = []
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), [n / 10 for n in range(10, 100)]):
         at = at if len(at) > 2 else [s * 10**p for p in range(-3, 9) for s in steps if low <= s * 10**p <= high]

@@ -1,4 +1,4 @@
-"""Time clients side by side in interleaved rounds, so that anything that slows the machine slows all of them."""
+"""Time clients side by side in interleaved rounds, so that other load on the machine slows all of them."""
 
 from __future__ import annotations
 

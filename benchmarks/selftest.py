@@ -41,7 +41,7 @@ def judged(name: str) -> tuple[dict[str, str], dict[str, str], int]:
 
 
 def main() -> int:
-    """Run every sabotage, and return 1 if a gate passed that should fail or failed that should pass."""
+    """Run every sabotage, and return 1 if a gate should have failed but passed, or the reverse."""
     wrong = 0
     for name, sabotage in ALL.items():
         down, up, status = judged(name)

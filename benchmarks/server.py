@@ -121,7 +121,7 @@ class BenchServer:
         return size.database
 
     def prewarm(self, size: Size) -> None:
-        """Read a database's messages into memory, as on a server that has run for long."""
+        """Read a database's messages into memory, as on a long-running server."""
         with self.connect(size.database) as connection:
             connection.execute("create extension if not exists pg_prewarm")
             connection.execute(

@@ -1,4 +1,4 @@
-"""The write path of imports, with rows in memory, compared with psql's copy of the same rows to the same tables."""
+"""The write path of imports, with rows in memory, compared with psql's copy of the same rows."""
 
 from __future__ import annotations
 
@@ -58,9 +58,7 @@ def _escaped(text: str) -> str:
 def test_bulk(
     benchmark: Any, server: BenchServer, copy: str, plain: asyncio.Runner, tmp_path: Path, figures: Figures
 ) -> None:
-    """
-    Import 60,000 messages of 600 conversations, alternating with psql's copy from a file.
-    """
+    """Import 60,000 messages of 600 conversations, alternating with psql's copy from a file."""
     items = _items([text.replace("\0", "") for text in real_texts()])
     conversations, messages = tmp_path / "conversations", tmp_path / "messages"
     number = FIRST_ID
@@ -103,5 +101,5 @@ def test_bulk(
 
     benchmark.pedantic(imported, setup=copied, rounds=5, warmup_rounds=1)
     plain.run(pool.close())
-    # the best rounds: the disk or other load on the machine delays the others
+    # use the best rounds, which the disk and other load on the machine delay least
     figures.bulk(max(rates["import"]), max(rates["copy"]))

@@ -31,7 +31,7 @@ def counter(server: BenchServer, copy: str) -> Iterator[psycopg.Connection]:
     """Yield a separate connection that reads the server's counters."""
     with psycopg.connect(copy, autocommit=True) as connection:
         connection.execute("create extension if not exists pg_stat_statements")
-        # otherwise the first change of a page after a checkpoint writes the whole page, which makes WAL counts random
+        # otherwise the first change of a page after a checkpoint writes the whole page, and WAL counts vary
         with server.setting("full_page_writes", "off"):
             yield connection
 
@@ -56,9 +56,7 @@ def test_counts(
     counter: psycopg.Connection,
     figures: Figures,
 ) -> None:
-    """
-    Each operation takes one statement and one round trip, and touches no more blocks than its gate allows.
-    """
+    """Each operation takes one statement and one round trip, and touches no more blocks than its gate allows."""
     proxy, contender = proxied
     call = call_of(operation, contender, size)
 
@@ -80,7 +78,7 @@ def test_counts(
     figures.counted(operation, statements / CALLS, trips, buffers / CALLS, wal / CALLS if wal > 0 else None)
 
 
-# each hot statement, with the index its plan must use and the node types it may contain
+# each hot statement, with the index that its plan must use and the allowed node types
 _SCANS = {"Index Scan", "Index Only Scan", "Limit", "Append", "Result", "ModifyTable", "CTE Scan", "Subquery Scan"}
 PLANS: list[tuple[Query, str, set[str]]] = [
     (_get_history, "pk_messages", _SCANS),
@@ -92,9 +90,7 @@ PLANS: list[tuple[Query, str, set[str]]] = [
 
 
 def test_plans(counter: psycopg.Connection, figures: Figures) -> None:
-    """
-    The generic plan of each hot statement uses its index, without a full sort or a sequential scan.
-    """
+    """The generic plan of each hot statement uses its index, without a full sort or a sequential scan."""
     wrong = []
     for query, index, allowed in PLANS:
         plan = psycopg.RawCursor(counter).execute(f"explain (generic_plan, format json) {query.sql}").fetchone()[0]
@@ -123,12 +119,10 @@ HOT_CONVERSATIONS = 300
 def test_hot(
     kind: str, query: Query, times: int, size: Size, copy: str, counter: psycopg.Connection, figures: Figures
 ) -> None:
-    """
-    Most appends do not update the list's index: ten appends or five turns a day, for five days.
-    """
+    """Most appends do not update the list's index: ten appends or five turns a day, for five days."""
     clock = "statement_timestamp()"
     assert query.sql.count(clock) == 1
-    text = query.sql.replace(clock, "current_setting('bench.now')::timestamptz")  # lets days pass without waiting
+    text = query.sql.replace(clock, "current_setting('bench.now')::timestamptz")  # simulates days without waiting
     chance = random.Random(kind)
     first = 0 if kind == "single" else HOT_CONVERSATIONS
     places = [size.place(first + number) for number in range(HOT_CONVERSATIONS)]
@@ -160,9 +154,7 @@ def _updates(counter: psycopg.Connection) -> tuple[int, int]:
 
 
 def test_memory(size: Size, plain: asyncio.Runner, proxied: tuple[Proxy, Chatdb], figures: Figures) -> None:
-    """
-    Reading a whole conversation of 10,000 messages takes bounded memory.
-    """
+    """Reading a whole conversation of 10,000 messages takes bounded memory."""
     _, contender = proxied
     plain.run(contender.whole(size.long))
     tracemalloc.start()

@@ -39,9 +39,7 @@ def sizes(server: BenchServer, pytestconfig: pytest.Config, figures: Figures) ->
 def test_growth(
     benchmark: Any, server: BenchServer, sizes: list[Size], plain: asyncio.Runner, figures: Figures
 ) -> None:
-    """
-    Read random histories of each size in turns: neither time nor blocks grow with the table.
-    """
+    """Read random histories of each size in turns: neither time nor blocks grow with the table."""
     clients = {size: Chatdb(server.dsn(size.database)) for size in sizes}
     chance = random.Random(0)
     times: dict[Size, list[float]] = {size: [] for size in sizes}
@@ -62,7 +60,7 @@ def test_growth(
 
     for client in clients.values():
         plain.run(client.open())
-        # maps every buffer into the backend's page table, as in a long-lived one; otherwise each first touch costs time
+        # maps every buffer into the backend's page table, as in a long-lived one; otherwise first accesses cost time
         plain.run(client.pool.fetch("set max_parallel_workers_per_gather = 0"))
         plain.run(client.pool.fetch("select count(*) from chatdb.messages where role = ''", timeout=600))
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""The operations side by side in one run: chatdb and the alternatives that its users might choose."""
+"""The operations of chatdb and its alternatives, side by side in one run."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def test_operation(
     runner: asyncio.Runner,
     figures: Figures,
 ) -> None:
-    """
-    Time each operation with all clients, in interleaved rounds.
-    """
+    """Time each operation with all clients, in interleaved rounds."""
     able = [each for each in everyone if isinstance(each, Keyed) or operation not in KEYED]
     if operation == "page_middle":
         able = [each for each in able if not isinstance(each, Original)]  # the original has no pages
@@ -74,9 +72,7 @@ def test_operation(
 def test_operation_far(
     benchmark: Any, operation: str, copy: str, size: Size, loop: str, runner: asyncio.Runner, figures: Figures
 ) -> None:
-    """
-    Time an append with 1 ms round trips, which dominate the time.
-    """
+    """Time an append with 1 ms round trips, which dominate the time."""
     with far(copy, 0.001) as dsn:
         made = [Chatdb(dsn), Original(dsn)]
         for each in made:
@@ -91,9 +87,7 @@ def test_operation_far(
 def test_mixed_load(
     benchmark: Any, tasks: int, copy: str, size: Size, loop: str, runner: asyncio.Runner, figures: Figures
 ) -> None:
-    """
-    Run tasks with 80 % reads of a history and 20 % appends; raw asyncpg has a connection per task, the others 16.
-    """
+    """Run tasks with 80 % reads of a history and 20 % appends; raw asyncpg has a connection per task, the others 16."""
     made: list[Contender] = [RawAsyncpg(copy, tasks), Chatdb(copy, 16), Original(copy, 16)]
     rates: dict[str, list[float]] = {each.name: [] for each in made}
     works = {each.name: mixed_of(each, size) for each in made}

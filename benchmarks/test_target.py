@@ -68,18 +68,14 @@ def _name(size: Size, place: str) -> tuple[str, str]:
 
 
 def test_warm(benchmark: Any, server: BenchServer, at: Size, plain: asyncio.Runner, figures: Figures) -> None:
-    """
-    Read random conversations one after another.
-    """
+    """Read random conversations one after another."""
     name, where = _name(at, "warm")
     times = _measured(benchmark, plain, server.dsn(at.database), at)
     figures.place(name, f"{where}warm", times)
 
 
 def test_tasks(benchmark: Any, server: BenchServer, at: Size, plain: asyncio.Runner, figures: Figures) -> None:
-    """
-    Read with 64 tasks on a pool of 16; the times include the wait for a connection.
-    """
+    """Read with 64 tasks on a pool of 16; the times include the wait for a connection."""
     name, where = _name(at, "tasks")
     times = _measured(benchmark, plain, server.dsn(at.database), at, tasks=TASKS)
     figures.place(name, f"{where}64 tasks on a pool of 16", times)
@@ -89,9 +85,7 @@ def test_tasks(benchmark: Any, server: BenchServer, at: Size, plain: asyncio.Run
 def test_far(
     benchmark: Any, place: str, away: int, server: BenchServer, at: Size, plain: asyncio.Runner, figures: Figures
 ) -> None:
-    """
-    Read with round trips of 1 ms and 10 ms.
-    """
+    """Read with round trips of 1 ms and 10 ms."""
     name, where = _name(at, place)
     with far(server.dsn(at.database), away / 1000) as dsn:
         times = _measured(benchmark, plain, dsn, at)
@@ -99,13 +93,11 @@ def test_far(
 
 
 def test_cold(benchmark: Any, server: BenchServer, at: Size, plain: asyncio.Runner, figures: Figures) -> None:
-    """
-    Read after a restart, with the server's files dropped from the kernel's cache: each history comes from disk.
-    """
+    """Read after a restart, with the server's files dropped from the kernel's cache: each history comes from disk."""
     name, where = _name(at, "cold")
     chance = random.Random(str(at))
     client = Chatdb(server.dsn(at.database))
-    reads = 20 if at.messages < 1_000_000 else 50  # few, so that hardly any read finds a page cached by another
+    reads = 20 if at.messages < 1_000_000 else 50  # few reads, so that they rarely hit pages cached by earlier ones
     times: list[float] = []
 
     def restarted() -> None:

@@ -1,9 +1,9 @@
 """
-The data: conversations in the order that traffic writes them, with the texts of real ones.
+The data: the texts of real conversations, in the order that traffic writes them.
 
-The outer loop is the message number, the inner loop the conversations. So the 100 messages of a conversation lie on 100
-pages of the table, as they do when many people chat at once. Each size has a database, which is loaded once and kept.
-Runs that write use a copy.
+The outer loop is the message number, the inner loop the conversations. A conversation's 100 messages therefore lie on
+100 pages, as they do when many people chat at once. Each size has a database, which is loaded once and reused. Runs
+that write use a copy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from chatdb.formats.items import SourceMessage
 from chatdb.transfer.files import opened, read
 
 VERSION = 2
-"""Increment when the rows below change, so that kept databases are loaded again."""
+"""Increment when the rows below change, so that existing databases are loaded again."""
 
 MESSAGES = 100
 """Messages per ordinary conversation."""
@@ -94,7 +94,7 @@ class Size:
 
     @property
     def spread(self) -> str:
-        """The user whose 10,000 conversations were active throughout the year, between those of others."""
+        """The user whose 10,000 conversations are spread over the year, between those of others."""
         return user(-2)
 
     @property
@@ -146,9 +146,9 @@ def conversation_rows(size: Size) -> Iterator[tuple[object, ...]]:
 
 
 def message_rows(size: Size, texts: list[str]) -> Iterator[tuple[object, ...]]:
-    """Yield the messages in the order of writing, those of the long conversation between the others."""
+    """Yield the messages in write order, with those of the long conversation interleaved."""
     number = 0
-    stride = 7_919  # coprime to the number of texts, so that adjacent messages come from different places in the source
+    stride = 7_919  # coprime to the number of texts, so that adjacent messages come from different parts of the source
     every = max(1, size.conversations * MESSAGES // LONG)
     long_seq = 0
     for seq in range(1, MESSAGES + 1):
@@ -168,7 +168,7 @@ def message_rows(size: Size, texts: list[str]) -> Iterator[tuple[object, ...]]:
 
 
 def fingerprint(size: Size) -> str:
-    """Return the identity of a kept database: the version of this file, the migrations and the size."""
+    """Return the identity of a stored database: the version of this file, the migrations and the size."""
     digest = hashlib.sha256(f"{VERSION} {size}".encode())
     for path in sorted(data_folder("migrations").glob("*.sql")):
         digest.update(path.read_bytes())
@@ -194,7 +194,7 @@ async def load(dsn: str, size: Size, *, quiet: bool) -> None:
                 columns=("id", "user_id", "last_seq", "created_at", "updated_at"),
                 records=conversation_rows(size),
             )
-        # the rows have the same order each time, and each batch is stored completely or not at all
+        # the row order is fixed and each batch is atomic, so the count of stored rows is the position to continue from
         stored = await connection.fetchval("select count(*) from chatdb.messages", timeout=3600)
         rows = islice(message_rows(size, texts), stored, None)
         with Progress(*columns, disable=quiet) as progress:
