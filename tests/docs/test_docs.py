@@ -79,23 +79,23 @@ def test_the_program(tmp_path: Path) -> None:
 
 
 async def test_the_fastapi_service(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README's service appends, reads, and maps errors to statuses and public sentences."""
+    """README's service creates a conversation, appends, reads, and maps errors to statuses and public sentences."""
     monkeypatch.setenv("DATABASE_URL", dsn)
     service: dict[str, Any] = {"__name__": "service"}
     exec(block("FastAPI", "python"), service)
     app = service["app"]
     alice, bob = {"X-User": "alice"}, {"X-User": "bob"}
     async with app.router.lifespan_context(app):
-        made = await chatdb.create_conversation(app.state.db, user_id="alice")
-        path = f"/conversations/{made.id}/messages"
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://service", headers=alice) as client:
+            created = (await client.post("/conversations")).json()["id"]
+            path = f"/conversations/{created}/messages"
             appended = await client.post(path, json={"content": "hi", "key": "1"})
             assert (appended.status_code, appended.json()["seq"]) == (200, 1)
             assert (await client.post(path, json={"content": "hi", "key": "1"})).json() == appended.json()
             assert (await client.post(path, json={"content": "ho"})).json()["seq"] == 2
             assert [message["content"] for message in (await client.get(path)).json()] == ["hi", "ho"]
-            alices = {"user_id": "alice", "conversation_id": made.id}
+            alices = {"user_id": "alice", "conversation_id": created}
             await chatdb.append_message(app.state.db, **alices, role="tool", content="", payload=[1, None])
             assert (await client.get(path)).json()[-1]["payload"] == "[1, null]"
             assert (await client.get(path, params={"before_seq": 2})).json() == [appended.json()]
@@ -107,7 +107,7 @@ async def test_the_fastapi_service(dsn: str, monkeypatch: pytest.MonkeyPatch) ->
             ):
                 assert (answer.status_code, answer.json()) == (status, {"detail": error.public})
             schema = await client.get("/openapi.json")
-            assert schema.json()["paths"].keys() == {path.replace(str(made.id), "{conversation_id}")}
+            assert schema.json()["paths"].keys() == {"/conversations", "/conversations/{conversation_id}/messages"}
             await app.state.db.close()
             closed = await client.get(path)
             assert (closed.status_code, closed.json()) == (503, {"detail": chatdb.PoolClosedError.public})
