@@ -119,8 +119,8 @@ def check(
     """
     Compare the database with what this release needs.
 
-    Changes nothing. Prints how to fix each problem; problems come last, before
-    the verdict. Exits with status 1 if something is missing or different.
+    Changes nothing. Prints a fix for each problem. Problems are listed last,
+    before the verdict. Exits with status 1 if something is missing or different.
     """
     from chatdb.admin.check.inspection import inspect, is_wrong
 
@@ -161,7 +161,7 @@ def adopt(
         bool,
         typer.Option(
             "--delete-gone",
-            help="Delete from chatdb what was adopted and later deleted from the older tables. Asks for confirmation.",
+            help="Delete adopted rows from chatdb if they were deleted from the older tables. Asks for confirmation.",
         ),
     ] = False,
     yes: Yes = False,
@@ -171,9 +171,10 @@ def adopt(
     """
     Copy an older system's conversations and messages into chatdb.
 
-    Reads its tables in the schema public and never changes them. The older
-    system can keep writing: the next run copies what is new and resumes a
-    killed run. Rows that chatdb cannot store are quarantined with the reason.
+    Reads the older tables in the schema public and never changes them. The
+    older system can keep writing: run the command again to copy new rows or to
+    resume a killed run. Quarantines rows that chatdb cannot store, with the
+    reason.
     """
     from chatdb.admin.adopt import Counts
     from chatdb.admin.adopt import adopt as run
@@ -217,8 +218,8 @@ def link_users(
 
     Optional. Deleting a user from your table then deletes their conversations.
     The column must be unique, have a text type, and contain every user who has
-    conversations. Writers are blocked only for a moment. The next run resumes a
-    killed one.
+    conversations. Blocks writers only for a moment. If a run is killed, run the
+    command again.
     """
     from chatdb.admin.users_link import UsersMissingError, link_users, unlink_users
 

@@ -43,13 +43,13 @@ app = typer.Typer(
     DATABASE_URL leads to a transaction pooler. demo uses the embedded server
     unless you pass --database.
 
-    An empty setting is an error; so is PGHOST or a similar libpq variable
-    without DATABASE_URL. From .env chatdb reads only DATABASE_URL,
-    CHATDB_MIGRATE_URL and CHATDB_HOME, and the environment takes precedence. It
-    refuses a file that another user can write.
+    An empty setting is an error. So is PGHOST or a similar libpq variable
+    without DATABASE_URL. From .env, chatdb reads only DATABASE_URL,
+    CHATDB_MIGRATE_URL and CHATDB_HOME; the environment takes precedence. It
+    refuses a .env file that another user can write.
 
-    Exit status: 0 success, 1 error (the reason is on standard error), 2 wrong
-    usage, 130 interrupted.
+    Exit status: 0 success, 1 error (the reason is on standard error), 2 usage
+    error, 130 interrupted.
     """,
 )
 

@@ -76,7 +76,7 @@ def demo(
     ] = None,
 ) -> None:
     """
-    Import real conversations, run the basic operations, and time histories.
+    Import real conversations, run the basic operations, and time reads.
 
     Uses the embedded server unless you pass --database; ignores DATABASE_URL.
     Exits with status 1 if the reads miss their target of 100 ms at p99.
@@ -103,8 +103,8 @@ def import_(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="File (JSON, JSON lines, or a ChatGPT export as .zip), or - for standard input, or the DSN of a "
-            "database with tables of openai-agents' SQLAlchemySession or langchain-postgres' "
+            help="File (JSON, JSON lines, or a ChatGPT export as .zip), - for standard input, or the DSN of a "
+            "database with the tables of openai-agents' SQLAlchemySession or langchain-postgres' "
             "PostgresChatMessageHistory.",
         ),
     ],
@@ -131,10 +131,10 @@ def import_(
 
     Reads ShareGPT JSON, ChatGPT exports, the output of chatdb export, and the
     tables of openai-agents and langchain-postgres. Stores everything or
-    nothing. Repeating an import adds only what is new. From a ChatGPT
-    conversation, imports the current branch. The tables have no user column:
-    without --session, the user gets every session in them. Exits with status 1
-    if it skips every conversation.
+    nothing. Repeating an import adds only what is new. Of a ChatGPT
+    conversation, imports only the current branch. The frameworks' tables record
+    no user: without --session, imports all their sessions for this user. Exits
+    with status 1 if it skips every conversation.
     """
 
     async def work(file: Path) -> ImportReport:
@@ -165,7 +165,7 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Export a user's conversations as JSON lines. chatdb import restores them without loss."""
+    """Export a user's conversations as JSON lines. chatdb import restores everything but row ids."""
     if output is None or str(output) == "-":
         conversations, messages = run(_export(user, json_lines()))
     else:
@@ -212,7 +212,7 @@ def show(
     ],
     user: User,
     last: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="Show only this many of the newest messages. Default: all.")
+        int | None, typer.Option(min=1, max=10_000, help="Number of newest messages to show. Default: all.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

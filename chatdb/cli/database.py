@@ -161,7 +161,7 @@ def drop_libpq_variables() -> None:
 
 @contextmanager
 def operators_database() -> Generator[tuple[str, str]]:
-    """Yield the DSN and name of the operator commands' database: CHATDB_MIGRATE_URL goes before DATABASE_URL."""
+    """Yield the DSN and name of the operator commands' database, preferring CHATDB_MIGRATE_URL to DATABASE_URL."""
     dsn, name = resolve_database("CHATDB_MIGRATE_URL", "DATABASE_URL")
     say_target(name)
     if dsn is not None:
@@ -189,7 +189,7 @@ def read_env_file(named: Path | None) -> None:
     except FileNotFoundError:
         if named is None and not path.is_symlink():
             return
-        raise ConfigurationError(f"there is no file {path}") from None
+        raise ConfigurationError(f"the file {path} does not exist") from None
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"the file {path} cannot be read ({error})") from None
     try:

@@ -129,7 +129,7 @@ def test_env_file(dsn: str, tmp_path: Path) -> None:
     (tmp_path / "prod.env").write_text(f"export DATABASE_URL='{dsn}'\n")
     arguments = ("list", "--user", "alice", "--json")
     assert chatdb("--env-file", "prod.env", *arguments, env={}, cwd=tmp_path) == "[]\n"
-    assert "there is no file" in chatdb("--env-file", "missing.env", *arguments, env={}, cwd=tmp_path, code=1)
+    assert "does not exist" in chatdb("--env-file", "missing.env", *arguments, env={}, cwd=tmp_path, code=1)
 
 
 @pytest.mark.parametrize(
