@@ -7,7 +7,7 @@ import, this module checks every private name it needs and sets `FAST` if all ex
 a warning names it and chatdb falls back to asyncpg's public API.
 
 The fallback keeps FIFO order, timeouts, errors, the process and event loop checks on the pool and its connections, and
-the reset of session state. It never reuses a connection whose state is unknown. It costs speed and has these limits:
+the reset of session state. It never reuses a connection whose state is unknown. It is slower and has these limits:
 
 - Connections open one at a time, and `Pool.fetch` resets the session after its statement.
 - A transaction with a `user_id` needs two more round trips to begin and one more to end.
@@ -346,7 +346,7 @@ async def fetch_rows(db: Any, sql: str, args: tuple[object, ...], timeout: float
 def _execute(
     connection: Private, query: str, args: tuple[Any, ...], timeout: float | None, record_class: type[Any] | None = None
 ) -> Private:
-    """Run `fetch` without its second owner check; chatdb's own statements bypass the caller's codecs."""
+    """Run `fetch` without a second check of process and loop; chatdb's own statements bypass the caller's codecs."""
     if not FAST or AsyncpgConnection.fetch is not _FETCH:  # a tracing tool must see the statement
         return connection.fetch(query, *args, timeout=timeout, record_class=record_class)
     if query in STATEMENTS:
@@ -358,8 +358,8 @@ async def _may_prepare_anew(connection: Private) -> bool:
     """
     Drop the connection's prepared statements after the server reported one as unknown.
 
-    Return whether the statement can be sent again. It cannot in a transaction, which is lost, nor behind a pooler that
-    assigns a new session to each transaction: there, another client's statement may have the same name.
+    Return whether the statement can be sent again. It cannot in a transaction, which has failed, or behind a
+    transaction pooler, where another client's statement may have the same name.
     """
     await _forget_statements(connection)
     if connection.is_in_transaction():
@@ -369,7 +369,7 @@ async def _may_prepare_anew(connection: Private) -> bool:
     except asyncpg.PostgresError:
         return False
     if is_own_session:
-        _log.warning("a session lost its prepared statements: something ran DISCARD ALL or DEALLOCATE in it")
+        _log.warning("a session lost its prepared statements, because DISCARD ALL or DEALLOCATE was run in it")
     return is_own_session
 
 
@@ -457,7 +457,7 @@ class PoolBase(AsyncpgPool):
             raise PoolClosedError("the pool is not open: await it or use async with first", sent=False)
 
     def _raise_acquire_error(self, error: Exception, timeout: float, *, is_exhausted: bool = False) -> NoReturn:
-        """Raise the error of a failed acquire; nothing of the statement was sent."""
+        """Raise chatdb's error for a failed acquire. Nothing was sent."""
         if is_exhausted:
             raise AcquireTimeoutError(
                 f"no connection became free within {timeout:g} s (max_size is {self.get_max_size()}): release "

@@ -39,7 +39,7 @@ CONSTRAINTS: dict[str, tuple[str, str]] = {
 """The parameter and the reason of the InvalidInputError for each CHECK constraint."""
 
 CONFLICTS: dict[str, str] = {
-    "ck_conversations_last_seq": "some keys of the batch are stored and some are new: send only the new messages",
+    "ck_conversations_last_seq": "only some keys of the batch are already stored: send only the new messages",
     "uq_conversations_user_id_key": "the user already has another conversation with this key",
     "uq_messages_user_id_conversation_id_key": "the conversation already has another message with this key",
 }
@@ -47,11 +47,11 @@ CONFLICTS: dict[str, str] = {
 
 STALE_COUNTERS: dict[str, str] = {
     "pk_conversations": (
-        "the sequence of chatdb.conversations.id is behind the table, as after a restore: as the owner, run "
+        "the sequence of chatdb.conversations.id is behind the table, probably after a restore: as the owner, run "
         "select setval('chatdb.conversations_id_seq', (select max(id) from chatdb.conversations))"
     ),
     "pk_messages": (
-        "a conversation's last_seq is behind its messages, as after a restore: as the owner, run update "
+        "a conversation's last_seq is behind its messages, probably after a restore: as the owner, run update "
         "chatdb.conversations as c set last_seq = m.seq from (select user_id, conversation_id, max(seq) as seq from "
         "chatdb.messages group by 1, 2) as m where m.user_id = c.user_id and m.conversation_id = c.id "
         "and m.seq > c.last_seq"
@@ -67,11 +67,9 @@ _EXHAUSTED = (
     "owner, run alter sequence chatdb.conversations_id_seq no maxvalue, and the same for chatdb.messages_id_seq"
 )
 
-_SCHEMA_HINT = "chatdb's tables are missing or older than this release needs: run yoyo apply or chatdb migrate"
+_SCHEMA_HINT = "chatdb's tables are missing or older than this release needs: run chatdb migrate or yoyo apply"
 RLS_USER_ID = "rls_user_id"
-"""
-The constraint name in the error that row-level security's function chatdb.rls_user_id raises when no user is set.
-"""
+"""The constraint name in the error that row-level security's function, chatdb.rls_user_id(), raises without a user."""
 
 ROW_SUPPRESSED = "the row was not stored because a custom trigger or rule on chatdb.{} suppressed it: see chatdb check"
 NO_USER = (
@@ -79,13 +77,13 @@ NO_USER = (
     "create_pool(row_level_security=True), or make the call inside transaction(db, user_id=...)"
 )
 
-# functions in the server's source, because the server may translate its messages
+# C functions of the server, because it may translate its messages
 _RLS_FUNCTIONS = frozenset({"ExecWithCheckOptions", "check_enable_rls"})
 _GONE = re.compile("connection is closed|released back to the pool")
 _CLOSED = re.compile("pool is (clos|not initialized|being initialized)")
 _POOLER_HINT = (
-    "the session does not have the prepared statement: DISCARD ALL or DEALLOCATE dropped it, or a transaction pooler "
-    "does not support prepared statements; in that case, pass statement_cache_size=0 to create_pool or set "
+    "the session does not have the prepared statement, because DISCARD ALL or DEALLOCATE dropped it or a transaction "
+    "pooler does not track prepared statements: behind a pooler, pass statement_cache_size=0 to create_pool or set "
     "max_prepared_statements in PgBouncer (1.21 or later)"
 )
 _READ_ONLY_HINT = (
@@ -104,7 +102,7 @@ _SETTINGS_HINT = (
 _REFUSED_HINT = "the server{at} refused the connection (SQLSTATE {state}): {reason}"
 _REASONS = {
     sqlstate.INVALID_PASSWORD: "the user name or password is incorrect; check the DSN",
-    sqlstate.INVALID_AUTHORIZATION_SPECIFICATION: "the user does not exist or may not log in from here (pg_hba.conf)",
+    sqlstate.INVALID_AUTHORIZATION_SPECIFICATION: "the user does not exist or may not log in; check pg_hba.conf",
     sqlstate.INVALID_CATALOG_NAME: "the database does not exist; create it or check the DSN",
 }
 _REASON = "the user name, password or database name is incorrect; check the DSN"
@@ -117,7 +115,7 @@ _ENCODING = re.compile(
     r"\b(?:SQL_ASCII|LATIN\d+|WIN\d+|EUC_\w+|ISO_8859_\d+|KOI8[RU]|MULE_INTERNAL|BIG5|GBK|GB18030|JOHAB|SJIS|UHC)\b"
 )
 _NOT_NULL = frozenset({"user_id", "conversation_id", "seq", "role", "content", "created_at"})
-# transient failures of connections, resources, locks and limits, which no host's function causes
+# transient failures, which a host's function does not cause
 _TRANSIENT = frozenset(
     {Kind.CONNECTION, Kind.RESOURCES, Kind.INTERNAL, Kind.INVALID_STATE, Kind.READ_ONLY, Kind.CANCELED}
     | {Kind.SERIALIZATION, Kind.DEADLOCK, Kind.LOCK_TIMEOUT}
@@ -147,7 +145,8 @@ def map_driver_error(error: Exception, server: str = "") -> ChatDBError | None:
         return ConfigurationError(f"could not connect with these settings ({type(error).__name__}): check the DSN")
     if isinstance(error, TimeoutError):
         return CommandTimeoutError(
-            "the server did not answer within the command timeout and may still have executed the statement",
+            "the server did not answer within the command timeout and may have executed the statement: a read or a "
+            "keyed write is safe to repeat",
             sent=True,
         )
     if isinstance(error, ConnectionError) and "rejected SSL upgrade" in str(error):
@@ -166,7 +165,9 @@ def map_driver_error(error: Exception, server: str = "") -> ChatDBError | None:
     if isinstance(error, asyncpg.InterfaceError) and _CLOSED.search(str(error)):
         return PoolClosedError("the pool is closed or not open yet", sent=False)
     if isinstance(error, asyncpg.InterfaceError) and _GONE.search(str(error)):
-        return UnavailableError("the connection was lost or returned to the pool before this statement", sent=False)
+        return UnavailableError(
+            "the connection was lost or returned to the pool before this statement: acquire another", sent=False
+        )
     return None
 
 
@@ -183,7 +184,7 @@ def mapped_driver_errors() -> Generator[None, None, None]:
 
 
 def as_chatdb_error(error: Exception) -> ChatDBError | None:
-    """Return chatdb's own errors unchanged and map others with `map_driver_error`, setting the cause."""
+    """Return chatdb's own errors unchanged. Map others with `map_driver_error` and set their cause."""
     if isinstance(error, ChatDBError):
         return error
     found = map_driver_error(error)
@@ -234,7 +235,7 @@ def _of_server(error: asyncpg.PostgresError, code: str | None, at: str) -> ChatD
             encoding := _ENCODING.search(str(error))
         ):
             return ConfigurationError(
-                f"the database's encoding, {encoding[0]}, cannot store a character of the text: chatdb needs a "
+                f"the database's encoding, {encoding[0]}, cannot store a character in the text: chatdb needs a "
                 "database with encoding UTF8 (see chatdb check)"
             )
         case Kind.VALUE | Kind.CONSTRAINT, _:
@@ -243,7 +244,7 @@ def _of_server(error: asyncpg.PostgresError, code: str | None, at: str) -> ChatD
             return SchemaError(_SCHEMA_HINT)
         case Kind.PRIVILEGE, _ if error.server_source_function in _RLS_FUNCTIONS:
             return ConfigurationError(
-                "row-level security (chatdb protect) refused a row that does not belong to the transaction's user: "
+                "row-level security (chatdb protect) rejected a row that does not belong to the transaction's user: "
                 "write it inside transaction(db, user_id=...) for its own user"
             )
         case Kind.PRIVILEGE, _:
@@ -258,7 +259,9 @@ def _of_server(error: asyncpg.PostgresError, code: str | None, at: str) -> ChatD
             return _lost(error)
         case Kind.CANCELED, _:
             return CommandTimeoutError(
-                "the server cancelled the statement because of statement_timeout or a cancel request", sent=True
+                "the server cancelled the statement because of statement_timeout or a cancel request: try again, or "
+                "raise statement_timeout",
+                sent=True,
             )
         case Kind.READ_ONLY, _:
             return UnavailableError(_READ_ONLY_HINT, sent=True)
@@ -298,7 +301,7 @@ def _of_constraint(error: asyncpg.PostgresError) -> ChatDBError | None:
 
 def _refused(what: str, state: str) -> ConfigurationError:
     return ConfigurationError(
-        f"the database's own {what}, which is not part of chatdb, refused the statement (SQLSTATE {state}), and "
+        f"the database's own {what}, which is not part of chatdb, rejected the statement (SQLSTATE {state}), so "
         "nothing was stored: check the server log"
     )
 

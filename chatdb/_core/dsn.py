@@ -1,9 +1,9 @@
 """
 Reads a DSN and libpq's environment once, into one value that asyncpg, psycopg and yoyo share.
 
-The drivers differ otherwise. asyncpg ignores the service file that PGSERVICE names, and PGPORT if the DSN has a host.
-It sends unknown options to the server as settings, so Neon's standard DSN (`channel_binding=require`) fails. Without
-`sslmode`, it connects in plain text if the server has no TLS.
+On their own, the drivers differ. asyncpg ignores the service file that PGSERVICE names, and PGPORT if the DSN has a
+host. It sends unknown options to the server as settings, so Neon's standard DSN (`channel_binding=require`) fails.
+Without `sslmode`, it connects in plain text if the server has no TLS.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class ConnectionInfo:
 
     def url(self, scheme: str = "postgresql") -> str:
         """Return the libpq options as a URL for yoyo and psql."""
-        # everything goes into the query: yoyo ignores a second host, and libpq ends a password at its first @
+        # put everything into the query string: yoyo ignores a second host, and libpq ends a password at its first @
         return f"{scheme}:///?{urlencode(self.libpq(), quote_via=quote, safe='')}"
 
 
@@ -221,10 +221,10 @@ def read_dsn(
     """
     Read a DSN and fill in missing values from the service file, password file and environment, as libpq does.
 
-    `given` are asyncpg arguments of the right types; they take precedence over everything else. Connections to hosts
-    that are not local use TLS with a verified certificate, unless `sslmode=disable` is set.
+    `given` holds checked asyncpg arguments, which take precedence over everything else. Connections to remote hosts use
+    verified TLS unless `sslmode=disable` is set.
 
-    Raises ConfigurationError, which never quotes the DSN because it contains a password.
+    Raises ConfigurationError, which never quotes the DSN, because the DSN may contain a password.
     """
     if isinstance(dsn, ConnectionInfo):
         if not given:
@@ -272,7 +272,9 @@ def read_dsn(
         libpq_extras["sslnegotiation"] = negotiation
     is_direct = given.get("direct_tls", negotiation == "direct")
     if is_direct and tls in ("disable", "allow", "prefer"):
-        raise ConfigurationError("direct_tls (sslnegotiation=direct) needs sslmode=require, verify-ca or verify-full")
+        raise ConfigurationError(
+            "direct_tls (sslnegotiation=direct) requires sslmode=require, verify-ca or verify-full"
+        )
     gsslib = "gssapi" if os.name != "nt" or environment.get("PGGSSLIB") == "gssapi" else "sspi"
     info = ConnectionInfo(
         hosts=hosts,
@@ -294,7 +296,7 @@ def read_dsn(
 
 
 class _Options:
-    """The options of a DSN, a service and the environment; each is taken once, and unused ones are rejected."""
+    """The options of a DSN, a service and the environment. `take` removes one; `refuse_rest` rejects those left."""
 
     def __init__(self, *sources: dict[str, str]) -> None:
         self._sources = sources
@@ -385,7 +387,7 @@ def _of_text(dsn: str) -> dict[str, str]:
 
 
 def _once(query: list[tuple[str, str]]) -> dict[str, str]:
-    """Return the options of a DSN's query; only host and port must not repeat, for others the last one wins."""
+    """Return the options in a DSN's query string. host and port must not repeat; for others, the last value wins."""
     named = dict(query)
     twice = [name for name in ("host", "port") if sum(name == other for other, _ in query) > 1]
     if twice:
@@ -419,7 +421,7 @@ def _host_and_port(address: str) -> tuple[str, str]:
 
 
 def _of_service(name: str, file: str | None, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return a service's options from the named file, or else from the user's or the system's file."""
+    """Return a service's options from `file` or, if it is None, from the user's or the system's service file."""
     home = _home(environment)
     files = [Path(file)] if file else [home / ".pg_service.conf"] if home else []
     if environment.get("PGSYSCONFDIR"):
@@ -443,7 +445,7 @@ def _of_service(name: str, file: str | None, environment: Mapping[str, str]) -> 
         if options is not None:
             return options
     raise ConfigurationError(
-        "no service file defines the service in the DSN or PGSERVICE: check PGSERVICEFILE and ~/.pg_service.conf"
+        "no service file defines the service named in the DSN or PGSERVICE: check PGSERVICEFILE and ~/.pg_service.conf"
     )
 
 
@@ -452,7 +454,7 @@ def _home(environment: Mapping[str, str]) -> Path | None:
         return Path(environment["HOME"])
     try:
         return Path.home()
-    except (RuntimeError, KeyError):  # a container's user id may have no name
+    except (RuntimeError, KeyError):  # a container's user ID may have no name
         return None
 
 
@@ -480,7 +482,7 @@ def _addresses(given: Mapping[str, Any], options: _Options) -> tuple[tuple[str, 
 
 
 def _default_hosts(port: int) -> list[str]:
-    """Return the hosts to try if none is named: an existing socket, or else all default locations."""
+    """Return the hosts to try if the DSN names none: an existing socket, otherwise all default locations."""
     if os.name == "nt":
         return ["localhost"]
     there = [folder for folder in _SOCKET_FOLDERS if os.access(f"{folder}/.s.PGSQL.{port}", os.F_OK)]
@@ -491,7 +493,7 @@ def _port(value: str) -> int:
     value = value.strip() or "5432"
     port = int(value) if re.fullmatch("[0-9]{1,9}", value) else 0
     if not 0 < port < 65536:
-        raise _WrongError("must be a number from 1 to 65535; if the password has special characters, encode them")
+        raise _WrongError("must be a number from 1 to 65535; percent-encode any special characters in the password")
     return port
 
 
@@ -503,7 +505,7 @@ def _default_user() -> str:
 
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # a container's user id may have no name
+    except KeyError:  # a container's user ID may have no name
         pass
     raise ConfigurationError(
         f"the DSN names no user, and the process's user id {os.geteuid()} has no name: write "
@@ -531,7 +533,8 @@ def _password(
                 break
     if len(passwords) > 1:
         raise ConfigurationError(
-            "the password file has different passwords for the DSN's hosts, but asyncpg sends the same one to all"
+            "the password file has different passwords for the DSN's hosts, but asyncpg sends the same one to all: "
+            "give the user one password on all hosts"
         )
     return passwords.pop() if passwords else None
 

@@ -81,7 +81,7 @@ _NOT_SUPPORTED: Final = {
 
 def check_options(options: Mapping[str, object]) -> dict[str, Any]:
     """
-    Return the checked options, with values of built-in types and without options whose None means "not given".
+    Return the checked options as built-in types, without those whose None means "not given".
 
     Raises ConfigurationError, which names the option.
     """
@@ -106,7 +106,7 @@ _Check = Callable[[str, object], Any]
 
 
 def _shown(value: object) -> str:
-    """Return a number itself, and the type of anything else, which may be a secret."""
+    """Return a number as text, and only the type of any other value, which may be a secret."""
     if type(value) is float or (type(value) is int and abs(value) < 10**20):
         return repr(value)
     return type_name(type(value))
@@ -129,7 +129,7 @@ def _integer(least: int, most: int = MAX_INT) -> _Check:
     return _fit(lambda number: type(number) is int and least <= number <= most, wanted, read=number_of)
 
 
-_seconds: Final = _fit(lambda number: number > 0, f"a number of seconds above 0, at most {MAX_INT:,}", read=number_of)
+_seconds: Final = _fit(lambda number: number > 0, f"a positive number of seconds, at most {MAX_INT:,}", read=number_of)
 
 
 def _text(name: str, value: object, *, least: int = 1) -> str:
@@ -137,7 +137,7 @@ def _text(name: str, value: object, *, least: int = 1) -> str:
         text = str.__str__(cast("str", value))
         if len(text) >= least and "\0" not in text and text.encode(errors="ignore").decode() == text:
             return text
-        raise ConfigurationError(f"{name} must be a {'non-empty ' * least}str without NUL and lone surrogates")
+        raise ConfigurationError(f"{name} must be a {'non-empty ' * least}str without NUL or lone surrogates")
     raise ConfigurationError(f"{name} must be a str, not {_shown(value)}")
 
 
@@ -202,7 +202,7 @@ _CHECKS: Final[dict[str, _Check]] = {
         read=number_of,
     ),
     "max_cached_statement_lifetime": _fit(
-        lambda number: number >= 0, f"0 for no limit, or a number of seconds of at most {MAX_INT:,}", read=number_of
+        lambda number: number >= 0, f"0 for no limit, or a number of seconds up to {MAX_INT:,}", read=number_of
     ),
     **dict.fromkeys(("row_level_security", "direct_tls"), _fit(lambda value: type(value) is bool, "True or False")),
     **dict.fromkeys(("connect", "setup", "init", "reset"), _fit(callable, "a coroutine function")),

@@ -28,7 +28,7 @@ try:
     from psycopg.conninfo import conninfo_to_dict, make_conninfo
     from psycopg.rows import dict_row as dict_row
 except ImportError:
-    raise ConfigurationError("the extra for migrations is not installed: pip install 'chatdb[migrate]'") from None
+    raise ConfigurationError("the extra for migrations is not installed: run pip install 'chatdb[migrate]'") from None
 
 if TYPE_CHECKING:
     from psycopg.abc import RV, PQGen
@@ -42,7 +42,7 @@ _NO_ROUTE = "set CHATDB_MIGRATE_URL to a direct connection (on Neon, the host wi
 
 _CONNECT_SECONDS = 10
 _SILENT_SECONDS = 5.0
-"""Seconds of silence during a statement before a second connection asks whether the server still works on it."""
+"""Seconds of silence during a statement before a second connection asks whether the server is still working on it."""
 
 _UNKNOWN_SECONDS = 300.0
 """Maximum silence if the server cannot tell, for example behind a pooler, which reports PIDs of its own."""
@@ -59,7 +59,7 @@ _KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_cou
 
 class _Connection(psycopg.Connection):
     """
-    A connection whose statements may run as long as the server works on them.
+    A connection whose statements may run for as long as the server works on them.
 
     To the client, a long index build looks the same as a server that stopped responding.
     """
@@ -171,7 +171,7 @@ def _refused(dsn: str, error: psycopg.Error) -> ChatDBError:
                 second = caught
             else:
                 return UnavailableError(
-                    f"a first connection to {server} failed, a second did not: try again", sent=False
+                    f"a first connection to {server} failed, but a second succeeded: try again", sent=False
                 )
     if isinstance(second, TimeoutError):
         return UnavailableError(
@@ -197,7 +197,7 @@ def pinned_transaction(dsn: str) -> Generator[psycopg.Connection]:
     """
     Yield a connection in a transaction that resolves functions, operators and types in pg_catalog only.
 
-    For read-only work, also through a pooler, which would pass session settings on to its next client.
+    Use it for read-only work. It changes no session settings, which a pooler would pass on to its next client.
     """
     with connected(dsn) as connection, connection.transaction():
         prepare_session(connection, "local")
@@ -210,8 +210,8 @@ def prepare_session(connection: psycopg.Connection, scope: Literal["session", "l
     """
     Resolve functions, operators and types in pg_catalog only, and disable the timeouts that could end the session.
 
-    `scope` is the session, which no pooler may share, or the open transaction. Otherwise an operator in `public` with
-    better matching types would win, and any role may have created it.
+    Otherwise an operator in `public` with better matching types, which any role may have created, would win. `scope` is
+    the session, which must not be a pooler's, or the open transaction.
     """
     connection.execute(f"set {scope} search_path to pg_catalog, pg_temp".encode())
     connection.execute(
@@ -226,8 +226,8 @@ def advisory_lock(dsn: str, *, wait: float) -> Generator[psycopg.Connection]:
     """
     Yield a connection, set up by `prepare_session`, that holds the operator commands' lock on this database.
 
-    The lock is polled: a session that waits in `pg_advisory_lock` holds a snapshot, for which a CREATE INDEX
-    CONCURRENTLY of the lock's holder would wait forever.
+    Polls for the lock: a session that waits in `pg_advisory_lock` holds a snapshot, and a CREATE INDEX CONCURRENTLY by
+    the lock's holder would wait for that snapshot forever.
 
     Raises ConfigurationError behind a transaction pooler, UnavailableError if the lock is not free within `wait`
     seconds.
@@ -242,8 +242,8 @@ def advisory_lock(dsn: str, *, wait: float) -> Generator[psycopg.Connection]:
         while not fetch_value(connection, "select pg_catalog.pg_try_advisory_lock(%s)", _LOCK):
             if time.monotonic() > deadline:
                 raise UnavailableError(
-                    f"another operator command still runs on this database after {wait:g} s{_holder(connection)}: "
-                    "wait until it ends, then run this again",
+                    f"another operator command is still running on this database after {wait:g} s{_holder(connection)}"
+                    ": wait until it ends, then run this again",
                     sent=False,
                 )
             time.sleep(random.uniform(0.05, 0.15))  # noqa: S311 - keeps many waiters from polling in step
@@ -302,9 +302,7 @@ def map_psycopg_error(error: psycopg.Error, server: str = "the database server")
             "owner of the database and of the named object"
         )
     if kind is Kind.READ_ONLY:
-        return ConfigurationError(
-            "the server accepts no writes, probably because it is a standby: connect to the primary"
-        )
+        return ConfigurationError("the server is read-only, probably because it is a standby: connect to the primary")
     if kind in {Kind.LOCK_TIMEOUT, Kind.DEADLOCK, Kind.CANCELED}:
         return UnavailableError(
             f"a lock, a timeout or a deadlock stopped the statement (SQLSTATE {state}), and the server rolled it back: "

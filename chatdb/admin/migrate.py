@@ -36,9 +36,9 @@ from chatdb.admin.yoyo import applied_by_yoyo, remove_first_release, remove_yoyo
 from chatdb.errors import ConfigurationError, InvalidInputError, SchemaError
 
 try:
-    import sqlparse  # yoyo, too, splits the files with it
+    import sqlparse  # as in yoyo, splits the files into statements
 except ImportError:
-    raise ConfigurationError("the extra for migrations is not installed: pip install 'chatdb[migrate]'") from None
+    raise ConfigurationError("the extra for migrations is not installed: run pip install 'chatdb[migrate]'") from None
 
 SUMS = "SHA256SUMS"
 
@@ -96,13 +96,13 @@ def apply_migrations(
     """
     Apply the missing migrations, up to and including `to`, and return their names.
 
-    Blocks; in a coroutine, call it with `asyncio.to_thread`. `dsn` must not lead through a transaction pooler, and its
-    role must be allowed to create schemas. Concurrent calls are safe: one works, the others wait and find nothing to
-    do. A call also finishes what a killed process left half done, and rebuilds invalid indexes.
+    Blocks; in a coroutine, call it with `asyncio.to_thread`. `dsn` must not go through a transaction pooler, and its
+    role must be allowed to create schemas. Concurrent calls are safe: one works, and the others wait and find nothing
+    to do. A call also finishes what a killed process left half done, and rebuilds invalid indexes.
 
     Raises ConfigurationError; SchemaError if a migration was applied with different content than this release's; and
     UnavailableError if the server cannot be reached, or if another process or transaction still holds a lock after
-    `wait` seconds. After any of them you can call it again.
+    `wait` seconds. It is safe to call it again after any of these errors.
     """
     _check_arguments(to, wait)
     files = migration_files(folder)
@@ -150,8 +150,8 @@ def rollback_migrations(
         last = _last(connection, files, to)
         if expected is not None and [file.name for file in last] != expected:
             raise SchemaError(
-                "another process has migrated this database in the meantime: nothing was rolled back, review the list "
-                "again"
+                "another process has migrated this database in the meantime, so nothing was rolled back: review the "
+                "list again"
             )
         if not last:
             return []
@@ -178,7 +178,7 @@ def last_migrations(
     """
     Return what `rollback_migrations` would roll back, with the row count of each table that it drops.
 
-    A count is None if row-level security hides rows from the role; if forced, also from the tables' owner.
+    A count is None if row-level security hides rows from the role, even from the tables' owner if it is forced.
     """
     files = migration_files(folder)
     with pinned_transaction(dsn) as connection:
@@ -216,7 +216,7 @@ def _refuse_foreign_objects(connection: psycopg.Connection) -> None:
     if foreign:
         raise ConfigurationError(
             f"the {'; '.join(map(str, foreign))}, which could run code with this role's privileges: drop the object, "
-            "or make the database's owner its owner (alter ... owner to)"
+            "or transfer it to the database's owner (alter ... owner to)"
         )
 
 
@@ -415,7 +415,7 @@ def _rebuild_indexes(connection: psycopg.Connection, deadline: float) -> None:
     connection.execute("reset lock_timeout")
 
 
-# skips indexes that are being built; another role's build hides its index, so it skips all of them
+# skips indexes that are being built; during another role's build, which hides its index, it skips all of them
 _INVALID = """
     select c.relname, pg_catalog.quote_ident(n.nspname::text) || '.' || pg_catalog.quote_ident(c.relname::text)
     from pg_catalog.pg_index as i

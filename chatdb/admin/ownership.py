@@ -137,10 +137,10 @@ where n.nspname operator(pg_catalog.=) 'public'
 
 def foreign_objects(connection: psycopg.Connection) -> list[ForeignObject]:
     """
-    Return the schema `chatdb`, and its tables, views, sequences, functions and types, if an untrusted role owns them.
+    Return what an untrusted role owns: the schema `chatdb`, or tables, views, sequences, functions and types in it.
 
-    Trusted are superusers, the database's owner, the current role and the roles that it is a member of; for objects in
-    the schema, also the schema's owner.
+    Superusers, the database's owner, the current role and the roles that it is a member of are trusted. For objects in
+    the schema, so is the schema's owner.
     """
     return [ForeignObject(*row) for row in connection.execute(_FOREIGN).fetchall()]
 

@@ -2,8 +2,8 @@
 Row-level security on chatdb's tables: a statement that lacks its `user_id` condition reaches no other user's rows.
 
 It is forced, so it also applies to the tables' owner; only superusers and roles with BYPASSRLS bypass it.
-`chatdb.transaction(db, user_id=...)` names the user, as does each call on a pool with `row_level_security=True`. If no
-user is named, the policies raise an error: an empty result would look like an empty account.
+`chatdb.transaction(db, user_id=...)` sets the user, as does each call on a pool with `row_level_security=True`. If no
+user is set, the policies raise an error: an empty result would look like an empty account.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def protect_tables(dsn: str, *, off: bool = False, wait: float = WAIT) -> list[s
     """
     Switch row-level security on or off, and return the statements that ran; none if nothing had to change.
 
-    Blocks. One transaction locks each table briefly; it waits for a lock at most two seconds, then tries again.
+    Blocks. One transaction locks each table briefly. It waits at most two seconds for a lock, then tries again.
 
     Raises as `chatdb.admin.migrate.apply_migrations` does, and ConfigurationError if a table has another permissive
     policy, which would let more rows through.
@@ -127,7 +127,7 @@ def missing_function(connection: psycopg.Connection) -> list[str]:
 
 
 def missing_statements(protection: TableProtection) -> list[str]:
-    """Return the statements that complete a table's protection. Raises ConfigurationError for another policy."""
+    """Return the statements that complete a table's protection. Raises ConfigurationError if it has another."""
     table = protection.table
     if protection.others:
         raise ConfigurationError(

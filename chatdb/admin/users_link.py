@@ -2,7 +2,7 @@
 Links conversations to the host's own users table: deleting a user there deletes the user's conversations.
 
 The foreign key is added NOT VALID, which does not scan the rows, and then validated, which does not block writers. A
-run finishes what a killed run left.
+run finishes what a killed run left half done.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class UsersMissingError(InvalidInputError):
         super().__init__(
             "table",
             f"{column} lacks {total} users who have conversations: {', '.join(map(repr, users))}{more}; add them "
-            "to it or delete their conversations, then run this again",
+            "or delete their conversations, then run this again",
         )
         self.users = list(users)
         self.total = total
@@ -63,8 +63,8 @@ def link_users(dsn: str, *, table: str, column: str = "id", wait: float = WAIT, 
     then on, creating a conversation for an unknown user raises an InvalidInputError for `user_id`.
 
     Raises UsersMissingError; InvalidInputError if the column cannot be referenced or another one is linked; SchemaError
-    without chatdb's tables; ConfigurationError and UnavailableError as `apply_migrations` does. After any of them you
-    can call it again.
+    without chatdb's tables; ConfigurationError and UnavailableError as `apply_migrations` does. It is safe to call it
+    again after any of these errors.
     """
     deadline = time.monotonic() + wait
     with pinned_transaction(dsn) if dry_run else advisory_lock(dsn, wait=wait) as connection:
@@ -131,21 +131,21 @@ def _target(connection: psycopg.Connection, table: str, column: str) -> _Target:
     if not is_text:
         raise InvalidInputError(
             "column",
-            f"{name}.{quoted} has the type {kind}, which a foreign key cannot compare with chatdb's user_id, a text. "
-            "Link to a column that holds the same value as text: "
+            f"{name}.{quoted} has the type {kind}, which a foreign key cannot compare with chatdb's text user_id: "
+            "link to a column that holds the same value as text. To add one, run "
             f"alter table {name} add column user_key text unique generated always as ({quoted}::text) stored",
         )
     if not is_unique:
         raise InvalidInputError(
             "column",
-            f"{name}.{quoted} is neither the primary key nor unique, so it cannot be referenced: alter table {name} "
-            f"add unique ({quoted})",
+            f"{name}.{quoted} is neither the primary key nor unique, so it cannot be referenced: run alter table "
+            f"{name} add unique ({quoted})",
         )
     return _Target(oid, number, name, quoted)
 
 
 def _table(connection: psycopg.Connection, table: str) -> int:
-    """Return the OID of the table with this name, read as in SQL or else as the exact spelling."""
+    """Return the OID of the table with this name, read as in SQL or, failing that, as the exact spelling."""
     utf8_length("table", table)
     schema, _, rest = table.partition(".")
     statement = "select pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid"
@@ -199,7 +199,7 @@ def _steps(connection: psycopg.Connection, target: _Target) -> list[str]:
     if (oid, numbers, on_delete) != (target.oid, [target.number], "c"):
         raise InvalidInputError(
             "table",
-            f"conversations have another link, {definition}: run chatdb link-users --unlink, then run this again",
+            f"conversations already have a link, {definition}: run chatdb link-users --unlink, then run this again",
         )
     return [] if is_valid else ["validate"]
 

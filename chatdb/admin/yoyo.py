@@ -105,7 +105,7 @@ def remove_first_release(connection: psycopg.Connection, objects: set[str], *, b
 @contextmanager
 def yoyo_lock(connection: psycopg.Connection, *, in_transaction: bool, deadline: float) -> Generator[None]:
     """
-    Keep `yoyo apply` away during the block with a row in yoyo_lock, if that table exists.
+    Hold a row in yoyo_lock, if that table exists, so that `yoyo apply` does not run during the block.
 
     With `in_transaction` the row is not committed: it disappears however this process ends, and `yoyo apply` waits in
     its INSERT. CREATE INDEX CONCURRENTLY would wait for that INSERT, so it needs a committed row, whose negative PID

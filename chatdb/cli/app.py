@@ -7,7 +7,7 @@ import sys
 try:
     import typer
 except ImportError:
-    sys.exit("chatdb: the command line is not installed: pip install 'chatdb[cli]'")
+    sys.exit("chatdb: the command line is not installed: run pip install 'chatdb[cli]'")
 
 import asyncio
 import io

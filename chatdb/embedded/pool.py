@@ -82,7 +82,7 @@ def _migrate(dsn: str) -> None:
 
 
 class EmbeddedPool(Pool):
-    """A pool on an embedded server, which runs from when the pool is opened until it is closed."""
+    """A pool on an embedded server, which runs at least while the pool is open."""
 
     def __init__(self, server: EmbeddedServer) -> None:
         super().__init__(read_dsn(server.dsn, environment={}))
@@ -90,7 +90,7 @@ class EmbeddedPool(Pool):
 
     @property
     def path(self) -> Path:
-        """The folder that holds the data."""
+        """The data folder."""
         return self._server.path
 
     async def _open(self) -> Self:

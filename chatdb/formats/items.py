@@ -84,7 +84,7 @@ _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class UnsupportedItemError(Exception):
-    """A conversation cannot be imported and is skipped as a whole; the message is the reason."""
+    """A conversation or message cannot be imported and is skipped; the error text is the reason."""
 
 
 def role(word: object) -> str:

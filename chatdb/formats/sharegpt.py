@@ -17,7 +17,7 @@ def conversation(source: dict[str, Any]) -> list[items.Item]:
     Different conversations can share an id, so the key also contains a hash of the roles and texts. A conversation gets
     the same key in every import.
 
-    Raises UnsupportedItemError if there are no messages, or one that chatdb cannot store.
+    Raises UnsupportedItemError if the conversation has no messages, or one that chatdb cannot store.
     """
     listed = items.as_list(source["conversations"] if "conversations" in source else source.get("items"))
     if listed is None:

@@ -29,7 +29,7 @@ async def export_conversations(pool: Pool, *, user_id: str) -> AsyncGenerator[Co
     Uses two server-side cursors in one read-only transaction: memory does not grow with the history.
     """
     user = check_user_id(user_id)
-    async with transaction(pool) as connection:  # asyncpg's own waits too long for ROLLBACK on a silent server
+    async with transaction(pool) as connection:  # asyncpg's transaction waits too long for ROLLBACK on a silent server
         with mapped_driver_errors():
             await connection.execute("set transaction isolation level repeatable read, read only")
         await set_rls_user(connection, user)

@@ -28,10 +28,10 @@ FORMATS: Final = ("sharegpt", "chatgpt", "chatdb")
 
 MAX_MEMBERS: Final = 1_000
 MAX_RATIO: Final = 100
-"""Maximum ratio of expansion. Conversations compress to a fifth or a tenth; beyond this, it is a zip bomb."""
+"""Maximum expansion ratio. Conversations compress to a fifth or a tenth; a higher ratio means a zip bomb."""
 
 MAX_EXPANDED: Final = 16 * 1024**3
-"""Maximum bytes of all conversations in an archive: years of daily use make one or two GiB."""
+"""Maximum bytes of all conversations in an archive: years of daily use amount to one or two GiB."""
 
 _RATIO_FROM: Final = 16 * 1024 * 1024
 

@@ -1,4 +1,4 @@
-"""Read the objects of a JSON file of any size one by one, in the memory of the largest object."""
+"""Read the objects of a JSON file of any size one by one, with memory for only the largest object."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chatdb.errors import InvalidInputError
 from chatdb.formats.items import Skipped
 
 MAX_OBJECT: Final = 26 * 1024 * 1024
-"""Maximum characters of one object: fits a text of 4 MiB, even if each character is a six-character escape."""
+"""Maximum characters of one object: enough for a text of 4 MiB, even if each character is a six-character escape."""
 
 _CHUNK = 1024 * 1024
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -58,9 +58,8 @@ def objects(file: BinaryIO) -> Iterator[dict[str, Any] | Skipped]:
                 return
         value, offset = decoded
         expected = ",]" if in_array else "{"
-        if (
-            offset > _CHUNK
-        ):  # free the text of a large object before yielding it, and the object before reading the next
+        # free the text of a large object before yielding it, and the object before reading the next
+        if offset > _CHUNK:
             dropped += offset
             text, offset = text[offset:], 0
         yield value

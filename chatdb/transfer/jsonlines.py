@@ -103,7 +103,7 @@ def read(file: BinaryIO) -> Iterator[Item]:
             case "end":
                 said = _taken(line, fields, {"conversations": _number, "messages": _number})
                 if file.read(1):
-                    raise InvalidInputError(f"{line}, type", "must be end only on the last line")
+                    raise InvalidInputError(f"{line}, type", "may be end only on the last line")
                 missing = (said["conversations"] - conversations, said["messages"] - messages)
                 if missing != (0, 0):
                     reason = "the counts in the file's end line do not match its contents"
@@ -134,7 +134,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _taken(line: str, fields: dict[str, Any], checks: dict[str, Callable[[str, Any], Any]]) -> dict[str, Any]:
-    """Check and remove a line's fields, so that a large one is not kept longer than its message."""
+    """Check a line's fields and remove them, so that a large one does not outlive its message."""
     for field in checks:
         if field not in fields:
             raise InvalidInputError(f"{line}, {field}", "is missing")
@@ -161,7 +161,7 @@ def _time(name: str, value: object) -> datetime:
             return time.astimezone(UTC)
     except (ValueError, OverflowError):
         pass
-    raise InvalidInputError(name, "must be an ISO 8601 time with an offset")
+    raise InvalidInputError(name, "must be an ISO 8601 time with a UTC offset")
 
 
 _CONVERSATION: dict[str, Callable[[str, Any], Any]] = {

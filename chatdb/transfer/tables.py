@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FORMATS: Final = ("openai-agents", "langchain")
 _OPENAI_TABLES: Final = ("agent_sessions", "agent_messages")
 
-MISSING = "psycopg, which reads other frameworks' tables, is not installed: pip install 'chatdb[migrate]'"
+MISSING = "psycopg, which reads other frameworks' tables, is not installed: run pip install 'chatdb[migrate]'"
 
 _PAGE = 1_000
 _BYTES = 4 * 1024 * 1024
@@ -209,7 +209,7 @@ def _read(source: psycopg.Connection, chosen: str, table: str | None, sessions: 
         wanted.discard(session)
         yield from _conversation(messages, tables.convert)
     if wanted:
-        yield items.Skipped("no session has this ID", conversations=len(wanted))
+        yield items.Skipped("no session with this ID", conversations=len(wanted))
 
 
 def _quoted(name: str) -> str:
@@ -296,7 +296,7 @@ def _conversation(
     for seq, (row, text) in enumerate(messages, 1):
         key = items.name_of(row.session)
         if row.messages == 0 or not key:
-            yield items.Skipped("its session has no ID" if row.messages else "no messages", 1, row.messages)
+            yield items.Skipped("session without an ID" if row.messages else "no messages", 1, row.messages)
             return
         try:
             message, is_replaced = _message(seq, row, text, convert)
@@ -310,7 +310,7 @@ def _conversation(
         if is_replaced:
             yield items.Changed(items.REPLACED, messages=1)
     if not begun:
-        yield items.Skipped("none of its messages can be imported", conversations=1)
+        yield items.Skipped("no messages that can be imported", conversations=1)
 
 
 def _message(
@@ -318,18 +318,18 @@ def _message(
 ) -> tuple[items.SourceMessage, bool]:
     """Return a message, with its row ID as key, and whether characters of its text were replaced."""
     if (row.size or 0) > MAX_PAYLOAD:
-        raise items.UnsupportedItemError("it has over 16 MiB as JSON")
+        raise items.UnsupportedItemError("larger than 16 MiB as JSON")
     try:
         payload = check_payload("payload", JsonText(text or ""))
     except InvalidInputError:
         payload = None
     if payload is None:
         raise items.UnsupportedItemError(
-            "it is invalid JSON, or has NaN, numbers of over 4,300 digits or nesting deeper than 200 levels"
+            "invalid JSON, or JSON with NaN, numbers of over 4,300 digits or nesting deeper than 200 levels"
         )
     item = items.as_object(json.loads(payload))
     if item is None:
-        raise items.UnsupportedItemError("it is not a JSON object")
+        raise items.UnsupportedItemError("not a JSON object")
     author, said, kind, name = convert(item)
     content = items.replace_unstorable(said)
     if len(content.encode()) > MAX_CONTENT:
@@ -361,13 +361,11 @@ def _mapped_errors() -> Generator[None, None, None]:
 def _map_error(error: psycopg.Error, is_value: bool) -> ChatDBError:
     match classify(error):
         case Kind.SCHEMA | Kind.STATEMENT:
-            return InvalidInputError(
-                "table", f"was not found, or lacks the framework's columns; looked for {_LOOKED_FOR}"
-            )
+            return InvalidInputError("table", f"was not found, or lacks the expected columns; looked for {_LOOKED_FOR}")
         case Kind.PRIVILEGE:
             return ConfigurationError("the role cannot read the tables: grant it SELECT on them")
         case Kind.CANCELED:
-            return CommandTimeoutError("the source server canceled the query because of a time limit", sent=True)
+            return CommandTimeoutError("the source server cancelled the query because of a time limit", sent=True)
         case Kind.CONNECTION | Kind.RESOURCES:
             return UnavailableError("the source server is down or accepts no connections: try again", sent=None)
         case Kind.CLIENT if not is_value:
@@ -375,4 +373,4 @@ def _map_error(error: psycopg.Error, is_value: bool) -> ChatDBError:
         case Kind.CLIENT:
             return InvalidInputError("table", "has a value that cannot be read")
         case _:
-            return ChatDBError(f"cannot read the tables (SQLSTATE {error.sqlstate})")
+            return ChatDBError(f"could not read the tables (SQLSTATE {error.sqlstate})")

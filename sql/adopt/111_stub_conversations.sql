@@ -1,5 +1,5 @@
 -- stub_conversations
--- Replaces the older system's conversations table if it does not exist.
+-- Creates an empty table in place of the older system's conversations, if those do not exist.
 
 create temporary table original_conversations (
     id bigint,

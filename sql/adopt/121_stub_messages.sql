@@ -1,5 +1,5 @@
 -- stub_messages
--- Replaces the older system's messages table if it does not exist.
+-- Creates an empty table in place of the older system's messages, if those do not exist.
 
 create temporary table original_messages (
     id bigint,

@@ -1,6 +1,6 @@
 -- advance_sequences
--- Advances chatdb's id sequences past the originals' ids, never back. The gap of 10,000 leaves room for ids that a
--- service is drawing right now and for rows that the older system is about to write.
+-- Advances chatdb's id sequences past the originals' ids, and never moves them back. The gap of 10,000 leaves room for
+-- ids that a service is drawing right now and for rows that the older system is about to write.
 
 select pg_catalog.setval(s.sequence, s.highest + 10000)
 from (

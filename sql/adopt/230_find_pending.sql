@@ -1,6 +1,6 @@
 -- find_pending
--- Finds the pending conversations and divides them into batches: conversations that are not adopted, have messages that
--- are not adopted, or were active since. Quarantined rows count as pending because they may have been fixed.
+-- Finds the pending conversations and divides them into batches. A conversation is pending if it is not adopted, has
+-- messages that are not adopted, or has been active since. Quarantined rows are pending because they may be fixed now.
 --
 -- $1 size int8    approximate messages per batch; larger in a large table, so that no index is needed
 

@@ -1,5 +1,5 @@
 -- release_batch
--- Removes rows from quarantine that were fixed and are now adopted. Several statements.
+-- Removes from quarantine the rows that were fixed and are now adopted. Several statements.
 
 delete from chatdb_adopt.quarantine_conversations as q
 using pg_temp.batch_conversations as b

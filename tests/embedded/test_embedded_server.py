@@ -684,7 +684,7 @@ def test_a_database_of_another_major_version(dummy: Path) -> None:
 def test_a_folder_of_something_else(name: str, place: Path) -> None:
     """A folder that is neither empty nor chatdb's is refused and stays unchanged."""
     (place / name).touch()
-    with pytest.raises(ConfigurationError, match="holds other files"):
+    with pytest.raises(ConfigurationError, match="contains other files"):
         EmbeddedServer(place).start()
     assert [path.name for path in place.iterdir()] == [name]
 

@@ -79,7 +79,7 @@ class Leaks(logging.Handler):
         self._said: deque[str] = deque(maxlen=100)
 
     def watch(self) -> None:
-        """Start to search."""
+        """Start searching."""
         leaks = self
 
         def __init__(self: ChatDBError, *args: Any) -> None:  # noqa: N807 - replaces __init__

@@ -199,7 +199,7 @@ def strings(module: Path) -> list[str]:
     """
     Return the SQL in a module's string constants, with placeholders for inserted parts.
 
-    A text that begins with an inserted part, such as the verb of a REINDEX, is missing.
+    A text that begins with an inserted part, such as the verb of a REINDEX, is not included.
     """
     found: list[str] = []
     for text in map(_filled, _texts(python.parse(module.read_text(encoding="utf-8")))):

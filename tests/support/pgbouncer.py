@@ -25,7 +25,7 @@ from tests.support.paths import ROOT
 VERSIONS = ("1.18", "1.24")
 """Debian's last release that does not track prepared statements, and its first that does so by default."""
 OPTIONS: dict[str, dict[str, int]] = {"1.18": {"statement_cache_size": 0}, "1.24": {}}
-"""The options of create_pool behind each version."""
+"""The create_pool options for each version."""
 SUITES = {
     "1.18": ("bookworm", "libevent-2.1-7 libssl3 libc-ares2 libgcrypt20 libgpg-error0 liblz4-1 liblzma5"),
     "1.24": ("trixie", "libevent-2.1-7t64 libssl3t64 libcares2 zlib1g"),

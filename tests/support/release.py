@@ -42,7 +42,7 @@ EXTRAS = ("dotenv", "platformdirs", "psycopg", "psycopg2", "rich", "sqlparse", "
 
 def version_problems(version: str, changelog: str, tags: list[str]) -> list[str]:
     """
-    Return the disagreements between the version, the changelog and the tags on HEAD.
+    Return the inconsistencies between the version, the changelog and the tags on HEAD.
 
     The newest heading names the version. With a tag on HEAD it also has a date; otherwise it may say `unreleased`.
     """
@@ -90,7 +90,7 @@ def source_problems(root: Path) -> tuple[list[str], list[str]]:
 def _git(root: Path, *arguments: str) -> list[str]:
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"release: this is not a git checkout, or git fails: {done.stderr.strip()}")
+        sys.exit(f"release: this is not a git checkout, or git failed: {done.stderr.strip()}")
     return done.stdout.splitlines()
 
 
@@ -109,13 +109,13 @@ def archive_problems(dist: Path, version: str, tracked: list[str]) -> list[str]:
 
 
 def sdist_problems(names: set[str], tracked: list[str]) -> list[str]:
-    """Return what is missing in an sdist, and what has no business there."""
+    """Return the files that an sdist lacks, and those that do not belong there."""
     expected = {name for name in tracked if not name.startswith(NOT_IN_SDIST)} | {"PKG-INFO"} | {*REQUIRED_IN_SDIST}
     return _differences("sdist", names, expected)
 
 
 def wheel_problems(files: dict[str, bytes], version: str, tracked: list[str]) -> list[str]:
-    """Return what is missing in a wheel, what has no business there, and what its metadata and checksums get wrong."""
+    """Return the files that a wheel lacks or should not have, and errors in its metadata and checksums."""
     info = f"chatdb-{version}.dist-info"
     expected = {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")}
     expected |= {name for name in tracked if name.startswith("chatdb/")} | {*REQUIRED_IN_WHEEL}
@@ -159,7 +159,7 @@ def installed_problems(version: str) -> list[str]:
     core = sorted(re.split(r"[^\w.-]", line)[0] for line in required if "extra ==" not in line)
     if core != sorted(CORE):
         problems.append(f"the core depends on {', '.join(core)}, not on {' and '.join(CORE)}")
-    problems += [f"{name} is installed, but no extra was" for name in EXTRAS if importlib.util.find_spec(name)]
+    problems += [f"{name} is installed, although no extra is" for name in EXTRAS if importlib.util.find_spec(name)]
     if not (package / "py.typed").is_file() or not any((package / "sql").glob("*.sql")):
         problems.append("py.typed or the SQL files are not installed")
     return problems

@@ -156,7 +156,7 @@ def is_existence(query: Any) -> bool:
 
 def existence_gaps(file: SqlFile) -> list[str]:
     """
-    Return what could add an existence row against the header, or omit it.
+    Return how the statement could add an existence row against its header, or omit one.
 
     Either a condition excludes it if there is any record, or it comes last, under a limit that the records alone can
     reach. The records then have the same limit, which also keeps the server from reading both branches in parallel.

@@ -1409,7 +1409,7 @@ def test_an_archive_of_another_method(tmp_path: Path, method: int) -> None:
 @pytest.mark.parametrize("field", ["created_at", "updated_at"])
 def test_a_time_that_is_none(time: str, field: str) -> None:
     """Infinity, and a time outside the calendar in UTC, is refused with its line and field."""
-    with pytest.raises(InvalidInputError, match=rf"^line 2, {field}: must be an ISO 8601 time with an offset$"):
+    with pytest.raises(InvalidInputError, match=rf"^line 2, {field}: must be an ISO 8601 time with a UTC offset$"):
         read(file_of(a_head(**{field: time}), a_line(), end=END), "chatdb")
     with pytest.raises(InvalidInputError, match=r"^line 3, created_at: "):
         read(file_of(a_head(), a_line(created_at=time), end=END), "chatdb")

@@ -291,7 +291,7 @@ async def test_only_some_sessions(db: Pool, empty_dsn: str) -> None:
     for name in ("s1", "s2", "s'3", "{s4}"):
         await run_agent(empty_dsn, name, [{"role": "user", "content": name}])
     assert sorted(texts(read(empty_dsn, sessions=["{s4}", "s'3", "s1", "s1"]))) == ["s'3", "s1", "{s4}"]
-    assert read(empty_dsn, sessions=["s", "S1"]) == [Skipped("no session has this ID", conversations=2)]
+    assert read(empty_dsn, sessions=["s", "S1"]) == [Skipped("no session with this ID", conversations=2)]
     report = await import_all(db, empty_dsn, sessions=["nobody's"])
     assert report.took_nothing
 
@@ -300,7 +300,7 @@ async def test_only_some_sessions(db: Pool, empty_dsn: str) -> None:
     assert texts(read(empty_dsn, "langchain", sessions=[SESSION.upper()])) == [SESSION]
     missing = str(uuid.uuid4())
     *_, last = read(empty_dsn, "langchain", sessions=[OTHER, missing])
-    assert last == Skipped("no session has this ID", conversations=1)
+    assert last == Skipped("no session with this ID", conversations=1)
     with pytest.raises(chatdb.InvalidInputError, match="session: must be a UUID") as refused:
         read(empty_dsn, "langchain", sessions=["secret"])
     assert "secret" not in str(refused.value)
@@ -317,13 +317,13 @@ async def test_another_user_is_not_touched(db: Pool, empty_dsn: str) -> None:
 
 
 HOSTILE = [
-    ("{", "it is invalid JSON, or has NaN, numbers of over 4,300 digits or nesting deeper than 200 levels"),
-    ("", "it is invalid JSON, or has NaN, numbers of over 4,300 digits or nesting deeper than 200 levels"),
-    ('{"role": "user", "content": NaN}', "it is invalid JSON, or has NaN,"),
-    ('{"role": "user", "content": ' + "[" * 300 + "]" * 300 + "}", "it is invalid JSON, or has NaN,"),
-    ("[" * 100_000, "it is invalid JSON, or has NaN,"),
-    ("null", "it is not a JSON object"),
-    ('[{"role": "user"}]', "it is not a JSON object"),
+    ("{", "invalid JSON, or JSON with NaN, numbers of over 4,300 digits or nesting deeper than 200 levels"),
+    ("", "invalid JSON, or JSON with NaN, numbers of over 4,300 digits or nesting deeper than 200 levels"),
+    ('{"role": "user", "content": NaN}', "invalid JSON, or JSON with NaN,"),
+    ('{"role": "user", "content": ' + "[" * 300 + "]" * 300 + "}", "invalid JSON, or JSON with NaN,"),
+    ("[" * 100_000, "invalid JSON, or JSON with NaN,"),
+    ("null", "not a JSON object"),
+    ('[{"role": "user"}]', "not a JSON object"),
     ("{}", "unknown type"),
     ('{"type": "banana"}', "unknown type"),
     ('{"type": ["reasoning"]}', "unknown type"),
@@ -331,7 +331,7 @@ HOSTILE = [
     ('{"role": ["user"], "content": "x"}', "unknown role"),
     ('{"__enc__": 1, "v": 1, "kid": "hkdf-v1", "payload": "x"}', "encrypted by openai-agents' EncryptedSession"),
     ('{"role": "user", "content": "' + "x" * (4 * 1024 * 1024 + 1) + '"}', "text longer than 4 MiB"),
-    ('{"type": "reasoning", "encrypted_content": "' + "x" * 16 * 1024 * 1024 + '"}', "it has over 16 MiB as JSON"),
+    ('{"type": "reasoning", "encrypted_content": "' + "x" * 16 * 1024 * 1024 + '"}', "larger than 16 MiB as JSON"),
 ]
 
 
@@ -369,9 +369,9 @@ async def test_a_session_of_which_nothing_can_be_taken(db: Pool, empty_dsn: str)
     await run_agent(empty_dsn, "d", RUN[:1])
     report = await import_all(db, empty_dsn)
     assert (report.conversations, report.messages) == (2, 4)
-    assert report.skipped.pop("none of its messages can be imported") == (1, 0)
+    assert report.skipped.pop("no messages that can be imported") == (1, 0)
     assert report.skipped.pop("no messages") == (1, 0)
-    assert report.skipped.pop("its session has no ID") == (1, 2)
+    assert report.skipped.pop("session without an ID") == (1, 2)
     assert [counts for _, counts in report.skipped.items()] == [(0, 1), (0, 1)]
     assert {c.key: c.last_seq for c in await chatdb.list_conversations(db, user_id="alice")} == {"a": 3, "d": 1}
 
@@ -418,8 +418,8 @@ def test_langchains_strange_messages(empty_dsn: str) -> None:
         ("unknown role", 3),
         ("unknown type", 5),
         ("unknown type", 6),
-        ("it is not a JSON object", 7),
-        ("it is not a JSON object", 8),
+        ("not a JSON object", 7),
+        ("not a JSON object", 8),
         ("unknown type", 9),
     ]
     assert not any(isinstance(item, Changed) for item in items)
@@ -524,7 +524,7 @@ def test_wrong_arguments(empty_dsn: str, options: dict[str, Any], sentence: str)
 async def test_tables_of_another_form(empty_dsn: str) -> None:
     """Tables with openai-agents' names but other columns are refused."""
     execute(empty_dsn, "create table agent_sessions (name text)", "create table agent_messages (name text)")
-    with pytest.raises(chatdb.InvalidInputError, match="lacks the framework's columns"):
+    with pytest.raises(chatdb.InvalidInputError, match="lacks the expected columns"):
         read(empty_dsn)
 
 

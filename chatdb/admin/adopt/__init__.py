@@ -1,8 +1,9 @@
 """
 Adopts the conversations and messages of an older system, from the schema `public`, into chatdb's own tables.
 
-The original tables are never changed. The schema `chatdb_adopt` records what was adopted, and what does not fit and is
-quarantined. So the older system can keep writing, and the next run continues a killed one.
+The original tables are never changed. The schema `chatdb_adopt` records the rows that were adopted, and those that do
+not fit and are quarantined. The older system can therefore keep writing, and each run continues where the last one
+stopped, even if that one was killed.
 """
 
 from chatdb.admin.adopt.adoption import BATCH_SIZE, adopt

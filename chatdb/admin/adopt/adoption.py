@@ -58,9 +58,9 @@ def adopt(
     """
     Adopt the rows of `public.conversations` and `public.messages` that chatdb does not have yet, and return a report.
 
-    Blocks. Each batch is one transaction, so the next run continues a killed one. A `dry_run` is rolled back.
-    `delete_gone` is called with the counts of adopted rows that were deleted upstream since. If it returns true, they
-    are deleted from chatdb too, except in conversations with a message that was not adopted.
+    Blocks. Each batch is one transaction, so a run continues where a killed one stopped. A `dry_run` is rolled back.
+    `delete_gone` is called with the counts of adopted rows that have since been deleted upstream. If it returns true,
+    they are deleted from chatdb too, except in conversations with a message that was not adopted.
 
     Raises SchemaError if chatdb's or the original tables are missing or do not have the expected columns, and
     UnavailableError if another process or transaction still holds a lock after `wait` seconds.
@@ -96,7 +96,7 @@ def _check_originals(connection: psycopg.Connection, runner: Runner, report: Ado
     """
     for table in ("chatdb.conversations", "chatdb.messages"):
         if not fetch_value(connection, "select pg_catalog.to_regclass(%s) is not null", table):
-            raise SchemaError(f"the database lacks the table {table}: run chatdb migrate first")
+            raise SchemaError(f"the database has no table {table}: run chatdb migrate or yoyo apply")
     differences: list[str] = []
     extra_columns: dict[str, dict[str, str]] = {}
     for name, expected in _TABLES.items():
@@ -139,8 +139,8 @@ def _adopt(connection: psycopg.Connection, runner: Runner, report: AdoptReport, 
     report.adopted_before = runner.counts("adopted_before")
     if report.adopted_before.messages and not fetch_value(connection, "select exists (select from chatdb.messages)"):
         raise SchemaError(
-            f"chatdb's tables are empty, though {report.adopted_before} were adopted: the tables were recreated since. "
-            "To adopt everything again: chatdb rollback --to 0001, chatdb migrate, drop schema chatdb_adopt cascade"
+            f"chatdb's tables are empty, although {report.adopted_before} were adopted: to adopt everything again, run "
+            "chatdb rollback --to 0001, chatdb migrate and drop schema chatdb_adopt cascade"
         )
     rows = 0
     for _ in range(numbers["batches"]):

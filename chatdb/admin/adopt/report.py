@@ -47,7 +47,7 @@ class AdoptReport:
     renumbered: int = 0
     """Messages that got a new `seq` because older ones were inserted before them."""
     gone: Counts = NONE
-    """Adopted rows that were deleted upstream since."""
+    """Adopted rows that have since been deleted upstream."""
     deleted: Counts = NONE
     """Rows of `gone` deleted from chatdb on request."""
     deleted_in_chatdb: Counts = NONE

@@ -50,7 +50,7 @@ START = (
 BATCH = (
     Step("300_take_batch", analyze="batch_conversations"),
     Step("310_lock_conversations", dry_run=False),
-    Step("320_take_messages", analyze="batch_messages (id, conversation_id, reason)"),  # the content would take long
+    Step("320_take_messages", analyze="batch_messages (id, conversation_id, reason)"),  # analyzing content takes long
     Step("330_count_batch", returns="counts"),
     Step("340_fill_times", when="without_time"),
     Step("350_mark_renumbered", rowcount="renumbered_conversations"),
@@ -78,7 +78,7 @@ ORPHANS = (
 
 FINISH = (Step("210_advance_sequences", dry_run=False),)
 
-# runs before VERIFY takes its snapshot; otherwise neither might see a transaction that ends in between
+# runs before VERIFY takes its snapshot; otherwise both might miss a transaction that ends in between
 COUNT_WRITERS = (Step("600_count_writers", returns="counts", dry_run=False),)
 
 VERIFY = (

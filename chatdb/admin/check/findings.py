@@ -52,7 +52,7 @@ def check_schema_objects(
                 yield Finding(f"cascade {name}", OK, "deleting a conversation deletes its messages")
             elif kind in {"primary key", "index"}:
                 yield Finding(f"{kind} {name}", OK, f"valid; serves {', '.join(served[name])}")
-    for part in parts:  # an invalid index, even of the host's, slows every write and serves no statement
+    for part in parts:  # an invalid index, even one of the host's, slows every write and serves no statement
         if part.definition.endswith(" INVALID") and part.name not in EXPECTED_SCHEMA.get(part.relation, ()):
             detail = "is invalid: a failed build left it behind"
             yield Finding(f"index {part.name}", NOTE, detail, "chatdb migrate")
@@ -93,7 +93,7 @@ def _add(difference: Difference) -> str:
             return difference.needed.replace(" INDEX ", " INDEX CONCURRENTLY ", 1)
         case "primary key":
             return f"alter table chatdb.{table} add constraint {name} {difference.needed}"
-        case _:  # in two steps, of which the long one does not block writers
+        case _:  # in two steps, because the long one then does not block writers
             return (
                 f"alter table chatdb.{table} add constraint {name} {difference.needed} NOT VALID; "
                 f"alter table chatdb.{table} validate constraint {name}"

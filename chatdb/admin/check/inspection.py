@@ -1,5 +1,5 @@
 """
-Checks for `chatdb check` whether a database has what this release needs, and says how to fix what differs.
+Checks whether a database has what this release needs, and says how to fix what differs, for `chatdb check`.
 
 Compares the catalog as `check_schema` does, then checks the server, the roles' privileges, the migrations, and the
 indexes that the planner uses for the statements under `sql/`.
@@ -228,7 +228,7 @@ def _migrations(dsn: str, folder: Path | None) -> Iterator[Finding]:
 
 
 def _statements(connection: psycopg.Connection, *, suffer: bool) -> list[Finding]:
-    """Return the findings on plans; if wrong tables make them `suffer`, one note replaces the problems."""
+    """Return the findings on plans. If wrong tables make the plans `suffer`, one note replaces the problems."""
     findings = check_plans(connection)
     hurt = [finding.what.removeprefix("statement ") for finding in findings if is_wrong(finding)]
     if not suffer or not hurt:

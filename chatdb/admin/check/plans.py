@@ -13,7 +13,7 @@ from chatdb.admin.connection import errors, fetch_value, psycopg
 from chatdb.schema import EXPECTED_SCHEMA
 
 SMALL = 1 << 16
-"""Bytes up to which a sequential scan of a table is fine."""
+"""Maximum size in bytes of a table for which a sequential scan is fine."""
 
 _ANALYZE = "analyze chatdb.conversations, chatdb.messages; on an SSD also set random_page_cost = 1.1"
 
@@ -66,7 +66,7 @@ def check_plans(connection: psycopg.Connection) -> list[Finding]:
                 detail = f"no index serves it: it scans all of {', '.join(sorted(forced.whole))}"
                 hint = f"fix {', '.join(sorted(statement.indexes)) or 'the tables'}"
                 findings.append(Finding(what, DIFFERENT, detail, hint))
-            elif plan.whole - small:  # right if one user has most of the table
+            elif plan.whole - small:  # the right plan if one user has most of the rows
                 detail = f"its plan scans all of {', '.join(sorted(plan.whole - small))}"
                 findings.append(Finding(what, NOTE, detail, _ANALYZE))
             elif plan.whole:
