@@ -164,7 +164,7 @@ def _read_table(connection: psycopg.Connection, table: str) -> TableProtection:
         [table],
     ).fetchone()
     if row is None:
-        raise SchemaError(f"the database has no table chatdb.{table}: run chatdb migrate or yoyo apply")
+        raise SchemaError(f"the database has no table chatdb.{table}: run yoyo apply or chatdb migrate")
     policies = connection.execute(
         """
         select polname, polpermissive, polcmd, polroles = '{0}',

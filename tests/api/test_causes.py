@@ -281,7 +281,7 @@ async def test_statements_that_others_drop(dsn: str, caplog: pytest.LogCaptureFi
             assert "a session lost its prepared statements" in caplog.text
             assert await chatdb.list_conversations(handle, user_id="alice") == []
         for _ in range(2):
-            with pytest.raises(ConfigurationError, match="DISCARD ALL or DEALLOCATE dropped it, or a"):  # noqa: PT012
+            with pytest.raises(ConfigurationError, match="DISCARD ALL or DEALLOCATE dropped it or a"):  # noqa: PT012
                 async with chatdb.transaction(db) as lent:
                     await chatdb.list_conversations(lent, user_id="alice")
                     await lent.execute("select public.drop_all()")
