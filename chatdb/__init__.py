@@ -13,9 +13,12 @@ from chatdb.conversations import (
     create_conversation,
     delete_conversation,
     get_conversation,
-    get_conversation_by_key,
     list_conversations,
+    list_pinned,
+    list_previews,
+    load_conversation,
     update_conversation,
+    upsert_conversation,
 )
 from chatdb.errors import (
     AcquireTimeoutError,
@@ -29,6 +32,7 @@ from chatdb.errors import (
     NotFoundError,
     PoolClosedError,
     SchemaError,
+    StaleError,
     UnavailableError,
 )
 from chatdb.messages import (
@@ -38,13 +42,15 @@ from chatdb.messages import (
     delete_messages_after,
     get_history,
     get_message,
-    get_message_by_key,
     iter_messages,
     list_messages,
+    pop_message,
+    replace_messages_after,
     update_message,
+    upsert_message,
 )
 from chatdb.pool import Connection, Pool, create_pool, transaction
-from chatdb.records import UNSET, Conversation, Deleted, JsonText, Message, NewMessage, Role, Unset
+from chatdb.records import NEW, UNSET, Conversation, Deleted, JsonText, Message, NewMessage, Role, Unset
 from chatdb.schema import check_schema
 from chatdb.users import delete_user
 
@@ -72,11 +78,13 @@ else:
 
 
 __all__ = [
-    "UNSET", "AcquireTimeoutError", "ChatDBError", "CommandTimeoutError", "ConfigurationError", "ConflictError",
+    "NEW", "UNSET", "AcquireTimeoutError", "ChatDBError", "CommandTimeoutError", "ConfigurationError", "ConflictError",
     "Connection", "Conversation", "ConversationNotFoundError", "Database", "Deleted", "InvalidInputError", "JsonText",
     "Message", "MessageNotFoundError", "NewMessage", "NotFoundError", "Pool", "PoolClosedError", "Role", "SchemaError",
-    "UnavailableError", "Unset", "append_message", "append_messages", "check_schema", "create_conversation",
-    "create_pool", "delete_conversation", "delete_message", "delete_messages_after", "delete_user", "get_conversation",
-    "get_conversation_by_key", "get_history", "get_message", "get_message_by_key", "iter_messages",
-    "list_conversations", "list_messages", "open_embedded", "transaction", "update_conversation", "update_message",
+    "StaleError", "UnavailableError", "Unset", "append_message", "append_messages", "check_schema",
+    "create_conversation", "create_pool", "delete_conversation", "delete_message", "delete_messages_after",
+    "delete_user", "get_conversation", "get_history", "get_message", "iter_messages", "list_conversations",
+    "list_messages", "list_pinned", "list_previews", "load_conversation", "open_embedded", "pop_message",
+    "replace_messages_after", "transaction", "update_conversation", "update_message", "upsert_conversation",
+    "upsert_message",
 ]  # fmt: skip

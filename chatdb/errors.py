@@ -4,6 +4,7 @@ Errors that chatdb raises.
     ChatDBError
       NotFoundError               ConversationNotFoundError, MessageNotFoundError
       ConflictError               a key is stored with a different body
+        StaleError                another caller wrote to the conversation first
       InvalidInputError           also a ValueError; .parameter names the argument
       UnavailableError            may be retried; .sent is False, True, or None for unknown
         AcquireTimeoutError       no connection became free in time
@@ -61,6 +62,12 @@ class ConflictError(ChatDBError):
     """The key is stored with a different body. Nothing was written."""
 
     public = "This was already saved with different content. Please reload."
+
+
+class StaleError(ConflictError):
+    """Another caller has written to the conversation since `expected` was read. Nothing was written."""
+
+    public = "This was changed in the meantime. Please reload."
 
 
 class InvalidInputError(ChatDBError, ValueError):

@@ -7,62 +7,94 @@ Decisions: docs/decisions/0001-seq-is-a-counter.md, 0002-tenant-first-keys.md
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping
-from operator import attrgetter
-from typing import NoReturn, TypeVar
+from typing import Final, Literal, NoReturn
 
 from chatdb._core.driver_errors import ROW_SUPPRESSED
-from chatdb._core.query import Database, Query
+from chatdb._core.query import AppendQuery, Database, HistoryQuery, Query
 from chatdb._core.validate import (
     MAX_BIGINT,
     MAX_NAME,
-    as_text_array,
+    as_columns,
+    check_bool,
+    check_choice,
     check_content,
-    check_id,
+    check_conversation,
+    check_conversation_patch,
+    check_expected,
     check_key,
     check_limit,
+    check_message,
     check_messages,
     check_metadata,
+    check_patch,
     check_payload,
+    check_position,
     check_role,
     check_seq,
     check_text,
     check_token_count,
     check_user_id,
     if_given,
+    refuse_both,
 )
 from chatdb.conversations import get_conversation
-from chatdb.errors import ConfigurationError, ConflictError, ConversationNotFoundError, MessageNotFoundError
-from chatdb.records import UNSET, Deleted, Message, NewMessage, Role, Unset
+from chatdb.errors import ConfigurationError, ConversationNotFoundError, InvalidInputError, MessageNotFoundError
+from chatdb.pool import run_until_settled
+from chatdb.records import UNSET, Conversation, Deleted, Message, New, NewMessage, Role, Unset
 
-_append_message = Query("append_message", Message)
-_append_message_keyed = Query("append_message_keyed", Message, idempotent=True)
-_append_messages = Query("append_messages", Message)
-_append_messages_keyed = Query("append_messages_keyed", Message)
-# Without user_id and conversation_id in each row, a page of 100 takes an eighth less time under load.
-_get_history = Query("get_history", Message, fields_from_args=("user_id", "conversation_id"), idempotent=True)
-_list_messages = Query("list_messages", Message, fields_from_args=("user_id", "conversation_id"), idempotent=True)
+_SENT: Final = ("role", "content", "payload", "token_count", "key")
+
+_append_message = Query("append_message", Message, from_arguments=("user_id",), from_messages=_SENT)
+_append_message_conditional = Query(
+    "append_message_conditional",
+    Message,
+    from_arguments=("user_id",),
+    from_messages=("role", "content", "payload", "key"),
+    has_refusal=True,
+)
+_append_messages = AppendQuery("append_messages", Message, from_arguments=("user_id",), from_messages=_SENT)
+_append_messages_conditional = AppendQuery(
+    "append_messages_conditional",
+    Message,
+    from_arguments=("user_id",),
+    from_messages=("role", "content", "payload"),
+    has_refusal=True,
+)
+_upsert_message = Query(
+    "upsert_message", Message, from_arguments=("user_id",), from_messages=_SENT, has_refusal=True, idempotent=True
+)
+_replace_messages_after = AppendQuery(
+    "replace_messages_after",
+    Message,
+    from_arguments=("user_id",),
+    from_messages=("role", "content", "payload"),
+    has_refusal=True,
+)
+_pop_message = Query("pop_message", Message, has_refusal=True)
+# a page of 100 takes an eighth less time under load without the user and the conversation in each row
+_get_history = HistoryQuery("get_history", Message, from_arguments=("user_id", "conversation_id"), idempotent=True)
+_list_messages = HistoryQuery("list_messages", Message, from_arguments=("user_id", "conversation_id"), idempotent=True)
 _get_message = Query("get_message", Message, idempotent=True)
-_get_message_by_key = Query("get_message_by_key", Message, idempotent=True)
-_update_message = Query("update_message", Message)
-_delete_message = Query("delete_message", Deleted)
-_delete_messages_after = Query("delete_messages_after", Deleted)
-
-_FoundT = TypeVar("_FoundT", Message, Deleted)
-
-_in_order = attrgetter("seq")
+_update_message = Query("update_message", Message, has_refusal=True)
+_delete_message = Query("delete_message", Deleted, has_refusal=True)
+_delete_messages_after = Query("delete_messages_after", Deleted, has_refusal=True)
 
 
 async def append_message(
     db: Database,
     *,
     user_id: str,
-    conversation_id: int,
+    conversation_id: int | None = None,
+    conversation_key: str | None = None,
     role: Role,
     content: str,
     payload: object = None,
     metadata: Mapping[str, object] | None = None,
     token_count: int | None = None,
     key: str | None = None,
+    create: bool = False,
+    expected: Conversation | str | New | None = None,
+    conversation_metadata_patch: Mapping[str, object] | None = None,
 ) -> Message:
     """
     Append a message to a conversation and return the stored record.
@@ -72,44 +104,76 @@ async def append_message(
     `key` is 1 to 255 characters and unique in the conversation. It makes the call safe to repeat: the same key with
     the same role, content, payload text and metadata returns the stored message and writes nothing.
 
-    Raises ConversationNotFoundError, ConflictError if the key is stored with a different body, or InvalidInputError.
-    SQL: `append_message.sql`, or `append_message_keyed.sql` with a key.
+    `create=True` creates a missing conversation with this `conversation_key`. `expected` (a Conversation, its `etag`,
+    or `NEW` for a conversation that must not exist yet) raises StaleError if another caller has written to the
+    conversation since. `conversation_metadata_patch` is merged into the top level of the conversation's metadata, and a
+    None in it removes that key.
+
+    Raises ConversationNotFoundError, ConflictError if the key is stored with a different body, StaleError or
+    InvalidInputError. SQL: `append_message.sql`, or `append_message_conditional.sql` with any of these options.
     """
-    body = (
-        check_user_id(user_id),
-        check_id(conversation_id),
+    user = check_user_id(user_id)
+    address = check_conversation(conversation_id, conversation_key)
+    message = (
         check_role("role", role),
         check_content("content", content),
-        check_payload("payload", payload),
-        check_metadata("metadata", metadata),
-        check_token_count("token_count", token_count),
+        None if payload is None else check_payload("payload", payload),
+        None if metadata is None else check_metadata("metadata", metadata),
+        None if token_count is None else check_token_count("token_count", token_count),
+        None if key is None else check_key("key", key),
     )
-    key = check_key("key", key)
-    if key is None:
+    if key is None and create is False and expected is None and conversation_metadata_patch is None:
         try:
-            return await _append_message.fetch_one(db, *body)
+            return await _append_message.fetch_one(db, user, *address, *message[:5], messages=(message,))
         except ConversationNotFoundError:
-            await _raise_row_suppressed(db, user_id, conversation_id)
-    message = await _append_message_keyed.fetch_optional(db, *body, key)
-    if message is None:
-        try:
-            await get_message_by_key(db, user_id=user_id, conversation_id=conversation_id, key=key)
-        except MessageNotFoundError:
-            raise ConfigurationError(ROW_SUPPRESSED.format("messages")) from None
-        raise ConflictError(
-            "a message with this key but a different body already exists: use a new key for a new message"
-        )
-    return message
+            await _raise_row_suppressed(db, user, *address)
+    options = _check_options(address, create, expected, conversation_metadata_patch)
+    return await run_until_settled(
+        _append_message_conditional.fetch_one,
+        db,
+        user,
+        *address,
+        *message,
+        *options,
+        messages=(message,),
+        idempotent=key is not None,
+    )
 
 
-async def _raise_row_suppressed(db: Database, user_id: str, conversation_id: int) -> NoReturn:
+def _check_options(
+    address: tuple[int | None, str | None], create: object, expected: object, patch: object
+) -> tuple[bool, int | None, int | None, str | None, list[str] | None]:
+    """Return a conditional append's arguments: create, expected id and revision, patch and removed keys."""
+    may_create = check_bool("create", create)
+    if may_create and address[1] is None:
+        raise InvalidInputError("create", "can be True only with a conversation_key")
+    identifier, revision = check_expected(expected, may_be_new=may_create)
+    merged, removed = None, None
+    if patch is not None:
+        merged, removed = check_conversation_patch("conversation_metadata_patch", patch)
+    # an etag belongs to a stored conversation: if that is missing, it was deleted
+    return may_create and revision in {None, -1}, identifier, revision, merged, removed
+
+
+async def _raise_row_suppressed(
+    db: Database, user_id: str, conversation_id: int | None, conversation_key: str | None
+) -> NoReturn:
     """Raise ConversationNotFoundError, or ConfigurationError if a trigger of the host suppressed the insert."""
-    await get_conversation(db, user_id=user_id, conversation_id=conversation_id)
+    await get_conversation(db, user_id=user_id, conversation_id=conversation_id, conversation_key=conversation_key)
     raise ConfigurationError(ROW_SUPPRESSED.format("messages"))
 
 
 async def append_messages(
-    db: Database, *, user_id: str, conversation_id: int, messages: Iterable[NewMessage | Mapping[str, object]]
+    db: Database,
+    *,
+    user_id: str,
+    conversation_id: int | None = None,
+    conversation_key: str | None = None,
+    messages: Iterable[NewMessage | Mapping[str, object]],
+    on_existing: Literal["conflict", "skip"] = "conflict",
+    create: bool = False,
+    expected: Conversation | str | New | None = None,
+    conversation_metadata_patch: Mapping[str, object] | None = None,
 ) -> list[Message]:
     """
     Append messages in order, all or none, and return the stored records.
@@ -117,79 +181,210 @@ async def append_messages(
     Each message is a `NewMessage` or a dict with its fields. A batch is at most 10,000 messages and 64 MiB of content,
     payload, metadata and keys together; an empty batch returns an empty list. All messages of a batch have the same
     `created_at`. Keys are distinct within a batch. If all keys are already stored with the same bodies, the stored
-    messages are returned and nothing is written.
+    messages are returned and nothing is written. `on_existing="skip"` appends only the messages whose keys are new, and
+    returns only these. The other options are those of `append_message`.
 
-    Raises ConversationNotFoundError, ConflictError if only some keys are stored or a body differs, or
-    InvalidInputError, which names the message. SQL: `append_messages.sql`, or `append_messages_keyed.sql` if a message
-    has a key.
+    Raises ConversationNotFoundError, ConflictError if only some keys are stored or a body differs, StaleError, or
+    InvalidInputError, which names the message. SQL: `append_messages.sql`, or `append_messages_conditional.sql` with
+    keys or any of the options.
     """
-    user, conversation = check_user_id(user_id), check_id(conversation_id)
+    user = check_user_id(user_id)
+    address = check_conversation(conversation_id, conversation_key)
+    skip = check_choice("on_existing", on_existing, "conflict", "skip") == "skip"
     batch = await check_messages(messages)
-    if not batch:
-        await get_conversation(db, user_id=user, conversation_id=conversation)
+    has_keys = any(message[-1] is not None for message in batch)
+    is_plain = create is False and expected is None and conversation_metadata_patch is None
+    if is_plain and not batch:
+        await get_conversation(db, user_id=user, conversation_id=conversation_id, conversation_key=conversation_key)
         return []
-    *columns, token_counts, keys = map(list, zip(*batch, strict=True))
-    columns.append(as_text_array(token_counts))
-    if not any(keys):
+    columns = as_columns(batch)
+    if is_plain and not has_keys:
         try:
-            stored = await _append_messages.fetch_page(db, user, conversation, *columns)
+            stored = await _append_messages.fetch_appended(db, user, *address, *columns[:5], messages=batch)
         except ConversationNotFoundError:
             stored = []
         if len(stored) < len(batch):
-            await _raise_row_suppressed(db, user, conversation)
-        return sorted(stored, key=_in_order)
-    stored = await _append_messages_keyed.fetch_page(db, user, conversation, *columns, keys, idempotent=all(keys))
-    if not stored:
-        raise ConflictError(
-            "only some keys of the batch are stored, or a stored message has a different body, so nothing was written: "
-            "use new keys for new messages"
-        )
-    # A message without a key is new, and new messages get their seq in batch order.
-    rank = {key: index for index, key in enumerate(keys)}
-    return sorted(stored, key=_in_order if None in rank else lambda message: rank[message.key])
+            await _raise_row_suppressed(db, user, *address)
+        return stored
+    options = _check_options(address, create, expected, conversation_metadata_patch)
+    return await run_until_settled(
+        _append_messages_conditional.fetch_appended,
+        db,
+        user,
+        *address,
+        *columns,
+        skip,
+        *options,
+        messages=batch,
+        idempotent=all(message[-1] is not None for message in batch),
+    )
+
+
+async def upsert_message(
+    db: Database,
+    *,
+    user_id: str,
+    conversation_id: int | None = None,
+    conversation_key: str | None = None,
+    key: str,
+    role: Role,
+    content: str,
+    payload: object = None,
+    metadata: Mapping[str, object] | None = None,
+    token_count: int | None = None,
+    expected: Conversation | str | None = None,
+) -> Message:
+    """
+    Append the message with this `key`, or replace the stored one, and return the stored record.
+
+    A replaced message keeps its `seq` and `created_at`. A message that is stored with the same values is returned and
+    nothing is written. The limits are those of `append_message`. `expected` is that of `update_message`.
+
+    Raises ConversationNotFoundError, StaleError or InvalidInputError. SQL: `upsert_message.sql`.
+    """
+    message = (
+        check_role("role", role),
+        check_content("content", content),
+        check_payload("payload", payload),
+        check_metadata("metadata", metadata),
+        check_token_count("token_count", token_count),
+        check_text("key", key, least=1, most=MAX_NAME),
+    )
+    return await run_until_settled(
+        _upsert_message.fetch_one,
+        db,
+        check_user_id(user_id),
+        *check_conversation(conversation_id, conversation_key),
+        *message,
+        *check_expected(expected),
+        messages=(message,),
+    )
+
+
+async def replace_messages_after(
+    db: Database,
+    *,
+    user_id: str,
+    conversation_id: int | None = None,
+    conversation_key: str | None = None,
+    after_seq: int,
+    messages: Iterable[NewMessage | Mapping[str, object]],
+    expected: Conversation | str,
+) -> list[Message]:
+    """
+    Delete all messages after `after_seq`, append others in their place, and return the stored records.
+
+    `expected`, a Conversation or its `etag`, is required: it guarantees that the deleted messages are those that the
+    caller has read. `after_seq` may be 0, or the position of a deleted message. If every message has a key and is
+    already stored after `after_seq`, the stored messages are returned, so the call is safe to repeat.
+
+    Raises ConversationNotFoundError, ConflictError if an earlier message has one of the keys, StaleError or
+    InvalidInputError. SQL: `replace_messages_after.sql`.
+    """
+    user = check_user_id(user_id)
+    address = check_conversation(conversation_id, conversation_key)
+    place = check_seq("after_seq", after_seq)
+    if expected is None:  # pyright: ignore[reportUnnecessaryComparison]
+        raise InvalidInputError("expected", "must be the Conversation as it was read, or its etag")
+    state = check_expected(expected)
+    batch = await check_messages(messages)
+    return await run_until_settled(
+        _replace_messages_after.fetch_appended, db, user, *address, place, *state, *as_columns(batch), messages=batch
+    )
+
+
+async def pop_message(
+    db: Database,
+    *,
+    user_id: str,
+    conversation_id: int | None = None,
+    conversation_key: str | None = None,
+    expected: Conversation | str | None = None,
+) -> Message | None:
+    """
+    Delete the newest message of a conversation and return it, or None if the conversation has no messages.
+
+    The `seq` is never reused. `expected` is that of `update_message`.
+
+    Raises ConversationNotFoundError, StaleError or InvalidInputError. SQL: `pop_message.sql`, again if another write to
+    the conversation commits first.
+    """
+    return await run_until_settled(
+        _pop_message.fetch_optional,
+        db,
+        check_user_id(user_id),
+        *check_conversation(conversation_id, conversation_key),
+        *check_expected(expected),
+    )
 
 
 async def get_history(
-    db: Database, *, user_id: str, conversation_id: int, limit: int = 100, before_seq: int | None = None
+    db: Database,
+    *,
+    user_id: str,
+    conversation_id: int | None = None,
+    conversation_key: str | None = None,
+    limit: int = 100,
+    before_seq: int | None = None,
+    before_key: str | None = None,
 ) -> list[Message]:
     """
     Return the newest messages of a conversation, oldest first.
 
-    `limit` is 1 to 10,000. With `before_seq`, return the newest messages before that position: to page back, pass the
-    `seq` of the first message of this page. The list is empty if no messages are left.
+    `limit` is 1 to 10,000. With `before_seq` or `before_key`, return the newest messages before that message: to page
+    back, pass the `seq` of the first message of this page. The list is empty if no messages are left.
 
-    Raises ConversationNotFoundError or InvalidInputError. SQL: `get_history.sql`.
+    Raises ConversationNotFoundError, MessageNotFoundError if no message has `before_key`, or InvalidInputError. SQL:
+    `get_history.sql`.
     """
-    before = MAX_BIGINT if before_seq is None else check_seq("before_seq", before_seq)
-    newest_first = await _get_history.fetch_page(
-        db, check_user_id(user_id), check_id(conversation_id), before, check_limit("limit", limit)
+    newest_first = await _get_history.fetch_history(
+        db,
+        check_user_id(user_id),
+        *check_conversation(conversation_id, conversation_key),
+        *check_position("before", before_seq, before_key, start=MAX_BIGINT),
+        check_limit("limit", limit),
     )
     newest_first.reverse()
     return newest_first
 
 
 async def list_messages(
-    db: Database, *, user_id: str, conversation_id: int, after_seq: int = 0, limit: int = 100
+    db: Database,
+    *,
+    user_id: str,
+    conversation_id: int | None = None,
+    conversation_key: str | None = None,
+    after_seq: int = 0,
+    after_key: str | None = None,
+    limit: int = 100,
 ) -> list[Message]:
     """
     Return the messages of a conversation after a position, oldest first.
 
     `limit` is 1 to 10,000. For the next page, pass the `seq` of the last message as `after_seq`. Because `seq` follows
-    commit order, a reader that continues from there misses no message. The list is empty at the end.
+    commit order, a reader that continues from there misses no message. `after_key` starts after the message with this
+    key instead. The list is empty at the end.
 
-    Raises ConversationNotFoundError or InvalidInputError. SQL: `list_messages.sql`.
+    Raises ConversationNotFoundError, MessageNotFoundError if no message has `after_key`, or InvalidInputError. SQL:
+    `list_messages.sql`.
     """
-    return await _list_messages.fetch_page(
+    return await _list_messages.fetch_history(
         db,
         check_user_id(user_id),
-        check_id(conversation_id),
-        check_seq("after_seq", after_seq),
+        *check_conversation(conversation_id, conversation_key),
+        *check_position("after", after_seq, after_key, start=0),
         check_limit("limit", limit),
     )
 
 
 async def iter_messages(
-    db: Database, *, user_id: str, conversation_id: int, after_seq: int = 0, batch: int = 500
+    db: Database,
+    *,
+    user_id: str,
+    conversation_id: int | None = None,
+    conversation_key: str | None = None,
+    after_seq: int = 0,
+    batch: int = 500,
 ) -> AsyncIterator[Message]:
     """
     Iterate over the messages of a conversation after a position, oldest first.
@@ -203,7 +398,12 @@ async def iter_messages(
     limit = check_limit("batch", batch)
     while True:
         page = await list_messages(
-            db, user_id=user_id, conversation_id=conversation_id, after_seq=after_seq, limit=limit
+            db,
+            user_id=user_id,
+            conversation_id=conversation_id,
+            conversation_key=conversation_key,
+            after_seq=after_seq,
+            limit=limit,
         )
         for message in page:
             yield message
@@ -212,28 +412,27 @@ async def iter_messages(
         after_seq = page[-1].seq
 
 
-async def get_message(db: Database, *, user_id: str, conversation_id: int, seq: int) -> Message:
+async def get_message(
+    db: Database,
+    *,
+    user_id: str,
+    conversation_id: int | None = None,
+    conversation_key: str | None = None,
+    seq: int | None = None,
+    key: str | None = None,
+) -> Message:
     """
-    Return one message by its `seq`.
+    Return one message by its `seq` or its `key`.
 
-    Raises ConversationNotFoundError, or MessageNotFoundError if the conversation has no message at this position. SQL:
-    `get_message.sql`.
+    Raises ConversationNotFoundError, MessageNotFoundError, or InvalidInputError. SQL: `get_message.sql`.
     """
-    return _or_not_found(
-        await _get_message.fetch_optional(db, check_user_id(user_id), check_id(conversation_id), check_seq("seq", seq))
-    )
-
-
-async def get_message_by_key(db: Database, *, user_id: str, conversation_id: int, key: str) -> Message:
-    """
-    Return one message by its `key`.
-
-    Raises ConversationNotFoundError, or MessageNotFoundError if the conversation has no message with this key. SQL:
-    `get_message_by_key.sql`.
-    """
-    name = check_text("key", key, least=1, most=MAX_NAME)
-    return _or_not_found(
-        await _get_message_by_key.fetch_optional(db, check_user_id(user_id), check_id(conversation_id), name)
+    return _found(
+        await _get_message.fetch_optional(
+            db,
+            check_user_id(user_id),
+            *check_conversation(conversation_id, conversation_key),
+            *check_message(seq, key),
+        )
     )
 
 
@@ -241,66 +440,110 @@ async def update_message(
     db: Database,
     *,
     user_id: str,
-    conversation_id: int,
-    seq: int,
+    conversation_id: int | None = None,
+    conversation_key: str | None = None,
+    seq: int | None = None,
+    key: str | None = None,
     content: str | Unset = UNSET,
     payload: object = UNSET,
     metadata: Mapping[str, object] | Unset | None = UNSET,
+    metadata_patch: Mapping[str, object] | Unset = UNSET,
     token_count: int | Unset | None = UNSET,
+    expected: Conversation | str | None = None,
 ) -> Message:
     """
     Replace fields of a message and return the stored record.
 
     None clears a value, except `content`; an argument left `UNSET` keeps it. The limits are those of `append_message`.
-    `seq`, `role`, `key` and `created_at` do not change, and the conversation keeps its position in
-    `list_conversations`.
+    `metadata_patch` is merged into the top level of the metadata, and a None in it removes that key. `seq`, `role`,
+    `key` and `created_at` do not change, and the conversation keeps its position in `list_conversations`.
 
-    Raises ConversationNotFoundError, MessageNotFoundError or InvalidInputError. SQL: `update_message.sql`.
+    `expected`, a Conversation or its `etag`, raises StaleError if another caller has written to the conversation since.
+
+    Raises ConversationNotFoundError, StaleError, MessageNotFoundError or InvalidInputError. SQL: `update_message.sql`.
     """
-    at = (check_user_id(user_id), check_id(conversation_id), check_seq("seq", seq))
-    if content is UNSET and payload is UNSET and metadata is UNSET and token_count is UNSET:
-        return _or_not_found(await _get_message.fetch_optional(db, *at))
-    message = await _update_message.fetch_optional(
-        db,
-        *at,
+    user = check_user_id(user_id)
+    address = (*check_conversation(conversation_id, conversation_key), *check_message(seq, key))
+    if metadata_patch is not UNSET:
+        refuse_both("metadata_patch", "metadata", None if metadata is UNSET else metadata_patch)
+    patch = (None, None) if metadata_patch is UNSET else check_patch("metadata_patch", metadata_patch)
+    values = (
         *if_given(check_content, "content", content),
         *if_given(check_payload, "payload", payload),
         *if_given(check_metadata, "metadata", metadata),
+        *patch,
         *if_given(check_token_count, "token_count", token_count),
     )
-    return _or_not_found(message)
+    state = check_expected(expected)
+    if values == _NO_VALUES and expected is None:
+        return _found(await _get_message.fetch_optional(db, user, *address))
+    return await _update_message.fetch_one(db, user, *address, *values, *state)
 
 
-async def delete_message(db: Database, *, user_id: str, conversation_id: int, seq: int) -> Deleted:
+_NO_VALUES = (False, None, False, None, False, None, None, None, False, None)
+
+
+async def delete_message(
+    db: Database,
+    *,
+    user_id: str,
+    conversation_id: int | None = None,
+    conversation_key: str | None = None,
+    seq: int | None = None,
+    key: str | None = None,
+    expected: Conversation | str | None = None,
+) -> Deleted:
     """
-    Delete one message by its `seq` and return the number of deleted rows.
+    Delete one message by its `seq` or its `key`, and return the number of deleted rows.
 
-    The `seq` is never reused and `last_seq` does not change. The message's key becomes free.
+    The `seq` is never reused and `last_seq` does not change. The message's key becomes free. `expected` is that of
+    `update_message`.
 
-    Raises ConversationNotFoundError, or MessageNotFoundError if the conversation has no message at this position. SQL:
-    `delete_message.sql`.
+    Raises ConversationNotFoundError, StaleError, MessageNotFoundError or InvalidInputError. SQL: `delete_message.sql`,
+    again if another write to the conversation commits first.
     """
-    deleted = await _delete_message.fetch_one(
-        db, check_user_id(user_id), check_id(conversation_id), check_seq("seq", seq)
+    return await run_until_settled(
+        _delete_message.fetch_one,
+        db,
+        check_user_id(user_id),
+        *check_conversation(conversation_id, conversation_key),
+        *check_message(seq, key),
+        *check_expected(expected),
     )
-    return _or_not_found(deleted if deleted.messages else None)
 
 
-async def delete_messages_after(db: Database, *, user_id: str, conversation_id: int, seq: int) -> Deleted:
+async def delete_messages_after(
+    db: Database,
+    *,
+    user_id: str,
+    conversation_id: int | None = None,
+    conversation_key: str | None = None,
+    after_seq: int | None = None,
+    after_key: str | None = None,
+    expected: Conversation | str | None = None,
+) -> Deleted:
     """
-    Delete all messages after `seq`, for an edit or a regeneration, and return the number of deleted rows.
+    Delete all messages after a position, for an edit or a regeneration, and return the number of deleted rows.
 
-    The deleted positions are never reused and `last_seq` does not change. `seq` may be 0, or the position of a deleted
-    message.
+    The position is `after_seq`, which may be 0 or that of a deleted message, or the message with `after_key`. The
+    deleted positions are never reused and `last_seq` does not change. `expected` is that of `update_message`.
 
-    Raises ConversationNotFoundError. SQL: `delete_messages_after.sql`.
+    Raises ConversationNotFoundError, StaleError, MessageNotFoundError if no message has `after_key`, or
+    InvalidInputError. SQL: `delete_messages_after.sql`, again if another write to the conversation commits first.
     """
-    return await _delete_messages_after.fetch_one(
-        db, check_user_id(user_id), check_id(conversation_id), check_seq("seq", seq)
+    if after_seq is None and after_key is None:
+        raise InvalidInputError("after_seq", "or after_key must be given")
+    return await run_until_settled(
+        _delete_messages_after.fetch_one,
+        db,
+        check_user_id(user_id),
+        *check_conversation(conversation_id, conversation_key),
+        *check_position("after", after_seq, after_key, start=0),
+        *check_expected(expected),
     )
 
 
-def _or_not_found(found: _FoundT | None) -> _FoundT:
-    if found is None:
+def _found(message: Message | None) -> Message:
+    if message is None:
         raise MessageNotFoundError("the conversation has no such message: check seq or key")
-    return found
+    return message

@@ -7,7 +7,7 @@ import contextlib
 import inspect
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar, Unpack, cast, overload
 
 import asyncpg
@@ -26,15 +26,16 @@ from chatdb._core.driver_errors import mapped_driver_errors
 from chatdb._core.dsn import AnyDsn, ConnectionInfo, dsn_to_str, read_dsn
 from chatdb._core.handles import AsyncpgPool, Connection, Record
 from chatdb._core.options import CONNECTION_OPTIONS, DriverOptions, PoolOptions, check_options
-from chatdb._core.query import Database
+from chatdb._core.query import Database, RunAgainError
 from chatdb._core.validate import check_handle, check_user_id
 from chatdb.errors import ChatDBError, ConfigurationError, UnavailableError
 
 if TYPE_CHECKING:
     from chatdb._core.handles import Transaction
 
-__all__ = ["Connection", "Pool", "create_pool", "set_rls_user", "transaction"]
+__all__ = ["Connection", "Pool", "create_pool", "run_until_settled", "set_rls_user", "transaction"]
 
+ResultT = TypeVar("ResultT")
 _RowT = TypeVar("_RowT", bound=asyncpg.Record)
 
 _log = logging.getLogger("chatdb")
@@ -256,6 +257,27 @@ async def set_rls_user(connection: Connection, user: str) -> str | None:
     with mapped_driver_errors():
         before: str | None = await connection.fetchval(_SET_USER, user)
     return before
+
+
+async def run_until_settled(
+    call: Callable[..., Awaitable[ResultT]],
+    db: Database,
+    user: str,
+    *args: object,
+    **options: Any,  # noqa: ANN401 - the call's own
+) -> ResultT:
+    """
+    Run a statement that writes only if no other write to the conversation committed while it waited for the lock.
+
+    After two attempts, a transaction keeps the lock between the next two, so that the last one always succeeds.
+    """
+    for _ in range(2):
+        with contextlib.suppress(RunAgainError):
+            return await call(db, user, *args, **options)
+    async with transaction(cast("AsyncpgPool | Connection", db), user_id=user) as connection:
+        with contextlib.suppress(RunAgainError):
+            return await call(connection, user, *args, **options)
+        return await call(connection, user, *args, **options)
 
 
 _SET_USER: Final = """

@@ -7,9 +7,12 @@ The `repr` of a record omits content, title, key, payload and metadata, so that 
 from __future__ import annotations
 
 import json
+import math
+from base64 import urlsafe_b64encode
 from collections.abc import Mapping
-from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from datetime import UTC, datetime, timedelta
+from struct import pack
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, cast
 
 from pydantic import (
     BaseModel,
@@ -63,6 +66,36 @@ UNSET: Final = Unset()
 """The default of arguments whose `None` clears the stored value: `UNSET` keeps it."""
 
 
+class New:
+    """The type of `NEW`."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "NEW"
+
+
+NEW: Final = New()
+"""A value of `expected`: the conversation must not exist yet."""
+
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+CURSOR: Final = "c1"
+"""Prefix of a version 1 cursor, which holds updated_at and created_at in microseconds since 1970, and the id."""
+
+ETAG: Final = "e1"
+"""Prefix of a version 1 etag, which holds the id and the revision."""
+
+
+def encode_token(version: str, *numbers: int) -> str:
+    """Return 64-bit integers as an opaque, URL-safe string."""
+    return version + urlsafe_b64encode(pack(f">{len(numbers)}q", *numbers)).decode().rstrip("=")
+
+
+def _microseconds(time: datetime) -> int:
+    return (time - EPOCH) // timedelta(microseconds=1)
+
+
 def _metadata_from_text(value: object) -> object:
     return json.loads(value) if isinstance(value, str) else value
 
@@ -113,10 +146,25 @@ class Conversation(_Record):
     last_seq: int = Field(
         description="The seq of the newest message ever appended, even if it was deleted; 0 without messages."
     )
+    revision: int = Field(
+        description="Rises with every write to the conversation: by 1 for each appended message and for each edit."
+    )
     created_at: datetime = Field(description="Time of creation, in UTC.")
     updated_at: datetime = Field(
         description="Time of the last append or, without messages, of creation, in UTC. Edits do not change it."
     )
+    archived_at: datetime | None = Field(description="Time of archiving, in UTC; None if not archived.")
+    pinned_at: datetime | None = Field(description="Time of pinning, in UTC; None if not pinned.")
+
+    @property
+    def cursor(self) -> str:
+        """An opaque string; as `after` of `list_conversations` it continues the list after this conversation."""
+        return encode_token(CURSOR, _microseconds(self.updated_at), _microseconds(self.created_at), self.id)
+
+    @property
+    def etag(self) -> str:
+        """An opaque string for this revision of this conversation: an HTTP ETag, or `expected` of a write."""
+        return encode_token(ETAG, self.id, self.revision)
 
 
 class Message(_Record):
@@ -145,6 +193,37 @@ class Message(_Record):
         "None if not set.",
     )
     created_at: datetime = Field(description="Time of the append, in UTC. All messages of a batch have the same time.")
+
+    def public(self) -> dict[str, Any]:
+        r"""
+        Return the message as a dict of plain JSON values for an HTTP response, without `user_id`.
+
+        The payload is parsed, and the time is an ISO 8601 string. Values that JSON in UTF-8 cannot hold become text:
+        lone surrogates, as in `\ud83d`, and numbers outside the range of a float.
+        """
+        payload = None if self.payload is None else json.loads(self.payload, parse_float=_finite)
+        fields = {name: value for name, value in vars(self).items() if name != "user_id"}
+        values = {"payload": payload, "metadata": self.metadata, "created_at": self.created_at.isoformat()}
+        public: dict[str, Any] = _writable(fields | values)
+        return public
+
+
+def _finite(text: str) -> float | str:
+    number = float(text)
+    return number if math.isfinite(number) else text
+
+
+def _writable(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    if isinstance(value, str):
+        return str(value) if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        members = cast("dict[str, Any]", value)
+        return {_writable(name): _writable(item) for name, item in members.items()}
+    if isinstance(value, list):
+        return [_writable(item) for item in cast("list[Any]", value)]  # type: ignore[redundant-cast]
+    if isinstance(value, float) and not math.isfinite(value):  # such as 1e400, which jsonb holds
+        return str(value)
+    return value
 
 
 class NewMessage(_Record):

@@ -26,6 +26,9 @@ EXPECTED_SCHEMA = {
         "key": 'text collate "C"',
         "title": "text",
         "metadata": "jsonb",
+        "edits": "bigint not null default 0",
+        "archived_at": "timestamp with time zone",
+        "pinned_at": "timestamp with time zone",
         "pk_conversations": "PRIMARY KEY (user_id, id)",
         "ck_conversations_user_id": "CHECK (((char_length(user_id) >= 1) AND (char_length(user_id) <= 255)))",
         "ck_conversations_key": "CHECK (((char_length(key) >= 1) AND (char_length(key) <= 255)))",
@@ -41,6 +44,22 @@ EXPECTED_SCHEMA = {
         "ix_conversations_user_id_active_on": (
             "CREATE INDEX ix_conversations_user_id_active_on ON chatdb.conversations USING btree "
             "(user_id, active_on DESC)"
+        ),
+        "ix_conversations_user_id_active_on_listed": (
+            "CREATE INDEX ix_conversations_user_id_active_on_listed ON chatdb.conversations USING btree "
+            "(user_id, active_on DESC) WHERE (archived_at IS NULL)"
+        ),
+        "ix_conversations_user_id_active_on_archived": (
+            "CREATE INDEX ix_conversations_user_id_active_on_archived ON chatdb.conversations USING btree "
+            "(user_id, active_on DESC) WHERE (archived_at IS NOT NULL)"
+        ),
+        "ix_conversations_user_id_created_at_id": (
+            "CREATE INDEX ix_conversations_user_id_created_at_id ON chatdb.conversations USING btree "
+            "(user_id, created_at, id)"
+        ),
+        "ix_conversations_user_id_pinned_at": (
+            "CREATE INDEX ix_conversations_user_id_pinned_at ON chatdb.conversations USING btree "
+            "(user_id, pinned_at DESC) WHERE (pinned_at IS NOT NULL)"
         ),
     },
     "messages": {

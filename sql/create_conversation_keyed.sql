@@ -1,6 +1,6 @@
 -- create_conversation_keyed
--- Returns the user's conversation with this key, unchanged, or creates it.
--- Returns no row if another caller stored the key after this statement began: run it again.
+-- The user's conversation with this key: the stored one, unchanged, otherwise a new one.
+-- No row if another caller stored the key after this statement began: run it again.
 --
 -- $1 user_id text
 -- $2 title text null
@@ -11,7 +11,7 @@
 -- served by uq_conversations_user_id_key
 
 with stored as (
-    select id, user_id, key, title, metadata, last_seq, created_at, updated_at
+    select id, user_id, key, title, metadata, last_seq, edits, created_at, updated_at, archived_at, pinned_at
     from chatdb.conversations
     where user_id = $1 and key = $4
 ),
@@ -21,11 +21,15 @@ created as (
     select $1, $2, $3::text::jsonb, $4
     where not exists (select from stored)
     on conflict (user_id, key) where key is not null do nothing
-    returning id, user_id, key, title, metadata, last_seq, created_at, updated_at
+    returning id, user_id, key, title, metadata, last_seq, edits, created_at, updated_at, archived_at, pinned_at
 )
 
-select id, user_id, key, title, metadata::text as metadata, last_seq, created_at, updated_at
+select
+    id, user_id, key, title, metadata::text as metadata, last_seq, last_seq + edits as revision, created_at,
+    updated_at, archived_at, pinned_at
 from stored
 union all
-select id, user_id, key, title, metadata::text as metadata, last_seq, created_at, updated_at
+select
+    id, user_id, key, title, metadata::text as metadata, last_seq, last_seq + edits as revision, created_at,
+    updated_at, archived_at, pinned_at
 from created

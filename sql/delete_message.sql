@@ -1,19 +1,65 @@
 -- delete_message
--- Deletes a message and counts it. Its seq is not reused: last_seq stays the same.
+-- One message, counted. Its seq stays unused: last_seq is not lowered.
 --
 -- $1 user_id text
--- $2 conversation_id int8
--- $3 seq int8
+-- $2 conversation_id int8 null
+-- $3 conversation_key text null
+-- $4 seq int8 null
+-- $5 key text null
+-- $6 expected_id int8 null
+-- $7 expected_revision int8 null
 --
 -- returns one Deleted
--- served by pk_messages, pk_conversations
+-- refuses with stale, missing, again
+-- served by pk_conversations, pk_messages, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
 
-with message as (
-    delete from chatdb.messages
-    where user_id = $1 and conversation_id = $2 and seq = $3
-    returning seq
+with seen as (
+    select id, last_seq + edits as revision
+    from chatdb.conversations
+    where user_id = $1
+      and id = coalesce($2, (
+          select id from chatdb.conversations
+          where user_id = $1 and key = $3
+      ))
+),
+
+target as (
+    select m.seq
+    from seen as c
+    inner join chatdb.messages as m
+        on m.user_id = $1 and m.conversation_id = c.id
+        and m.seq = coalesce($4, (
+            select k.seq from chatdb.messages as k
+            where k.user_id = $1 and k.conversation_id = c.id and k.key = $5
+        ))
+    where $6::int8 is null or (c.id = $6 and c.revision = $7::int8)
+),
+
+conversation as (
+    update chatdb.conversations as c
+    set edits = c.edits + 1
+    from seen as s, target as t
+    -- if another write came first, this statement does not see what it wrote
+    where c.user_id = $1 and c.id = s.id and c.last_seq + c.edits = s.revision
+    returning c.id, t.seq
+),
+
+message as (
+    delete from chatdb.messages as m
+    using conversation as c
+    where m.user_id = $1 and m.conversation_id = c.id and m.seq = c.seq
+    returning m.seq
 )
 
-select 0::int8 as conversations, (select pg_catalog.count(*) from message) as messages
-from chatdb.conversations
-where user_id = $1 and id = $2
+select 0::int8 as conversations, (select pg_catalog.count(*) from message) as messages, null as refusal
+from conversation
+union all
+select
+    0, 0,
+    case
+        when $6::int8 is not null and (id <> $6 or revision <> $7::int8) then 'stale'
+        when exists (select from target) then 'again'
+        else 'missing'
+    end
+from seen
+where not exists (select from conversation)

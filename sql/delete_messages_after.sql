@@ -1,27 +1,74 @@
 -- delete_messages_after
--- Deletes the messages after a seq and counts them. Their seqs are not reused: last_seq stays the same.
+-- The messages after a position, counted. Their seqs stay unused: last_seq is not lowered.
 --
 -- $1 user_id text
--- $2 conversation_id int8
--- $3 seq int8
+-- $2 conversation_id int8 null
+-- $3 conversation_key text null
+-- $4 after_seq int8 null
+-- $5 after_key text null
+-- $6 expected_id int8 null
+-- $7 expected_revision int8 null
 --
 -- returns one Deleted
--- served by pk_conversations, pk_messages
+-- refuses with stale, missing, again
+-- served by pk_conversations, pk_messages, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
 
--- an append locks this row before messages with its keys; the same order here prevents deadlocks
-with conversation as (
-    select id
+with seen as (
+    select id, last_seq + edits as revision
     from chatdb.conversations
-    where user_id = $1 and id = $2
-    for no key update
+    where user_id = $1
+      and id = coalesce($2, (
+          select id from chatdb.conversations
+          where user_id = $1 and key = $3
+      ))
+),
+
+place as (
+    select
+        coalesce($4, (
+            select m.seq
+            from chatdb.messages as m
+            where m.user_id = $1 and m.conversation_id = c.id and m.key = $5
+        )) as seq
+    from seen as c
+),
+
+tail as (
+    select m.seq
+    from seen as c
+    cross join place as p
+    inner join chatdb.messages as m on m.user_id = $1 and m.conversation_id = c.id and m.seq > p.seq
+    limit 1 -- noqa: AM09
+),
+
+conversation as (
+    update chatdb.conversations as c
+    -- the revision rises if there is a message to delete
+    set edits = c.edits + (select pg_catalog.count(*) from tail)
+    from seen as s, place as p
+    -- if another write came first, this statement does not see what it wrote
+    where c.user_id = $1 and c.id = s.id and c.last_seq + c.edits = s.revision and p.seq is not null
+      and ($6::int8 is null or (s.id = $6 and s.revision = $7::int8))
+    returning c.id, p.seq
 ),
 
 message as (
     delete from chatdb.messages as m
     using conversation as c
-    where m.user_id = $1 and m.conversation_id = $2 and m.conversation_id = c.id and m.seq > $3
+    where m.user_id = $1 and m.conversation_id = c.id and m.seq > c.seq
     returning m.seq
 )
 
-select 0::int8 as conversations, (select pg_catalog.count(*) from message) as messages
+select 0::int8 as conversations, (select pg_catalog.count(*) from message) as messages, null as refusal
 from conversation
+union all
+select
+    0, 0,
+    case
+        when $6::int8 is not null and (s.id <> $6 or s.revision <> $7::int8) then 'stale'
+        when p.seq is null then 'missing'
+        else 'again'
+    end
+from seen as s
+cross join place as p
+where not exists (select from conversation)

@@ -1,12 +1,20 @@
 -- get_conversation
--- Returns a conversation by its id.
+-- One conversation of a user, by its id or its key.
 --
 -- $1 user_id text
--- $2 conversation_id int8
+-- $2 conversation_id int8 null
+-- $3 conversation_key text null
 --
 -- returns one Conversation
--- served by pk_conversations
+-- served by pk_conversations, uq_conversations_user_id_key
 
-select id, user_id, key, title, metadata::text as metadata, last_seq, created_at, updated_at
+select
+    id, user_id, key, title, metadata::text as metadata, last_seq, last_seq + edits as revision, created_at,
+    updated_at, archived_at, pinned_at
 from chatdb.conversations
-where user_id = $1 and id = $2
+where user_id = $1
+  -- with an id, the subquery is never executed
+  and id = coalesce($2, (
+      select id from chatdb.conversations
+      where user_id = $1 and key = $3
+  ))

@@ -1,26 +1,52 @@
 -- get_history
--- Returns the newest messages before a seq, newest first, with a backward index scan instead of a sort.
+-- The newest messages of a conversation before a position, newest first: the index is read backwards, without a sort.
 --
 -- $1 user_id text
--- $2 conversation_id int8
--- $3 before_seq int8
--- $4 row_limit int8
+-- $2 conversation_id int8 null
+-- $3 conversation_key text null
+-- $4 before_seq int8 null    null with a key
+-- $5 before_key text null
+-- $6 row_limit int8
 --
--- returns many Message without user_id and conversation_id, then an existence row: if the page is not full
--- served by pk_messages
+-- returns many Message without user_id and conversation_id, then an existence row: where the page is not full
+-- served by pk_messages, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
 
 (
     select
-        id, seq, role, content, payload::text as payload, metadata::text as metadata,
-        token_count, key, created_at
+        id, seq, role, content, payload::text as payload, metadata::text as metadata, token_count, key, created_at
     from chatdb.messages
-    where user_id = $1 and conversation_id = $2 and seq < $3
+    where user_id = $1
+      -- with an id and a seq, the subqueries are never executed
+      and conversation_id = coalesce($2, (
+          select id from chatdb.conversations
+          where user_id = $1 and key = $3
+      ))
+      and seq < coalesce($4, (
+          select seq from chatdb.messages
+          where user_id = $1
+            and conversation_id = coalesce($2, (
+                select id from chatdb.conversations
+                where user_id = $1 and key = $3
+            ))
+            and key = $5
+      ))
     order by seq desc
-    limit $4
+    limit $6
 )
 union all
-select null, null, null, null, null, null, null, null, null
+-- its seq is the conversation's id, its key the message's: null if there is no such message
+select
+    null, id, null, null, null, null, null,
+    (
+        select m.key from chatdb.messages as m
+        where m.user_id = $1 and m.conversation_id = conversations.id and m.key = $5
+    ),
+    null
 from chatdb.conversations
-where user_id = $1 and id = $2
--- a full page ends before this branch runs, so it costs nothing there
-limit $4
+where user_id = $1
+  and id = coalesce($2, (
+      select id from chatdb.conversations
+      where user_id = $1 and key = $3
+  ))
+-- a full page ends before this branch is read, so that it costs nothing there; a key's caller needs the id
+limit $6 + case when $2::int8 is null then 1 else 0 end

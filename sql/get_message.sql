@@ -1,25 +1,44 @@
 -- get_message
--- Returns a message by its seq.
+-- One message of a conversation, by its seq or its key.
 --
 -- $1 user_id text
--- $2 conversation_id int8
--- $3 seq int8
+-- $2 conversation_id int8 null
+-- $3 conversation_key text null
+-- $4 seq int8 null
+-- $5 key text null
 --
 -- returns one Message, or an existence row: if there is no such message
--- served by pk_messages
+-- served by pk_messages, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
 
 (
     select
         id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
         token_count, key, created_at
     from chatdb.messages
-    where user_id = $1 and conversation_id = $2 and seq = $3
-    -- without its own limit, this branch could run in parallel with the other and return later
+    where user_id = $1
+      and conversation_id = coalesce($2, (
+          select id from chatdb.conversations
+          where user_id = $1 and key = $3
+      ))
+      and seq = coalesce($4, (
+          select seq from chatdb.messages
+          where user_id = $1
+            and conversation_id = coalesce($2, (
+                select id from chatdb.conversations
+                where user_id = $1 and key = $3
+            ))
+            and key = $5
+      ))
+    -- without a limit of its own this branch could be read in parallel to the other, and come after it
     limit 1 -- noqa: AM09
 )
 union all
 select null, null, null, null, null, null, null, null, null, null, null
 from chatdb.conversations
-where user_id = $1 and id = $2
--- a found message ends the statement before this branch runs
+where user_id = $1
+  and id = coalesce($2, (
+      select id from chatdb.conversations
+      where user_id = $1 and key = $3
+  ))
+-- a message found ends the statement before this branch is read
 limit 1

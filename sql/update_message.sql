@@ -1,36 +1,133 @@
 -- update_message
--- Changes a message's content, payload, metadata or token count; its seq and role stay the same.
+-- Other values in a message; its seq, role, key and time stay. The conversation's revision rises if a value changes.
 --
 -- $1 user_id text
--- $2 conversation_id int8
--- $3 seq int8
--- $4 set_content bool
--- $5 content text null
--- $6 set_payload bool
--- $7 payload text null
--- $8 set_metadata bool
--- $9 metadata text null
--- $10 set_token_count bool
--- $11 token_count int4 null
+-- $2 conversation_id int8 null
+-- $3 conversation_key text null
+-- $4 seq int8 null
+-- $5 key text null
+-- $6 set_content bool
+-- $7 content text null
+-- $8 set_payload bool
+-- $9 payload text null
+-- $10 set_metadata bool
+-- $11 metadata text null
+-- $12 metadata_patch text null    merged into the top level
+-- $13 removed_keys text[] null
+-- $14 set_token_count bool
+-- $15 token_count int4 null
+-- $16 expected_id int8 null
+-- $17 expected_revision int8 null
 --
--- returns one Message, or an existence row: the conversation has no such message
--- served by pk_messages
+-- returns one Message
+-- refuses with stale, missing
+-- served by pk_conversations, pk_messages, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
 
-with message as (
-    update chatdb.messages
-    set content = case when $4::bool then $5 else content end,
-        payload = case when $6::bool then $7::text::json else payload end,
-        metadata = case when $8::bool then $9::text::jsonb else metadata end,
-        token_count = case when $10::bool then $11 else token_count end
-    where user_id = $1 and conversation_id = $2 and seq = $3
-    returning id, conversation_id, user_id, seq, role, content, payload, metadata, token_count, key, created_at
+with conversation as (
+    select user_id, id, $16::int8 is null or (id = $16 and last_seq + edits = $17::int8) as is_expected
+    from chatdb.conversations
+    where user_id = $1
+      and id = coalesce($2, (
+          select id from chatdb.conversations
+          where user_id = $1 and key = $3
+      ))
+    for no key update
+),
+
+target as (
+    select
+        m.id,
+        m.conversation_id,
+        m.user_id,
+        m.seq,
+        m.role,
+        m.content,
+        m.payload,
+        m.metadata,
+        m.token_count,
+        m.key,
+        m.created_at
+    from conversation as c
+    inner join chatdb.messages as m
+        on m.user_id = $1 and m.conversation_id = c.id
+        and m.seq = coalesce($4, (
+            select k.seq from chatdb.messages as k
+            where k.user_id = $1 and k.conversation_id = c.id and k.key = $5
+        ))
+    where c.is_expected
+),
+
+message as (
+    update chatdb.messages as m
+    set content = case when $6::bool then $7 else m.content end,
+        payload = case when $8::bool then $9::text::json else m.payload end,
+        metadata = case
+            when $10::bool then $11::text::jsonb
+            when $12::text is not null
+                then nullif((coalesce(m.metadata, '{}') || $12::text::jsonb) - $13::text[], '{}')
+            else m.metadata
+        end,
+        token_count = case when $14::bool then $15 else m.token_count end
+    from target as t
+    where m.user_id = $1 and m.conversation_id = t.conversation_id and m.seq = t.seq
+      and (
+          ($6::bool and m.content is distinct from $7)
+          or ($8::bool and m.payload::text is distinct from $9)
+          or ($10::bool and m.metadata is distinct from $11::text::jsonb)
+          or (
+              $12::text is not null
+              and m.metadata is distinct from
+              nullif((coalesce(m.metadata, '{}') || $12::text::jsonb) - $13::text[], '{}')
+          )
+          or ($14::bool and m.token_count is distinct from $15)
+      )
+    returning
+        m.id,
+        m.conversation_id,
+        m.user_id,
+        m.seq,
+        m.role,
+        m.content,
+        m.payload,
+        m.metadata,
+        m.token_count,
+        m.key,
+        m.created_at
+),
+
+raised as (
+    update chatdb.conversations as c
+    set edits = c.edits + 1
+    from message as m
+    where c.user_id = $1 and c.id = m.conversation_id
 )
 
 select
     id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
-    token_count, key, created_at
+    token_count, key, created_at,
+    null as refusal
 from message
 union all
-select null, null, null, null, null, null, null, null, null, null, null
-from chatdb.conversations
-where user_id = $1 and id = $2 and not exists (select from message)
+-- with the same values nothing is written
+select
+    id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
+    token_count, key, created_at,
+    null
+from target
+where not exists (select from message)
+union all
+select
+    null,
+    null,
+    null,
+    null,
+    null,
+    null,
+    null,
+    null,
+    null,
+    null,
+    null,
+    case when is_expected then 'missing' else 'stale' end
+from conversation
+where not exists (select from target)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from chatdb._core.asyncpg_private import DefaultCodecRecord
 from chatdb.errors import ConfigurationError
-from chatdb.records import Conversation, JsonText, Message, Metadata
+from chatdb.records import Conversation, JsonText, Message, Metadata, NewMessage
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
 
@@ -30,6 +30,9 @@ Rows = Sequence[Any]
 FILLED: Final[tuple[type[BaseModel], ...]] = (Conversation, Message)
 """Records that are filled without validation, because a statement can return many of them."""
 
+MESSAGE_FIELDS: Final = tuple(NewMessage.model_fields)
+"""The fields of a message to be appended, in order."""
+
 _CONVERTERS: Final[dict[object, str]] = {JsonText: "JsonText", Metadata: "loads"}
 """The function that converts the driver's text to a field, by the field's type."""
 
@@ -37,53 +40,124 @@ _new: Final = object.__new__
 _fill: Final[Callable[[BaseModel, dict[str, Any]], None]] = BaseModel.__dict__["__dict__"].__set__
 
 
+Arguments = Sequence[Any]
+
+
 def decoder(
-    record: type[RecordT], fields_from_args: tuple[str, ...] = ()
-) -> Callable[[Rows, Sequence[Any]], list[RecordT]]:
-    """Return a function that builds records from rows and, for `fields_from_args`, from the first arguments."""
+    record: type[RecordT],
+    *,
+    from_arguments: tuple[str, ...] = (),
+    from_messages: tuple[str, ...] = (),
+    has_refusal: bool = False,
+) -> Callable[[Rows, Arguments, Rows], list[RecordT]]:
+    """
+    Return a function that builds records from rows, the statement's arguments and the messages sent.
+
+    The rows omit the fields in `from_arguments`, which are the first arguments, and in `from_messages`, which are
+    fields of the message at the row's position. With `has_refusal`, a row ends with a column that is not a field.
+    """
     adapter: TypeAdapter[list[RecordT]] = TypeAdapter(list[record])  # type: ignore[valid-type]
 
-    def validate(rows: Rows, args: Sequence[Any]) -> list[RecordT]:
-        bound = dict(zip(fields_from_args, args, strict=False))
-        try:
-            return adapter.validate_python([bound | dict(row) for row in rows])
-        except ValidationError as error:
-            fields = sorted({str(each["loc"][1]) for each in error.errors() if len(each["loc"]) > 1})
-        # raised outside the except block, because pydantic's error quotes the values
-        raise ConfigurationError(
-            f"a codec on this connection returns values that do not fit {record.__name__} ({', '.join(fields)}): "
-            "remove the codec or use another connection; the statement was executed"
-        )
+    def validate(rows: Rows, args: Arguments, messages: Rows) -> list[RecordT]:
+        given = dict(zip(from_arguments, args, strict=False))
+        fields = [given | {name: value for name, value in row.items() if name != "refusal"} for row in rows]
+        for row, message in zip(fields, messages if from_messages else (), strict=False):
+            row |= {name: value for name, value in zip(MESSAGE_FIELDS, message, strict=True) if name in from_messages}
+        return _validated(adapter, record, fields)
 
     if record not in FILLED:
         return validate
-    fields_of, count = filler(filler_source(record, fields_from_args)), len(fields_from_args)
+    columns = [name for name in record.model_fields if name not in from_arguments + from_messages]
+    columns += ["_"] * has_refusal
+    fields_of = filler(filler_source(record, columns, from_arguments, from_messages))
+    count = len(from_arguments)
 
-    def decode(rows: Rows, args: Sequence[Any]) -> list[RecordT]:
+    def decode(rows: Rows, args: Arguments, messages: Rows) -> list[RecordT]:
         if not rows or type(rows[0]) is not DefaultCodecRecord:
-            return validate(rows, args)
-        records = [*map(_new, repeat(record, len(rows)))]
-        deque(map(_fill, records, fields_of(rows, *args[:count])), 0)  # a loop that runs in C
-        return records
+            return validate(rows, args, messages)
+        return _filled(record, fields_of(rows, messages, *args[:count]))
 
     return decode
 
 
-def filler_source(record: type[BaseModel], fields_from_args: tuple[str, ...] = ()) -> str:
-    """
-    Return the source of a function that maps rows and `fields_from_args` to the fields of records.
+def conversations_of(rows: Rows) -> list[Conversation]:
+    """Return the conversations of rows that have the columns of a conversation and a message."""
+    if rows and type(rows[0]) is not DefaultCodecRecord:
+        fields = [{name: row[name] for name in Conversation.model_fields} for row in rows]
+        return _validated(TypeAdapter(list[Conversation]), Conversation, fields)
+    return _filled(Conversation, _joined_conversations(rows, ()))
 
-    For fields a, b and c, with a in `fields_from_args`: `lambda rows, a: [{'a': a, 'b': b, 'c': c} for b, c in rows]`.
+
+def messages_of(rows: Rows, user_id: str, conversation_id: int | None = None) -> list[Message]:
+    """Return the messages of such rows; `conversation_id` is given where the rows do not have it."""
+    if rows and type(rows[0]) is not DefaultCodecRecord:
+        fields = [
+            {"user_id": user_id, "conversation_id": row["id"] if conversation_id is None else conversation_id}
+            | {name: row[f"message_{name}"] for name in JOINED_FIELDS}
+            for row in rows
+        ]
+        return _validated(TypeAdapter(list[Message]), Message, fields)
+    if conversation_id is None:
+        return _filled(Message, _joined_messages(rows, (), user_id))
+    return _filled(Message, _messages_of_one(rows, (), user_id, conversation_id))
+
+
+def filler_source(
+    record: type[BaseModel],
+    columns: Sequence[str],
+    from_arguments: tuple[str, ...] = (),
+    from_messages: tuple[str, ...] = (),
+) -> str:
     """
-    columns = [name for name in record.model_fields if name not in fields_from_args]
+    Return the source of a function that maps rows, messages and arguments to the fields of records.
+
+    For fields a, b and c, with a in `from_arguments`:
+    `lambda rows, messages, a: [{'a': a, 'b': b, 'c': c} for b, c in rows]`. A column `_` is ignored.
+    """
     fields = {name: name for name in record.model_fields}
     for name, field in record.model_fields.items():
         for kind in _CONVERTERS.keys() & {field.annotation, *get_args(field.annotation)}:
             fields[name] = f"None if {name} is None else {_CONVERTERS[kind]}({name})"
     items = ", ".join(f"{name!r}: {value}" for name, value in fields.items())
-    return f"lambda {', '.join(['rows', *fields_from_args])}: [{{{items}}} for {', '.join(columns)} in rows]"
+    source = f"{', '.join(columns)} in rows"
+    if from_messages:
+        sent = ", ".join(name if name in from_messages else "_" for name in MESSAGE_FIELDS)
+        source = f"({', '.join(columns)}), ({sent}) in zip(rows, messages)"
+    return f"lambda {', '.join(['rows', 'messages', *from_arguments])}: [{{{items}}} for {source}]"
 
 
 def filler(source: str) -> Callable[..., list[dict[str, Any]]]:
-    function: Callable[..., list[dict[str, Any]]] = eval(source, {"JsonText": JsonText, "loads": json.loads})  # noqa: S307
+    names = {"JsonText": JsonText, "loads": json.loads, "zip": zip}
+    function: Callable[..., list[dict[str, Any]]] = eval(source, names)  # noqa: S307
     return function
+
+
+JOINED_FIELDS: Final = tuple(name for name in Message.model_fields if name not in {"conversation_id", "user_id"})
+"""The fields of a message whose columns, prefixed with `message_`, follow those of its conversation."""
+
+_own: Final = tuple(Conversation.model_fields)
+_joined_conversations: Final = filler(filler_source(Conversation, (*_own, *"_" * len(JOINED_FIELDS))))
+_joined_messages: Final = filler(
+    filler_source(Message, ("conversation_id", *"_" * (len(_own) - 1), *JOINED_FIELDS), ("user_id",))
+)
+_messages_of_one: Final = filler(
+    filler_source(Message, (*"_" * len(_own), *JOINED_FIELDS), ("user_id", "conversation_id"))
+)
+
+
+def _filled(record: type[RecordT], fields: list[dict[str, Any]]) -> list[RecordT]:
+    records = [*map(_new, repeat(record, len(fields)))]
+    deque(map(_fill, records, fields), 0)  # a loop that runs in C
+    return records
+
+
+def _validated(adapter: TypeAdapter[list[RecordT]], record: type[BaseModel], fields: list[Any]) -> list[RecordT]:
+    try:
+        return adapter.validate_python(fields)
+    except ValidationError as error:
+        names = sorted({str(each["loc"][1]) for each in error.errors() if len(each["loc"]) > 1})
+    # raised outside the except block, because pydantic's error quotes the values
+    raise ConfigurationError(
+        f"a codec on this connection returns values that do not fit {record.__name__} ({', '.join(names)}): "
+        "remove the codec or use another connection; the statement was executed"
+    )

@@ -5,20 +5,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel
 
 from chatdb._core.asyncpg_private import STATEMENTS, fetch_rows
-from chatdb._core.decode import decoder
-from chatdb._core.driver_errors import as_chatdb_error, mapped_driver_errors
+from chatdb._core.decode import conversations_of, decoder, messages_of
+from chatdb._core.driver_errors import ROW_SUPPRESSED, as_chatdb_error, mapped_driver_errors
 from chatdb._core.retry import RetryPolicy
-from chatdb.errors import ChatDBError, CommandTimeoutError, ConversationNotFoundError, UnavailableError
+from chatdb.errors import (
+    ChatDBError,
+    CommandTimeoutError,
+    ConfigurationError,
+    ConflictError,
+    ConversationNotFoundError,
+    MessageNotFoundError,
+    StaleError,
+    UnavailableError,
+)
+from chatdb.records import Conversation, Message
 
 if TYPE_CHECKING:
     from chatdb._core.handles import Connection
+    from chatdb._core.validate import MessageRow
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
 
@@ -50,71 +62,94 @@ def statement_files() -> list[Path]:
     return sorted([*folder.glob("*.sql"), *folder.glob("transfer/*.sql")], key=lambda path: path.name)
 
 
+class RunAgainError(UnavailableError):
+    """Another write to the conversation committed while the statement waited for the lock. It wrote nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("other callers keep writing to this conversation: try again", sent=True)
+
+
 class Query(Generic[RecordT]):
     """
     The statement of one SQL file and the record type of its rows.
 
-    An *existence row*, whose columns are all null, means that the conversation exists but the message does not, or that
-    no messages are left. No row means that the user has no such conversation.
+    An *existence row*, whose id is null, means that the conversation exists but the message does not, or that no
+    messages are left. No row means that the user has no such conversation. A *refusal* is a row whose last column,
+    `refusal`, says why the statement wrote nothing.
 
     Decisions: docs/decisions/0008-existence-row.md, 0009-one-statement-per-operation.md
     """
 
     def __init__(
-        self, name: str, record: type[RecordT], *, fields_from_args: tuple[str, ...] = (), idempotent: bool = False
+        self,
+        name: str,
+        record: type[RecordT],
+        *,
+        from_arguments: tuple[str, ...] = (),
+        from_messages: tuple[str, ...] = (),
+        has_refusal: bool = False,
+        idempotent: bool = False,
     ) -> None:
         """
         Read `sql/<name>.sql`; the name may include a folder, as in `transfer/count_user`.
 
-        `fields_from_args` are the fields whose values are the first arguments, so the rows omit them. `idempotent`
-        allows a retry after a lost connection because repeating the statement changes nothing more.
+        The rows omit fields that the caller has: `from_arguments` are the first arguments, `from_messages` fields of
+        the messages sent. `has_refusal` tells that the statement can refuse. `idempotent` allows a retry after a lost
+        connection because repeating the statement changes nothing more.
         """
         self.name = name.rpartition("/")[2]
         self.record = record
-        self.fields_from_args = fields_from_args
+        self.from_arguments = from_arguments
+        self.from_messages = from_messages
+        self.has_refusal = has_refusal
         self.idempotent = idempotent
         _, _, body = (data_folder("sql") / f"{name}.sql").read_text(encoding="utf-8").partition("\n\n")
         # OpenTelemetry names a span by the first word and cuts off a leading /* comment */, hence "--" without a space.
         # pg_stat_statements drops everything before the statement's first word, hence the second comment.
         self.sql = f"--chatdb.{self.name}\n" + _FIRST_WORD.sub(rf"\g<0> /* chatdb.{self.name} */", body.strip())
         STATEMENTS.add(self.sql)
-        self._decode = decoder(record, fields_from_args)
+        self._decode = decoder(
+            record, from_arguments=from_arguments, from_messages=from_messages, has_refusal=has_refusal
+        )
 
-    async def fetch_all(self, db: Database, *args: object) -> list[RecordT]:
-        """Return one record per row."""
-        return self._decode(await self._rows(db, args), args)
+    async def fetch_all(self, db: Database, *args: object, idempotent: bool = False) -> list[RecordT]:
+        """Return one record per row; `idempotent` marks this call as safe to repeat."""
+        return self._decode(await self._rows(db, args, None, idempotent), args, ())
 
-    async def fetch_one(self, db: Database, *args: object, timeout: float | None = None) -> RecordT:
+    async def fetch_one(
+        self,
+        db: Database,
+        *args: object,
+        messages: Sequence[object] = (),
+        timeout: float | None = None,
+        idempotent: bool = False,
+    ) -> RecordT:
         """Return the record; raise ConversationNotFoundError if there is no row."""
-        rows = await self._rows(db, args, timeout)
+        rows = await self._rows(db, args, timeout, idempotent)
         if not rows:
             raise _not_found()
-        return self._decode(rows, args)[0]
+        return self._decode(rows, args, messages)[0]
 
     async def fetch_optional(self, db: Database, *args: object) -> RecordT | None:
         """Return the record, or None for an existence row; raise ConversationNotFoundError if there is no row."""
         page = await self.fetch_page(db, *args)
         return page[0] if page else None
 
-    async def fetch_page(self, db: Database, *args: object, idempotent: bool = False) -> list[RecordT]:
-        """
-        Return one record per row, without the existence row; raise ConversationNotFoundError if there is no row.
-
-        `idempotent` marks this call as safe to repeat, whatever the statement's default.
-        """
-        rows = await self._rows(db, args, None, idempotent)
+    async def fetch_page(self, db: Database, *args: object) -> list[RecordT]:
+        """Return one record per row, without the existence row; raise ConversationNotFoundError if there is no row."""
+        rows = await self._rows(db, args)
         if not rows:
             raise _not_found()
         if rows[-1]["id"] is None:
             rows.pop()
-        return self._decode(rows, args)
+        return self._decode(rows, args, ())
 
     async def iterate(self, connection: Connection, *args: object) -> AsyncGenerator[RecordT, None]:
         """Iterate over the records with a cursor in the connection's transaction, 100 rows per fetch."""
         with mapped_driver_errors():
             cursor = await connection.cursor(self.sql, *args)
             while rows := await cursor.fetch(100):
-                for record in self._decode(rows, args):
+                for record in self._decode(rows, args, ()):
                     yield record
 
     async def _rows(
@@ -126,8 +161,9 @@ class Query(Generic[RecordT]):
         while True:
             try:
                 if retries is not None:
-                    return await db.fetch(self.sql, *args, timeout=timeout)
-                return await fetch_rows(db, self.sql, args, timeout)
+                    rows: list[Any] = await db.fetch(self.sql, *args, timeout=timeout)
+                else:
+                    rows = await fetch_rows(db, self.sql, args, timeout)
             except Exception as error:
                 ours = as_chatdb_error(error)
                 if ours is None:
@@ -145,7 +181,103 @@ class Query(Generic[RecordT]):
                 if delay is None:
                     raise ours from ours.__cause__
                 _log.warning("retrying %s in %.0f ms: %s", self.name, 1000 * delay, _class_names(ours))
+            else:
+                if self.has_refusal and rows and rows[-1]["refusal"] is not None:
+                    raise _refusal(rows[-1]["refusal"])
+                return rows
             await asyncio.sleep(delay)
+
+
+class AppendQuery(Query[Message]):
+    """A statement that appends messages and returns the columns that the caller does not have."""
+
+    async def fetch_appended(
+        self, db: Database, *args: object, messages: Sequence[MessageRow], idempotent: bool = False
+    ) -> list[Message]:
+        """Return one record per stored message, in the order of `messages`; skipped messages have none."""
+        rows = await self._rows(db, args, None, idempotent)
+        if not rows:
+            raise _not_found()
+        if rows[-1]["id"] is None:
+            rows.pop()
+        rows.sort(key=itemgetter("seq"))
+        if "key" in self.from_messages:
+            return self._decode(rows, args, messages)
+        # earlier messages can be stored in another order; messages without a key are always new
+        by_key = {row["key"]: row for row in rows}
+        unkeyed = (row for row in rows if row["key"] is None)
+        found = ((next(unkeyed, None) if each[-1] is None else by_key.get(each[-1]), each) for each in messages)
+        pairs = [(row, each) for row, each in found if row is not None]
+        return self._decode([row for row, _ in pairs], args, [each for _, each in pairs])
+
+
+class HistoryQuery(Query[Message]):
+    """
+    A statement that returns a page of messages of one conversation.
+
+    In its existence row, `seq` is the id of the conversation, and `key` is null if no message has the page's key.
+    """
+
+    async def fetch_history(
+        self, db: Database, user_id: str, conversation_id: int | None, key: str | None, *place: object
+    ) -> list[Message]:
+        """Return the messages of a page that starts at a seq or a key."""
+        rows = await self._rows(db, (user_id, conversation_id, key, *place))
+        if not rows:
+            raise _not_found()
+        last = rows[-1]
+        if last["id"] is None:
+            rows.pop()
+            if conversation_id is None:
+                conversation_id = last["seq"]
+            if not rows and place[1] is not None and last["key"] is None:
+                raise MessageNotFoundError("the conversation has no message with this key")
+        return self._decode(rows, (user_id, conversation_id), ())
+
+
+class JoinedQuery(Query[Conversation]):
+    """A statement whose rows have the columns of a conversation, followed by those of a message."""
+
+    async def fetch_with_messages(
+        self, db: Database, user_id: str, *args: object
+    ) -> tuple[Conversation, list[Message]]:
+        """Return the conversation of the first row and the messages of the others."""
+        rows = await self._rows(db, (user_id, *args))
+        if not rows:
+            raise _not_found()
+        [conversation] = conversations_of(rows[:1])
+        return conversation, messages_of(rows[1:], user_id, conversation.id)
+
+    async def fetch_pairs(self, db: Database, user_id: str, *args: object) -> list[tuple[Conversation, Message | None]]:
+        """Return the conversation and the message or None of each row, without the existence row."""
+        rows = await self._rows(db, (user_id, *args))
+        if not rows:
+            raise _not_found()
+        if rows[-1]["id"] is None:
+            rows.pop()
+        messages = iter(messages_of([row for row in rows if row["message_id"] is not None], user_id))
+        pairs = zip(conversations_of(rows), rows, strict=True)
+        return [(each, None if row["message_id"] is None else next(messages)) for each, row in pairs]
+
+
+def _refusal(reason: str) -> ChatDBError:
+    match reason:
+        case "stale":
+            return StaleError(
+                "another caller has written to the conversation since expected was read, so nothing was written: read "
+                "it again, and repeat the call if it still applies"
+            )
+        case "conflict":
+            return ConflictError(
+                "a message with this key but a different body is stored, or only some keys of the batch are stored, so "
+                "nothing was written: use new keys for new messages"
+            )
+        case "missing":
+            return MessageNotFoundError("the conversation has no such message: check seq or key")
+        case "again":
+            return RunAgainError()
+        case _:
+            return ConfigurationError(ROW_SUPPRESSED.format("messages"))
 
 
 def _not_found() -> ConversationNotFoundError:

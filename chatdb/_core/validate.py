@@ -6,16 +6,29 @@ import asyncio
 import json
 import math
 import re
+import struct
+from base64 import urlsafe_b64decode
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from difflib import get_close_matches
 from itertools import accumulate, islice
 from typing import Any, Final, NoReturn, TypeGuard, TypeVar, cast, get_args
 
 from chatdb.errors import InvalidInputError
-from chatdb.records import UNSET, Conversation, JsonText, NewMessage, Role
+from chatdb.records import (
+    CURSOR,
+    EPOCH,
+    ETAG,
+    NEW,
+    UNSET,
+    Conversation,
+    JsonText,
+    NewMessage,
+    Role,
+    encode_token,
+)
 
 ROLES: Final = frozenset(get_args(Role))
 MAX_LIMIT: Final = 10_000
@@ -149,19 +162,131 @@ def check_content(parameter: str, value: object) -> str:
     return value
 
 
-def check_before(value: object) -> tuple[datetime, int]:
-    """Return the time and id of the last conversation on a page, after which the next page starts."""
-    if not issubclass(type(value), Conversation):
-        raise InvalidInputError(
-            "before", f"must be the last Conversation of the previous page, not {type_name(type(value))}"
+def check_conversation(conversation_id: object, conversation_key: object) -> tuple[int | None, str | None]:
+    """Return the id or the key of a conversation; exactly one of them must be given."""
+    if conversation_key is None:
+        if conversation_id is None:
+            raise InvalidInputError("conversation_id", "or conversation_key must be given")
+        return check_id(conversation_id), None
+    refuse_both("conversation_key", "conversation_id", conversation_id)
+    return None, check_text("conversation_key", conversation_key, least=1, most=MAX_NAME)
+
+
+def check_message(seq: object, key: object) -> tuple[int | None, str | None]:
+    """Return the seq or the key of a message; exactly one of them must be given."""
+    if key is None:
+        if seq is None:
+            raise InvalidInputError("seq", "or key must be given")
+        return check_seq("seq", seq), None
+    refuse_both("key", "seq", seq)
+    return None, check_text("key", key, least=1, most=MAX_NAME)
+
+
+def check_position(direction: str, seq: object, key: object, *, start: int) -> tuple[int | None, str | None]:
+    """Return the seq or the key that a page or a deletion begins at; without one, the start."""
+    if key is None:
+        return start if seq is None else check_seq(f"{direction}_seq", seq), None
+    refuse_both(f"{direction}_key", f"{direction}_seq", seq or None)
+    return None, check_text(f"{direction}_key", key, least=1, most=MAX_NAME)
+
+
+def refuse_both(parameter: str, other: str, value: object) -> None:
+    """Refuse a parameter that is given together with another one."""
+    if value is not None:
+        raise InvalidInputError(parameter, f"must not be given together with {other}")
+
+
+def check_expected(expected: object, *, may_be_new: bool = False) -> tuple[int | None, int | None]:
+    """
+    Return the id and the revision that a conversation must have, None twice if any will do.
+
+    `NEW` is the revision -1, which no conversation has.
+    """
+    if expected is None:
+        return None, None
+    if expected is NEW:
+        if not may_be_new:
+            raise InvalidInputError("expected", "can be NEW only with create=True, or in create_conversation")
+        return 0, -1
+    if issubclass(type(expected), Conversation):
+        fields = vars(expected)
+        return (
+            check_int("expected", fields.get("id"), least=-MAX_BIGINT - 1),
+            check_int("expected", fields.get("revision"), least=0),
         )
-    fields = vars(value)
-    updated_at = fields.get("updated_at")
-    if type(updated_at) is not datetime or updated_at.tzinfo is None:
+    if issubclass(type(expected), str):
+        identifier, revision = _read_token("expected", cast("str", expected), ETAG, 2)
+        return identifier, revision
+    raise InvalidInputError("expected", f"must be a Conversation, its etag, or NEW, not {type_name(type(expected))}")
+
+
+def check_after(after: object, order_by: str) -> tuple[datetime | None, int | None]:
+    """Return the time and the id of the conversation that a page comes after, None twice for the first page."""
+    if after is None:
+        return None, None
+    if issubclass(type(after), Conversation):
+        fields = vars(after)
+        time = fields.get(order_by)
+        if type(time) is not datetime or time.tzinfo is None:
+            raise InvalidInputError(
+                "after", f"must be a Conversation as chatdb returned it: its {order_by} has no time zone"
+            )
+        return time, check_id(fields.get("id"), parameter="after")
+    if not issubclass(type(after), str):
         raise InvalidInputError(
-            "before", "must be a Conversation returned by chatdb: its updated_at is not an aware datetime"
+            "after",
+            f"must be the last Conversation of the previous page, or its cursor, not {type_name(type(after))}",
         )
-    return updated_at, check_id(fields.get("id"), parameter="before")
+    updated_at, created_at, identifier = _read_token("after", cast("str", after), CURSOR, 3)
+    try:
+        return EPOCH + timedelta(microseconds=updated_at if order_by == "updated_at" else created_at), identifier
+    except OverflowError:
+        raise InvalidInputError("after", "is not a cursor that chatdb made") from None
+
+
+def _read_token(parameter: str, text: str, version: str, count: int) -> tuple[int, ...]:
+    """Return the numbers of a token that `encode_token` made."""
+    text = check_str(parameter, text)
+    kind, remedy = ("a cursor", "start with the first page") if version == CURSOR else ("an etag", "read it again")
+    if text[:2] != version and re.fullmatch(rf"{version[0]}[0-9]", text[:2]):
+        raise InvalidInputError(parameter, f"is {kind} of another version of chatdb: {remedy}")
+    try:
+        numbers: tuple[int, ...] = struct.unpack(f">{count}q", urlsafe_b64decode(text[2:] + "=" * (-len(text[2:]) % 4)))
+    except (ValueError, struct.error):
+        numbers = ()
+    if not numbers or encode_token(version, *numbers) != text:
+        raise InvalidInputError(parameter, f"is not {kind} that chatdb made")
+    return numbers
+
+
+def check_patch(parameter: str, patch: object, *, most: int = MAX_METADATA) -> tuple[str, list[str]]:
+    """Return what a patch sets, as JSON, and the keys that it removes."""
+    if not issubclass(type(patch), dict):
+        raise InvalidInputError(parameter, f"must be a dict, not {type_name(type(patch))}")
+    check_metadata(parameter, patch, most=most)
+    items = dict.items(cast("dict[str, Any]", patch))
+    encoded = check_metadata(parameter, {name: value for name, value in items if value is not None}, most=most)
+    return encoded or "{}", [str.__str__(name) for name, value in items if value is None]
+
+
+def check_conversation_patch(parameter: str, patch: object) -> tuple[str, list[str]]:
+    """Return what a patch of a conversation's metadata sets, and the keys that it removes."""
+    return check_patch(parameter, patch, most=MAX_CONVERSATION_METADATA)
+
+
+def check_bool(parameter: str, value: object) -> bool:
+    """Return True or False, and nothing else that is like them."""
+    if type(value) is not bool:
+        raise InvalidInputError(parameter, f"must be True or False, not {type_name(type(value))}")
+    return value
+
+
+def check_choice(parameter: str, value: object, *choices: str) -> str:
+    """Return one of a few words."""
+    text = check_str(parameter, value)
+    if text not in choices:
+        raise InvalidInputError(parameter, f"must be {' or '.join(choices)}")
+    return text
 
 
 def as_text_array(values: Iterable[object]) -> list[str | None]:
@@ -172,6 +297,15 @@ def as_text_array(values: Iterable[object]) -> list[str | None]:
     replace the functions and operators in that query.
     """
     return [None if value is None else str(value) for value in values]
+
+
+def as_columns(batch: list[MessageRow]) -> list[list[str | None]]:
+    """Return the messages of a batch as the arrays that a statement takes."""
+    roles, contents, payloads, metadatas, token_counts, keys = map(list, zip(*batch, strict=True)) if batch else _EMPTY
+    return [roles, contents, payloads, metadatas, as_text_array(token_counts), keys]
+
+
+_EMPTY: Final[tuple[list[Any], ...]] = ([], [], [], [], [], [])
 
 
 def check_token_count(parameter: str, value: object) -> int | None:

@@ -6,7 +6,9 @@
 -- returns many Conversation
 -- served by pk_conversations
 
-select id, user_id, key, title, metadata::text as metadata, last_seq, created_at, updated_at
+select
+    id, user_id, key, title, metadata::text as metadata, last_seq, last_seq + edits as revision, created_at,
+    updated_at, archived_at, pinned_at
 from chatdb.conversations
 where user_id = $1
 order by id

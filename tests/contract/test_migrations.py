@@ -61,7 +61,10 @@ def faults(sql: str) -> list[str]:
             case ast.DropStmt():
                 # RESTRICT, the default, drops a schema or function only if nothing uses it
                 again, tables = each.missing_ok, set[str]()
-                if each.removeType not in {ObjectType.OBJECT_SCHEMA, ObjectType.OBJECT_FUNCTION}:
+                if not each.concurrent and each.removeType not in {
+                    ObjectType.OBJECT_SCHEMA,
+                    ObjectType.OBJECT_FUNCTION,
+                }:
                     tables = {"what is dropped"}
             case ast.AlterTableStmt():
                 names = {command.subtype.name for command in each.cmds}

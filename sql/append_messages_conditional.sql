@@ -1,0 +1,183 @@
+-- append_messages_conditional
+-- Messages at the end of a conversation, if all their keys are new and the conversation is as expected; the stored ones
+-- if all are stored with the same bodies. With skip, those whose keys are new. With create, a missing conversation is
+-- created.
+--
+-- $1 user_id text
+-- $2 conversation_id int8 null
+-- $3 conversation_key text null
+-- $4 roles text[]
+-- $5 contents text[]
+-- $6 payloads text[]    null where a message has none
+-- $7 metadatas text[]    null where a message has none
+-- $8 token_counts text[]    null where a message has none
+-- $9 keys text[]    null where a message has none
+-- $10 skip_stored bool
+-- $11 create_missing bool
+-- $12 expected_id int8 null    0 if the conversation must not exist
+-- $13 expected_revision int8 null
+-- $14 metadata_patch text null    merged into the conversation's metadata
+-- $15 removed_keys text[] null
+--
+-- returns many Message without user_id, role, content and payload
+-- refuses with conflict, stale, again, suppressed
+-- served by pk_conversations, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
+
+with batch as (
+    select role, content, payload, metadata::jsonb as metadata, token_count, key, ordinality
+    from unnest($4::text[], $5::text[], $6::text[], $7::text[], $8::text[]::int4[], $9::text[])
+        with ordinality as m (role, content, payload, metadata, token_count, key, ordinality)
+),
+
+stored as (
+    select
+        user_id, id, last_seq, last_seq + edits as revision,
+        greatest(updated_at, pg_catalog.statement_timestamp()) as appended_at,
+        $12::int8 is null or (id = $12 and last_seq + edits = $13::int8) as is_expected
+    from chatdb.conversations
+    where user_id = $1
+      and id = coalesce($2, (
+          select id from chatdb.conversations
+          where user_id = $1 and key = $3
+      ))
+    for no key update
+),
+
+known as (
+    select b.ordinality
+    from stored as c
+    cross join batch as b
+    inner join chatdb.messages as m on m.user_id = $1 and m.conversation_id = c.id and m.key = b.key
+),
+
+wanted as (
+    select
+        role, content, payload, metadata, token_count, key, ordinality,
+        pg_catalog.row_number() over (order by ordinality) as place
+    from batch
+    where not $10::bool or ordinality not in (select ordinality from known)
+),
+
+created as (
+    insert into chatdb.conversations (user_id, key, last_seq, metadata)
+    select $1, $3, pg_catalog.cardinality($4::text[]), nullif($14::text::jsonb, '{}')
+    where $11::bool and not exists (select from stored)
+    on conflict (user_id, key) where key is not null do nothing
+    returning user_id, id, 0::int8 as last_seq, updated_at as appended_at
+),
+
+conversation as (
+    select user_id, id, last_seq, appended_at, is_expected
+    from stored
+    union all
+    select user_id, id, last_seq, appended_at, true
+    from created
+),
+
+message as (
+    insert into chatdb.messages (
+        user_id, conversation_id, seq, role, content, payload, metadata, token_count, key, created_at
+    )
+    select
+        c.user_id, c.id, c.last_seq + b.place, b.role, b.content, b.payload::json, b.metadata, b.token_count, b.key,
+        c.appended_at
+    from conversation as c
+    cross join wanted as b
+    where c.is_expected
+      and ($10::bool or (select pg_catalog.count(*) from known) in (0, pg_catalog.cardinality($4::text[])))
+    on conflict (user_id, conversation_id, key) where key is not null do update set key = excluded.key
+    returning id, conversation_id, user_id, seq, role, content, payload, metadata, token_count, key, created_at
+),
+
+fresh as (
+    select pg_catalog.count(*) as total
+    from message
+    where seq > (select last_seq from conversation)
+),
+
+raised as (
+    update chatdb.conversations as c
+    -- if another caller stored some of the keys after this statement began, the CHECK on last_seq undoes all of it
+    set last_seq = case
+            when fresh.total = (select pg_catalog.count(*) from wanted) then c.last_seq + fresh.total
+            else -1
+        end,
+        updated_at = case when fresh.total > 0 then stored.appended_at else c.updated_at end,
+        -- an append raises the revision by last_seq; a patch without messages counts as an edit
+        edits = c.edits + (fresh.total = 0)::int,
+        metadata = case
+            when $14::text is null then c.metadata
+            else nullif((coalesce(c.metadata, '{}') || $14::text::jsonb) - $15::text[], '{}')
+        end
+    from stored, fresh
+    where c.user_id = $1 and c.id = stored.id
+      and (
+          fresh.total > 0
+          or ($14::text is not null and stored.is_expected and pg_catalog.cardinality($4::text[]) = 0)
+      )
+),
+
+-- for a retry whose first try succeeded: the conversation is no longer as expected, but the messages are stored
+earlier as (
+    select m.id, m.conversation_id, m.seq, m.role, m.content, m.payload, m.metadata, m.token_count, m.key, m.created_at
+    from stored as c
+    cross join batch as b
+    inner join chatdb.messages as m on m.user_id = $1 and m.conversation_id = c.id and m.key = b.key
+    where not c.is_expected
+),
+
+same as (
+    select m.id, m.conversation_id, m.seq, m.metadata, m.token_count, m.key, m.created_at
+    from message as m
+    where m.seq > (select last_seq from conversation)
+       or (
+           not $10::bool
+           and exists (
+               select from batch as b
+               where b.key = m.key and b.role = m.role and b.content = m.content
+                 and b.payload is not distinct from m.payload::text and b.metadata is not distinct from m.metadata
+           )
+       )
+    union all
+    select m.id, m.conversation_id, m.seq, m.metadata, m.token_count, m.key, m.created_at
+    from earlier as m
+    where not $10::bool
+      and exists (
+          select from batch as b
+          where b.key = m.key and b.role = m.role and b.content = m.content
+            and b.payload is not distinct from m.payload::text and b.metadata is not distinct from m.metadata
+      )
+)
+
+select id, conversation_id, seq, metadata::text as metadata, token_count, key, created_at, null as refusal
+from same
+where $10::bool or (select pg_catalog.count(*) from same) = pg_catalog.cardinality($4::text[])
+union all
+select
+    null, null, null, null, null, null, null,
+    case
+        when stored.is_expected and ($10::bool or pg_catalog.cardinality($4::text[]) = 0) then null
+        when stored.is_expected and not exists (select from message) and not exists (select from known)
+            then 'suppressed'
+        when stored.is_expected then 'conflict'
+        when $10::bool and not exists (select from wanted) then null
+        when not $10::bool and exists (select from earlier) then 'conflict'
+        -- the messages may have been stored after this statement began
+        when stored.revision <> (
+            select last_seq + edits
+            from chatdb.conversations
+            where user_id = $1 and id = stored.id
+        ) then 'again'
+        else 'stale'
+    end
+from stored
+where not exists (select from same)
+   or (not $10::bool and (select pg_catalog.count(*) from same) <> pg_catalog.cardinality($4::text[]))
+union all
+select null, null, null, null, null, null, null, null
+from created
+where pg_catalog.cardinality($4::text[]) = 0
+union all
+-- another caller created the conversation after this statement began
+select null, null, null, null, null, null, null, 'again'
+where $11::bool and not exists (select from stored) and not exists (select from created)

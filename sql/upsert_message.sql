@@ -1,0 +1,84 @@
+-- upsert_message
+-- The message with this key, appended, or with its role and values replaced. Nothing is written if it is stored as
+-- given.
+--
+-- $1 user_id text
+-- $2 conversation_id int8 null
+-- $3 conversation_key text null
+-- $4 role text
+-- $5 content text
+-- $6 payload text null
+-- $7 metadata text null
+-- $8 token_count int4 null
+-- $9 key text
+-- $10 expected_id int8 null
+-- $11 expected_revision int8 null
+--
+-- returns one Message without user_id, role, content, payload, token_count and key
+-- refuses with stale, again, suppressed
+-- served by pk_conversations, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
+
+with conversation as (
+    select
+        id, last_seq, last_seq + edits as revision,
+        greatest(updated_at, pg_catalog.statement_timestamp()) as appended_at,
+        $10::int8 is null or (id = $10 and last_seq + edits = $11::int8) as is_expected
+    from chatdb.conversations
+    where user_id = $1
+      and id = coalesce($2, (
+          select id from chatdb.conversations
+          where user_id = $1 and key = $3
+      ))
+    for no key update
+),
+
+same as (
+    select m.id, m.conversation_id, m.seq, m.metadata, m.created_at
+    from conversation as c
+    inner join chatdb.messages as m on m.user_id = $1 and m.conversation_id = c.id and m.key = $9
+    where m.role = $4 and m.content = $5 and m.payload::text is not distinct from $6
+      and m.metadata is not distinct from $7::text::jsonb and m.token_count is not distinct from $8
+),
+
+message as (
+    insert into chatdb.messages (
+        user_id, conversation_id, seq, role, content, payload, metadata, token_count, key, created_at
+    )
+    select $1, id, last_seq + 1, $4, $5, $6::text::json, $7::text::jsonb, $8, $9, appended_at
+    from conversation
+    where is_expected and not exists (select from same)
+    on conflict (user_id, conversation_id, key) where key is not null do update
+    set role = excluded.role, content = excluded.content, payload = excluded.payload, metadata = excluded.metadata,
+        token_count = excluded.token_count
+    returning id, conversation_id, seq, metadata, created_at
+),
+
+raised as (
+    update chatdb.conversations as c
+    set last_seq = greatest(c.last_seq, m.seq),
+        updated_at = case when m.seq > c.last_seq then m.created_at else c.updated_at end,
+        edits = c.edits + (m.seq <= c.last_seq)::int
+    from message as m
+    where c.user_id = $1 and c.id = m.conversation_id
+)
+
+select id, conversation_id, seq, metadata::text as metadata, created_at, null as refusal
+from message
+union all
+select id, conversation_id, seq, metadata::text as metadata, created_at, null
+from same
+union all
+select
+    null, null, null, null, null,
+    case
+        when c.is_expected then 'suppressed'
+        -- the message may have been stored after this statement began
+        when c.revision <> (
+            select last_seq + edits
+            from chatdb.conversations
+            where user_id = $1 and id = c.id
+        ) then 'again'
+        else 'stale'
+    end
+from conversation as c
+where not exists (select from same) and not exists (select from message)
