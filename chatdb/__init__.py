@@ -55,23 +55,26 @@ from chatdb.schema import check_schema
 from chatdb.users import delete_user
 
 if TYPE_CHECKING:
+    from chatdb.admin.service import migrate
     from chatdb.embedded import open_embedded
 
     __version__: str
 else:
 
     def __getattr__(name: str) -> object:
-        """Import on first use what few programs need: the embedded server and the version."""
-        if name == "__version__":
+        """Import on first use what few programs need: the embedded server, the migrations and the version."""
+        if name == "open_embedded":
+            from chatdb.embedded import open_embedded as found
+        elif name == "migrate":
+            from chatdb.admin.service import migrate as found
+        elif name == "__version__":
             from importlib.metadata import version
 
-            return version("chatdb")
-        if name != "open_embedded":
+            found = version("chatdb")
+        else:
             raise AttributeError(f"module 'chatdb' has no attribute {name!r}")
-        from chatdb.embedded import open_embedded
-
-        globals()[name] = open_embedded
-        return open_embedded
+        globals()[name] = found
+        return found
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
@@ -84,7 +87,7 @@ __all__ = [
     "StaleError", "UnavailableError", "Unset", "append_message", "append_messages", "check_schema",
     "create_conversation", "create_pool", "delete_conversation", "delete_message", "delete_messages_after",
     "delete_user", "get_conversation", "get_history", "get_message", "iter_messages", "list_conversations",
-    "list_messages", "list_pinned", "list_previews", "load_conversation", "open_embedded", "pop_message",
+    "list_messages", "list_pinned", "list_previews", "load_conversation", "migrate", "open_embedded", "pop_message",
     "replace_messages_after", "transaction", "update_conversation", "update_message", "upsert_conversation",
     "upsert_message",
 ]  # fmt: skip
