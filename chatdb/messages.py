@@ -6,8 +6,9 @@ Decisions: docs/decisions/0001-seq-is-a-counter.md, 0002-tenant-first-keys.md
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import Final, Literal, NoReturn
+from typing import Final, Literal
 
 from chatdb._core.driver_errors import ROW_SUPPRESSED
 from chatdb._core.query import AppendQuery, Database, HistoryQuery, Query
@@ -123,10 +124,9 @@ async def append_message(
         None if key is None else check_key("key", key),
     )
     if key is None and create is False and expected is None and conversation_metadata_patch is None:
-        try:
+        # without a row, the other statement tells a missing conversation from an insert that a trigger suppressed
+        with contextlib.suppress(ConversationNotFoundError):
             return await _append_message.fetch_one(db, user, *address, *message[:5], messages=(message,))
-        except ConversationNotFoundError:
-            await _raise_row_suppressed(db, user, *address)
     options = _check_options(address, create, expected, conversation_metadata_patch)
     return await run_until_settled(
         _append_message_conditional.fetch_one,
@@ -153,14 +153,6 @@ def _check_options(
         merged, removed = check_conversation_patch("conversation_metadata_patch", patch)
     # an etag belongs to a stored conversation: if that is missing, it was deleted
     return may_create and revision in {None, -1}, identifier, revision, merged, removed
-
-
-async def _raise_row_suppressed(
-    db: Database, user_id: str, conversation_id: int | None, conversation_key: str | None
-) -> NoReturn:
-    """Raise ConversationNotFoundError, or ConfigurationError if a trigger of the host suppressed the insert."""
-    await get_conversation(db, user_id=user_id, conversation_id=conversation_id, conversation_key=conversation_key)
-    raise ConfigurationError(ROW_SUPPRESSED.format("messages"))
 
 
 async def append_messages(
@@ -199,13 +191,11 @@ async def append_messages(
         return []
     columns = as_columns(batch)
     if is_plain and not has_keys:
-        try:
+        with contextlib.suppress(ConversationNotFoundError):
             stored = await _append_messages.fetch_appended(db, user, *address, *columns[:5], messages=batch)
-        except ConversationNotFoundError:
-            stored = []
-        if len(stored) < len(batch):
-            await _raise_row_suppressed(db, user, *address)
-        return stored
+            if len(stored) < len(batch):
+                raise ConfigurationError(ROW_SUPPRESSED.format("messages"))
+            return stored
     options = _check_options(address, create, expected, conversation_metadata_patch)
     return await run_until_settled(
         _append_messages_conditional.fetch_appended,

@@ -44,5 +44,5 @@ async def test_no_database(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_the_wait_is_checked(dsn: str) -> None:
     """A wait that is not a number of seconds is refused by name."""
-    with pytest.raises(chatdb.InvalidInputError, match="^wait: "):
+    with pytest.raises(chatdb.InvalidInputError, match=r"^wait: "):
         await chatdb.migrate(dsn, wait=-1)
