@@ -17,7 +17,7 @@ with seen as (
     select id, last_seq + edits as revision
     from chatdb.conversations
     where user_id = $1
-      and id = coalesce($2, (
+      and id = coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
       ))
@@ -28,7 +28,7 @@ target as (
     from seen as c
     inner join chatdb.messages as m
         on m.user_id = $1 and m.conversation_id = c.id
-        and m.seq = coalesce($4, (
+        and m.seq = coalesce((select $4::int8), (
             select k.seq from chatdb.messages as k
             where k.user_id = $1 and k.conversation_id = c.id and k.key = $5
         ))

@@ -17,7 +17,7 @@ with seen as (
     select id, last_seq + edits as revision
     from chatdb.conversations
     where user_id = $1
-      and id = coalesce($2, (
+      and id = coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
       ))
@@ -25,7 +25,7 @@ with seen as (
 
 place as (
     select
-        coalesce($4, (
+        coalesce((select $4::int8), (
             select m.seq
             from chatdb.messages as m
             where m.user_id = $1 and m.conversation_id = c.id and m.key = $5

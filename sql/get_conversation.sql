@@ -14,7 +14,7 @@ select
 from chatdb.conversations
 where user_id = $1
   -- with an id, the subquery is never executed
-  and id = coalesce($2, (
+  and id = coalesce((select $2::int8), (
       select id from chatdb.conversations
       where user_id = $1 and key = $3
   ))

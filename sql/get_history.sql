@@ -17,14 +17,14 @@
     from chatdb.messages
     where user_id = $1
       -- with an id and a seq, the subqueries are never executed
-      and conversation_id = coalesce($2, (
+      and conversation_id = coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
       ))
-      and seq < coalesce($4, (
+      and seq < coalesce((select $4::int8), (
           select seq from chatdb.messages
           where user_id = $1
-            and conversation_id = coalesce($2, (
+            and conversation_id = coalesce((select $2::int8), (
                 select id from chatdb.conversations
                 where user_id = $1 and key = $3
             ))
@@ -44,7 +44,7 @@ select
     null
 from chatdb.conversations
 where user_id = $1
-  and id = coalesce($2, (
+  and id = coalesce((select $2::int8), (
       select id from chatdb.conversations
       where user_id = $1 and key = $3
   ))

@@ -16,14 +16,14 @@
         token_count, key, created_at
     from chatdb.messages
     where user_id = $1
-      and conversation_id = coalesce($2, (
+      and conversation_id = coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
       ))
-      and seq = coalesce($4, (
+      and seq = coalesce((select $4::int8), (
           select seq from chatdb.messages
           where user_id = $1
-            and conversation_id = coalesce($2, (
+            and conversation_id = coalesce((select $2::int8), (
                 select id from chatdb.conversations
                 where user_id = $1 and key = $3
             ))
@@ -36,7 +36,7 @@ union all
 select null, null, null, null, null, null, null, null, null, null, null
 from chatdb.conversations
 where user_id = $1
-  and id = coalesce($2, (
+  and id = coalesce((select $2::int8), (
       select id from chatdb.conversations
       where user_id = $1 and key = $3
   ))

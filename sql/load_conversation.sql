@@ -18,7 +18,7 @@
         null::timestamptz as message_created_at
     from chatdb.conversations
     where user_id = $1
-      and id = coalesce($2, (
+      and id = coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
       ))
@@ -32,7 +32,7 @@ union all
         id, seq, role, content, payload::text, metadata::text, token_count, key, created_at
     from chatdb.messages
     where user_id = $1
-      and conversation_id = coalesce($2, (
+      and conversation_id = coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
       ))

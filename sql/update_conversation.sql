@@ -49,7 +49,7 @@ with changed as (
             or coalesce($11::bool <> (pinned_at is not null), false)
         )::int
     where user_id = $1
-      and id = coalesce($2, (
+      and id = coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
       ))
@@ -65,7 +65,7 @@ union all
 select null, null, null, null, null, null, null, null, null, null, null, 'stale'
 from chatdb.conversations
 where user_id = $1
-  and id = coalesce($2, (
+  and id = coalesce((select $2::int8), (
       select id from chatdb.conversations
       where user_id = $1 and key = $3
   ))

@@ -27,7 +27,7 @@ with conversation as (
     select user_id, id, $16::int8 is null or (id = $16 and last_seq + edits = $17::int8) as is_expected
     from chatdb.conversations
     where user_id = $1
-      and id = coalesce($2, (
+      and id = coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
       ))
@@ -50,7 +50,7 @@ target as (
     from conversation as c
     inner join chatdb.messages as m
         on m.user_id = $1 and m.conversation_id = c.id
-        and m.seq = coalesce($4, (
+        and m.seq = coalesce((select $4::int8), (
             select k.seq from chatdb.messages as k
             where k.user_id = $1 and k.conversation_id = c.id and k.key = $5
         ))

@@ -1,0 +1,84 @@
+"""
+The plans that PostgreSQL keeps for a prepared statement.
+
+A custom plan is made again on every call, which costs more than a read itself. PostgreSQL keeps to custom plans if they
+look cheaper than the generic one: without the scalar subquery around $2, the planner folds `coalesce($2, ...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+import chatdb
+from chatdb._core.query import statement_files
+
+EXCEPTIONS = {
+    "check_schema",  # once per start
+    "count_user", "delete_user", "export_conversations", "export_conversations_messages",  # operators' commands
+    "import_conversations", "import_conversations_extend", "import_conversations_find", "import_conversations_messages",
+}  # fmt: skip
+CALLS = 8
+"""PostgreSQL compares the generic plan with five custom plans."""
+
+
+@pytest.mark.owner
+async def test_every_statement_settles_on_its_generic_plan(dsn: str) -> None:
+    """After five calls, no statement is planned again."""
+    async with chatdb.create_pool(dsn, min_size=1, max_size=1) as db:
+        user = {"user_id": "ann"}
+        turns = [{"role": "user", "content": "hello " * 20, "key": f"m{number}"} for number in range(20)]
+        many = [await chatdb.create_conversation(db, **user, key=f"c{n}", messages=turns) for n in range(200)]
+        await db.execute("analyze chatdb.conversations; analyze chatdb.messages")
+        for number in range(CALLS):
+            for call in calls(db, user, many[number * 5 : number * 5 + 5], number):
+                await call()
+        rows = await db.fetch(
+            r"""
+            select substring(statement from 'chatdb\.(\w+)') as name, generic_plans from pg_prepared_statements
+            where statement like '--chatdb.%'
+            """
+        )
+    plans = {row["name"]: row["generic_plans"] for row in rows}
+    assert {path.stem for path in statement_files()} - EXCEPTIONS == plans.keys() - EXCEPTIONS
+    assert [name for name, count in plans.items() if not count and name not in EXCEPTIONS] == []
+
+
+def calls(
+    db: chatdb.Pool, user: dict[str, Any], five: list[chatdb.Conversation], number: int
+) -> list[Callable[[], Awaitable[Any]]]:
+    """Return a call for each statement."""
+    first, second, third, fourth, fifth = ({**user, "conversation_id": each.id} for each in five)
+    text = {"role": "user", "content": f"text {number}"}
+    key = f"new {number}"
+    lists = (chatdb.list_conversations, chatdb.list_previews)
+    choices: list[dict[str, Any]] = [
+        {"archived": False}, {"archived": True}, {"archived": None},
+        {"order_by": "created_at"}, {"order_by": "created_at", "descending": False},
+    ]  # fmt: skip
+    return [
+        lambda: chatdb.get_conversation(db, **first),
+        lambda: chatdb.load_conversation(db, **first),
+        lambda: chatdb.get_history(db, **first, limit=10),
+        lambda: chatdb.list_messages(db, **first, limit=10),
+        lambda: chatdb.get_message(db, **first, seq=3),
+        *(lambda f=f, c=c: f(db, **user, **c) for f in lists for c in choices),
+        lambda: chatdb.list_pinned(db, **user),
+        lambda: chatdb.append_message(db, **first, **text),
+        lambda: chatdb.append_message(db, **first, **text, key=key),
+        lambda: chatdb.append_messages(db, **first, messages=[text, text]),
+        lambda: chatdb.append_messages(db, **first, messages=[{**text, "key": f"{key} 2"}]),
+        lambda: chatdb.upsert_message(db, **first, **text, key=f"{key} 3"),
+        lambda: chatdb.update_message(db, **first, seq=2, content=f"changed {number}"),
+        lambda: chatdb.update_conversation(db, **first, title=f"title {number}"),
+        lambda: chatdb.delete_message(db, **second, seq=5),
+        lambda: chatdb.pop_message(db, **second),
+        lambda: chatdb.delete_messages_after(db, **third, after_seq=18),
+        lambda: chatdb.replace_messages_after(db, **fourth, after_seq=10, messages=[text], expected=five[3]),
+        lambda: chatdb.delete_conversation(db, **fifth),
+        lambda: chatdb.create_conversation(db, **user),
+        lambda: chatdb.create_conversation(db, **user, key=key),
+        lambda: chatdb.upsert_conversation(db, **user, key=key),
+    ]
