@@ -20,6 +20,16 @@ EXCEPTIONS = {
     "count_user", "delete_user", "export_conversations", "export_conversations_messages",  # operators' commands
     "import_conversations", "import_conversations_extend", "import_conversations_find", "import_conversations_messages",
 }  # fmt: skip
+DATA = """
+    insert into chatdb.conversations (user_id, key, last_seq, created_at)
+    select case when n > 460 then 'ann' else 'u' || n % 50 end, 'c' || n, 100, now() - n * interval '1 minute' from generate_series(1, 500) as n;
+
+    insert into chatdb.messages (user_id, conversation_id, seq, role, key, content, created_at)
+    select user_id, id, n, 'user', 'm' || n, repeat('hello ', 50), created_at
+    from chatdb.conversations, generate_series(1, 100) as n;
+
+    analyze chatdb.conversations, chatdb.messages;
+"""
 CALLS = 8
 """PostgreSQL compares the generic plan with five custom plans."""
 
@@ -29,9 +39,8 @@ async def test_every_statement_settles_on_its_generic_plan(dsn: str) -> None:
     """After five calls, no statement is planned again."""
     async with chatdb.create_pool(dsn, min_size=1, max_size=1) as db:
         user = {"user_id": "ann"}
-        turns = [{"role": "user", "content": "hello " * 20, "key": f"m{number}"} for number in range(20)]
-        many = [await chatdb.create_conversation(db, **user, key=f"c{n}", messages=turns) for n in range(200)]
-        await db.execute("analyze chatdb.conversations; analyze chatdb.messages")
+        await db.execute(DATA)
+        many = await chatdb.list_conversations(db, **user, limit=5 * CALLS)
         for number in range(CALLS):
             for call in calls(db, user, many[number * 5 : number * 5 + 5], number):
                 await call()
@@ -61,8 +70,8 @@ def calls(
     return [
         lambda: chatdb.get_conversation(db, **first),
         lambda: chatdb.load_conversation(db, **first),
-        lambda: chatdb.get_history(db, **first, limit=10),
-        lambda: chatdb.list_messages(db, **first, limit=10),
+        lambda: chatdb.get_history(db, **first, limit=100),
+        lambda: chatdb.list_messages(db, **first, limit=100),
         lambda: chatdb.get_message(db, **first, seq=3),
         *(lambda f=f, c=c: f(db, **user, **c) for f in lists for c in choices),
         lambda: chatdb.list_pinned(db, **user),
@@ -80,5 +89,6 @@ def calls(
         lambda: chatdb.delete_conversation(db, **fifth),
         lambda: chatdb.create_conversation(db, **user),
         lambda: chatdb.create_conversation(db, **user, key=key),
+        lambda: chatdb.create_conversation(db, **user, messages=[text]),
         lambda: chatdb.upsert_conversation(db, **user, key=key),
     ]
