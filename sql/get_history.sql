@@ -4,49 +4,34 @@
 -- $1 user_id text
 -- $2 conversation_id int8 null
 -- $3 conversation_key text null
--- $4 before_seq int8 null    null with a key
--- $5 before_key text null
--- $6 row_limit int8
+-- $4 before_seq int8
+-- $5 row_limit int8
 --
 -- returns many Message without user_id and conversation_id, then an existence row: where the page is not full
--- served by pk_messages, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
+-- served by pk_messages, uq_conversations_user_id_key
 
 (
     select
         id, seq, role, content, payload::text as payload, metadata::text as metadata, token_count, key, created_at
     from chatdb.messages
     where user_id = $1
-      -- with an id and a seq, the subqueries are never executed
+      -- with an id, the subquery is never executed
       and conversation_id = coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
       ))
-      and seq < coalesce((select $4::int8), (
-          select seq from chatdb.messages
-          where user_id = $1
-            and conversation_id = coalesce((select $2::int8), (
-                select id from chatdb.conversations
-                where user_id = $1 and key = $3
-            ))
-            and key = $5
-      ))
+      and seq < $4
     order by seq desc
-    limit $6
+    limit $5
 )
 union all
--- its seq is the conversation's id, its key the message's: null if there is no such message
-select
-    null, id, null, null, null, null, null,
-    (
-        select m.key from chatdb.messages as m
-        where m.user_id = $1 and m.conversation_id = conversations.id and m.key = $5
-    ),
-    null
+-- its seq is the id of the conversation
+select null, id, null, null, null, null, null, null, null
 from chatdb.conversations
 where user_id = $1
   and id = coalesce((select $2::int8), (
       select id from chatdb.conversations
       where user_id = $1 and key = $3
   ))
--- a full page ends before this branch is read, so that it costs nothing there; a key's caller needs the id
-limit $6 + case when $2::int8 is null then 1 else 0 end
+-- a full page ends before this branch is read, so that it costs nothing there; without the id, the caller needs it
+limit $5 + case when $2::int8 is null then 1 else 0 end

@@ -22,7 +22,8 @@ EXCEPTIONS = {
 }  # fmt: skip
 DATA = """
     insert into chatdb.conversations (user_id, key, last_seq, created_at)
-    select case when n > 460 then 'ann' else 'u' || n % 50 end, 'c' || n, 100, now() - n * interval '1 minute' from generate_series(1, 500) as n;
+    select case when n > 460 then 'ann' else 'u' || n % 50 end, 'c' || n, 100, now() - n * interval '1 minute'
+    from generate_series(1, 500) as n;
 
     insert into chatdb.messages (user_id, conversation_id, seq, role, key, content, created_at)
     select user_id, id, n, 'user', 'm' || n, repeat('hello ', 50), created_at
@@ -72,6 +73,8 @@ def calls(
         lambda: chatdb.load_conversation(db, **first),
         lambda: chatdb.get_history(db, **first, limit=100),
         lambda: chatdb.list_messages(db, **first, limit=100),
+        lambda: chatdb.get_history(db, **first, limit=10, before_key="m50"),
+        lambda: chatdb.list_messages(db, **first, limit=10, after_key="m50"),
         lambda: chatdb.get_message(db, **first, seq=3),
         *(lambda f=f, c=c: f(db, **user, **c) for f in lists for c in choices),
         lambda: chatdb.list_pinned(db, **user),
