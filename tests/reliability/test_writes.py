@@ -13,6 +13,7 @@ import pytest
 import chatdb
 from chatdb import NEW, ConflictError, NotFoundError, StaleError
 from tests.support.chaos import LOOPS, figure, query, sized
+from tests.support.proxy import Proxy, Statement
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
 
@@ -187,3 +188,47 @@ def test_one_creator(dsn: str, loop: str, request: pytest.FixtureRequest) -> Non
     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
         runner.run(run())
     figure(f"{races} races of {writers} writers with NEW on {loop}: exactly one winner each")
+
+
+KEYED: dict[str, Callable[..., Awaitable[Any]]] = {
+    "append_message": lambda db, at, expected: chatdb.append_message(
+        db, **at, expected=expected, role="user", content="new", key="n"
+    ),
+    "append_messages": lambda db, at, expected: chatdb.append_messages(
+        db, **at, expected=expected, messages=[{"role": "user", "content": key, "key": key} for key in "xyz"]
+    ),
+    "replace_messages_after": lambda db, at, expected: chatdb.replace_messages_after(
+        db, **at, expected=expected, after_seq=1, messages=[{"role": "user", "content": "new", "key": "n"}]
+    ),
+    "upsert_message": lambda db, at, expected: chatdb.upsert_message(
+        db, **at, expected=expected, key="2", role="assistant", content="other"
+    ),
+}
+"""The writes that take `expected` and find what an earlier try stored."""
+
+
+@pytest.mark.parametrize("name", KEYED)
+async def test_a_retry_after_a_lost_answer(dsn: str, name: str) -> None:
+    """If the answer to a keyed write with `expected` is lost, the same call succeeds and writes nothing more."""
+    lost: list[str] = []
+
+    def watch(statement: Statement) -> bool:
+        if f"chatdb.{name}" in statement.sql and statement.answered and not lost:
+            lost.append(name)
+            return True
+        return False
+
+    async with chatdb.create_pool(dsn) as direct:
+        turns = [{"role": "user", "content": key, "key": key} for key in "123"]
+        before = await chatdb.create_conversation(direct, **USER, key="k", messages=turns)
+        at = USER | {"conversation_id": before.id}
+        with Proxy(dsn, watch=watch) as proxy:
+            async with chatdb.create_pool(proxy.dsn, retries=0) as db:
+                with pytest.raises(chatdb.UnavailableError):
+                    await KEYED[name](db, at, before)
+                written = await chatdb.load_conversation(direct, **at)
+                assert written[0].revision > before.revision
+                again = await KEYED[name](db, at, before)
+        assert await chatdb.load_conversation(direct, **at) == written
+        assert (again if isinstance(again, list) else [again])[-1] in written[1]
+    assert lost == [name]
