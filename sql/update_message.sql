@@ -98,8 +98,8 @@ message as (
 raised as (
     update chatdb.conversations as c
     set edits = c.edits + 1
-    from message as m
-    where c.user_id = $1 and c.id = m.conversation_id
+    -- a join could read all conversations of the user
+    where c.user_id = $1 and c.id = (select conversation_id from message)
 )
 
 select

@@ -59,7 +59,8 @@ raised as (
         updated_at = case when m.seq > c.last_seq then m.created_at else c.updated_at end,
         edits = c.edits + (m.seq <= c.last_seq)::int
     from message as m
-    where c.user_id = $1 and c.id = m.conversation_id
+    -- a join on it could read all conversations of the user
+    where c.user_id = $1 and c.id = (select conversation_id from message)
 )
 
 select id, conversation_id, seq, metadata::text as metadata, created_at, null as refusal
