@@ -364,7 +364,7 @@ async def check_messages(values: object) -> list[MessageRow]:
     if issubclass(kind, str | bytes | Mapping | NewMessage) or not issubclass(kind, Iterable):
         raise InvalidInputError("messages", f"must be a list of NewMessage or dict, not {type_name(kind)}")
     rows: list[MessageRow] = []
-    size = pause_at = 0
+    size, pause_at = 0, _PAUSE_BYTES
     for index, value in enumerate(_read(cast("Iterable[object]", values))):
         if index == MAX_BATCH:
             raise InvalidInputError("messages", f"must have at most {MAX_BATCH:,} items: split the batch")

@@ -910,6 +910,13 @@ async def test_a_large_batch_lets_other_tasks_run():
     assert turns - many >= 15
 
 
+def test_a_turn_is_checked_without_a_pause() -> None:
+    """A batch of two ordinary messages does not give up the event loop, which would cost each turn a system call."""
+    checking = validate.check_messages([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
+    with pytest.raises(StopIteration):
+        checking.send(None)
+
+
 def test_a_compact_text_of_many_lists_is_counted_by_its_bytes() -> None:
     """JsonText is accepted up to 16 MiB, however many lists it contains."""
     text = JsonText("[[" + "1," * (8 * MIB - 400) + "1]" + ",[]" * 250 + "]")
