@@ -183,7 +183,7 @@ class Query(Generic[RecordT]):
                 _log.warning("retrying %s in %.0f ms: %s", self.name, 1000 * delay, _class_names(ours))
             else:
                 if self.has_refusal and rows and rows[-1]["refusal"] is not None:
-                    raise _refusal(rows[-1]["refusal"])
+                    raise _refusal(rows[-1]["refusal"], self.name)
                 return rows
             await asyncio.sleep(delay)
 
@@ -270,17 +270,21 @@ class JoinedQuery(Query[Conversation]):
         return [(each, None if row["message_id"] is None else next(messages)) for each, row in pairs]
 
 
-def _refusal(reason: str) -> ChatDBError:
+def _refusal(reason: str, name: str) -> ChatDBError:
     match reason:
         case "stale":
             return StaleError(
                 "another caller has written to the conversation since expected was read, so nothing was written: read "
                 "it again, and repeat the call if it still applies"
             )
+        case "conflict" if name == "append_message_conditional":
+            return ConflictError(
+                "a message with this key but a different body already exists: use a new key for a new message"
+            )
         case "conflict":
             return ConflictError(
-                "a message with this key but a different body is stored, or only some keys of the batch are stored, so "
-                "nothing was written: use new keys for new messages"
+                "only some keys of the batch are stored, or a stored message has a different body, so nothing was "
+                "written: use new keys for new messages"
             )
         case "missing":
             return MessageNotFoundError("the conversation has no such message: check seq or key")
