@@ -85,10 +85,12 @@ async def create_conversation(
     if expected is not None and expected is not NEW:
         raise InvalidInputError("expected", "must be NEW or None")
     batch = await check_messages(messages) if messages != () else []
+    # with NEW, a retry would refuse the conversation that the first try created
+    is_idempotent = key is not None and expected is not NEW
     if batch or (expected is NEW and key is not None):
         for _ in range(3):
             created = await _create_conversation_messages.fetch_all(
-                db, user, title, data, key, expected is NEW, *as_columns(batch), idempotent=key is not None
+                db, user, title, data, key, expected is NEW, *as_columns(batch), idempotent=is_idempotent
             )
             if created:
                 return created[0]
@@ -298,7 +300,8 @@ async def update_conversation(
 
     `expected`, a Conversation or its `etag`, raises StaleError if another caller has written to the conversation since.
 
-    Raises ConversationNotFoundError, StaleError or InvalidInputError. SQL: `update_conversation.sql`.
+    Raises ConversationNotFoundError, StaleError or InvalidInputError. SQL: `update_conversation.sql`, again if another
+    write to the conversation commits first.
     """
     user = check_user_id(user_id)
     address = check_conversation(conversation_id, conversation_key)
@@ -315,7 +318,7 @@ async def update_conversation(
     state = check_expected(expected)
     if values == _NO_VALUES and expected is None:
         return await _get_conversation.fetch_one(db, user, *address)
-    return await _update_conversation.fetch_one(db, user, *address, *values, *state)
+    return await run_until_settled(_update_conversation.fetch_one, db, user, *address, *values, *state)
 
 
 _NO_VALUES = (False, None, False, None, None, None, None, None)

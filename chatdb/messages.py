@@ -208,7 +208,8 @@ async def append_messages(
         skip,
         *options,
         messages=batch,
-        idempotent=all(message[-1] is not None for message in batch),
+        # an empty batch leaves no key by which a retry could find that the first try succeeded
+        idempotent=all(message[-1] is not None for message in batch) and (expected is None or bool(batch)),
     )
 
 
@@ -453,7 +454,8 @@ async def update_message(
 
     `expected`, a Conversation or its `etag`, raises StaleError if another caller has written to the conversation since.
 
-    Raises ConversationNotFoundError, StaleError, MessageNotFoundError or InvalidInputError. SQL: `update_message.sql`.
+    Raises ConversationNotFoundError, StaleError, MessageNotFoundError or InvalidInputError. SQL: `update_message.sql`,
+    again if another write to the conversation commits first.
     """
     user = check_user_id(user_id)
     address = (*check_conversation(conversation_id, conversation_key), *check_message(seq, key))
@@ -470,7 +472,7 @@ async def update_message(
     state = check_expected(expected)
     if values == _NO_VALUES and expected is None:
         return _found(await _get_message.fetch_optional(db, user, *address))
-    return await _update_message.fetch_one(db, user, *address, *values, *state)
+    return await run_until_settled(_update_message.fetch_one, db, user, *address, *values, *state)
 
 
 _NO_VALUES = (False, None, False, None, False, None, None, None, False, None)

@@ -61,6 +61,9 @@ class Unset:
     def __repr__(self) -> str:
         return "UNSET"
 
+    def __reduce__(self) -> str:
+        return "UNSET"
+
 
 UNSET: Final = Unset()
 """The default of arguments whose `None` clears the stored value: `UNSET` keeps it."""
@@ -72,6 +75,9 @@ class New:
     __slots__ = ()
 
     def __repr__(self) -> str:
+        return "NEW"
+
+    def __reduce__(self) -> str:
         return "NEW"
 
 

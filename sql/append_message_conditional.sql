@@ -113,6 +113,15 @@ select
 from stored
 where not exists (select from same)
 union all
--- another caller created the conversation after this statement began
+-- another caller created or deleted the conversation after this statement began
 select null, null, null, null, null, null, 'again'
-where $10::bool and not exists (select from stored) and not exists (select from created)
+where not exists (select from stored)
+  and not exists (select from created)
+  and ($10::bool or exists (
+      select from chatdb.conversations
+      where user_id = $1
+        and id = coalesce((select $2::int8), (
+            select id from chatdb.conversations
+            where user_id = $1 and key = $3
+        ))
+  ))

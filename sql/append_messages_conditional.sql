@@ -69,6 +69,13 @@ created as (
 conversation as (
     select user_id, id, last_seq, appended_at, is_expected
     from stored
+    -- if another write came first, this statement does not see which keys it stored
+    where not $10::bool
+       or revision = (
+           select last_seq + edits
+           from chatdb.conversations
+           where user_id = $1 and id = stored.id
+       )
     union all
     select user_id, id, last_seq, appended_at, true
     from created
@@ -104,7 +111,11 @@ raised as (
         end,
         updated_at = case when fresh.total > 0 then stored.appended_at else c.updated_at end,
         -- an append raises the revision by last_seq; a patch without messages counts as an edit
-        edits = c.edits + (fresh.total = 0)::int,
+        edits = c.edits + (
+            fresh.total = 0
+            and c.metadata is distinct from
+            nullif((coalesce(c.metadata, '{}') || $14::text::jsonb) - $15::text[], '{}')
+        )::int,
         metadata = case
             when $14::text is null then c.metadata
             else nullif((coalesce(c.metadata, '{}') || $14::text::jsonb) - $15::text[], '{}')
@@ -129,14 +140,11 @@ earlier as (
 same as (
     select m.id, m.conversation_id, m.seq, m.metadata, m.token_count, m.key, m.created_at
     from message as m
+    left join batch as b on m.key = b.key
     where m.seq > (select last_seq from conversation)
        or (
-           not $10::bool
-           and exists (
-               select from batch as b
-               where b.key = m.key and b.role = m.role and b.content = m.content
-                 and b.payload is not distinct from m.payload::text and b.metadata is not distinct from m.metadata
-           )
+           not $10::bool and b.role = m.role and b.content = m.content
+           and b.payload is not distinct from m.payload::text and b.metadata is not distinct from m.metadata
        )
     union all
     select m.id, m.conversation_id, m.seq, m.metadata, m.token_count, m.key, m.created_at
@@ -156,7 +164,9 @@ union all
 select
     null, null, null, null, null, null, null,
     case
-        when stored.is_expected and ($10::bool or pg_catalog.cardinality($4::text[]) = 0) then null
+        when stored.is_expected and pg_catalog.cardinality($4::text[]) = 0 then null
+        when stored.is_expected and $10::bool then
+            case when exists (select from wanted) and not exists (select from conversation) then 'again' end
         when stored.is_expected and not exists (select from message) and not exists (select from known)
             then 'suppressed'
         when stored.is_expected then 'conflict'
@@ -178,6 +188,15 @@ select null, null, null, null, null, null, null, null
 from created
 where pg_catalog.cardinality($4::text[]) = 0
 union all
--- another caller created the conversation after this statement began
+-- another caller created or deleted the conversation after this statement began
 select null, null, null, null, null, null, null, 'again'
-where $11::bool and not exists (select from stored) and not exists (select from created)
+where not exists (select from stored)
+  and not exists (select from created)
+  and ($11::bool or exists (
+      select from chatdb.conversations
+      where user_id = $1
+        and id = coalesce((select $2::int8), (
+            select id from chatdb.conversations
+            where user_id = $1 and key = $3
+        ))
+  ))

@@ -17,7 +17,7 @@
 -- $13 expected_revision int8 null
 --
 -- returns one Conversation
--- refuses with stale
+-- refuses with stale, again
 -- served by pk_conversations, uq_conversations_user_id_key
 
 with changed as (
@@ -62,7 +62,10 @@ select
     updated_at, archived_at, pinned_at, null as refusal
 from changed
 union all
-select null, null, null, null, null, null, null, null, null, null, null, 'stale'
+select
+    null, null, null, null, null, null, null, null, null, null, null,
+    -- deleted or changed while this statement waited
+    case when $12::int8 is null or (id = $12 and last_seq + edits = $13::int8) then 'again' else 'stale' end
 from chatdb.conversations
 where user_id = $1
   and id = coalesce((select $2::int8), (

@@ -20,11 +20,13 @@
 -- $17 expected_revision int8 null
 --
 -- returns one Message
--- refuses with stale, missing
+-- refuses with stale, missing, again
 -- served by pk_conversations, pk_messages, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
 
 with conversation as (
-    select user_id, id, $16::int8 is null or (id = $16 and last_seq + edits = $17::int8) as is_expected
+    select
+        user_id, id, last_seq + edits as revision,
+        $16::int8 is null or (id = $16 and last_seq + edits = $17::int8) as is_expected
     from chatdb.conversations
     where user_id = $1
       and id = coalesce((select $2::int8), (
@@ -100,6 +102,18 @@ raised as (
     set edits = c.edits + 1
     -- a join could read all conversations of the user
     where c.user_id = $1 and c.id = (select conversation_id from message)
+),
+
+-- another write came first, and this statement does not see what it wrote
+overtaken as (
+    select c.id
+    from conversation as c
+    where not exists (select from message)
+      and c.revision <> (
+          select last_seq + edits
+          from chatdb.conversations
+          where user_id = $1 and id = c.id
+      )
 )
 
 select
@@ -114,7 +128,7 @@ select
     token_count, key, created_at,
     null
 from target
-where not exists (select from message)
+where not exists (select from message) and not exists (select from overtaken)
 union all
 select
     null,
@@ -128,6 +142,20 @@ select
     null,
     null,
     null,
-    case when is_expected then 'missing' else 'stale' end
+    case
+        when not is_expected then 'stale'
+        when exists (select from overtaken) then 'again'
+        else 'missing'
+    end
 from conversation
-where not exists (select from target)
+where not exists (select from target) or exists (select from overtaken)
+union all
+-- deleted while this statement waited
+select null, null, null, null, null, null, null, null, null, null, null, 'again'
+from chatdb.conversations
+where user_id = $1
+  and id = coalesce((select $2::int8), (
+      select id from chatdb.conversations
+      where user_id = $1 and key = $3
+  ))
+  and not exists (select from conversation)

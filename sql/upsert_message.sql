@@ -83,3 +83,13 @@ select
     end
 from conversation as c
 where not exists (select from same) and not exists (select from message)
+union all
+-- deleted while this statement waited
+select null, null, null, null, null, 'again'
+from chatdb.conversations
+where user_id = $1
+  and id = coalesce((select $2::int8), (
+      select id from chatdb.conversations
+      where user_id = $1 and key = $3
+  ))
+  and not exists (select from conversation)

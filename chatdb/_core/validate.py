@@ -186,7 +186,7 @@ def check_position(direction: str, seq: object, key: object, *, start: int) -> t
     """Return the seq or the key that a page or a deletion begins at; without one, the start."""
     if key is None:
         return start if seq is None else check_seq(f"{direction}_seq", seq), None
-    refuse_both(f"{direction}_key", f"{direction}_seq", seq or None)
+    refuse_both(f"{direction}_key", f"{direction}_seq", None if seq == start else seq)
     return None, check_text(f"{direction}_key", key, least=1, most=MAX_NAME)
 
 
