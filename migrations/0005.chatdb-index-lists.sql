@@ -32,3 +32,11 @@ on chatdb.conversations (user_id, pinned_at desc)
 where pinned_at is not null;
 
 comment on index chatdb.ix_conversations_user_id_pinned_at is 'Serves list_pinned.';
+
+-- what the older indexes serve now
+comment on index chatdb.ix_conversations_user_id_active_on is
+'Serves list_conversations_all and list_previews_all, the newest days first, sorted within the day; delete_user, imports.';
+comment on index chatdb.uq_conversations_user_id_key is
+'Serves every statement that names a conversation by its key, and imports; one conversation per key of a user.';
+comment on index chatdb.uq_messages_user_id_conversation_id_key is
+'Serves every statement that names a message by its key; one message per key of a conversation.';

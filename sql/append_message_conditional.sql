@@ -19,7 +19,7 @@
 --
 -- returns one Message without user_id, role, content, payload and key
 -- refuses with conflict, stale, again, suppressed
--- served by pk_conversations, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key, pk_messages
+-- served by pk_conversations, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
 
 -- the row is locked before the key is looked up: a caller that waited here finds what the other one stored
 with stored as (

@@ -19,7 +19,7 @@
 -- $14 metadata_patch text null    merged into the conversation's metadata
 -- $15 removed_keys text[] null
 --
--- returns many Message without user_id, role, content and payload
+-- returns many Message without user_id, role, content and payload, or an existence row: if nothing is new
 -- refuses with conflict, stale, again, suppressed
 -- served by pk_conversations, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
 

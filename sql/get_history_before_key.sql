@@ -7,7 +7,7 @@
 -- $4 before_key text
 -- $5 row_limit int8
 --
--- returns many Message without user_id and conversation_id, then an existence row: where the page is not full
+-- returns many Message without user_id and conversation_id, then an existence row: if the page is not full
 -- served by pk_messages, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
 
 (

@@ -7,7 +7,7 @@
 -- $4 after_key text null
 -- $5 row_limit int8
 --
--- returns many Conversation, then an existence row: where the page is not full
+-- returns many Conversation, then an existence row: if the page is not full
 -- served by ix_conversations_user_id_active_on, uq_conversations_user_id_key
 
 with place as (

@@ -8,7 +8,7 @@
 -- $5 archived bool null    null for both
 -- $6 row_limit int8
 --
--- returns many Conversation, then an existence row: where the page is not full
+-- returns many Conversation, then an existence row: if the page is not full
 -- served by ix_conversations_user_id_created_at_id, uq_conversations_user_id_key
 
 with place as (

@@ -7,7 +7,7 @@
 -- $4 after_key text null
 -- $5 row_limit int8
 --
--- returns many Conversation and Message, then an existence row: where the page is not full
+-- returns many Conversation and Message, then an existence row: if the page is not full
 -- served by ix_conversations_user_id_active_on_archived, uq_conversations_user_id_key, pk_messages
 
 with place as (

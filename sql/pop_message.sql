@@ -7,7 +7,7 @@
 -- $4 expected_id int8 null
 -- $5 expected_revision int8 null
 --
--- returns one Message, or an existence row
+-- returns one Message, or an existence row: if the conversation has no messages
 -- refuses with stale, again
 -- served by pk_conversations, pk_messages, uq_conversations_user_id_key
 

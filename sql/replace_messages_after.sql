@@ -15,7 +15,7 @@
 -- $11 token_counts text[]    null where a message has none
 -- $12 keys text[]    null where a message has none
 --
--- returns many Message without user_id, role, content and payload, or an existence row
+-- returns many Message without user_id, role, content and payload, or an existence row: if the batch is empty
 -- refuses with stale, again
 -- served by pk_conversations, pk_messages, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
 

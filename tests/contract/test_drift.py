@@ -8,13 +8,14 @@ run it on mutations and fail if it misses one.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import typing
 from collections import defaultdict
 from contextlib import suppress
 from datetime import datetime, timedelta
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import asyncpg
 import pglast
@@ -25,20 +26,24 @@ from pydantic import create_model
 
 import chatdb
 from chatdb import (
+    ChatDBError,
     ConfigurationError,
     ConflictError,
     ConversationNotFoundError,
     MessageNotFoundError,
+    StaleError,
+    UnavailableError,
 )
 from chatdb._core import decode, validate
 from chatdb._core.driver_errors import CONFLICTS, CONSTRAINTS, STALE_COUNTERS, map_driver_error
+from chatdb._core.query import AppendQuery, HistoryQuery, JoinedQuery, RunAgainError, _refusal
 from chatdb.records import Conversation, Message, Role
 from chatdb.schema import EXPECTED_SCHEMA
 from chatdb.transfer import exporter, importer
 from tests.support.catalog import DATA, Live
 from tests.support.databases import new_database
 from tests.support.mutants import less, misfilled, swaps, without_user
-from tests.support.package import bindings, fields_of, query_of, record_of
+from tests.support.package import bindings, fields_of, given_of, query_of, record_of
 from tests.support.plans import check_plan
 from tests.support.recorder import (
     CALLS,
@@ -48,24 +53,28 @@ from tests.support.recorder import (
     INSERTED,
     TRANSFERRED,
     Recorder,
+    Refusing,
     Transfer,
     call,
+    existence_of,
     expected,
+    joined,
     module_of,
     name_of,
+    rows_of,
     stored,
 )
 from tests.support.sqlfiles import (
     TEXTS,
-    branches,
     existence_gaps,
     file_of,
-    is_existence,
     isolation_gaps,
     meetings,
     nullable,
     outputs,
     parse,
+    refusal_gaps,
+    tables_of_keys,
     ungiven,
 )
 
@@ -103,15 +112,30 @@ def test_files_and_queries_are_pairs():
     check_bindings(TEXTS, bindings())
 
 
-VERBS = {"one": {"fetch_one"}, "many": {"fetch_all", "fetch_page", "iterate"}}
-VERBS_OF_EXISTENCE = {"one": {"fetch_optional"}, "many": {"fetch_page"}}
-
-
 def check_verbs(file, module):
     """Raise unless the module reads the rows as the header's `returns` says."""
-    verbs = set(re.findall(rf"\b_{file.name}\.(\w+)\(", inspect.getsource(module)))
+    query = query_of(file.name)
+    source = inspect.getsource(module)
+    verbs = set(re.findall(rf"\b_{file.name}\.(\w+)\b", source)) - {"sql"}
+    for variable, value in vars(module).items():
+        if isinstance(value, dict) and any(each is query for each in value.values()):
+            calls = [inspect.getsource(each) for _, each in inspect.getmembers(module, inspect.isfunction)]
+            verbs |= {verb for each in calls if f"({variable}," in each for verb in re.findall(r"\bquery\.(\w+)", each)}
     assert verbs
-    assert verbs <= (VERBS_OF_EXISTENCE if file.existence else VERBS)[file.number]
+    assert verbs <= _verbs_of(file, query)
+
+
+def _verbs_of(file, query):
+    """Return the methods of a Query that read a file's rows."""
+    if file.second:
+        return {"fetch_with_messages"} if file.has_own_rows else {"fetch_pairs"} if file.existence else set()
+    if isinstance(query, HistoryQuery):
+        return {"fetch_history"} if file.existence and file.number == "many" else set()
+    if isinstance(query, AppendQuery):
+        return {"fetch_appended"} if file.number == "many" else set()
+    if file.existence:
+        return {"fetch_optional"} if file.number == "one" else {"fetch_page"}
+    return {"fetch_one"} if file.number == "one" else {"fetch_all", "iterate"}
 
 
 @pytest.mark.parametrize(("module", "query"), [(module, query) for module, _, query in bindings()])
@@ -136,8 +160,24 @@ def check_parameters(live, file):
     for number, name in [(parameter.number, parameter.name) for parameter in file.parameters]:
         assert met[number], f"${number} {name} meets no column"
         for column in met[number]:
-            names = {column, f"{column}s", f"set_{column}", f"before_{column}", f"after_{column}"}
-            assert name in names or (name, column) == ("conversation_id", "id"), f"${number} {name} meets {column}"
+            known = {column, f"{column}s", column.removesuffix("_at"), *OTHER_NAMES.get(column, ())}
+            known |= {f"{prefix}_{column}" for prefix in ("set", "before", "after", "expected")}
+            is_flag = column == "condition" and types[number - 1] == "bool"
+            assert name in known or is_flag, f"${number} {name} meets {column}"
+    names = {parameter.name for parameter in file.parameters}
+    for number, tables in tables_of_keys(file).items():
+        name = file.parameters[number - 1].name
+        is_conversations = name == "conversation_key" or "conversation_key" not in names
+        assert tables == {"conversations" if is_conversations else "messages"}, f"${number} {name} meets {tables}"
+
+
+OTHER_NAMES = {
+    "id": {"conversation_id"},
+    "key": {"conversation_key"},
+    "metadata": {"metadata_patch", "removed_keys"},
+    "new conversations": {"create_missing"},
+}
+"""Names of parameters that differ from the column's by more than a prefix."""
 
 
 @every_file
@@ -157,39 +197,61 @@ def test_the_header_has_the_parameters(live, stem):
 
 def check_columns(live, file, record=None):
     """Raise unless the columns have the names, order and types of the record's fields."""
-    record = record or record_of(file.name)
+    query = query_of(file.name)
     python = {"int8": int, "int4": int, "text": str, "timestamptz": datetime}
     _, columns = live.described(file.sql)
-    assert file.record == record.__name__
-    assert file.given == query_of(file.name).fields_from_args
-    fields = fields_of(record, without=file.given)
-    assert [(name, python.get(kind)) for name, kind, _ in columns] == [field[:2] for field in fields]
+    assert file.record == (record or query.record).__name__
+    assert file.second == ("Message" if isinstance(query, JoinedQuery) else None)
+    assert file.given == (JOINED_GIVEN if file.has_own_rows else given_of(file.name))
+    assert bool(file.refusals) == query.has_refusal
+    fields = [field[:2] for field in _fields(file, record)] + [("refusal", str)] * query.has_refusal
+    assert [(name, python.get(kind)) for name, kind, _ in columns] == fields
+
+
+def _fields(file, record=None):
+    """Return the fields of a file's records, those of a second one with a prefix."""
+    record = record or record_of(file.name)
+    if not file.second:
+        return fields_of(record, without=file.given)
+    fields = fields_of(Message, without=JOINED_GIVEN)
+    return fields_of(record) + [(f"message_{name}", *rest) for name, *rest in fields]
+
+
+JOINED_GIVEN = ("user_id", "conversation_id")
+"""The fields of a message that its conversation has too."""
 
 
 def check_nullability(live, file, record=None):
     """Raise unless exactly the nullable columns are Optional and the header declares any existence row."""
     found = nullable(file, live.columns)
-    fields = fields_of(record or record_of(file.name), without=file.given)
-    assert found == [optional for _, _, optional in fields]
-    assert any(map(is_existence, branches(file.statement))) == bool(file.existence)
-    for (name, _, not_null), may_be_null in zip(live.described(file.sql)[1], found, strict=True):
+    assert found == [optional for _, _, optional in _fields(file, record)]
+    columns = live.described(file.sql)[1][: len(found)]
+    for (name, _, not_null), may_be_null in zip(columns, found, strict=True):
         is_known = not_null is not None and "left join" not in file.sql
         assert not is_known or not_null != may_be_null, f"the server knows better of {name}"
 
 
 def check_given(live, file):
-    """Raise unless the omitted columns are the first parameters and the statement compares both."""
-    assert [parameter.name for parameter in file.parameters][: len(file.given)] == [*file.given]
-    types, _ = live.described(file.sql)
-    kinds = {name: kind for name, kind, _ in fields_of(record_of(file.name))}
-    for name, kind in zip(file.given, types, strict=False):
-        assert {"text": str, "int8": int}[kind] == kinds[name]
+    """Raise unless each omitted field is stored from, or compared with, the parameter that has its value."""
+    query = query_of(file.name)
+    parameters = {parameter.name: parameter for parameter in file.parameters}
+    types = dict(zip(parameters, live.described(file.sql)[0], strict=True))
+    first = JOINED_GIVEN if file.has_own_rows else query.from_arguments
+    assert [parameter.name for parameter in file.parameters][: len(first)] == [*first] == [*file.given[: len(first)]]
+    kinds = {name: kind for name, kind, _ in fields_of(Message)}
+    for name in file.given:
+        is_array = file.number == "many" and name in query.from_messages
+        kind = types.get(f"{name}s" if is_array else name)
+        if is_array:
+            assert kind in {"text[]", None}
+        else:
+            assert {"text": str, "int8": int, "int4": int, None: str}[kind] == kinds[name]
     assert ungiven(file) == []
 
 
 @every_file
 def test_what_the_rows_do_without_is_given(live, stem):
-    """The statement filters each omitted field by the argument that supplies it."""
+    """The statement stores each omitted field from an argument or message, or compares it with that."""
     check_given(live, file_of(stem))
 
 
@@ -206,14 +268,17 @@ def test_the_columns_are_as_nullable_as_the_fields(live, stem):
 
 
 def check_existence(live, file):
-    """Raise unless an existence row comes alone or last, as the header says, under any plan."""
+    """Raise unless existence rows and refusals come alone or last, as the header says, under any plan."""
     assert existence_gaps(file) == []
-    if file.existence and file.statement.limitCount:
+    assert refusal_gaps(file) == []
+    if getattr(file.statement, "limitCount", None) or file.has_own_rows:
         with live.connection.transaction(force_rollback=True):
             live.connection.execute(PARALLEL)
-            plan = live.plan(file)
-        assert [node["Node Type"] for node in plan[:2]] == ["Limit", "Append"]
-        assert [node["Relation Name"] for node in plan if "Relation Name" in node] == ["messages", "conversations"]
+            top, inner, *_ = live.plan(file)
+        append = top if file.has_own_rows else inner
+        assert file.has_own_rows or top["Node Type"] == "Limit"
+        assert append["Node Type"] == ("Append" if file.existence or file.has_own_rows else append["Node Type"])
+        assert not append["Parallel Aware"]
 
 
 PARALLEL = """
@@ -231,25 +296,54 @@ def test_an_existence_row_stands_where_the_header_says(live, stem):
     check_existence(live, file_of(stem))
 
 
-def check_filled(record, given, fields_of_rows):
-    """Raise unless filling a record from a row gives the same fields as validation."""
+class Filler(NamedTuple):
+    """How the package fills records from rows: the columns of the rows, and the fields that they do not have."""
+
+    record: type
+    columns: tuple[str, ...]
+    from_arguments: tuple[str, ...]
+    from_messages: tuple[str, ...]
+
+    @property
+    def source(self):
+        """The source of the function that fills the records."""
+        return decode.filler_source(self.record, self.columns, self.from_arguments, self.from_messages)
+
+
+def fillers():
+    """Return each Filler of the package, with the function that the package has made of it."""
+    found = {}
+    for query in [query for _, _, query in bindings() if query.record in decode.FILLED]:
+        given = query.from_arguments + query.from_messages
+        columns = [name for name in query.record.model_fields if name not in given] + ["_"] * query.has_refusal
+        filler = Filler(query.record, (*columns,), query.from_arguments, query.from_messages)
+        found.setdefault(filler, []).append(inspect.getclosurevars(query._decode).nonlocals["fields_of"])
+    conversation = (*Conversation.model_fields,)
+    nothing = "_" * (len(conversation) - 1)
+    message = [name for name in Message.model_fields if name not in JOINED_GIVEN]
+    found |= {
+        Filler(Conversation, (*conversation, *"_" * len(message)), (), ()): [decode._joined_conversations],
+        Filler(Message, ("conversation_id", *nothing, *message), ("user_id",), ()): [decode._joined_messages],
+        Filler(Message, ("_", *nothing, *message), JOINED_GIVEN, ()): [decode._messages_of_one],
+    }
+    return found
+
+
+FILLERS = pytest.mark.parametrize("filler", fillers(), ids=lambda filler: f"{filler.record.__name__}{filler[2:]}")
+
+
+def check_filled(filler, fields_of_rows):
+    """Raise unless filling a record from a row, arguments and a message gives the same fields as validation."""
+    record, columns, from_arguments, from_messages = filler
     [full] = stored(record)
     optional = {name for name, _, may_be_null in fields_of(record) if may_be_null}
     for row in [full, *(full | {name: None} for name in optional), full | dict.fromkeys(optional)]:
-        values = tuple(value for name, value in row.items() if name not in given)
-        [filled] = fields_of_rows([values], *(row[name] for name in given))
+        values = tuple("no field" if name == "_" else row[name] for name in columns)
+        message = tuple(row[name] if name in from_messages else "no field" for name in decode.MESSAGE_FIELDS)
+        [filled] = fields_of_rows([values], [message], *(row[name] for name in from_arguments))
         validated = vars(record(**row))
         assert [*filled.items()] == [*validated.items()]
         assert [type(value) for value in filled.values()] == [type(value) for value in validated.values()]
-
-
-FILLED = pytest.mark.parametrize(
-    ("record", "given"),
-    sorted(
-        {(query.record, query.fields_from_args) for _, _, query in bindings() if query.record in decode.FILLED},
-        key=lambda pair: (pair[0].__name__, pair[1]),
-    ),
-)
 
 
 def test_the_filled_records():
@@ -257,26 +351,59 @@ def test_the_filled_records():
     assert {*decode.FILLED} == {Conversation, Message}
 
 
-@FILLED
-def test_rows_are_filled_in_the_order_of_the_fields(record, given):
-    """Filling a record without validation gives the same fields as validation."""
-    check_filled(record, given, decode.filler(decode.filler_source(record, given)))
+@FILLERS
+def test_rows_are_filled_in_the_order_of_the_fields(filler):
+    """Filling a record without validation gives the same fields as validation, for each combination of columns."""
+    made = decode.filler(filler.source)
+    assert {function.__code__ for function in fillers()[filler]} == {made.__code__}
+    check_filled(filler, made)
 
 
-def check_unfilled(record, given, decoded):
+def check_unfilled(record, from_arguments, from_messages, decoded):
     """Raise unless rows from a handle that may have codecs are validated."""
-    [row] = stored(record)
-    args = [row.pop(name) for name in given]
-    assert decoded([row], args) == [record(**row, **dict(zip(given, args, strict=True)))]
+    [full] = stored(record)
+    args = [full[name] for name in from_arguments]
+    message = tuple(full.get(name) if name in from_messages else "no field" for name in decode.MESSAGE_FIELDS)
+    row = {name: value for name, value in full.items() if name not in from_arguments + from_messages}
+    assert decoded([row], args, [message]) == [record(**full)]
     for name in row:
         with pytest.raises(ConfigurationError, match=rf"\({name}\)"):
-            decoded([row | {name: {"of": "a codec"}} if name != "metadata" else row | {name: [1]}], args)
+            decoded([row | {name: {"of": "a codec"}} if name != "metadata" else row | {name: [1]}], args, [message])
 
 
-@FILLED
-def test_rows_of_an_unknown_handle_are_validated(record, given):
-    """Rows that may come through a codec are validated."""
-    check_unfilled(record, given, decode.decoder(record, given))
+UNFILLED = pytest.mark.parametrize(
+    ("record", "from_arguments", "from_messages"),
+    sorted(
+        {(each.record, each.from_arguments, each.from_messages) for each in fillers()},
+        key=lambda each: (each[0].__name__, each[1:]),
+    ),
+)
+
+
+@UNFILLED
+@pytest.mark.parametrize("has_refusal", [False, True])
+def test_rows_of_an_unknown_handle_are_validated(record, from_arguments, from_messages, has_refusal):
+    """Rows that may come through a codec are validated, without the refusal."""
+    decoded = decode.decoder(
+        record, from_arguments=from_arguments, from_messages=from_messages, has_refusal=has_refusal
+    )
+    refusal = {"refusal": None} if has_refusal else {}
+    check_unfilled(
+        record, from_arguments, from_messages, lambda rows, *rest: decoded([row | refusal for row in rows], *rest)
+    )
+
+
+def test_joined_rows_of_an_unknown_handle_are_validated():
+    """Rows of a conversation and a message that may come through a codec are validated."""
+    [conversation], [message] = stored(Conversation), stored(Message)
+    check_unfilled(Conversation, (), (), lambda rows, *_: decode.conversations_of([joined(rows[0], message)]))
+
+    def message_of(rows, args, _):
+        identifier = {"id": rows[0]["conversation_id"]} if len(args) == 1 else {}
+        return decode.messages_of([joined(conversation | identifier, rows[0])], *args)
+
+    check_unfilled(Message, JOINED_GIVEN[:1], (), message_of)
+    check_unfilled(Message, JOINED_GIVEN, (), message_of)
 
 
 # 6. Arguments reach the statement in order.
@@ -284,15 +411,28 @@ def test_rows_of_an_unknown_handle_are_validated(record, given):
 
 async def check_call(function, stem, given, real=None):
     """Return a call's arguments; raise unless it sends one statement with them in the header's order."""
-    rows = stored(record_of(stem), without=query_of(stem).fields_from_args) * (len(given.get("messages", ())) or 1)
-    db = Recorder(rows, real)
-    await call(function, db, given)
+    db = Recorder(rows_of(stem, given), real)
+    answer = await call(function, db, given)
     bound = inspect.signature(getattr(chatdb, function)).bind(db, **given)
     bound.apply_defaults()
-    args = tuple(expected(parameter.name, bound.arguments) for parameter in file_of(stem).parameters)
+    args = tuple(expected(function, parameter.name, bound.arguments) for parameter in file_of(stem).parameters)
     assert db.sent == [(file_of(stem).sql, args)]
     assert db.timeout == given.get("timeout")
+    check_answer(stem, given, answer)
     return args
+
+
+def check_answer(stem, given, answer):
+    """Raise unless each message has the values that the caller sent, in the order in which they were sent."""
+    from_messages = query_of(stem).from_messages
+    if from_messages:
+        answers = answer if isinstance(answer, list) else [answer]
+        for sent, message in zip(given.get("messages", [given]), answers, strict=True):
+            assert message.user_id == given["user_id"]
+            for name in from_messages:
+                value = sent.get(name)
+                assert getattr(message, name) == (json.dumps(value) if isinstance(value, dict) else value)
+        assert [each.seq for each in answers] == sorted(each.seq for each in answers)
 
 
 async def check_import(real=None, *, has_row_security=False):
@@ -365,14 +505,48 @@ def test_every_function_is_called():
 @pytest.mark.parametrize(("function", "stem", "given"), [item for item in CALLS if file_of(item[1]).existence])
 async def test_an_existence_row_is_no_record(function, stem, given):
     """A function returns no record for an existence row, or raises its own error."""
-    record, without = record_of(stem), query_of(stem).fields_from_args
-    existence = dict.fromkeys(record.model_fields)
-    with suppress(ConflictError, MessageNotFoundError, ConfigurationError):
-        assert await call(function, Recorder([existence]), given) == []
+    existence = existence_of(stem)
+    with suppress(MessageNotFoundError):
+        assert not await call(function, Recorder([existence]), given)
     if file_of(stem).relation == "then":
-        rows = stored(record, without=without)
-        known = {name: given[name] for name in without}
-        assert await call(function, Recorder([*rows, existence]), given) == [record(**known, **row) for row in rows]
+        rows = [row for row in rows_of(stem, given) if row["id"] is not None]
+        answer = await call(function, Recorder([*rows, existence]), given)
+        assert answer
+        assert answer == await call(function, Recorder(rows_of(stem, given)), given)
+
+
+REFUSALS = {
+    "stale": StaleError,
+    "conflict": ConflictError,
+    "missing": MessageNotFoundError,
+    "again": UnavailableError,
+    "suppressed": ConfigurationError,
+}
+"""The error of each refusal."""
+
+
+def check_refusals(files, source):
+    """Raise unless the headers have exactly the words that the package knows."""
+    known = set(re.findall(r'case "(\w+)":', source)) | {"suppressed"}
+    assert {word for file in files for word in file.refusals} == known == REFUSALS.keys()
+
+
+def test_the_refusals_are_known():
+    """The headers have exactly the refusals for which the package has an error."""
+    check_refusals([file_of(stem) for stem in TEXTS], inspect.getsource(_refusal))
+
+
+@pytest.mark.parametrize(("function", "stem", "given"), [item for item in CALLS if file_of(item[1]).refusals])
+async def test_a_refusal_is_an_error(function, stem, given):
+    """Each refusal of a statement is an error of its own, for every call that sends it."""
+    *_, row = rows_of(stem, given)
+    for word in file_of(stem).refusals:
+        db = Refusing([dict.fromkeys(row) | {"refusal": word}])
+        with pytest.raises(REFUSALS[word]) as found:
+            await call(function, db, given)
+        assert type(found.value) in {REFUSALS[word], RunAgainError}
+        assert {query for query, _ in db.sent} == {file_of(stem).sql}
+        assert len(db.sent) == (4 if word == "again" else 1)
 
 
 # 7. The roles and limits match the CHECK constraints.
@@ -414,7 +588,12 @@ def check_comments(live, files):
     assert all(live.comments.values()), live.comments
     for index in live.indexes:
         for word in re.findall(r"\w+", live.comments[index]):
-            assert word not in files or index in files[word].indexes, f"{index} names {word}"
+            is_file = word in files or word.split("_")[0] in VERBS
+            assert not is_file or (word in files and index in files[word].indexes), f"{index} names {word}"
+
+
+VERBS = {stem.partition("_")[0] for stem in TEXTS}
+"""The first words of the files' names, by which a comment's words are taken for files."""
 
 
 @every_file
@@ -516,10 +695,14 @@ ROLE = "drop constraint ck_messages_role, add constraint ck_messages_role check 
         (check_parameters, "append_message", "alter token_count type int8"),
         (check_columns, "get_message", "alter token_count type int2"),
         (check_nullability, "get_message", "alter content drop not null"),
-        (check_nullability, "append_message", "alter content drop not null"),
+        (check_nullability, "append_message", "alter created_at drop not null"),
         (check_nullability, "list_messages", "alter key set not null"),
         (check_plan, "get_history", "drop constraint pk_messages"),
-        (check_plan, "append_message_keyed", "add constraint uq_messages_new unique (user_id, conversation_id, key)"),
+        (
+            check_plan,
+            "append_message_conditional",
+            "add constraint uq_messages_new unique (user_id, conversation_id, key)",
+        ),
         (check_comments, None, "add unique (id)"),
         (check_limits, None, f"{CONTENT} (octet_length(content) <= 8388608)"),
         (check_limits, None, f"{CONTENT} (octet_length(content) < 4194304)"),
@@ -557,88 +740,201 @@ def test_a_changed_table_is_found(live, check, stem, change):
 
 HERE = ", or an existence row: the conversation has none there"
 THEN = ", then an existence row: if the page is not full"
-PAGE = "costs nothing there\nlimit $4"
+PAGE = "caller needs the id\nlimit $6 + case when $2::int8 is null then 1 else 0 end"
+OTHERS = "caller needs the id"
 NONE = f"select {', '.join(['null'] * 9)} from chatdb.conversations where user_id = $1 and id = $2 union all"
 FIND = "import_conversations_find"
+BY_ID = """where user_id = $1
+  and id = coalesce($2, (
+      select id from chatdb.conversations
+      where user_id = $1 and key = $3
+  ))
+"""
+GIVEN = " without user_id and conversation_id"
+ONE, MANY = "append_message_conditional", "append_messages_conditional"
 
 
 @pytest.mark.parametrize(
     ("check", "stem", "old", "new"),
     [
         (check_prepares, "get_history", "where user_id", "where owner_id"),
-        (check_parameters, "get_message", "$2 conversation_id int8\n-- $3 seq", "$3 seq int8\n-- $2 conversation_id"),
-        (check_parameters, "append_message", "-- $5 payload text", "-- $5 metadata text"),
-        (check_parameters, "append_message", "$5::text::json, $6", "$6::text::json, $5"),
-        (check_parameters, "update_conversation", "then $4 else", "then $6 else"),
+        (
+            check_parameters,
+            "get_message",
+            "$4 seq int8 null\n-- $5 key text null",
+            "$5 key text null\n-- $4 seq int8 null",
+        ),
+        (check_parameters, "append_message", "-- $6 payload text", "-- $6 metadata text"),
+        (check_parameters, "append_message", "$6::text::json, $7", "$7::text::json, $6"),
+        (check_parameters, "update_conversation", "then $5 else", "then $7 else"),
+        (check_parameters, "update_conversation", "$10::bool then", "$11::bool then"),
+        (check_parameters, "update_message", "|| $12::text::jsonb", "|| $9::text::jsonb"),
         (check_parameters, "append_messages", "$5::text[], $6", "$6::text[], $5"),
         (check_parameters, "get_message", "seq int8", "seq int4"),
-        (check_parameters, "get_message", "-- $3 seq int8\n", ""),
+        (check_parameters, "get_message", "-- $4 seq int8 null\n", ""),
+        (check_parameters, ONE, "and key = $3", "and key = $9"),
+        (check_parameters, ONE, "m.key = $9", "m.key = $3"),
+        (check_parameters, ONE, "id = $11", "id = $12"),
+        (check_parameters, ONE, "last_seq + edits = $12", "last_seq + edits = $11"),
+        (check_parameters, ONE, "last_seq + edits = $12", "edits + last_seq = $12"),
+        (check_parameters, MANY, "where $11::bool", "where $10::bool"),
+        (check_parameters, "list_conversations", "coalesce($2::timestamptz, 'infinity') as updated_at", "now() as x"),
+        (check_existence, "get_history", "limit $6 +", "limit 6 +"),
         (check_columns, "get_history", "payload::text as payload", "payload::text as body"),
-        (check_columns, "get_history", " without user_id and conversation_id", ""),
-        (
-            check_columns,
-            "list_messages",
-            " without user_id and conversation_id",
-            " without conversation_id and user_id",
-        ),
-        (check_columns, "list_messages", " without user_id and conversation_id", " without user_id"),
+        (check_columns, "get_history", GIVEN, ""),
+        (check_columns, "list_messages", GIVEN, " without conversation_id and user_id"),
+        (check_columns, "list_messages", GIVEN, " without user_id"),
         (check_columns, "list_messages", "id, seq, role", "id, user_id, seq, role"),
-        (check_given, "get_history", " without user_id and", " without seq and"),
-        (check_given, "get_history", " without user_id and conversation_id", " without conversation_id and user_id"),
-        (check_given, "get_history", "conversation_id = $2 and seq", "conversation_id >= $2 and seq"),
-        (check_given, "get_history", "conversation_id = $2 and seq", "conversation_id = $3 and seq"),
-        (check_given, "list_messages", "conversation_id = $2 and seq", "seq"),
-        (check_given, "list_messages", "conversation_id = $2 and seq", "(conversation_id = $2 or true) and seq"),
+        (check_columns, "append_message", "user_id, role, content", "user_id, content, role"),
+        (check_columns, "append_message", "payload, token_count and key", "payload and key"),
         (check_columns, "get_conversation", "key, title", "title, key"),
         (check_columns, "get_conversation", " last_seq,", ""),
         (check_columns, "get_conversation", "metadata::text as metadata", "metadata"),
         (check_columns, "get_conversation", "one Conversation", "one Message"),
+        (check_columns, "get_conversation", "one Conversation\n", "one Conversation\n-- refuses with stale\n"),
+        (check_columns, ONE, "-- refuses with conflict, stale, again, suppressed\n", ""),
+        (check_columns, "load_conversation", f", then many Message{GIVEN}", ""),
+        (check_existence, "load_conversation", f", then many Message{GIVEN}", " and Message"),
+        (check_columns, "load_conversation", GIVEN, ""),
+        (
+            check_columns,
+            "load_conversation",
+            "last_seq + edits as revision, created_at",
+            "created_at, last_seq as revision",
+        ),
+        (check_columns, "list_previews", "m.seq as message_seq, m.role as", "m.role as message_role, m.seq as"),
+        (check_columns, "list_previews", " and Message", ""),
+        (check_columns, "list_previews", " and Message", ", then many Message"),
+        (check_given, "get_history", " without user_id and", " without seq and"),
+        (check_given, "get_history", GIVEN, " without conversation_id and user_id"),
+        (check_given, "get_history", "conversation_id = coalesce($2", "conversation_id >= coalesce($2"),
+        (check_given, "get_history", "conversation_id = coalesce($2", "conversation_id = coalesce($4"),
+        (check_given, "list_messages", "where user_id = $1\n      --", "where (user_id = $1 or true)\n      --"),
+        (check_given, "load_conversation", "and conversation_id = coalesce($2", "and seq = coalesce($2"),
+        (check_given, "append_message", "$4, $5, $6", "$5, $4, $6"),
+        (check_given, "append_message", "last_seq, $4, $5", "last_seq, lower($4), $5"),
+        (check_given, ONE, "where role = $4 and content = $5", "where role = $4"),
+        (check_given, ONE, "payload::text is not distinct from $6", "payload::text is not distinct from $7"),
+        (check_given, ONE, "from earlier\n    where role = $4 and", "from earlier\n    where role <> $4 and"),
+        (check_given, MANY, "b.role = m.role and ", ""),
+        (check_given, MANY, "b.role = m.role and ", "m.role = m.role and "),
+        (check_given, MANY, "where m.seq > (select", "where m.seq >= (select"),
+        (check_given, MANY, "where m.seq > (select last_seq from conversation)", "where true"),
+        (check_given, MANY, "c.last_seq + b.place, b.role", "c.last_seq - b.place, b.role"),
+        (
+            check_given,
+            MANY,
+            "select role, content, payload, metadata::jsonb",
+            "select content as role, content, payload, metadata::jsonb",
+        ),
+        (check_given, "append_messages", "c.previous_seq + m.ordinality", "c.previous_seq - m.ordinality"),
+        (check_given, "append_messages", "(role, content,", "(content, role,"),
+        (check_given, "upsert_message", "set role = excluded.role, content", "set content"),
+        (check_given, "upsert_message", "role = excluded.role, content", "role = m.role, content"),
+        (check_given, "upsert_message", "m.role = $4 and ", ""),
+        (check_given, "upsert_message", " and m.token_count is not distinct from $8", ""),
+        (check_given, "replace_messages_after", " and m.content = b.content", ""),
+        (check_given, "replace_messages_after", "and m.content = b.content", "or m.content = b.content"),
         (check_nullability, "get_conversation", "last_seq,", "nullif(last_seq, 0) as last_seq,"),
+        (check_nullability, "get_conversation", "last_seq + edits as", "nullif(last_seq, 0) + edits as"),
         (check_nullability, FIND, "inner join chatdb.conversations", "left join chatdb.conversations"),
         (check_nullability, FIND, "left join lateral", "inner join lateral"),
-        (check_nullability, "get_history", THEN, ""),
-        (
-            check_nullability,
-            "append_message_keyed",
-            ", or an existence row: the key is stored with another body",
-            "",
-        ),
-        (check_nullability, "get_conversation", "one Conversation", f"one Conversation{HERE}"),
+        (check_nullability, "list_previews", "m.seq as message_seq", "nullif(m.seq, 0) as message_seq"),
+        (check_nullability, "list_previews", "c.last_seq,", "nullif(c.last_seq, 0) as last_seq,"),
+        (check_nullability, "load_conversation", "id, seq, role", "id, nullif(seq, 0), role"),
+        (check_existence, "update_message", "    null\nfrom target", "    'stale'\nfrom target"),
+        (check_existence, "get_conversation", "and id = coalesce", "and id >= coalesce"),
+        (check_existence, "get_conversation", "one Conversation", f"one Conversation{HERE}"),
         (check_existence, "get_history", THEN, HERE),
         (check_existence, "get_history", THEN, ""),
         (check_existence, "get_history", "many Message", "one Message"),
-        (check_existence, "get_history", PAGE, "costs nothing there"),
-        (check_existence, "get_history", PAGE, "costs nothing there\nlimit 1"),
-        (check_existence, "get_history", PAGE, "costs nothing there\nlimit $3"),
-        (check_existence, "get_history", PAGE, "costs nothing there\norder by seq desc nulls last\nlimit $4"),
-        (check_existence, "get_history", PAGE, "costs nothing there\noffset 1\nlimit $4"),
-        (check_existence, "list_messages", "    limit $4\n)", ")"),
+        (check_existence, "get_history", PAGE, OTHERS),
+        (check_existence, "get_history", PAGE, f"{OTHERS}\nlimit 1"),
+        (check_existence, "get_history", PAGE, f"{OTHERS}\nlimit $4"),
+        (check_existence, "get_history", PAGE, f"{OTHERS}\nlimit $6 + 1"),
+        (check_existence, "get_history", "then 1 else 0", "then 2 else 0"),
+        (check_existence, "get_history", "limit $6 + case", "order by seq desc nulls last\nlimit $6 + case"),
+        (check_existence, "get_history", "limit $6 + case", "offset 1\nlimit $6 + case"),
+        (check_existence, "list_messages", "    limit $6\n)", ")"),
         (check_existence, "list_messages", "union all", "union"),
         (check_existence, "list_messages", "union all", "except all"),
         (check_existence, "list_messages", "\n(\n", f"\n{NONE}\n(\n"),
-        (check_existence, "list_messages", "\nwhere user_id = $1 and id = $2", ""),
+        (check_existence, "list_messages", f"\n{BY_ID}", "\n"),
+        (check_existence, "list_messages", "null, id, null", "null, last_seq, null"),
+        (check_existence, "list_messages", "null, id, null", "null, null, id"),
+        (check_existence, "list_messages", " and m.key = $5", ""),
+        (check_existence, "list_messages", "select m.key from", "select m.role from"),
         (check_existence, "get_message", ", or an existence row: if there is no such message", THEN),
         (check_existence, "get_message", "    limit 1 -- noqa: AM09\n", ""),
-        (check_existence, "get_message", "branch runs\nlimit 1", "branch runs"),
-        (check_existence, "get_message", "branch runs\nlimit 1", "branch runs\nlimit 2"),
-        (check_existence, "get_message_by_key", "    limit 1 -- noqa: AM09\n", ""),
-        (check_existence, "update_message", " and not exists (select from message)", ""),
-        (check_existence, "update_message", "and not exists (select from message)", "and exists (select from message)"),
-        (check_existence, "update_message", "(select from message)", "(select from message where seq = 1)"),
-        (check_existence, "update_message", "from message\nunion", "from message\nwhere seq = 1\nunion"),
-        (check_existence, "append_message_keyed", "where not exists (select from same)", "where true"),
-        (check_existence, "append_message_keyed", "(select from same)", "(select from message)"),
-        (check_existence, "append_messages_keyed", "<>", "="),
-        (check_existence, "append_messages_keyed", "same) = pg_catalog.card", "same) >= pg_catalog.card"),
+        (check_existence, "get_message", "branch is read\nlimit 1", "branch is read"),
+        (check_existence, "get_message", "branch is read\nlimit 1", "branch is read\nlimit 2"),
+        (check_existence, "list_conversations", "from place\n--", "from chatdb.conversations\n--"),
+        (check_existence, "list_conversations", "    where $4::text is null\n", ""),
+        (check_existence, "list_conversations", "where $4::text is null", "where $4::text is not null"),
+        (check_existence, "list_conversations", "user_id = $1 and key = $4", "user_id = $1 and title = $4"),
+        (check_existence, "list_previews", "    limit $5\n)\nunion", ")\nunion"),
+        (check_existence, "load_conversation", "    limit 1 -- noqa: AM09\n", ""),
+        (check_existence, "load_conversation", "    limit $4\n", ""),
+        (check_existence, "load_conversation", "union all", "union"),
+        (check_existence, "load_conversation", "id = coalesce($2, (", "id >= coalesce($2, ("),
+        (check_existence, "update_message", "where not exists (select from target)", "where true"),
+        (
+            check_existence,
+            "update_message",
+            "where not exists (select from target)",
+            "where exists (select from target)",
+        ),
+        (check_existence, "update_message", "(select from target)", "(select from message)"),
+        (check_existence, "update_message", "(select from target)", "(select from target where seq = 1)"),
+        (check_existence, ONE, "where not exists (select from same)", "where true"),
+        (check_existence, ONE, "where not exists (select from same)", "where not exists (select from message)"),
+        (check_existence, ONE, " and not exists (select from created)", ""),
+        (check_existence, ONE, "stored) and not exists (select from created)", "stored)"),
+        (check_existence, ONE, "'again'\n        else 'stale'", "'again'"),
+        (check_existence, MANY, "same) <> pg_catalog.card", "same) = pg_catalog.card"),
+        (check_existence, MANY, "same) = pg_catalog.card", "same) >= pg_catalog.card"),
+        (
+            check_existence,
+            MANY,
+            "or (not $10::bool and (select pg_catalog.count(*) from same) <>",
+            "or ((select pg_catalog.count(*) from same) <>",
+        ),
+        (check_existence, MANY, ", or an existence row: if nothing is new", ""),
+        (check_existence, "replace_messages_after", "where pg_catalog.cardinality($7::text[]) = 0\nunion", "union"),
+        (check_existence, "replace_messages_after", "where not exists (select from conversation)\n  and (", "where ("),
+        (check_existence, "replace_messages_after", ", or an existence row: if the batch is empty", ""),
+        (check_existence, "pop_message", ", or an existence row: if the conversation has no messages", ""),
+        (check_existence, "pop_message", "then 'again'\n", "then 'again' else 'stale'\n"),
+        (check_existence, "create_conversation_messages", "where not $5::bool", "where true"),
+        (check_existence, "create_conversation_messages", "where not exists (select from stored)", "where true"),
+        (check_existence, "delete_conversation", "from seen\nwhere not exists (select from conversation)", "from seen"),
+        (
+            check_existence,
+            "delete_conversation",
+            "null as refusal\nfrom conversation",
+            "'stale' as refusal\nfrom conversation",
+        ),
+        (check_existence, "delete_conversation", " as refusal", " as reason"),
+        (check_existence, "delete_message", "with stale, missing, again", "with stale, again"),
+        (check_existence, "delete_message", "with stale, missing, again", "with stale, missing, again, conflict"),
+        (check_existence, "delete_message", "-- refuses with stale, missing, again\n", ""),
+        (check_existence, "delete_message", "else 'missing'", "else 'gone'"),
+        (check_existence, "delete_message", "        else 'missing'\n", ""),
+        (check_existence, "delete_message", "one Deleted", f"one Deleted{HERE}"),
         (check_plan, "get_history", "by pk_messages", "by pk_conversations"),
         (check_plan, "delete_conversation", "by pk_conversations, pk_messages", "by pk_messages"),
-        (check_plan, "get_conversation_by_key", "-- served by uq_conversations_user_id_key\n", ""),
+        (check_plan, "get_conversation", ", uq_conversations_user_id_key\n", "\n"),
         (check_plan, "export_conversations_messages", "where user_id = $1", "where user_id || '' = $1"),
         (check_plan, "get_history", "order by seq desc", "order by created_at desc"),
         (check_plan, "list_conversations", "order by active_on desc, ", "order by "),
+        (check_plan, "list_conversations", "      and archived_at is null\n", ""),
+        (check_plan, "list_conversations_created", "order by created_at desc, ", "order by "),
+        (check_plan, "list_pinned", "order by pinned_at desc, ", "order by "),
+        (check_plan, "load_conversation", "order by seq desc", "order by created_at desc"),
+        (check_plan, "list_previews", "order by seq desc", "order by created_at desc"),
         (check_style, "get_conversation", "id, user_id, key, title", "*, title"),
         (check_style, "update_conversation", "returning id", "returning *, id"),
-        (check_style, "create_conversation", "returning id, user_id, key", "-- "),
+        (check_style, "import_conversations_extend", "\nreturning c.id", ""),
         (check_style, "get_conversation", "select", "SELECT"),
         (check_style, "get_conversation", "where", "; select 1 where"),
         (check_isolation, "get_conversation", "chatdb.conversations", "conversations"),
@@ -647,11 +943,28 @@ FIND = "import_conversations_find"
         (check_isolation, "get_conversation", "last_seq", "(select max(seq) from chatdb.messages) as last_seq"),
         (check_isolation, "get_conversation", "and id", "or id"),
         (check_isolation, "get_conversation", "$1 user_id", "$1 owner"),
+        (check_isolation, "get_conversation", "where user_id = $1 and key", "where key"),
         (check_isolation, FIND, "user_id = $1 and conversation_id = f.id", "conversation_id = f.id"),
-        (check_isolation, "append_message_keyed", "on conflict (user_id, ", "on conflict ("),
-        (check_isolation, "append_message_keyed", "set key = excluded.key", "set user_id = $8"),
+        (check_isolation, ONE, "on conflict (user_id, conversation_id, ", "on conflict (conversation_id, "),
+        (check_isolation, ONE, "set key = excluded.key", "set user_id = $9"),
+        (check_isolation, ONE, "returning user_id, id, 0::int8", "returning $3 as user_id, id, 0::int8"),
+        (
+            check_isolation,
+            ONE,
+            "select user_id, id, last_seq, appended_at",
+            "select $3 as user_id, id, last_seq, appended_at",
+        ),
+        (check_isolation, ONE, "m.user_id = $1 and m.conversation_id = c.id", "m.conversation_id = c.id"),
+        (
+            check_isolation,
+            MANY,
+            "select user_id, id, last_seq, appended_at, true",
+            "select $3, id, last_seq, appended_at, true",
+        ),
+        (check_isolation, "list_conversations", "where user_id = $1 and key = $4", "where key = $4"),
+        (check_isolation, "list_previews", "user_id = $1 and conversation_id = c.id", "conversation_id = c.id"),
         (check_isolation, "append_message", "conversation as (", "conversation (id, user_id) as ("),
-        (check_isolation, "append_message", "select user_id, id, last_seq, $3", "select $3, id, last_seq, $3"),
+        (check_isolation, "append_message", "select user_id, id, last_seq, $4", "select $4, id, last_seq, $4"),
         (check_isolation, "create_conversation", "(user_id, title", "(id, title"),
         (
             check_isolation,
@@ -662,19 +975,9 @@ FIND = "import_conversations_find"
         (check_isolation, "get_conversation", "title,", "public.count(title) as title,"),
         (check_isolation, "get_conversation", "and id", "or not user_id = $1 and id"),
         (check_isolation, "delete_conversation", "using conversation as c", "using chatdb.conversations as c"),
-        (
-            check_isolation,
-            "append_message_keyed",
-            "from conversation, message",
-            "from conversation, chatdb.messages as message",
-        ),
-        (
-            check_isolation,
-            "append_message_keyed",
-            "same as (",
-            "same as (with message as (select * from conversation) ",
-        ),
-        (check_isolation, "update_conversation", "set title", "set user_id = $4, title"),
+        (check_isolation, ONE, "from stored, message", "from stored, chatdb.messages as message"),
+        (check_isolation, ONE, "same as (", "same as (with message as (select * from stored) "),
+        (check_isolation, "update_conversation", "set title", "set user_id = $5, title"),
     ],
 )
 def test_a_changed_file_is_found(live, check, stem, old, new):
@@ -685,7 +988,9 @@ def test_a_changed_file_is_found(live, check, stem, old, new):
         check(live, file)
 
 
-@pytest.mark.parametrize(("old", "new"), [("-- Returns", "Returns"), ("-- returns", "-- gives"), ("seq int8", "seq")])
+@pytest.mark.parametrize(
+    ("old", "new"), [("-- One", "One"), ("-- returns", "-- gives"), ("seq int8 null", "seq"), ("row: if", "row if")]
+)
 def test_a_header_out_of_form_is_found(old, new):
     """A header with wrong syntax is found."""
     with pytest.raises(AssertionError):
@@ -710,13 +1015,18 @@ def test_a_statement_without_its_user_is_found():
         ("get_message", "returns one", "returns many"),
         ("list_messages", "returns many", "returns one"),
         ("get_conversation", "one Conversation", f"one Conversation{HERE}"),
+        ("load_conversation", ", then many Message", " and Message"),
+        ("list_previews", THEN, ""),
+        ("append_messages", "returns many", "returns one"),
+        ("append_message", "returns one", "returns many"),
+        ("list_conversations_created", THEN, ""),
     ],
 )
 def test_rows_read_in_another_way_are_found(stem, old, new):
     """A header with the wrong number of rows, or with an existence row that the function does not handle, is found."""
     file = parse(TEXTS[stem].replace(old, new, 1))
     with pytest.raises(AssertionError):
-        check_verbs(file, module_of(stem))
+        check_verbs(file, next(module for module, _, query in bindings() if query.name == stem))
 
 
 def test_a_file_without_its_query_is_found():
@@ -751,19 +1061,29 @@ def test_a_changed_record_is_found(live, check, change):
         check(live, file_of("get_message"), record)
 
 
-@FILLED
-def test_a_changed_filling_is_found(record, given):
-    """Swapped columns or fields, an undecoded value and an unvalidated row are found."""
-    mutants = list(map(decode.filler, misfilled(decode.filler_source(record, given))))
-    fields = len(record.model_fields)
-    assert len(mutants) == 3 * (fields - 1) - len(given)
-    columns = [name for name in record.model_fields if name not in given]
-    mutants.append(lambda rows, *args: [dict(zip([*given, *columns], [*args, *row], strict=True)) for row in rows])
+@FILLERS
+def test_a_changed_filling_is_found(filler):
+    """Swapped columns, fields or values and an undecoded value are found."""
+    record, columns, from_arguments, _from_messages = filler
+    mutants = list(map(decode.filler, misfilled(filler.source)))
+    assert len(mutants) >= 2 * (len(record.model_fields) - 1)
+    names = [*from_arguments, *columns]
+    mutants.append(lambda rows, _, *args: [dict(zip(names, [*args, *row], strict=True)) for row in rows])
     for mutant in mutants:
-        with pytest.raises((AssertionError, TypeError, ValueError)):  # a mutant may also crash
-            check_filled(record, given, mutant)
+        with pytest.raises((AssertionError, TypeError, ValueError, KeyError)):  # a mutant may also crash
+            check_filled(filler, mutant)
+
+
+@UNFILLED
+def test_an_unvalidated_row_is_found(record, from_arguments, from_messages):
+    """A decoder that takes any value is found."""
     with pytest.raises((AssertionError, pytest.fail.Exception)):
-        check_unfilled(record, given, lambda rows, args: [record.model_construct(**row) for row in rows])
+        check_unfilled(
+            record,
+            from_arguments,
+            from_messages,
+            lambda rows, *_: [record.model_construct(**stored(record)[0] | row) for row in rows],
+        )
 
 
 def test_a_changed_map_or_limit_is_found(live):
@@ -798,7 +1118,7 @@ async def test_swapped_arguments_are_found(monkeypatch, module):
     assert mutants
     for name, mutant in mutants:
         # a mutant may also crash
-        found = (AssertionError, AttributeError, ConfigurationError)
+        found = (AssertionError, AttributeError, ChatDBError, LookupError, TypeError, ValueError)
         with monkeypatch.context() as patch, pytest.raises(found):  # noqa: PT012 - any call may raise
             patch.setattr(module, name, mutant)
             for function, stem, given in CALLS:

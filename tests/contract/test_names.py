@@ -216,8 +216,8 @@ def test_the_server_resolves_no_planted_name(planted: str) -> None:
         for stem, old, new in (
             ("check_schema", "a.attcollation not in (0, 100)", "a.attcollation <> 0"),
             ("check_schema", "quote_ident(f.relname::text)", "quote_ident(f.relname)"),
-            ("append_messages", "pg_catalog.cardinality($3::text[])", "cardinality($3::varchar[])"),
-            ("get_history", "seq < $3", "seq < $3::oid::int8 / 2.0"),
+            ("append_messages", "pg_catalog.cardinality($4::text[])", "cardinality($4::varchar[])"),
+            ("get_history", "seq < coalesce(", "seq < 2.0 * coalesce("),
             ("list_conversations", "user_id = $1", "user_id = $1::varchar"),
             ("get_history", "user_id = $1", "user_id operator(public.=) $1"),
             ("delete_user", "user_id = $1", "user_id = any(array[$1]::varchar[])"),
@@ -342,7 +342,8 @@ async def services_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch
         block = connection.transaction()
         await block.start()
         await connection.execute(
-            "insert into chatdb.conversations (id, user_id, last_seq, key, metadata) values (6, 'ann', 12, 'k', '{}'); "
+            "insert into chatdb.conversations (id, user_id, last_seq, key, metadata) "
+            "values (6, 'ann', 12, 'c', '{}'), (7, 'ann', 0, 'k', '{}'); "
             "insert into chatdb.messages (user_id, conversation_id, seq, role, content, key, payload, created_at) "
             "select 'ann', 6, n, 'user', 'hello', case n when 9 then 'k' end, '[]', now() from generate_series(5, 12) n"
         )

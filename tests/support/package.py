@@ -18,7 +18,7 @@ from chatdb._core.query import Query
 def bindings():
     """Return every Query of the package, with module and variable name."""
     package = Path(chatdb.__file__).parent
-    paths = [path for path in package.rglob("*.py") if re.search(r"^\w+ = Query\(", path.read_text("utf-8"), re.M)]
+    paths = [path for path in package.rglob("*.py") if re.search(r"^\w+ = \w*Query\(", path.read_text("utf-8"), re.M)]
     names = [".".join(path.relative_to(package.parent).with_suffix("").parts) for path in paths]
     variables = [(module, *item) for module in map(importlib.import_module, names) for item in vars(module).items()]
     return [(module, name, value) for module, name, value in variables if isinstance(value, Query)]
@@ -32,6 +32,12 @@ def query_of(stem):
 def record_of(stem):
     """Return the record of a file."""
     return query_of(stem).record
+
+
+def given_of(stem):
+    """Return the fields that a file's rows omit because the caller has them."""
+    query = query_of(stem)
+    return query.from_arguments + query.from_messages
 
 
 def fields_of(record, without=()):

@@ -10,9 +10,12 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import chatdb
+from chatdb._core.decode import JOINED_FIELDS
 from chatdb.formats.items import Skipped, SourceConversation, SourceMessage
-from chatdb.records import UNSET, Conversation, SchemaPart
+from chatdb.records import NEW, UNSET, Conversation, Message, SchemaPart
 from chatdb.schema import EXPECTED_SCHEMA
+from tests.support.package import given_of, query_of
+from tests.support.sqlfiles import file_of
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 STORED = {
@@ -23,8 +26,11 @@ STORED = {
     "title": "T",
     "metadata": '{"m": 2}',
     "last_seq": 8,
+    "revision": 11,
     "created_at": NOW,
     "updated_at": NOW + timedelta(hours=1),
+    "archived_at": NOW + timedelta(hours=2),
+    "pinned_at": NOW + timedelta(hours=3),
     "seq": 9,
     "role": "user",
     "content": "hello",
@@ -37,13 +43,18 @@ STORED = {
 
 USER = {"user_id": "ann"}
 CHAT = USER | {"conversation_id": 6}
-PLACE = CHAT | {"seq": 9}
+NAMED = USER | {"conversation_key": "c"}
 KEY = {"key": "k"}
 TITLED = {"title": "T", "metadata": {"m": 2}}
 EMPTY = {"role": "user", "content": ""}
 FULL = {"role": "tool", "content": "hello", "payload": {"p": 1}, "metadata": {"m": 2}, "token_count": 5}
-BEFORE = Conversation(**{name: STORED[name] for name in Conversation.model_fields})
-EDITS = [("title", "T"), ("title", None), ("metadata", {"m": 2}), ("metadata", None)]
+BATCH = {"messages": [EMPTY, FULL]}
+KEYED = {"messages": [EMPTY, FULL | KEY, EMPTY | {"key": "l"}]}
+READ = Conversation(**{name: STORED[name] for name in Conversation.model_fields})
+EXPECTED = {"expected": READ}
+PATCH = {"set": 1, "removed": None, "gone": None}
+CREATE = {"create": True}
+EDITS = [("title", "T"), ("title", None), ("metadata", {"m": 2}), ("metadata", None), ("metadata_patch", PATCH)]
 MESSAGE_EDITS = [
     ("content", "new"),
     ("payload", {"p": 1}),
@@ -51,54 +62,145 @@ MESSAGE_EDITS = [
     ("token_count", 5),
     ("token_count", None),
 ]
+CONVERSATIONS = [CHAT, NAMED]
+"""Both ways to name a conversation."""
+MESSAGES = [CHAT | {"seq": 9}, CHAT | KEY, NAMED | {"seq": 9}, NAMED | KEY]
+"""All ways to name a message."""
+PAGES = [
+    {},
+    {"after": READ},
+    {"after": READ.cursor},
+    {"after_key": "k"},
+]
+OPTIONS = [
+    NAMED | CREATE,
+    CHAT | EXPECTED,
+    CHAT | {"expected": READ.etag},
+    NAMED | CREATE | {"expected": NEW},
+    NAMED | CREATE | {"expected": READ.etag},
+    CHAT | {"conversation_metadata_patch": PATCH},
+    CHAT | {"conversation_metadata_patch": {}},
+]
+"""The options of both appends."""
+
+
+def _calls(function, stem, *given):
+    return [(function, stem, each) for each in given]
+
+
+def _lists(function):
+    suffixes = [(False, ""), (True, "_archived"), (None, "_all")]
+    for page in PAGES:
+        given = USER | {"limit": 7} | page
+        for archived, suffix in suffixes:
+            yield function, f"{function}{suffix}", given | {"archived": archived}
+            for is_descending, direction in [(True, ""), (False, "_ascending")]:
+                order = {"order_by": "created_at", "descending": is_descending, "archived": archived}
+                yield function, f"{function}_created{direction}", given | order
+
+
 CALLS = [
-    ("create_conversation", "create_conversation", USER),
-    ("create_conversation", "create_conversation", USER | TITLED),
-    ("create_conversation", "create_conversation_keyed", USER | KEY),
-    ("create_conversation", "create_conversation_keyed", USER | TITLED | KEY),
-    ("get_conversation", "get_conversation", CHAT),
-    ("get_conversation_by_key", "get_conversation_by_key", USER | KEY),
-    ("list_conversations", "list_conversations", USER | {"limit": 7}),
-    ("list_conversations", "list_conversations_before", USER | {"limit": 7, "before": BEFORE}),
-    ("update_conversation", "get_conversation", CHAT),
-    *[("update_conversation", "update_conversation", CHAT | {name: value}) for name, value in EDITS],
-    ("delete_conversation", "delete_conversation", CHAT),
+    *_calls("create_conversation", "create_conversation", USER, USER | TITLED),
+    *_calls("create_conversation", "create_conversation_keyed", USER | KEY, USER | TITLED | KEY),
+    *_calls("create_conversation", "create_conversation_messages", USER | BATCH, USER | TITLED | KEY | KEYED),
+    *_calls("create_conversation", "create_conversation_messages", USER | KEY | BATCH | {"expected": NEW}),
+    *_calls("create_conversation", "create_conversation_messages", USER | KEY | {"expected": NEW}),
+    *_calls("create_conversation", "create_conversation", USER | {"expected": NEW}),
+    *_calls("upsert_conversation", "upsert_conversation", USER | KEY, USER | KEY | TITLED),
+    *_calls("get_conversation", "get_conversation", *CONVERSATIONS),
+    *_calls("load_conversation", "load_conversation", *(each | {"limit": 7} for each in CONVERSATIONS)),
+    *_lists("list_conversations"),
+    *_lists("list_previews"),
+    *_calls("list_pinned", "list_pinned", USER | {"limit": 7}),
+    *_calls("update_conversation", "get_conversation", *CONVERSATIONS),
+    *_calls("update_conversation", "update_conversation", *(CHAT | {name: value} for name, value in EDITS)),
+    *_calls("update_conversation", "update_conversation", NAMED | {"metadata_patch": {}}, NAMED | EXPECTED),
+    *_calls("update_conversation", "update_conversation", *(CHAT | {"archived": flag} for flag in (True, False))),
+    *_calls("update_conversation", "update_conversation", *(CHAT | {"pinned": flag} for flag in (True, False))),
+    *_calls("update_conversation", "update_conversation", CHAT | TITLED | {"expected": READ.etag}),
+    *_calls("delete_conversation", "delete_conversation", *CONVERSATIONS, CHAT | EXPECTED),
     ("delete_user", "delete_user", USER | {"timeout": 3.5}),
-    ("append_message", "append_message", CHAT | EMPTY),
-    ("append_message", "append_message", CHAT | FULL),
-    ("append_message", "append_message_keyed", CHAT | EMPTY | KEY),
-    ("append_message", "append_message_keyed", CHAT | FULL | KEY),
-    ("append_messages", "get_conversation", CHAT | {"messages": []}),
-    ("append_messages", "append_messages", CHAT | {"messages": [EMPTY, FULL]}),
-    ("append_messages", "append_messages_keyed", CHAT | {"messages": [EMPTY, FULL | KEY]}),
-    ("get_history", "get_history", CHAT | {"limit": 7}),
-    ("get_history", "get_history", CHAT | {"limit": 7, "before_seq": 9}),
-    ("list_messages", "list_messages", CHAT | {"limit": 7, "after_seq": 9}),
-    ("iter_messages", "list_messages", CHAT | {"batch": 7, "after_seq": 9}),
-    ("get_message", "get_message", PLACE),
-    ("get_message_by_key", "get_message_by_key", CHAT | KEY),
-    ("update_message", "get_message", PLACE),
-    *[("update_message", "update_message", PLACE | {name: value}) for name, value in EDITS[2:] + MESSAGE_EDITS],
-    ("delete_message", "delete_message", PLACE),
-    ("delete_messages_after", "delete_messages_after", PLACE),
+    *_calls("append_message", "append_message", CHAT | EMPTY, NAMED | FULL),
+    *_calls("append_message", "append_message_conditional", CHAT | EMPTY | KEY, NAMED | FULL | KEY),
+    *_calls("append_message", "append_message_conditional", *(option | EMPTY for option in OPTIONS)),
+    *_calls("append_message", "append_message_conditional", *(option | FULL | KEY for option in OPTIONS)),
+    *_calls("append_messages", "get_conversation", *(each | {"messages": []} for each in CONVERSATIONS)),
+    *_calls("append_messages", "append_messages", *(each | BATCH for each in CONVERSATIONS)),
+    *_calls("append_messages", "append_messages_conditional", *(each | KEYED for each in CONVERSATIONS)),
+    *_calls("append_messages", "append_messages_conditional", CHAT | KEYED | {"on_existing": "skip"}),
+    *_calls("append_messages", "append_messages_conditional", *(option | BATCH for option in OPTIONS)),
+    *_calls("append_messages", "append_messages_conditional", *(option | {"messages": []} for option in OPTIONS)),
+    *_calls("upsert_message", "upsert_message", *(each | EMPTY | KEY for each in CONVERSATIONS)),
+    *_calls("upsert_message", "upsert_message", CHAT | FULL | KEY | EXPECTED),
+    *_calls(
+        "replace_messages_after",
+        "replace_messages_after",
+        *(each | KEYED | EXPECTED | {"after_seq": 3} for each in CONVERSATIONS),
+        CHAT | {"messages": [], "expected": READ.etag, "after_seq": 0},
+    ),
+    *_calls("pop_message", "pop_message", *CONVERSATIONS, CHAT | EXPECTED),
+    *_calls("get_history", "get_history", *(each | {"limit": 7} for each in CONVERSATIONS)),
+    *_calls("get_history", "get_history", *(each | {"limit": 7, "before_seq": 9} for each in CONVERSATIONS)),
+    *_calls("get_history", "get_history", *(each | {"limit": 7, "before_key": "k"} for each in CONVERSATIONS)),
+    *_calls("list_messages", "list_messages", *(each | {"limit": 7, "after_seq": 9} for each in CONVERSATIONS)),
+    *_calls("list_messages", "list_messages", *(each | {"limit": 7, "after_key": "k"} for each in CONVERSATIONS)),
+    *_calls("iter_messages", "list_messages", *(each | {"batch": 7, "after_seq": 9} for each in CONVERSATIONS)),
+    *_calls("get_message", "get_message", *MESSAGES),
+    *_calls("update_message", "get_message", *MESSAGES),
+    *_calls("update_message", "update_message", *(each | {"content": "new"} for each in MESSAGES)),
+    *[("update_message", "update_message", MESSAGES[0] | {name: value}) for name, value in EDITS[2:] + MESSAGE_EDITS],
+    *_calls("update_message", "update_message", MESSAGES[1] | EXPECTED, MESSAGES[1] | {"metadata_patch": {}}),
+    *_calls("delete_message", "delete_message", *MESSAGES, MESSAGES[0] | EXPECTED),
+    *_calls("delete_messages_after", "delete_messages_after", *(each | {"after_seq": 9} for each in CONVERSATIONS)),
+    *_calls("delete_messages_after", "delete_messages_after", *(each | {"after_key": "k"} for each in CONVERSATIONS)),
+    *_calls("delete_messages_after", "delete_messages_after", CHAT | {"after_seq": 0} | EXPECTED),
     ("check_schema", "check_schema", {}),
 ]
 """Functions, each with the file that it sends and distinct arguments."""
 
+STARTS = {
+    "get_history": {"before_seq": 2**63 - 1},
+    "list_messages": {"after_seq": 0},
+    "iter_messages": {"after_seq": 0},
+}
+"""The positions of the first pages."""
 
-def expected(parameter, given):
-    """Return the expected value of a parameter in a file's header."""
+
+def expected(function, parameter, given):
+    """Return the expected value of a parameter in a file's header, for a call with all its arguments."""
+    state = given.get("expected")
+    patch = given.get("conversation_metadata_patch", given.get("metadata_patch"))
+    patch = None if patch is UNSET else patch
+    position = given.get("after") if parameter.startswith("after_") else None
     match parameter.split("_", 1):
         case ["set", name]:
             return given[name] is not UNSET
         case ["row", "limit"]:
             return given.get("limit", given.get("batch"))
-        case ["before", name] if "before" in given:
-            return getattr(given["before"], name)
+        case ["after", ("updated_at" | "created_at" | "id") as name]:
+            return None if position is None else getattr(READ, name)
+        case ["create", "missing"]:
+            return given["create"] and state in (None, NEW)
+        case ["must", "be_new"]:
+            return state is NEW
+        case ["skip", "stored"]:
+            return given["on_existing"] == "skip"
+        case ["expected", name]:
+            return None if state is None else {"id": 0, "revision": -1}[name] if state is NEW else getattr(READ, name)
+        case ["metadata", "patch"]:
+            return (
+                None if patch is None else json.dumps({name: item for name, item in patch.items() if item is not None})
+            )
+        case ["removed", "keys"]:
+            return None if patch is None else [name for name, item in patch.items() if item is None]
+        case [("before" | "after") as direction, "seq"]:
+            if given.get(f"{direction}_key") is not None:
+                return None
+            return STARTS[function][parameter] if given[parameter] is None else given[parameter]
+        case [("before" | "after"), "key"]:
+            return given.get(parameter)  # iter_messages has none
     if "messages" in given and parameter not in given:
         return _texts(_as_sent(message.get(parameter[:-1])) for message in given["messages"])
-    if parameter == "before_seq" and given[parameter] is None:
-        return 2**63 - 1
     return _as_sent(given[parameter])
 
 
@@ -128,6 +230,43 @@ def stored(record, without=()):
         parts = [(table, name, kind) for table, columns in EXPECTED_SCHEMA.items() for name, kind in columns.items()]
         return [dict(zip(record.model_fields, part, strict=True)) for part in parts]
     return [{name: STORED[name] for name in record.model_fields if name not in without}]
+
+
+def joined(conversation, message):
+    """Return a row of a conversation and a message."""
+    conversation = conversation or dict.fromkeys(Conversation.model_fields)
+    message = message or dict.fromkeys(Message.model_fields)
+    return {**conversation, **{f"message_{name}": message[name] for name in JOINED_FIELDS}}
+
+
+def rows_of(stem, given):
+    """Return the rows that the server might send for a call: the stored messages in the reverse order."""
+    query, file, without = query_of(stem), file_of(stem), given_of(stem)
+    refusal = {"refusal": None} if file.refusals else {}
+    rows = stored(query.record, without=without)
+    if file.second:
+        [row], [message] = rows, stored(Message)
+        rows = [joined(row, None), joined(None, message)] if file.has_own_rows else [joined(row, message)]
+    elif query.record is Message and "messages" in given:
+        [row] = rows
+        rows = [row | {"seq": row["seq"] + number} for number, _ in enumerate(given["messages"])]
+        if "key" in row:
+            rows = [each | {"key": message.get("key")} for each, message in zip(rows, given["messages"], strict=True)]
+        rows.reverse()
+    elif query.record is Message and "conversation_id" in without and "conversation_id" not in given:
+        rows.append(existence_of(stem))
+    return [row | refusal for row in rows] or [existence_of(stem) | refusal]
+
+
+def existence_of(stem):
+    """Return the existence row of a file; that of a history has the id of the conversation and the page's key."""
+    query, file = query_of(stem), file_of(stem)
+    if file.second:
+        return joined(None, None)
+    row = dict.fromkeys(name for name in query.record.model_fields if name not in given_of(stem))
+    if "conversation_id" in given_of(stem):
+        row |= {"seq": STORED["conversation_id"], "key": STORED["key"]}
+    return row | ({"refusal": None} if file.refusals else {})
 
 
 def name_of(query):
@@ -160,6 +299,24 @@ class Block(nullcontext):
         """Begin nothing."""
 
     commit = rollback = start
+
+
+class Refusing(Recorder):
+    """A connection in a transaction that answers every statement with the same rows."""
+
+    def transaction(self, **options):
+        """Begin nothing."""
+        return Block()
+
+    async def execute(self, query):
+        """Accept a setting of the transaction."""
+
+    async def fetchval(self, query, user):
+        """Return that no user of row-level security was set."""
+
+    def is_in_transaction(self):
+        """Report an open transaction, so that none is committed."""
+        return True
 
 
 class Transfer(Recorder):

@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from pglast import ast, parse_sql
-from pglast.enums import A_Expr_Kind, BoolExprType, JoinType, SetOperation, SubLinkType
+from pglast.enums import A_Expr_Kind, BoolExprType, JoinType, NullTestType, SetOperation, SubLinkType
 from pglast.parser import scan
 
 from chatdb._core.query import statement_files
@@ -20,8 +20,10 @@ HEADER = re.compile(
     r"(?P<prose>(?:-- \S.*\n)+)"
     r"--\n"
     r"(?:(?P<parameters>(?:-- \$.*\n)+)--\n)?"
-    r"-- returns (?P<number>one|many) (?P<record>\w+)(?: without (?P<given>\w+(?:(?:, | and )\w+)*))?"
+    r"-- returns (?P<number>one|many) (?P<record>\w+)(?:(?P<joint> and |, then many )(?P<second>\w+))?"
+    r"(?: without (?P<given>\w+(?:(?:, | and )\w+)*))?"
     r"(?:, (?P<relation>or|then) an existence row: (?P<existence>\S.*))?\n"
+    r"(?:-- refuses with (?P<refusals>\w+(?:, \w+)*)\n)?"
     r"(?:-- served by (?P<indexes>\w+(?:, \w+)*)\n)?"
     r"\n"
     r"(?P<body>[^\n][\s\S]*\S)\n"
@@ -58,9 +60,14 @@ class SqlFile:
     parameters: tuple[Parameter, ...]
     number: str
     record: str
+    second: str | None
+    """The record of a joined row's last columns or, if `has_own_rows`, of the rows after the first one."""
+    has_own_rows: bool
     given: tuple[str, ...]
+    """The fields of the last record that the rows omit."""
     relation: str | None
     existence: str | None
+    refusals: tuple[str, ...]
     indexes: frozenset[str]
     sql: str
 
@@ -111,9 +118,12 @@ def parse(text: str) -> SqlFile:
         ),
         number=header["number"],
         record=header["record"],
+        second=header["second"],
+        has_own_rows=(header["joint"] or "").startswith(","),
         given=tuple(re.split(", | and ", header["given"])) if header["given"] else (),
         relation=header["relation"],
         existence=header["existence"],
+        refusals=tuple((header["refusals"] or "").split(", ")) if header["refusals"] else (),
         indexes=frozenset((header["indexes"] or "").split(", ")) - {""},
         sql=f"--chatdb.{header['name']}\n{named(header['name'], header['body'])}",
     )
@@ -149,71 +159,401 @@ def outputs(query: Any) -> list[Any]:
     return list(query.returningClause.exprs if query.returningClause else ())
 
 
-def is_existence(query: Any) -> bool:
-    """Return whether a statement returns only nulls."""
-    return all(isinstance(target.val, ast.A_Const) and target.val.isnull for target in outputs(query))
+def records(file: SqlFile) -> list[Any]:
+    """Return the branches of a statement that return records."""
+    return [query for query in branches(file.statement) if not is_blank(file, query)]
+
+
+def columns_of(file: SqlFile, query: Any) -> list[Any]:
+    """Return the values of a branch's result columns, without the refusal."""
+    return [output.val for output in outputs(query)][: -1 if file.refusals else None]
+
+
+def is_blank(file: SqlFile, query: Any) -> bool:
+    """Return whether a branch returns no record: its id is null, or its counts are 0."""
+    values = [uncast(value) for value in columns_of(file, query)]
+    if file.has_own_rows:
+        return False
+    return _is_null(values[0]) or all(isinstance(value, ast.A_Const) and not value.isnull for value in values)
+
+
+def _is_null(value: Any) -> bool:
+    return isinstance(value, ast.A_Const) and bool(value.isnull)
+
+
+def refusals_of(file: SqlFile, query: Any) -> set[str | None]:
+    """Return the words that a branch can have in its last column, with None if it can be null."""
+    if not file.refusals:
+        return {None}
+    return _words(outputs(query)[-1].val)
+
+
+def _words(value: Any) -> set[str | None]:
+    match value:
+        case None | ast.A_Const(isnull=True):
+            return {None}
+        case ast.A_Const(val=ast.String() as text):
+            return {text.sval}
+        case ast.CaseExpr():
+            return {word for part in (*[each.result for each in value.args], value.defresult) for word in _words(part)}
+        case _:
+            raise AssertionError("a refusal that is no word")
+
+
+def refusal_gaps(file: SqlFile) -> list[str]:
+    """Return where a statement's refusals differ from the header."""
+    if not file.refusals:
+        named = [output for query in branches(file.statement) for output in outputs(query) if output.name == "refusal"]
+        return ["a refusal that the header does not tell of"] if named else []
+    gaps: list[str] = []
+    words: set[str | None] = set()
+    for number, query in enumerate(branches(file.statement)):
+        if number == 0 and outputs(query)[-1].name != "refusal":
+            gaps.append("the last column is not the refusal")
+        found = refusals_of(file, query)
+        if is_blank(file, query):
+            words |= found
+        elif found != {None}:
+            gaps.append("a record with a refusal")
+    if words - {None} != {*file.refusals}:
+        gaps.append(f"refuses with {words - {None}}")
+    return gaps
 
 
 def existence_gaps(file: SqlFile) -> list[str]:
     """
-    Return how the statement could add an existence row against its header, or omit one.
+    Return what could add an existence row or a refusal against the header, or omit it.
 
-    Either a condition excludes it if there is any record, or it comes last, under a limit that the records alone can
-    reach. The records then have the same limit, which also keeps the server from reading both branches in parallel.
+    In a statement that only reads, an existence row comes last, under a limit that the records alone can reach. The
+    records then have the same limit, which also keeps the server from reading both branches in parallel. A statement
+    that writes is never run in parallel: there, a row without a record excludes the records and all other such rows.
     """
-    kinds = [is_existence(query) for query in branches(file.statement)]
-    if file.existence is None:
-        return ["an existence row that the header does not tell of"] if any(kinds) else []
-    top, [records, *rest] = file.statement, branches(file.statement)
-    is_append = kinds == [False, True] and top.op == SetOperation.SETOP_UNION and top.all
-    if not is_append or top.sortClause or top.limitOffset:
+    queries = branches(file.statement)
+    blanks = [query for query in queries if is_blank(file, query)]
+    has_existence = any(None in refusals_of(file, query) for query in blanks)
+    if has_existence != bool(file.existence):
+        return ["an existence row that the header does not tell of, or tells of in vain"]
+    top = file.statement
+    if file.has_own_rows:
+        is_plain = top.op == SetOperation.SETOP_UNION and top.all and len(queries) == 2
+        is_plain = is_plain and not (top.sortClause or top.limitCount or top.limitOffset)
+        is_plain = is_plain and _is_one(queries[0].limitCount) and isinstance(queries[1].limitCount, ast.ParamRef)
+        return [] if is_plain and _is_unique(file, queries[0]) else ["not one record and, after it, many others"]
+    if file.number == "one" and not _writes(file) and not _is_unique(file, queries[0]):
+        return ["several records"]
+    if not blanks:
+        return []
+    if top.op != SetOperation.SETOP_UNION or not top.all or top.sortClause or top.limitOffset:
+        return ["not a UNION ALL in the order of its branches"]
+    if queries[-len(blanks) :] != blanks or len(blanks) == len(queries):
+        return ["a record after a row that is none"]
+    gaps = [gap for query in blanks for gap in _blank_gaps(file, query)]
+    if not _writes(file):
+        return gaps + _limit_gaps(file, top, *queries)
+    if top.limitCount or file.relation == "then":
+        return [*gaps, "a limit, or an existence row that stands beside records"]
+    pairs = [(blank, other) for blank in blanks for other in queries if other is not blank]
+    gaps += ["a row that may stand beside another" for pair in pairs if not _excludes(file, *pair)]
+    return gaps
+
+
+def _writes(file: SqlFile) -> bool:
+    return any(isinstance(node, ast.InsertStmt | ast.UpdateStmt | ast.DeleteStmt) for node in file.nodes)
+
+
+def _blank_gaps(file: SqlFile, query: Any) -> list[str]:
+    """Return what makes a row without a record more than one row, or more than its nulls."""
+    gaps = [] if _is_single(file, query) else ["several rows that are no records"]
+    first, *others = map(uncast, columns_of(file, query))
+    values = [value for value in others if not _is_null(value)]
+    if _is_null(first) and values:  # the conversation's id and the page's key: see HistoryQuery
+        match values:
+            case [ast.ColumnRef() as identifier, ast.SubLink(subselect=ast.SelectStmt() as sub)]:
+                keys = [names(output.val)[-1] for output in outputs(sub) if isinstance(output.val, ast.ColumnRef)]
+                is_known = names(identifier)[-1] == "id" and keys == ["key"] and _is_single(file, sub)
+                is_known = is_known and [others.index(value) for value in values] == [0, 6]
+            case _:
+                is_known = False
+        gaps += [] if is_known else ["an existence row with other values"]
+    return gaps
+
+
+UNIQUE = {"conversations": [{"id"}, {"key"}], "messages": [{"conversation_id", "seq"}, {"conversation_id", "key"}]}
+"""The columns that, with the user, identify a row of each table."""
+
+
+def _is_single(file: SqlFile, query: Any) -> bool:
+    """Return whether a query returns at most one row."""
+    if isinstance(query, ast.SelectStmt) and query.op != SetOperation.SETOP_NONE:
+        parts = branches(query)
+        pairs = [(one, other) for number, one in enumerate(parts) for other in parts[:number]]
+        return all(_is_single(file, part) for part in parts) and all(_excludes(file, *pair) for pair in pairs)
+    if isinstance(query, ast.InsertStmt):
+        return _is_single(file, query.selectStmt)
+    return (isinstance(query, ast.SelectStmt) and _is_one(query.limitCount)) or _is_unique(file, query)
+
+
+def _is_unique(file: SqlFile, query: Any) -> bool:
+    """Return whether the conditions of a query select at most one row."""
+    return all(_is_single_source(file, source) for source in Level(query).sources)
+
+
+def _is_one(count: Any) -> bool:
+    return isinstance(count, ast.A_Const) and count.val.ival == 1
+
+
+def _is_single_source(file: SqlFile, source: Source) -> bool:
+    if isinstance(source.node, ast.RangeSubselect):
+        return _is_single(file, source.node.subquery)
+    if not isinstance(source.node, ast.RangeVar):
+        return False
+    if not is_table(source.node):
+        return _is_single(file, file.ctes[source.node.relname])
+    equal = {
+        names(part.lexpr)[-1]
+        for part in source.conditions
+        if _is_operator(part, "=") and isinstance(part.lexpr, ast.ColumnRef)
+        if len(names(part.lexpr)) == 1 or names(part.lexpr)[0] == source.alias
+    }
+    return "user_id" in equal and any(columns <= equal for columns in UNIQUE[source.node.relname])
+
+
+def _is_operator(node: Any, *operators: str) -> bool:
+    return isinstance(node, ast.A_Expr) and node.kind == A_Expr_Kind.AEXPR_OP and names(node)[0] in operators
+
+
+def _limit_gaps(file: SqlFile, top: Any, *queries: Any) -> list[str]:
+    """Return what lets an existence row replace a record, or come before one."""
+    if len(queries) != 2:
         return ["not one UNION ALL of the records and, at the end, the existence row"]
-    [existence] = rest
-    if top.limitCount is None:
-        is_fit = file.relation == "or" and _excludes(existence, records) and existence.limitCount is None
-        return [] if is_fit else ["an existence row that may stand beside records"]
-    if existence.limitCount or existence.whereClause is None or top.limitCount != records.limitCount:
+    rows, existence = queries
+    is_guarded = existence.whereClause is not None or not any(map(is_table, existence.fromClause or ()))
+    count = top.limitCount
+    if _is_operator(count, "+") and isinstance(count.rexpr, ast.CaseExpr):
+        # one more row for a caller who needs the id: an existence row, because the records have a limit of their own
+        case = count.rexpr
+        results = [case.args[0].result.val.ival, case.defresult.val.ival]
+        is_by_key = isinstance(case.args[0].expr, ast.NullTest) and len(case.args) == 1 and results == [1, 0]
+        count = count.lexpr if is_by_key and "user_id" in file.given else None
+    if existence.limitCount or not is_guarded or count is None or count != rows.limitCount:
         return ["a limit that is not that of the records"]
-    is_one = isinstance(top.limitCount, ast.A_Const) and top.limitCount.val.ival == 1
-    is_parameter = isinstance(top.limitCount, ast.ParamRef)
-    if (file.number, file.relation) not in [("one", "or")] * is_one + [("many", "then")] * is_parameter:
+    is_parameter = isinstance(count, ast.ParamRef)
+    if (file.number, file.relation) not in [("one", "or")] * _is_one(count) + [("many", "then")] * is_parameter:
         return ["a limit that the header does not tell of"]
     return []
 
 
-def _excludes(existence: Any, records: Any) -> bool:
-    """Return whether a condition of the existence row implies that there are no records."""
-    for condition in _conjuncts(existence.whereClause):
-        match condition:
-            case ast.BoolExpr(
-                boolop=BoolExprType.NOT_EXPR, args=[ast.SubLink(subLinkType=SubLinkType.EXISTS_SUBLINK) as sub]
-            ):
-                if sub.subselect.fromClause == records.fromClause and not sub.subselect.whereClause:
-                    return records.whereClause is None and len(records.fromClause) == 1
-            case ast.A_Expr(kind=A_Expr_Kind.AEXPR_OP) if names(condition) == ["<>"]:
-                opposite = [
-                    [part.lexpr, part.rexpr] for part in _conjuncts(records.whereClause) if names(part) == ["="]
-                ]
-                if [condition.lexpr, condition.rexpr] in opposite:
-                    return True
+def _excludes(file: SqlFile, one: Any, other: Any) -> bool:
+    """Return whether two branches never return rows together: a row of one implies that the other has none."""
+    for present, absent in ((one, other), (other, one)):
+        full = {source.node.relname for source in Level(present).sources if isinstance(source.node, ast.RangeVar)}
+        if all(_Facts(file, case, full).is_empty(absent) for case in _cases(present.whereClause)):
+            return True
     return False
 
 
+def _cases(condition: Any) -> list[list[Any]]:
+    """Return the lists of conditions of which one holds if the condition holds."""
+    cases: list[list[Any]] = [[]]
+    for part in _conjuncts(condition):
+        is_or = isinstance(part, ast.BoolExpr) and part.boolop == BoolExprType.OR_EXPR
+        choices = [case for argument in part.args for case in _cases(argument)] if is_or else [[part]]
+        cases = [[*case, *choice] for case in cases for choice in choices]
+    return cases
+
+
+class _Facts:
+    """What is known about the CTEs and parameters of a statement where some conditions hold."""
+
+    def __init__(self, file: SqlFile, conditions: list[Any], full: set[str]) -> None:
+        self.file = file
+        self.conditions = conditions
+        self.full = full
+        self.empty = {name for part in conditions if (name := _without(part))}
+        self.arrays = {
+            part.lexpr.args[0].arg.number
+            for part in conditions
+            if _is_operator(part, "=") and isinstance(part.lexpr, ast.FuncCall) and part.rexpr.val.ival == 0
+        }
+
+    def is_empty(self, query: Any) -> bool:
+        """Return whether a query returns no rows."""
+        if query is None:
+            return False
+        if isinstance(query, ast.InsertStmt):
+            return self.is_empty(query.selectStmt)
+        if isinstance(query, ast.SelectStmt) and query.op != SetOperation.SETOP_NONE:
+            return all(map(self.is_empty, branches(query)))
+        if any(map(self._is_false, _conjuncts(getattr(query, "whereClause", None)))):
+            return True
+        return any(not source.outer and self._has_no_rows(source.node) for source in Level(query).sources)
+
+    def _has_no_rows(self, node: Any) -> bool:
+        match node:
+            case ast.RangeSubselect():
+                return self.is_empty(node.subquery)
+            case ast.RangeFunction():
+                arguments = [uncast(argument) for argument in node.functions[0][0].args]
+                return any(isinstance(one, ast.ParamRef) and one.number in self.arrays for one in arguments)
+            case _ if is_table(node):
+                return False
+            case _:
+                return node.relname in self.empty or self.is_empty(self.file.ctes[node.relname])
+
+    def _is_false(self, condition: Any) -> bool:
+        match condition:
+            case ast.BoolExpr(boolop=BoolExprType.OR_EXPR):
+                return all(map(self._is_false, condition.args))
+            case ast.BoolExpr(boolop=BoolExprType.NOT_EXPR) if _without(condition) in self.full:
+                return True
+            case ast.BoolExpr(boolop=BoolExprType.NOT_EXPR):
+                return condition.args[0] in self.conditions
+            case ast.NullTest(nulltesttype=NullTestType.IS_NULL):
+                return any(_is_operator(part, "=") and part.rexpr == uncast(condition.arg) for part in self.conditions)
+            case _:
+                return any(_is_opposite(part, condition) for part in self.conditions)
+
+
+def _without(condition: Any) -> str | None:
+    """Return the CTE that a condition `not exists (select from ...)` requires to be empty."""
+    match condition:
+        case ast.BoolExpr(
+            boolop=BoolExprType.NOT_EXPR, args=[ast.SubLink(subLinkType=SubLinkType.EXISTS_SUBLINK) as sub]
+        ) if not sub.subselect.whereClause and len(sub.subselect.fromClause) == 1:
+            name: str = sub.subselect.fromClause[0].relname
+            return name
+    return None
+
+
+def _is_opposite(one: Any, other: Any) -> bool:
+    """Return whether two conditions cannot both hold."""
+    if isinstance(one, ast.BoolExpr) and one.boolop == BoolExprType.NOT_EXPR:
+        return bool(one.args[0] == other)
+    is_pair = _is_operator(one, "=", "<>") and _is_operator(other, "=", "<>")
+    return is_pair and names(one) != names(other) and [one.lexpr, one.rexpr] == [other.lexpr, other.rexpr]
+
+
 def ungiven(file: SqlFile) -> list[str]:
-    """Return the columns that the header omits from the rows, but the statement does not compare with arguments."""
-    numbers = {parameter.name: parameter.number for parameter in file.parameters}
+    """Return the fields omitted from the rows that the statement neither stores from nor compares with arguments."""
     gaps: list[str] = []
-    for query in branches(file.statement) if file.given else ():
-        if not is_existence(query):
-            assert len(Level(query).sources) == 1, "columns of several tables"
-            equal = {
-                (names(part.lexpr)[-1], part.rexpr.number)
-                for part in _conjuncts(query.whereClause)
-                if isinstance(part, ast.A_Expr) and part.kind == A_Expr_Kind.AEXPR_OP and names(part) == ["="]
-                if isinstance(part.lexpr, ast.ColumnRef) and isinstance(part.rexpr, ast.ParamRef)
-            }
-            gaps += [name for name in file.given if (name, numbers.get(name)) not in equal]
+    for query in records(file)[-1:] if file.has_own_rows else records(file):
+        gaps += [name for name in file.given if not _is_given(file, query, name)]
     return gaps
+
+
+def _is_given(file: SqlFile, query: Any, name: str, *, is_new: bool = False) -> bool:
+    """
+    Return whether a field of a query's rows has the value of the parameter of its name.
+
+    `is_new` tells that the rows have just been inserted, so that ON CONFLICT did not apply.
+    """
+    if isinstance(query, ast.SelectStmt) and query.op != SetOperation.SETOP_NONE:
+        return all(_is_given(file, branch, name, is_new=is_new) for branch in branches(query))
+    if isinstance(query, ast.InsertStmt):
+        return _is_stored(file, query, name, is_new=is_new)
+    level = Level(query)
+    [source] = [level.source_of(uncast(output.val)) for output in outputs(query) if _name(output) == "id"]
+    if name == "user_id" and is_table(source.node):
+        return _is_guarded(source, level)
+    for condition in source.conditions:
+        parts = condition.args if _is_or(condition) else [condition]
+        fresh = [part for part in parts if _is_fresh(part)]
+        if all(_compares(file, part, level, name) for part in parts if part not in fresh):
+            is_proven = not fresh or (len(parts) > len(fresh) and _is_sources(file, source, name, is_new=True))
+            if is_proven:
+                return True
+    return not is_table(source.node) and _is_sources(file, source, name, is_new=is_new)
+
+
+def _is_or(condition: Any) -> bool:
+    return isinstance(condition, ast.BoolExpr) and condition.boolop == BoolExprType.OR_EXPR
+
+
+def _is_fresh(condition: Any) -> bool:
+    """Return whether a condition selects messages after the last one that was stored before."""
+    match condition:
+        case ast.A_Expr(lexpr=ast.ColumnRef() as column, rexpr=ast.SubLink() as sub) if _is_operator(condition, ">"):
+            return [names(column)[-1], *map(_name, outputs(sub.subselect))] == ["seq", "last_seq"]
+    return False
+
+
+def _is_sources(file: SqlFile, source: Source, name: str, *, is_new: bool) -> bool:
+    query = getattr(source.node, "subquery", None) or file.ctes[source.node.relname]
+    return _is_given(file, query, name, is_new=is_new)
+
+
+def _is_stored(file: SqlFile, query: ast.InsertStmt, name: str, *, is_new: bool) -> bool:
+    columns = [column.name for column in query.cols]
+    conflict = query.onConflictClause
+    if name not in columns:  # null in the row, and without a parameter null in the message
+        return not any(parameter.name in {name, f"{name}s"} for parameter in file.parameters)
+    if name == "user_id":
+        return not _insertion_gaps(query, file)
+    if conflict and conflict.targetList and not is_new:
+        replaced = [target for target in conflict.targetList if target.name == name]
+        is_equal = name in [part.name for part in conflict.infer.indexElems]
+        if not is_equal and (not replaced or names(replaced[0].val) != ["excluded", name]):
+            return False
+    for branch in branches(query.selectStmt):
+        values = dict(zip(columns, [output.val for output in branch.targetList], strict=True))
+        if not _is_argument(file, values[name], Level(branch), name):
+            return False
+        if file.number == "many" and not _is_in_order(values["seq"]):
+            return False
+    return True
+
+
+def _is_in_order(seq: Any) -> bool:
+    """Return whether the seqs of a batch have the order of its arrays."""
+    is_sum = _is_operator(seq, "+") and isinstance(seq.rexpr, ast.ColumnRef)
+    return is_sum and names(seq.rexpr)[-1] in {"ordinality", "place"}
+
+
+def _is_argument(file: SqlFile, value: Any, level: Level, name: str) -> bool:
+    """Return whether a value is the parameter with a field's name, or an element of the array with its plural."""
+    bare = _bare(value)
+    if isinstance(bare, ast.ParamRef):
+        return file.parameters[bare.number - 1].name in {name, f"{name}s"}
+    if not isinstance(bare, ast.ColumnRef):
+        return False
+    *qualifier, column = names(bare)
+    for source in level.sources:
+        if qualifier and source.alias != qualifier[-1]:
+            continue
+        if isinstance(source.node, ast.RangeFunction):
+            places = [part.sval for part in source.node.alias.colnames]
+            arguments = source.node.functions[0][0].args
+            place = places.index(column) if column in places else len(arguments)
+            return place < len(arguments) and _is_argument(file, arguments[place], level, name)
+        query = getattr(source.node, "subquery", None) or file.ctes.get(getattr(source.node, "relname", None))
+        if isinstance(query, ast.SelectStmt):
+            inner = [(one, out) for one in named_branches(query) for out in outputs(one) if _name(out) == column]
+            if inner:
+                return all(_is_argument(file, output.val, Level(one), name) for one, output in inner)
+    return False
+
+
+def _compares(file: SqlFile, condition: Any, level: Level, name: str) -> bool:
+    """Return whether a condition holds only if the column of this name is equal to its parameter."""
+    match condition:
+        case ast.SubLink(subLinkType=SubLinkType.EXISTS_SUBLINK):
+            inner = Level(condition.subselect)
+            inner.sources += level.sources
+            return any(_compares(file, part, inner, name) for part in _conjuncts(condition.subselect.whereClause))
+        case ast.BoolExpr(boolop=BoolExprType.AND_EXPR):
+            return any(_compares(file, part, level, name) for part in condition.args)
+        case ast.A_Expr(kind=A_Expr_Kind.AEXPR_NOT_DISTINCT) | ast.A_Expr(kind=A_Expr_Kind.AEXPR_OP):
+            if names(condition) != ["="]:
+                return False
+            pairs = [(condition.lexpr, condition.rexpr), (condition.rexpr, condition.lexpr)]
+            return any(
+                isinstance(uncast(one), ast.ColumnRef)
+                and names(uncast(one))[-1] == name
+                and not _is_argument(file, one, level, name)
+                and _is_argument(file, other, level, name)
+                for one, other in pairs
+            )
+    return False
 
 
 def uncast(node: Any) -> Any:
@@ -244,9 +584,10 @@ class Source:
 
 
 class Level:
-    """One SELECT, UPDATE or DELETE without its subqueries."""
+    """One SELECT, UPDATE or DELETE without its subqueries; `inner` takes every outer join for an inner one."""
 
-    def __init__(self, query: Any) -> None:
+    def __init__(self, query: Any, *, inner: bool = False) -> None:
+        self.inner = inner
         self.sources: list[Source] = []
         if isinstance(query, ast.UpdateStmt | ast.DeleteStmt | ast.InsertStmt):
             self._add(query.relation)
@@ -262,7 +603,7 @@ class Level:
             self.sources.append(Source(item, item.alias.aliasname if item.alias else item.relname, outer))
             return self.sources[-1:]
         assert item.jointype in (JoinType.JOIN_INNER, JoinType.JOIN_LEFT), "a join that the checks do not know"
-        is_left = item.jointype == JoinType.JOIN_LEFT
+        is_left = item.jointype == JoinType.JOIN_LEFT and not self.inner
         left, right = self._add(item.larg, outer=outer), self._add(item.rarg, outer=outer or is_left)
         for source in right if is_left else left + right:
             source.conditions += _conjuncts(item.quals)
@@ -294,7 +635,7 @@ def isolation_gaps(file: SqlFile) -> list[str]:
         if isinstance(query, ast.InsertStmt):
             seen.append(query.relation)
             if is_table(query.relation):
-                gaps += _insertion_gaps(query, file.ctes)
+                gaps += _insertion_gaps(query, file)
         elif isinstance(query, ast.SelectStmt | ast.UpdateStmt | ast.DeleteStmt):
             level = Level(query)
             seen += [source.node for source in level.sources]
@@ -337,7 +678,7 @@ def _is_user(node: Any) -> bool:
     return isinstance(node, ast.ParamRef) and node.number == 1
 
 
-def _insertion_gaps(query: ast.InsertStmt, ctes: dict[str, Any]) -> list[str]:
+def _insertion_gaps(query: ast.InsertStmt, file: SqlFile) -> list[str]:
     gaps: list[str] = []
     columns = [column.name for column in query.cols or ()]
     if "user_id" not in columns:
@@ -351,25 +692,37 @@ def _insertion_gaps(query: ast.InsertStmt, ctes: dict[str, Any]) -> list[str]:
             gaps.append(f"{query.relation.relname} gets another user_id on conflict")
     for branch in branches(query.selectStmt):
         values = [row[place] for row in branch.valuesLists or ()] or [branch.targetList[place].val]
-        if not all(_is_user(value) or _is_users(value, branch, ctes) for value in values):
+        if not all(_is_user(value) or _is_users(value, branch, file) for value in values):
             gaps.append(f"{query.relation.relname} gets a row whose user_id is not known to be $1")
     return gaps
 
 
-def _is_users(value: Any, branch: Any, ctes: dict[str, Any]) -> bool:
-    """Return whether a value is the user_id of a CTE that selects it from a guarded table."""
+def _is_users(value: Any, branch: Any, file: SqlFile) -> bool:
+    """Return whether a value is the user_id of guarded rows, through any number of CTEs and subqueries."""
     if not isinstance(value, ast.ColumnRef):
         return False
-    cte = ctes.get(getattr(Level(branch).source_of(value).node, "relname", None))
-    for inner in branches(cte) if cte else ():
-        level = Level(inner)
-        users = [
-            out.val for out in outputs(inner) if _name(out) == names(value)[-1] and isinstance(out.val, ast.ColumnRef)
-        ]
-        sources = [level.source_of(user) for user in users if names(user)[-1] == "user_id"]
-        if not any(is_table(source.node) and _is_guarded(source, level) for source in sources):
-            return False
-    return cte is not None
+    level = Level(branch)
+    source = level.source_of(value)
+    if is_table(source.node):  # INSERT: see _insertion_gaps
+        is_safe = isinstance(branch, ast.InsertStmt) or _is_guarded(source, level)
+        return names(value)[-1] == "user_id" and is_safe
+    query = getattr(source.node, "subquery", None) or file.ctes.get(getattr(source.node, "relname", None))
+    if query is None:
+        return False
+    return all(
+        any(_name(output) == names(value)[-1] and _is_users(output.val, inner, file) for output in outputs(inner))
+        for inner in named_branches(query)
+    )
+
+
+def named_branches(query: Any) -> list[Any]:
+    """Return the branches of a UNION, each with the column names of the first."""
+    first, *others = branches(query)
+    for other in others:
+        for output, pattern in zip(outputs(other), outputs(first), strict=True):
+            if _name(output) != _name(pattern):
+                output.name = _name(pattern)
+    return [first, *others]
 
 
 def _name(output: ast.ResTarget) -> str | None:
@@ -379,14 +732,25 @@ def _name(output: ast.ResTarget) -> str | None:
 
 
 def nullable(file: SqlFile, columns: Columns) -> list[bool]:
-    """Return for each result column whether it may be null, existence rows aside."""
-    rows = [query for query in branches(file.statement) if not is_existence(query)]
-    return [
-        any(part)
-        for part in zip(
-            *([_may_be_null(o.val, Level(q), file, columns) for o in outputs(q)] for q in rows), strict=True
+    """
+    Return for each result column whether it may be null, rows without a record and the refusal aside.
+
+    For the columns of a second record: whether it may be null where that record is there.
+    """
+    rows = records(file)
+    first = [output for output in outputs(rows[0]) if not (output.name or "").startswith("message_")]
+    size = len(columns_of(file, rows[0]))
+    own = range(len(first) if file.second else size)
+    found: list[bool] = []
+    for place in range(size):
+        parts = [rows[place not in own]] if file.has_own_rows else rows
+        found.append(
+            any(
+                _may_be_null(columns_of(file, query)[place], Level(query, inner=place not in own), file, columns)
+                for query in parts
+            )
         )
-    ]
+    return found
 
 
 def _may_be_null(value: Any, level: Level, file: SqlFile, columns: Columns) -> bool:
@@ -421,19 +785,23 @@ def _column_may_be_null(column: ast.ColumnRef, level: Level, file: SqlFile, colu
     query = source.node.subquery if isinstance(source.node, ast.RangeSubselect) else file.ctes[source.node.relname]
     return any(
         _may_be_null(output.val, Level(branch), file, columns)
-        for branch in branches(query)
+        for branch in named_branches(query)
         for output in outputs(branch)
         if _name(output) == name
     )
 
 
 def meetings(file: SqlFile) -> dict[int, set[str]]:
-    """Return for each parameter the columns to which it is compared, stored or aliased."""
+    """
+    Return for each parameter the columns to which it is compared, stored or aliased.
+
+    `last_seq + edits` is the column revision. A flag meets a condition, or the table whose new row it allows.
+    """
     met: dict[int, set[str]] = defaultdict(set)
 
     def meet(value: Any, column: str) -> None:
-        if isinstance(uncast(value), ast.ParamRef):
-            met[uncast(value).number].add(column)
+        if isinstance(_bare(value), ast.ParamRef):
+            met[_bare(value).number].add(column)
 
     for node in file.nodes:
         match node:
@@ -443,13 +811,15 @@ def meetings(file: SqlFile) -> dict[int, set[str]]:
                 )
                 for one, other in zip(left, right, strict=False):
                     for column, value in ((one, other), (other, one)):
-                        if isinstance(uncast(column), ast.ColumnRef):
-                            meet(value, names(uncast(column))[-1])
+                        if found := _column(column):
+                            meet(value, found)
             case ast.InsertStmt():
                 for branch in branches(node.selectStmt):
                     for row in branch.valuesLists or ([output.val for output in branch.targetList],):
                         for column, value in zip(node.cols, row, strict=True):
                             meet(value, column.name)
+                    for part in _conjuncts(branch.whereClause):
+                        meet(part, f"new {node.relation.relname}")
             case ast.UpdateStmt():
                 for target in node.targetList:
                     choices = target.val.args if isinstance(target.val, ast.CaseExpr) else ()
@@ -459,6 +829,59 @@ def meetings(file: SqlFile) -> dict[int, set[str]]:
                 for function in node.functions:
                     for column, value in zip(node.alias.colnames, function[0].args, strict=False):
                         meet(value, column.sval)
+            case ast.ResTarget(name=str() as name):
+                meet(node.val, name)
             case ast.SelectStmt():
                 meet(node.limitCount, "row_limit")
+                if isinstance(node.whereClause, ast.TypeCast):
+                    meet(node.whereClause, "condition")
+            case ast.BoolExpr():
+                for part in node.args:
+                    meet(part, "condition")
     return met
+
+
+def tables_of_keys(file: SqlFile) -> dict[int, set[str]]:
+    """Return for each parameter the tables with whose `key` it is compared, or in which it is stored as the key."""
+    tables: dict[int, set[str]] = defaultdict(set)
+    for node in file.nodes:
+        if isinstance(node, ast.InsertStmt):
+            for branch in branches(node.selectStmt):
+                for row in branch.valuesLists or ([output.val for output in branch.targetList],):
+                    for column, value in zip(node.cols, row, strict=True):
+                        if column.name == "key" and isinstance(value, ast.ParamRef):
+                            tables[value.number].add(node.relation.relname)
+        elif isinstance(node, ast.SelectStmt | ast.UpdateStmt | ast.DeleteStmt):
+            for source in Level(node).sources:
+                own = [[source.alias, "key"], ["key"]]
+                for part in source.conditions:
+                    is_key = _is_operator(part, "=") and isinstance(part.lexpr, ast.ColumnRef)
+                    if is_key and names(part.lexpr) in own and isinstance(part.rexpr, ast.ParamRef):
+                        tables[part.rexpr.number].add(source.node.relname)
+    return tables
+
+
+def _bare(value: Any) -> Any:
+    """Return a value without its casts, its default and the limit's extra row."""
+    match uncast(value):
+        case ast.CoalesceExpr(args=[first, *_]) | ast.A_Expr(kind=A_Expr_Kind.AEXPR_NULLIF, lexpr=first):
+            return _bare(first)
+        case ast.A_Expr(lexpr=first, rexpr=ast.CaseExpr()):
+            return _bare(first)
+        case bare:
+            return bare
+
+
+def _column(value: Any) -> str | None:
+    """Return the column that an expression changes or tests."""
+    match _bare(value):
+        case ast.ColumnRef() as column:
+            return names(column)[-1]
+        case ast.A_Expr(lexpr=ast.ColumnRef() as one, rexpr=ast.ColumnRef() as other):
+            return "revision" if [names(one)[-1], names(other)[-1]] == ["last_seq", "edits"] else None
+        case ast.A_Expr(lexpr=one, name=[ast.String(sval="||" | "-")]):
+            return _column(one)
+        case ast.NullTest(arg=ast.ColumnRef() as column):
+            return names(column)[-1]
+        case _:
+            return None
