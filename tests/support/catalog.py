@@ -13,8 +13,9 @@ from psycopg.pq import ExecStatus
 from tests.support.sqlfiles import Columns, SqlFile
 
 DATA = """
-    insert into chatdb.conversations (user_id, id, key, updated_at, last_seq)
-    select 'user ' || u, n * 100 + u, 'key ' || n, now() - n * interval '3 hours', 3
+    insert into chatdb.conversations (user_id, id, key, updated_at, last_seq, archived_at, pinned_at)
+    select 'user ' || u, n * 100 + u, 'key ' || n, now() - n * interval '3 hours', 3,
+        case n % 2 when 0 then now() end, case n % 4 when 0 then null else now() - n * interval '1 hour' end
     from generate_series(1, 150) as n, generate_series(1, 20) as u;
 
     insert into chatdb.messages (user_id, conversation_id, seq, role, key, content, created_at)
