@@ -527,7 +527,7 @@ REFUSALS = {
 
 def check_refusals(files, source):
     """Raise unless the headers have exactly the words that the package knows."""
-    known = set(re.findall(r'case "(\w+)":', source)) | {"suppressed"}
+    known = set(re.findall(r'case "(\w+)"', source)) | {"suppressed"}
     assert {word for file in files for word in file.refusals} == known == REFUSALS.keys()
 
 
@@ -740,12 +740,12 @@ def test_a_changed_table_is_found(live, check, stem, change):
 
 HERE = ", or an existence row: the conversation has none there"
 THEN = ", then an existence row: if the page is not full"
-PAGE = "caller needs the id\nlimit $6 + case when $2::int8 is null then 1 else 0 end"
-OTHERS = "caller needs the id"
+PAGE = "the caller needs it\nlimit $5 + case when $2::int8 is null then 1 else 0 end"
+OTHERS = "the caller needs it"
 NONE = f"select {', '.join(['null'] * 9)} from chatdb.conversations where user_id = $1 and id = $2 union all"
 FIND = "import_conversations_find"
 BY_ID = """where user_id = $1
-  and id = coalesce($2, (
+  and id = coalesce((select $2::int8), (
       select id from chatdb.conversations
       where user_id = $1 and key = $3
   ))
@@ -779,7 +779,7 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_parameters, ONE, "last_seq + edits = $12", "edits + last_seq = $12"),
         (check_parameters, MANY, "where $11::bool", "where $10::bool"),
         (check_parameters, "list_conversations", "coalesce($2::timestamptz, 'infinity') as updated_at", "now() as x"),
-        (check_existence, "get_history", "limit $6 +", "limit 6 +"),
+        (check_existence, "get_history", "limit $5 +", "limit 5 +"),
         (check_columns, "get_history", "payload::text as payload", "payload::text as body"),
         (check_columns, "get_history", GIVEN, ""),
         (check_columns, "list_messages", GIVEN, " without conversation_id and user_id"),
@@ -807,10 +807,25 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_columns, "list_previews", " and Message", ", then many Message"),
         (check_given, "get_history", " without user_id and", " without seq and"),
         (check_given, "get_history", GIVEN, " without conversation_id and user_id"),
-        (check_given, "get_history", "conversation_id = coalesce($2", "conversation_id >= coalesce($2"),
-        (check_given, "get_history", "conversation_id = coalesce($2", "conversation_id = coalesce($4"),
+        (
+            check_given,
+            "get_history",
+            "conversation_id = coalesce((select $2::int8)",
+            "conversation_id >= coalesce((select $2::int8)",
+        ),
+        (
+            check_given,
+            "get_history",
+            "conversation_id = coalesce((select $2::int8)",
+            "conversation_id = coalesce((select $4::int8)",
+        ),
         (check_given, "list_messages", "where user_id = $1\n      --", "where (user_id = $1 or true)\n      --"),
-        (check_given, "load_conversation", "and conversation_id = coalesce($2", "and seq = coalesce($2"),
+        (
+            check_given,
+            "load_conversation",
+            "and conversation_id = coalesce((select $2::int8)",
+            "and seq = coalesce((select $2::int8)",
+        ),
         (check_given, "append_message", "$4, $5, $6", "$5, $4, $6"),
         (check_given, "append_message", "last_seq, $4, $5", "last_seq, lower($4), $5"),
         (check_given, ONE, "where role = $4 and content = $5", "where role = $4"),
@@ -851,19 +866,19 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_existence, "get_history", PAGE, OTHERS),
         (check_existence, "get_history", PAGE, f"{OTHERS}\nlimit 1"),
         (check_existence, "get_history", PAGE, f"{OTHERS}\nlimit $4"),
-        (check_existence, "get_history", PAGE, f"{OTHERS}\nlimit $6 + 1"),
+        (check_existence, "get_history", PAGE, f"{OTHERS}\nlimit $5 + 1"),
         (check_existence, "get_history", "then 1 else 0", "then 2 else 0"),
-        (check_existence, "get_history", "limit $6 + case", "order by seq desc nulls last\nlimit $6 + case"),
-        (check_existence, "get_history", "limit $6 + case", "offset 1\nlimit $6 + case"),
-        (check_existence, "list_messages", "    limit $6\n)", ")"),
+        (check_existence, "get_history", "limit $5 + case", "order by seq desc nulls last\nlimit $5 + case"),
+        (check_existence, "get_history", "limit $5 + case", "offset 1\nlimit $5 + case"),
+        (check_existence, "list_messages", "    limit $5\n)", ")"),
         (check_existence, "list_messages", "union all", "union"),
         (check_existence, "list_messages", "union all", "except all"),
         (check_existence, "list_messages", "\n(\n", f"\n{NONE}\n(\n"),
         (check_existence, "list_messages", f"\n{BY_ID}", "\n"),
         (check_existence, "list_messages", "null, id, null", "null, last_seq, null"),
         (check_existence, "list_messages", "null, id, null", "null, null, id"),
-        (check_existence, "list_messages", " and m.key = $5", ""),
-        (check_existence, "list_messages", "select m.key from", "select m.role from"),
+        (check_existence, "list_messages_after_key", " and m.key = $4", ""),
+        (check_existence, "list_messages_after_key", "select m.key from", "select m.role from"),
         (check_existence, "get_message", ", or an existence row: if there is no such message", THEN),
         (check_existence, "get_message", "    limit 1 -- noqa: AM09\n", ""),
         (check_existence, "get_message", "branch is read\nlimit 1", "branch is read"),
@@ -876,7 +891,12 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_existence, "load_conversation", "    limit 1 -- noqa: AM09\n", ""),
         (check_existence, "load_conversation", "    limit $4\n", ""),
         (check_existence, "load_conversation", "union all", "union"),
-        (check_existence, "load_conversation", "id = coalesce($2, (", "id >= coalesce($2, ("),
+        (
+            check_existence,
+            "load_conversation",
+            "id = coalesce((select $2::int8), (",
+            "id >= coalesce((select $2::int8), (",
+        ),
         (check_existence, "update_message", "where not exists (select from target)", "where true"),
         (
             check_existence,

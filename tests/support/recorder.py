@@ -141,9 +141,13 @@ CALLS = [
     *_calls("pop_message", "pop_message", *CONVERSATIONS, CHAT | EXPECTED),
     *_calls("get_history", "get_history", *(each | {"limit": 7} for each in CONVERSATIONS)),
     *_calls("get_history", "get_history", *(each | {"limit": 7, "before_seq": 9} for each in CONVERSATIONS)),
-    *_calls("get_history", "get_history", *(each | {"limit": 7, "before_key": "k"} for each in CONVERSATIONS)),
+    *_calls(
+        "get_history", "get_history_before_key", *(each | {"limit": 7, "before_key": "k"} for each in CONVERSATIONS)
+    ),
     *_calls("list_messages", "list_messages", *(each | {"limit": 7, "after_seq": 9} for each in CONVERSATIONS)),
-    *_calls("list_messages", "list_messages", *(each | {"limit": 7, "after_key": "k"} for each in CONVERSATIONS)),
+    *_calls(
+        "list_messages", "list_messages_after_key", *(each | {"limit": 7, "after_key": "k"} for each in CONVERSATIONS)
+    ),
     *_calls("iter_messages", "list_messages", *(each | {"batch": 7, "after_seq": 9} for each in CONVERSATIONS)),
     *_calls("get_message", "get_message", *MESSAGES),
     *_calls("update_message", "get_message", *MESSAGES),

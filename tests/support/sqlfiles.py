@@ -266,12 +266,15 @@ def _blank_gaps(file: SqlFile, query: Any) -> list[str]:
     gaps = [] if _is_single(file, query) else ["several rows that are no records"]
     first, *others = map(uncast, columns_of(file, query))
     values = [value for value in others if not _is_null(value)]
-    if _is_null(first) and values:  # the conversation's id and the page's key: see HistoryQuery
+    if _is_null(first) and values:  # see HistoryQuery
+        is_by_key = any(parameter.name in {"before_key", "after_key"} for parameter in file.parameters)
+        places = [others.index(value) for value in values]
         match values:
-            case [ast.ColumnRef() as identifier, ast.SubLink(subselect=ast.SelectStmt() as sub)]:
+            case [ast.ColumnRef() as identifier] if not is_by_key and places == [0]:
+                is_known = names(identifier)[-1] == "id"
+            case [ast.ColumnRef() as identifier, ast.SubLink(subselect=ast.SelectStmt() as sub)] if places == [0, 6]:
                 keys = [names(output.val)[-1] for output in outputs(sub) if isinstance(output.val, ast.ColumnRef)]
-                is_known = names(identifier)[-1] == "id" and keys == ["key"] and _is_single(file, sub)
-                is_known = is_known and [others.index(value) for value in values] == [0, 6]
+                is_known = is_by_key and names(identifier)[-1] == "id" and keys == ["key"] and _is_single(file, sub)
             case _:
                 is_known = False
         gaps += [] if is_known else ["an existence row with other values"]
@@ -862,9 +865,11 @@ def tables_of_keys(file: SqlFile) -> dict[int, set[str]]:
 
 
 def _bare(value: Any) -> Any:
-    """Return a value without its casts, its default and the limit's extra row."""
+    """Return a value without its casts, its default, the SELECT around it and the limit's extra row."""
     match uncast(value):
         case ast.CoalesceExpr(args=[first, *_]) | ast.A_Expr(kind=A_Expr_Kind.AEXPR_NULLIF, lexpr=first):
+            return _bare(first)
+        case ast.SubLink(subselect=ast.SelectStmt(targetList=[ast.ResTarget(val=first)], fromClause=None)):
             return _bare(first)
         case ast.A_Expr(lexpr=first, rexpr=ast.CaseExpr()):
             return _bare(first)
