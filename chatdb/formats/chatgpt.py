@@ -60,7 +60,10 @@ def conversation(source: _Object) -> list[items.Item]:
     name = items.name_of(source.get("conversation_id")) or items.name_of(source.get("id"))
     key = f"chatgpt:{name}" if name else f"chatgpt::{items.fingerprint(said)}"
     title, is_cut = _title(source.get("title"))
-    head = items.SourceConversation(key, title, None, len(messages), created_at, updated_at or latest)
+    last_at = updated_at or latest
+    head = items.SourceConversation(
+        key, title, None, len(messages), created_at, last_at, *_archived_and_pinned(source, last_at)
+    )
     stream: list[items.Item] = [head, *messages]
     if is_cut:
         stream.append(items.Changed("title truncated to 1,000 characters", conversations=1))
@@ -69,6 +72,14 @@ def conversation(source: _Object) -> list[items.Item]:
     if elsewhere:
         stream.append(items.Skipped("not on the current branch", messages=elsewhere))
     return stream
+
+
+def _archived_and_pinned(source: _Object, last_at: datetime | None) -> tuple[datetime | None, datetime | None]:
+    """Return the times of archiving and pinning, or of the last change if the export has only a flag."""
+    flagged_at = last_at or items.UNKNOWN_TIME
+    archived_at = flagged_at if source.get("is_archived") is True else None
+    pinned_at = _time(source.get("pinned_time")) or (flagged_at if source.get("is_starred") is True else None)
+    return archived_at, pinned_at
 
 
 def _branch(nodes: dict[str, _Object], current: object) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 from chatdb._core.validate import MAX_NAME, check_content, check_metadata, check_payload, utf8_length
 from chatdb.errors import InvalidInputError
@@ -39,6 +39,10 @@ class SourceConversation(NamedTuple):
     last_seq: int
     created_at: datetime | None
     updated_at: datetime | None
+    archived_at: datetime | None = None
+    """None if it is not archived, `UNKNOWN_TIME` if the source does not say when."""
+    pinned_at: datetime | None = None
+    """The same for pinned."""
 
     def __repr__(self) -> str:
         return f"SourceConversation(last_seq={self.last_seq})"
@@ -66,6 +70,9 @@ ParsedMessage: TypeAlias = tuple[str, str, str | None, object]
 """Role, text, the framework's message type if it is more specific, and the author's name."""
 
 Item: TypeAlias = SourceConversation | SourceMessage | Skipped | Changed
+
+UNKNOWN_TIME: Final = datetime.max.replace(tzinfo=UTC)
+"""Stands for a time that the source does not have; the import then uses its own time."""
 
 REPLACED = "NUL or lone surrogate replaced with U+FFFD, original kept in the payload"
 

@@ -16,7 +16,7 @@ from chatdb._core.driver_errors import mapped_driver_errors
 from chatdb._core.query import Query
 from chatdb._core.validate import as_text_array, check_user_id
 from chatdb.errors import ConfigurationError, ConflictError
-from chatdb.formats.items import Changed, Item, Skipped, SourceConversation, SourceMessage
+from chatdb.formats.items import UNKNOWN_TIME, Changed, Item, Skipped, SourceConversation, SourceMessage
 from chatdb.pool import Pool, transaction
 from chatdb.records import ImportedConversation, ImportedMessages, StoredConversation
 
@@ -144,10 +144,9 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
     try:
         async with transaction(pool, user_id=user) as connection:
             started_at, has_row_security = await _started_at(connection)
-            latest = started_at + CLOCKS_DIFFER
             while (batch := await asyncio.shield(ahead)) is not None:
                 ahead = asyncio.create_task(asyncio.to_thread(next, batches, None))
-                batch = _drop_future_times(batch, latest, report)
+                batch = _drop_future_times(batch, started_at, report)
                 await _store(connection, user, batch, started_at, report, has_row_security=has_row_security)
     finally:
         with contextlib.suppress(Exception):  # raise the first error, not this one
@@ -191,8 +190,9 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
     yield batch
 
 
-def _drop_future_times(batch: _Batch, latest: datetime, report: ImportReport) -> _Batch:
-    """Drop times after `latest`, which would pin a conversation to the top of the list; the import's time is used."""
+def _drop_future_times(batch: _Batch, started_at: datetime, report: ImportReport) -> _Batch:
+    """Drop times in the future, which would keep a conversation at the top of a list; the import's time is used."""
+    latest = started_at + CLOCKS_DIFFER
 
     def known(time: datetime | None) -> datetime | None:
         return None if time is None or time > latest else time
@@ -200,11 +200,18 @@ def _drop_future_times(batch: _Batch, latest: datetime, report: ImportReport) ->
     past: _Batch = []
     for target, messages in batch:
         source = target.source
-        created_at, updated_at = known(source.created_at), known(source.updated_at)
-        if (created_at, updated_at) != (source.created_at, source.updated_at):
-            # only the creation time identifies a conversation without a key
-            target.source = source._replace(created_at=created_at or updated_at, updated_at=updated_at)
-            report.change(FUTURE, conversations=1)
+        times = (source.created_at, source.updated_at, source.archived_at, source.pinned_at)
+        if times != tuple(map(known, times)):
+            created_at, updated_at = known(source.created_at), known(source.updated_at)
+            target.source = source._replace(
+                # only the creation time identifies a conversation without a key
+                created_at=created_at or updated_at,
+                updated_at=updated_at,
+                archived_at=source.archived_at and (known(source.archived_at) or started_at),
+                pinned_at=source.pinned_at and (known(source.pinned_at) or started_at),
+            )
+            if any(time is not None and latest < time < UNKNOWN_TIME for time in times):
+                report.change(FUTURE, conversations=1)
         replaced = [message._replace(created_at=known(message.created_at)) for message in messages]
         ahead = sum(new.created_at != old.created_at for new, old in zip(replaced, messages, strict=True))
         if ahead:
@@ -288,6 +295,8 @@ async def _find_or_create(
             as_text_array(target.source.last_seq for target in new),
             as_text_array(target.source.created_at or started_at for target in new),
             as_text_array(target.source.updated_at or started_at for target in new),
+            as_text_array(target.source.archived_at for target in new),
+            as_text_array(target.source.pinned_at for target in new),
         )
     except ConflictError as error:
         raise ConflictError("another client is storing the same conversations: import again") from error

@@ -8,7 +8,8 @@ chatdb's JSON lines, version 1, which `chatdb export` writes and `chatdb import`
     {"type":"end","conversations":1,"messages":2}
 
 A conversation is followed by its messages in order of `seq`. `payload` is a JSON string, to keep it byte for byte. A
-reader ignores a conversation's `id` and `user_id` and all unknown fields.
+reader ignores a conversation's `id`, `user_id` and `revision` and all unknown fields. A conversation without
+`archived_at` or `pinned_at`, as the first release wrote it, is not archived or pinned.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def read(file: BinaryIO) -> Iterator[Item]:
     for line, fields in lines:
         match fields.get("type"):
             case "conversation":
-                conversation = SourceConversation(**_taken(line, fields, _CONVERSATION))
+                conversation = SourceConversation(**_taken(line, _NOT_ARCHIVED | fields, _CONVERSATION))
                 conversations += 1
                 seq, last_seq = 0, conversation.last_seq
                 yield conversation
@@ -164,6 +165,10 @@ def _time(name: str, value: object) -> datetime:
     raise InvalidInputError(name, "must be an ISO 8601 time with a UTC offset")
 
 
+def _optional_time(name: str, value: object) -> datetime | None:
+    return None if value is None else _time(name, value)
+
+
 _CONVERSATION: dict[str, Callable[[str, Any], Any]] = {
     "key": check_key,
     "title": check_title,
@@ -171,7 +176,10 @@ _CONVERSATION: dict[str, Callable[[str, Any], Any]] = {
     "last_seq": partial(check_int, least=0, most=MAX_LAST_SEQ),
     "created_at": _time,
     "updated_at": _time,
+    "archived_at": _optional_time,
+    "pinned_at": _optional_time,
 }
+_NOT_ARCHIVED: Final = {"archived_at": None, "pinned_at": None}
 _MESSAGE: dict[str, Callable[[str, Any], Any]] = {
     "seq": check_seq,
     "role": check_role,

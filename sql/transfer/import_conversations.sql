@@ -8,14 +8,21 @@
 -- $5 last_seqs text[]
 -- $6 created_ats text[]
 -- $7 updated_ats text[]
+-- $8 archived_ats text[]    null where a conversation is not archived
+-- $9 pinned_ats text[]    null where a conversation is not pinned
 --
 -- returns many ImportedConversation
 
-insert into chatdb.conversations (user_id, key, title, metadata, last_seq, created_at, updated_at)
-select $1, key, title, metadata::jsonb, last_seq, created_at, updated_at
-from unnest(
-    $2::text[], $3::text[], $4::text[], $5::text[]::int8[], $6::text[]::timestamptz[], $7::text[]::timestamptz[]
+insert into chatdb.conversations (
+    user_id, key, title, metadata, last_seq, created_at, updated_at, archived_at, pinned_at
 )
-    with ordinality as c (key, title, metadata, last_seq, created_at, updated_at, ordinality)
+select $1, key, title, metadata::jsonb, last_seq, created_at, updated_at, archived_at, pinned_at
+from unnest(
+    $2::text[], $3::text[], $4::text[], $5::text[]::int8[], $6::text[]::timestamptz[], $7::text[]::timestamptz[],
+    $8::text[]::timestamptz[], $9::text[]::timestamptz[]
+)
+    with ordinality as c (
+        key, title, metadata, last_seq, created_at, updated_at, archived_at, pinned_at, ordinality
+    )
 order by ordinality
 returning id

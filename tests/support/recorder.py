@@ -381,7 +381,7 @@ def _message(seq, key):
 IMPORT = [
     SourceConversation("a", "A", '{"m": 1}', 1, None, _days(1)),
     _message(1, "a1"),
-    SourceConversation(None, None, None, 4, _days(2), _days(3)),
+    SourceConversation(None, None, None, 4, _days(2), _days(3), _days(5), _days(6)),
     _message(1, "b1"),
     Skipped("it is broken", messages=3),
     SourceConversation(None, "C", None, 3, _days(2), _days(4)),
@@ -424,7 +424,8 @@ IMPORTED = [
         "import_conversations",
         USER
         | {"keys": ["a", None], "titles": ["A", None], "metadatas": ['{"m": 1}', None], "last_seqs": _texts([1, 4])}
-        | {"created_ats": _texts([NOW, _days(2)]), "updated_ats": _texts([_days(1), _days(3)])},
+        | {"created_ats": _texts([NOW, _days(2)]), "updated_ats": _texts([_days(1), _days(3)])}
+        | {"archived_ats": _texts([None, _days(5)]), "pinned_ats": _texts([None, _days(6)])},
     ),
     (
         "import_conversations_extend",

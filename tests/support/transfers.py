@@ -27,7 +27,10 @@ async def exported(db: Pool, user: str = "alice") -> bytes:
     return b"".join([*lines, jsonlines.end_line(conversations, messages)])
 
 
+_OWN = {"id", "user_id", "revision"}
+
+
 def portable(text: bytes) -> list[dict[str, Any]]:
     """Return exported lines without the fields that differ between databases and users."""
     lines = [json.loads(line) for line in text.splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("id", "user_id")} for line in lines]
+    return [{name: value for name, value in line.items() if name not in _OWN} for line in lines]

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from chatdb._core import validate
 from chatdb.errors import InvalidInputError
-from chatdb.formats.items import Changed, Skipped, SourceConversation, SourceMessage
+from chatdb.formats.items import UNKNOWN_TIME, Changed, Skipped, SourceConversation, SourceMessage
 from chatdb.records import Conversation, JsonText, Message
 from chatdb.transfer import files, json_objects, jsonlines
 
@@ -749,12 +749,37 @@ def test_a_conversation_without_times_has_those_of_its_messages():
     """A conversation without times gets those of its messages, or none if they have none."""
     chain = [turn("user", "a"), turn("user", "b", create_time=1681234568)]
     items = read([chatgpt(*chain, create_time=None, update_time=None)], "chatgpt")
-    assert heads(items)[0][-2:] == (moment(8), moment(8))
+    assert heads(items)[0][4:] == (moment(8), moment(8), None, None)
     assert [message.created_at for message in messages(items)] == [moment(8), moment(8)]
     items = read([chatgpt(turn("user", "a"), create_time=None, update_time=1681234569)], "chatgpt")
-    assert heads(items)[0][-2:] == (moment(9), moment(9))
+    assert heads(items)[0][4:] == (moment(9), moment(9), None, None)
     items = read([chatgpt(turn("user", "a"), create_time=None, update_time=None)], "chatgpt")
     assert (items[0].created_at, items[0].updated_at, items[1].created_at) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "archived_at", "pinned_at"),
+    [
+        ({"is_archived": True}, moment(40, 500000), None),
+        ({"is_starred": True}, None, moment(40, 500000)),
+        ({"pinned_time": 1681234569.5}, None, moment(9, 500000)),
+        ({"is_starred": True, "pinned_time": 1681234569.5, "is_archived": True}, moment(40, 500000), moment(9, 500000)),
+        ({"is_archived": True, "update_time": None}, moment(7, 123456), None),
+        ({"is_archived": False, "is_starred": False, "pinned_time": None}, None, None),
+        ({"is_archived": "yes", "is_starred": 1, "pinned_time": 1e20}, None, None),
+    ],
+)
+def test_archived_and_pinned_conversations(fields, archived_at, pinned_at):
+    """The flags of an export become times: that of the pin, or of the conversation's last change."""
+    (head,) = heads(read([chatgpt(turn("user", "a"), **fields)], "chatgpt"))
+    assert (head.archived_at, head.pinned_at) == (archived_at, pinned_at)
+
+
+def test_flags_without_any_time():
+    """A conversation without times keeps its flags."""
+    flags = {"is_archived": True, "is_starred": True}
+    (head,) = heads(read([chatgpt(turn("user", "a"), create_time=None, update_time=None, **flags)], "chatgpt"))
+    assert (head.updated_at, head.archived_at, head.pinned_at) == (None, UNKNOWN_TIME, UNKNOWN_TIME)
 
 
 def test_message_keys_are_distinct_and_short():
@@ -901,8 +926,11 @@ some_conversations = st.builds(
     title=st.none() | names,
     metadata=some_metadata,
     last_seq=st.integers(0, 2**53),
+    revision=st.integers(0, 2**53),
     created_at=some_times,
     updated_at=some_times,
+    archived_at=st.none() | some_times,
+    pinned_at=st.none() | some_times,
 )
 
 
@@ -1001,18 +1029,26 @@ def test_a_file_of_another_writer_is_read():
     assert items[1].created_at.tzinfo is UTC
 
 
+def test_archived_and_pinned_are_optional():
+    """A file of the first release lacks them; null means neither."""
+    assert read(file_of(a_head()), "chatdb")[0] == SourceConversation(None, SECRET, None, 2, NOW, NOW, None, None)
+    lines = file_of(a_head(archived_at=None, pinned_at=NOW.isoformat(), revision=9))
+    assert read(lines, "chatdb")[0] == SourceConversation(None, SECRET, None, 2, NOW, NOW, None, NOW)
+
+
 def test_lines_are_as_they_are_documented():
     """Texts are UTF-8, only conversations have IDs, and a number that JSON cannot express is refused."""
     written = {"created_at": "2026-02-03T04:05:06.000007+00:00"}
     head = {"id": 1, "user_id": "ü", "key": "ä", "title": None, "metadata": {"a": 1}, "last_seq": 2}
     body = {"seq": 1, "role": "user", "content": "ö", "payload": "[ ]", "metadata": None, "token_count": 3, "key": None}
-    conversation = Conversation(**head, created_at=NOW, updated_at=NOW)
+    head |= {"revision": 5, "archived_at": None}
+    conversation = Conversation(**head, created_at=NOW, updated_at=NOW, pinned_at=NOW)
     line = jsonlines.message_line(Message(**body, id=2, conversation_id=1, user_id="ü", created_at=NOW))
     assert jsonlines.header() == b'{"type":"chatdb","version":1}\n'
     assert jsonlines.end_line(1, 2) == b'{"type":"end","conversations":1,"messages":2}\n'
     assert json.loads(line) == {"type": "message"} | body | written
     assert "ö".encode() in line
-    written["updated_at"] = written["created_at"]
+    written |= dict.fromkeys(("updated_at", "pinned_at"), written["created_at"])
     assert json.loads(jsonlines.conversation_line(conversation)) == {"type": "conversation"} | head | written
     with pytest.raises(ValueError, match="not JSON compliant"):
         jsonlines.conversation_line(conversation.model_copy(update={"metadata": {"a": float("inf")}}))
@@ -1039,6 +1075,7 @@ BAD_HEAD = {
     "created_at": BAD_TIMES,
     "updated_at": BAD_TIMES,
 }
+BAD_OPTIONAL = {"archived_at": BAD_TIMES[1:], "pinned_at": BAD_TIMES[1:]}
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field in BAD for value in (..., *BAD[field])])
@@ -1052,7 +1089,9 @@ def test_a_wrong_field_of_a_message_is_refused(field, value):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [(field, value) for field in BAD_HEAD for value in (..., *BAD_HEAD[field])]
+    ("field", "value"),
+    [(field, value) for field in BAD_HEAD for value in (..., *BAD_HEAD[field])]
+    + [(field, value) for field, values in BAD_OPTIONAL.items() for value in values],
 )
 def test_a_wrong_field_of_a_conversation_is_refused(field, value):
     """A missing or wrong field is an error with the line and the field."""
@@ -1140,7 +1179,19 @@ def test_an_end_that_counts_otherwise_is_said(conversations, number, missing):
 def test_a_line_may_have_so_many_bytes_and_no_more(monkeypatch):
     """A line over the limit is refused before it is read completely."""
     head = jsonlines.conversation_line(
-        Conversation(id=1, user_id="u", key=None, title=None, metadata=None, last_seq=2, created_at=NOW, updated_at=NOW)
+        Conversation(
+            id=1,
+            user_id="u",
+            key=None,
+            title=None,
+            metadata=None,
+            last_seq=2,
+            revision=2,
+            created_at=NOW,
+            updated_at=NOW,
+            archived_at=None,
+            pinned_at=None,
+        )
     )
     monkeypatch.setattr(jsonlines, "MAX_LINE", len(head))
     assert read(jsonlines.header() + head, "chatdb")[1:] == [NO_END]
@@ -1406,7 +1457,7 @@ def test_an_archive_of_another_method(tmp_path: Path, method: int) -> None:
 
 
 @pytest.mark.parametrize("time", ["infinity", "-infinity", "Infinity", "9999-12-31T23:59:59-01:00", "NaN"])
-@pytest.mark.parametrize("field", ["created_at", "updated_at"])
+@pytest.mark.parametrize("field", ["created_at", "updated_at", "archived_at", "pinned_at"])
 def test_a_time_that_is_none(time: str, field: str) -> None:
     """Infinity, and a time outside the calendar in UTC, is refused with its line and field."""
     with pytest.raises(InvalidInputError, match=rf"^line 2, {field}: must be an ISO 8601 time with a UTC offset$"):

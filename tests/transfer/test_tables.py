@@ -116,7 +116,7 @@ async def import_all(db: Pool, dsn: str, *, user: str = "alice", **options: Any)
 
 async def stored(db: Pool, key: str, user: str = "alice") -> tuple[chatdb.Conversation, list[chatdb.Message]]:
     """Return a conversation and its messages."""
-    conversation = await chatdb.get_conversation_by_key(db, user_id=user, key=key)
+    conversation = await chatdb.get_conversation(db, user_id=user, conversation_key=key)
     return conversation, await chatdb.get_history(db, user_id=user, conversation_id=conversation.id)
 
 

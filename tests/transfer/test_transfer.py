@@ -246,6 +246,7 @@ conversations = st.lists(
         st.none() | text_values,
         st.none() | st.dictionaries(text_values, json_values, max_size=3),
         st.lists(st.tuples(new_messages, st.booleans(), st.booleans()), max_size=6),
+        st.fixed_dictionaries({"archived": st.booleans(), "pinned": st.booleans()}),
     ),
     max_size=4,
 )
@@ -262,7 +263,7 @@ def test_export_and_import_lose_nothing(
         async with chatdb.create_pool(**arguments_of(dsn)) as db:
             for user in ("alice", "bob"):
                 await chatdb.delete_user(db, user_id=user)
-            for key, title, metadata, messages in data:
+            for key, title, metadata, messages, flags in data:
                 made = await chatdb.create_conversation(db, user_id="alice", key=key, title=title, metadata=metadata)
                 at = {"user_id": "alice", "conversation_id": made.id}
                 for message, keyed, deleted in messages:
@@ -271,6 +272,7 @@ def test_export_and_import_lose_nothing(
                     )
                     if deleted:
                         await chatdb.delete_message(db, **at, seq=stored.seq)
+                await chatdb.update_conversation(db, **at, **flags)
             text = await exported(db)
             report = await import_text(db, text, user="bob", kind="chatdb")
             assert report.skipped == {}
@@ -408,6 +410,27 @@ async def test_times_in_the_future(db: Pool) -> None:
     assert first.id == new.id
     assert second.updated_at <= new.created_at
     assert (await import_text(db, json.dumps(export), kind="chatgpt")).stored_conversations == 1
+
+
+async def test_archived_and_pinned(db: Pool) -> None:
+    """Archived and pinned conversations stay so; a time in the future, or none, becomes that of the import."""
+    exports = [json.loads(chatgpt("n1", name=name))[0] for name in ("past", "future", "never")]
+    past, future, never = exports
+    past |= {"is_archived": True, "pinned_time": 1_700_000_000.0}
+    future |= {"is_archived": True, "pinned_time": 4102444800.0}
+    never |= {"is_archived": True, "is_starred": True, "create_time": None, "update_time": None}
+    never["mapping"]["n1"]["message"]["create_time"] = None
+    report = await import_text(db, json.dumps(exports), kind="chatgpt")
+    assert report.changed == {FUTURE: (1, 0)}
+    new = await chatdb.create_conversation(db, user_id="alice")
+    keyed = {each.key: each for each in await chatdb.list_conversations(db, user_id="alice", archived=True)}
+    imported = [keyed[f"chatgpt:{name}"] for name in ("past", "future", "never")]
+    assert [each.archived_at for each in imported[:2]] == [each.updated_at for each in imported[:2]]
+    assert imported[0].pinned_at == datetime.fromtimestamp(1_700_000_000, UTC)
+    assert imported[1].pinned_at == imported[2].pinned_at == imported[2].archived_at
+    assert imported[2].pinned_at < new.created_at
+    assert [each.revision for each in imported] == [1, 1, 1]
+    assert await chatdb.list_conversations(db, user_id="alice") == [new]
 
 
 async def test_an_absurd_last_seq(db: Pool) -> None:
