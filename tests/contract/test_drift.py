@@ -44,7 +44,7 @@ from tests.support.catalog import DATA, Live
 from tests.support.databases import new_database
 from tests.support.mutants import less, misfilled, swaps, without_user
 from tests.support.package import bindings, fields_of, given_of, query_of, record_of
-from tests.support.plans import check_plan
+from tests.support.plans import check_addressing, check_plan
 from tests.support.recorder import (
     CALLS,
     COPIED,
@@ -602,6 +602,15 @@ def test_the_plan_has_the_indexes(live, stem):
     check_plan(live, file_of(stem))
 
 
+ADDRESSING = [stem for stem in TEXTS if "conversation_key" in [each.name for each in file_of(stem).parameters]]
+
+
+@pytest.mark.parametrize("stem", ADDRESSING)
+def test_an_id_looks_up_no_key(live, stem):
+    """The generic plan never executes the subqueries for keys if the caller gives an id and a seq."""
+    check_addressing(live, file_of(stem))
+
+
 def test_tables_and_indexes_say_what_they_serve(live):
     """Every table and index has a comment, and each file that an index's comment names also names the index."""
     check_comments(live, {stem: file_of(stem) for stem in TEXTS})
@@ -952,6 +961,16 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_plan, "list_pinned", "order by pinned_at desc, ", "order by "),
         (check_plan, "load_conversation", "order by seq desc", "order by created_at desc"),
         (check_plan, "list_previews", "order by seq desc", "order by created_at desc"),
+        (check_addressing, "get_conversation", "(select $2::int8)", "(select $2::int8 where false)"),
+        (check_addressing, "get_conversation", "= coalesce((select $2::int8), (", "= least($2, ("),
+        (check_addressing, "append_message", "= coalesce((select $2::int8), (", "= greatest($2, ("),
+        (check_addressing, "get_message", "and seq = coalesce((select $4::int8), (", "and seq = least($4, ("),
+        (
+            check_addressing,
+            "get_history",
+            "and conversation_id = coalesce((select $2::int8), (",
+            "and conversation_id = least($2, (",
+        ),
         (check_style, "get_conversation", "id, user_id, key, title", "*, title"),
         (check_style, "update_conversation", "returning id", "returning *, id"),
         (check_style, "import_conversations_extend", "\nreturning c.id", ""),

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import psycopg
+from psycopg import sql
 from psycopg.pq import ExecStatus
 
 from tests.support.sqlfiles import Columns, SqlFile
@@ -123,10 +124,19 @@ class Live:
 
     def plan(self, file: SqlFile) -> list[dict[str, Any]]:
         """Return the nodes of a statement's generic plan."""
-        arguments = ", ".join(["null"] * len(file.parameters))
+        return self._explained("format json", file, ["null"] * len(file.parameters))
+
+    def executed(self, file: SqlFile, values: dict[str, Any]) -> list[dict[str, Any]]:
+        """Run a statement's generic plan with these values of its parameters, undo it, and return the plan's nodes."""
+        arguments = [sql.Literal(values.get(each.name)).as_string(self.connection) for each in file.parameters]
+        with self.connection.transaction(force_rollback=True):
+            return self._explained("analyze, format json", file, arguments)
+
+    def _explained(self, options: str, file: SqlFile, arguments: list[str]) -> list[dict[str, Any]]:
         self.connection.execute("set plan_cache_mode = force_generic_plan")
         self.connection.execute(f"prepare drift as {file.sql}")
-        ((plan,),) = self.rows(f"explain (format json) execute drift {f'({arguments})' if arguments else ''}")
+        listed = f"({', '.join(arguments)})" if arguments else ""
+        ((plan,),) = self.rows(f"explain ({options}) execute drift {listed}")
         self.connection.execute("deallocate drift")
         return list(_nodes(plan[0]["Plan"]))
 
