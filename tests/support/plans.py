@@ -35,10 +35,19 @@ ADDRESS = {"user_id": "user 7", "conversation_id": 107, "conversation_key": "key
 PLACE = {"seq": 2, "key": "key 2", "before_seq": 3, "before_key": "key 3", "after_seq": 1, "after_key": "key 1"}
 """Messages of it, with their keys."""
 OTHERS_OF_CALL = {
-    **{"row_limit": 1, "role": "user", "content": "hello", "roles": ["user"], "contents": ["hello"]},
-    **dict.fromkeys(("payloads", "metadatas", "token_counts"), [None]),
+    "row_limit": 1,
+    "role": "user",
+    "content": "hello",
+    "roles": ["user"],
+    "contents": ["hello"],
+    "payloads": [None],
+    "metadatas": [None],
+    "token_counts": [None],
     **dict.fromkeys(("create_missing", "skip_stored", "set_title", "set_metadata", "set_payload"), False),
-    **{"set_content": True, "set_token_count": False, "keys": ["new"], "archived": True},
+    "set_content": True,
+    "set_token_count": False,
+    "keys": ["new"],
+    "archived": True,
 }
 """The other arguments: a page is full, so that no statement looks for the conversation itself."""
 
