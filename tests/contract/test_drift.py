@@ -993,7 +993,7 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
             "select user_id, id, last_seq, appended_at",
             "select $3 as user_id, id, last_seq, appended_at",
         ),
-        (check_isolation, ONE, "m.user_id = $1 and m.conversation_id = c.id", "m.conversation_id = c.id"),
+        (check_isolation, ONE, "m.user_id = $1 and m.conversation_id =", "m.conversation_id ="),
         (
             check_isolation,
             MANY,

@@ -413,6 +413,10 @@ class _Facts:
                 return condition.args[0] in self.conditions
             case ast.NullTest(nulltesttype=NullTestType.IS_NULL):
                 return any(_is_operator(part, "=") and part.rexpr == uncast(condition.arg) for part in self.conditions)
+            case ast.A_Expr(rexpr=ast.SubLink(subselect=ast.SelectStmt(targetList=[output]) as sub)) if (
+                _is_operator(condition, "=") and isinstance(output.val, ast.ColumnRef) and self.is_empty(sub)
+            ):
+                return True  # null
             case _:
                 return any(_is_opposite(part, condition) for part in self.conditions)
 
@@ -461,10 +465,10 @@ def _is_given(file: SqlFile, query: Any, name: str, *, is_new: bool = False) -> 
     for condition in source.conditions:
         parts = condition.args if _is_or(condition) else [condition]
         fresh = [part for part in parts if _is_fresh(part)]
-        if all(_compares(file, part, level, name) for part in parts if part not in fresh):
-            is_proven = not fresh or (len(parts) > len(fresh) and _is_sources(file, source, name, is_new=True))
-            if is_proven:
-                return True
+        if all(_compares(file, part, level, name) for part in parts if part not in fresh) and (
+            not fresh or _is_sources(file, source, name, is_new=True)
+        ):
+            return True
     return not is_table(source.node) and _is_sources(file, source, name, is_new=is_new)
 
 
