@@ -495,10 +495,15 @@ async def test_a_counts_argument_reaches_its_parameter(tx):
 
 
 def test_every_function_is_called():
-    """The calls above cover every public function with a database and every file."""
+    """The calls above cover every public function with a database, every argument and every file."""
     functions = {name for name in chatdb.__all__ if inspect.isfunction(getattr(chatdb, name))} - {"transaction"}
     with_db = {name for name in functions if "db" in inspect.signature(getattr(chatdb, name)).parameters}
     assert {function for function, _, _ in CALLS} == with_db
+    given = defaultdict(set)
+    for function, _, arguments in CALLS:
+        given[function] |= arguments.keys()
+    for function in with_db:
+        assert given[function] == inspect.signature(getattr(chatdb, function)).parameters.keys() - {"db"}, function
     assert {stem for _, stem, _ in CALLS} | TRANSFERRED.keys() == TEXTS.keys()
 
 
@@ -1098,6 +1103,24 @@ def test_a_changed_record_is_found(live, check, change):
     record = create_model("Message", **{name: (hints[name], ...) for name in {**Message.model_fields, **change}})
     with pytest.raises(AssertionError):
         check(live, file_of("get_message"), record)
+
+
+@pytest.mark.parametrize("text", ["Serves get_message_by_key.", "Serves get_message and list_pinned.", ""])
+def test_a_changed_comment_is_found(live, text):
+    """A comment that names a file which is gone or does not use the index, and a missing comment, are found."""
+    with live.connection.transaction(force_rollback=True):
+        live.connection.execute(f"comment on index chatdb.pk_messages is '{text}'")
+        with pytest.raises(AssertionError):
+            check_comments(Live(live.connection), {stem: file_of(stem) for stem in TEXTS})
+
+
+@pytest.mark.parametrize(
+    "source", ['case "stale":', 'case "stale": case "conflict": case "missing": case "again": case "other":']
+)
+def test_a_changed_refusal_is_found(source):
+    """A refusal that only the headers or only the package knows is found."""
+    with pytest.raises(AssertionError):
+        check_refusals([file_of(stem) for stem in TEXTS], source)
 
 
 @FILLERS
