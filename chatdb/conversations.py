@@ -41,6 +41,7 @@ _upsert_conversation = Query("upsert_conversation", Conversation, idempotent=Tru
 _get_conversation = Query("get_conversation", Conversation, idempotent=True)
 _load_conversation = JoinedQuery("load_conversation", Conversation, idempotent=True)
 _list_conversations = Query("list_conversations", Conversation, idempotent=True)
+_list_conversations_after = Query("list_conversations_after", Conversation, idempotent=True)
 _list_conversations_archived = Query("list_conversations_archived", Conversation, idempotent=True)
 _list_conversations_all = Query("list_conversations_all", Conversation, idempotent=True)
 _list_conversations_created = Query("list_conversations_created", Conversation, idempotent=True)
@@ -195,8 +196,11 @@ async def list_conversations(
     an unknown user.
 
     Raises ConversationNotFoundError if no conversation has `after_key`, or InvalidInputError. SQL:
-    `list_conversations.sql`, or the file with the suffix `_archived`, `_all`, `_created` or `_created_ascending`.
+    `list_conversations.sql`, or the file with the suffix `_after`, `_archived`, `_all`, `_created` or
+    `_created_ascending`.
     """
+    if after is None and after_key is None and archived is False and order_by == "updated_at" and descending is True:
+        return await _list_conversations.fetch_all(db, check_user_id(user_id), check_limit("limit", limit))
     query, user, args = _page(_LISTS, user_id, limit, after, after_key, archived, order_by, descending)
     return await query.fetch_page(db, user, *args)
 
@@ -223,7 +227,7 @@ async def list_previews(
 
 
 _LISTS: dict[tuple[str, bool | None], Query[Conversation]] = {
-    ("updated_at", False): _list_conversations,
+    ("updated_at", False): _list_conversations_after,
     ("updated_at", True): _list_conversations_archived,
     ("updated_at", None): _list_conversations_all,
     ("created_at", True): _list_conversations_created,

@@ -78,6 +78,7 @@ def calls(
         lambda: chatdb.list_messages(db, **first, limit=10, after_key="m50"),
         lambda: chatdb.get_message(db, **first, seq=3),
         *(lambda f=f, c=c: f(db, **user, **c) for f in lists for c in choices),
+        lambda: chatdb.list_conversations(db, **user, after=five[0]),
         lambda: chatdb.list_pinned(db, **user),
         lambda: chatdb.append_message(db, **first, **text),
         lambda: chatdb.append_message(db, **first, **text, key=key),

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 WHOLE = {("Seq Scan", "conversations"), ("Seq Scan", "messages")}
-INCREMENTAL = {"list_conversations", "list_conversations_all", "list_conversations_archived", "list_pinned"}
+INCREMENTAL = {
+    "list_conversations",
+    "list_conversations_after",
+    "list_conversations_all",
+    "list_conversations_archived",
+    "list_pinned",
+}
 INCREMENTAL |= {"list_previews", "list_previews_all", "list_previews_archived"}
 """The files that sort the conversations of a day or of a time, which the index has next to each other."""
 OTHERS = {"append_messages_conditional", "delete_user", "import_conversations", "import_conversations_find"}

@@ -93,7 +93,8 @@ def _lists(function):
     for page in PAGES:
         given = USER | {"limit": 7} | page
         for archived, suffix in suffixes:
-            yield function, f"{function}{suffix}", given | {"archived": archived}
+            is_later = function == "list_conversations" and not suffix and page != PAGES[0]
+            yield function, f"{function}{'_after' if is_later else suffix}", given | {"archived": archived}
             for is_descending, direction in [(True, ""), (False, "_ascending")]:
                 order = {"order_by": "created_at", "descending": is_descending, "archived": archived}
                 yield function, f"{function}_created{direction}", given | order

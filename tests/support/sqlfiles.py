@@ -370,8 +370,12 @@ class _Facts:
 
     def __init__(self, file: SqlFile, conditions: list[Any], full: set[str]) -> None:
         self.file = file
+        # a CTE that has rows: so its own conditions hold
+        having = [node.relname for part in conditions if _is_exists(part) for node in part.subselect.fromClause]
+        having = [name for name in having if name in file.ctes]
+        conditions = [*conditions, *(part for name in having for part in _conjuncts(file.ctes[name].whereClause))]
         self.conditions = conditions
-        self.full = full
+        self.full = {*full, *having}
         self.empty = {name for part in conditions if (name := _without(part))}
         self.arrays = {
             part.lexpr.args[0].arg.number
@@ -407,6 +411,8 @@ class _Facts:
         match condition:
             case ast.BoolExpr(boolop=BoolExprType.OR_EXPR):
                 return all(map(self._is_false, condition.args))
+            case ast.SubLink() if _is_exists(condition):
+                return self.is_empty(condition.subselect)
             case ast.BoolExpr(boolop=BoolExprType.NOT_EXPR) if _without(condition) in self.full:
                 return True
             case ast.BoolExpr(boolop=BoolExprType.NOT_EXPR):
@@ -419,6 +425,10 @@ class _Facts:
                 return True  # null
             case _:
                 return any(_is_opposite(part, condition) for part in self.conditions)
+
+
+def _is_exists(condition: Any) -> bool:
+    return isinstance(condition, ast.SubLink) and condition.subLinkType == SubLinkType.EXISTS_SUBLINK
 
 
 def _without(condition: Any) -> str | None:
