@@ -85,9 +85,9 @@ async def create_conversation(
     key = check_key("key", key)
     if expected is not None and expected is not NEW:
         raise InvalidInputError("expected", "must be NEW or None")
-    batch = await check_messages(messages) if messages != () else []
     # with NEW, a retry would refuse the conversation that the first try created
     is_idempotent = key is not None and expected is not NEW
+    batch = [] if type(messages) is tuple and not messages else await check_messages(messages)
     if batch or (expected is NEW and key is not None):
         for _ in range(3):
             created = await _create_conversation_messages.fetch_all(

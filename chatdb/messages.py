@@ -364,7 +364,7 @@ async def list_messages(
     """
     user = check_user_id(user_id)
     address = check_conversation(conversation_id, conversation_key)
-    seq, key = check_position("after", after_seq, after_key, start=0)
+    seq, key = check_position("after", after_seq, after_key)
     rows = check_limit("limit", limit)
     if key is None:
         return await _list_messages.fetch_history(db, user, *address, seq, rows)
@@ -533,7 +533,7 @@ async def delete_messages_after(
         db,
         check_user_id(user_id),
         *check_conversation(conversation_id, conversation_key),
-        *check_position("after", after_seq, after_key, start=0),
+        *check_position("after", after_seq, after_key),
         *check_expected(expected),
     )
 

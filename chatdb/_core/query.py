@@ -65,9 +65,6 @@ def statement_files() -> list[Path]:
 class RunAgainError(UnavailableError):
     """Another write to the conversation committed while the statement waited for the lock. It wrote nothing."""
 
-    def __init__(self) -> None:
-        super().__init__("other callers keep writing to this conversation: try again", sent=True)
-
 
 class Query(Generic[RecordT]):
     """
@@ -289,7 +286,7 @@ def _refusal(reason: str, name: str) -> ChatDBError:
         case "missing":
             return MessageNotFoundError("the conversation has no such message: check seq or key")
         case "again":
-            return RunAgainError()
+            return RunAgainError("other callers keep writing to this conversation: try again", sent=True)
         case _:
             return ConfigurationError(ROW_SUPPRESSED.format("messages"))
 

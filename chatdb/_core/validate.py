@@ -182,11 +182,14 @@ def check_message(seq: object, key: object) -> tuple[int | None, str | None]:
     return None, check_text("key", key, least=1, most=MAX_NAME)
 
 
-def check_position(direction: str, seq: object, key: object, *, start: int) -> tuple[int | None, str | None]:
-    """Return the seq or the key that a page or a deletion begins at; without one, the start."""
+def check_position(
+    direction: str, seq: object, key: object, *, start: int | None = None
+) -> tuple[int | None, str | None]:
+    """Return the seq or the key that a page or a deletion begins at; without one, the start if there is one."""
     if key is None:
-        return start if seq is None else check_seq(f"{direction}_seq", seq), None
-    refuse_both(f"{direction}_key", f"{direction}_seq", None if seq == start else seq)
+        return start if seq is None and start is not None else check_seq(f"{direction}_seq", seq), None
+    is_default = direction == "after" and type(seq) is int and seq == 0
+    refuse_both(f"{direction}_key", f"{direction}_seq", None if is_default else seq)
     return None, check_text(f"{direction}_key", key, least=1, most=MAX_NAME)
 
 

@@ -28,9 +28,11 @@ from sqlalchemy import make_url
 
 import chatdb
 from chatdb import (
+    NEW,
     UNSET,
     ChatDBError,
     ConfigurationError,
+    ConflictError,
     InvalidInputError,
     JsonText,
     NewMessage,
@@ -39,7 +41,15 @@ from chatdb import (
 )
 from chatdb._core.options import _CHECKS, _NOT_SUPPORTED, DriverOptions
 from chatdb.admin.migrate import apply_migrations, rollback_migrations
-from tests.support.calls import CALLS, NOBODYS, SIGNATURES, Counting, call, conversation_with_a_message
+from tests.support.calls import (
+    CALLS,
+    NOBODYS,
+    SIGNATURES,
+    Counting,
+    arguments_with,
+    call,
+    conversation_with_a_message,
+)
 
 MARK = "Alice's own words"
 
@@ -179,6 +189,9 @@ ODD: dict[str, Any] = {
     "hostile dict": HostileDict(a=1),
     "model without fields": NewMessage.model_construct(role="user"),
     "conversation without fields": chatdb.Conversation.model_construct(id="odd", updated_at="odd"),
+    "NEW": NEW,
+    "etag of nothing": NOBODYS.etag,
+    "cursor of nothing": NOBODYS.cursor,
 }
 """Values that few parameters accept."""
 
@@ -188,7 +201,6 @@ def odd(label: str) -> Any:
     return ODD[label]() if label == "generator" else ODD[label]
 
 
-VALID = dict(reversed(CALLS))
 PLACES = [(name, parameter) for name, parameters in SIGNATURES.items() for parameter in parameters]
 
 
@@ -227,9 +239,9 @@ async def test_every_parameter(tx: asyncpg.Connection, name: str, parameter: str
     conversation = await conversation_with_a_message(tx)
 
     async def send(db: Counting, value: Any) -> None:
-        await call(db, name, VALID[name] | {parameter: value}, conversation)
+        await call(db, name, arguments_with(name, parameter, value), conversation)
 
-    assert await refused_wrongly(tx, parameter, send, (NotFoundError, UnavailableError)) == {}
+    assert await refused_wrongly(tx, parameter, send, (NotFoundError, ConflictError, UnavailableError)) == {}
 
 
 FIELDS = list(NewMessage.model_fields)

@@ -404,7 +404,7 @@ async def test_keyed_batches_and_deletions_do_not_block_each_other(db, conversat
 
     async def delete() -> None:
         while not stop.is_set():
-            await chatdb.delete_messages_after(db, user_id=USER, conversation_id=conversation.id, seq=0)
+            await chatdb.delete_messages_after(db, user_id=USER, conversation_id=conversation.id, after_seq=0)
 
     await together(repeat_all(), *(delete() for _ in range(4)))
     messages = await stored(db, conversation)
@@ -429,7 +429,7 @@ async def test_a_deleted_messages_key_is_free_for_one_of_many(db, conversation):
         nonlocal deleted
         while not stop.is_set():
             here = {"user_id": USER, "conversation_id": conversation.id}
-            found = await outcome(chatdb.get_message_by_key(db, key="key", **here), MessageNotFoundError)
+            found = await outcome(chatdb.get_message(db, key="key", **here), MessageNotFoundError)
             if isinstance(found, Message):
                 gone = await outcome(chatdb.delete_message(db, seq=found.seq, **here), MessageNotFoundError)
                 deleted += isinstance(gone, chatdb.Deleted)
@@ -609,7 +609,7 @@ async def test_changes_of_a_message_raced_with_appends_lose_nothing(db, conversa
 
 async def test_a_key_repeated_while_its_message_changes_stores_no_second(db, conversation):
     """A repeated call returns the message, or ConflictError if its body has changed, and writes nothing."""
-    first = await append(db, conversation, "x 0", key="key")
+    first = await append(db, conversation, "x 1", key="key")
     before = await reload(db, conversation)
     here = {"user_id": USER, "conversation_id": conversation.id}
 
@@ -618,11 +618,11 @@ async def test_a_key_repeated_while_its_message_changes_stores_no_second(db, con
             await chatdb.update_message(db, seq=first.seq, content=f"x {number % 2}", **here)
 
     async def repeat() -> list[Any]:
-        return [await outcome(append(db, conversation, "x 0", key="key"), ConflictError) for _ in range(30)]
+        return [await outcome(append(db, conversation, "x 1", key="key"), ConflictError) for _ in range(30)]
 
     _, *answers = await together(change(), *(repeat() for _ in range(8)))
     assert all(answer == first or isinstance(answer, ConflictError) for found in answers for answer in found)
-    assert await reload(db, conversation) == before
+    assert await reload(db, conversation) == before.model_copy(update={"revision": 61})  # 60 updates
     assert len(await stored(db, conversation)) == 1
 
 
@@ -650,7 +650,7 @@ async def test_cutting_a_conversation_off_raced_with_appends(db, conversation):
         nonlocal deleted
         while not stop.is_set():
             before = set(appended)
-            gone = await chatdb.delete_messages_after(db, seq=keep, **here)
+            gone = await chatdb.delete_messages_after(db, after_seq=keep, **here)
             deleted += gone.messages
             cut_off.update(before)
             left = await chatdb.list_messages(db, limit=10_000, **here)

@@ -9,7 +9,7 @@ import pytest
 
 import chatdb
 from chatdb import Conversation, ConversationNotFoundError, Deleted
-from tests.support.calls import SIGNATURES
+from tests.support.calls import NOBODYS, SIGNATURES
 
 WRITTEN = "select xmin::text, ctid::text, last_seq, updated_at from chatdb.conversations where id = $1"
 IDENTITY = "select last_value from chatdb.conversations_id_seq"
@@ -24,10 +24,17 @@ ON_A_CONVERSATION = {
     "list_messages": {},
     "iter_messages": {},
     "get_message": {"seq": 1},
-    "get_message_by_key": {"key": "first"},
     "update_message": {"seq": 1, "content": "mine"},
     "delete_message": {"seq": 1},
-    "delete_messages_after": {"seq": 0},
+    "delete_messages_after": {"after_seq": 0},
+    "load_conversation": {},
+    "pop_message": {},
+    "replace_messages_after": {
+        "after_seq": 0,
+        "messages": [{"role": "user", "content": "mine", "key": "first"}],
+        "expected": NOBODYS,
+    },
+    "upsert_message": {"key": "first", "role": "user", "content": "mine"},
 }
 """Every function with a `conversation_id`."""
 
@@ -38,6 +45,20 @@ VARIANTS = [
     ("append_messages", {"messages": []}),
     ("update_conversation", {}),
     ("update_message", {"seq": 1}),
+    ("append_message", {"role": "user", "content": "mine", "expected": NOBODYS}),
+    ("append_messages", {"messages": [{"role": "user", "content": "mine"}], "expected": NOBODYS}),
+    ("append_messages", {"messages": [], "conversation_metadata_patch": {"a": 1}}),
+    ("append_messages", {"messages": [{"role": "user", "content": "mine", "key": "first"}], "on_existing": "skip"}),
+    ("upsert_message", {"key": "second", "role": "user", "content": "mine", "expected": NOBODYS}),
+    ("update_conversation", {"title": "mine", "expected": NOBODYS}),
+    ("update_message", {"key": "first", "content": "mine", "expected": NOBODYS}),
+    ("delete_message", {"key": "first", "expected": NOBODYS}),
+    ("delete_messages_after", {"after_key": "first", "expected": NOBODYS}),
+    ("delete_conversation", {"expected": NOBODYS}),
+    ("pop_message", {"expected": NOBODYS}),
+    ("get_message", {"key": "first"}),
+    ("get_history", {"before_key": "first"}),
+    ("list_messages", {"after_key": "first"}),
 ]
 
 
@@ -61,7 +82,7 @@ async def paged(db, limit):
     """Return all of Alice's conversations, read in pages."""
     found = page = await chatdb.list_conversations(db, user_id="alice", limit=limit)
     while page and len(found) < 100:  # more than any test creates
-        page = await chatdb.list_conversations(db, user_id="alice", limit=limit, before=page[-1])
+        page = await chatdb.list_conversations(db, user_id="alice", limit=limit, after=page[-1])
         found = found + page
     return found
 
@@ -95,8 +116,11 @@ async def test_create(tx):
         title="Plans",
         metadata={"model": "small", "tags": ["a", None]},
         last_seq=0,
+        revision=0,
         created_at=conversation.created_at,
         updated_at=conversation.created_at,
+        archived_at=None,
+        pinned_at=None,
     )
     assert start <= conversation.created_at <= await tx.fetchval("select clock_timestamp()")
 
@@ -146,7 +170,7 @@ async def test_create_with_another_users_key(tx):
     of_alice, of_bob = await create(tx, key="thread-1"), await create(tx, "bob", key="thread-1")
 
     assert of_alice.id != of_bob.id
-    assert await chatdb.get_conversation_by_key(tx, user_id="bob", key="thread-1") == of_bob
+    assert await chatdb.get_conversation(tx, user_id="bob", conversation_key="thread-1") == of_bob
 
 
 async def test_key_of_a_deleted_conversation_is_free(tx):
@@ -179,7 +203,7 @@ async def test_get_by_key(tx):
     """A conversation is returned by its key as stored."""
     conversation = await create(tx, key="thread-1", title="Plans", metadata={"model": "small"})
 
-    assert await chatdb.get_conversation_by_key(tx, user_id="alice", key="thread-1") == conversation
+    assert await chatdb.get_conversation(tx, user_id="alice", conversation_key="thread-1") == conversation
 
 
 @pytest.mark.parametrize(("user_id", "key"), [("alice", "thread-2"), ("bob", "thread-1")], ids=["missing", "foreign"])
@@ -188,7 +212,7 @@ async def test_get_by_a_missing_key(tx, user_id, key):
     await create(tx, key="thread-1")
 
     with pytest.raises(ConversationNotFoundError):
-        await chatdb.get_conversation_by_key(tx, user_id=user_id, key=key)
+        await chatdb.get_conversation(tx, user_id=user_id, conversation_key=key)
 
 
 def test_every_function_on_a_conversation_is_tried():
@@ -210,7 +234,7 @@ async def test_foreign_is_missing(tx, name, arguments):
     assert len(said) == 1
     assert await chatdb.list_messages(tx, user_id="alice", conversation_id=conversation.id) == [message]
     assert await chatdb.list_conversations(tx, user_id="alice") == [
-        conversation.model_copy(update={"last_seq": 1, "updated_at": message.created_at}),
+        conversation.model_copy(update={"last_seq": 1, "revision": 1, "updated_at": message.created_at}),
     ]
 
 
@@ -257,7 +281,7 @@ async def test_list_of_an_unknown_user(tx):
     conversation = await create(tx)
 
     assert await chatdb.list_conversations(tx, user_id="bob") == []
-    assert await chatdb.list_conversations(tx, user_id="bob", before=conversation) == []
+    assert await chatdb.list_conversations(tx, user_id="bob", after=conversation) == []
 
 
 async def test_list_limit(tx):
@@ -300,7 +324,7 @@ async def test_list_with_an_append_between_pages(db):
     await append(db, first)  # from a later page
     await append(db, third)  # the cursor itself
 
-    assert await listed(db, before=page[-1]) == [second.id]
+    assert await listed(db, after=page[-1]) == [second.id]
     assert await listed(db, limit=2) == [third.id, first.id]
 
 
@@ -310,8 +334,8 @@ async def test_list_cursor_survives_its_own_deletion(tx):
     await chatdb.delete_conversation(tx, user_id="alice", conversation_id=second.id)
     cursor = Conversation.model_validate_json(second.model_dump_json())
 
-    assert await listed(tx, before=cursor) == [first.id]
-    assert await listed(tx, before=first) == []
+    assert await listed(tx, after=cursor) == [first.id]
+    assert await listed(tx, after=first) == []
 
 
 @pytest.mark.parametrize(
@@ -336,7 +360,8 @@ async def test_update(tx, change, expected):
 
     updated = await chatdb.update_conversation(tx, user_id="alice", conversation_id=conversation.id, **change)
 
-    assert updated == conversation.model_copy(update=expected)
+    changes = expected != {"title": "Old", "metadata": {"a": 1}}
+    assert updated == conversation.model_copy(update=expected | {"revision": int(changes)})
     assert await chatdb.get_conversation(tx, user_id="alice", conversation_id=conversation.id) == updated
 
 

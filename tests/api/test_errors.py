@@ -101,6 +101,7 @@ def test_the_tree_is_that_of_the_contract():
         "ConversationNotFoundError": ["NotFoundError"],
         "MessageNotFoundError": ["NotFoundError"],
         "ConflictError": ["ChatDBError"],
+        "StaleError": ["ConflictError"],
         "InvalidInputError": ["ChatDBError", "ValueError"],
         "UnavailableError": ["ChatDBError"],
         "AcquireTimeoutError": ["UnavailableError"],
@@ -126,9 +127,9 @@ async def test_input_and_conflict_tell_no_text(tx):
     with raises(InvalidInputError):
         await append(tx, conversation, role=MARK)
     with raises(ConversationNotFoundError):
-        await chatdb.get_conversation_by_key(tx, user_id=MARK, key=MARK * 2)
+        await chatdb.get_conversation(tx, user_id=MARK, conversation_key=MARK * 2)
     with raises(MessageNotFoundError):
-        await chatdb.get_message_by_key(tx, user_id=MARK, conversation_id=conversation.id, key=MARK * 2)
+        await chatdb.get_message(tx, user_id=MARK, conversation_id=conversation.id, key=MARK * 2)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ async def test_values_that_the_server_or_the_driver_refuses(tx, wrong):
     row = {"role": "user", "content": MARK, "payload": None, "metadata": None, "token_count": None} | wrong
 
     with raises(InvalidInputError):
-        await Query("append_message", Message).fetch_one(tx, "alice", conversation.id, *row.values())
+        await Query("append_message", Message).fetch_one(tx, "alice", conversation.id, None, *row.values())
 
 
 async def test_misuse_stays_the_drivers_error(tx):
@@ -517,7 +518,7 @@ async def test_a_database_with_newer_migrations(db):
     await serve()
     await db.execute(
         """
-        alter table chatdb.conversations add column archived_at timestamptz, add column pins int not null default 0;
+        alter table chatdb.conversations add column shared_at timestamptz, add column pins int not null default 0;
         alter table chatdb.messages add column edited_at timestamptz, add column language text;
         create table chatdb.attachments (id bigint primary key, content text);
         create index ix_messages_language on chatdb.messages (user_id, language);

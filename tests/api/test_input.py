@@ -10,7 +10,7 @@ import sys
 import textwrap
 import traceback
 import tracemalloc
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, UserDict, defaultdict
 from datetime import UTC, datetime
 from itertools import count, islice, repeat
 from typing import Any, NamedTuple
@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 
 import chatdb
 from chatdb import (
+    NEW,
     UNSET,
+    Conversation,
     ConversationNotFoundError,
     InvalidInputError,
     JsonText,
@@ -31,7 +33,8 @@ from chatdb import (
 )
 from chatdb._core import validate
 from chatdb._core.driver_errors import CONSTRAINTS, map_driver_error
-from tests.support.calls import CALLS, NOBODYS, SIGNATURES, call
+from chatdb.records import CURSOR, encode_token
+from tests.support.calls import NOBODYS, SIGNATURES, arguments_with, call
 
 pytestmark = pytest.mark.server_independent
 
@@ -95,6 +98,21 @@ WRONG_INT = {
 }
 WRONG_PLACE = WRONG_INT | {"negative": -1}
 WRONG_LIMIT = WRONG_INT | {"0": 0, "-1": -1, "10,001": 10_001}
+WRONG_BOOL = {"None": None, "0": 0, "1": 1, "str": "true", "list": [MARK]}
+WRONG_CONVERSATION = {
+    "int": 1,
+    "bytes": MARK.encode(),
+    "dict": NOBODYS.model_dump(),
+    "UNSET": UNSET,
+    "empty str": "",
+    "str": MARK,
+    "no ASCII": f"c1{WIDE}",
+    "NUL": f"{MARK}\0",
+    "lone surrogate": f"{MARK}\ud800",
+    "id beyond int8": NOBODYS.model_copy(update={"id": 2**63}),
+    "id as a str": NOBODYS.model_copy(update={"id": "1"}),
+    "without fields": Conversation.model_construct(),
+}
 WRONG_JSON = {
     "set": {MARK},
     "bytes in a list": [MARK.encode()],
@@ -178,11 +196,41 @@ WRONG = {
     "after_seq": WRONG_PLACE,
     "limit": WRONG_LIMIT,
     "batch": WRONG_LIMIT,
-    "before": {
-        "int": 1,
-        "dict": NOBODYS.model_dump(),
-        "id beyond int8": NOBODYS.model_copy(update={"id": 2**63}),
+    "before_key": WRONG_NAME,
+    "after_key": WRONG_NAME,
+    "conversation_key": WRONG_NAME,
+    "after": WRONG_CONVERSATION
+    | {
+        "etag": NOBODYS.etag,
+        "another version": f"c2{NOBODYS.cursor[2:]}",
+        "time without a zone": NOBODYS.model_copy(update={"updated_at": datetime(2026, 1, 1)}),  # noqa: DTZ001
+        "time beyond all years": encode_token(CURSOR, 2**62, 2**62, 1),
+        "time before all years": encode_token(CURSOR, -(2**63), -(2**63), 1),
+        "three bytes more": f"{NOBODYS.cursor}AAAA",
+        "a byte less": NOBODYS.cursor[:-2],
+        "padding": f"{NOBODYS.cursor}==",
+        "a blank": f" {NOBODYS.cursor}",
+        "NEW": NEW,
     },
+    "expected": WRONG_CONVERSATION
+    | {
+        "cursor": NOBODYS.cursor,
+        "another version": f"e2{NOBODYS.etag[2:]}",
+        "revision beyond int8": NOBODYS.model_copy(update={"revision": 2**63}),
+        "negative revision": NOBODYS.model_copy(update={"revision": -1}),
+        "revision as a str": NOBODYS.model_copy(update={"revision": "1"}),
+        "three bytes more": f"{NOBODYS.etag}AAAA",
+        "a byte less": NOBODYS.etag[:-2],
+        "quotes": f'"{NOBODYS.etag}"',
+        "weak": f'W/"{NOBODYS.etag}"',
+        "NEW": NEW,
+    },
+    "archived": WRONG_BOOL,
+    "pinned": WRONG_BOOL,
+    "descending": WRONG_BOOL,
+    "create": WRONG_BOOL | {"True with an id": True},
+    "order_by": WRONG_TEXT | {"unknown": MARK, "title": "title", "capitals": "UPDATED_AT", "empty": ""},
+    "on_existing": WRONG_TEXT | {"unknown": MARK, "replace": "replace", "bool": True, "empty": ""},
     "role": WRONG_TEXT | {"unknown": MARK, "capital": "User", "empty": "", "unhashable": [[]]},
     "content": WRONG_CONTENT,
     "payload": WRONG_PAYLOAD | {"UNSET": UNSET},
@@ -204,23 +252,25 @@ WRONG = {
 def wrong_values(name, parameter):
     """Return the values that a function refuses for one of its parameters."""
     default = SIGNATURES[name][parameter]
-    optional = default is None or (default is UNSET and parameter != "content")
-    values = WRONG[parameter]
-    if parameter == "metadata":
-        values = values | longer_metadata(1024 if "conversation" in name else 64)
+    clears = default is UNSET and parameter in {"title", "metadata", "payload", "token_count"}
+    optional = default is None or clears or (parameter == "archived" and default is False)
+    values = dict(WRONG["metadata" if "patch" in parameter else parameter])
+    if "metadata" in parameter:
+        values |= longer_metadata(1024 if "conversation" in name + parameter else 64)
+    if "patch" in parameter:
+        values |= {"None": None, "UserDict": UserDict(a=1)}
+    if parameter == "expected" and name == "create_conversation":
+        values = {label: value for label, value in values.items() if value is not NEW} | {"etag": NOBODYS.etag}
     return {
         label: value for label, value in values.items() if not (value is None and optional) and value is not default
     }
-
-
-VALID = dict(reversed(CALLS))  # the first call of each function
 
 
 async def outcome(name, arguments, parameter):
     """Make a call that must be refused for one parameter, and return what happened."""
     db = Recorder()
     try:
-        await call(db, name, VALID[name] | arguments, NOBODYS)
+        await call(db, name, arguments, NOBODYS)
     except InvalidInputError as error:
         if MARK in "".join(traceback.format_exception(error)):
             return "tells the text"
@@ -239,7 +289,9 @@ async def test_refused_before_anything_is_sent(name, parameter):
     """An invalid value raises InvalidInputError that names the parameter, quotes no text, and sends nothing."""
     values = wrong_values(name, parameter)
 
-    outcomes = {label: await outcome(name, {parameter: value}, parameter) for label, value in values.items()}
+    outcomes = {
+        label: await outcome(name, arguments_with(name, parameter, value), parameter) for label, value in values.items()
+    }
 
     assert outcomes == dict.fromkeys(values, "refused")
     assert values
@@ -351,8 +403,8 @@ async def test_the_longest_names(tx):
         place = {"user_id": name, "conversation_id": conversation.id}
 
         assert (conversation.user_id, conversation.key, conversation.title) == (name, name, title)
-        assert (await chatdb.get_conversation_by_key(tx, user_id=name, key=name)).id == conversation.id
-        assert await chatdb.get_message_by_key(tx, **place, key=name) == message
+        assert (await chatdb.get_conversation(tx, user_id=name, conversation_key=name)).id == conversation.id
+        assert await chatdb.get_message(tx, **place, key=name) == message
         batch = [{"role": "user", "content": "", "key": name}]
         assert await chatdb.append_messages(tx, **place, messages=batch) == [message]
         assert (await chatdb.update_conversation(tx, **place, title=title)).title == title
@@ -493,8 +545,8 @@ async def test_limits_at_their_edges(tx, place):
         assert len(await chatdb.list_messages(tx, **place, limit=limit)) == 1
         assert len([message async for message in chatdb.iter_messages(tx, **place, batch=limit)]) == 1
         assert len(await chatdb.list_conversations(tx, user_id="alice", limit=limit)) == 1
-        before = (await chatdb.list_conversations(tx, user_id="alice"))[0]
-        assert await chatdb.list_conversations(tx, user_id="alice", limit=limit, before=before) == []
+        last = (await chatdb.list_conversations(tx, user_id="alice"))[0]
+        assert await chatdb.list_conversations(tx, user_id="alice", limit=limit, after=last) == []
 
 
 async def test_numbers_at_their_edges(tx, place):

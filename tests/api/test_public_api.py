@@ -11,14 +11,16 @@ import pytest
 
 import chatdb
 from chatdb import NotFoundError
+from chatdb._core.query import data_folder
 from tests.support.calls import CALLS, NOBODYS, SIGNATURES, Counting, call, conversation_with_a_message, required
 from tests.support.proxy import Proxy
 
 OTHERS = {
-    *("UNSET", "Connection", "Database", "JsonText", "Pool", "Role", "Unset"),
+    *("NEW", "UNSET", "Connection", "Database", "JsonText", "Pool", "Role", "Unset"),
     *("Conversation", "Deleted", "Message", "NewMessage"),
     *("create_pool", "open_embedded", "transaction", "check_schema"),
     *("ChatDBError", "NotFoundError", "ConversationNotFoundError", "MessageNotFoundError", "ConflictError"),
+    "StaleError",
     *("InvalidInputError", "UnavailableError", "AcquireTimeoutError", "CommandTimeoutError", "SchemaError"),
     "ConfigurationError",
     "PoolClosedError",
@@ -61,7 +63,7 @@ def test_handles_can_be_called_without_arguments():
 
 def test_everything_public_is_documented():
     """Every public function, class and added method has its own docstring."""
-    documented = {name: getattr(chatdb, name) for name in chatdb.__all__ if name not in {"UNSET", "Role"}}
+    documented = {name: getattr(chatdb, name) for name in chatdb.__all__ if name not in {"NEW", "UNSET", "Role"}}
     for name, found in list(documented.items()):
         if inspect.isclass(found):
             methods = {f"{name}.{method}": value for method, value in vars(found).items() if inspect.isroutine(value)}
@@ -90,6 +92,10 @@ def test_import_leaves_the_extras_alone(module):
     assert run.stdout.split() == []
 
 
+VARIANTS = ("", "_keyed", "_messages", "_conditional", "_archived", "_all", "_created", "_created_ascending")
+"""How the files of a function's other statements end."""
+
+
 @pytest.mark.parametrize(("name", "arguments"), CALLS)
 async def test_one_statement_a_call(tx, name, arguments):
     """Each call sends one statement, whose first line is a comment with its name."""
@@ -100,11 +106,26 @@ async def test_one_statement_a_call(tx, name, arguments):
 
     [statement] = db.statements
     called = "list_messages" if name == "iter_messages" else name
-    if name.startswith("update") and len(arguments.keys() - {"seq"}) == 0:  # nothing to replace: a read
+    if name.startswith("update") and arguments.keys() <= {"seq"}:  # nothing to be replaced: a read
         called = name.replace("update", "get")
-    elif arguments.get("messages") == []:
+    elif arguments == {"messages": []}:
         called = "get_conversation"
-    assert statement.splitlines()[0] in {f"--chatdb.{called}{variant}" for variant in ("", "_keyed", "_before")}
+    assert statement.splitlines()[0] in {f"--chatdb.{called}{variant}" for variant in VARIANTS}
+
+
+async def test_every_statement_is_sent(tx):
+    """The calls above send each file in `sql/`."""
+    conversation = await conversation_with_a_message(tx)
+    db = Counting(tx)
+
+    for name, arguments in CALLS:
+        block = tx.transaction()
+        await block.start()
+        await call(db, name, arguments, conversation)
+        await block.rollback()
+
+    sent = {statement.partition("\n")[0].removeprefix("--chatdb.") for statement in db.statements}
+    assert sent == {file.stem for file in data_folder("sql").glob("*.sql")} - {"check_schema"}
 
 
 async def test_check_schema_is_one_statement(tx):
@@ -123,7 +144,8 @@ async def test_one_round_trip_a_call(dsn):
             for index, (name, arguments) in enumerate(CALLS):
                 with contextlib.suppress(NotFoundError):
                     await call(db, name, arguments, NOBODYS)  # prepares the statement
-                await chatdb.delete_user(db, user_id="alice")
+                for user in ("alice", NOBODYS.user_id):
+                    await chatdb.delete_user(db, user_id=user)
                 conversation = await conversation_with_a_message(db)
                 proxy.clear()
                 await call(db, name, arguments, conversation)

@@ -29,8 +29,11 @@ RECORDS = {
         "title": "Plans",
         "metadata": {"a": [1]},
         "last_seq": 3,
+        "revision": 4,
         "created_at": NOW,
         "updated_at": NOW,
+        "archived_at": None,
+        "pinned_at": NOW,
     },
     Message: {
         "id": 7,
@@ -183,11 +186,11 @@ async def pairs(tx):
     assert {record.id for record in conversations} == {plain.id, full.id}
     at = {"user_id": "alice", "conversation_id": full.id}
     rows = [
-        *await tx.fetch(chatdb.conversations._list_conversations.sql, "alice", 20),
-        *(await tx.fetch(chatdb.messages._list_messages.sql, *at.values(), 0, 20))[:2],
+        *await tx.fetch(chatdb.conversations._list_conversations.sql, "alice", None, None, None, 2),
+        *(await tx.fetch(chatdb.messages._list_messages.sql, *at.values(), None, 0, None, 20))[:2],
     ]
     return [
-        Pair(record, type(record)(**(at if type(record) is Message else {}), **row))
+        Pair(record, type(record)(**(at if type(record) is Message else {}) | dict(row)))
         for record, row in zip([*conversations, *messages], rows, strict=True)
     ]
 
@@ -328,9 +331,9 @@ async def test_what_every_function_returns_is_filled(tx):
         await chatdb.create_conversation(tx, **user),
         await chatdb.create_conversation(tx, **user, key="k"),
         await chatdb.get_conversation(tx, **at),
-        await chatdb.get_conversation_by_key(tx, **user, key="k"),
+        await chatdb.get_conversation(tx, **user, conversation_key="k"),
         *(page := await chatdb.list_conversations(tx, **user)),
-        *await chatdb.list_conversations(tx, **user, before=page[0]),
+        *await chatdb.list_conversations(tx, **user, after=page[0]),
         await chatdb.update_conversation(tx, **at, title="Plans"),
         await chatdb.append_message(tx, **at, **said),
         await chatdb.append_message(tx, **at, **said, key="k"),
@@ -340,7 +343,7 @@ async def test_what_every_function_returns_is_filled(tx):
         *await chatdb.list_messages(tx, **at),
         *[message async for message in chatdb.iter_messages(tx, **at, batch=2)],
         await chatdb.get_message(tx, **at, seq=1),
-        await chatdb.get_message_by_key(tx, **at, key="k"),
+        await chatdb.get_message(tx, **at, key="k"),
         await chatdb.update_message(tx, **at, seq=1, content="goodbye"),
     ]
     assert [record for record in records if not is_filled(record)] == []
@@ -398,7 +401,7 @@ async def test_codecs_of_the_caller(tx, codecs):
         conversations = await chatdb.list_conversations(tx, **user)
         return [
             *conversations,
-            *await chatdb.list_conversations(tx, **user, before=conversations[0]),
+            *await chatdb.list_conversations(tx, **user, after=conversations[0]),
             *await chatdb.list_messages(tx, **at),
             *await chatdb.get_history(tx, **at, limit=2),
             *await chatdb.list_messages(tx, **at, after_seq=2),

@@ -7,77 +7,152 @@ from datetime import UTC, datetime
 from typing import Any
 
 import chatdb
-from chatdb import UNSET, Conversation, Message
+from chatdb import NEW, UNSET, Conversation, Message
 
 required = inspect.Parameter.empty
+_CONVERSATION = {"user_id": required, "conversation_id": None, "conversation_key": None}
+_MESSAGE = _CONVERSATION | {"seq": None, "key": None}
+_OPTIONS = {"create": False, "expected": None, "conversation_metadata_patch": None}
+_PAGE = {
+    "user_id": required,
+    "limit": 20,
+    "after": None,
+    "after_key": None,
+    "archived": False,
+    "order_by": "updated_at",
+    "descending": True,
+}
 SIGNATURES: dict[str, dict[str, Any]] = {
-    "create_conversation": {"user_id": required, "title": None, "key": None, "metadata": None},
-    "get_conversation": {"user_id": required, "conversation_id": required},
-    "get_conversation_by_key": {"user_id": required, "key": required},
-    "list_conversations": {"user_id": required, "limit": 20, "before": None},
-    "update_conversation": {"user_id": required, "conversation_id": required, "title": UNSET, "metadata": UNSET},
-    "delete_conversation": {"user_id": required, "conversation_id": required},
-    "delete_user": {"user_id": required, "timeout": None},
-    "append_message": {
+    "create_conversation": {
         "user_id": required,
-        "conversation_id": required,
+        "title": None,
+        "key": None,
+        "metadata": None,
+        "messages": (),
+        "expected": None,
+    },
+    "upsert_conversation": {"user_id": required, "key": required, "title": None, "metadata": None},
+    "get_conversation": _CONVERSATION,
+    "load_conversation": _CONVERSATION | {"limit": 100},
+    "list_conversations": _PAGE,
+    "list_previews": _PAGE,
+    "list_pinned": {"user_id": required, "limit": 100},
+    "update_conversation": _CONVERSATION
+    | {
+        "title": UNSET,
+        "metadata": UNSET,
+        "metadata_patch": UNSET,
+        "archived": UNSET,
+        "pinned": UNSET,
+        "expected": None,
+    },
+    "delete_conversation": _CONVERSATION | {"expected": None},
+    "delete_user": {"user_id": required, "timeout": None},
+    "append_message": _CONVERSATION
+    | {
         "role": required,
         "content": required,
         "payload": None,
         "metadata": None,
         "token_count": None,
         "key": None,
+        **_OPTIONS,
     },
-    "append_messages": {"user_id": required, "conversation_id": required, "messages": required},
-    "get_history": {"user_id": required, "conversation_id": required, "limit": 100, "before_seq": None},
-    "list_messages": {"user_id": required, "conversation_id": required, "after_seq": 0, "limit": 100},
-    "iter_messages": {"user_id": required, "conversation_id": required, "after_seq": 0, "batch": 500},
-    "get_message": {"user_id": required, "conversation_id": required, "seq": required},
-    "get_message_by_key": {"user_id": required, "conversation_id": required, "key": required},
-    "update_message": {
-        "user_id": required,
-        "conversation_id": required,
-        "seq": required,
+    "append_messages": _CONVERSATION | {"messages": required, "on_existing": "conflict", **_OPTIONS},
+    "upsert_message": _CONVERSATION
+    | {
+        "key": required,
+        "role": required,
+        "content": required,
+        "payload": None,
+        "metadata": None,
+        "token_count": None,
+        "expected": None,
+    },
+    "replace_messages_after": _CONVERSATION | {"after_seq": required, "messages": required, "expected": required},
+    "pop_message": _CONVERSATION | {"expected": None},
+    "get_history": _CONVERSATION | {"limit": 100, "before_seq": None, "before_key": None},
+    "list_messages": _CONVERSATION | {"after_seq": 0, "after_key": None, "limit": 100},
+    "iter_messages": _CONVERSATION | {"after_seq": 0, "batch": 500},
+    "get_message": _MESSAGE,
+    "update_message": _MESSAGE
+    | {
         "content": UNSET,
         "payload": UNSET,
         "metadata": UNSET,
+        "metadata_patch": UNSET,
         "token_count": UNSET,
+        "expected": None,
     },
-    "delete_message": {"user_id": required, "conversation_id": required, "seq": required},
-    "delete_messages_after": {"user_id": required, "conversation_id": required, "seq": required},
+    "delete_message": _MESSAGE | {"expected": None},
+    "delete_messages_after": _CONVERSATION | {"after_seq": None, "after_key": None, "expected": None},
 }
 """Every function on user data, with the defaults of its keyword-only parameters."""
+_HELLO = {"role": "user", "content": "hello"}
+_FIRST = {"role": "user", "content": "first", "key": "first"}
+_LISTS: list[dict[str, Any]] = [
+    {},
+    {"after": ...},
+    {"after_key": "thread"},
+    {"archived": True},
+    {"archived": None},
+    {"order_by": "created_at"},
+    {"order_by": "created_at", "descending": False},
+]
 CALLS: list[tuple[str, dict[str, Any]]] = [
     ("create_conversation", {}),
     ("create_conversation", {"key": "new"}),
     ("create_conversation", {"key": "thread"}),
+    ("create_conversation", {"messages": [_HELLO]}),
+    ("create_conversation", {"messages": [_HELLO], "key": "thread"}),
+    ("create_conversation", {"key": "new", "expected": NEW}),
+    ("upsert_conversation", {"key": "new"}),
+    ("upsert_conversation", {"key": "thread", "title": "renamed"}),
     ("get_conversation", {}),
-    ("get_conversation_by_key", {"key": "thread"}),
-    ("list_conversations", {}),
-    ("list_conversations", {"before": ...}),
-    ("update_conversation", {"title": "another"}),
+    ("get_conversation", {"conversation_key": "thread"}),
+    ("load_conversation", {}),
+    *[("list_conversations", arguments) for arguments in _LISTS],
+    *[("list_previews", arguments) for arguments in _LISTS],
+    ("list_pinned", {}),
+    ("update_conversation", {"title": "renamed"}),
+    ("update_conversation", {"metadata_patch": {"a": 1}, "archived": True, "pinned": True, "expected": ...}),
     ("update_conversation", {}),
-    ("append_message", {"role": "user", "content": "hello"}),
-    ("append_message", {"role": "user", "content": "hello", "key": "new"}),
-    ("append_message", {"role": "user", "content": "first", "key": "first"}),
-    ("append_messages", {"messages": [{"role": "user", "content": "hello"}]}),
-    ("append_messages", {"messages": [{"role": "user", "content": "hello", "key": "newer"}]}),
-    ("append_messages", {"messages": [{"role": "user", "content": "first", "key": "first"}]}),
+    ("append_message", _HELLO),
+    ("append_message", _HELLO | {"key": "new"}),
+    ("append_message", _FIRST),
+    ("append_message", _HELLO | {"conversation_key": "new", "create": True}),
+    ("append_message", _HELLO | {"expected": ..., "conversation_metadata_patch": {"a": 1}}),
+    ("append_messages", {"messages": [_HELLO]}),
+    ("append_messages", {"messages": [_HELLO | {"key": "newer"}]}),
+    ("append_messages", {"messages": [_FIRST]}),
+    ("append_messages", {"messages": [_FIRST, _HELLO], "on_existing": "skip"}),
+    ("append_messages", {"messages": [_HELLO], "conversation_key": "new", "create": True, "expected": NEW}),
+    ("append_messages", {"messages": [_HELLO], "expected": ..., "conversation_metadata_patch": {"a": 1}}),
     ("append_messages", {"messages": []}),
+    ("append_messages", {"messages": [], "conversation_key": "new", "create": True}),
+    ("upsert_message", _HELLO | {"key": "new"}),
+    ("upsert_message", _HELLO | {"key": "first"}),
+    ("replace_messages_after", {"after_seq": 0, "messages": [_FIRST], "expected": ...}),
     ("get_history", {}),
     ("get_history", {"before_seq": 1}),
+    ("get_history", {"before_key": "first"}),
     ("list_messages", {}),
+    ("list_messages", {"after_key": "first"}),
     ("iter_messages", {}),
     ("get_message", {"seq": 1}),
-    ("get_message_by_key", {"key": "first"}),
+    ("get_message", {"key": "first"}),
     ("update_message", {"seq": 1, "content": "first, corrected"}),
+    ("update_message", {"key": "first", "metadata_patch": {"a": 1}, "expected": ...}),
     ("update_message", {"seq": 1}),
     ("delete_message", {"seq": 1}),
-    ("delete_messages_after", {"seq": 0}),
+    ("delete_message", {"key": "first", "expected": ...}),
+    ("delete_messages_after", {"after_seq": 0}),
+    ("delete_messages_after", {"after_key": "first"}),
+    ("pop_message", {}),
     ("delete_conversation", {}),
     ("delete_user", {}),
 ]
-"""Valid calls of every function, one per statement."""
+"""Valid calls of every function, at least one per statement; `call` replaces an ellipsis by the conversation."""
 NOBODYS = Conversation(
     id=-1,
     user_id="bob",
@@ -85,8 +160,11 @@ NOBODYS = Conversation(
     title=None,
     metadata=None,
     last_seq=0,
+    revision=0,
     created_at=datetime.now(UTC),
     updated_at=datetime.now(UTC),
+    archived_at=None,
+    pinned_at=None,
 )
 """A conversation that is not stored."""
 
@@ -94,19 +172,40 @@ NOBODYS = Conversation(
 async def conversation_with_a_message(db: Any) -> Conversation:
     """Create a conversation with the key "thread" and one message with the key "first"."""
     conversation = await chatdb.create_conversation(db, user_id="alice", key="thread")
-    await chatdb.append_message(
+    message = await chatdb.append_message(
         db, user_id="alice", conversation_id=conversation.id, role="user", content="first", key="first"
     )
-    return conversation
+    return conversation.model_copy(update={"last_seq": 1, "revision": 1, "updated_at": message.created_at})
+
+
+ALTERNATIVES = {
+    "conversation_key": "conversation_id",
+    "seq": "key",
+    "key": "seq",
+    "before_key": "before_seq",
+    "after_key": "after_seq",
+    "metadata_patch": "metadata",
+}
+"""Parameters, each with the one that must not be given together with it."""
+
+
+def arguments_with(name: str, parameter: str, value: object) -> dict[str, Any]:
+    """Return valid arguments of a function, except for one value, without its alternative."""
+    arguments = dict(reversed(CALLS))[name] | {parameter: value}
+    other = ALTERNATIVES.get(parameter)
+    if value is not None and other in SIGNATURES[name] and SIGNATURES[name][other] is not required:
+        arguments.pop(other, None)
+    return arguments
 
 
 async def call(db: Any, name: str, arguments: dict[str, Any], conversation: Conversation) -> Any:
     """Call a function on a conversation as its user."""
-    arguments = {"user_id": conversation.user_id} | arguments
-    if "conversation_id" in SIGNATURES[name]:
+    arguments = {
+        "user_id": conversation.user_id,
+        **{parameter: conversation if value is ... else value for parameter, value in arguments.items()},
+    }
+    if "conversation_id" in SIGNATURES[name] and arguments.get("conversation_key") is None:
         arguments = {"conversation_id": conversation.id} | arguments
-    if arguments.get("before") is ...:
-        arguments["before"] = conversation
     answer = getattr(chatdb, name)(db, **arguments)
     if name == "iter_messages":
         return [message async for message in answer]
@@ -140,14 +239,21 @@ CONVERSATION_CALLS: dict[str, dict[str, Any]] = {
     "append_messages": {"messages": [{"role": "user", "content": "x", "key": "k"}, {"role": "user", "content": "y"}]},
     "delete_conversation": {},
     "delete_message": {"seq": 1},
-    "delete_messages_after": {"seq": 0},
+    "delete_messages_after": {"after_seq": 0},
     "get_conversation": {},
     "get_history": {},
     "get_message": {"seq": 1},
-    "get_message_by_key": {"key": "k"},
     "iter_messages": {},
     "list_messages": {},
+    "load_conversation": {},
+    "pop_message": {},
+    "replace_messages_after": {
+        "after_seq": 0,
+        "messages": [{"role": "user", "content": "x", "key": "k"}],
+        "expected": NOBODYS,
+    },
     "update_conversation": {"title": "x"},
     "update_message": {"seq": 1, "content": "x"},
+    "upsert_message": {"role": "user", "content": "x", "key": "k"},
 }
 """A valid call of every function that takes a conversation."""
