@@ -7,7 +7,7 @@ Decisions: docs/decisions/0002-tenant-first-keys.md, 0003-the-list-is-ordered-by
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from chatdb._core.driver_errors import ROW_SUPPRESSED
 from chatdb._core.query import Database, JoinedQuery, Query
@@ -57,6 +57,8 @@ _delete_conversation = Query("delete_conversation", Deleted, has_refusal=True)
 
 QueryT = TypeVar("QueryT", Query[Conversation], JoinedQuery)
 
+_NO_MESSAGES: Final[tuple[NewMessage, ...]] = ()
+
 
 async def create_conversation(
     db: Database,
@@ -65,7 +67,7 @@ async def create_conversation(
     title: str | None = None,
     key: str | None = None,
     metadata: Mapping[str, object] | None = None,
-    messages: Iterable[NewMessage | Mapping[str, object]] = (),
+    messages: Iterable[NewMessage | Mapping[str, object]] = _NO_MESSAGES,
     expected: New | None = None,
 ) -> Conversation:
     """
@@ -87,7 +89,7 @@ async def create_conversation(
         raise InvalidInputError("expected", "must be NEW or None")
     # with NEW, a retry would refuse the conversation that the first try created
     is_idempotent = key is not None and expected is not NEW
-    batch = [] if type(messages) is tuple and not messages else await check_messages(messages)
+    batch = [] if messages is _NO_MESSAGES else await check_messages(messages)
     if batch or (expected is NEW and key is not None):
         for _ in range(3):
             created = await _create_conversation_messages.fetch_all(

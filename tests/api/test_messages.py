@@ -22,56 +22,7 @@ from chatdb import (
 )
 from chatdb._core.dsn import connect_arguments
 from tests.support.calls import Counting
-
-
-@pytest.fixture
-async def talk(tx):
-    """Return an empty conversation of Alice's, created an hour ago, on a transaction."""
-    created = await chatdb.create_conversation(tx, user_id="alice", title="Talk")
-    hour_ago = created.created_at - timedelta(hours=1)
-    await tx.execute("update chatdb.conversations set created_at = $1, updated_at = $1", hour_ago)
-    return Talk(tx, await chatdb.get_conversation(tx, user_id="alice", conversation_id=created.id))
-
-
-@pytest.fixture
-async def committed(db):
-    """Return an empty conversation of Alice's, on the pool."""
-    return Talk(db, await chatdb.create_conversation(db, user_id="alice", title="Talk"))
-
-
-class Talk:
-    """A conversation and the handle that every call uses."""
-
-    def __init__(self, db, conversation):
-        self.db = db
-        self.conversation = conversation
-
-    def __getattr__(self, name):
-        """Return a chatdb function bound to this conversation."""
-        place = {"user_id": self.conversation.user_id, "conversation_id": self.conversation.id}
-        return lambda **arguments: getattr(chatdb, name)(self.db, **place, **arguments)
-
-    def through(self, db):
-        """Return the same conversation on another handle."""
-        return Talk(db, self.conversation)
-
-    async def append(self, content="hello", **fields):
-        """Append a user message."""
-        return await self.append_message(**({"role": "user", "content": content} | fields))
-
-    async def fill(self, count):
-        """Append that many messages, each with its seq as content."""
-        return await self.append_messages(messages=[said(str(seq)) for seq in range(1, count + 1)])
-
-    async def seqs(self):
-        """Return the seqs of the existing messages."""
-        return [message.seq for message in await self.list_messages(limit=10_000)]
-
-
-def said(content="hello", **fields):
-    """Return a new user message."""
-    return {"role": "user", "content": content} | fields
-
+from tests.support.talk import Talk, said
 
 # append_message
 
