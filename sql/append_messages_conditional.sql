@@ -110,10 +110,9 @@ raised as (
             else -1
         end,
         updated_at = case when fresh.total > 0 then stored.appended_at else c.updated_at end,
-        -- an append raises the revision by last_seq; a patch without messages counts as an edit
+        -- an append raises the revision by last_seq; a patch without messages is an edit if it changes something
         edits = c.edits + (
-            fresh.total = 0
-            and c.metadata is distinct from
+            fresh.total = 0 and c.metadata is distinct from
             nullif((coalesce(c.metadata, '{}') || $14::text::jsonb) - $15::text[], '{}')
         )::int,
         metadata = case
