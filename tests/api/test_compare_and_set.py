@@ -336,12 +336,17 @@ async def test_one_of_many_wins(db: Any, name: str) -> None:
         await talk.append()
         await talk.upsert_message(**said("1", key="first"))
         read = await talk.now()
-        changed = {"update_message": {"seq": read.last_seq, "content": "new"}, "delete_message": {"seq": read.last_seq}}
+        changed = {
+            "update_message": {"seq": read.last_seq, "content": f"{read.revision}"},
+            "delete_message": {"seq": read.last_seq},
+        }
 
         async def call(caller: int, read: Conversation = read, changed: dict[str, Any] = changed) -> Any:
             arguments = WRITES[name][0] | changed.get(name, {})
             if name in {"update_conversation", "upsert_message"}:
-                arguments = arguments | {"title" if "title" in arguments else "content": f"{caller}"}
+                arguments = arguments | {
+                    "title" if "title" in arguments else "content": f"caller {caller} of {read.revision}"
+                }
             try:
                 return await getattr(talk, name)(**arguments, expected=read)
             except StaleError as error:
