@@ -336,19 +336,18 @@ async def test_one_of_many_wins(db: Any, name: str) -> None:
         await talk.append()
         await talk.upsert_message(**said("1", key="first"))
         read = await talk.now()
-        changed = {
-            "update_message": {"seq": read.last_seq, "content": f"{read.revision}"},
-            "delete_message": {"seq": read.last_seq},
-        }
+        newest = {"seq": read.last_seq}
 
-        async def call(caller: int, read: Conversation = read, changed: dict[str, Any] = changed) -> Any:
-            arguments = WRITES[name][0] | changed.get(name, {})
-            if name in {"update_conversation", "upsert_message"}:
-                arguments = arguments | {
-                    "title" if "title" in arguments else "content": f"caller {caller} of {read.revision}"
-                }
+        async def call(caller: int, read: Conversation = read, newest: dict[str, int] = newest) -> Any:
+            text = f"caller {caller} of {read.revision}"  # for the same value again would be no write
+            changes: dict[str, dict[str, Any]] = {
+                "update_conversation": {"title": text},
+                "update_message": newest | {"content": text},
+                "upsert_message": {"content": text},
+                "delete_message": newest,
+            }
             try:
-                return await getattr(talk, name)(**arguments, expected=read)
+                return await getattr(talk, name)(**WRITES[name][0] | changes.get(name, {}), expected=read)
             except StaleError as error:
                 return error
 

@@ -345,7 +345,30 @@ async def test_what_every_function_returns_is_filled(tx):
         await chatdb.get_message(tx, **at, seq=1),
         await chatdb.get_message(tx, **at, key="k"),
         await chatdb.update_message(tx, **at, seq=1, content="goodbye"),
+        await chatdb.create_conversation(tx, **user, messages=[said]),
+        await chatdb.upsert_conversation(tx, **user, key="k"),
+        await chatdb.update_conversation(tx, **at, pinned=True),
+        *await chatdb.list_pinned(tx, **user),
+        await chatdb.append_message(tx, **user, conversation_key="new", create=True, **said),
+        *await chatdb.append_messages(tx, **user, conversation_key="newer", create=True, messages=[said]),
+        await chatdb.upsert_message(tx, **at, **said, key="k3"),
+        await chatdb.pop_message(tx, **at),
+        *await chatdb.replace_messages_after(
+            tx, **at, after_seq=2, messages=[said], expected=await chatdb.get_conversation(tx, **at)
+        ),
     ]
+    conversation, messages = await chatdb.load_conversation(tx, **at)
+    records += [conversation, *messages]
+    for order in (
+        {},
+        {"archived": None},
+        {"archived": True},
+        {"order_by": "created_at"},
+        {"order_by": "created_at", "descending": False},
+    ):
+        records += await chatdb.list_conversations(tx, **user, **order)
+        records += itertools.chain(*await chatdb.list_previews(tx, **user, **order))
+    records = [record for record in records if record is not None]  # a preview without a message
     assert [record for record in records if not is_filled(record)] == []
 
 
@@ -396,12 +419,18 @@ async def test_codecs_of_the_caller(tx, codecs):
     user = {"user_id": "alice"}
     at = user | {"conversation_id": (await chatdb.create_conversation(tx, **user, key="k", metadata={"a": 1})).id}
     await chatdb.create_conversation(tx, **user)
+    await chatdb.update_conversation(tx, **at, pinned=True)
 
     async def read():
         conversations = await chatdb.list_conversations(tx, **user)
         return [
             *conversations,
             *await chatdb.list_conversations(tx, **user, after=conversations[0]),
+            *await chatdb.list_pinned(tx, **user),
+            *[record for pair in await chatdb.list_previews(tx, **user) for record in pair if record is not None],
+            (loaded := await chatdb.load_conversation(tx, **at, limit=2))[0],
+            *loaded[1],
+            *await chatdb.get_history(tx, **user, conversation_key="k", before_seq=3),
             *await chatdb.list_messages(tx, **at),
             *await chatdb.get_history(tx, **at, limit=2),
             *await chatdb.list_messages(tx, **at, after_seq=2),
