@@ -179,23 +179,28 @@ def export(
 def list_(
     user: User,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number of conversations.")] = 20,
+    archived: Annotated[bool, typer.Option("--archived", help="List only archived conversations.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List archived conversations too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List a user's conversations, latest activity first."""
+    """List a user's conversations, latest activity first, without archived ones."""
+    if archived and everything:
+        raise typer.BadParameter("pass --archived or --all, not both", param_hint="--archived")
+    is_archived = None if everything else archived
 
     async def work() -> list[Conversation]:
         async with _database(command_timeout=10) as pool, chatdb.transaction(pool, user_id=user) as connection:
-            return await chatdb.list_conversations(connection, user_id=user, limit=limit)
+            return await chatdb.list_conversations(connection, user_id=user, limit=limit, archived=is_archived)
 
     conversations = run(work())
     if as_json:
         print_json([conversation.model_dump(mode="json") for conversation in conversations])
         return
     rows = [
-        (str(each.id), f"{each.updated_at:%Y-%m-%d %H:%M:%S}", str(each.last_seq), _heading(each))
+        (str(each.id), f"{each.updated_at:%Y-%m-%d %H:%M:%S}", str(each.last_seq), _state(each), _heading(each))
         for each in conversations
     ]
-    heads = ("id", "last activity (UTC)", "last seq", "title or key")
+    heads = ("id", "last activity (UTC)", "last seq", "state", "title or key")
     if not out.is_terminal:
         print("\n".join("\t".join(row) for row in (heads, *rows)))
         return
@@ -402,6 +407,11 @@ async def _database(
         drop_libpq_variables()
         async with chatdb.open_embedded() as pool:
             yield pool
+
+
+def _state(conversation: Conversation) -> str:
+    times = {"pinned": conversation.pinned_at, "archived": conversation.archived_at}
+    return ", ".join(name for name, time in times.items() if time is not None)
 
 
 def _heading(conversation: Conversation) -> str:

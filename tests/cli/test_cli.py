@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from chatdb import append_message, create_conversation, create_pool
+from chatdb import append_message, create_conversation, create_pool, update_conversation
 from chatdb._core.dsn import database_of
 from chatdb.cli.data import Format
 from chatdb.transfer import tables
@@ -72,6 +72,35 @@ def test_import_list_show_export(env: dict[str, str], file: Path, tmp_path: Path
     assert (report["conversations"], report["messages"], report["skipped"]) == (1, 2, [])
     report = json.loads(chatdb("import", out, "--user", "bob", "--json", env=env))
     assert (report["stored_conversations"], report["messages"]) == (1, 0)
+
+
+def test_list_shows_and_selects_archived_conversations(env: dict[str, str]) -> None:
+    """`chatdb list` leaves out archived conversations, unless --archived or --all selects them, and shows states."""
+
+    async def store() -> None:
+        async with create_pool(env["DATABASE_URL"]) as db:
+            for title, flags in (("a", {}), ("b", {"archived": True}), ("c", {"archived": True, "pinned": True})):
+                made = await create_conversation(db, user_id="alice", title=title)
+                await update_conversation(db, user_id="alice", conversation_id=made.id, **flags)
+            made = await create_conversation(db, user_id="alice", title="d")
+            await update_conversation(db, user_id="alice", conversation_id=made.id, pinned=True)
+
+    def listed(*options: str) -> list[tuple[str, ...]]:
+        lines = chatdb("list", "--user", "alice", *options, env=env).splitlines()
+        assert lines[0].split("\t") == ["id", "last activity (UTC)", "last seq", "state", "title or key"]
+        return [tuple(line.split("\t")[3:]) for line in lines[1:]]
+
+    asyncio.run(store())
+    assert listed() == [("pinned", "d"), ("", "a")]
+    assert listed("--archived") == [("pinned, archived", "c"), ("archived", "b")]
+    assert listed("--all") == [("pinned", "d"), ("pinned, archived", "c"), ("archived", "b"), ("", "a")]
+    lines = json.loads(chatdb("list", "--user", "alice", "--archived", "--json", env=env))
+    assert [(line["title"], line["archived_at"] is None, line["pinned_at"] is None) for line in lines] == [
+        ("c", False, False),
+        ("b", False, True),
+    ]
+    said = chatdb_process("list", "--user", "alice", "--archived", "--all", env=env, code=2)
+    assert "pass --archived or --all, not both" in said
 
 
 def test_a_terminal_shows_texts_as_they_are(env: dict[str, str]) -> None:
