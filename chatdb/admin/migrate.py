@@ -47,6 +47,9 @@ Report = Callable[[str, float], None]
 
 _MAX_WAIT: Final = 86_400.0
 
+_OUTSIDE: Final = re.compile(r"--\s*transactional:\s*false\n")
+"""The first line of a file that runs outside a transaction, as yoyo reads it."""
+
 _log = logging.getLogger("chatdb")
 
 
@@ -61,8 +64,8 @@ class MigrationFile(NamedTuple):
 
     @property
     def warning(self) -> str:
-        """The effect of the rollback, from the first line of its file."""
-        return self.rollback.partition("\n")[0].removeprefix("-- ")
+        """The effect of the rollback, from the first comment of its file."""
+        return _OUTSIDE.sub("", self.rollback).partition("\n")[0].removeprefix("-- ")
 
 
 def migration_files(folder: Path | None = None) -> list[MigrationFile]:
@@ -253,7 +256,9 @@ def _pending(connection: psycopg.Connection, files: list[MigrationFile], to: str
     wanted = files if to is None else files[: _index(files, to) + 1]
     if to is not None and any(file.name in applied for file in files[len(wanted) :]):
         raise InvalidInputError("to", "is older than the applied migrations: roll back with chatdb rollback --to")
-    return [file for file in wanted if file.name not in applied]
+    # yoyo rollback drops columns and indexes, and a killed rollback some of them, but chatdb's record stays
+    existing = _columns_and_indexes(connection)
+    return [file for file in wanted if file.name not in applied or not _drops_from_tables(file) <= existing]
 
 
 def _last(connection: psycopg.Connection, files: list[MigrationFile], to: str | None) -> list[MigrationFile]:
@@ -280,7 +285,7 @@ def _applied(connection: psycopg.Connection, files: list[MigrationFile]) -> dict
     if not _has_schema(connection):
         return {}
     # yoyo rollback drops tables but keeps chatdb's record
-    dropped = {file.name for file in files if not _drops(file) <= tables}
+    dropped = {file.name for file in files if not _drops(file) | _alters(file) <= tables}
     return {name: recorded[name] for name in sorted(recorded) if name not in dropped}
 
 
@@ -386,7 +391,7 @@ def _run(
 
 
 def _is_transactional(sql: str) -> bool:
-    return not re.match(r"--\s*transactional:\s*false", sql)
+    return _OUTSIDE.match(sql) is None
 
 
 @contextmanager
@@ -434,6 +439,35 @@ _INVALID = """
 def _drops(file: MigrationFile) -> set[str]:
     """Return the tables that a migration's rollback drops."""
     return {*re.findall(r"^drop table if exists chatdb\.([a-z]\w*)", file.rollback, re.MULTILINE)}
+
+
+def _alters(file: MigrationFile) -> set[str]:
+    """Return the tables from which a migration's rollback drops columns."""
+    return {*re.findall(r"^alter table chatdb\.([a-z]\w*)", file.rollback, re.MULTILINE)}
+
+
+def _drops_from_tables(file: MigrationFile) -> set[str]:
+    """Return the columns, as table.column, and the indexes that a migration's rollback drops."""
+    statements = re.findall(r"^alter table chatdb\.([a-z]\w*)([^;]*);", file.rollback, re.MULTILINE)
+    columns = {
+        f"{table}.{column}"
+        for table, actions in statements
+        for column in re.findall(r"drop column if exists ([a-z]\w*)", actions)
+    }
+    return columns | {
+        *re.findall(r"^drop index concurrently if exists chatdb\.([a-z]\w*)", file.rollback, re.MULTILINE)
+    }
+
+
+def _columns_and_indexes(connection: psycopg.Connection) -> set[str]:
+    statement = """
+        select c.relname::text || coalesce('.' || a.attname::text, '')
+        from pg_catalog.pg_class as c
+        inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
+        left join pg_catalog.pg_attribute as a on a.attrelid = c.oid and c.relkind in ('r', 'p')
+        where n.nspname = 'chatdb' and not coalesce(a.attisdropped, false)
+        """
+    return {name for (name,) in connection.execute(statement)}
 
 
 def _count(connection: psycopg.Connection, table: str) -> int | None:

@@ -115,7 +115,7 @@ def test_another_content_was_applied(empty_dsn: str, folder: Path) -> None:
             call(empty_dsn, folder=folder)
     yoyo(empty_dsn, "apply", "--batch")
     yoyo(empty_dsn, "rollback", "--batch", "--revision", NAMES[2])
-    assert apply_migrations(empty_dsn, folder=folder) == [NAMES[2]]
+    assert apply_migrations(empty_dsn, folder=folder) == NAMES[2:]
     with pytest.raises(chatdb.SchemaError, match=NAMES[2]):
         apply_migrations(empty_dsn)
 
@@ -128,7 +128,7 @@ def test_yoyos_own_are_remembered(empty_dsn: str) -> None:
     assert migrate.applied_migrations(empty_dsn) == {file.name: file.checksum for file in migration_files()}
     yoyo(empty_dsn, "rollback", "--batch", "--revision", NAMES[2])
     assert NAMES[2] not in migrate.applied_migrations(empty_dsn)
-    assert apply_migrations(empty_dsn) == [NAMES[2]]
+    assert apply_migrations(empty_dsn) == NAMES[2:]
     assert rollback_migrations(empty_dsn, to="0") == NAMES[::-1]
     assert value(empty_dsn, "select count(*) from _yoyo_migration") == 0
     yoyo(empty_dsn, "apply", "--batch")
@@ -154,8 +154,8 @@ def test_dry_run(empty_dsn: str) -> None:
     assert value(empty_dsn, "select count(*) from pg_class where relnamespace = 'public'::regnamespace") == 0
     command("migrate", env=env)
     assert command("migrate", "--dry-run", env=env) == "nothing to apply\n"
-    said = json.loads(command("rollback", "--dry-run", "--json", env=env))
-    assert said == {"would_take_back": [NAMES[2]], "rows": {"chatdb.messages": 0}}
+    said = json.loads(command("rollback", "--dry-run", "--to", "0002", "--json", env=env))
+    assert said == {"would_take_back": NAMES[:1:-1], "rows": {"chatdb.messages": 0}}
     assert command("migrate", env=env) == "nothing to apply\n"
 
 
@@ -168,7 +168,7 @@ def test_to(empty_dsn: str) -> None:
     assert "chatdb rollback --to" in command("migrate", "--to", "0001", env=env, code=1)
     command("migrate", env=env)
     said = json.loads(command("rollback", "--to", "0001", "--yes", "--json", env=env))
-    assert said["taken_back"] == [NAMES[2], NAMES[1]]
+    assert said["taken_back"] == NAMES[:0:-1]
     assert command("rollback", "--to", "0001", env=env) == "nothing to roll back\n"
     assert json.loads(command("rollback", "--to", "0", "--yes", "--json", env=env))["taken_back"] == [NAMES[0]]
 
@@ -182,6 +182,9 @@ def test_rollback_asks(dsn: str) -> None:
         "select 'alice', 1, n, 'user', 'hi', now() from generate_series(1, 2) as n",
     )
     env = {"DATABASE_URL": dsn}
+    said = command("rollback", "--to", NAMES[2], env=env, code=1)
+    assert f"{NAMES[4]}: Keeps all rows; the lists get slower." in said
+    rollback_migrations(dsn, to=NAMES[2])
     said = command("rollback", env=env, code=1)
     assert f"{NAMES[2]}: Deletes every message of every user. Deletes 2 rows of chatdb.messages." in said
     assert "--yes" in said
@@ -222,9 +225,9 @@ def test_a_busy_table(dsn: str) -> None:
     """A migration that hits lock_timeout is retried until `wait` is over, and loses nothing."""
     with transaction(dsn, "select * from chatdb.messages") as connection:
         with pytest.raises(chatdb.UnavailableError, match="55P03"):
-            rollback_migrations(dsn, wait=0)
+            rollback_migrations(dsn, to="0002", wait=0)
         threading.Timer(2.5, connection.rollback).start()
-        assert rollback_migrations(dsn, wait=60) == [NAMES[2]]
+        assert rollback_migrations(dsn, to="0002", wait=60) == [NAMES[2]]
 
 
 def test_yoyos_lock(empty_dsn: str) -> None:
@@ -240,7 +243,7 @@ def test_yoyos_lock(empty_dsn: str) -> None:
     assert apply_migrations(empty_dsn, to="0002") == [NAMES[1]]
     with transaction(empty_dsn):
         execute(empty_dsn, "insert into yoyo_lock (locked, ctime, pid) values (1, now() at time zone 'UTC', -4711)")
-        assert apply_migrations(empty_dsn) == [NAMES[2]]
+        assert apply_migrations(empty_dsn) == NAMES[2:]
     assert value(empty_dsn, "select count(*) from yoyo_lock") == 0
 
 
@@ -249,21 +252,63 @@ def test_yoyo_waits(empty_dsn: str) -> None:
     yoyo(empty_dsn, "apply", "--batch", "--revision", NAMES[0])
     waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query ~* '^\\s*{}'"
     with transaction(empty_dsn, "create table chatdb.conversations ()") as blocker, ThreadPoolExecutor() as threads:
-        ours = threads.submit(apply_migrations, empty_dsn)
+        ours = threads.submit(apply_migrations, empty_dsn, to=NAMES[2])
         while value(empty_dsn, waiting.format("create table")) != 1:
             time.sleep(0.01)
         theirs = threads.submit(yoyo, empty_dsn, "apply", "--batch")
         while value(empty_dsn, waiting.format('insert into "yoyo_lock')) != 1:
             time.sleep(0.01)
         blocker.rollback()
-        assert ours.result() == NAMES[1:]
+        assert ours.result() == NAMES[1:3]
         theirs.result()
     assert apply_migrations(empty_dsn) == []
 
 
+def test_yoyo_waits_for_an_index(dsn: str) -> None:
+    """While `chatdb migrate` builds an index, `yoyo apply` waits outside a transaction, which would block the build."""
+    yoyo(dsn, "apply", "--batch")
+    rollback_migrations(dsn)
+    building = "select count(*) from pg_stat_activity where query ~* '^create index' and wait_event_type = 'Lock'"
+    with (
+        transaction(dsn, "insert into chatdb.conversations (user_id) values ('a')") as writer,
+        ThreadPoolExecutor() as threads,
+    ):
+        ours = threads.submit(apply_migrations, dsn)
+        while value(dsn, building) != 1:
+            time.sleep(0.01)
+        theirs = threads.submit(yoyo, dsn, "apply", "--batch")
+        time.sleep(1.5)
+        assert not theirs.done()
+        writer.rollback()
+        assert ours.result(timeout=60) == NAMES[-1:]
+        theirs.result(timeout=60)
+    assert apply_migrations(dsn) == []
+
+
+@pytest.mark.parametrize("place", range(1, len(NAMES)))
+def test_yoyo_has_rolled_back(dsn: str, place: int) -> None:
+    """`chatdb migrate` applies again what `yoyo rollback` dropped: tables, columns and indexes."""
+    whole = objects(dsn)
+    yoyo(dsn, "apply", "--batch")
+    assert apply_migrations(dsn) == []
+    yoyo(dsn, "rollback", "--batch", "--revision", NAMES[place])
+    assert [file.name for file in missing_migrations(dsn)] == NAMES[place:]
+    assert apply_migrations(dsn) == NAMES[place:]
+    assert objects(dsn) == whole
+    assert apply_migrations(dsn) == []
+
+
+def test_an_index_that_was_dropped(dsn: str) -> None:
+    """`chatdb migrate` builds an index that somebody dropped."""
+    whole = objects(dsn)
+    execute(dsn, "drop index chatdb.ix_conversations_user_id_pinned_at")
+    assert apply_migrations(dsn) == [NAMES[4]]
+    assert objects(dsn) == whole
+
+
 def test_invalid_indexes(dsn: str, folder: Path) -> None:
     """An invalid index from CREATE INDEX CONCURRENTLY is rebuilt, and the leftover of a REINDEX is dropped."""
-    add(folder, "0004.index-created-at", CONCURRENTLY, "drop index if exists chatdb.ix_messages_created_at;")
+    add(folder, "0006.index-created-at", CONCURRENTLY, "drop index if exists chatdb.ix_messages_created_at;")
     with (
         transaction(dsn, "lock chatdb.messages in share update exclusive mode"),
         pytest.raises(chatdb.UnavailableError, match="55P03"),
@@ -281,7 +326,7 @@ def test_invalid_indexes(dsn: str, folder: Path) -> None:
     execute(dsn, "create index ix_messages_created_at on chatdb.messages (created_at)")
     make_invalid(dsn, "ix_messages_created_at")
     assert value(dsn, "select count(*) from pg_index where not indisvalid") == 3
-    assert apply_migrations(dsn, folder=folder) == ["0004.index-created-at"]
+    assert apply_migrations(dsn, folder=folder) == ["0006.index-created-at"]
     assert value(dsn, "select count(*) from pg_index where not indisvalid") == 0
     assert value(dsn, "select to_regclass('chatdb.ix_messages_created_at_ccnew')") is None
     make_invalid(dsn, "uq_messages_user_id_conversation_id_key")
@@ -296,20 +341,20 @@ def make_invalid(dsn: str, index: str) -> None:
 
 def test_a_newer_releases_migrations(dsn: str, folder: Path) -> None:
     """An older release refuses to roll back below a newer release's migrations."""
-    add(folder, "0004.later", "create table if not exists chatdb.later (id int);", "drop table if exists chatdb.later;")
-    assert apply_migrations(dsn, folder=folder) == ["0004.later"]
+    add(folder, "0006.later", "create table if not exists chatdb.later (id int);", "drop table if exists chatdb.later;")
+    assert apply_migrations(dsn, folder=folder) == ["0006.later"]
     for call in (rollback_migrations, last_migrations):
-        with pytest.raises(chatdb.SchemaError, match=r"a newer release has applied 0004\.later"):
+        with pytest.raises(chatdb.SchemaError, match=r"a newer release has applied 0006\.later"):
             call(dsn)
-    assert rollback_migrations(dsn, folder=folder) == ["0004.later"]
-    assert rollback_migrations(dsn) == [NAMES[2]]
+    assert rollback_migrations(dsn, folder=folder) == ["0006.later"]
+    assert rollback_migrations(dsn) == [NAMES[-1]]
 
 
 def test_what_was_agreed_to(dsn: str) -> None:
     """A rollback does nothing if the migrations are no longer those in `expected`."""
-    assert rollback_migrations(dsn, expected=[NAMES[2]]) == [NAMES[2]]
+    assert rollback_migrations(dsn, expected=[NAMES[-1]]) == [NAMES[-1]]
     with pytest.raises(chatdb.SchemaError, match="migrated this database in the meantime"):
-        rollback_migrations(dsn, expected=[NAMES[2]])
+        rollback_migrations(dsn, expected=[NAMES[-1]])
     assert value(dsn, "select to_regclass('chatdb.conversations') is not null")
 
 
@@ -333,7 +378,7 @@ def test_another_search_path(empty_dsn: str) -> None:
     other = f"{empty_dsn}{joint}options=-csearch_path%3Dapp,public"
     assert apply_migrations(empty_dsn, to="0002") == NAMES[:2]
     assert apply_migrations(other) == NAMES[2:]
-    assert rollback_migrations(other) == [NAMES[2]]
+    assert rollback_migrations(other, to="0002") == NAMES[:1:-1]
     assert apply_migrations(empty_dsn) == NAMES[2:]
     assert value(empty_dsn, "select count(*) from pg_class where relnamespace = 'app'::regnamespace") == 0
     rollback_migrations(other, to="0")

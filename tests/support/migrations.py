@@ -33,7 +33,8 @@ def objects(dsn: str) -> list[tuple[str, ...]]:
             """
             select c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull::text
             from pg_class c join pg_attribute a on a.attrelid = c.oid
-            where c.relnamespace = to_regnamespace('chatdb') and a.attnum > 0 and c.relname !~ '_chatdb_migration'
+            where c.relnamespace = to_regnamespace('chatdb') and a.attnum > 0 and not a.attisdropped
+                and c.relname !~ '_chatdb_migration'
             union all
             select conrelid::regclass::text, conname, pg_get_constraintdef(oid), ''
             from pg_constraint where connamespace = to_regnamespace('chatdb') and conname !~ '_chatdb_migration'
