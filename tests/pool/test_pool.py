@@ -404,7 +404,7 @@ async def test_a_later_page_of_the_list_is_one_round_trip(proxy, conversation):
     async with chatdb.create_pool(proxy.dsn, max_size=1) as pool:
         for _ in range(2):
             proxy.clear()
-            await chatdb.list_conversations(pool, user_id=USER, before=conversation)
+            await chatdb.list_conversations(pool, user_id=USER, after=conversation)
         assert (proxy.sent, proxy.round_trips, proxy.ready) == (["B", "E", "S"], 1, 1)
 
 
@@ -476,7 +476,8 @@ async def test_a_read_survives_lost_connections(dsn, conversation, noticed):
     [
         name
         for name in CALLS
-        if name.startswith(("get_", "list_", "iter_", "check_")) or name.endswith((" key", " keys", "none", "nothing"))
+        if name.startswith(("get_", "load_", "list_", "iter_", "check_", "upsert_"))
+        or name.endswith((" key", " keys", "none", "nothing"))
     ],
 )
 async def test_every_read_and_keyed_write_survives_a_lost_connection(dsn, name):
@@ -618,7 +619,7 @@ async def test_a_repetition_is_logged_without_anything_of_the_caller(dsn, conver
         kill_sessions(dsn)
         await append(pool, conversation, "SECRET", key="SECRET KEY")
     (line,) = repetitions(caplog)
-    assert re.fullmatch(r"retrying append_message_keyed in \d+ ms: UnavailableError \(\w+\)", line)
+    assert re.fullmatch(r"retrying append_message_conditional in \d+ ms: UnavailableError \(\w+\)", line)
 
 
 async def test_repetitions_are_switched_off(dsn, conversation, caplog):

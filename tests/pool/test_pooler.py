@@ -61,7 +61,7 @@ async def use(db: Any, user: str, *, times: int = 1) -> None:
         assert [message.content for message in await chatdb.get_history(db, **at)] == [key, user]
         assert {found.user_id for found in await chatdb.list_conversations(db, user_id=user)} == {user}
         assert [message.content async for message in chatdb.iter_messages(db, batch=1, **at)] == [key, user]
-        assert (await chatdb.delete_messages_after(db, seq=1, **at)).messages == 1
+        assert (await chatdb.delete_messages_after(db, after_seq=1, **at)).messages == 1
 
 
 # --- prepared statements ---------------------------------------------------------------------------------------------

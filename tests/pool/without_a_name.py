@@ -151,7 +151,7 @@ async def main() -> dict[str, Any]:
 
         async def fails(*, error: type[Exception] | None = None, wait: float = 0) -> None:
             async with chatdb.transaction(pool) as inside:
-                await chatdb.delete_messages_after(inside, seq=0, **at)
+                await chatdb.delete_messages_after(inside, after_seq=0, **at)
                 if error:
                     raise error
                 if wait:
@@ -172,7 +172,7 @@ async def main() -> dict[str, Any]:
                     await say(inside, "gone")
                     await inside.execute("select 1 / 0")
             async with chatdb.transaction(inside, user_id=USER):
-                await chatdb.delete_messages_after(inside, seq=3, **at)
+                await chatdb.delete_messages_after(inside, after_seq=3, **at)
         found["savepoint"] = await contents(pool) == ["one", "two", "three"]
         async with chatdb.transaction(pool) as inside, inside.transaction():
             found["nested"] = inside.is_in_transaction()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Final
 
 import asyncpg
 import psycopg
 
 import chatdb
+from chatdb import NEW
+from chatdb.records import ETAG, encode_token
 from tests.support.calls import NOBODYS
 
 HANG = 30
@@ -81,44 +83,116 @@ def batch(number: int, *, keyed: bool) -> list[dict[str, Any]]:
     return [{"role": "user", "content": "x", "key": f"{number} {place}" if keyed else None} for place in range(3)]
 
 
+def _etag(at: dict[str, Any]) -> str:
+    """Return the etag of a conversation with four messages and no edits."""
+    return encode_token(ETAG, at["conversation_id"], 4)
+
+
+def _by_key(at: dict[str, Any]) -> dict[str, Any]:
+    return {"user_id": at["user_id"], "conversation_key": "key"}
+
+
+_USER: Final = {"role": "user", "content": "x"}
+_LISTS: Final[dict[str, dict[str, Any]]] = {
+    "": {},
+    ", after": {"after": NOBODYS},
+    ", after a key": {"after_key": "key"},
+    ", archived": {"archived": True},
+    ", all": {"archived": None},
+    ", created": {"order_by": "created_at"},
+    ", created ascending": {"order_by": "created_at", "descending": False},
+}
+
 CALLS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
-    "append_message": lambda db, at, _: chatdb.append_message(db, role="user", content="x", **at),
-    "append_message, new key": lambda db, at, n: chatdb.append_message(
-        db, role="user", content="x", key=f"new {n}", **at
+    "append_message": lambda db, at, _: chatdb.append_message(db, **_USER, **at),
+    "append_message, new key": lambda db, at, n: chatdb.append_message(db, **_USER, key=f"new {n}", **at),
+    "append_message, stored key": lambda db, at, _: chatdb.append_message(db, **_USER, key="key", **at),
+    "append_message, create": lambda db, at, n: chatdb.append_message(
+        db, **_USER, user_id=at["user_id"], conversation_key=f"new {n}", create=True, expected=NEW
     ),
-    "append_message, stored key": lambda db, at, _: chatdb.append_message(
-        db, role="user", content="x", key="key", **at
+    "append_message, expected": lambda db, at, _: chatdb.append_message(
+        db, **_USER, expected=_etag(at), conversation_metadata_patch={"a": None}, **at
     ),
     "append_messages": lambda db, at, n: chatdb.append_messages(db, messages=batch(n, keyed=False), **at),
     "append_messages, none": lambda db, at, _: chatdb.append_messages(db, messages=[], **at),
     "append_messages, new keys": lambda db, at, n: chatdb.append_messages(db, messages=batch(n + 1, keyed=True), **at),
     "append_messages, stored keys": lambda db, at, _: chatdb.append_messages(db, messages=batch(0, keyed=True), **at),
+    "append_messages, skip": lambda db, at, n: chatdb.append_messages(
+        db, messages=batch(0, keyed=True) + batch(n + 1, keyed=True), on_existing="skip", **at
+    ),
+    "append_messages, create": lambda db, at, n: chatdb.append_messages(
+        db, messages=batch(n, keyed=False), user_id=at["user_id"], conversation_key=f"new {n}", create=True
+    ),
     "check_schema": lambda db, _, __: chatdb.check_schema(db),
     "create_conversation": lambda db, at, _: chatdb.create_conversation(db, user_id=at["user_id"]),
     "create_conversation, new key": lambda db, at, _: chatdb.create_conversation(db, user_id=at["user_id"], key="new"),
     "create_conversation, stored key": lambda db, at, _: chatdb.create_conversation(
         db, user_id=at["user_id"], key="key"
     ),
+    "create_conversation, messages": lambda db, at, n: chatdb.create_conversation(
+        db, user_id=at["user_id"], messages=batch(n, keyed=True)
+    ),
+    "create_conversation, messages and a stored key": lambda db, at, n: chatdb.create_conversation(
+        db, user_id=at["user_id"], key="key", messages=batch(n, keyed=True)
+    ),
     "delete_conversation": lambda db, at, _: chatdb.delete_conversation(db, **at),
+    "delete_conversation, expected": lambda db, at, _: chatdb.delete_conversation(
+        db, **_by_key(at), expected=_etag(at)
+    ),
     "delete_message": lambda db, at, _: chatdb.delete_message(db, seq=1, **at),
-    "delete_messages_after": lambda db, at, _: chatdb.delete_messages_after(db, seq=1, **at),
+    "delete_message, expected": lambda db, at, _: chatdb.delete_message(
+        db, key="key", **_by_key(at), expected=_etag(at)
+    ),
+    "delete_messages_after": lambda db, at, _: chatdb.delete_messages_after(db, after_seq=1, **at),
+    "delete_messages_after, expected": lambda db, at, _: chatdb.delete_messages_after(
+        db, after_key="key", **_by_key(at), expected=_etag(at)
+    ),
     "delete_user": lambda db, at, _: chatdb.delete_user(db, user_id=at["user_id"]),
     "get_conversation": lambda db, at, _: chatdb.get_conversation(db, **at),
-    "get_conversation_by_key": lambda db, at, _: chatdb.get_conversation_by_key(db, user_id=at["user_id"], key="key"),
+    "get_conversation, by key": lambda db, at, _: chatdb.get_conversation(db, **_by_key(at)),
     "get_history": lambda db, at, _: chatdb.get_history(db, **at),
     "get_history, before": lambda db, at, _: chatdb.get_history(db, before_seq=1, **at),
+    "get_history, before a key": lambda db, at, _: chatdb.get_history(db, before_key="key", **_by_key(at)),
     "get_message": lambda db, at, _: chatdb.get_message(db, seq=1, **at),
-    "get_message_by_key": lambda db, at, _: chatdb.get_message_by_key(db, key="key", **at),
+    "get_message, by key": lambda db, at, _: chatdb.get_message(db, key="key", **_by_key(at)),
     "iter_messages": lambda db, at, _: _all(chatdb.iter_messages(db, **at)),
-    "list_conversations": lambda db, at, _: chatdb.list_conversations(db, user_id=at["user_id"]),
-    "list_conversations, before": lambda db, at, _: chatdb.list_conversations(
-        db, user_id=at["user_id"], before=NOBODYS.model_copy(update={"user_id": at["user_id"]})
-    ),
     "list_messages": lambda db, at, _: chatdb.list_messages(db, **at),
+    "list_messages, after a key": lambda db, at, _: chatdb.list_messages(db, after_key="key", **_by_key(at)),
     "list_messages, none left": lambda db, at, _: chatdb.list_messages(db, after_seq=1000, **at),
+    "list_pinned": lambda db, at, _: chatdb.list_pinned(db, user_id=at["user_id"]),
+    "load_conversation": lambda db, at, _: chatdb.load_conversation(db, **at),
+    "load_conversation, by key": lambda db, at, _: chatdb.load_conversation(db, **_by_key(at)),
+    "pop_message": lambda db, at, _: chatdb.pop_message(db, **at),
+    "pop_message, expected": lambda db, at, _: chatdb.pop_message(db, **_by_key(at), expected=_etag(at)),
+    "replace_messages_after": lambda db, at, n: chatdb.replace_messages_after(
+        db, after_seq=1, messages=batch(n + 1, keyed=True), expected=_etag(at), **at
+    ),
     "update_conversation": lambda db, at, n: chatdb.update_conversation(db, title=f"{n}", **at),
     "update_conversation, nothing": lambda db, at, _: chatdb.update_conversation(db, **at),
+    "update_conversation, expected": lambda db, at, _: chatdb.update_conversation(
+        db, metadata_patch={"a": 1}, archived=True, pinned=True, expected=_etag(at), **_by_key(at)
+    ),
     "update_message": lambda db, at, n: chatdb.update_message(db, seq=1, token_count=n, **at),
     "update_message, nothing": lambda db, at, _: chatdb.update_message(db, seq=1, **at),
+    "update_message, expected": lambda db, at, _: chatdb.update_message(
+        db, key="key", metadata_patch={"a": 1}, expected=_etag(at), **_by_key(at)
+    ),
+    "upsert_conversation": lambda db, at, n: chatdb.upsert_conversation(
+        db, user_id=at["user_id"], key="key", title=f"{n}"
+    ),
+    "upsert_conversation, new key": lambda db, at, n: chatdb.upsert_conversation(
+        db, user_id=at["user_id"], key=f"new {n}"
+    ),
+    "upsert_message": lambda db, at, n: chatdb.upsert_message(db, key="key", role="tool", content=f"{n}", **at),
+    "upsert_message, new key": lambda db, at, n: chatdb.upsert_message(
+        db, key=f"new {n}", **_USER, expected=_etag(at), **at
+    ),
+    **{
+        f"{name}{kind}": lambda db, at, _, name=name, arguments=arguments: getattr(chatdb, name)(
+            db, user_id=at["user_id"], **arguments
+        )
+        for name in ("list_conversations", "list_previews")
+        for kind, arguments in _LISTS.items()
+    },
 }
-"""Calls of each function that takes a database, one per statement."""
+"""Calls of each function that takes a database, at least one per statement."""
