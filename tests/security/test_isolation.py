@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import uvloop
@@ -25,6 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 import chatdb
 from chatdb import (
+    NEW,
     UNSET,
     ChatDBError,
     ConflictError,
@@ -35,12 +37,13 @@ from chatdb import (
     Message,
     MessageNotFoundError,
     NewMessage,
+    StaleError,
 )
 from chatdb.admin.row_security import protect_tables
 from chatdb.formats.items import Item, SourceConversation, SourceMessage
 from chatdb.transfer.exporter import export_conversations
 from chatdb.transfer.importer import import_conversations
-from tests.support.calls import CONVERSATION_CALLS, MISSING, iterated
+from tests.support.calls import CONVERSATION_CALLS, MISSING, NOBODYS, iterated
 from tests.support.databases import as_role, cloned
 from tests.support.pgbouncer import pgbouncer
 from tests.support.roles import Roles
@@ -86,25 +89,49 @@ class Model:
         found = (item for item in self.conversations.values() if key is not None and item.key == key)
         return next(found, None)
 
-    def page(self, limit: int, before: Conversation | None) -> list[Conversation]:
-        """List conversations, latest activity first."""
-        ordered = sorted(self.conversations.values(), key=lambda item: (item.updated_at, item.id), reverse=True)
-        if before is not None:
-            ordered = [item for item in ordered if (item.updated_at, item.id) < (before.updated_at, before.id)]
-        return ordered[:limit]
+    def page(self, order: Order, limit: int, after: Conversation | None) -> list[Conversation]:
+        """Return a page of a list."""
+
+        def place(item: Conversation) -> tuple[datetime, int]:
+            return getattr(item, order.by), item.id
+
+        ordered = sorted(self.conversations.values(), key=place, reverse=order.descending)
+        if after is not None:
+            key = place(after)
+            ordered = [item for item in ordered if (place(item) < key if order.descending else place(item) > key)]
+        return [item for item in ordered if order.archived in (None, item.archived_at is not None)][:limit]
 
     def message_by_key(self, number: int, key: str | None) -> Message | None:
         """Find a message by its key."""
         found = (item for item in self.messages[number].values() if key is not None and item.key == key)
         return next(found, None)
 
-    def append(self, number: int, batch: list[NewMessage], answer: Any) -> list[Message] | type[ConflictError]:
-        """Append messages. The ids and the time come from `answer`, because the model cannot predict them."""
-        stored = [self.message_by_key(number, item.key) for item in batch]
-        if any(stored):
-            same = (found is not None and body(found) == body(item) for found, item in zip(stored, batch, strict=True))
-            return [found for found in stored if found] if all(same) else ConflictError
+    def message(self, number: int, place: dict[str, Any]) -> Message | None:
+        """Find a message by its seq or its key."""
+        if "key" in place:
+            return self.message_by_key(number, place["key"])
+        return self.messages[number].get(place["seq"])
+
+    def newest(self, number: int, limit: int) -> list[Message]:
+        """Return the newest messages, oldest first."""
+        return [self.messages[number][seq] for seq in sorted(self.messages[number])][-limit:]
+
+    def edit(self, number: int, **changes: Any) -> None:
+        """Change a conversation, which raises its revision."""
+        found = self.conversations[number]
+        self.conversations[number] = found.model_copy(update={"revision": found.revision + 1} | changes)
+
+    def patch(self, number: int, patch: dict[str, Any] | None) -> None:
+        """Merge a patch into a conversation's metadata."""
+        if patch is not None:
+            found = self.conversations[number]
+            self.conversations[number] = found.model_copy(update={"metadata": merged(found.metadata, patch)})
+
+    def store(self, number: int, batch: list[NewMessage], answer: Any) -> list[Message]:
+        """Append messages, with the ids and the time from `answer`, which the model cannot predict."""
         conversation = self.conversations[number]
+        if not batch:
+            return []
         now = answer[0].created_at
         assert now >= conversation.updated_at
         new = [
@@ -124,9 +151,43 @@ class Model:
             for place, (item, given) in enumerate(zip(batch, answer, strict=True), start=1)
         ]
         self.messages[number] |= {message.seq: message for message in new}
-        changes = {"last_seq": conversation.last_seq + len(new), "updated_at": now}
-        self.conversations[number] = conversation.model_copy(update=changes)
+        self.conversations[number] = conversation.model_copy(
+            update={
+                "last_seq": conversation.last_seq + len(new),
+                "revision": conversation.revision + len(new),
+                "updated_at": now,
+            }
+        )
         return new
+
+    def append(
+        self, number: int, batch: list[NewMessage], answer: Any, options: Options
+    ) -> list[Message] | type[ChatDBError]:
+        """Append messages under conditions."""
+        stored = [self.message_by_key(number, item.key) for item in batch]
+        is_expected = as_expected(self.conversations[number], options.expected)
+        if options.skip:
+            batch = [item for item, found in zip(batch, stored, strict=True) if found is None]
+            if not is_expected:
+                return StaleError if batch else []
+        elif any(stored):
+            same = (found is not None and body(found) == body(item) for found, item in zip(stored, batch, strict=True))
+            return [found for found in stored if found] if all(same) else ConflictError
+        if not is_expected:
+            return StaleError
+        if batch:
+            self.patch(number, options.patch)
+        elif not stored and options.patch is not None:
+            self.patch(number, options.patch)
+            self.edit(number)
+        return self.store(number, batch, answer)
+
+    def delete(self, number: int, gone: list[int]) -> None:
+        """Delete messages, which raises the revision if there are any."""
+        for seq in gone:
+            del self.messages[number][seq]
+        if gone:
+            self.edit(number)
 
     def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Return the rows that the tables should hold."""
@@ -135,6 +196,43 @@ class Model:
             [self.conversations[number].model_dump() for number in sorted(self.conversations)],
             [item.model_dump() for item in sorted(messages, key=lambda item: (item.conversation_id, item.seq))],
         )
+
+
+class Order(NamedTuple):
+    """Which conversations a list has, and in what order."""
+
+    by: Literal["updated_at", "created_at"]
+    descending: bool
+    archived: bool | None
+
+
+class Options(NamedTuple):
+    """Conditions and additions of an append."""
+
+    expected: Any = None
+    patch: dict[str, Any] | None = None
+    create: bool = False
+    skip: bool = False
+
+
+def as_expected(conversation: Conversation, expected: Any) -> bool:
+    """Return whether a stored conversation is as the caller expects it."""
+    if isinstance(expected, str):
+        return conversation.etag == expected
+    return expected is None or (
+        expected is not NEW
+        and (conversation.id, conversation.revision)
+        == (
+            expected.id,
+            expected.revision,
+        )
+    )
+
+
+def merged(stored: dict[str, Any] | None, patch: dict[str, Any]) -> dict[str, Any] | None:
+    """Return metadata after a patch of its top level."""
+    both = {**(stored or {}), **patch}
+    return {name: value for name, value in both.items() if value is not None} or None
 
 
 def as_text(payload: Any) -> JsonText | None:
@@ -156,7 +254,8 @@ async def outcome(call: Coroutine[Any, Any, Any]) -> Any:
 
 
 SNAPSHOT_CONVERSATIONS = """
-    select id, user_id, key, title, metadata::text as metadata, last_seq, created_at, updated_at,
+    select id, user_id, key, title, metadata::text as metadata, last_seq,
+        last_seq + edits as revision, created_at, updated_at, archived_at, pinned_at,
         c::text as whole, xmin::text, ctid::text
     from chatdb.conversations as c where user_id = any($1) order by user_id, id
 """
@@ -176,6 +275,29 @@ metadata = st.sampled_from((None, {}, {"m": 1}))
 payloads = st.sampled_from((None, {"p": 1}, JsonText('{"p": 1}'), JsonText('{ "p":1 }')))
 contents = st.sampled_from(("", "a", "b"))
 token_counts = st.sampled_from((None, 0, 7))
+patches = st.sampled_from(({}, {"m": 1}, {"m": 2, "n": None}, {"m": None}))
+flags = st.sampled_from((UNSET, True, False))
+known_keys = st.sampled_from(("k", "l", "m", "unknown"))
+addresses = conversations | known_keys
+"""An index of an id, or a key."""
+
+expectations = st.none() | st.tuples(st.sampled_from(("current", "current", "any")), st.integers(0, 20))
+"""No condition, or the current state or any conversation that a user has read; an etag if the number is even."""
+
+message_places = st.fixed_dictionaries({"seq": places}) | st.fixed_dictionaries({"key": known_keys})
+orders = st.sampled_from(
+    (
+        *(Order("updated_at", True, archived) for archived in (False, False, True, None)),
+        *(
+            Order("created_at", descending, archived)
+            for descending in (True, False)
+            for archived in (False, True, None)
+        ),
+    )
+)
+options = st.just(Options()) | st.builds(
+    Options, expected=expectations | st.just(NEW), patch=st.none() | patches, create=st.booleans(), skip=st.booleans()
+)
 
 
 def messages(keys: st.SearchStrategy[str | None]) -> st.SearchStrategy[NewMessage]:
@@ -229,9 +351,11 @@ class Isolation(RuleBasedStateMachine):
     def begin(self) -> None:
         """Create two conversations for every user, with the same id, key and message keys."""
         for model in self.models:
-            for conversation in (self.adopt(model), self.create(model, title=None, key="k", metadata=None)):
+            self.adopt(model)
+            self.create(model, title=None, key="k", metadata=None)
+            for address in (1, "k"):
                 for key in ("k", "l"):
-                    self.append_to(model, conversation.id, NewMessage(role="user", content="a", key=key))
+                    self.append_to(model, address, NewMessage(role="user", content="a", key=key))
 
     def adopt(self, model: Model) -> Conversation:
         """Store a conversation under an id that other users also have, as adopted tables can."""
@@ -242,37 +366,101 @@ class Isolation(RuleBasedStateMachine):
         self.content = self.snapshot()
         return model.conversations[self.shared]
 
-    def create(self, model: Model, **fields: Any) -> Conversation:
-        """Create or get a conversation by its key."""
-        answer = self.call(model, chatdb.create_conversation, **fields)
-        stored = model.by_key(fields["key"])
-        if stored is None:
-            assert answer.id not in self.ids
-            stored = Conversation(
-                id=answer.id,
-                user_id=model.user,
-                last_seq=0,
-                created_at=answer.created_at,
-                updated_at=answer.created_at,
-                **fields,
-            )
-            model.add(stored)
-            self.ids.append(answer.id)
-        self.settle(model, answer, stored)
+    def created(self, model: Model, answer: Conversation, key: str | None, **fields: Any) -> Conversation:
+        """Add a new conversation to the model, with the id and the time from `answer`."""
+        assert answer.id not in self.ids
+        stored = Conversation(
+            id=answer.id,
+            user_id=model.user,
+            key=key,
+            last_seq=0,
+            revision=0,
+            created_at=answer.created_at,
+            updated_at=answer.created_at,
+            archived_at=None,
+            pinned_at=None,
+            **fields,
+        )
+        model.add(stored)
+        self.ids.append(answer.id)
         return stored
 
-    def append_to(self, model: Model, number: int, message: NewMessage) -> None:
-        """Append one message."""
-        answer = self.call(model, chatdb.append_message, number, **dict(message))
-        if number in model.conversations:
-            expected = model.append(number, [message], [answer])
+    def create(self, model: Model, batch: list[NewMessage] | None = None, **fields: Any) -> None:
+        """Create a conversation, or get the one that has the key."""
+        options = {} if batch is None else {"messages": batch}
+        answer = self.call(model, chatdb.create_conversation, **options, **fields)
+        must_be_new = fields.pop("expected", None) is NEW
+        stored = model.by_key(fields["key"])
+        if stored is not None:
+            self.settle(model, answer, StaleError if must_be_new else stored)
+            return
+        self.created(model, answer, **fields)
+        model.store(answer.id, batch or [], self.stored(model, answer.id))
+        self.settle(model, answer, model.conversations[answer.id])
+
+    def append_to(self, model: Model, address: int | str, message: NewMessage) -> None:
+        """Append one message without conditions."""
+        at, number = self.where(model, address)
+        answer = self.call(model, chatdb.append_message, at, **dict(message))
+        if number is not None:
+            expected = model.append(number, [message], [answer], Options())
             self.settle(model, answer, expected if isinstance(expected, type) else expected[0])
+
+    def append_with(self, model: Model, address: int | str, batch: list[NewMessage], options: Options) -> None:
+        """Append a message or a batch under conditions."""
+        options = options._replace(create=options.create and isinstance(address, str))
+        if options.expected is NEW and not options.create:
+            options = options._replace(expected=None)
+        at, number = self.where(model, address)
+        options = options._replace(expected=self.expected(model.conversations.get(number), options.expected))
+        arguments = {
+            "expected": options.expected,
+            "conversation_metadata_patch": options.patch,
+            "create": options.create,
+        }
+        creates = options.create and number is None and options.expected in (None, NEW)
+        if len(batch) == 1 and not options.skip:
+            found = self.call(model, chatdb.append_message, at, creates=creates, **dict(batch[0]), **arguments)
+            answer = found if isinstance(found, ChatDBError) else [found]
+        else:
+            arguments |= {"messages": batch, "on_existing": "skip" if options.skip else "conflict"}
+            answer = self.call(model, chatdb.append_messages, at, creates=creates, **arguments)
+        if creates:
+            get = chatdb.get_conversation(self.db, user_id=model.user, **at)
+            number = self.created(model, self.run(get), at["conversation_key"], title=None, metadata=None).id
+            options = options._replace(expected=None)
+            model.patch(number, options.patch)
+            self.settle(model, answer, model.store(number, batch, answer))
+        elif number is not None:
+            self.settle(model, answer, model.append(number, batch, answer, options))
 
     # helpers
 
-    def conversation(self, index: int) -> int:
-        """Return the id of a conversation that exists, was deleted, or never existed."""
-        return self.ids[index % len(self.ids)]
+    def where(self, model: Model, address: int | str) -> tuple[dict[str, Any], int | None]:
+        """Return the arguments that name a conversation, and its id if the user has it."""
+        if isinstance(address, str):
+            found = model.by_key(address)
+            return {"conversation_key": address}, None if found is None else found.id
+        number = self.ids[address % len(self.ids)]  # of a stored or deleted conversation, or one that never existed
+        return {"conversation_id": number}, number if number in model.conversations else None
+
+    def expected(self, current: Conversation | None, drawn: Any) -> Any:
+        """Return a drawn expectation as a conversation or its etag; those of other users and deleted ones too."""
+        if drawn is None or drawn is NEW:
+            return drawn
+        kind, index = drawn
+        found = current if kind == "current" else self.cursors[index % len(self.cursors)]
+        found = found or NOBODYS
+        return found if index % 2 else found.etag
+
+    def stored(self, model: Model, number: int) -> list[Any]:
+        """Return the rows of a conversation's messages, for their ids and times."""
+        _, messages = self.content[self.models.index(model)]
+        return [
+            SimpleNamespace(id=row["id"], created_at=row["created_at"])
+            for row in messages
+            if row["conversation_id"] == number
+        ]
 
     def snapshot(self) -> list[Any]:
         """Return each user's rows with their versions."""
@@ -284,29 +472,43 @@ class Isolation(RuleBasedStateMachine):
             for name in names
         ]
 
-    def call(self, model: Model, function: Callable[..., Any], number: int | None = None, **arguments: Any) -> Any:
+    def call(
+        self,
+        model: Model,
+        function: Callable[..., Any],
+        at: dict[str, Any] | None = None,
+        *,
+        creates: bool = False,
+        **arguments: Any,
+    ) -> Any:
         """
         Call a function and check that the other users' rows are unchanged.
 
         If the user does not have the conversation, the call must send the same statements and raise the same error as
-        for an unused id.
+        for an id or a key that nobody has.
         """
         self.called.add("iter_messages" if function is iterated else function.__name__)
-        about = {} if number is None else {"conversation_id": number}
         counting = Counting(self.db)
-        answer = self.run(outcome(function(counting, user_id=model.user, **about, **arguments)))
+        answer = self.run(outcome(function(counting, user_id=model.user, **(at or {}), **arguments)))
         before, self.content = self.content, self.snapshot()
         for other, old, new in zip(self.models, before, self.content, strict=True):
             assert other is model or old == new
-        if number is not None and number not in model.conversations:
+        if at is not None and not creates and not self.has(model, at):
             missing = Counting(self.db)
-            nobodys = self.run(outcome(function(missing, user_id=model.user, conversation_id=MISSING, **arguments)))
+            nobodys_at = {name: MISSING if name == "conversation_id" else "nobody's" for name in at}
+            nobodys = self.run(outcome(function(missing, user_id=model.user, **nobodys_at, **arguments)))
             assert type(answer) is type(nobodys) is ConversationNotFoundError
             assert (answer.args, vars(answer)) == (nobodys.args, vars(nobodys))
             assert type(answer.__cause__) is type(nobodys.__cause__)
             assert counting.sent == missing.sent
             self.settle(model, None, None)
         return answer
+
+    def has(self, model: Model, at: dict[str, Any]) -> bool:
+        """Return whether the user has the conversation that these arguments name."""
+        if "conversation_key" in at:
+            return model.by_key(at["conversation_key"]) is not None
+        return at["conversation_id"] in model.conversations
 
     def settle(self, model: Model, answer: Any, expected: Any) -> None:
         """Check the answer and the user's rows against the model."""
@@ -320,15 +522,33 @@ class Isolation(RuleBasedStateMachine):
                 del row["whole"], row["xmin"], row["ctid"]
             assert decoded == rows
         for item in answer if isinstance(answer, list) else [answer]:
-            if isinstance(item, Conversation):
-                self.cursors.append(item)
+            for each in item if isinstance(item, tuple) else (item,):
+                if isinstance(each, Conversation):
+                    self.cursors.append(each)
 
     # conversations
 
-    @rule(user=users, title=titles, key=keys, metadata=metadata)
+    @rule(
+        user=users,
+        title=titles,
+        key=keys,
+        metadata=metadata,
+        batch=st.none() | batches(keys),
+        expected=st.sampled_from((None, NEW)),
+    )
     def create_conversation(self, user: int, **fields: Any) -> None:
         """Create or get a conversation by its key."""
         self.create(self.models[user], **fields)
+
+    @rule(user=users, key=known_keys.filter(lambda key: key != "unknown"), title=titles, metadata=metadata)
+    def upsert_conversation(self, user: int, key: str, **fields: Any) -> None:
+        """Create a conversation, or replace the title and metadata of the one that has the key."""
+        model = self.models[user]
+        answer = self.call(model, chatdb.upsert_conversation, key=key, **fields)
+        stored = model.by_key(key) or self.created(model, answer, key, **fields)
+        if (stored.title, stored.metadata) != (fields["title"], fields["metadata"]):
+            model.edit(stored.id, **fields)
+        self.settle(model, answer, model.conversations[stored.id])
 
     @rule(user=users)
     def adopt_again(self, user: int) -> None:
@@ -336,46 +556,116 @@ class Isolation(RuleBasedStateMachine):
         if self.shared not in self.models[user].conversations:
             self.adopt(self.models[user])
 
-    @rule(user=users, index=conversations)
-    def get_conversation(self, user: int, index: int) -> None:
-        """Get a conversation by its id."""
-        model, number = self.models[user], self.conversation(index)
-        answer = self.call(model, chatdb.get_conversation, number)
-        if number in model.conversations:
-            self.settle(model, answer, model.conversations[number])
-
-    @rule(user=users, key=keys.filter(bool) | st.just("unknown"))
-    def get_conversation_by_key(self, user: int, key: str) -> None:
-        """Get a conversation by its key."""
+    @rule(user=users, address=addresses)
+    def get_conversation(self, user: int, address: int | str) -> None:
+        """Get a conversation."""
         model = self.models[user]
-        answer = self.call(model, chatdb.get_conversation_by_key, key=key)
-        self.settle(model, answer, model.by_key(key) or ConversationNotFoundError)
-
-    @rule(user=users, limit=limits, cursor=st.integers(0, 20))
-    def list_conversations(self, user: int, limit: int, cursor: int) -> None:
-        """List conversations after any user's conversation."""
-        model, before = self.models[user], self.cursors[cursor % len(self.cursors)]
-        answer = self.call(model, chatdb.list_conversations, limit=limit, before=before)
-        self.settle(model, answer, model.page(limit, before))
-
-    @rule(user=users, index=conversations, title=or_unset(titles), metadata=or_unset(metadata))
-    def update_conversation(self, user: int, index: int, **fields: Any) -> None:
-        """Update a conversation."""
-        model, number = self.models[user], self.conversation(index)
-        answer = self.call(model, chatdb.update_conversation, number, **fields)
-        if number in model.conversations:
-            changes = {name: value for name, value in fields.items() if value is not UNSET}
-            model.conversations[number] = model.conversations[number].model_copy(update=changes)
+        at, number = self.where(model, address)
+        answer = self.call(model, chatdb.get_conversation, at)
+        if number is not None:
             self.settle(model, answer, model.conversations[number])
 
-    @rule(user=users, index=conversations)
-    def delete_conversation(self, user: int, index: int) -> None:
+    @rule(user=users, address=addresses, limit=limits)
+    def load_conversation(self, user: int, address: int | str, limit: int) -> None:
+        """Get a conversation and its newest messages."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        answer = self.call(model, chatdb.load_conversation, at, limit=limit)
+        if number is not None:
+            self.settle(model, answer, (model.conversations[number], model.newest(number, limit)))
+
+    @rule(
+        user=users,
+        limit=limits,
+        order=orders,
+        after=st.none() | st.integers(0, 20) | known_keys,
+        function=st.sampled_from((chatdb.list_conversations, chatdb.list_previews)),
+    )
+    def list_conversations(
+        self, user: int, limit: int, order: Order, after: int | str | None, function: Callable[..., Any]
+    ) -> None:
+        """List conversations after any conversation or cursor that any user has received, or after a key."""
+        model = self.models[user]
+        place: Conversation | None = None
+        arguments: dict[str, Any] = {}
+        if isinstance(after, str):
+            place, arguments = model.by_key(after), {"after_key": after}
+        elif after is not None:
+            place = self.cursors[after % len(self.cursors)]
+            arguments = {"after": place if place is None or after % 2 else place.cursor}
+        arguments |= {"limit": limit, "order_by": order.by, "descending": order.descending, "archived": order.archived}
+        answer = self.call(model, function, **arguments)
+        if isinstance(after, str) and place is None:
+            self.settle(model, answer, ConversationNotFoundError)
+            return
+        page: list[Any] = model.page(order, limit, place)
+        if function is chatdb.list_previews:
+            page = [(each, next(iter(model.newest(each.id, 1)), None)) for each in page]
+        self.settle(model, answer, page)
+
+    @rule(user=users, limit=limits)
+    def list_pinned(self, user: int, limit: int) -> None:
+        """List pinned conversations."""
+        model = self.models[user]
+        pinned = [each for each in model.conversations.values() if each.pinned_at and not each.archived_at]
+        pinned.sort(key=lambda each: (each.pinned_at, each.id), reverse=True)
+        self.settle(model, self.call(model, chatdb.list_pinned, limit=limit), pinned[:limit])
+
+    @rule(
+        user=users,
+        address=addresses,
+        title=or_unset(titles),
+        metadata=or_unset(metadata),
+        patch=or_unset(patches),
+        archived=flags,
+        pinned=flags,
+        expectation=expectations,
+    )
+    def update_conversation(
+        self, user: int, address: int | str, metadata: Any, patch: Any, expectation: Any, **fields: Any
+    ) -> None:
+        """Change a conversation."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        expected = self.expected(model.conversations.get(number), expectation)
+        data = {"metadata": metadata} if patch is UNSET else {"metadata_patch": patch}
+        answer = self.call(model, chatdb.update_conversation, at, expected=expected, **data, **fields)
+        if number is None:
+            return
+        stored = model.conversations[number]
+        if not as_expected(stored, expected):
+            self.settle(model, answer, StaleError)
+            return
+        changes = {} if fields["title"] is UNSET else {"title": fields["title"]}
+        if patch is not UNSET:
+            changes["metadata"] = merged(stored.metadata, patch)
+        elif metadata is not UNSET:
+            changes["metadata"] = metadata
+        for flag in ("archived", "pinned"):
+            time = getattr(stored, f"{flag}_at")
+            if fields[flag] is True:
+                assert isinstance(getattr(answer, f"{flag}_at"), datetime)
+                changes[f"{flag}_at"] = time or getattr(answer, f"{flag}_at")
+            elif fields[flag] is False:
+                changes[f"{flag}_at"] = None
+        if any(getattr(stored, name) != value for name, value in changes.items()):
+            model.edit(number, **changes)
+        self.settle(model, answer, model.conversations[number])
+
+    @rule(user=users, address=addresses, expectation=expectations)
+    def delete_conversation(self, user: int, address: int | str, expectation: Any) -> None:
         """Delete a conversation."""
-        model, number = self.models[user], self.conversation(index)
-        answer = self.call(model, chatdb.delete_conversation, number)
-        if number in model.conversations:
-            del model.conversations[number]
-            self.settle(model, answer, Deleted(conversations=1, messages=len(model.messages.pop(number))))
+        model = self.models[user]
+        at, number = self.where(model, address)
+        expected = self.expected(model.conversations.get(number), expectation)
+        answer = self.call(model, chatdb.delete_conversation, at, expected=expected)
+        if number is None:
+            return
+        if not as_expected(model.conversations[number], expected):
+            self.settle(model, answer, StaleError)
+            return
+        del model.conversations[number]
+        self.settle(model, answer, Deleted(conversations=1, messages=len(model.messages.pop(number))))
 
     @rule(user=users, sure=st.integers(0, 3).map(lambda draw: draw == 0))
     def delete_user(self, user: int, sure: bool) -> None:
@@ -392,101 +682,230 @@ class Isolation(RuleBasedStateMachine):
 
     # messages
 
-    @rule(user=users, index=conversations, message=messages(keys))
-    def append_message(self, user: int, index: int, message: NewMessage) -> None:
+    @rule(user=users, address=addresses, message=messages(keys))
+    def append_message(self, user: int, address: int | str, message: NewMessage) -> None:
         """Append a message."""
-        self.append_to(self.models[user], self.conversation(index), message)
-
-    @rule(user=users, index=conversations, batch=batches(st.none()) | batches(keys.filter(bool)) | batches(keys))
-    def append_messages(self, user: int, index: int, batch: list[NewMessage]) -> None:
-        """Append a batch."""
-        model, number = self.models[user], self.conversation(index)
-        answer = self.call(model, chatdb.append_messages, number, messages=batch)
-        if number in model.conversations:
-            self.settle(model, answer, model.append(number, batch, answer) if batch else [])
-
-    @rule(user=users, index=conversations, limit=limits, before_seq=st.none() | places)
-    def get_history(self, user: int, index: int, limit: int, before_seq: int | None) -> None:
-        """Read the newest messages."""
-        model, number = self.models[user], self.conversation(index)
-        answer = self.call(model, chatdb.get_history, number, limit=limit, before_seq=before_seq)
-        if number in model.conversations:
-            found = [item for seq, item in model.messages[number].items() if before_seq is None or seq < before_seq]
-            self.settle(model, answer, found[-limit:])
-
-    @rule(user=users, index=conversations, limit=limits, after_seq=places)
-    def list_messages(self, user: int, index: int, limit: int, after_seq: int) -> None:
-        """List the messages after a `seq`."""
-        model, number = self.models[user], self.conversation(index)
-        answer = self.call(model, chatdb.list_messages, number, limit=limit, after_seq=after_seq)
-        if number in model.conversations:
-            found = [item for seq, item in model.messages[number].items() if seq > after_seq]
-            self.settle(model, answer, found[:limit])
-
-    @rule(user=users, index=conversations, batch=limits, after_seq=places)
-    def iter_messages(self, user: int, index: int, batch: int, after_seq: int) -> None:
-        """Iterate over all messages after a `seq`."""
-        model, number = self.models[user], self.conversation(index)
-        answer = self.call(model, iterated, number, batch=batch, after_seq=after_seq)
-        if number in model.conversations:
-            self.settle(model, answer, [item for seq, item in model.messages[number].items() if seq > after_seq])
-
-    @rule(user=users, index=conversations, seq=places)
-    def get_message(self, user: int, index: int, seq: int) -> None:
-        """Get a message by its `seq`."""
-        model, number = self.models[user], self.conversation(index)
-        answer = self.call(model, chatdb.get_message, number, seq=seq)
-        if number in model.conversations:
-            self.settle(model, answer, model.messages[number].get(seq, MessageNotFoundError))
-
-    @rule(user=users, index=conversations, key=keys.filter(bool) | st.just("unknown"))
-    def get_message_by_key(self, user: int, index: int, key: str) -> None:
-        """Get a message by its key."""
-        model, number = self.models[user], self.conversation(index)
-        answer = self.call(model, chatdb.get_message_by_key, number, key=key)
-        if number in model.conversations:
-            self.settle(model, answer, model.message_by_key(number, key) or MessageNotFoundError)
+        self.append_to(self.models[user], address, message)
 
     @rule(
         user=users,
-        index=conversations,
-        seq=places,
+        address=addresses,
+        batch=batches(st.none()) | batches(keys.filter(bool)) | batches(keys),
+        options=options,
+    )
+    def append_messages(self, user: int, address: int | str, batch: list[NewMessage], options: Options) -> None:
+        """Append a message or a batch, with and without conditions."""
+        self.append_with(self.models[user], address, batch, options)
+
+    @rule(user=users, address=addresses, message=messages(keys.filter(bool)), expectation=expectations)
+    def upsert_message(self, user: int, address: int | str, message: NewMessage, expectation: Any) -> None:
+        """Append the message with a key, or replace it."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        expected = self.expected(model.conversations.get(number), expectation)
+        answer = self.call(model, chatdb.upsert_message, at, expected=expected, **dict(message))
+        if number is None:
+            return
+        stored = model.message_by_key(number, message.key)
+        is_same = stored is not None and (*body(stored), stored.token_count) == (*body(message), message.token_count)
+        if stored is not None and is_same:
+            self.settle(model, answer, stored)
+        elif not as_expected(model.conversations[number], expected):
+            self.settle(model, answer, StaleError)
+        elif stored is None:
+            self.settle(model, answer, model.store(number, [message], [answer])[0])
+        else:
+            changes = {"role": message.role, "content": message.content, "payload": as_text(message.payload)}
+            changes |= {"metadata": message.metadata, "token_count": message.token_count}
+            model.messages[number][stored.seq] = stored.model_copy(update=changes)
+            model.edit(number)
+            self.settle(model, answer, model.messages[number][stored.seq])
+
+    @rule(
+        user=users,
+        address=addresses,
+        after_seq=places,
+        batch=batches(keys),
+        expectation=expectations.filter(bool),
+    )
+    def replace_messages_after(
+        self, user: int, address: int | str, after_seq: int, batch: list[NewMessage], expectation: Any
+    ) -> None:
+        """Replace the messages after a position."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        expected = self.expected(model.conversations.get(number), expectation)
+        arguments = {"after_seq": after_seq, "messages": batch, "expected": expected}
+        answer = self.call(model, chatdb.replace_messages_after, at, **arguments)
+        if number is None:
+            return
+        stored = [model.message_by_key(number, item.key) for item in batch]
+        if not as_expected(model.conversations[number], expected):
+            same = (
+                found is not None and found.seq > after_seq and body(found) == body(item)
+                for found, item in zip(stored, batch, strict=True)
+            )
+            self.settle(model, answer, stored if batch and all(same) else StaleError)
+        elif any(found is not None and found.seq <= after_seq for found in stored):
+            self.settle(model, answer, ConflictError)
+        else:
+            for seq in [seq for seq in model.messages[number] if seq > after_seq]:
+                del model.messages[number][seq]
+            model.edit(number)
+            self.settle(model, answer, model.store(number, batch, answer))
+
+    @rule(user=users, address=addresses, expectation=expectations)
+    def pop_message(self, user: int, address: int | str, expectation: Any) -> None:
+        """Delete the newest message."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        expected = self.expected(model.conversations.get(number), expectation)
+        answer = self.call(model, chatdb.pop_message, at, expected=expected)
+        if number is None:
+            return
+        if not as_expected(model.conversations[number], expected):
+            self.settle(model, answer, StaleError)
+            return
+        newest = next(iter(model.newest(number, 1)), None)
+        model.delete(number, [] if newest is None else [newest.seq])
+        self.settle(model, answer, newest)
+
+    @rule(user=users, address=addresses, limit=limits, before=st.none() | places | known_keys)
+    def get_history(self, user: int, address: int | str, limit: int, before: int | str | None) -> None:
+        """Read the newest messages, or those before a position."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        position = {"before_key": before} if isinstance(before, str) else {"before_seq": before}
+        answer = self.call(model, chatdb.get_history, at, limit=limit, **position)
+        if number is None:
+            return
+        if isinstance(before, str):
+            found = model.message_by_key(number, before)
+            if found is None:
+                self.settle(model, answer, MessageNotFoundError)
+                return
+            before = found.seq
+        self.settle(
+            model, answer, [each for each in model.newest(number, 999) if before is None or each.seq < before][-limit:]
+        )
+
+    @rule(user=users, address=addresses, limit=limits, after=places | known_keys)
+    def list_messages(self, user: int, address: int | str, limit: int, after: int | str) -> None:
+        """Read the messages after a position."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        position = {"after_key": after} if isinstance(after, str) else {"after_seq": after}
+        answer = self.call(model, chatdb.list_messages, at, limit=limit, **position)
+        if number is None:
+            return
+        if isinstance(after, str):
+            found = model.message_by_key(number, after)
+            if found is None:
+                self.settle(model, answer, MessageNotFoundError)
+                return
+            after = found.seq
+        self.settle(model, answer, [each for each in model.newest(number, 999) if each.seq > after][:limit])
+
+    @rule(user=users, address=addresses, batch=limits, after_seq=places)
+    def iter_messages(self, user: int, address: int | str, batch: int, after_seq: int) -> None:
+        """Read all messages after a position."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        answer = self.call(model, iterated, at, batch=batch, after_seq=after_seq)
+        if number is not None:
+            self.settle(model, answer, [each for each in model.newest(number, 999) if each.seq > after_seq])
+
+    @rule(user=users, address=addresses, place=message_places)
+    def get_message(self, user: int, address: int | str, place: dict[str, Any]) -> None:
+        """Get a message by its position or its key."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        answer = self.call(model, chatdb.get_message, at, **place)
+        if number is not None:
+            self.settle(model, answer, model.message(number, place) or MessageNotFoundError)
+
+    @rule(
+        user=users,
+        address=addresses,
+        place=message_places,
         content=or_unset(contents),
         payload=or_unset(payloads),
         metadata=or_unset(metadata),
+        patch=or_unset(patches),
         token_count=or_unset(token_counts),
+        expectation=expectations,
     )
-    def update_message(self, user: int, index: int, seq: int, **fields: Any) -> None:
-        """Update a message."""
-        model, number = self.models[user], self.conversation(index)
-        answer = self.call(model, chatdb.update_message, number, seq=seq, **fields)
-        if number in model.conversations:
-            found = model.messages[number].get(seq)
-            if found is not None:
-                changes = {name: value for name, value in fields.items() if value is not UNSET}
-                if "payload" in changes:
-                    changes["payload"] = as_text(changes["payload"])
-                found = model.messages[number][seq] = found.model_copy(update=changes)
-            self.settle(model, answer, found or MessageNotFoundError)
+    def update_message(
+        self,
+        user: int,
+        address: int | str,
+        place: dict[str, Any],
+        metadata: Any,
+        patch: Any,
+        expectation: Any,
+        **fields: Any,
+    ) -> None:
+        """Change a message."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        expected = self.expected(model.conversations.get(number), expectation)
+        data = {"metadata": metadata} if patch is UNSET else {"metadata_patch": patch}
+        answer = self.call(model, chatdb.update_message, at, expected=expected, **place, **data, **fields)
+        if number is None:
+            return
+        stored = model.message(number, place)
+        if not as_expected(model.conversations[number], expected):
+            self.settle(model, answer, StaleError)
+        elif stored is None:
+            self.settle(model, answer, MessageNotFoundError)
+        else:
+            changes = {name: value for name, value in (fields | data).items() if value is not UNSET}
+            if "payload" in changes:
+                changes["payload"] = as_text(changes["payload"])
+            if "metadata_patch" in changes:
+                changes["metadata"] = merged(stored.metadata, changes.pop("metadata_patch"))
+            if any(getattr(stored, name) != value for name, value in changes.items()):
+                model.messages[number][stored.seq] = stored = stored.model_copy(update=changes)
+                model.edit(number)
+            self.settle(model, answer, stored)
 
-    @rule(user=users, index=conversations, seq=places)
-    def delete_message(self, user: int, index: int, seq: int) -> None:
+    @rule(user=users, address=addresses, place=message_places, expectation=expectations)
+    def delete_message(self, user: int, address: int | str, place: dict[str, Any], expectation: Any) -> None:
         """Delete a message."""
-        model, number = self.models[user], self.conversation(index)
-        answer = self.call(model, chatdb.delete_message, number, seq=seq)
-        if number in model.conversations:
-            gone = model.messages[number].pop(seq, None)
-            self.settle(model, answer, Deleted(conversations=0, messages=1) if gone else MessageNotFoundError)
+        model = self.models[user]
+        at, number = self.where(model, address)
+        expected = self.expected(model.conversations.get(number), expectation)
+        answer = self.call(model, chatdb.delete_message, at, expected=expected, **place)
+        if number is None:
+            return
+        stored = model.message(number, place)
+        if not as_expected(model.conversations[number], expected):
+            self.settle(model, answer, StaleError)
+        elif stored is None:
+            self.settle(model, answer, MessageNotFoundError)
+        else:
+            model.delete(number, [stored.seq])
+            self.settle(model, answer, Deleted(conversations=0, messages=1))
 
-    @rule(user=users, index=conversations, seq=places)
-    def delete_messages_after(self, user: int, index: int, seq: int) -> None:
-        """Delete the messages after a `seq`."""
-        model, number = self.models[user], self.conversation(index)
-        answer = self.call(model, chatdb.delete_messages_after, number, seq=seq)
-        if number in model.conversations:
-            gone = [place for place in model.messages[number] if place > seq]
-            for place in gone:
-                del model.messages[number][place]
+    @rule(user=users, address=addresses, after=places | known_keys, expectation=expectations)
+    def delete_messages_after(self, user: int, address: int | str, after: int | str, expectation: Any) -> None:
+        """Delete the messages after a position."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        expected = self.expected(model.conversations.get(number), expectation)
+        position = {"after_key": after} if isinstance(after, str) else {"after_seq": after}
+        answer = self.call(model, chatdb.delete_messages_after, at, expected=expected, **position)
+        if number is None:
+            return
+        found = model.message_by_key(number, after) if isinstance(after, str) else None
+        if not as_expected(model.conversations[number], expected):
+            self.settle(model, answer, StaleError)
+        elif isinstance(after, str) and found is None:
+            self.settle(model, answer, MessageNotFoundError)
+        else:
+            start = after if found is None else found.seq
+            gone = [seq for seq in model.messages[number] if seq > start]
+            model.delete(number, gone)
             self.settle(model, answer, Deleted(conversations=0, messages=len(gone)))
 
 
@@ -573,7 +992,7 @@ def test_every_function_on_a_conversation_is_called():
 
 @pytest.mark.parametrize("name", CONVERSATION_CALLS)
 async def test_a_foreign_conversation_looks_like_a_missing_one(db, name):
-    """Both raise the same error after the same statement, and the other user's rows are unchanged."""
+    """By id and by key, both raise the same error after the same statement, and the other user's rows stay."""
     conversation = await chatdb.create_conversation(db, user_id="bob", key="k")
     here = {"user_id": "bob", "conversation_id": conversation.id}
     for content in ("a", "b"):
@@ -581,40 +1000,84 @@ async def test_a_foreign_conversation_looks_like_a_missing_one(db, name):
     before = [await chatdb.get_conversation(db, **here), await chatdb.list_messages(db, **here)]
     function = iterated if name == "iter_messages" else getattr(chatdb, name)
 
-    async def call(number: int) -> tuple[Any, ...]:
+    async def call(**at: Any) -> tuple[Any, ...]:
         counting = Counting(db)
         with pytest.raises(ChatDBError) as caught:
-            await function(counting, user_id="ada", conversation_id=number, **CONVERSATION_CALLS[name])
+            await function(counting, user_id="ada", **at, **CONVERSATION_CALLS[name])
         return type(caught.value), caught.value.args, vars(caught.value), caught.value.__cause__, counting.sent
 
-    foreign, missing = await call(conversation.id), await call(MISSING)
-    assert foreign == missing
-    assert foreign[0] is ConversationNotFoundError
-    assert len(foreign[-1]) == 1
+    calls = [{"conversation_id": conversation.id}, {"conversation_key": "k"}, {"conversation_key": "unknown"}]
+    answers = [await call(**at) for at in [*calls, {"conversation_id": MISSING}]]
+    assert answers == answers[:1] * 4
+    assert answers[0][0] is ConversationNotFoundError
+    assert len(answers[0][-1]) == 1
     assert [await chatdb.get_conversation(db, **here), await chatdb.list_messages(db, **here)] == before
 
 
-async def test_a_foreign_key_looks_like_a_missing_one(db):
-    """Another user's key is not found, and the user can create a conversation with the same key."""
-    other = await chatdb.create_conversation(db, user_id="bob", key="k", title="bob's")
+@pytest.mark.parametrize(
+    "create",
+    [
+        lambda db, at: chatdb.create_conversation(db, user_id=at["user_id"], key="k"),
+        lambda db, at: chatdb.create_conversation(db, user_id=at["user_id"], key="k", expected=NEW),
+        lambda db, at: chatdb.create_conversation(db, user_id=at["user_id"], key="k", messages=[X]),
+        lambda db, at: chatdb.upsert_conversation(db, user_id=at["user_id"], key="k"),
+        lambda db, at: chatdb.append_message(db, **at, **X, create=True, expected=NEW),
+        lambda db, at: chatdb.append_message(db, **at, **X, key="k", create=True),
+        lambda db, at: chatdb.append_messages(db, **at, messages=[X], create=True, expected=NEW),
+        lambda db, at: chatdb.append_messages(db, **at, messages=[X | {"key": "k"}], create=True, on_existing="skip"),
+        lambda db, at: chatdb.append_messages(db, **at, messages=[], create=True),
+    ],
+)
+async def test_a_foreign_key_is_free(db, create):
+    """A user can create a conversation and a message with the keys of another user's, whose rows stay unchanged."""
+    other = await chatdb.create_conversation(db, user_id="bob", key="k", title="bob's", messages=[X | {"key": "k"}])
+    at = {"user_id": "bob", "conversation_key": "k"}
+    before = await chatdb.load_conversation(db, **at)
+    await create(db, at | {"user_id": "ada"})
+    own = await chatdb.get_conversation(db, user_id="ada", conversation_key="k")
+    assert (own.id != other.id, own.title) == (True, None)
+    assert await chatdb.load_conversation(db, **at) == before
+
+
+X = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize("function", [chatdb.list_conversations, chatdb.list_previews])
+async def test_a_foreign_key_is_no_place_in_a_list(db, function):
+    """Another user's conversation key in `after_key` raises the same error as an unknown one."""
+    await chatdb.create_conversation(db, user_id="bob", key="k")
+    await chatdb.create_conversation(db, user_id="ada")
     errors = []
     for key in ("k", "unknown"):
         with pytest.raises(ConversationNotFoundError) as caught:
-            await chatdb.get_conversation_by_key(db, user_id="ada", key=key)
+            await function(db, user_id="ada", after_key=key)
         errors.append(str(caught.value))
     assert errors[0] == errors[1]
-    own = await chatdb.create_conversation(db, user_id="ada", key="k")
-    assert (own.id != other.id, own.title) == (True, None)
+
+
+async def test_a_foreign_etag_is_stale(db):
+    """Another user's etag, and that of a deleted conversation, raise the same error as a stale one."""
+    own, other, deleted = [await chatdb.create_conversation(db, user_id=user) for user in ("ada", "bob", "ada")]
+    await chatdb.delete_conversation(db, user_id="ada", conversation_id=deleted.id)
+    here = {"user_id": "ada", "conversation_id": own.id}
+    errors = []
+    for expected in (other.etag, deleted.etag, own.model_copy(update={"revision": 1})):
+        with pytest.raises(StaleError) as caught:
+            await chatdb.append_message(db, **here, **X, expected=expected)
+        errors.append((caught.value.args, vars(caught.value)))
+    assert errors == errors[:1] * 3
+    assert await chatdb.get_conversation(db, **here) == own
 
 
 async def test_the_other_users_cursor_pages_ones_own_list(db):
-    """Another user's conversation in `before` only sets a time."""
+    """Another user's conversation or cursor in `after` only sets a time."""
     own = [await chatdb.create_conversation(db, user_id="ada") for _ in range(2)]
     other = await chatdb.create_conversation(db, user_id="bob")
     last = await chatdb.create_conversation(db, user_id="ada")
-    assert await chatdb.list_conversations(db, user_id="ada", before=other) == own[::-1]
-    assert await chatdb.list_conversations(db, user_id="bob", before=last) == [other]
-    assert await chatdb.list_conversations(db, user_id="bob", before=other) == []
+    for theirs, latest in ((other, last), (other.cursor, last.cursor)):
+        assert await chatdb.list_conversations(db, user_id="ada", after=theirs) == own[::-1]
+        assert await chatdb.list_conversations(db, user_id="bob", after=latest) == [other]
+        assert await chatdb.list_conversations(db, user_id="bob", after=theirs) == []
 
 
 async def test_import_and_export_keep_to_the_user(db):
