@@ -18,10 +18,10 @@ with conversation as (
     -- greatest(), because statements may not get the row lock in the order in which they began
     set last_seq = last_seq + 1, updated_at = greatest(updated_at, pg_catalog.statement_timestamp())
     where user_id = $1
-      and id = coalesce((select $2::int8), (
+      and id = (select coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
-      ))
+      )))
     returning user_id, id, last_seq, updated_at
 )
 

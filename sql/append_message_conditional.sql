@@ -29,10 +29,10 @@ with stored as (
         $11::int8 is null or (id = $11 and last_seq + edits = $12::int8) as is_expected
     from chatdb.conversations
     where user_id = $1
-      and id = coalesce((select $2::int8), (
+      and id = (select coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
-      ))
+      )))
     for no key update
 ),
 

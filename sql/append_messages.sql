@@ -18,10 +18,10 @@ with conversation as (
     set last_seq = last_seq + pg_catalog.cardinality($4::text[]),
         updated_at = greatest(updated_at, pg_catalog.statement_timestamp())
     where user_id = $1
-      and id = coalesce((select $2::int8), (
+      and id = (select coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
-      ))
+      )))
     returning user_id, id, last_seq - pg_catalog.cardinality($4::text[]) as previous_seq, updated_at
 )
 

@@ -36,10 +36,10 @@ stored as (
         $12::int8 is null or (id = $12 and last_seq + edits = $13::int8) as is_expected
     from chatdb.conversations
     where user_id = $1
-      and id = coalesce((select $2::int8), (
+      and id = (select coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
-      ))
+      )))
     for no key update
 ),
 

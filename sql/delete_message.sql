@@ -17,22 +17,28 @@ with seen as (
     select id, last_seq + edits as revision
     from chatdb.conversations
     where user_id = $1
-      and id = coalesce((select $2::int8), (
+      and id = (select coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
-      ))
+      )))
+),
+
+-- materialized: row-level security allows only a column as the index condition of target
+place as materialized (
+    select
+        c.id,
+        coalesce((select $4::int8), (
+            select k.seq from chatdb.messages as k
+            where k.user_id = $1 and k.conversation_id = c.id and k.key = $5
+        )) as seq
+    from seen as c
+    where $6::int8 is null or (c.id = $6 and c.revision = $7::int8)
 ),
 
 target as (
     select m.seq
-    from seen as c
-    inner join chatdb.messages as m
-        on m.user_id = $1 and m.conversation_id = c.id
-        and m.seq = coalesce((select $4::int8), (
-            select k.seq from chatdb.messages as k
-            where k.user_id = $1 and k.conversation_id = c.id and k.key = $5
-        ))
-    where $6::int8 is null or (c.id = $6 and c.revision = $7::int8)
+    from place as p
+    inner join chatdb.messages as m on m.user_id = $1 and m.conversation_id = p.id and m.seq = p.seq
 ),
 
 conversation as (

@@ -16,19 +16,19 @@
         token_count, key, created_at
     from chatdb.messages
     where user_id = $1
-      and conversation_id = coalesce((select $2::int8), (
+      and conversation_id = (select coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
-      ))
-      and seq = coalesce((select $4::int8), (
+      )))
+      and seq = (select coalesce((select $4::int8), (
           select seq from chatdb.messages
           where user_id = $1
-            and conversation_id = coalesce((select $2::int8), (
+            and conversation_id = (select coalesce((select $2::int8), (
                 select id from chatdb.conversations
                 where user_id = $1 and key = $3
-            ))
+            )))
             and key = $5
-      ))
+      )))
     -- without a limit of its own this branch could be read in parallel to the other, and come after it
     limit 1 -- noqa: AM09
 )
@@ -36,9 +36,9 @@ union all
 select null, null, null, null, null, null, null, null, null, null, null
 from chatdb.conversations
 where user_id = $1
-  and id = coalesce((select $2::int8), (
+  and id = (select coalesce((select $2::int8), (
       select id from chatdb.conversations
       where user_id = $1 and key = $3
-  ))
+  )))
 -- a message found ends the statement before this branch is read
 limit 1

@@ -16,10 +16,10 @@
     from chatdb.messages
     where user_id = $1
       -- with an id, the subquery is never executed
-      and conversation_id = coalesce((select $2::int8), (
+      and conversation_id = (select coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
-      ))
+      )))
       and seq > $4
     order by seq
     limit $5
@@ -29,9 +29,9 @@ union all
 select null, id, null, null, null, null, null, null, null
 from chatdb.conversations
 where user_id = $1
-  and id = coalesce((select $2::int8), (
+  and id = (select coalesce((select $2::int8), (
       select id from chatdb.conversations
       where user_id = $1 and key = $3
-  ))
+  )))
 -- a full page ends before this branch is read, so that it costs nothing there; without the id, the caller needs it
 limit $5 + case when $2::int8 is null then 1 else 0 end

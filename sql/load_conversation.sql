@@ -18,10 +18,10 @@
         null::timestamptz as message_created_at
     from chatdb.conversations
     where user_id = $1
-      and id = coalesce((select $2::int8), (
+      and id = (select coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
-      ))
+      )))
     -- without a limit of its own this branch could be read in parallel to the other, and come after it
     limit 1 -- noqa: AM09
 )
@@ -32,10 +32,10 @@ union all
         id, seq, role, content, payload::text, metadata::text, token_count, key, created_at
     from chatdb.messages
     where user_id = $1
-      and conversation_id = coalesce((select $2::int8), (
+      and conversation_id = (select coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
-      ))
+      )))
     order by seq desc
     limit $4
 )

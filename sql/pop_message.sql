@@ -15,10 +15,10 @@ with seen as (
     select id, last_seq + edits as revision
     from chatdb.conversations
     where user_id = $1
-      and id = coalesce((select $2::int8), (
+      and id = (select coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
-      ))
+      )))
 ),
 
 newest as (

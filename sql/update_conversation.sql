@@ -49,10 +49,10 @@ with changed as (
             or coalesce($11::bool <> (pinned_at is not null), false)
         )::int
     where user_id = $1
-      and id = coalesce((select $2::int8), (
+      and id = (select coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
-      ))
+      )))
       and ($12::int8 is null or (id = $12 and last_seq + edits = $13::int8))
     returning id, user_id, key, title, metadata, last_seq, edits, created_at, updated_at, archived_at, pinned_at
 )
@@ -68,8 +68,8 @@ select
     case when $12::int8 is null or (id = $12 and last_seq + edits = $13::int8) then 'again' else 'stale' end
 from chatdb.conversations
 where user_id = $1
-  and id = coalesce((select $2::int8), (
+  and id = (select coalesce((select $2::int8), (
       select id from chatdb.conversations
       where user_id = $1 and key = $3
-  ))
+  )))
   and not exists (select from changed)

@@ -29,11 +29,23 @@ with conversation as (
         $16::int8 is null or (id = $16 and last_seq + edits = $17::int8) as is_expected
     from chatdb.conversations
     where user_id = $1
-      and id = coalesce((select $2::int8), (
+      and id = (select coalesce((select $2::int8), (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
-      ))
+      )))
     for no key update
+),
+
+-- materialized: row-level security allows only a column as the index condition of target
+place as materialized (
+    select
+        c.id,
+        coalesce((select $4::int8), (
+            select k.seq from chatdb.messages as k
+            where k.user_id = $1 and k.conversation_id = c.id and k.key = $5
+        )) as seq
+    from conversation as c
+    where c.is_expected
 ),
 
 target as (
@@ -49,14 +61,8 @@ target as (
         m.token_count,
         m.key,
         m.created_at
-    from conversation as c
-    inner join chatdb.messages as m
-        on m.user_id = $1 and m.conversation_id = c.id
-        and m.seq = coalesce((select $4::int8), (
-            select k.seq from chatdb.messages as k
-            where k.user_id = $1 and k.conversation_id = c.id and k.key = $5
-        ))
-    where c.is_expected
+    from place as p
+    inner join chatdb.messages as m on m.user_id = $1 and m.conversation_id = p.id and m.seq = p.seq
 ),
 
 message as (

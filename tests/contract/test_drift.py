@@ -759,10 +759,10 @@ OTHERS = "the caller needs it"
 NONE = f"select {', '.join(['null'] * 9)} from chatdb.conversations where user_id = $1 and id = $2 union all"
 FIND = "import_conversations_find"
 BY_ID = """where user_id = $1
-  and id = coalesce((select $2::int8), (
+  and id = (select coalesce((select $2::int8), (
       select id from chatdb.conversations
       where user_id = $1 and key = $3
-  ))
+  )))
 """
 GIVEN = " without user_id and conversation_id"
 ONE, MANY = "append_message_conditional", "append_messages_conditional"
@@ -829,21 +829,21 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (
             check_given,
             "get_history",
-            "conversation_id = coalesce((select $2::int8)",
-            "conversation_id >= coalesce((select $2::int8)",
+            "conversation_id = (select coalesce((select $2::int8)",
+            "conversation_id >= (select coalesce((select $2::int8)",
         ),
         (
             check_given,
             "get_history",
-            "conversation_id = coalesce((select $2::int8)",
-            "conversation_id = coalesce((select $4::int8)",
+            "conversation_id = (select coalesce((select $2::int8)",
+            "conversation_id = (select coalesce((select $4::int8)",
         ),
         (check_given, "list_messages", "where user_id = $1\n      --", "where (user_id = $1 or true)\n      --"),
         (
             check_given,
             "load_conversation",
-            "and conversation_id = coalesce((select $2::int8)",
-            "and seq = coalesce((select $2::int8)",
+            "and conversation_id = (select coalesce((select $2::int8)",
+            "and seq = (select coalesce((select $2::int8)",
         ),
         (check_given, "append_message", "$4, $5, $6", "$5, $4, $6"),
         (check_given, "append_message", "last_seq, $4, $5", "last_seq, lower($4), $5"),
@@ -877,7 +877,7 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_nullability, "list_previews", "c.last_seq,", "nullif(c.last_seq, 0) as last_seq,"),
         (check_nullability, "load_conversation", "id, seq, role", "id, nullif(seq, 0), role"),
         (check_existence, "update_message", "    null\nfrom target", "    'stale'\nfrom target"),
-        (check_existence, "get_conversation", "and id = coalesce", "and id >= coalesce"),
+        (check_existence, "get_conversation", "and id = (select coalesce", "and id >= (select coalesce"),
         (check_existence, "get_conversation", "one Conversation", f"one Conversation{HERE}"),
         (check_existence, "get_history", THEN, HERE),
         (check_existence, "get_history", THEN, ""),
@@ -913,8 +913,8 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (
             check_existence,
             "load_conversation",
-            "id = coalesce((select $2::int8), (",
-            "id >= coalesce((select $2::int8), (",
+            "id = (select coalesce((select $2::int8), (",
+            "id >= (select coalesce((select $2::int8), (",
         ),
         (check_existence, "update_message", "where not exists (select from target)", "where true"),
         (
