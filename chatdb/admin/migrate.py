@@ -452,7 +452,7 @@ def _drops_from_tables(file: MigrationFile) -> set[str]:
     columns = {
         f"{table}.{column}"
         for table, actions in statements
-        for column in re.findall(r"drop column if exists ([a-z]\w*)", actions)
+        for column in re.findall(r"\bdrop column if exists ([a-z]\w*)", actions)
     }
     return columns | {
         *re.findall(r"^drop index concurrently if exists chatdb\.([a-z]\w*)", file.rollback, re.MULTILINE)
