@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
@@ -275,9 +275,9 @@ def test_who_may_not(place: Place, empty_dsn: str) -> None:
 def test_a_rollback_counts_no_hidden_rows(walled: Place) -> None:
     """If row-level security hides the rows, a rollback does not report a count of zero."""
     execute(walled.superuser, "insert into chatdb.conversations (user_id) values ('ada')")
-    assert [tables for _, tables in last_migrations(walled.owner)] == [{"chatdb.messages": None}]
-    assert [tables for _, tables in last_migrations(walled.superuser)] == [{"chatdb.messages": 0}]
-    said = command("rollback", env={"DATABASE_URL": walled.owner}, code=1)
+    assert [tables for _, tables in last_migrations(walled.owner, to="0002")] == [{}, {}, {"chatdb.messages": None}]
+    assert [tables for _, tables in last_migrations(walled.superuser, to="0002")] == [{}, {}, {"chatdb.messages": 0}]
+    said = command("rollback", "--to", "0002", env={"DATABASE_URL": walled.owner}, code=1)
     assert "Deletes all rows (row-level security hides their number)" in said
 
 
@@ -286,10 +286,14 @@ def test_a_rollback_counts_no_hidden_rows(walled: Place) -> None:
 
 def described(answer: Any) -> Any:
     """Return an answer without the values that differ between runs."""
-    if isinstance(answer, list):
+    if isinstance(answer, list | tuple):
         return [described(item) for item in answer]
+    if answer is None:
+        return None
     varying = {"id", "conversation_id", "created_at", "updated_at"}
-    return type(answer).__name__, answer.model_dump(exclude=varying)
+    fields = answer.model_dump(exclude=varying)
+    times = {"archived_at", "pinned_at"}
+    return type(answer).__name__, {name: value if name not in times else bool(value) for name, value in fields.items()}
 
 
 @pytest.mark.parametrize("role", ["app", "owner"])
@@ -323,12 +327,13 @@ async def test_nothing_is_there_outside(walled: Place, user: str | None) -> None
                     answer: Any = await call(connection, name, arguments, conversation)
             except chatdb.ChatDBError as error:
                 answer = error
-            if user is None or name == "create_conversation":
+            creates = name in {"create_conversation", "upsert_conversation"} or arguments.get("create")
+            if user is None or creates:
                 assert type(answer) is ConfigurationError
                 assert "transaction(db, user_id=...)" in str(answer)
             elif name == "delete_user":
                 assert answer == Deleted(conversations=0, messages=0)
-            elif name == "list_conversations":
+            elif name in {"list_conversations", "list_previews", "list_pinned"} and "after_key" not in arguments:
                 assert answer == []
             else:
                 assert type(answer) is ConversationNotFoundError, name
@@ -562,6 +567,65 @@ async def test_a_lost_commit(walled: Place, answered: bool) -> None:
     assert stored == (["a first text"] * answered + ["a second text"])
 
 
+async def test_a_write_that_waits_for_others(walled: Place) -> None:
+    """A deletion that meets other writes is sent again, at last in a transaction of its user that keeps the lock."""
+    sent = 0
+
+    def watch(statement: Statement) -> bool:
+        nonlocal sent
+        sent += not statement.answered and "chatdb.pop_message" in statement.sql
+        return False
+
+    def waiting() -> set[str]:
+        blocked = "select substring(query from 'chatdb\\.(\\w+)') from pg_stat_activity where wait_event_type = 'Lock'"
+        return {name for (name,) in rows(walled.superuser, blocked)}
+
+    async def until(name: str) -> None:
+        async with asyncio.timeout(30):
+            while name not in waiting():  # noqa: ASYNC110 - it changes in the server
+                await asyncio.sleep(0.01)
+
+    with Proxy(walled.app, watch=watch) as proxy:
+        async with (
+            chatdb.create_pool(walled.app, row_level_security=True) as db,
+            chatdb.create_pool(proxy.dsn, max_size=1, row_level_security=True) as popping,
+        ):
+            own, bobs = [
+                await chatdb.create_conversation(db, user_id=user, messages=[{"role": "user", "content": user}])
+                for user in ("ada", "bob")
+            ]
+            here = {"user_id": "ada", "conversation_id": own.id}
+            before = snapshot(walled.superuser, "bob")
+
+            async def hold(number: int) -> None:
+                async with chatdb.transaction(db, user_id="ada") as connection:
+                    await chatdb.append_message(connection, role="user", content=f"{number}", **here)
+                    stored[number].set()
+                    await released[number].wait()
+
+            stored, released = ([asyncio.Event() for _ in range(3)] for _ in range(2))
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(hold(0))
+                await stored[0].wait()
+                popped = tasks.create_task(chatdb.pop_message(popping, **here))
+                await until("pop_message")
+                for number in (1, 2):
+                    tasks.create_task(hold(number))
+                    await until("append_message")
+                    released[number - 1].set()
+                    await stored[number].wait()
+                    await until("pop_message")
+                released[2].set()
+            assert popped.result() is not None
+            assert popped.result().content == "2"
+            assert [each.content for each in await chatdb.list_messages(db, **here)] == ["ada", "0", "1"]
+            with pytest.raises(ConversationNotFoundError):
+                await chatdb.pop_message(popping, user_id="ada", conversation_id=bobs.id)
+            await assert_refused(popping)
+            assert snapshot(walled.superuser, "bob") == before
+    assert sent == 5
+
+
 async def test_a_lost_begin(walled: Place) -> None:
     """If the connection is lost before the statement, `.sent` is False and nothing is stored."""
     lost = False
@@ -619,12 +683,15 @@ def argument(file: SqlFile, name: str, conversation: Conversation) -> Any:
         "conversation_id": conversation.id,
         "conversation_ids": [str(conversation.id)],
         "ids": [str(conversation.id)],
-        "seq": 0 if file.name == "delete_messages_after" else 1,
+        "seq": 1,
         "seqs": ["9"],
         "after_seq": 0,
         "before_seq": 2**62,
-        "before_id": 2**62,
-        "before_updated_at": datetime.now(UTC) + timedelta(days=1),
+        "expected_id": conversation.id,
+        "expected_revision": conversation.revision,
+        "must_be_new": False,
+        "skip_stored": False,
+        "create_missing": False,
         "row_limit": 10,
         "key": "k",
         "keys": ["k"],
@@ -668,6 +735,9 @@ async def test_a_statement_that_forgets_its_user_reaches_nothing(walled: Place) 
     reached: dict[bool, set[str]] = {True: set(), False: set()}
     async with chatdb.create_pool(walled.app, max_size=1) as db:
         async with chatdb.transaction(db, user_id="bob") as connection:
+            for flags in ({"archived": True}, {"pinned": True}):
+                other = await chatdb.create_conversation(connection, user_id="bob", title="secret")
+                await chatdb.update_conversation(connection, user_id="bob", conversation_id=other.id, **flags)
             conversation = await chatdb.create_conversation(connection, user_id="bob", key="k", title="secret")
             here = {"user_id": "bob", "conversation_id": conversation.id}
             await chatdb.append_message(connection, role="user", content="secret", key="k", **here)
@@ -682,7 +752,7 @@ async def test_a_statement_that_forgets_its_user_reaches_nothing(walled: Place) 
                     whole, untouched = await taken(connection, file.sql, arguments)
                 async with chatdb.transaction(db, user_id="ada") as connection:
                     answer, found = await taken(connection, forgetful, arguments)
-                assert len(untouched) == 2, stem
+                assert len(untouched) == 4, stem
                 is_other = stem == "count_user" and answer != whole
                 if (
                     is_other
@@ -821,7 +891,7 @@ def test_the_user_is_asked_for_once(planned: Live, stem: str) -> None:
     """A statement calls the user function at most twice per table that it names, not once per row."""
     file, connection = file_of(stem), planned.connection
     (at,) = planned.rows("select id, last_seq from chatdb.conversations where user_id = 'user 1' limit 1")
-    conversation = Conversation.model_construct(id=at[0], last_seq=at[1], created_at=datetime.now(UTC))
+    conversation = Conversation.model_construct(id=at[0], last_seq=at[1], revision=at[1], created_at=datetime.now(UTC))
     arguments = [argument(file, parameter.name, conversation) for parameter in file.parameters]
     arguments = ["user 1", *(each * 50 if isinstance(each, list) else each for each in arguments[1:])]
     connection.execute("set plan_cache_mode = force_generic_plan")
