@@ -96,7 +96,7 @@ class _User:
         self.took(number, first, text, text)
         if self.chance.random() < 0.3:
             assert await chatdb.append_message(self.world.pool, **new, **at) == first
-            assert await chatdb.get_message_by_key(self.world.pool, key=text, **at) == first
+            assert await chatdb.get_message(self.world.pool, key=text, **at) == first
 
     async def several(self) -> None:
         number, at = self.one()

@@ -573,7 +573,9 @@ async def test_a_write_that_waits_for_others(walled: Place) -> None:
 
     def watch(statement: Statement) -> bool:
         nonlocal sent
-        sent += not statement.answered and "chatdb.pop_message" in statement.sql
+        if not statement.answered and "chatdb.pop_message" in statement.sql:
+            sent += 1
+            time.sleep(0.3)  # the next writer gets the lock first
         return False
 
     def waiting() -> set[str]:
@@ -588,7 +590,7 @@ async def test_a_write_that_waits_for_others(walled: Place) -> None:
     with Proxy(walled.app, watch=watch) as proxy:
         async with (
             chatdb.create_pool(walled.app, row_level_security=True) as db,
-            chatdb.create_pool(proxy.dsn, max_size=1, row_level_security=True) as popping,
+            chatdb.create_pool(proxy.dsn, max_size=1, row_level_security=True, statement_cache_size=0) as popping,
         ):
             own, bobs = [
                 await chatdb.create_conversation(db, user_id=user, messages=[{"role": "user", "content": user}])
@@ -623,7 +625,7 @@ async def test_a_write_that_waits_for_others(walled: Place) -> None:
                 await chatdb.pop_message(popping, user_id="ada", conversation_id=bobs.id)
             await assert_refused(popping)
             assert snapshot(walled.superuser, "bob") == before
-    assert sent == 5
+    assert sent == 2 * 5, "four attempts, and one at another user's, each prepared and then run"
 
 
 async def test_a_lost_begin(walled: Place) -> None:
@@ -754,9 +756,10 @@ async def test_a_statement_that_forgets_its_user_reaches_nothing(walled: Place) 
                     answer, found = await taken(connection, forgetful, arguments)
                 assert len(untouched) == 4, stem
                 is_other = stem == "count_user" and answer != whole
+                is_other |= isinstance(answer, type) or isinstance(whole, type)
                 if (
-                    is_other
-                    or len(answer) != len(whole)
+                    (is_other and answer != whole)
+                    or (not is_other and len(answer) != len(whole))
                     or "secret" in str(answer)
                     or "bob" in str(answer)
                     or found != untouched
