@@ -25,33 +25,46 @@ MESSAGE = (
     "id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata, "
     "token_count, key, created_at"
 )
-CONVERSATION = "id, user_id, key, title, metadata::text as metadata, last_seq, created_at, updated_at"
+CONVERSATION = (
+    "id, user_id, key, title, metadata::text as metadata, last_seq, last_seq + edits as revision, created_at, "
+    "updated_at, archived_at, pinned_at"
+)
 
-# minimal statements with the same effects: the best index for a read; the counter and list time for an append
+# Minimal statements with the same effects, as a careful engineer would write them for these tables: the best index for
+# a read; the counter and the list's time for a write. A read returns all columns of the records, as chatdb does, with
+# json as text, which the program parses. A write returns what the caller cannot know without asking: the id, the seq
+# and the time that the server chose. It does not send back the text. chatdb's appends also return the conversation's
+# id, because the caller may have given its key, and the metadata, because jsonb changes its text.
 HISTORY = (
     f"select {MESSAGE} from chatdb.messages where user_id = $1 and conversation_id = $2 and seq < $3 "
     "order by seq desc limit $4"
 )
 WHOLE = f"select {MESSAGE} from chatdb.messages where user_id = $1 and conversation_id = $2 order by seq"
 LIST = (
-    f"select {CONVERSATION} from chatdb.conversations where user_id = $1 "
+    f"select {CONVERSATION} from chatdb.conversations where user_id = $1 and archived_at is null "
     "order by active_on desc, updated_at desc, id desc limit $2"
 )
+APPENDED = "id, seq, created_at"
 APPEND = (
     "with c as (update chatdb.conversations set last_seq = last_seq + 1, updated_at = now() "
     "where user_id = $1 and id = $2 returning last_seq, updated_at) "
     "insert into chatdb.messages (user_id, conversation_id, seq, role, content, key, created_at) "
-    f"select $1, $2, last_seq, $3, $4, $5, updated_at from c returning {MESSAGE}"
+    f"select $1, $2, last_seq, $3, $4, $5, updated_at from c returning {APPENDED}"
 )
 TURN = (
     "with c as (update chatdb.conversations set last_seq = last_seq + 2, updated_at = now() "
     "where user_id = $1 and id = $2 returning last_seq, updated_at) "
     "insert into chatdb.messages (user_id, conversation_id, seq, role, content, created_at) "
     "select $1, $2, last_seq - 2 + n, role, content, updated_at from c "
-    f"cross join (values (1, $3::text, $4::text), (2, $5, $6)) as m (n, role, content) returning {MESSAGE}"
+    f"cross join (values (1, $3::text, $4::text), (2, $5, $6)) as m (n, role, content) returning {APPENDED}"
 )
 BY_KEY = f"select {MESSAGE} from chatdb.messages where user_id = $1 and conversation_id = $2 and key = $3"
-CREATE = f"insert into chatdb.conversations (user_id, key) values ($1, $2) returning {CONVERSATION}"
+CREATE = "insert into chatdb.conversations (user_id, key) values ($1, $2) returning id, created_at"
+CREATE_FIRST = (
+    "with c as (insert into chatdb.conversations (user_id, last_seq) values ($1, 1) returning user_id, id, created_at), "
+    "m as (insert into chatdb.messages (user_id, conversation_id, seq, role, content, created_at) "
+    "select user_id, id, 1, $2, $3, created_at from c) select id, created_at from c"
+)
 GET_BY_KEY = f"select {CONVERSATION} from chatdb.conversations where user_id = $1 and key = $2"
 DELETE = "delete from chatdb.conversations where user_id = $1 and id = $2"
 
@@ -105,6 +118,10 @@ class Contender(ABC):
     @abstractmethod
     async def create(self, user_id: str) -> object:
         """Create a conversation."""
+
+    @abstractmethod
+    async def create_first(self, user_id: str, text: str) -> object:
+        """Create a conversation with its first message."""
 
     @abstractmethod
     async def delete(self, at: Place) -> object:
@@ -174,6 +191,10 @@ class RawAsyncpg(Keyed):
         """Create a conversation."""
         return await self.bare[0].fetchrow(CREATE, user_id, None)
 
+    async def create_first(self, user_id: str, text: str) -> object:
+        """Create a conversation with its first message in one statement."""
+        return await self.bare[0].fetchrow(CREATE_FIRST, user_id, ROLES[0], text)
+
     async def get_or_create(self, user_id: str, key: str) -> object:
         """Read a conversation by its key."""
         return await self.bare[0].fetchrow(GET_BY_KEY, user_id, key)
@@ -238,6 +259,11 @@ class Chatdb(Keyed):
         """Create a conversation."""
         return await chatdb.create_conversation(self.pool, user_id=user_id)
 
+    async def create_first(self, user_id: str, text: str) -> object:
+        """Create a conversation with its first message."""
+        messages = [{"role": "user", "content": text}]
+        return await chatdb.create_conversation(self.pool, user_id=user_id, messages=messages)
+
     async def get_or_create(self, user_id: str, key: str) -> object:
         """Get or create a conversation by its key."""
         return await chatdb.create_conversation(self.pool, user_id=user_id, key=key)
@@ -295,6 +321,10 @@ class Psycopg(Contender):
         """Create a conversation."""
         return await self._run(0, CREATE, user_id, None)
 
+    async def create_first(self, user_id: str, text: str) -> object:
+        """Create a conversation with its first message in one statement."""
+        return await self._run(0, CREATE_FIRST, user_id, ROLES[0], text)
+
     async def delete(self, at: Place) -> object:
         """Delete a conversation. The cascade deletes its messages."""
         return await self._run(0, DELETE, at.user_id, at.id)
@@ -348,6 +378,12 @@ class Original(Contender):
         """Create a conversation."""
         async with self.session() as session:
             return await original.create_conversation(session, user_id)
+
+    async def create_first(self, user_id: str, text: str) -> object:
+        """Create a conversation and append its first message in two calls, as the service does."""
+        async with self.session() as session:
+            made = await original.create_conversation(session, user_id)
+            return await original.add_message(session, user_id, made.id, ROLES[0], text)
 
     async def delete(self, at: Place) -> object:
         """Delete a conversation. The cascade deletes its messages."""

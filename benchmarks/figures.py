@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gates import GATES, OPERATIONS, Gate
+from benchmarks.gates import GATES, TITLES, Gate
 from benchmarks.workload import Size
 
 RESULTS = Path(__file__).parent.parent / ".benchmarks"
@@ -224,5 +224,5 @@ def versions() -> dict[str, str]:
 
 
 def _title(operation: str) -> str:
-    title = OPERATIONS.get(operation) or f"{OPERATIONS[operation.removesuffix('_far')]}, 1 ms round trip"
+    title = TITLES.get(operation) or f"{TITLES[operation.removesuffix('_far')]}, 1 ms round trip"
     return title[0].upper() + title[1:]

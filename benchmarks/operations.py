@@ -6,8 +6,9 @@ import itertools
 import random
 from collections.abc import Awaitable, Callable
 
-from benchmarks.contenders import Contender, Keyed
-from benchmarks.workload import KEYS, LONG, Place, Size
+import chatdb
+from benchmarks.contenders import Chatdb, Contender, Keyed
+from benchmarks.workload import ARCHIVED, EDITED, KEYS, LONG, MESSAGES, Place, Size
 
 TEXT = "Could you tell me what to cook tonight with what is left: rice, two eggs, half a cabbage, soy sauce? " * 4
 REPLY = "Fry the rice with the cabbage in a very hot pan, push it aside, scramble the eggs, season with soy. " * 8
@@ -37,8 +38,11 @@ def call_of(operation: str, by: Contender, size: Size) -> Callable[[], Awaitable
         "list_20_spread": lambda: by.list(size.spread),
         "list_20_busy": lambda: by.list(size.busy),
         "create": lambda: by.create(user()),
+        "create_first": lambda: by.create_first(user(), TEXT),
         "delete": lambda: by.delete(size.place(size.conversations - 1 - next(_deleted))),
     }
+    if isinstance(by, Chatdb):
+        calls |= _counted_calls(by, size, chance, used)
     if isinstance(by, Keyed):
         calls |= {
             "append_keyed": lambda: by.append_keyed(place(), TEXT, f"{by.name} {next(_serial)}"),
@@ -46,6 +50,103 @@ def call_of(operation: str, by: Contender, size: Size) -> Callable[[], Awaitable
             "get_or_create": lambda: by.get_or_create(size.keyed, f"key {chance.randrange(KEYS)}"),
         }
     return calls[operation]
+
+
+def append_on(by: Chatdb, size: Size) -> Callable[[], Awaitable[object]]:
+    """Return a call that appends to the conversations of `append_create`, by their ids and without an option."""
+    chance = random.Random("append_create")
+    return lambda: by.append(size.keyed_place(chance.randrange(KEYS)), TEXT)
+
+
+def _counted_calls(
+    by: Chatdb, size: Size, chance: random.Random, used: _Places
+) -> dict[str, Callable[[], Awaitable[object]]]:
+    """Return the calls that only chatdb offers, on the conversations that have keys or are archived."""
+    db = by.pool
+    place = lambda: {"user_id": (at := used.any()).user_id, "conversation_id": at.id}  # noqa: E731
+    keyed = lambda: {"user_id": size.keyed, "conversation_key": f"key {chance.randrange(KEYS)}"}  # noqa: E731
+    edited = {"user_id": size.keyed, "conversation_key": EDITED}
+    message_key = lambda: f"message {chance.randrange(1, MESSAGES + 1)}"  # noqa: E731
+    new = lambda: f"new {next(_serial)}"  # noqa: E731
+    question = {"role": "user", "content": TEXT}
+    turn = [question, {"role": "assistant", "content": REPLY}]
+    archived = {"user_id": size.archived}
+    spread = {"user_id": size.spread}
+    state: dict[str, chatdb.Conversation] = {}
+
+    async def append_expected() -> object:
+        at = state.get("append") or await chatdb.get_conversation(db, user_id=size.keyed, conversation_key="key 0")
+        appended = await chatdb.append_message(
+            db, user_id=size.keyed, conversation_id=at.id, role="user", content=TEXT, expected=at
+        )
+        state["append"] = at.model_copy(update={"last_seq": appended.seq, "revision": at.revision + 1})
+        return appended
+
+    async def replace_after() -> object:
+        at = state.get("replace") or await chatdb.get_conversation(db, **edited)
+        stored = await chatdb.replace_messages_after(db, **edited, after_seq=at.last_seq - 2, messages=turn, expected=at)
+        state["replace"] = at.model_copy(update={"last_seq": at.last_seq + 2, "revision": at.revision + 3})
+        return stored
+
+    async def list_after() -> object:
+        state["list"] = state.get("list") or (await chatdb.list_conversations(db, **spread))[-1]
+        return await chatdb.list_conversations(db, **spread, after=state["list"])
+
+    return {
+        "history_by_key": lambda: chatdb.get_history(db, **keyed()),
+        "history_before_key": lambda: chatdb.get_history(db, **edited, before_key=f"message {chance.randrange(200, 900)}"),
+        "list_messages_after_key": lambda: chatdb.list_messages(
+            db, **edited, after_key=f"message {chance.randrange(200, 900)}"
+        ),
+        "get_by_key": lambda: chatdb.get_conversation(db, **keyed()),
+        "get_message_by_key": lambda: chatdb.get_message(db, **keyed(), key=message_key()),
+        "append_by_key": lambda: chatdb.append_message(db, **keyed(), role="user", content=TEXT),
+        "turn_by_key": lambda: chatdb.append_messages(db, **keyed(), messages=turn),
+        "create_first_keyed": lambda: chatdb.create_conversation(db, user_id=size.keyed, key=new(), messages=[question]),
+        "append_create": lambda: chatdb.append_message(db, **keyed(), role="user", content=TEXT, create=True),
+        "append_create_new": lambda: chatdb.append_message(
+            db, user_id=size.keyed, conversation_key=new(), role="user", content=TEXT, create=True
+        ),
+        "append_expected": append_expected,
+        "append_patch": lambda: chatdb.append_message(
+            db, **place(), role="user", content=TEXT, conversation_metadata_patch={"model": new()}
+        ),
+        "turn_skip": lambda: chatdb.append_messages(
+            db,
+            **keyed(),
+            messages=[question | {"key": message_key()}, question | {"key": new()}],
+            on_existing="skip",
+        ),
+        "upsert_conversation": lambda: chatdb.upsert_conversation(
+            db, user_id=size.keyed, key=f"key {chance.randrange(KEYS)}", title=new()
+        ),
+        "upsert_conversation_new": lambda: chatdb.upsert_conversation(db, user_id=size.keyed, key=new(), title="A title"),
+        "upsert_message": lambda: chatdb.upsert_message(
+            db, **keyed(), key=message_key(), role="user", content=f"{new()} {TEXT}"
+        ),
+        "upsert_message_new": lambda: chatdb.upsert_message(db, **keyed(), key=new(), role="user", content=TEXT),
+        "load": lambda: chatdb.load_conversation(db, **place()),
+        "load_by_key": lambda: chatdb.load_conversation(db, **keyed()),
+        "replace_after": replace_after,
+        "pop": lambda: chatdb.pop_message(db, **edited),
+        "update_patch": lambda: chatdb.update_conversation(db, **place(), metadata_patch={"model": new()}),
+        "update_message_patch": lambda: chatdb.update_message(
+            db, **place(), seq=chance.randrange(1, MESSAGES), metadata_patch={"rating": new()}
+        ),
+        "list_after": list_after,
+        "list_after_key": lambda: chatdb.list_conversations(
+            db, **archived, after_key=f"key {chance.randrange(ARCHIVED // 2, ARCHIVED)}"
+        ),
+        "list_unarchived": lambda: chatdb.list_conversations(db, **archived),
+        "list_archived": lambda: chatdb.list_conversations(db, **archived, archived=True),
+        "list_both": lambda: chatdb.list_conversations(db, **archived, archived=None),
+        "list_created": lambda: chatdb.list_conversations(db, **spread, order_by="created_at"),
+        "list_created_ascending": lambda: chatdb.list_conversations(
+            db, **spread, order_by="created_at", descending=False
+        ),
+        "previews": lambda: chatdb.list_previews(db, user_id=used.any().user_id),
+        "pinned": lambda: chatdb.list_pinned(db, **archived, limit=20),
+    }
 
 
 def mixed_of(by: Contender, size: Size) -> Callable[[int, int], Awaitable[None]]:

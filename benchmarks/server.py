@@ -12,7 +12,8 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 from psycopg import sql
 
-from benchmarks.workload import KEYS, Size, fingerprint, load
+from benchmarks.workload import Size, add_keyed_and_archived, fingerprints, load
+from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded.server import EmbeddedServer
 
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -94,8 +95,8 @@ class BenchServer:
         return psycopg.connect(self.dsn(database), autocommit=True)
 
     def is_loaded(self, size: Size) -> bool:
-        """Return whether a complete database of this size exists."""
-        return self._loaded(size) == fingerprint(size)
+        """Return whether a complete database of this size exists, perhaps with older migrations."""
+        return self._loaded(size) in fingerprints(size)
 
     def _loaded(self, size: Size) -> str | None:
         with self.connect() as connection:
@@ -105,11 +106,18 @@ class BenchServer:
         return found and found[0]
 
     def load(self, size: Size, *, quiet: bool = False) -> str:
-        """Load the database of this size, or finish an interrupted load, and return its name."""
-        wanted, found = fingerprint(size), self._loaded(size)
+        """Load the database of this size, finish an interrupted load or add migrations, and return its name."""
+        known, found = fingerprints(size), self._loaded(size)
+        wanted = known[-1]
         if found == wanted:
             return size.database
         name = sql.Identifier(size.database)
+        if found in known:
+            apply_migrations(self.dsn(size.database))
+            with self.connect(size.database) as connection:
+                connection.execute("vacuum (freeze, analyze) chatdb.conversations")
+                connection.execute(sql.SQL("comment on database {} is {}").format(name, wanted))
+            return size.database
         begun = f"{wanted} begun"
         with self.connect() as connection:
             if found != begun:
@@ -139,11 +147,7 @@ class BenchServer:
             connection.execute(sql.SQL("drop database if exists {} with (force)").format(copy))
             connection.execute(sql.SQL("create database {} template {} strategy file_copy").format(copy, source))
         with self.connect(name) as connection:
-            connection.execute(
-                "insert into chatdb.conversations (user_id, key) "
-                "select %s, 'key ' || n from generate_series(0, %s) as n",
-                [size.keyed, KEYS - 1],
-            )
+            add_keyed_and_archived(connection, size)
         try:
             yield self.dsn(name)
         finally:

@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from benchmarks.contenders import Chatdb
 from benchmarks.figures import Figures
@@ -18,9 +19,9 @@ from benchmarks.gates import COUNTED
 from benchmarks.operations import call_of
 from benchmarks.server import BenchServer
 from benchmarks.workload import START, YEAR, Size
+from chatdb import conversations, messages
 from chatdb._core.query import Query
-from chatdb.conversations import _list_conversations
-from chatdb.messages import _append_message, _append_messages, _get_history, _list_messages
+from chatdb.messages import _append_message, _append_messages
 from tests.support.proxy import Proxy
 
 CALLS = 100
@@ -78,14 +79,77 @@ def test_counts(
     figures.counted(operation, statements / CALLS, trips, buffers / CALLS, wal / CALLS if wal > 0 else None)
 
 
-# each hot statement, with the index that its plan must use and the allowed node types
-_SCANS = {"Index Scan", "Index Only Scan", "Limit", "Append", "Result", "ModifyTable", "CTE Scan", "Subquery Scan"}
-PLANS: list[tuple[Query, str, set[str]]] = [
-    (_get_history, "pk_messages", _SCANS),
-    (_list_messages, "pk_messages", _SCANS),
-    (_list_conversations, "ix_conversations_user_id_active_on", _SCANS | {"Incremental Sort"}),
-    (_append_message, "pk_conversations", _SCANS | {"Nested Loop"}),
-    (_append_messages, "pk_conversations", _SCANS | {"Nested Loop", "Function Scan"}),
+def test_generic_plans(size: Size, copy: str, plain: asyncio.Runner, counter: psycopg.Connection, figures: Figures) -> None:
+    """
+    The server plans no statement anew for each call, even if it takes PostgreSQL's default for a slow disk's costs.
+
+    After five calls it compares the estimated costs of a plan for all values with those of plans for the given values.
+    A subquery that the given values make superfluous counts only in the former.
+    """
+    name = sql.Identifier(counter.info.dbname)
+    client = Chatdb(copy)
+    counter.execute(sql.SQL("alter database {} set random_page_cost = 4").format(name))
+    try:
+        plain.run(client.open())
+    finally:
+        counter.execute(sql.SQL("alter database {} reset random_page_cost").format(name))
+
+    async def repeat() -> list[str]:
+        for operation in COUNTED:
+            call = call_of(operation, client, size)
+            for _ in range(8):
+                await call()
+        return [row["name"] for row in await client.pool.fetch(_PLANNED_EACH_TIME)]
+
+    planned = plain.run(repeat())
+    plain.run(client.close())
+    if planned:
+        print("planned for each call:", *planned)
+    figures.worst("plans.custom", len(planned))
+
+
+_PLANNED_EACH_TIME = """
+    select substring(statement from '^--chatdb.(.*?)\n') as name
+    from pg_catalog.pg_prepared_statements
+    where custom_plans > 5
+"""
+
+
+# each statement that a service calls often, with the index its plan must use and the node types it may contain
+_SCANS = {"Index Scan", "Index Only Scan", "Limit", "Append", "Result", "CTE Scan", "Subquery Scan"}
+_WRITES = _SCANS | {"ModifyTable", "Nested Loop"}
+_LOCKS = _WRITES | {"LockRows"}
+_BATCH = _LOCKS | {"Function Scan"}
+# of a batch, which is at most 10,000 rows, with rows that an index found; never of a table
+_JOINS = {"Aggregate", "Hash", "Hash Join", "Merge Join", "Sort", "WindowAgg"}
+_LIST = _SCANS | {"Incremental Sort"}
+PLANS: list[tuple[Query[Any], str, set[str]]] = [
+    (messages._get_history, "pk_messages", _SCANS),
+    (messages._list_messages, "pk_messages", _SCANS),
+    (messages._get_message, "pk_messages", _SCANS),
+    (messages._append_message, "pk_conversations", _WRITES),
+    (messages._append_messages, "pk_conversations", _BATCH),
+    (messages._append_message_conditional, "pk_conversations", _LOCKS),
+    (messages._append_messages_conditional, "pk_conversations", _BATCH | _JOINS),
+    (messages._upsert_message, "uq_messages_user_id_conversation_id_key", _LOCKS),
+    (messages._replace_messages_after, "pk_messages", _BATCH | _JOINS),
+    (messages._pop_message, "pk_messages", _LOCKS),
+    (messages._update_message, "pk_messages", _LOCKS),
+    (conversations._get_conversation, "pk_conversations", _SCANS),
+    (conversations._load_conversation, "pk_messages", _SCANS),
+    (conversations._create_conversation_messages, "uq_conversations_user_id_key", _BATCH),
+    (conversations._update_conversation, "pk_conversations", _WRITES),
+    (conversations._list_conversations, "ix_conversations_user_id_active_on_listed", _LIST),
+    (conversations._list_conversations_archived, "ix_conversations_user_id_active_on_archived", _LIST),
+    (conversations._list_conversations_all, "ix_conversations_user_id_active_on", _LIST),
+    (conversations._list_conversations_created, "ix_conversations_user_id_created_at_id", _SCANS),
+    (conversations._list_conversations_created_ascending, "ix_conversations_user_id_created_at_id", _SCANS),
+    (conversations._list_previews, "ix_conversations_user_id_active_on_listed", _LIST | {"Nested Loop"}),
+    (conversations._list_previews_archived, "ix_conversations_user_id_active_on_archived", _LIST | {"Nested Loop"}),
+    (conversations._list_previews_all, "ix_conversations_user_id_active_on", _LIST | {"Nested Loop"}),
+    (conversations._list_previews_created, "ix_conversations_user_id_created_at_id", _SCANS | {"Nested Loop"}),
+    (conversations._list_previews_created_ascending, "ix_conversations_user_id_created_at_id", _SCANS | {"Nested Loop"}),
+    (conversations._list_pinned, "ix_conversations_user_id_pinned_at", _LIST),
 ]
 
 
@@ -138,7 +202,7 @@ def test_hot(
                 now = START + 2 * YEAR + timedelta(days=day, hours=2 * at)
                 writer.execute("select set_config('bench.now', %s, false)", [now.isoformat()])
                 for place in chance.sample(places, len(places)):
-                    cursor.execute(text, [place.user_id, place.id, *body], prepare=True)
+                    cursor.execute(text, [place.user_id, place.id, None, *body], prepare=True)
         writer.execute("select pg_stat_force_next_flush()")
     updates, hot = (after - first for after, first in zip(_updates(counter), before, strict=True))
     assert updates == HOT_DAYS * times * HOT_CONVERSATIONS

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from uuid import UUID
 
 import asyncpg
+import psycopg
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import original
@@ -41,7 +42,11 @@ PER_USER = 10
 """Conversations per ordinary user."""
 
 KEYS = 20
-"""Conversations that have a key: `key 0` and so on."""
+"""Conversations of the keyed user with 100 messages that have keys, too: `key 0` and so on."""
+EDITED = "edited"
+"""The key of one more conversation of this user, which the edits shorten."""
+ARCHIVED = 3_500
+"""Conversations of the user who has archived 95 % of them. Their keys are `key 0` and so on."""
 
 START = datetime(2025, 11, 1, tzinfo=UTC)
 YEAR = timedelta(days=365)
@@ -101,6 +106,15 @@ class Size:
     def keyed(self) -> str:
         """The user whose conversations have keys. Only copies of the data have these."""
         return user(-4)
+
+    @property
+    def archived(self) -> str:
+        """The user who has archived 95 % of 3,500 conversations. Only copies of the data have these."""
+        return user(-5)
+
+    def keyed_place(self, number: int) -> Place:
+        """Return a conversation with a key by its number."""
+        return Place(self.keyed, self.long.id + 5 * LISTED + 1 + number)
 
     @property
     def busy(self) -> str:
@@ -167,12 +181,16 @@ def message_rows(size: Size, texts: list[str]) -> Iterator[tuple[object, ...]]:
         yield size.long.user_id, size.long.id, long_seq, ROLES[(long_seq + 1) % 2], texts[long_seq], START + YEAR
 
 
-def fingerprint(size: Size) -> str:
-    """Return the identity of a stored database: the version of this file, the migrations and the size."""
+def fingerprints(size: Size) -> list[str]:
+    """Return the identities of the stored databases that a run can use: those with fewer migrations first."""
+    paths = sorted(data_folder("migrations").glob("*.sql"))
     digest = hashlib.sha256(f"{VERSION} {size}".encode())
-    for path in sorted(data_folder("migrations").glob("*.sql")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    found = []
+    for _, files in groupby(paths, key=lambda path: path.name[:4]):
+        for path in files:
+            digest.update(path.read_bytes())
+        found.append(digest.hexdigest()[:16])
+    return found
 
 
 async def load(dsn: str, size: Size, *, quiet: bool) -> None:
@@ -224,3 +242,42 @@ async def _load_original(dsn: str, connection: asyncpg.Connection) -> None:
     await made.dispose()
     for statement in original.FILL:
         await connection.execute(statement, timeout=3600)
+
+
+def add_keyed_and_archived(connection: psycopg.Connection, size: Size) -> None:
+    """Add the conversations with keys and the archived ones to a copy of the data, as traffic would have written them."""
+    first = size.keyed_place(0).id
+    names = [*(f"key {number}" for number in range(KEYS)), EDITED]
+    connection.execute(
+        "insert into chatdb.conversations (user_id, id, key, last_seq) "
+        "select %s, %s + ordinality - 1, key, 100 from unnest(%s::text[]) with ordinality as k (key, ordinality)",
+        [size.keyed, first, names],
+    )
+    connection.execute("update chatdb.conversations set last_seq = 2000 where user_id = %s and key = %s", [size.keyed, EDITED])
+    # the first of them has the messages of the first ordinary conversation, and so on
+    connection.execute(
+        "insert into chatdb.messages (user_id, conversation_id, seq, role, content, key, created_at) "
+        "select %(keyed)s, %(first)s + c.n, m.seq, m.role, m.content, 'message ' || m.seq, m.created_at "
+        "from unnest(%(users)s::text[], %(ids)s::int8[]) with ordinality as o (user_id, id, ordinality) "
+        "cross join lateral (select ordinality - 1) as c (n) "
+        "inner join chatdb.messages as m on m.user_id = o.user_id and m.conversation_id = o.id "
+        "where m.seq <= 2000 order by m.seq, c.n",
+        {
+            "keyed": size.keyed,
+            "first": first,
+            "users": [*(size.place(number).user_id for number in range(KEYS)), size.long.user_id],
+            "ids": [*(size.place(number).id for number in range(KEYS)), size.long.id],
+        },
+    )
+    # three conversations of other users between any two of these
+    connection.execute(
+        "insert into chatdb.conversations (user_id, id, key, created_at, updated_at, archived_at, pinned_at) "
+        "select case when n %% 4 = 0 then %(archived)s else 'other ' || n %% 999 end, %(first)s + n, "
+        "case when n %% 4 = 0 then 'key ' || n / 4 end, at, at, "
+        "case when n %% 80 <> 0 then at end, case when n %% 160 in (0, 4) then at end "
+        "from generate_series(0, 4 * %(count)s - 1) as n "
+        "cross join lateral (select %(start)s::timestamptz + n * interval '30 min') as t (at)",
+        {"archived": size.archived, "first": first + 1000, "count": ARCHIVED, "start": START},
+    )
+    connection.execute("select setval('chatdb.conversations_id_seq', max(id)) from chatdb.conversations")
+    connection.execute("vacuum analyze chatdb.conversations")
