@@ -74,12 +74,18 @@ raised as (
     where c.user_id = $1 and c.id = stored.id and message.seq = stored.last_seq + 1
 ),
 
+unexpected as (
+    select id
+    from stored
+    where not is_expected
+),
+
 -- for a retry whose first try succeeded: the conversation is no longer as expected, but the message is stored
 earlier as (
     select m.id, m.conversation_id, m.seq, m.role, m.content, m.payload, m.metadata, m.token_count, m.created_at
-    from stored as c
-    inner join chatdb.messages as m on m.user_id = $1 and m.conversation_id = c.id and m.key = $9
-    where not c.is_expected
+    from chatdb.messages as m
+    -- a join could look for the key in all conversations of the user
+    where m.user_id = $1 and m.conversation_id = (select id from unexpected) and m.key = $9
 ),
 
 same as (

@@ -25,7 +25,8 @@
 
 with batch as (
     select role, content, payload, metadata::jsonb as metadata, token_count, key, ordinality
-    from unnest($4::text[], $5::text[], $6::text[], $7::text[], $8::text[]::int4[], $9::text[])
+    -- the subquery hides the number of keys from the planner, which would otherwise plan every call for it
+    from unnest($4::text[], $5::text[], $6::text[], $7::text[], $8::text[]::int4[], (select $9::text[]))
         with ordinality as m (role, content, payload, metadata, token_count, key, ordinality)
 ),
 
@@ -45,9 +46,14 @@ stored as (
 
 known as (
     select b.ordinality
-    from stored as c
-    cross join batch as b
-    inner join chatdb.messages as m on m.user_id = $1 and m.conversation_id = c.id and m.key = b.key
+    from batch as b
+    -- with the limit, each key is looked up: a join could read all messages of the conversation
+    cross join lateral (
+        select seq
+        from chatdb.messages
+        where user_id = $1 and conversation_id = (select id from stored) and key = b.key
+        limit 1 -- noqa: AM09
+    ) as m
 ),
 
 wanted as (
@@ -127,13 +133,22 @@ raised as (
       )
 ),
 
+unexpected as (
+    select id
+    from stored
+    where not is_expected
+),
+
 -- for a retry whose first try succeeded: the conversation is no longer as expected, but the messages are stored
 earlier as (
     select m.id, m.conversation_id, m.seq, m.role, m.content, m.payload, m.metadata, m.token_count, m.key, m.created_at
-    from stored as c
-    cross join batch as b
-    inner join chatdb.messages as m on m.user_id = $1 and m.conversation_id = c.id and m.key = b.key
-    where not c.is_expected
+    from batch as b
+    cross join lateral (
+        select id, conversation_id, seq, role, content, payload, metadata, token_count, key, created_at
+        from chatdb.messages
+        where user_id = $1 and conversation_id = (select id from unexpected) and key = b.key
+        limit 1 -- noqa: AM09
+    ) as m
 ),
 
 same as (

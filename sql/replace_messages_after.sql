@@ -73,9 +73,14 @@ message as (
 -- for a retry whose first try succeeded: the conversation is no longer as expected, but the messages are stored
 earlier as (
     select m.id, m.conversation_id, m.seq, m.metadata, m.token_count, m.key, m.created_at
-    from seen as c
-    cross join batch as b
-    inner join chatdb.messages as m on m.user_id = $1 and m.conversation_id = c.id and m.key = b.key
+    from batch as b
+    -- with the limit, each key is looked up: a join could read all messages of the conversation
+    cross join lateral (
+        select id, conversation_id, seq, role, content, payload, metadata, token_count, key, created_at
+        from chatdb.messages
+        where user_id = $1 and conversation_id = (select id from seen) and key = b.key
+        limit 1 -- noqa: AM09
+    ) as m
     where not exists (select from conversation)
       and m.seq > $4 and m.role = b.role and m.content = b.content
       and m.payload::text is not distinct from b.payload and m.metadata is not distinct from b.metadata

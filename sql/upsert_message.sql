@@ -34,9 +34,10 @@ with conversation as (
 
 same as (
     select m.id, m.conversation_id, m.seq, m.metadata, m.created_at
-    from conversation as c
-    inner join chatdb.messages as m on m.user_id = $1 and m.conversation_id = c.id and m.key = $9
-    where m.role = $4 and m.content = $5 and m.payload::text is not distinct from $6
+    from chatdb.messages as m
+    -- a join could look for the key in all conversations of the user
+    where m.user_id = $1 and m.conversation_id = (select id from conversation) and m.key = $9
+      and m.role = $4 and m.content = $5 and m.payload::text is not distinct from $6
       and m.metadata is not distinct from $7::text::jsonb and m.token_count is not distinct from $8
 ),
 
