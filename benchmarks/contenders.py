@@ -61,7 +61,8 @@ TURN = (
 BY_KEY = f"select {MESSAGE} from chatdb.messages where user_id = $1 and conversation_id = $2 and key = $3"
 CREATE = "insert into chatdb.conversations (user_id, key) values ($1, $2) returning id, created_at"
 CREATE_FIRST = (
-    "with c as (insert into chatdb.conversations (user_id, last_seq) values ($1, 1) returning user_id, id, created_at), "
+    "with c as (insert into chatdb.conversations (user_id, last_seq) values ($1, 1) "
+    "returning user_id, id, created_at), "
     "m as (insert into chatdb.messages (user_id, conversation_id, seq, role, content, created_at) "
     "select user_id, id, 1, $2, $3, created_at from c) select id, created_at from c"
 )

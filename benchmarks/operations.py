@@ -84,7 +84,9 @@ def _counted_calls(
 
     async def replace_after() -> object:
         at = state.get("replace") or await chatdb.get_conversation(db, **edited)
-        stored = await chatdb.replace_messages_after(db, **edited, after_seq=at.last_seq - 2, messages=turn, expected=at)
+        stored = await chatdb.replace_messages_after(
+            db, **edited, after_seq=at.last_seq - 2, messages=turn, expected=at
+        )
         state["replace"] = at.model_copy(update={"last_seq": at.last_seq + 2, "revision": at.revision + 3})
         return stored
 
@@ -94,7 +96,9 @@ def _counted_calls(
 
     return {
         "history_by_key": lambda: chatdb.get_history(db, **keyed()),
-        "history_before_key": lambda: chatdb.get_history(db, **edited, before_key=f"message {chance.randrange(200, 900)}"),
+        "history_before_key": lambda: chatdb.get_history(
+            db, **edited, before_key=f"message {chance.randrange(200, 900)}"
+        ),
         "list_messages_after_key": lambda: chatdb.list_messages(
             db, **edited, after_key=f"message {chance.randrange(200, 900)}"
         ),
@@ -102,7 +106,9 @@ def _counted_calls(
         "get_message_by_key": lambda: chatdb.get_message(db, **keyed(), key=message_key()),
         "append_by_key": lambda: chatdb.append_message(db, **keyed(), role="user", content=TEXT),
         "turn_by_key": lambda: chatdb.append_messages(db, **keyed(), messages=turn),
-        "create_first_keyed": lambda: chatdb.create_conversation(db, user_id=size.keyed, key=new(), messages=[question]),
+        "create_first_keyed": lambda: chatdb.create_conversation(
+            db, user_id=size.keyed, key=new(), messages=[question]
+        ),
         "append_create": lambda: chatdb.append_message(db, **keyed(), role="user", content=TEXT, create=True),
         "append_create_new": lambda: chatdb.append_message(
             db, user_id=size.keyed, conversation_key=new(), role="user", content=TEXT, create=True
@@ -120,7 +126,9 @@ def _counted_calls(
         "upsert_conversation": lambda: chatdb.upsert_conversation(
             db, user_id=size.keyed, key=f"key {chance.randrange(KEYS)}", title=new()
         ),
-        "upsert_conversation_new": lambda: chatdb.upsert_conversation(db, user_id=size.keyed, key=new(), title="A title"),
+        "upsert_conversation_new": lambda: chatdb.upsert_conversation(
+            db, user_id=size.keyed, key=new(), title="A title"
+        ),
         "upsert_message": lambda: chatdb.upsert_message(
             db, **keyed(), key=message_key(), role="user", content=f"{new()} {TEXT}"
         ),

@@ -24,9 +24,12 @@ class Sabotage:
     run: tuple[str, ...] = ("test_counts.py", "--quick", "--benchmark-disable")
 
 
-async def _looks_first(db: Any, *, user_id: str, conversation_id: int, **rest: Any) -> list[chatdb.Message]:
-    await chatdb.get_conversation(db, user_id=user_id, conversation_id=conversation_id)
-    return await _get_history(db, user_id=user_id, conversation_id=conversation_id, **rest)
+async def _looks_first(
+    db: Any, *, user_id: str, conversation_id: int | None = None, conversation_key: str | None = None, **rest: Any
+) -> list[chatdb.Message]:
+    at = {"user_id": user_id, "conversation_id": conversation_id, "conversation_key": conversation_key}
+    await chatdb.get_conversation(db, **at)
+    return await _get_history(db, **at, **rest)
 
 
 async def _reset(connection: Any) -> None:
@@ -43,8 +46,14 @@ ALL = {
     "nothing": Sabotage("changes nothing", ()),
     "drop_index": Sabotage(
         "drops the index that serves the list",
-        ("plans.unexpected", "list_20_spread.buffers"),
-        sql="drop index chatdb.ix_conversations_user_id_active_on",
+        ("plans.unexpected", "list_unarchived.buffers"),
+        sql="drop index chatdb.ix_conversations_user_id_active_on_listed",
+    ),
+    "custom_plans": Sabotage(
+        "makes the server plan every call",
+        ("plans.custom",),
+        sql="do $$ begin execute format("
+        "'alter database %I set plan_cache_mode = force_custom_plan', current_database()); end $$",
     ),
     "reset_query": Sabotage(
         "makes the pool send asyncpg's reset query after each call",

@@ -79,7 +79,9 @@ def test_counts(
     figures.counted(operation, statements / CALLS, trips, buffers / CALLS, wal / CALLS if wal > 0 else None)
 
 
-def test_generic_plans(size: Size, copy: str, plain: asyncio.Runner, counter: psycopg.Connection, figures: Figures) -> None:
+def test_generic_plans(
+    size: Size, copy: str, plain: asyncio.Runner, counter: psycopg.Connection, figures: Figures
+) -> None:
     """
     The server plans no statement anew for each call, even if it takes PostgreSQL's default for a slow disk's costs.
 
@@ -148,7 +150,11 @@ PLANS: list[tuple[Query[Any], str, set[str]]] = [
     (conversations._list_previews_archived, "ix_conversations_user_id_active_on_archived", _LIST | {"Nested Loop"}),
     (conversations._list_previews_all, "ix_conversations_user_id_active_on", _LIST | {"Nested Loop"}),
     (conversations._list_previews_created, "ix_conversations_user_id_created_at_id", _SCANS | {"Nested Loop"}),
-    (conversations._list_previews_created_ascending, "ix_conversations_user_id_created_at_id", _SCANS | {"Nested Loop"}),
+    (
+        conversations._list_previews_created_ascending,
+        "ix_conversations_user_id_created_at_id",
+        _SCANS | {"Nested Loop"},
+    ),
     (conversations._list_pinned, "ix_conversations_user_id_pinned_at", _LIST),
 ]
 

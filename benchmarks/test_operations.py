@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import statistics
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,9 +14,9 @@ from typing import Any
 import pytest
 
 from benchmarks.contenders import HISTORY, Chatdb, Contender, Keyed, Original, Psycopg, RawAsyncpg
-from benchmarks.figures import Figures
+from benchmarks.figures import JUDGED, Figures
 from benchmarks.gates import OPERATIONS
-from benchmarks.operations import call_of, mixed_of
+from benchmarks.operations import append_on, call_of, mixed_of
 from benchmarks.proxy import far
 from benchmarks.rounds import interleave
 from benchmarks.server import BenchServer
@@ -27,6 +28,9 @@ ROUNDS = {
     "history_100": (120, 20),
     "last_20": (80, 25),
     "turn": (120, 15),
+    "append": (80, 25),
+    "list_20": (80, 25),
+    "create_first": (80, 20),
     "whole_10000": (15, 1),
     "delete": (20, 3),
     "list_20_busy": (20, 10),
@@ -81,6 +85,20 @@ def test_operation_far(
         figures.timed(f"{operation}_far", loop, interleave(benchmark, runner, calls, rounds=10, each=10))
         for each in made:
             runner.run(each.close())
+
+
+def test_append_create(
+    benchmark: Any, copy: str, size: Size, loop: str, runner: asyncio.Runner, figures: Figures
+) -> None:
+    """Time an append with create=True beside one without, to the same conversations."""
+    client = Chatdb(copy)
+    runner.run(client.open())
+    calls = {"chatdb": call_of("append_create", client, size), "without": append_on(client, size)}
+    times = interleave(benchmark, runner, calls, rounds=80, each=25)
+    if loop == JUDGED:
+        ratio = statistics.median(times["chatdb"]) / statistics.median(times["without"])
+        figures.worst("append_create.to_append", ratio)
+    runner.run(client.close())
 
 
 @pytest.mark.parametrize("tasks", [16, 64])

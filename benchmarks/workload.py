@@ -245,7 +245,7 @@ async def _load_original(dsn: str, connection: asyncpg.Connection) -> None:
 
 
 def add_keyed_and_archived(connection: psycopg.Connection, size: Size) -> None:
-    """Add the conversations with keys and the archived ones to a copy of the data, as traffic would have written them."""
+    """Add the conversations with keys and the archived ones to a copy of the data."""
     first = size.keyed_place(0).id
     names = [*(f"key {number}" for number in range(KEYS)), EDITED]
     connection.execute(
@@ -253,7 +253,9 @@ def add_keyed_and_archived(connection: psycopg.Connection, size: Size) -> None:
         "select %s, %s + ordinality - 1, key, 100 from unnest(%s::text[]) with ordinality as k (key, ordinality)",
         [size.keyed, first, names],
     )
-    connection.execute("update chatdb.conversations set last_seq = 2000 where user_id = %s and key = %s", [size.keyed, EDITED])
+    connection.execute(
+        "update chatdb.conversations set last_seq = 2000 where user_id = %s and key = %s", [size.keyed, EDITED]
+    )
     # the first of them has the messages of the first ordinary conversation, and so on
     connection.execute(
         "insert into chatdb.messages (user_id, conversation_id, seq, role, content, key, created_at) "
