@@ -10,8 +10,9 @@ import asyncpg
 from psycopg import sql
 
 from benchmarks.server import BenchServer
-from benchmarks.workload import SIZES, load
+from benchmarks.workload import SIZES, fingerprints, load
 from chatdb._core.dsn import connect_arguments
+from chatdb.admin.migrate import missing_migrations, rollback_migrations
 
 ROWS = """
     select
@@ -21,6 +22,11 @@ ROWS = """
 """
 """A digest of the rows without ids, because an interrupted COPY skips some."""
 STORED = "select count(*) from chatdb.messages"
+FILES = """
+    select pg_relation_filenode('chatdb.messages'), pg_relation_filenode('chatdb.conversations'), count(*)
+    from chatdb.messages
+"""
+"""The files of the tables, which stay if the tables are neither loaded again nor rewritten."""
 
 
 def test_an_interrupted_load_goes_on(server: BenchServer) -> None:
@@ -41,6 +47,28 @@ def test_an_interrupted_load_goes_on(server: BenchServer) -> None:
         asyncio.run(load(server.dsn(size.database), size, quiet=True))
         with server.connect(size.database) as done:
             assert done.execute(ROWS).fetchone() == kept.execute(ROWS).fetchone()
+        connection.execute(sql.SQL("drop database {} with (force)").format(name))
+
+
+def test_an_older_database_is_migrated(server: BenchServer) -> None:
+    """A stored database with fewer migrations keeps its rows, and its tables are migrated."""
+    whole = SIZES["100k"]
+    size = replace(whole, name="older")
+    older, *_, newest = fingerprints(size)[-3:]
+    source, name = sql.Identifier(server.load(whole)), sql.Identifier(size.database)
+    with server.connect() as connection:
+        connection.execute(sql.SQL("drop database if exists {} with (force)").format(name))
+        connection.execute(sql.SQL("create database {} template {} strategy file_copy").format(name, source))
+        rollback_migrations(server.dsn(size.database), to="0003.chatdb-create-messages")
+        connection.execute(sql.SQL("comment on database {} is {}").format(name, older))
+        assert server.is_loaded(size)
+        with server.connect(size.database) as kept:
+            before = kept.execute(FILES).fetchone()
+        server.load(size)
+        with server.connect(size.database) as kept:
+            assert kept.execute(FILES).fetchone() == before
+        assert server._loaded(size) == newest
+        assert not missing_migrations(server.dsn(size.database))
         connection.execute(sql.SQL("drop database {} with (force)").format(name))
 
 
