@@ -130,7 +130,9 @@ def test_the_migrations(empty_dsn: str) -> None:
         assert connection.execute("select count(*) from chatdb.messages").fetchone() == (0,)
     shell("yoyo rollback", empty_dsn, ROOT)
     with psycopg.connect(empty_dsn) as connection:
-        found = connection.execute("select to_regclass('chatdb.messages'), to_regclass('chatdb.conversations')")
+        found = connection.execute(
+            "select to_regclass('chatdb.ix_conversations_user_id_pinned_at'), to_regclass('chatdb.conversations')"
+        )
         assert found.fetchone() == (None, "chatdb.conversations")
 
 
@@ -274,7 +276,7 @@ def test_the_operators_page(empty_dsn: str, tmp_path: Path) -> None:
         execute(empty_dsn, "delete from public.users")
         with psycopg.connect(empty_dsn) as connection:
             assert connection.execute("select count(*) from chatdb.messages").fetchone() == (0,)
-        assert "0003" in shell(rollback, empty_dsn, tmp_path)
+        assert "0005" in shell(rollback, empty_dsn, tmp_path)
     finally:
         execute(empty_dsn, "drop owned by app", "drop role app")
 

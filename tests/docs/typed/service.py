@@ -55,10 +55,10 @@ async def conversations(db: chatdb.Database, user: str) -> None:
     await chatdb.update_conversation(db, user_id=user, conversation_id=chat.id, title=None, metadata=counts)
     await chatdb.update_conversation(db, user_id=user, conversation_id=chat.id, metadata=chat.metadata)
     assert_type(await chatdb.get_conversation(db, user_id=user, conversation_id=chat.id), chatdb.Conversation)
-    assert_type(await chatdb.get_conversation_by_key(db, user_id=user, key="one"), chatdb.Conversation)
+    assert_type(await chatdb.get_conversation(db, user_id=user, conversation_key="one"), chatdb.Conversation)
     page = await chatdb.list_conversations(db, user_id=user)
     assert_type(page, list[chatdb.Conversation])
-    await chatdb.list_conversations(db, user_id=user, limit=50, before=page[-1])
+    await chatdb.list_conversations(db, user_id=user, limit=50, after=page[-1])
     deleted = await chatdb.delete_conversation(db, user_id=user, conversation_id=chat.id)
     assert_type(deleted, chatdb.Deleted)
     assert_type(deleted.conversations + deleted.messages, int)
@@ -102,10 +102,10 @@ async def messages(db: chatdb.Database, user: str, chat: int, title: str | chatd
     async for each in chatdb.iter_messages(db, user_id=user, conversation_id=chat):
         assert_type(each, chatdb.Message)
     assert_type(await chatdb.get_message(db, user_id=user, conversation_id=chat, seq=1), chatdb.Message)
-    assert_type(await chatdb.get_message_by_key(db, user_id=user, conversation_id=chat, key="k"), chatdb.Message)
+    assert_type(await chatdb.get_message(db, user_id=user, conversation_id=chat, key="k"), chatdb.Message)
     await chatdb.update_message(db, user_id=user, conversation_id=chat, seq=1, content="ho", payload=None)
     assert_type(await chatdb.delete_message(db, user_id=user, conversation_id=chat, seq=1), chatdb.Deleted)
-    assert_type(await chatdb.delete_messages_after(db, user_id=user, conversation_id=chat, seq=0), chatdb.Deleted)
+    assert_type(await chatdb.delete_messages_after(db, user_id=user, conversation_id=chat, after_seq=0), chatdb.Deleted)
 
 
 async def transactions(db: chatdb.Pool, user: str) -> None:
