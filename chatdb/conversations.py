@@ -123,13 +123,16 @@ async def upsert_conversation(
 
     Raises InvalidInputError. SQL: `upsert_conversation.sql`.
     """
-    return await _upsert_conversation.fetch_one(
+    stored = await _upsert_conversation.fetch_all(
         db,
         check_user_id(user_id),
         check_text("key", key, least=1, most=MAX_NAME),
         check_title("title", title),
         check_conversation_metadata("metadata", metadata),
     )
+    if not stored:
+        raise ConfigurationError(ROW_SUPPRESSED.format("conversations"))
+    return stored[0]
 
 
 async def get_conversation(

@@ -8,7 +8,7 @@
 -- $5 expected_revision int8 null
 --
 -- returns one Message, or an existence row: if the conversation has no messages
--- refuses with stale, again
+-- refuses with stale, again, suppressed
 -- served by pk_conversations, pk_messages, uq_conversations_user_id_key
 
 with seen as (
@@ -71,6 +71,7 @@ select
     null, null, null, null, null, null, null, null, null, null, null,
     case
         when $4::int8 is not null and (id <> $4 or revision <> $5::int8) then 'stale'
+        when exists (select from conversation) then 'suppressed'
         when exists (select from newest) then 'again'
     end
 from seen

@@ -16,7 +16,7 @@
 -- $12 keys text[]    null where a message has none
 --
 -- returns many Message without user_id, role, content and payload, or an existence row: if the batch is empty
--- refuses with stale, again
+-- refuses with stale, again, suppressed
 -- served by pk_conversations, pk_messages, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
 
 with seen as (
@@ -93,9 +93,11 @@ select id, conversation_id, seq, metadata::text as metadata, token_count, key, c
 from earlier
 where (select pg_catalog.count(*) from earlier) = pg_catalog.cardinality($7::text[])
 union all
-select null, null, null, null, null, null, null, null
+select
+    null, null, null, null, null, null, null,
+    case when pg_catalog.cardinality($7::text[]) > 0 then 'suppressed' end
 from conversation
-where pg_catalog.cardinality($7::text[]) = 0
+where not exists (select from message)
 union all
 select
     null, null, null, null, null, null, null,

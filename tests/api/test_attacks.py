@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 import chatdb
-from chatdb import NEW, UNSET, ConversationNotFoundError, InvalidInputError, MessageNotFoundError, UnavailableError
+from chatdb import (
+    NEW,
+    UNSET,
+    ConfigurationError,
+    ConversationNotFoundError,
+    InvalidInputError,
+    MessageNotFoundError,
+    UnavailableError,
+)
+from tests.support.databases import execute
 from tests.support.proxy import Proxy, Statement
 
 USER: dict[str, Any] = {"user_id": "ann"}
@@ -196,3 +205,29 @@ async def test_a_large_keyed_batch_is_repeated_quickly(db: chatdb.Pool) -> None:
     started = time.perf_counter()
     assert await chatdb.append_messages(db, **AT, messages=batch) == stored
     assert time.perf_counter() - started < 5 * took + 0.5
+
+
+SUPPRESSED: dict[str, tuple[str, Callable[[chatdb.Pool, str], Awaitable[Any]]]] = {
+    "upsert_conversation": ("conversations", lambda db, _: chatdb.upsert_conversation(db, **USER, key="new")),
+    "pop_message": ("messages", lambda db, _: chatdb.pop_message(db, **AT)),
+    "replace_messages_after": (
+        "messages",
+        lambda db, etag: chatdb.replace_messages_after(db, **AT, after_seq=1, messages=[turn("new")], expected=etag),
+    ),
+}
+
+
+@pytest.mark.owner
+@pytest.mark.parametrize("name", SUPPRESSED)
+async def test_a_trigger_suppresses_the_row(dsn: str, db: chatdb.Pool, name: str) -> None:
+    """A host's trigger that suppresses the row is reported as such, not as a missing conversation or other callers."""
+    etag = (await chatdb.create_conversation(db, **USER, key="c", messages=[turn("k1")])).etag
+    table, write = SUPPRESSED[name]
+    execute(
+        dsn,
+        "create function public.suppress() returns trigger language plpgsql as 'begin return null; end'",
+        f"create trigger suppress before insert or delete on chatdb.{table} for each row "
+        "execute function public.suppress()",
+    )
+    with pytest.raises(ConfigurationError, match="suppressed"):
+        await write(db, etag)
