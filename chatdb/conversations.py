@@ -1,7 +1,8 @@
 """
 Functions for conversations. Each function runs the SQL file of the same name in `sql/`.
 
-Decisions: docs/decisions/0002-tenant-first-keys.md, 0003-the-list-is-ordered-by-day.md
+Decisions: docs/decisions/0002-tenant-first-keys.md, 0003-the-list-is-ordered-by-day.md,
+0012-one-statement-for-id-and-key.md
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """
 Functions for messages. Each function runs the SQL file of the same name in `sql/`.
 
-Decisions: docs/decisions/0001-seq-is-a-counter.md, 0002-tenant-first-keys.md
+Decisions: docs/decisions/0001-seq-is-a-counter.md, 0002-tenant-first-keys.md,
+0011-revision-and-compare-and-set.md, 0012-one-statement-for-id-and-key.md
 """
 
 from __future__ import annotations

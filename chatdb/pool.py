@@ -270,6 +270,8 @@ async def run_until_settled(
     Run a statement that writes only if no other write to the conversation committed while it waited for the lock.
 
     After two attempts, a transaction keeps the lock between the next two, so that the last one always succeeds.
+
+    Decision: docs/decisions/0013-run-again-after-a-concurrent-write.md
     """
     for _ in range(2):
         with contextlib.suppress(RunAgainError):

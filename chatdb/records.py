@@ -200,7 +200,7 @@ class Message(_Record):
     )
     created_at: datetime = Field(description="Time of the append, in UTC. All messages of a batch have the same time.")
 
-    def public(self) -> dict[str, Any]:
+    def public(self) -> dict[str, JsonValue]:
         r"""
         Return the message as a dict of plain JSON values for an HTTP response, without `user_id`.
 
@@ -210,7 +210,7 @@ class Message(_Record):
         payload = None if self.payload is None else json.loads(self.payload, parse_float=_finite)
         fields = {name: value for name, value in vars(self).items() if name != "user_id"}
         values = {"payload": payload, "metadata": self.metadata, "created_at": self.created_at.isoformat()}
-        public: dict[str, Any] = _writable(fields | values)
+        public: dict[str, JsonValue] = _writable(fields | values)
         return public
 
 

@@ -79,7 +79,7 @@ def test_the_program(tmp_path: Path) -> None:
 
 
 async def test_the_fastapi_service(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README's service creates a conversation, appends, reads, and maps errors to statuses and public sentences."""
+    """README's service lists, appends, reads, and maps errors to statuses and public sentences."""
     monkeypatch.setenv("DATABASE_URL", dsn)
     service: dict[str, Any] = {"__name__": "service"}
     exec(block("FastAPI", "python"), service)
@@ -88,28 +88,37 @@ async def test_the_fastapi_service(dsn: str, monkeypatch: pytest.MonkeyPatch) ->
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://service", headers=alice) as client:
-            created = (await client.post("/conversations")).json()["id"]
-            path = f"/conversations/{created}/messages"
+            assert (await client.get("/chats")).json() == []
+            path = "/chats/one/messages"
             appended = await client.post(path, json={"content": "hi", "key": "1"})
             assert (appended.status_code, appended.json()["seq"]) == (200, 1)
             assert (await client.post(path, json={"content": "hi", "key": "1"})).json() == appended.json()
             assert (await client.post(path, json={"content": "ho"})).json()["seq"] == 2
-            assert [message["content"] for message in (await client.get(path)).json()] == ["hi", "ho"]
-            alices = {"user_id": "alice", "conversation_id": created}
-            await chatdb.append_message(app.state.db, **alices, role="tool", content="", payload=[1, None])
-            assert (await client.get(path)).json()[-1]["payload"] == "[1, null]"
+            payload = chatdb.JsonText('{"text": "\\ud83d", "items": [1, null]}')
+            alices = {"user_id": "alice", "conversation_key": "one"}
+            await chatdb.append_message(app.state.db, **alices, role="tool", content="", payload=payload)
+            loaded = (await client.get("/chats/one")).json()
+            assert loaded["title"] is None
+            assert [message["content"] for message in loaded["messages"]] == ["hi", "ho", ""]
+            assert loaded["messages"][-1]["payload"] == {"text": "\\ud83d", "items": [1, None]}
+            assert "user_id" not in appended.json()
             assert (await client.get(path, params={"before_seq": 2})).json() == [appended.json()]
+            [chat] = (await client.get("/chats")).json()
+            assert (chat["key"], chat["last"]) == ("one", "")
+            assert (await client.get("/chats", params={"cursor": chat["cursor"]})).json() == []
             for answer, status, error in (
-                (await client.get(path, headers=bob), 404, chatdb.ConversationNotFoundError),
-                (await client.post(path, headers=bob, json={"content": "hi"}), 404, chatdb.ConversationNotFoundError),
+                (await client.get("/chats/one", headers=bob), 404, chatdb.ConversationNotFoundError),
                 (await client.post(path, json={"content": "ho", "key": "1"}), 409, chatdb.ConflictError),
                 (await client.post(path, json={"content": "\0"}), 422, chatdb.InvalidInputError),
+                (await client.get("/chats", params={"cursor": "c1"}), 422, chatdb.InvalidInputError),
             ):
                 assert (answer.status_code, answer.json()) == (status, {"detail": error.public})
+            assert (await client.post(path, headers=bob, json={"content": "hi"})).json()["seq"] == 1
+            assert len((await client.get("/chats/one")).json()["messages"]) == 3
             schema = await client.get("/openapi.json")
-            assert schema.json()["paths"].keys() == {"/conversations", "/conversations/{conversation_id}/messages"}
+            assert schema.json()["paths"].keys() == {"/chats", "/chats/{key}", "/chats/{key}/messages"}
             await app.state.db.close()
-            closed = await client.get(path)
+            closed = await client.get("/chats/one")
             assert (closed.status_code, closed.json()) == (503, {"detail": chatdb.PoolClosedError.public})
 
 
@@ -123,17 +132,17 @@ def test_the_table_of_functions() -> None:
 
 def test_the_migrations(empty_dsn: str) -> None:
     """README's migration commands run in the checkout, and `yoyo rollback` undoes the last migration."""
+    indexes = "select to_regclass('chatdb.ix_conversations_user_id_pinned_at') is not null"
     script = block("Migrations", "sh")
     assert script.count("postgresql://localhost/chat") == 1
     shell(script.replace("postgresql://localhost/chat", f"'{empty_dsn}'"), empty_dsn, ROOT)
     with psycopg.connect(empty_dsn) as connection:
         assert connection.execute("select count(*) from chatdb.messages").fetchone() == (0,)
+        assert connection.execute(indexes).fetchone() == (True,)
     shell("yoyo rollback", empty_dsn, ROOT)
     with psycopg.connect(empty_dsn) as connection:
-        found = connection.execute(
-            "select to_regclass('chatdb.ix_conversations_user_id_pinned_at'), to_regclass('chatdb.conversations')"
-        )
-        assert found.fetchone() == (None, "chatdb.conversations")
+        assert connection.execute(indexes).fetchone() == (False,)
+        assert connection.execute("select count(archived_at) from chatdb.conversations").fetchone() == (0,)
 
 
 @pytest.mark.owner

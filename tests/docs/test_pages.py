@@ -25,10 +25,17 @@ async def run(page: str, **names: Any) -> dict[str, Any]:
     return found
 
 
-async def test_the_guides_code(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guide's blocks run, and its last one catches an error."""
+@pytest.mark.owner
+async def test_the_guides_code(dsn: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The guide's blocks run, nothing in them is stale, and the last one catches an error."""
     monkeypatch.setenv("DATABASE_URL", dsn)
     found = await run("guide.md")
+    assert "another request was faster" not in capsys.readouterr().out
+    assert (found["status"], found["pinned"][0].title) == (200, None)
+    assert [message["content"] for message in found["body"]] == ["Answer briefly.", "Hello"]
+    assert [each.seq for each in (*found["earlier"], *found["later"])] == []
+    assert (found["oldest"][0].key, found["next_page"]) == ("support-1", [])
+    assert [message.seq for message in found["replaced"]] == [3]
     assert found["answer"] == chatdb.ConversationNotFoundError.public
 
 
