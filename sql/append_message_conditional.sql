@@ -126,8 +126,8 @@ where not exists (select from stored)
   and ($10::bool or exists (
       select from chatdb.conversations
       where user_id = $1
-        and id = coalesce((select $2::int8), (
+        and id = (select coalesce((select $2::int8), (
             select id from chatdb.conversations
             where user_id = $1 and key = $3
-        ))
+        )))
   ))

@@ -13,8 +13,8 @@ select
     updated_at, archived_at, pinned_at
 from chatdb.conversations
 where user_id = $1
-  -- with an id, the inner subquery is never executed; without the outer one, row-level security would keep coalesce from
-  -- being an index condition
+  -- with an id, the inner subquery is never executed; without the outer one, row-level security would keep coalesce
+  -- from being an index condition
   and id = (select coalesce((select $2::int8), (
       select id from chatdb.conversations
       where user_id = $1 and key = $3

@@ -160,8 +160,8 @@ union all
 select null, null, null, null, null, null, null, null, null, null, null, 'again'
 from chatdb.conversations
 where user_id = $1
-  and id = coalesce((select $2::int8), (
+  and id = (select coalesce((select $2::int8), (
       select id from chatdb.conversations
       where user_id = $1 and key = $3
-  ))
+  )))
   and not exists (select from conversation)

@@ -17,7 +17,8 @@ async def prepare(connection: chatdb.Connection) -> None:
 
 @asynccontextmanager
 async def lifespan() -> AsyncGenerator[chatdb.Pool, None]:
-    """Open a pool for the lifetime of a service."""
+    """Migrate, and open a pool for the lifetime of a service."""
+    assert_type(await chatdb.migrate(wait=5), list[str])
     async with chatdb.create_pool(max_size=3, init=prepare, host=["a", "b"], server_settings={"geqo": "off"}) as db:
         assert_type(db, chatdb.Pool)
         await chatdb.check_schema(db)
@@ -48,7 +49,9 @@ async def conversations(db: chatdb.Database, user: str) -> None:
     assert_type(chat.key, str | None)
     assert_type(chat.title, str | None)
     assert_type(chat.metadata, dict[str, JsonValue] | None)
-    assert_type(chat.last_seq, int)
+    assert_type(chat.last_seq + chat.revision, int)
+    assert_type(chat.cursor + chat.etag, str)
+    assert_type(chat.archived_at, datetime | None)
     assert_type(chat.created_at, datetime)
     assert_type(chat.updated_at, datetime)
     counts = {"unread": 3}
@@ -56,10 +59,23 @@ async def conversations(db: chatdb.Database, user: str) -> None:
     await chatdb.update_conversation(db, user_id=user, conversation_id=chat.id, metadata=chat.metadata)
     assert_type(await chatdb.get_conversation(db, user_id=user, conversation_id=chat.id), chatdb.Conversation)
     assert_type(await chatdb.get_conversation(db, user_id=user, conversation_key="one"), chatdb.Conversation)
+    await chatdb.create_conversation(
+        db, user_id=user, key="two", messages=[{"role": "user", "content": "hi"}], expected=chatdb.NEW
+    )
+    assert_type(await chatdb.upsert_conversation(db, user_id=user, key="one", title="Plans"), chatdb.Conversation)
+    await chatdb.update_conversation(
+        db, user_id=user, conversation_key="one", metadata_patch={"n": None}, archived=True, pinned=False, expected=chat
+    )
     page = await chatdb.list_conversations(db, user_id=user)
     assert_type(page, list[chatdb.Conversation])
-    await chatdb.list_conversations(db, user_id=user, limit=50, after=page[-1])
-    deleted = await chatdb.delete_conversation(db, user_id=user, conversation_id=chat.id)
+    await chatdb.list_conversations(db, user_id=user, limit=50, after=page[-1], archived=None)
+    await chatdb.list_conversations(db, user_id=user, after=page[-1].cursor, order_by="created_at", descending=False)
+    assert_type(await chatdb.list_pinned(db, user_id=user), list[chatdb.Conversation])
+    previews = await chatdb.list_previews(db, user_id=user, after_key="one")
+    assert_type(previews, list[tuple[chatdb.Conversation, chatdb.Message | None]])
+    loaded = await chatdb.load_conversation(db, user_id=user, conversation_key="one", limit=50)
+    assert_type(loaded, tuple[chatdb.Conversation, list[chatdb.Message]])
+    deleted = await chatdb.delete_conversation(db, user_id=user, conversation_id=chat.id, expected=chat.etag)
     assert_type(deleted, chatdb.Deleted)
     assert_type(deleted.conversations + deleted.messages, int)
 
@@ -78,6 +94,7 @@ async def messages(db: chatdb.Database, user: str, chat: int, title: str | chatd
         key="k",
     )
     assert_type(message, chatdb.Message)
+    assert_type(message.public(), dict[str, JsonValue])
     assert_type(message.seq, int)
     assert_type(message.role, chatdb.Role)
     assert_type(message.content, str)
@@ -104,6 +121,20 @@ async def messages(db: chatdb.Database, user: str, chat: int, title: str | chatd
     assert_type(await chatdb.get_message(db, user_id=user, conversation_id=chat, seq=1), chatdb.Message)
     assert_type(await chatdb.get_message(db, user_id=user, conversation_id=chat, key="k"), chatdb.Message)
     await chatdb.update_message(db, user_id=user, conversation_id=chat, seq=1, content="ho", payload=None)
+    await chatdb.append_message(
+        db, user_id=user, conversation_key="one", create=True, expected=chatdb.NEW, role="user", content="hi"
+    )
+    await chatdb.append_messages(
+        db, user_id=user, conversation_id=chat, messages=new, on_existing="skip", conversation_metadata_patch={"n": 2}
+    )
+    upserted = await chatdb.upsert_message(db, user_id=user, conversation_id=chat, key="k", role="tool", content="")
+    assert_type(upserted, chatdb.Message)
+    before = await chatdb.get_conversation(db, user_id=user, conversation_id=chat)
+    replaced = await chatdb.replace_messages_after(
+        db, user_id=user, conversation_id=chat, after_seq=1, messages=new, expected=before
+    )
+    assert_type(replaced, list[chatdb.Message])
+    assert_type(await chatdb.pop_message(db, user_id=user, conversation_id=chat), chatdb.Message | None)
     assert_type(await chatdb.delete_message(db, user_id=user, conversation_id=chat, seq=1), chatdb.Deleted)
     assert_type(await chatdb.delete_messages_after(db, user_id=user, conversation_id=chat, after_seq=0), chatdb.Deleted)
 
@@ -154,6 +185,8 @@ async def errors(db: chatdb.Database) -> str:
         assert_type(error.sent, bool | None)
     except chatdb.UnavailableError as error:
         assert_type(error.sent, bool | None)
+    except chatdb.StaleError as error:
+        return error.public
     except (chatdb.ConflictError, chatdb.SchemaError, chatdb.ConfigurationError) as error:
         return str(error)
     except chatdb.ChatDBError as error:
