@@ -682,11 +682,12 @@ async def test_a_batch_is_repeated_if_all_have_keys(dsn, conversation, keys):
 
 
 async def test_no_change_or_deletion_is_repeated(dsn, conversation, caplog):
-    """Updates, deletes and appends without a key are not retried."""
+    """Updates, deletes, appends without a key and creations that expect no conversation are not retried."""
     at = {"user_id": USER, "conversation_id": conversation.id}
     async with chatdb.create_pool(dsn, max_size=1) as pool:
         for call in (
             lambda: append(pool, conversation),
+            lambda: chatdb.create_conversation(pool, user_id=USER, key="new", expected=chatdb.NEW),
             lambda: chatdb.update_conversation(pool, title="x", **at),
             lambda: chatdb.delete_message(pool, seq=1, **at),
             lambda: chatdb.delete_conversation(pool, **at),
