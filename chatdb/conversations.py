@@ -296,15 +296,16 @@ async def update_conversation(
     title: str | Unset | None = UNSET,
     metadata: Mapping[str, object] | Unset | None = UNSET,
     metadata_patch: Mapping[str, object] | Unset = UNSET,
-    archived: bool | Unset = UNSET,
-    pinned: bool | Unset = UNSET,
+    archived: bool | Unset | None = UNSET,
+    pinned: bool | Unset | None = UNSET,
     expected: Conversation | str | None = None,
 ) -> Conversation:
     """
     Change a conversation and return the stored record.
 
     None clears a value; an argument left `UNSET` keeps it. `metadata_patch` is merged into the top level of the
-    metadata, and a None in it removes that key. `archived` and `pinned` set or clear `archived_at` and `pinned_at`.
+    metadata, and a None in it removes that key. `archived` and `pinned` set `archived_at` and `pinned_at`; False or
+    None clears them.
     `updated_at` does not change, so the conversation keeps its position in `list_conversations`. The revision rises
     only if a value changes.
 
@@ -322,8 +323,8 @@ async def update_conversation(
         *if_given(check_title, "title", title),
         *if_given(check_conversation_metadata, "metadata", metadata),
         *patch,
-        None if archived is UNSET else check_bool("archived", archived),
-        None if pinned is UNSET else check_bool("pinned", pinned),
+        None if archived is UNSET else archived is not None and check_bool("archived", archived),
+        None if pinned is UNSET else pinned is not None and check_bool("pinned", pinned),
     )
     state = check_expected(expected)
     if values == _NO_VALUES and expected is None:

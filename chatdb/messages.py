@@ -127,9 +127,12 @@ async def append_message(
         None if key is None else check_key("key", key),
     )
     if key is None and create is False and expected is None and conversation_metadata_patch is None:
-        # without a row, the other statement tells a missing conversation from an insert that a trigger suppressed
-        with contextlib.suppress(ConversationNotFoundError):
-            return await _append_message.fetch_one(db, user, *address, *message[:5], messages=(message,))
+        for _ in range(3):
+            with contextlib.suppress(ConversationNotFoundError):
+                return await _append_message.fetch_one(db, user, *address, *message[:5], messages=(message,))
+            # without a row, there was no conversation, or a trigger suppressed the row
+            await get_conversation(db, user_id=user, conversation_id=conversation_id, conversation_key=conversation_key)
+        raise ConfigurationError(ROW_SUPPRESSED.format("messages"))
     options = _check_options(address, create, expected, conversation_metadata_patch)
     return await run_until_settled(
         _append_message_conditional.fetch_one,
@@ -194,11 +197,15 @@ async def append_messages(
         return []
     columns = as_columns(batch)
     if is_plain and not has_keys:
-        with contextlib.suppress(ConversationNotFoundError):
-            stored = await _append_messages.fetch_appended(db, user, *address, *columns[:5], messages=batch)
-            if len(stored) < len(batch):
-                raise ConfigurationError(ROW_SUPPRESSED.format("messages"))
-            return stored
+        for _ in range(3):
+            with contextlib.suppress(ConversationNotFoundError):
+                stored = await _append_messages.fetch_appended(db, user, *address, *columns[:5], messages=batch)
+                if len(stored) < len(batch):
+                    break
+                return stored
+            # without a row, there was no conversation, or a trigger suppressed the rows
+            await get_conversation(db, user_id=user, conversation_id=conversation_id, conversation_key=conversation_key)
+        raise ConfigurationError(ROW_SUPPRESSED.format("messages"))
     options = _check_options(address, create, expected, conversation_metadata_patch)
     return await run_until_settled(
         _append_messages_conditional.fetch_appended,

@@ -188,7 +188,7 @@ select
         when stored.is_expected and not exists (select from message) and not exists (select from known)
             then 'suppressed'
         when stored.is_expected then 'conflict'
-        when $10::bool and not exists (select from wanted) then null
+        when $10::bool and pg_catalog.cardinality($4::text[]) > 0 and not exists (select from wanted) then null
         when not $10::bool and exists (select from earlier) then 'conflict'
         -- the messages may have been stored after this statement began
         when stored.revision <> (

@@ -1,6 +1,6 @@
 -- fill_times
--- Sets a missing message time to that of the previous message by id or, if there is none, to the conversation's creation
--- time, so that the message keeps its position.
+-- Sets a missing message time to that of the previous message by id or, if there is none, to the creation time of the
+-- conversation, so that the message keeps its position.
 
 with runs as (
     select
