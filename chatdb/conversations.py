@@ -205,7 +205,8 @@ async def list_conversations(
     `list_conversations.sql`, or the file with the suffix `_after`, `_archived`, `_all`, `_created` or
     `_created_ascending`.
     """
-    if after is None and after_key is None and archived is False and order_by == "updated_at" and descending is True:
+    is_plain = after is None and after_key is None and archived is False and descending is True
+    if is_plain and type(order_by) is str and order_by == "updated_at":
         return await _list_conversations.fetch_all(db, check_user_id(user_id), check_limit("limit", limit))
     query, user, args = _page(_LISTS, user_id, limit, after, after_key, archived, order_by, descending)
     return await query.fetch_page(db, user, *args)

@@ -153,26 +153,27 @@ earlier as (
 
 same as (
     select m.id, m.conversation_id, m.seq, m.metadata, m.token_count, m.key, m.created_at
-    from (
-        select
-            id, conversation_id, seq, role, content, payload, metadata, token_count, key, created_at,
-            seq > (select last_seq from conversation) as is_new
-        from message
-        union all
-        select id, conversation_id, seq, role, content, payload, metadata, token_count, key, created_at, false
-        from earlier
-    ) as m
-    -- IN in an OR is a hash table, whatever the plan: a join may compare each message with the whole batch.
-    -- No payload is an empty text, and no metadata is null.
-    where m.is_new
-       or (
-           not $10::bool
-           and (m.key, m.role, m.content, coalesce(m.payload::text, ''), coalesce(m.metadata, 'null')) in (
-               select b.key, b.role, b.content, coalesce(b.payload, ''), coalesce(b.metadata, 'null')
-               from batch as b
-               where b.key is not null
-           )
-       )
+    from message as m
+    where m.seq > (select last_seq from conversation)
+    union all
+    -- not an alternative of the condition above, for which the batch would be read once per message
+    select m.id, m.conversation_id, m.seq, m.metadata, m.token_count, m.key, m.created_at
+    from message as m
+    where not $10::bool and m.seq <= (select last_seq from conversation)
+      and exists (
+          select from batch as b
+          where b.key = m.key and b.role = m.role and b.content = m.content
+            and b.payload is not distinct from m.payload::text and b.metadata is not distinct from m.metadata
+      )
+    union all
+    select m.id, m.conversation_id, m.seq, m.metadata, m.token_count, m.key, m.created_at
+    from earlier as m
+    where not $10::bool
+      and exists (
+          select from batch as b
+          where b.key = m.key and b.role = m.role and b.content = m.content
+            and b.payload is not distinct from m.payload::text and b.metadata is not distinct from m.metadata
+      )
 )
 
 select id, conversation_id, seq, metadata::text as metadata, token_count, key, created_at, null as refusal

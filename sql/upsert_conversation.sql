@@ -6,7 +6,7 @@
 -- $3 title text null
 -- $4 metadata text null
 --
--- returns one Conversation
+-- returns many Conversation
 -- served by uq_conversations_user_id_key
 
 insert into chatdb.conversations as c (user_id, key, title, metadata)

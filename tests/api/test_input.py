@@ -252,7 +252,7 @@ WRONG = {
 def wrong_values(name, parameter):
     """Return the values that a function refuses for one of its parameters."""
     default = SIGNATURES[name][parameter]
-    clears = default is UNSET and parameter in {"title", "metadata", "payload", "token_count"}
+    clears = default is UNSET and parameter in {"title", "metadata", "payload", "token_count", "archived", "pinned"}
     optional = default is None or clears or (parameter == "archived" and default is False)
     values = dict(WRONG["metadata" if "patch" in parameter else parameter])
     if "metadata" in parameter:

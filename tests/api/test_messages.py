@@ -489,7 +489,7 @@ async def test_pages_full_and_not(talk, there):
         assert await talk.get_history(limit=limit, before_seq=1) == []
         assert [message async for message in talk.iter_messages(batch=limit)] == messages
         for query, place in ((chatdb.messages._list_messages, 0), (chatdb.messages._get_history, there + 1)):
-            rows = await talk.db.fetch(query.sql, *at, None, place, None, limit)
+            rows = await talk.db.fetch(query.sql, *at, None, place, limit)
             assert [row["id"] is None for row in rows] == [False] * found + [True] * (there < limit)
             others = {name: value for name, value in rows[-1].items() if name != "seq"}
             assert there >= limit or (rows[-1]["seq"], any(others.values())) == (talk.conversation.id, False)
@@ -511,13 +511,13 @@ async def test_pages_of_no_conversation(talk, limit):
 @pytest.mark.parametrize(
     ("name", "args", "read"),
     [
-        ("list_messages", (0, None, 3), (1, 0)),
-        ("list_messages", (0, None, 4), (1, 1)),
-        ("list_messages", (3, None, 1), (1, 1)),
-        ("list_messages", (None, "key-2", 1), (2, 0)),
-        ("get_history", (4, None, 3), (1, 0)),
-        ("get_history", (4, None, 4), (1, 1)),
-        ("get_history", (None, "key-3", 2), (2, 0)),
+        ("list_messages", (0, 3), (1, 0)),
+        ("list_messages", (0, 4), (1, 1)),
+        ("list_messages", (3, 1), (1, 1)),
+        ("list_messages_after_key", ("key-2", 1), (2, 0)),
+        ("get_history", (4, 3), (1, 0)),
+        ("get_history", (4, 4), (1, 1)),
+        ("get_history_before_key", ("key-3", 2), (2, 0)),
         ("get_message", (3, None), (1, 0)),
         ("get_message", (4, None), (1, 1)),
         ("get_message", (None, "key-3"), (2, 0)),

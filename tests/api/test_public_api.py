@@ -18,7 +18,7 @@ from tests.support.proxy import Proxy
 OTHERS = {
     *("NEW", "UNSET", "Connection", "Database", "JsonText", "Pool", "Role", "Unset"),
     *("Conversation", "Deleted", "Message", "NewMessage"),
-    *("create_pool", "open_embedded", "transaction", "check_schema"),
+    *("create_pool", "migrate", "open_embedded", "transaction", "check_schema"),
     *("ChatDBError", "NotFoundError", "ConversationNotFoundError", "MessageNotFoundError", "ConflictError"),
     "StaleError",
     *("InvalidInputError", "UnavailableError", "AcquireTimeoutError", "CommandTimeoutError", "SchemaError"),
@@ -92,7 +92,19 @@ def test_import_leaves_the_extras_alone(module):
     assert run.stdout.split() == []
 
 
-VARIANTS = ("", "_keyed", "_messages", "_conditional", "_archived", "_all", "_created", "_created_ascending")
+VARIANTS = (
+    "",
+    "_keyed",
+    "_messages",
+    "_conditional",
+    "_archived",
+    "_all",
+    "_created",
+    "_created_ascending",
+    "_after",
+    "_before_key",
+    "_after_key",
+)
 """How the files of a function's other statements end."""
 
 

@@ -186,8 +186,8 @@ async def pairs(tx):
     assert {record.id for record in conversations} == {plain.id, full.id}
     at = {"user_id": "alice", "conversation_id": full.id}
     rows = [
-        *await tx.fetch(chatdb.conversations._list_conversations.sql, "alice", None, None, None, 2),
-        *(await tx.fetch(chatdb.messages._list_messages.sql, *at.values(), None, 0, None, 20))[:2],
+        *await tx.fetch(chatdb.conversations._list_conversations.sql, "alice", 2),
+        *(await tx.fetch(chatdb.messages._list_messages.sql, *at.values(), None, 0, 20))[:2],
     ]
     return [
         Pair(record, type(record)(**(at if type(record) is Message else {}) | dict(row)))

@@ -18,7 +18,19 @@ from chatdb._core.query import STATEMENTS
 from chatdb.transfer.exporter import export_conversations
 from tests.support.calls import CALLS, call, conversation_with_a_message
 
-VARIANTS = ("", "_keyed", "_conditional", "_messages", "_archived", "_all", "_created", "_created_ascending")
+VARIANTS = (
+    "",
+    "_keyed",
+    "_conditional",
+    "_messages",
+    "_archived",
+    "_all",
+    "_created",
+    "_created_ascending",
+    "_after",
+    "_before_key",
+    "_after_key",
+)
 
 
 @pytest.fixture
