@@ -18,8 +18,8 @@ nox.options.sessions = ["tests", "lint", "types"]
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 POSTGRESQLS = ["14", "15", "16", "17", "18"]
 POOLERS = ["1.18", "1.24"]
-PARALLEL = ("-n", str(min(8, (3 * (os.cpu_count() or 1) + 1) // 2)), "--dist", "worksteal")
-"""Three test processes on two cores, because tests wait. Each has its own server. `-- -n 0` runs a single process."""
+PARALLEL = ("-n", str(min(8, 2 * (os.cpu_count() or 1))), "--dist", "worksteal")
+"""Two test processes per core, because tests wait. Each has its own server. `-- -n 0` runs a single process."""
 LINTERS = [
     ["ruff", "check", "."],
     ["ruff", "format", "--check", "."],
