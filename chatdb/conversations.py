@@ -111,7 +111,9 @@ async def create_conversation(
             stored = await _create_conversation_keyed.fetch_all(db, user, title, data, key)
             if stored:
                 return stored[0]
-    raise UnavailableError("other callers keep creating and deleting this key: try again", sent=True)
+    raise UnavailableError(
+        "other callers keep creating and deleting a conversation with this key: try again", sent=True
+    )
 
 
 async def upsert_conversation(
@@ -142,7 +144,7 @@ async def get_conversation(
     """
     Return one conversation by its id or its key.
 
-    Raises ConversationNotFoundError if the user has no such conversation, even if another user has, or
+    Raises ConversationNotFoundError if the user has no such conversation, even if another user has one with this id, or
     InvalidInputError unless exactly one of `conversation_id` and `conversation_key` is given. SQL:
     `get_conversation.sql`.
     """

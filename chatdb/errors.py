@@ -59,7 +59,7 @@ class MessageNotFoundError(NotFoundError):
 
 
 class ConflictError(ChatDBError):
-    """The key is stored with a different body. Nothing was written."""
+    """The key is already stored with a different body. Nothing was written."""
 
     public = "This was already saved with different content. Please reload."
 

@@ -104,9 +104,9 @@ async def append_message(
     Append a message to a conversation and return the stored record.
 
     `content` is the readable text, at most 4 MiB as UTF-8. `payload` is any JSON value of at most 16 MiB; pass
-    `JsonText` to store it byte for byte. `metadata` is a dict of at most 64 KiB as JSON. `token_count` is 0 to 2^31-1.
-    `key` is 1 to 255 characters and unique in the conversation. It makes the call safe to repeat: the same key with
-    the same role, content, payload text and metadata returns the stored message and writes nothing.
+    `JsonText` to store it byte for byte. `metadata` is a dict of at most 64 KiB as JSON. `token_count` is 0 to
+    2,147,483,647. `key` is 1 to 255 characters and unique in the conversation. It makes the call safe to repeat: the
+    same key with the same role, content, payload text and metadata returns the stored message and writes nothing.
 
     `create=True` creates a missing conversation with this `conversation_key`. `expected` (a Conversation, its `etag`,
     or `NEW` for a conversation that must not exist yet) raises StaleError if another caller has written to the
@@ -499,7 +499,7 @@ async def delete_message(
     """
     Delete one message by its `seq` or its `key`, and return the number of deleted rows.
 
-    The `seq` is never reused and `last_seq` does not change. The message's key becomes free. `expected` is that of
+    The `seq` is never reused and `last_seq` does not change. Its key can be used again. `expected` is that of
     `update_message`.
 
     Raises ConversationNotFoundError, StaleError, MessageNotFoundError or InvalidInputError. SQL: `delete_message.sql`,
@@ -535,7 +535,7 @@ async def delete_messages_after(
     InvalidInputError. SQL: `delete_messages_after.sql`, again if another write to the conversation commits first.
     """
     if after_seq is None and after_key is None:
-        raise InvalidInputError("after_seq", "or after_key must be given")
+        raise InvalidInputError("after_seq", "is required unless after_key is given")
     return await run_until_settled(
         _delete_messages_after.fetch_one,
         db,

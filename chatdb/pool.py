@@ -248,7 +248,7 @@ async def _transaction_block(connection: Connection, user: str | None) -> AsyncG
     if not is_committed:
         raise ChatDBError(
             "the transaction was rolled back and nothing was stored, because a statement failed and its error was "
-            "suppressed: let the error leave the block, or run the statement in a nested transaction()"
+            "suppressed: let the error propagate, or run the statement in a nested transaction()"
         )
 
 

@@ -184,10 +184,11 @@ class Message(_Record):
     conversation_id: int = Field(description="The id of the conversation that contains the message.")
     user_id: str = Field(description="The user who owns the conversation. 1 to 255 characters.")
     seq: int = Field(description="Position in the conversation: from 1, in commit order, and never reused.")
-    role: Role = Field(description="Who speaks.")
+    role: Role = Field(description="The author's role.")
     content: str = Field(repr=False, description="The readable text, at most 4 MiB as UTF-8. It can be empty.")
     payload: JsonText | None = Field(
-        repr=False, description="Any JSON value as text, at most 16 MiB; None if not set. JSON's null is the text null."
+        repr=False,
+        description="Any JSON value as text, at most 16 MiB; None if not set. JSON null is stored as the text null.",
     )
     metadata: Metadata | None = Field(
         repr=False, description="The caller's own data: an object of at most 64 KiB as JSON; None if not set."
@@ -240,7 +241,7 @@ class NewMessage(_Record):
     checked when the message is appended.
     """
 
-    role: SkipValidation[Role] = Field(description="Who speaks.")
+    role: SkipValidation[Role] = Field(description="The author's role.")
     content: SkipValidation[str] = Field(
         repr=False, description="The readable text, at most 4 MiB as UTF-8. It can be empty."
     )

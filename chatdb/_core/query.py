@@ -101,7 +101,7 @@ class Query(Generic[RecordT]):
         self.has_refusal = has_refusal
         self.idempotent = idempotent
         _, _, body = (data_folder("sql") / f"{name}.sql").read_text(encoding="utf-8").partition("\n\n")
-        # OpenTelemetry names a span by the first word and cuts off a leading /* comment */, hence "--" without a space.
+        # OpenTelemetry names a span after the first word, without a leading /* comment */, hence no space after "--".
         # pg_stat_statements drops everything before the statement's first word, hence the second comment.
         self.sql = f"--chatdb.{self.name}\n" + _FIRST_WORD.sub(rf"\g<0> /* chatdb.{self.name} */", body.strip())
         STATEMENTS.add(self.sql)

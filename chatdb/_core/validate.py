@@ -166,7 +166,7 @@ def check_conversation(conversation_id: object, conversation_key: object) -> tup
     """Return the id or the key of a conversation; exactly one of them must be given."""
     if conversation_key is None:
         if conversation_id is None:
-            raise InvalidInputError("conversation_id", "or conversation_key must be given")
+            raise InvalidInputError("conversation_id", "is required unless conversation_key is given")
         return check_id(conversation_id), None
     refuse_both("conversation_key", "conversation_id", conversation_id)
     return None, check_text("conversation_key", conversation_key, least=1, most=MAX_NAME)
@@ -176,7 +176,7 @@ def check_message(seq: object, key: object) -> tuple[int | None, str | None]:
     """Return the seq or the key of a message; exactly one of them must be given."""
     if key is None:
         if seq is None:
-            raise InvalidInputError("seq", "or key must be given")
+            raise InvalidInputError("seq", "is required unless key is given")
         return check_seq("seq", seq), None
     refuse_both("key", "seq", seq)
     return None, check_text("key", key, least=1, most=MAX_NAME)

@@ -570,12 +570,15 @@ async def test_a_lost_commit(walled: Place, answered: bool) -> None:
 async def test_a_write_that_waits_for_others(walled: Place) -> None:
     """A deletion that meets other writes is sent again, at last in a transaction of its user that keeps the lock."""
     sent = 0
+    holds = [threading.Event() for _ in range(3)]
 
     def watch(statement: Statement) -> bool:
         nonlocal sent
         if not statement.answered and "chatdb.pop_message" in statement.sql:
+            attempt = sent // 2  # each is prepared and then run
             sent += 1
-            time.sleep(0.3)  # the next writer gets the lock first
+            if attempt < len(holds):
+                holds[attempt].wait(30)  # the next writer gets the lock first
         return False
 
     def waiting() -> set[str]:
@@ -602,6 +605,7 @@ async def test_a_write_that_waits_for_others(walled: Place) -> None:
             async def hold(number: int) -> None:
                 async with chatdb.transaction(db, user_id="ada") as connection:
                     await chatdb.append_message(connection, role="user", content=f"{number}", **here)
+                    holds[number].set()
                     stored[number].set()
                     await released[number].wait()
 
@@ -625,7 +629,8 @@ async def test_a_write_that_waits_for_others(walled: Place) -> None:
                 await chatdb.pop_message(popping, user_id="ada", conversation_id=bobs.id)
             await assert_refused(popping)
             assert snapshot(walled.superuser, "bob") == before
-    assert sent == 2 * 5, "four attempts, and one at another user's, each prepared and then run"
+    # The last writer can overtake an attempt that already waits, which then waits for it too.
+    assert sent in {2 * 4, 2 * 5}, "three or four attempts, and one at another user's, each prepared and then run"
 
 
 async def test_a_lost_begin(walled: Place) -> None:
