@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 import chatdb
-from chatdb import UNSET, ChatDBError, ConfigurationError, InvalidInputError, JsonText, NewMessage
+from chatdb import NEW, UNSET, ChatDBError, ConfigurationError, InvalidInputError, JsonText, NewMessage
 from chatdb._core.dsn import connect_arguments, libpq_dsn
 from chatdb.transfer import files
-from tests.support.calls import SIGNATURES, required
+from tests.support.calls import NOBODYS, SIGNATURES, required
 from tests.support.seeds import DSNS, FILES, SECRET
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
@@ -122,11 +122,31 @@ def role(chance: random.Random) -> object:
     return chance.choice(["user", "tool", "User", "user ", "function", "", None, 1, b"user", ["user"]])
 
 
+def flag(chance: random.Random) -> object:
+    """Return a bool, or a value that only resembles one."""
+    return chance.choice([True, False, None, 0, 1, 1.0, "true", "", []])
+
+
+def word(chance: random.Random) -> object:
+    """Return one of the words that options take, or another value."""
+    return chance.choice(["updated_at", "created_at", "conflict", "skip", "", "Skip", None, 1, b"skip", text(chance)])
+
+
+def token(chance: random.Random) -> object:
+    """Return a state or a position in a list, or a value that only resembles one."""
+    return chance.choice(
+        [None, NEW, NOBODYS, NOBODYS.etag, NOBODYS.cursor, f"{NOBODYS.etag}=", "e1", "c9", number(chance), text(chance)]
+    )
+
+
 HOSTILE = {
-    **dict.fromkeys(("user_id", "key", "title", "content"), text),
-    **dict.fromkeys(("payload", "metadata"), value),
+    **dict.fromkeys(("user_id", "key", "title", "content", "conversation_key", "before_key", "after_key"), text),
+    **dict.fromkeys(("payload", "metadata", "metadata_patch", "conversation_metadata_patch"), value),
     **dict.fromkeys(("conversation_id", "seq", "limit", "batch", "after_seq", "before_seq", "token_count"), number),
-    **dict.fromkeys(("timeout", "before"), number),
+    **dict.fromkeys(("archived", "pinned", "create", "descending"), flag),
+    **dict.fromkeys(("order_by", "on_existing"), word),
+    **dict.fromkeys(("expected", "after"), token),
+    "timeout": number,
     "role": role,
     "messages": batch,
 }
@@ -153,7 +173,7 @@ async def test_every_parameter(request: pytest.FixtureRequest, db: chatdb.pool.P
     chance = random.Random(seed)
     made = await chatdb.create_conversation(db, user_id="alice", key="thread")
     valid: dict[str, Any] = {"user_id": "alice", "conversation_id": made.id, "role": "user", "content": "x"}
-    valid |= {"key": "k", "seq": 1, "messages": [{"role": "user", "content": "x"}]}
+    valid |= {"key": "k", "seq": 1, "after_seq": 0, "expected": made, "messages": [{"role": "user", "content": "x"}]}
     counting = Counting(db)
     outcomes: Counter[str] = Counter()
     functions = [(name, getattr(chatdb, name)) for name in SIGNATURES]
@@ -161,11 +181,14 @@ async def test_every_parameter(request: pytest.FixtureRequest, db: chatdb.pool.P
     for count in range(calls(request, 250_000)):
         name, function = chance.choice(functions)
         parameters = SIGNATURES[name]
-        arguments = {each: valid[each] for each, default in parameters.items() if default is required}
+        named = {"conversation_id", "seq"}  # required, unless a key is given
+        arguments = {each: valid[each] for each, default in parameters.items() if default is required or each in named}
         if name.startswith("delete_"):
             arguments["user_id"] = "nobody"
         tried = chance.sample(list(parameters), min(len(parameters), chance.choice([1, 1, 2])))
         arguments |= {each: HOSTILE[each](chance) for each in tried}
+        if "conversation_key" in tried and "conversation_id" not in tried:
+            del arguments["conversation_id"]
         if count % 25_000 == 0 and "content" in parameters:
             arguments["content"] = huge
         before = counting.sent
@@ -187,7 +210,8 @@ async def test_every_parameter(request: pytest.FixtureRequest, db: chatdb.pool.P
         if count % 1_000 == 0:
             assert (await chatdb.get_conversation(db, user_id="alice", conversation_id=made.id)).id == made.id
     print(f"figure: hostile arguments: {sum(outcomes.values()):,}, {dict(outcomes)}")
-    assert set(outcomes) <= {"taken", "refused", "ConversationNotFoundError", "MessageNotFoundError", "ConflictError"}
+    expected = {"ConversationNotFoundError", "MessageNotFoundError", "ConflictError", "StaleError"}
+    assert set(outcomes) <= {"taken", "refused"} | expected
     assert min(outcomes["taken"], outcomes["refused"]) > calls(request, 250_000) // 20
     async for message in chatdb.iter_messages(db, user_id="alice", conversation_id=made.id):
         assert message.content is not None
