@@ -137,7 +137,7 @@ BUFFERS = {
     "append_create": 34,
     "append_create_new": 41,
     "append_expected": 30,
-    "append_patch": 38,
+    "append_patch": 42,
     "turn_skip": 46,
     "upsert_conversation": 9,
     "upsert_conversation_new": 22,
@@ -162,13 +162,13 @@ BUFFERS = {
 """The most blocks that a call may read or write, by operation."""
 
 WAL = {
-    # mostly first appends of a day, which write to each index of the conversation: migration 0005 added two (224 bytes)
-    "append": 1_350,
+    # mostly first appends of a day, which write to each index of the conversation: migration 0005 added two (224 to 260 bytes)
+    "append": 1_450,
     "turn": 2_600,
-    "append_keyed": 1_550,
+    "append_keyed": 1_650,
     "append_again": 1_050,
     "create": 650,
-    "create_first": 1_500,
+    "create_first": 1_560,
     "append_by_key": 1_050,
     "turn_by_key": 2_550,
     "create_first_keyed": 1_880,
