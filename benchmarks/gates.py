@@ -162,7 +162,7 @@ BUFFERS = {
 """The most blocks that a call may read or write, by operation."""
 
 WAL = {
-    # mostly first appends of a day, which write to each index of the conversation: migration 0005 added two (224 to 260 bytes)
+    # mostly first appends of a day, which write to each index of the conversation; migration 0005 added two
     "append": 1_450,
     "turn": 2_600,
     "append_keyed": 1_650,

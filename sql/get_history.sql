@@ -2,36 +2,24 @@
 -- The newest messages of a conversation before a position, newest first: the index is read backwards, without a sort.
 --
 -- $1 user_id text
--- $2 conversation_id int8 null
--- $3 conversation_key text null
--- $4 before_seq int8
--- $5 row_limit int8
+-- $2 conversation_id int8
+-- $3 before_seq int8
+-- $4 row_limit int8
 --
 -- returns many Message without user_id and conversation_id, then an existence row: if the page is not full
--- served by pk_messages, uq_conversations_user_id_key
+-- served by pk_messages
 
 (
     select
         id, seq, role, content, payload::text as payload, metadata::text as metadata, token_count, key, created_at
     from chatdb.messages
-    where user_id = $1
-      -- with an id, the subquery is never executed
-      and conversation_id = (select coalesce((select $2::int8), (
-          select id from chatdb.conversations
-          where user_id = $1 and key = $3
-      )))
-      and seq < $4
+    where user_id = $1 and conversation_id = $2 and seq < $3
     order by seq desc
-    limit $5
+    limit $4
 )
 union all
--- its seq is the id of the conversation
-select null, id, null, null, null, null, null, null, null
+select null, null, null, null, null, null, null, null, null
 from chatdb.conversations
-where user_id = $1
-  and id = (select coalesce((select $2::int8), (
-      select id from chatdb.conversations
-      where user_id = $1 and key = $3
-  )))
--- a full page ends before this branch is read, so that it costs nothing there; without the id, the caller needs it
-limit $5 + case when $2::int8 is null then 1 else 0 end
+where user_id = $1 and id = $2
+-- a full page ends before this branch is read, so that it costs nothing there
+limit $4

@@ -103,6 +103,7 @@ VARIANTS = (
     "_created_ascending",
     "_after",
     "_before_key",
+    "_by_key",
     "_after_key",
 )
 """How the files of a function's other statements end."""

@@ -607,7 +607,11 @@ def test_the_plan_has_the_indexes(live, stem):
     check_plan(live, file_of(stem))
 
 
-ADDRESSING = [stem for stem in TEXTS if "conversation_key" in [each.name for each in file_of(stem).parameters]]
+ADDRESSING = [
+    stem
+    for stem in TEXTS
+    if {"conversation_id", "conversation_key"} <= {each.name for each in file_of(stem).parameters}
+]
 
 
 @pytest.mark.parametrize("stem", ADDRESSING)
@@ -798,9 +802,9 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
             "coalesce($2::timestamptz, 'infinity') as updated_at",
             "now() as x",
         ),
-        (check_existence, "get_history", "limit $5 +", "limit 5 +"),
-        (check_columns, "get_history", "payload::text as payload", "payload::text as body"),
-        (check_columns, "get_history", GIVEN, ""),
+        (check_existence, "list_messages", "limit $5 +", "limit 5 +"),
+        (check_columns, "list_messages", "payload::text as payload", "payload::text as body"),
+        (check_columns, "list_messages", GIVEN, ""),
         (check_columns, "list_messages", GIVEN, " without conversation_id and user_id"),
         (check_columns, "list_messages", GIVEN, " without user_id"),
         (check_columns, "list_messages", "id, seq, role", "id, user_id, seq, role"),
@@ -824,17 +828,17 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_columns, "list_previews", "m.seq as message_seq, m.role as", "m.role as message_role, m.seq as"),
         (check_columns, "list_previews", " and Message", ""),
         (check_columns, "list_previews", " and Message", ", then many Message"),
-        (check_given, "get_history", " without user_id and", " without seq and"),
-        (check_given, "get_history", GIVEN, " without conversation_id and user_id"),
+        (check_given, "list_messages", " without user_id and", " without seq and"),
+        (check_given, "list_messages", GIVEN, " without conversation_id and user_id"),
         (
             check_given,
-            "get_history",
+            "list_messages",
             "conversation_id = (select coalesce((select $2::int8)",
             "conversation_id >= (select coalesce((select $2::int8)",
         ),
         (
             check_given,
-            "get_history",
+            "list_messages",
             "conversation_id = (select coalesce((select $2::int8)",
             "conversation_id = (select coalesce((select $4::int8)",
         ),
@@ -879,16 +883,16 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_existence, "update_message", "    null\nfrom target", "    'stale'\nfrom target"),
         (check_existence, "get_conversation", "and id = (select coalesce", "and id >= (select coalesce"),
         (check_existence, "get_conversation", "one Conversation", f"one Conversation{HERE}"),
-        (check_existence, "get_history", THEN, HERE),
-        (check_existence, "get_history", THEN, ""),
-        (check_existence, "get_history", "many Message", "one Message"),
-        (check_existence, "get_history", PAGE, OTHERS),
-        (check_existence, "get_history", PAGE, f"{OTHERS}\nlimit 1"),
-        (check_existence, "get_history", PAGE, f"{OTHERS}\nlimit $4"),
-        (check_existence, "get_history", PAGE, f"{OTHERS}\nlimit $5 + 1"),
-        (check_existence, "get_history", "then 1 else 0", "then 2 else 0"),
-        (check_existence, "get_history", "limit $5 + case", "order by seq desc nulls last\nlimit $5 + case"),
-        (check_existence, "get_history", "limit $5 + case", "offset 1\nlimit $5 + case"),
+        (check_existence, "list_messages", THEN, HERE),
+        (check_existence, "list_messages", THEN, ""),
+        (check_existence, "list_messages", "many Message", "one Message"),
+        (check_existence, "list_messages", PAGE, OTHERS),
+        (check_existence, "list_messages", PAGE, f"{OTHERS}\nlimit 1"),
+        (check_existence, "list_messages", PAGE, f"{OTHERS}\nlimit $4"),
+        (check_existence, "list_messages", PAGE, f"{OTHERS}\nlimit $5 + 1"),
+        (check_existence, "list_messages", "then 1 else 0", "then 2 else 0"),
+        (check_existence, "list_messages", "limit $5 + case", "order by seq nulls last\nlimit $5 + case"),
+        (check_existence, "list_messages", "limit $5 + case", "offset 1\nlimit $5 + case"),
         (check_existence, "list_messages", "    limit $5\n)", ")"),
         (check_existence, "list_messages", "union all", "union"),
         (check_existence, "list_messages", "union all", "except all"),
@@ -981,7 +985,7 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         ),
         (
             check_addressing,
-            "get_history",
+            "list_messages",
             "and conversation_id = (select coalesce((select $2::int8), (",
             "and conversation_id = (select least($2, (",
         ),

@@ -217,7 +217,7 @@ def test_the_server_resolves_no_planted_name(planted: str) -> None:
             ("check_schema", "a.attcollation not in (0, 100)", "a.attcollation <> 0"),
             ("check_schema", "quote_ident(f.relname::text)", "quote_ident(f.relname)"),
             ("append_messages", "pg_catalog.cardinality($4::text[])", "cardinality($4::varchar[])"),
-            ("get_history", "seq < $4", "seq < $4::oid::int8 / 2.0"),
+            ("get_history", "seq < $3", "seq < $3::oid::int8 / 2.0"),
             ("list_conversations", "user_id = $1", "user_id = $1::varchar"),
             ("get_history", "user_id = $1", "user_id operator(public.=) $1"),
             ("delete_user", "user_id = $1", "user_id = any(array[$1]::varchar[])"),

@@ -73,6 +73,7 @@ def calls(
         lambda: chatdb.get_conversation(db, **first),
         lambda: chatdb.load_conversation(db, **first),
         lambda: chatdb.get_history(db, **first, limit=100),
+        lambda: chatdb.get_history(db, **user, conversation_key=five[0].key, limit=100),
         lambda: chatdb.list_messages(db, **first, limit=100),
         lambda: chatdb.get_history(db, **first, limit=10, before_key="m50"),
         lambda: chatdb.list_messages(db, **first, limit=10, after_key="m50"),

@@ -137,7 +137,7 @@ async def test_rows_with_the_drivers_own_types(dsn: str, is_fast: bool, monkeypa
         plain.acquire() as theirs,
     ):
         conversation = await conversation_with_a_message(db)
-        args = ("alice", conversation.id, None, 99, 99)
+        args = ("alice", conversation.id, 99, 99)
         for handle in (db, ours, plain, theirs, theirs._con):
             rows = await _get_history._rows(handle, args)
             assert [type(row) is DefaultCodecRecord for row in rows] == [is_fast or handle in (db, ours)] * 2

@@ -135,6 +135,7 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("replace_messages_after", {"after_seq": 0, "messages": [_FIRST], "expected": ...}),
     ("get_history", {}),
     ("get_history", {"before_seq": 1}),
+    ("get_history", {"conversation_key": "thread"}),
     ("get_history", {"before_key": "first"}),
     ("list_messages", {}),
     ("list_messages", {"after_key": "first"}),

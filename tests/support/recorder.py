@@ -140,8 +140,8 @@ CALLS = [
         CHAT | {"messages": [], "expected": READ.etag, "after_seq": 0},
     ),
     *_calls("pop_message", "pop_message", *CONVERSATIONS, CHAT | EXPECTED),
-    *_calls("get_history", "get_history", *(each | {"limit": 7} for each in CONVERSATIONS)),
-    *_calls("get_history", "get_history", *(each | {"limit": 7, "before_seq": 9} for each in CONVERSATIONS)),
+    *_calls("get_history", "get_history", CHAT | {"limit": 7}, CHAT | {"limit": 7, "before_seq": 9}),
+    *_calls("get_history", "get_history_by_key", NAMED | {"limit": 7}, NAMED | {"limit": 7, "before_seq": 9}),
     *_calls(
         "get_history", "get_history_before_key", *(each | {"limit": 7, "before_key": "k"} for each in CONVERSATIONS)
     ),

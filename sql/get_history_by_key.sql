@@ -1,0 +1,31 @@
+-- get_history_by_key
+-- The newest messages of a conversation, found by its key, before a position, newest first.
+--
+-- $1 user_id text
+-- $2 conversation_key text
+-- $3 before_seq int8
+-- $4 row_limit int8
+--
+-- returns many Message without user_id, then an existence row: if the page is not full
+-- served by pk_messages, uq_conversations_user_id_key
+
+(
+    select
+        id, conversation_id, seq, role, content, payload::text as payload, metadata::text as metadata, token_count,
+        key, created_at
+    from chatdb.messages
+    where user_id = $1
+      and conversation_id = (
+          select id from chatdb.conversations
+          where user_id = $1 and key = $2
+      )
+      and seq < $3
+    order by seq desc
+    limit $4
+)
+union all
+select null, null, null, null, null, null, null, null, null, null
+from chatdb.conversations
+where user_id = $1 and key = $2
+-- a full page ends before this branch is read, so that it costs nothing there
+limit $4
