@@ -29,6 +29,7 @@ VARIANTS = (
     "_created_ascending",
     "_after",
     "_before_key",
+    "_by_key",
     "_after_key",
 )
 

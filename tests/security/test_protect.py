@@ -701,6 +701,7 @@ def argument(file: SqlFile, name: str, conversation: Conversation) -> Any:
         "create_missing": False,
         "row_limit": 10,
         "key": "k",
+        "conversation_key": None if "conversation_id" in {each.name for each in file.parameters} else "k",
         "keys": ["k"],
         "role": "user",
         "roles": ["user"],
