@@ -308,14 +308,13 @@ async def update_conversation(
 
     None clears a value; an argument left `UNSET` keeps it. `metadata_patch` is merged into the top level of the
     metadata, and a None in it removes that key. `archived` and `pinned` set `archived_at` and `pinned_at`; False or
-    None clears them.
-    `updated_at` does not change, so the conversation keeps its position in `list_conversations`. The revision rises
-    only if a value changes.
+    None clears them. `updated_at` does not change, so the conversation keeps its position in `list_conversations`. The
+    revision rises only if a value changes.
 
     `expected`, a Conversation or its `etag`, raises StaleError if another caller has written to the conversation since.
 
-    Raises ConversationNotFoundError, StaleError or InvalidInputError. SQL: `update_conversation.sql`, again if another
-    write to the conversation commits first.
+    Raises ConversationNotFoundError, StaleError or InvalidInputError. SQL: `update_conversation.sql`, which runs again
+    if another write to the conversation commits first.
     """
     user = check_user_id(user_id)
     address = check_conversation(conversation_id, conversation_key)
@@ -351,8 +350,8 @@ async def delete_conversation(
 
     `expected`, a Conversation or its `etag`, raises StaleError if another caller has written to the conversation since.
 
-    Raises ConversationNotFoundError, StaleError or InvalidInputError. SQL: `delete_conversation.sql`, again if another
-    write to the conversation commits first.
+    Raises ConversationNotFoundError, StaleError or InvalidInputError. SQL: `delete_conversation.sql`, which runs again
+    if another write to the conversation commits first.
     """
     return await run_until_settled(
         _delete_conversation.fetch_one,

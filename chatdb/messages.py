@@ -73,7 +73,6 @@ _replace_messages_after = AppendQuery(
     has_refusal=True,
 )
 _pop_message = Query("pop_message", Message, has_refusal=True)
-# a page of 100 takes an eighth less time under load without the user and the conversation in each row
 # without the subquery of a key, a page of 20 takes 4 % less time; without the user and the conversation in each row, a
 # page of 100 takes an eighth less under load
 _get_history = Query("get_history", Message, from_arguments=("user_id", "conversation_id"), idempotent=True)
@@ -310,8 +309,8 @@ async def pop_message(
 
     The `seq` is never reused. `expected` is that of `update_message`.
 
-    Raises ConversationNotFoundError, StaleError or InvalidInputError. SQL: `pop_message.sql`, again if another write to
-    the conversation commits first.
+    Raises ConversationNotFoundError, StaleError or InvalidInputError. SQL: `pop_message.sql`, which runs again if
+    another write to the conversation commits first.
     """
     return await run_until_settled(
         _pop_message.fetch_optional,
@@ -468,7 +467,7 @@ async def update_message(
     `expected`, a Conversation or its `etag`, raises StaleError if another caller has written to the conversation since.
 
     Raises ConversationNotFoundError, StaleError, MessageNotFoundError or InvalidInputError. SQL: `update_message.sql`,
-    again if another write to the conversation commits first.
+    which runs again if another write to the conversation commits first.
     """
     user = check_user_id(user_id)
     address = (*check_conversation(conversation_id, conversation_key), *check_message(seq, key))
@@ -508,7 +507,7 @@ async def delete_message(
     `update_message`.
 
     Raises ConversationNotFoundError, StaleError, MessageNotFoundError or InvalidInputError. SQL: `delete_message.sql`,
-    again if another write to the conversation commits first.
+    which runs again if another write to the conversation commits first.
     """
     return await run_until_settled(
         _delete_message.fetch_one,
@@ -537,7 +536,8 @@ async def delete_messages_after(
     deleted positions are never reused and `last_seq` does not change. `expected` is that of `update_message`.
 
     Raises ConversationNotFoundError, StaleError, MessageNotFoundError if no message has `after_key`, or
-    InvalidInputError. SQL: `delete_messages_after.sql`, again if another write to the conversation commits first.
+    InvalidInputError. SQL: `delete_messages_after.sql`, which runs again if another write to the conversation commits
+    first.
     """
     if after_seq is None and after_key is None:
         raise InvalidInputError("after_seq", "is required unless after_key is given")

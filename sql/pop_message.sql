@@ -48,23 +48,13 @@ message as (
     using conversation as c
     where m.user_id = $1 and m.conversation_id = c.id and m.seq = c.seq
     returning
-        m.id,
-        m.conversation_id,
-        m.user_id,
-        m.seq,
-        m.role,
-        m.content,
-        m.payload,
-        m.metadata,
-        m.token_count,
-        m.key,
+        m.id, m.conversation_id, m.user_id, m.seq, m.role, m.content, m.payload, m.metadata, m.token_count, m.key,
         m.created_at
 )
 
 select
     id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
-    token_count, key, created_at,
-    null as refusal
+    token_count, key, created_at, null as refusal
 from message
 union all
 select

@@ -50,16 +50,7 @@ place as materialized (
 
 target as (
     select
-        m.id,
-        m.conversation_id,
-        m.user_id,
-        m.seq,
-        m.role,
-        m.content,
-        m.payload,
-        m.metadata,
-        m.token_count,
-        m.key,
+        m.id, m.conversation_id, m.user_id, m.seq, m.role, m.content, m.payload, m.metadata, m.token_count, m.key,
         m.created_at
     from place as p
     inner join chatdb.messages as m on m.user_id = $1 and m.conversation_id = p.id and m.seq = p.seq
@@ -90,16 +81,7 @@ message as (
           or ($14::bool and m.token_count is distinct from $15)
       )
     returning
-        m.id,
-        m.conversation_id,
-        m.user_id,
-        m.seq,
-        m.role,
-        m.content,
-        m.payload,
-        m.metadata,
-        m.token_count,
-        m.key,
+        m.id, m.conversation_id, m.user_id, m.seq, m.role, m.content, m.payload, m.metadata, m.token_count, m.key,
         m.created_at
 ),
 
@@ -124,30 +106,18 @@ overtaken as (
 
 select
     id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
-    token_count, key, created_at,
-    null as refusal
+    token_count, key, created_at, null as refusal
 from message
 union all
 -- with the same values nothing is written
 select
     id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
-    token_count, key, created_at,
-    null
+    token_count, key, created_at, null
 from target
 where not exists (select from message) and not exists (select from overtaken)
 union all
 select
-    null,
-    null,
-    null,
-    null,
-    null,
-    null,
-    null,
-    null,
-    null,
-    null,
-    null,
+    null, null, null, null, null, null, null, null, null, null, null,
     case
         when not is_expected then 'stale'
         when exists (select from overtaken) then 'again'

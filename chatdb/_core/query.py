@@ -122,10 +122,7 @@ class Query(Generic[RecordT]):
         idempotent: bool = False,
     ) -> RecordT:
         """Return the record; raise ConversationNotFoundError if there is no row."""
-        rows = await self._rows(db, args, timeout, idempotent)
-        if not rows:
-            raise _not_found()
-        return self._decode(rows, args, messages)[0]
+        return self._decode(await self._found_rows(db, args, timeout, idempotent), args, messages)[0]
 
     async def fetch_optional(self, db: Database, *args: object) -> RecordT | None:
         """Return the record, or None for an existence row; raise ConversationNotFoundError if there is no row."""
@@ -134,12 +131,7 @@ class Query(Generic[RecordT]):
 
     async def fetch_page(self, db: Database, *args: object) -> list[RecordT]:
         """Return one record per row, without the existence row; raise ConversationNotFoundError if there is no row."""
-        rows = await self._rows(db, args)
-        if not rows:
-            raise _not_found()
-        if rows[-1]["id"] is None:
-            rows.pop()
-        return self._decode(rows, args, ())
+        return self._decode(_without_existence_row(await self._found_rows(db, args)), args, ())
 
     async def iterate(self, connection: Connection, *args: object) -> AsyncGenerator[RecordT, None]:
         """Iterate over the records with a cursor in the connection's transaction, 100 rows per fetch."""
@@ -148,6 +140,16 @@ class Query(Generic[RecordT]):
             while rows := await cursor.fetch(100):
                 for record in self._decode(rows, args, ()):
                     yield record
+
+    async def _found_rows(
+        self, db: Database, args: tuple[object, ...], timeout: float | None = None, idempotent: bool = False
+    ) -> list[Any]:
+        rows = await self._rows(db, args, timeout, idempotent)
+        if not rows:
+            raise ConversationNotFoundError(
+                "the user has no such conversation: check user_id and the conversation id or key"
+            )
+        return rows
 
     async def _rows(
         self, db: Database, args: tuple[object, ...], timeout: float | None = None, idempotent: bool = False
@@ -192,11 +194,7 @@ class AppendQuery(Query[Message]):
         self, db: Database, *args: object, messages: Sequence[MessageRow], idempotent: bool = False
     ) -> list[Message]:
         """Return one record per stored message, in the order of `messages`; skipped messages have none."""
-        rows = await self._rows(db, args, None, idempotent)
-        if not rows:
-            raise _not_found()
-        if rows[-1]["id"] is None:
-            rows.pop()
+        rows = _without_existence_row(await self._found_rows(db, args, None, idempotent))
         rows.sort(key=itemgetter("seq"))
         if "key" in self.from_messages:
             return self._decode(rows, args, messages)
@@ -229,9 +227,7 @@ class HistoryQuery(Query[Message]):
         limit: int,
     ) -> list[Message]:
         """Return the messages of a page that starts at a seq, or at the message with a key."""
-        rows = await self._rows(db, (user_id, conversation_id, key, start, limit))
-        if not rows:
-            raise _not_found()
+        rows = await self._found_rows(db, (user_id, conversation_id, key, start, limit))
         last = rows[-1]
         if last["id"] is None:
             rows.pop()
@@ -249,19 +245,13 @@ class JoinedQuery(Query[Conversation]):
         self, db: Database, user_id: str, *args: object
     ) -> tuple[Conversation, list[Message]]:
         """Return the conversation of the first row and the messages of the others."""
-        rows = await self._rows(db, (user_id, *args))
-        if not rows:
-            raise _not_found()
+        rows = await self._found_rows(db, (user_id, *args))
         [conversation] = conversations_of(rows[:1])
         return conversation, messages_of(rows[1:], user_id, conversation.id)
 
     async def fetch_pairs(self, db: Database, user_id: str, *args: object) -> list[tuple[Conversation, Message | None]]:
         """Return the conversation and the message or None of each row, without the existence row."""
-        rows = await self._rows(db, (user_id, *args))
-        if not rows:
-            raise _not_found()
-        if rows[-1]["id"] is None:
-            rows.pop()
+        rows = _without_existence_row(await self._found_rows(db, (user_id, *args)))
         messages = iter(messages_of([row for row in rows if row["message_id"] is not None], user_id))
         pairs = zip(conversations_of(rows), rows, strict=True)
         return [(each, None if row["message_id"] is None else next(messages)) for each, row in pairs]
@@ -291,8 +281,8 @@ def _refusal(reason: str, name: str) -> ChatDBError:
             return ConfigurationError(ROW_SUPPRESSED.format("messages"))
 
 
-def _not_found() -> ConversationNotFoundError:
-    return ConversationNotFoundError("the user has no such conversation: check user_id and the conversation id or key")
+def _without_existence_row(rows: list[Any]) -> list[Any]:
+    return rows if rows[-1]["id"] is not None else rows[:-1]
 
 
 def _class_names(error: ChatDBError) -> str:

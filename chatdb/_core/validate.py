@@ -185,7 +185,7 @@ def check_message(seq: object, key: object) -> tuple[int | None, str | None]:
 def check_position(
     direction: str, seq: object, key: object, *, start: int | None = None
 ) -> tuple[int | None, str | None]:
-    """Return the seq or the key that a page or a deletion begins at; without one, the start if there is one."""
+    """Return the seq or the key after or before which a page starts; `start` is the default seq."""
     if key is None:
         return start if seq is None and start is not None else check_seq(f"{direction}_seq", seq), None
     is_default = direction == "after" and type(seq) is int and seq == 0
@@ -194,16 +194,16 @@ def check_position(
 
 
 def refuse_both(parameter: str, other: str, value: object) -> None:
-    """Refuse a parameter that is given together with another one."""
+    """Raise InvalidInputError if the other parameter has a value too."""
     if value is not None:
         raise InvalidInputError(parameter, f"must not be given together with {other}")
 
 
 def check_expected(expected: object, *, may_be_new: bool = False) -> tuple[int | None, int | None]:
     """
-    Return the id and the revision that a conversation must have, None twice if any will do.
+    Return the expected id and revision of a conversation, or None for both if nothing is expected.
 
-    `NEW` is the revision -1, which no conversation has.
+    `NEW` becomes the revision -1, which no conversation has.
     """
     if expected is None:
         return None, None
@@ -224,7 +224,7 @@ def check_expected(expected: object, *, may_be_new: bool = False) -> tuple[int |
 
 
 def check_after(after: object, order_by: str) -> tuple[datetime | None, int | None]:
-    """Return the time and the id of the conversation that a page comes after, None twice for the first page."""
+    """Return the time and id of the conversation before the page, or None for both on the first page."""
     if after is None:
         return None, None
     if issubclass(type(after), Conversation):
@@ -248,7 +248,7 @@ def check_after(after: object, order_by: str) -> tuple[datetime | None, int | No
 
 
 def _read_token(parameter: str, text: str, version: str, count: int) -> tuple[int, ...]:
-    """Return the numbers of a token that `encode_token` made."""
+    """Return the numbers that `encode_token` encoded."""
     text = check_str(parameter, text)
     kind, remedy = ("a cursor", "start with the first page") if version == CURSOR else ("an etag", "read it again")
     if text[:2] != version and re.fullmatch(rf"{version[0]}[0-9]", text[:2]):
@@ -263,7 +263,7 @@ def _read_token(parameter: str, text: str, version: str, count: int) -> tuple[in
 
 
 def check_patch(parameter: str, patch: object, *, most: int = MAX_METADATA) -> tuple[str, list[str]]:
-    """Return what a patch sets, as JSON, and the keys that it removes."""
+    """Return the values that a patch sets, as JSON, and the keys that it removes."""
     if not issubclass(type(patch), dict):
         raise InvalidInputError(parameter, f"must be a dict, not {type_name(type(patch))}")
     check_metadata(parameter, patch, most=most)
@@ -273,19 +273,19 @@ def check_patch(parameter: str, patch: object, *, most: int = MAX_METADATA) -> t
 
 
 def check_conversation_patch(parameter: str, patch: object) -> tuple[str, list[str]]:
-    """Return what a patch of a conversation's metadata sets, and the keys that it removes."""
+    """Return the values that a patch of a conversation's metadata sets, and the keys that it removes."""
     return check_patch(parameter, patch, most=MAX_CONVERSATION_METADATA)
 
 
 def check_bool(parameter: str, value: object) -> bool:
-    """Return True or False, and nothing else that is like them."""
+    """Return a bool; values that only compare equal to one are refused."""
     if type(value) is not bool:
         raise InvalidInputError(parameter, f"must be True or False, not {type_name(type(value))}")
     return value
 
 
 def check_choice(parameter: str, value: object, *choices: str) -> str:
-    """Return one of a few words."""
+    """Return one of the allowed words."""
     text = check_str(parameter, value)
     if text not in choices:
         raise InvalidInputError(parameter, f"must be {' or '.join(choices)}")

@@ -880,7 +880,7 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_nullability, "list_previews", "m.seq as message_seq", "nullif(m.seq, 0) as message_seq"),
         (check_nullability, "list_previews", "c.last_seq,", "nullif(c.last_seq, 0) as last_seq,"),
         (check_nullability, "load_conversation", "id, seq, role", "id, nullif(seq, 0), role"),
-        (check_existence, "update_message", "    null\nfrom target", "    'stale'\nfrom target"),
+        (check_existence, "update_message", "created_at, null\nfrom target", "created_at, 'stale'\nfrom target"),
         (check_existence, "get_conversation", "and id = (select coalesce", "and id >= (select coalesce"),
         (check_existence, "get_conversation", "one Conversation", f"one Conversation{HERE}"),
         (check_existence, "list_messages", THEN, HERE),
