@@ -9,6 +9,7 @@ if sys.argv[:1] == ["-m"] and ("-m", "chatdb") in pairwise(sys.orig_argv):
     import _chatdb_entry  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 from chatdb._core.query import Database
+from chatdb.branches import delete_branch, fork_conversation, get_branch, get_context, list_versions, switch_branch
 from chatdb.conversations import (
     create_conversation,
     delete_conversation,
@@ -85,9 +86,10 @@ __all__ = [
     "Connection", "Conversation", "ConversationNotFoundError", "Database", "Deleted", "InvalidInputError", "JsonText",
     "Message", "MessageNotFoundError", "NewMessage", "NotFoundError", "Pool", "PoolClosedError", "Role", "SchemaError",
     "StaleError", "UnavailableError", "Unset", "append_message", "append_messages", "check_schema",
-    "create_conversation", "create_pool", "delete_conversation", "delete_message", "delete_messages_after",
-    "delete_user", "get_conversation", "get_history", "get_message", "iter_messages", "list_conversations",
-    "list_messages", "list_pinned", "list_previews", "load_conversation", "migrate", "open_embedded", "pop_message",
-    "replace_messages_after", "transaction", "update_conversation", "update_message", "upsert_conversation",
-    "upsert_message",
+    "create_conversation", "create_pool", "delete_branch", "delete_conversation", "delete_message",
+    "delete_messages_after", "delete_user", "fork_conversation", "get_branch", "get_context", "get_conversation",
+    "get_history", "get_message", "iter_messages", "list_conversations", "list_messages", "list_pinned",
+    "list_previews", "list_versions", "load_conversation", "migrate", "open_embedded", "pop_message",
+    "replace_messages_after", "switch_branch", "transaction", "update_conversation", "update_message",
+    "upsert_conversation", "upsert_message",
 ]  # fmt: skip

@@ -162,7 +162,7 @@ async def load_conversation(
     limit: int = 100,
 ) -> tuple[Conversation, list[Message]]:
     """
-    Return a conversation and its newest messages, oldest first, in one round trip.
+    Return a conversation and the newest messages of its current line, oldest first, in one round trip.
 
     `limit` is 1 to 10,000 messages.
 
@@ -226,7 +226,7 @@ async def list_previews(
     descending: bool = True,
 ) -> list[tuple[Conversation, Message | None]]:
     """
-    Return a page of a user's conversations, each with its newest message, or None if it has none.
+    Return a page of a user's conversations, each with the newest message of its line, or None if it has none.
 
     The arguments and errors are those of `list_conversations`. SQL: `list_previews.sql`, or the file with the suffix
     `_archived`, `_all`, `_created` or `_created_ascending`.

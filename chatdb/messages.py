@@ -77,9 +77,9 @@ _pop_message = Query("pop_message", Message, has_refusal=True)
 # page of 100 takes an eighth less under load
 _get_history = Query("get_history", Message, from_arguments=("user_id", "conversation_id"), idempotent=True)
 _get_history_by_key = Query("get_history_by_key", Message, from_arguments=("user_id",), idempotent=True)
-_get_history_before_key = HistoryQuery("get_history_before_key")
+_get_history_before_key = HistoryQuery("get_history_before_key", first="before_key")
 _list_messages = HistoryQuery("list_messages")
-_list_messages_after_key = HistoryQuery("list_messages_after_key")
+_list_messages_after_key = HistoryQuery("list_messages_after_key", first="after_key")
 _get_message = Query("get_message", Message, idempotent=True)
 _update_message = Query("update_message", Message, has_refusal=True)
 _delete_message = Query("delete_message", Deleted, has_refusal=True)
@@ -99,24 +99,28 @@ async def append_message(
     token_count: int | None = None,
     key: str | None = None,
     create: bool = False,
+    parent_seq: int | None = None,
     expected: Conversation | str | New | None = None,
     conversation_metadata_patch: Mapping[str, object] | None = None,
 ) -> Message:
     """
-    Append a message to a conversation and return the stored record.
+    Append a message to a conversation, after its head, and return the stored record.
 
     `content` is the readable text, at most 4 MiB as UTF-8. `payload` is any JSON value of at most 16 MiB; pass
     `JsonText` to store it byte for byte. `metadata` is a dict of at most 64 KiB as JSON. `token_count` is 0 to
     2,147,483,647. `key` is 1 to 255 characters and unique in the conversation. It makes the call safe to repeat: the
     same key with the same role, content, payload text and metadata returns the stored message and writes nothing.
 
-    `create=True` creates a missing conversation with this `conversation_key`. `expected` (a Conversation, its `etag`,
+    `create=True` creates a missing conversation with this `conversation_key`. `parent_seq` is the message that this one
+    follows instead of the head: a second answer to a question, for example, or 0 for another first message. The new
+    message becomes the head. `expected` (a Conversation, its `etag`,
     or `NEW` for a conversation that must not exist yet) raises StaleError if another caller has written to the
     conversation since. `conversation_metadata_patch` is merged into the top level of the conversation's metadata, and a
     None in it removes that key.
 
-    Raises ConversationNotFoundError, ConflictError if the key is stored with a different body, StaleError or
-    InvalidInputError. SQL: `append_message.sql`, or `append_message_conditional.sql` with any of these options.
+    Raises ConversationNotFoundError, ConflictError if the key is stored with a different body, StaleError,
+    MessageNotFoundError if no message has `parent_seq`, or InvalidInputError. SQL: `append_message.sql`, or
+    `append_message_conditional.sql` with any of these options.
     """
     user = check_user_id(user_id)
     address = check_conversation(conversation_id, conversation_key)
@@ -128,14 +132,15 @@ async def append_message(
         None if token_count is None else check_token_count("token_count", token_count),
         None if key is None else check_key("key", key),
     )
-    if key is None and create is False and expected is None and conversation_metadata_patch is None:
+    is_plain = create is False and parent_seq is None and expected is None and conversation_metadata_patch is None
+    if is_plain and key is None:
         for _ in range(3):
             with contextlib.suppress(ConversationNotFoundError):
                 return await _append_message.fetch_one(db, user, *address, *message[:5], messages=(message,))
             # without a row, there was no conversation, or a trigger suppressed the row
             await get_conversation(db, user_id=user, conversation_id=conversation_id, conversation_key=conversation_key)
         raise ConfigurationError(ROW_SUPPRESSED.format("messages"))
-    options = _check_options(address, create, expected, conversation_metadata_patch)
+    options = _check_options(address, create, parent_seq, expected, conversation_metadata_patch)
     return await run_until_settled(
         _append_message_conditional.fetch_one,
         db,
@@ -149,18 +154,19 @@ async def append_message(
 
 
 def _check_options(
-    address: tuple[int | None, str | None], create: object, expected: object, patch: object
-) -> tuple[bool, int | None, int | None, str | None, list[str] | None]:
-    """Return a conditional append's arguments: create, expected id and revision, patch and removed keys."""
+    address: tuple[int | None, str | None], create: object, parent_seq: object, expected: object, patch: object
+) -> tuple[bool, int | None, int | None, str | None, list[str] | None, int | None]:
+    """Return a conditional append's arguments: create, expected id and revision, patch, removed keys and parent."""
     may_create = check_bool("create", create)
     if may_create and address[1] is None:
         raise InvalidInputError("create", "can be True only with a conversation_key")
+    parent = None if parent_seq is None else check_seq("parent_seq", parent_seq)
     identifier, revision = check_expected(expected, may_be_new=may_create)
     merged, removed = None, None
     if patch is not None:
         merged, removed = check_conversation_patch("conversation_metadata_patch", patch)
     # an etag belongs to a stored conversation: if that is missing, it was deleted
-    return may_create and revision in {None, -1}, identifier, revision, merged, removed
+    return may_create and revision in {None, -1}, identifier, revision, merged, removed, parent
 
 
 async def append_messages(
@@ -172,6 +178,7 @@ async def append_messages(
     messages: Iterable[NewMessage | Mapping[str, object]],
     on_existing: Literal["conflict", "skip"] = "conflict",
     create: bool = False,
+    parent_seq: int | None = None,
     expected: Conversation | str | New | None = None,
     conversation_metadata_patch: Mapping[str, object] | None = None,
 ) -> list[Message]:
@@ -182,18 +189,19 @@ async def append_messages(
     payload, metadata and keys together; an empty batch returns an empty list. All messages of a batch have the same
     `created_at`. Keys are distinct within a batch. If all keys are already stored with the same bodies, the stored
     messages are returned and nothing is written. `on_existing="skip"` appends only the messages whose keys are new, and
-    returns only these. The other options are those of `append_message`.
+    returns only these. The first message follows `parent_seq` or the head, and each other one the message before it.
+    The other options are those of `append_message`.
 
-    Raises ConversationNotFoundError, ConflictError if only some keys are stored or a body differs, StaleError, or
-    InvalidInputError, which names the message. SQL: `append_messages.sql`, or `append_messages_conditional.sql` with
-    keys or any of the options.
+    Raises ConversationNotFoundError, ConflictError if only some keys are stored or a body differs, StaleError,
+    MessageNotFoundError if no message has `parent_seq`, or InvalidInputError, which names the message. SQL:
+    `append_messages.sql`, or `append_messages_conditional.sql` with keys or any of the options.
     """
     user = check_user_id(user_id)
     address = check_conversation(conversation_id, conversation_key)
     skip = check_choice("on_existing", on_existing, "conflict", "skip") == "skip"
     batch = await check_messages(messages)
     has_keys = any(message[-1] is not None for message in batch)
-    is_plain = create is False and expected is None and conversation_metadata_patch is None
+    is_plain = create is False and parent_seq is None and expected is None and conversation_metadata_patch is None
     if is_plain and not batch:
         await get_conversation(db, user_id=user, conversation_id=conversation_id, conversation_key=conversation_key)
         return []
@@ -208,7 +216,7 @@ async def append_messages(
             # without a row, there was no conversation, or a trigger suppressed the rows
             await get_conversation(db, user_id=user, conversation_id=conversation_id, conversation_key=conversation_key)
         raise ConfigurationError(ROW_SUPPRESSED.format("messages"))
-    options = _check_options(address, create, expected, conversation_metadata_patch)
+    options = _check_options(address, create, parent_seq, expected, conversation_metadata_patch)
     return await run_until_settled(
         _append_messages_conditional.fetch_appended,
         db,
@@ -277,6 +285,9 @@ async def replace_messages_after(
     """
     Delete all messages after `after_seq`, append others in their place, and return the stored records.
 
+    Messages of every branch are deleted; to keep them, append with `parent_seq` instead. The new ones follow the last
+    message of the current line that is left.
+
     `expected`, a Conversation or its `etag`, is required: it guarantees that the deleted messages are those that the
     caller has read. `after_seq` may be 0, or the position of a deleted message. If every message has a key and is
     already stored after `after_seq`, the stored messages are returned, so the call is safe to repeat.
@@ -305,9 +316,10 @@ async def pop_message(
     expected: Conversation | str | None = None,
 ) -> Message | None:
     """
-    Delete the newest message of a conversation and return it, or None if the conversation has no messages.
+    Delete the head, the newest message of the current line, and return it, or None if there is none.
 
-    The `seq` is never reused. `expected` is that of `update_message`.
+    The message before it on the line becomes the head. The `seq` is never reused. `expected` is that of
+    `update_message`.
 
     Raises ConversationNotFoundError, StaleError or InvalidInputError. SQL: `pop_message.sql`, which runs again if
     another write to the conversation commits first.
@@ -332,10 +344,11 @@ async def get_history(
     before_key: str | None = None,
 ) -> list[Message]:
     """
-    Return the newest messages of a conversation, oldest first.
+    Return the newest messages of a conversation, of all branches, oldest first.
 
-    `limit` is 1 to 10,000. With `before_seq` or `before_key`, return the newest messages before that message: to page
-    back, pass the `seq` of the first message of this page. The list is empty if no messages are left.
+    `get_branch` returns the messages of one line. `limit` is 1 to 10,000. With `before_seq` or `before_key`, return the
+    newest messages before that message: to page back, pass the `seq` of the first message of this page. The list is
+    empty if no messages are left.
 
     Raises ConversationNotFoundError, MessageNotFoundError if no message has `before_key`, or InvalidInputError. SQL:
     `get_history.sql`, `get_history_by_key.sql`, or `get_history_before_key.sql` with `before_key`.
@@ -503,8 +516,8 @@ async def delete_message(
     """
     Delete one message by its `seq` or its `key`, and return the number of deleted rows.
 
-    The `seq` is never reused and `last_seq` does not change. Its key can be used again. `expected` is that of
-    `update_message`.
+    The messages that follow it then follow its parent, which becomes the head if the message was the head. The `seq` is
+    never reused and `last_seq` does not change. Its key can be used again. `expected` is that of `update_message`.
 
     Raises ConversationNotFoundError, StaleError, MessageNotFoundError or InvalidInputError. SQL: `delete_message.sql`,
     which runs again if another write to the conversation commits first.
@@ -530,7 +543,9 @@ async def delete_messages_after(
     expected: Conversation | str | None = None,
 ) -> Deleted:
     """
-    Delete all messages after a position, for an edit or a regeneration, and return the number of deleted rows.
+    Delete all messages after a position, on every branch, and return the number of deleted rows.
+
+    To edit or regenerate and keep the other versions, append with `parent_seq` instead.
 
     The position is `after_seq`, which may be 0 or that of a deleted message, or the message with `after_key`. The
     deleted positions are never reused and `last_seq` does not change. `expected` is that of `update_message`.

@@ -152,6 +152,10 @@ class Conversation(_Record):
     last_seq: int = Field(
         description="The seq of the newest message ever appended, even if it was deleted; 0 without messages."
     )
+    head_seq: int = Field(
+        description="The seq of the newest message of the current line, which the next append follows; 0 without "
+        "messages."
+    )
     revision: int = Field(
         description="Rises with every write to the conversation: by 1 for each appended message and for each edit."
     )
@@ -184,6 +188,10 @@ class Message(_Record):
     conversation_id: int = Field(description="The id of the conversation that contains the message.")
     user_id: str = Field(description="The user who owns the conversation. 1 to 255 characters.")
     seq: int = Field(description="Position in the conversation: from 1, in commit order, and never reused.")
+    parent_seq: int | None = Field(
+        description="The seq of the message that this one follows, or 0 for a first message. None if it follows the "
+        "stored message with the next lower seq, as it does in a conversation without branches."
+    )
     role: Role = Field(description="The author's role.")
     content: str = Field(repr=False, description="The readable text, at most 4 MiB as UTF-8. It can be empty.")
     payload: JsonText | None = Field(
@@ -292,6 +300,13 @@ class Deleted(_Record):
     messages: int = Field(description="Number of deleted messages.")
 
 
+class MessageVersions(_Record):
+    """A message and the seqs of all its versions, itself included."""
+
+    seq: int
+    seqs: list[int]
+
+
 class SchemaPart(_Record):
     """A column, constraint or index of the database, with the server's definition of it."""
 
@@ -310,6 +325,13 @@ class ImportedMessages(_Record):
     """The number of messages that an import stored."""
 
     messages: int
+
+
+class ImportedParent(_Record):
+    """The stored message for array element `ordinality`, at or before that seq."""
+
+    ordinality: int
+    seq: int
 
 
 class StoredConversation(_Record):

@@ -29,6 +29,9 @@ EXPECTED_SCHEMA = {
         "edits": "bigint not null default 0",
         "archived_at": "timestamp with time zone",
         "pinned_at": "timestamp with time zone",
+        "head_seq": "bigint",
+        "head_last_seq": "bigint",
+        "head_is_newest": "boolean",
         "pk_conversations": "PRIMARY KEY (user_id, id)",
         "ck_conversations_user_id": "CHECK (((char_length(user_id) >= 1) AND (char_length(user_id) <= 255)))",
         "ck_conversations_key": "CHECK (((char_length(key) >= 1) AND (char_length(key) <= 255)))",
@@ -74,6 +77,7 @@ EXPECTED_SCHEMA = {
         "content": "text not null",
         "payload": "json",
         "metadata": "jsonb",
+        "parent_seq": "bigint",
         "pk_messages": "PRIMARY KEY (user_id, conversation_id, seq)",
         "fk_messages_conversation": (
             "FOREIGN KEY (user_id, conversation_id) REFERENCES chatdb.conversations(user_id, id) ON DELETE CASCADE"
@@ -90,9 +94,14 @@ EXPECTED_SCHEMA = {
             "CHECK (((jsonb_typeof(metadata) = 'object'::text) AND (octet_length((metadata)::text) <= 65536)))"
         ),
         "ck_messages_token_count": "CHECK ((token_count >= 0))",
+        "ck_messages_parent_seq": "CHECK (((parent_seq >= 0) AND (parent_seq < seq)))",
         "uq_messages_user_id_conversation_id_key": (
             "CREATE UNIQUE INDEX uq_messages_user_id_conversation_id_key ON chatdb.messages USING btree "
             "(user_id, conversation_id, key) WHERE (key IS NOT NULL)"
+        ),
+        "ix_messages_user_id_conversation_id_seq_branches": (
+            "CREATE INDEX ix_messages_user_id_conversation_id_seq_branches ON chatdb.messages USING btree "
+            "(user_id, conversation_id, seq) INCLUDE (parent_seq) WHERE (parent_seq IS NOT NULL)"
         ),
     },
 }

@@ -1,5 +1,6 @@
 -- append_message
--- Appends a message to a conversation. Updating last_seq locks the row, so seq has no gaps and follows commit order.
+-- Appends a message to a conversation, after its head. Updating last_seq locks the row, so seq has no gaps and follows
+-- commit order.
 --
 -- $1 user_id text
 -- $2 conversation_id int8 null
@@ -22,10 +23,15 @@ with conversation as (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
       )))
-    returning user_id, id, last_seq, updated_at
+    returning
+        user_id, id, last_seq, updated_at,
+        -- null if the head is the newest message, as it is unless another line was selected
+        case when head_last_seq = last_seq - 1 and not head_is_newest then head_seq end as parent_seq
 )
 
-insert into chatdb.messages (user_id, conversation_id, seq, role, content, payload, metadata, token_count, created_at)
-select user_id, id, last_seq, $4, $5, $6::text::json, $7::text::jsonb, $8, updated_at
+insert into chatdb.messages (
+    user_id, conversation_id, seq, role, content, payload, metadata, token_count, created_at, parent_seq
+)
+select user_id, id, last_seq, $4, $5, $6::text::json, $7::text::jsonb, $8, updated_at, parent_seq
 from conversation
-returning id, conversation_id, seq, metadata::text as metadata, created_at
+returning id, conversation_id, seq, parent_seq, metadata::text as metadata, created_at

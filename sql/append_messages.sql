@@ -1,5 +1,5 @@
 -- append_messages
--- Appends messages to a conversation, all or nothing.
+-- Appends messages to a conversation, after its head, all or nothing.
 --
 -- $1 user_id text
 -- $2 conversation_id int8 null
@@ -22,14 +22,21 @@ with conversation as (
           select id from chatdb.conversations
           where user_id = $1 and key = $3
       )))
-    returning user_id, id, last_seq - pg_catalog.cardinality($4::text[]) as previous_seq, updated_at
+    returning
+        user_id, id, last_seq - pg_catalog.cardinality($4::text[]) as previous_seq, updated_at,
+        -- null if the head is the newest message, as it is unless another line was selected
+        case
+            when head_last_seq = last_seq - pg_catalog.cardinality($4::text[]) and not head_is_newest then head_seq
+        end as parent_seq
 )
 
-insert into chatdb.messages (user_id, conversation_id, seq, role, content, payload, metadata, token_count, created_at)
+insert into chatdb.messages (
+    user_id, conversation_id, seq, role, content, payload, metadata, token_count, created_at, parent_seq
+)
 select
     c.user_id, c.id, c.previous_seq + m.ordinality, m.role, m.content, m.payload::json, m.metadata::jsonb,
-    m.token_count, c.updated_at
+    m.token_count, c.updated_at, case when m.ordinality = 1 then c.parent_seq end
 from conversation as c
 cross join unnest($4::text[], $5::text[], $6::text[], $7::text[], $8::text[]::int4[])
     with ordinality as m (role, content, payload, metadata, token_count, ordinality)
-returning id, conversation_id, seq, metadata::text as metadata, created_at
+returning id, conversation_id, seq, parent_seq, metadata::text as metadata, created_at

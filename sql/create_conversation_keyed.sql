@@ -11,7 +11,9 @@
 -- served by uq_conversations_user_id_key
 
 with stored as (
-    select id, user_id, key, title, metadata, last_seq, edits, created_at, updated_at, archived_at, pinned_at
+    select
+        id, user_id, key, title, metadata, last_seq, head_seq, head_last_seq, edits, created_at, updated_at,
+        archived_at, pinned_at
     from chatdb.conversations
     where user_id = $1 and key = $4
 ),
@@ -21,15 +23,19 @@ created as (
     select $1, $2, $3::text::jsonb, $4
     where not exists (select from stored)
     on conflict (user_id, key) where key is not null do nothing
-    returning id, user_id, key, title, metadata, last_seq, edits, created_at, updated_at, archived_at, pinned_at
+    returning
+        id, user_id, key, title, metadata, last_seq, head_seq, head_last_seq, edits, created_at, updated_at,
+        archived_at, pinned_at
 )
 
 select
-    id, user_id, key, title, metadata::text as metadata, last_seq, last_seq + edits as revision, created_at,
-    updated_at, archived_at, pinned_at
+    id, user_id, key, title, metadata::text as metadata, last_seq,
+    case when head_last_seq = last_seq then head_seq else last_seq end as head_seq, last_seq + edits as revision,
+    created_at, updated_at, archived_at, pinned_at
 from stored
 union all
 select
-    id, user_id, key, title, metadata::text as metadata, last_seq, last_seq + edits as revision, created_at,
-    updated_at, archived_at, pinned_at
+    id, user_id, key, title, metadata::text as metadata, last_seq,
+    case when head_last_seq = last_seq then head_seq else last_seq end as head_seq, last_seq + edits as revision,
+    created_at, updated_at, archived_at, pinned_at
 from created

@@ -19,7 +19,9 @@
 -- served by uq_conversations_user_id_key
 
 with stored as (
-    select id, user_id, key, title, metadata, last_seq, edits, created_at, updated_at, archived_at, pinned_at
+    select
+        id, user_id, key, title, metadata, last_seq, head_seq, head_last_seq, edits, created_at, updated_at,
+        archived_at, pinned_at
     from chatdb.conversations
     where user_id = $1 and key = $4
 ),
@@ -29,7 +31,9 @@ created as (
     select $1, $2, $3::text::jsonb, $4, pg_catalog.cardinality($6::text[])
     where not exists (select from stored)
     on conflict (user_id, key) where key is not null do nothing
-    returning id, user_id, key, title, metadata, last_seq, edits, created_at, updated_at, archived_at, pinned_at
+    returning
+        id, user_id, key, title, metadata, last_seq, head_seq, head_last_seq, edits, created_at, updated_at,
+        archived_at, pinned_at
 ),
 
 message as (
@@ -45,16 +49,18 @@ message as (
 )
 
 select
-    id, user_id, key, title, metadata::text as metadata, last_seq, last_seq + edits as revision, created_at,
-    updated_at, archived_at, pinned_at, null as refusal
+    id, user_id, key, title, metadata::text as metadata, last_seq,
+    case when head_last_seq = last_seq then head_seq else last_seq end as head_seq, last_seq + edits as revision,
+    created_at, updated_at, archived_at, pinned_at, null as refusal
 from stored
 where not $5::bool
 union all
 select
-    id, user_id, key, title, metadata::text as metadata, last_seq, last_seq + edits as revision, created_at,
-    updated_at, archived_at, pinned_at, null
+    id, user_id, key, title, metadata::text as metadata, last_seq,
+    case when head_last_seq = last_seq then head_seq else last_seq end as head_seq, last_seq + edits as revision,
+    created_at, updated_at, archived_at, pinned_at, null
 from created
 union all
-select null, null, null, null, null, null, null, null, null, null, null, 'stale'
+select null, null, null, null, null, null, null, null, null, null, null, null, 'stale'
 from stored
 where $5::bool

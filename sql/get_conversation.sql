@@ -9,8 +9,9 @@
 -- served by pk_conversations, uq_conversations_user_id_key
 
 select
-    id, user_id, key, title, metadata::text as metadata, last_seq, last_seq + edits as revision, created_at,
-    updated_at, archived_at, pinned_at
+    id, user_id, key, title, metadata::text as metadata, last_seq,
+    case when head_last_seq = last_seq then head_seq else last_seq end as head_seq, last_seq + edits as revision,
+    created_at, updated_at, archived_at, pinned_at
 from chatdb.conversations
 where user_id = $1
   -- with an id, the inner subquery is never executed; without the outer one, row-level security would keep coalesce

@@ -11,14 +11,15 @@
 
 (
     select
-        id, seq, role, content, payload::text as payload, metadata::text as metadata, token_count, key, created_at
+        id, seq, parent_seq, role, content, payload::text as payload, metadata::text as metadata, token_count, key,
+        created_at
     from chatdb.messages
     where user_id = $1 and conversation_id = $2 and seq < $3
     order by seq desc
     limit $4
 )
 union all
-select null, null, null, null, null, null, null, null, null
+select null, null, null, null, null, null, null, null, null, null
 from chatdb.conversations
 where user_id = $1 and id = $2
 -- a full page ends before this branch is read, so that it costs nothing there

@@ -12,7 +12,8 @@
 
 (
     select
-        id, seq, role, content, payload::text as payload, metadata::text as metadata, token_count, key, created_at
+        id, seq, parent_seq, role, content, payload::text as payload, metadata::text as metadata, token_count, key,
+        created_at
     from chatdb.messages
     where user_id = $1
       -- with an id, the subquery is never executed
@@ -35,7 +36,7 @@
 union all
 -- its seq is the id of the conversation; its key is null if no message has that key
 select
-    null, id, null, null, null, null, null,
+    null, id, null, null, null, null, null, null,
     (
         select m.key from chatdb.messages as m
         where m.user_id = $1 and m.conversation_id = conversations.id and m.key = $4

@@ -11,8 +11,8 @@
 
 (
     select
-        id, conversation_id, seq, role, content, payload::text as payload, metadata::text as metadata, token_count,
-        key, created_at
+        id, conversation_id, seq, parent_seq, role, content, payload::text as payload, metadata::text as metadata,
+        token_count, key, created_at
     from chatdb.messages
     where user_id = $1
       and conversation_id = (
@@ -24,7 +24,7 @@
     limit $4
 )
 union all
-select null, null, null, null, null, null, null, null, null, null
+select null, null, null, null, null, null, null, null, null, null, null
 from chatdb.conversations
 where user_id = $1 and key = $2
 -- a full page ends before this branch is read, so that it costs nothing there

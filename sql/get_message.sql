@@ -12,8 +12,8 @@
 
 (
     select
-        id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
-        token_count, key, created_at
+        id, conversation_id, user_id, seq, parent_seq, role, content, payload::text as payload,
+        metadata::text as metadata, token_count, key, created_at
     from chatdb.messages
     where user_id = $1
       and conversation_id = (select coalesce((select $2::int8), (
@@ -33,7 +33,7 @@
     limit 1 -- noqa: AM09
 )
 union all
-select null, null, null, null, null, null, null, null, null, null, null
+select null, null, null, null, null, null, null, null, null, null, null, null
 from chatdb.conversations
 where user_id = $1
   and id = (select coalesce((select $2::int8), (

@@ -21,8 +21,9 @@ with place as (
 
 (
     select
-        id, user_id, key, title, metadata::text as metadata, last_seq, last_seq + edits as revision, created_at,
-        updated_at, archived_at, pinned_at
+        id, user_id, key, title, metadata::text as metadata, last_seq,
+        case when head_last_seq = last_seq then head_seq else last_seq end as head_seq, last_seq + edits as revision,
+        created_at, updated_at, archived_at, pinned_at
     from chatdb.conversations
     where user_id = $1
       -- the index has only the day: it bounds the scan, and the pair finds the position within the day
@@ -32,7 +33,7 @@ with place as (
     limit $5
 )
 union all
-select null, null, null, null, null, null, null, null, null, null, null
+select null, null, null, null, null, null, null, null, null, null, null, null
 from place
 -- a full page ends before this branch is read
 limit $5

@@ -12,7 +12,8 @@
 
 (
     select
-        id, seq, role, content, payload::text as payload, metadata::text as metadata, token_count, key, created_at
+        id, seq, parent_seq, role, content, payload::text as payload, metadata::text as metadata, token_count, key,
+        created_at
     from chatdb.messages
     where user_id = $1
       -- with an id, the subquery is never executed
@@ -26,7 +27,7 @@
 )
 union all
 -- its seq is the id of the conversation
-select null, id, null, null, null, null, null, null, null
+select null, id, null, null, null, null, null, null, null, null
 from chatdb.conversations
 where user_id = $1
   and id = (select coalesce((select $2::int8), (

@@ -1,5 +1,5 @@
 -- list_previews_created_ascending
--- A page of a user's conversations in order of creation, earliest first, each with its newest message.
+-- A page of a user's conversations in order of creation, earliest first, each with its head.
 --
 -- $1 user_id text
 -- $2 after_created_at timestamptz null
@@ -22,11 +22,12 @@ with place as (
 
 (
     select
-        c.id, c.user_id, c.key, c.title, c.metadata::text as metadata, c.last_seq, c.last_seq + c.edits as revision,
-        c.created_at, c.updated_at, c.archived_at, c.pinned_at,
-        m.id as message_id, m.seq as message_seq, m.role as message_role, m.content as message_content,
-        m.payload::text as message_payload, m.metadata::text as message_metadata, m.token_count as message_token_count,
-        m.key as message_key, m.created_at as message_created_at
+        c.id, c.user_id, c.key, c.title, c.metadata::text as metadata, c.last_seq,
+        case when c.head_last_seq = c.last_seq then c.head_seq else c.last_seq end as head_seq,
+        c.last_seq + c.edits as revision, c.created_at, c.updated_at, c.archived_at, c.pinned_at,
+        m.id as message_id, m.seq as message_seq, m.parent_seq as message_parent_seq, m.role as message_role,
+        m.content as message_content, m.payload::text as message_payload, m.metadata::text as message_metadata,
+        m.token_count as message_token_count, m.key as message_key, m.created_at as message_created_at
     from (
         select
             id,
@@ -35,6 +36,8 @@ with place as (
             title,
             metadata,
             last_seq,
+            head_seq,
+            head_last_seq,
             edits,
             created_at,
             updated_at,
@@ -49,9 +52,10 @@ with place as (
         limit $6
     ) as c
     left join lateral (
-        select id, seq, role, content, payload, metadata, token_count, key, created_at
+        select id, seq, parent_seq, role, content, payload, metadata, token_count, key, created_at
         from chatdb.messages
         where user_id = $1 and conversation_id = c.id
+          and seq <= case when c.head_last_seq = c.last_seq then c.head_seq else c.last_seq end
         order by seq desc
         limit 1
     ) as m on true
@@ -60,8 +64,8 @@ with place as (
 )
 union all
 select
-    null, null, null, null, null, null, null, null, null, null, null,
-    null, null, null, null, null, null, null, null, null
+    null, null, null, null, null, null, null, null, null, null, null, null,
+    null, null, null, null, null, null, null, null, null, null
 from place
 -- a full page ends before this branch is read
 limit $6

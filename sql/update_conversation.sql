@@ -54,16 +54,19 @@ with changed as (
           where user_id = $1 and key = $3
       )))
       and ($12::int8 is null or (id = $12 and last_seq + edits = $13::int8))
-    returning id, user_id, key, title, metadata, last_seq, edits, created_at, updated_at, archived_at, pinned_at
+    returning
+        id, user_id, key, title, metadata, last_seq, head_seq, head_last_seq, edits, created_at, updated_at,
+        archived_at, pinned_at
 )
 
 select
-    id, user_id, key, title, metadata::text as metadata, last_seq, last_seq + edits as revision, created_at,
-    updated_at, archived_at, pinned_at, null as refusal
+    id, user_id, key, title, metadata::text as metadata, last_seq,
+    case when head_last_seq = last_seq then head_seq else last_seq end as head_seq, last_seq + edits as revision,
+    created_at, updated_at, archived_at, pinned_at, null as refusal
 from changed
 union all
 select
-    null, null, null, null, null, null, null, null, null, null, null,
+    null, null, null, null, null, null, null, null, null, null, null, null,
     -- deleted or changed while this statement waited
     case when $12::int8 is null or (id = $12 and last_seq + edits = $13::int8) then 'again' else 'stale' end
 from chatdb.conversations

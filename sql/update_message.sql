@@ -50,8 +50,8 @@ place as materialized (
 
 target as (
     select
-        m.id, m.conversation_id, m.user_id, m.seq, m.role, m.content, m.payload, m.metadata, m.token_count, m.key,
-        m.created_at
+        m.id, m.conversation_id, m.user_id, m.seq, m.parent_seq, m.role, m.content, m.payload, m.metadata,
+        m.token_count, m.key, m.created_at
     from place as p
     inner join chatdb.messages as m on m.user_id = $1 and m.conversation_id = p.id and m.seq = p.seq
 ),
@@ -81,8 +81,8 @@ message as (
           or ($14::bool and m.token_count is distinct from $15)
       )
     returning
-        m.id, m.conversation_id, m.user_id, m.seq, m.role, m.content, m.payload, m.metadata, m.token_count, m.key,
-        m.created_at
+        m.id, m.conversation_id, m.user_id, m.seq, m.parent_seq, m.role, m.content, m.payload, m.metadata,
+        m.token_count, m.key, m.created_at
 ),
 
 raised as (
@@ -105,19 +105,19 @@ overtaken as (
 )
 
 select
-    id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
-    token_count, key, created_at, null as refusal
+    id, conversation_id, user_id, seq, parent_seq, role, content, payload::text as payload,
+    metadata::text as metadata, token_count, key, created_at, null as refusal
 from message
 union all
 -- with the same values nothing is written
 select
-    id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
-    token_count, key, created_at, null
+    id, conversation_id, user_id, seq, parent_seq, role, content, payload::text as payload,
+    metadata::text as metadata, token_count, key, created_at, null
 from target
 where not exists (select from message) and not exists (select from overtaken)
 union all
 select
-    null, null, null, null, null, null, null, null, null, null, null,
+    null, null, null, null, null, null, null, null, null, null, null, null,
     case
         when not is_expected then 'stale'
         when exists (select from overtaken) then 'again'
@@ -127,7 +127,7 @@ from conversation
 where not exists (select from target) or exists (select from overtaken)
 union all
 -- deleted while this statement waited
-select null, null, null, null, null, null, null, null, null, null, null, 'again'
+select null, null, null, null, null, null, null, null, null, null, null, null, 'again'
 from chatdb.conversations
 where user_id = $1
   and id = (select coalesce((select $2::int8), (

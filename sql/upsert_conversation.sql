@@ -18,5 +18,6 @@ set title = excluded.title,
         c.title is distinct from excluded.title or c.metadata is distinct from excluded.metadata
     )::int
 returning
-    id, user_id, key, title, metadata::text as metadata, last_seq, last_seq + edits as revision, created_at,
-    updated_at, archived_at, pinned_at
+    id, user_id, key, title, metadata::text as metadata, last_seq,
+    case when head_last_seq = last_seq then head_seq else last_seq end as head_seq, last_seq + edits as revision,
+    created_at, updated_at, archived_at, pinned_at

@@ -22,6 +22,7 @@ with conversation as (
     select
         id, last_seq, last_seq + edits as revision,
         greatest(updated_at, pg_catalog.statement_timestamp()) as appended_at,
+        case when head_last_seq = last_seq and not head_is_newest then head_seq end as parent_seq,
         $10::int8 is null or (id = $10 and last_seq + edits = $11::int8) as is_expected
     from chatdb.conversations
     where user_id = $1
@@ -33,7 +34,7 @@ with conversation as (
 ),
 
 same as (
-    select m.id, m.conversation_id, m.seq, m.metadata, m.created_at
+    select m.id, m.conversation_id, m.seq, m.parent_seq, m.metadata, m.created_at
     from chatdb.messages as m
     -- a join could look for the key in all conversations of the user
     where m.user_id = $1 and m.conversation_id = (select id from conversation) and m.key = $9
@@ -43,15 +44,15 @@ same as (
 
 message as (
     insert into chatdb.messages (
-        user_id, conversation_id, seq, role, content, payload, metadata, token_count, key, created_at
+        user_id, conversation_id, seq, role, content, payload, metadata, token_count, key, created_at, parent_seq
     )
-    select $1, id, last_seq + 1, $4, $5, $6::text::json, $7::text::jsonb, $8, $9, appended_at
+    select $1, id, last_seq + 1, $4, $5, $6::text::json, $7::text::jsonb, $8, $9, appended_at, parent_seq
     from conversation
     where is_expected and not exists (select from same)
     on conflict (user_id, conversation_id, key) where key is not null do update
     set role = excluded.role, content = excluded.content, payload = excluded.payload, metadata = excluded.metadata,
         token_count = excluded.token_count
-    returning id, conversation_id, seq, metadata, created_at
+    returning id, conversation_id, seq, parent_seq, metadata, created_at
 ),
 
 raised as (
@@ -64,14 +65,14 @@ raised as (
     where c.user_id = $1 and c.id = (select conversation_id from message)
 )
 
-select id, conversation_id, seq, metadata::text as metadata, created_at, null as refusal
+select id, conversation_id, seq, parent_seq, metadata::text as metadata, created_at, null as refusal
 from message
 union all
-select id, conversation_id, seq, metadata::text as metadata, created_at, null
+select id, conversation_id, seq, parent_seq, metadata::text as metadata, created_at, null
 from same
 union all
 select
-    null, null, null, null, null,
+    null, null, null, null, null, null,
     case
         when c.is_expected then 'suppressed'
         -- the message may have been stored after this statement began
@@ -86,7 +87,7 @@ from conversation as c
 where not exists (select from same) and not exists (select from message)
 union all
 -- deleted while this statement waited
-select null, null, null, null, null, 'again'
+select null, null, null, null, null, null, 'again'
 from chatdb.conversations
 where user_id = $1
   and id = (select coalesce((select $2::int8), (

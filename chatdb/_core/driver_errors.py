@@ -35,6 +35,7 @@ CONSTRAINTS: dict[str, tuple[str, str]] = {
     "ck_messages_payload": ("payload", "must be at most 16 MiB as JSON"),
     "ck_messages_metadata": ("metadata", "must be a dict of at most 64 KiB as JSON"),
     "ck_messages_token_count": ("token_count", "must be at least 0"),
+    "ck_messages_parent_seq": ("parent_seq", "must be at least 0 and less than seq"),
 }
 """The parameter and the reason of the InvalidInputError for each CHECK constraint."""
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, 
 from contextlib import aclosing, asynccontextmanager, closing, contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, Annotated, Final, TypeAlias
 
 import typer
 from rich.progress import Progress
@@ -41,7 +41,7 @@ from chatdb.cli.database import Target, drop_libpq_variables, resolve_database, 
 from chatdb.cli.signals import raise_interrupts, run
 from chatdb.errors import InvalidInputError
 from chatdb.formats.items import Item
-from chatdb.pool import Pool
+from chatdb.pool import Pool, set_rls_user
 from chatdb.records import Conversation, Deleted, Message
 from chatdb.transfer import files, jsonlines, tables
 from chatdb.transfer.exporter import count_user, export_conversations
@@ -57,6 +57,9 @@ User = Annotated[
         callback=check_user_id,
     ),
 ]
+
+
+_PAGE: Final = 500
 
 
 class Format(StrEnum):
@@ -131,10 +134,10 @@ def import_(
 
     Reads ShareGPT JSON, ChatGPT exports, the output of chatdb export, and the
     tables of openai-agents and langchain-postgres. Stores everything or
-    nothing. Repeating an import adds only what is new. Of a ChatGPT
-    conversation, imports only the current branch. The frameworks' tables record
-    no user: without --session, imports all their sessions for this user. Exits
-    with status 1 if it skips every conversation.
+    nothing. Repeating an import adds only what is new. A ChatGPT conversation
+    has all its branches. The frameworks' tables record no user: without
+    --session, imports all their sessions for this user. Exits with status 1 if
+    it skips every conversation.
     """
 
     async def work(file: Path) -> ImportReport:
@@ -219,30 +222,48 @@ def show(
     last: Annotated[
         int | None, typer.Option(min=1, max=10_000, help="Number of newest messages to show. Default: all.")
     ] = None,
+    branch: Annotated[bool, typer.Option("--branch", help="Show only the current line, not all branches.")] = False,
+    versions: Annotated[
+        bool, typer.Option("--versions", help="Show the current line and, at each message, its other versions.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """
     Show a conversation's messages, oldest first.
 
-    --json prints JSON lines, like chatdb export: the conversation, then each
-    message.
+    Messages of all branches are shown in order of storage, unless you pass
+    --branch or --versions. A message that does not follow the one before it
+    says which one it follows. --json prints JSON lines, like chatdb export: the
+    conversation, then each message. With --versions, a message that has others
+    has a field "versions".
     """
 
     async def work() -> None:
-        async with _database(command_timeout=10) as pool, chatdb.transaction(pool, user_id=user) as connection:
+        async with _database(command_timeout=10) as pool, _snapshot(pool, user) as connection:
             head = await chatdb.get_conversation(connection, user_id=user, conversation_id=conversation)
-            messages = _messages(connection, user, conversation, last)
+            messages = (
+                _line(connection, user, conversation, last, versions=versions)
+                if branch or versions
+                else _log(connection, user, conversation, last)
+            )
             if as_json:
                 lines = json_lines()
                 lines.write(jsonlines.conversation_line(head))
-                async for message in messages:
-                    lines.write(jsonlines.message_line(message))
-            else:
-                out.print(f"conversation {head.id}: {_heading(head)}", style="bold")
-                async for message in messages:
-                    moment = f"{message.created_at:%Y-%m-%d %H:%M:%S}"
-                    out.print(f"\n#{message.seq} {message.role} {moment}", style="bold cyan")
-                    out.print(message.content)
+                async for message, seqs in messages:
+                    lines.write(jsonlines.message_line(message, **({"versions": seqs} if seqs else {})))
+                return
+            out.print(f"conversation {head.id}: {_heading(head)}", style="bold")
+            # before the newest messages, others may be stored that are not shown
+            previous = 0 if last is None else None
+            async for message, seqs in messages:
+                title = f"#{message.seq} {message.role} {message.created_at:%Y-%m-%d %H:%M:%S}"
+                if seqs:
+                    title += f" {seqs.index(message.seq) + 1} of {len(seqs)}: {', '.join(f'#{seq}' for seq in seqs)}"
+                elif not (branch or versions) and message.parent_seq not in {None, previous}:
+                    title += f" after #{message.parent_seq}" if message.parent_seq else " first message"
+                previous = message.seq
+                out.print(f"\n{title}", style="bold cyan")
+                out.print(message.content)
 
     run(work())
 
@@ -383,13 +404,57 @@ def _replacing(path: Path) -> Generator[IO[bytes], None, None]:
             raise
 
 
-async def _messages(db: Database, user: str, conversation: int, last: int | None) -> AsyncIterator[Message]:
+@asynccontextmanager
+async def _snapshot(pool: Pool, user: str) -> AsyncGenerator[Database, None]:
+    """Yield a connection whose statements all see the same messages and the same head."""
+    async with chatdb.transaction(pool) as connection:
+        with mapped_driver_errors():
+            await connection.execute("set transaction isolation level repeatable read, read only")
+        await set_rls_user(connection, user)
+        yield connection
+
+
+_Shown: TypeAlias = tuple[Message, list[int] | None]
+"""A message, and the seqs of its versions if it has others that are to be shown."""
+
+
+async def _log(db: Database, user: str, conversation: int, last: int | None) -> AsyncIterator[_Shown]:
     if last is None:
         async for message in chatdb.iter_messages(db, user_id=user, conversation_id=conversation):
-            yield message
+            yield message, None
     else:
         for message in await chatdb.get_history(db, user_id=user, conversation_id=conversation, limit=last):
-            yield message
+            yield message, None
+
+
+async def _line(
+    db: Database, user: str, conversation: int, last: int | None, *, versions: bool
+) -> AsyncIterator[_Shown]:
+    """Yield the current line. Its pages are read newest first, to find where each begins, and again oldest first."""
+    limit = _PAGE if last is None else last
+
+    async def page() -> list[Message]:
+        return await chatdb.get_branch(
+            db, user_id=user, conversation_id=conversation, limit=limit, before_seq=before_seqs[-1]
+        )
+
+    before_seqs: list[int | None] = [None]
+    messages = await page()
+    while last is None and len(messages) == limit:
+        before_seqs.append(messages[0].seq)
+        messages = await page()
+    while True:
+        seqs: dict[int, list[int]] = {}
+        if versions:
+            seqs = await chatdb.list_versions(
+                db, user_id=user, conversation_id=conversation, limit=limit, before_seq=before_seqs[-1]
+            )
+        for message in messages:
+            yield message, seqs.get(message.seq)
+        before_seqs.pop()
+        if not before_seqs:
+            return
+        messages = await page()
 
 
 @asynccontextmanager

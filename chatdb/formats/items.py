@@ -25,6 +25,8 @@ class SourceMessage(NamedTuple):
     key: str | None
     created_at: datetime | None
     """None if the source has no times; the import then uses its own time."""
+    parent_seq: int | None = None
+    """The seq of the message that it follows, 0 for a first message, or None if it follows the message before it."""
 
     def __repr__(self) -> str:  # without content, like the records'
         return f"SourceMessage(seq={self.seq})"
@@ -43,6 +45,8 @@ class SourceConversation(NamedTuple):
     """None if it is not archived, `UNKNOWN_TIME` if the source does not say when."""
     pinned_at: datetime | None = None
     """The same for pinned."""
+    head_seq: int | None = None
+    """The seq of the newest message of the current line, or None for `last_seq`."""
 
     def __repr__(self) -> str:
         return f"SourceConversation(last_seq={self.last_seq})"

@@ -50,8 +50,8 @@ def read(file: BinaryIO, format: str) -> Iterator[Item]:  # noqa: A002 - the opt
     """
     Yield each conversation, its messages, and then what was changed or left out.
 
-    Skips a whole conversation if any of it cannot be imported. Yields everything before a fault in the file, then
-    raises; before an invalid byte, the items in the same megabyte are lost.
+    Skips a whole conversation if any of it, except other branches than the current one, cannot be imported. Yields
+    everything before a fault in the file, then raises; before an invalid byte, the items in the same megabyte are lost.
 
     Raises InvalidInputError, with the position but no text, if the file does not have the format.
     """

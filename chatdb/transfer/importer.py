@@ -18,7 +18,7 @@ from chatdb._core.validate import as_text_array, check_user_id
 from chatdb.errors import ConfigurationError, ConflictError
 from chatdb.formats.items import UNKNOWN_TIME, Changed, Item, Skipped, SourceConversation, SourceMessage
 from chatdb.pool import Pool, transaction
-from chatdb.records import ImportedConversation, ImportedMessages, StoredConversation
+from chatdb.records import ImportedConversation, ImportedMessages, ImportedParent, StoredConversation
 
 if TYPE_CHECKING:
     from chatdb.pool import Connection
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _import_conversations = Query("transfer/import_conversations", ImportedConversation)
 _import_conversations_find = Query("transfer/import_conversations_find", StoredConversation)
 _import_conversations_extend = Query("transfer/import_conversations_extend", ImportedConversation)
+_import_conversations_parents = Query("transfer/import_conversations_parents", ImportedParent)
 _import_conversations_messages = Query("transfer/import_conversations_messages", ImportedMessages)
 
 OTHER_OF_KEY = "the user has a different conversation with this key"
@@ -119,11 +120,18 @@ class _Target:
     ends_at: int | None = None
     """Seq of its last message if the file is truncated: a later import can continue there."""
 
+    @property
+    def head_seq(self) -> int:
+        """The seq of the file's head."""
+        return self.source.last_seq if self.source.head_seq is None else self.source.head_seq
+
 
 _Batch = list[tuple[_Target, list[SourceMessage]]]
 
-_LastSeq = tuple[_Target, int, int]
-"""A conversation, its old last_seq and the new one."""
+_LastSeq = tuple[_Target, int, int, int]
+"""A conversation, its old last_seq, the new one, and the head."""
+
+_Row = tuple[Any, ...]
 
 
 async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item]) -> ImportReport:
@@ -131,8 +139,8 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
     Store what a reader in `chatdb.transfer` yields as conversations of a user, and return a report.
 
     Uses one transaction: an error, a lost connection or a cancellation leaves nothing behind. Skips conversations that
-    the user already has, and appends new messages to those that grew. A thread reads the items one batch ahead of the
-    server, so memory does not grow with the file.
+    the user already has, and appends new messages to those that grew, whose head becomes that of the file. A thread
+    reads the items one batch ahead of the server, so memory does not grow with the file.
 
     Raises InvalidInputError if the source is invalid, ConflictError if another client writes the same conversations at
     the same time, and ConfigurationError if the pool's connections set a codec for json.
@@ -243,12 +251,18 @@ async def _store(
 ) -> None:
     await _find_or_create(connection, user, [target for target, _ in batch if not target.matched], started_at, report)
     grown: list[_LastSeq] = []
-    rows: list[tuple[Any, ...]] = []
+    rows: list[_Row] = []
+    old_last_seqs: dict[int, int] = {}
     for target, messages in batch:
         new = messages if target.stored is None else _new_messages(target, target.stored, messages, grown, report)
-        rows.extend((user, target.id, *message[:-1], message.created_at or started_at) for message in new)
+        if target.stored is not None:
+            old_last_seqs[target.stored.id] = target.stored.last_seq
+        rows.extend(
+            (user, target.id, *message[:-2], message.created_at or started_at, message.parent_seq) for message in new
+        )
     await _set_last_seq(connection, user, grown, started_at)
     report.extended_conversations += len(grown)
+    await _follow_stored(connection, user, grown, rows, old_last_seqs, started_at)
     if not has_row_security:
         with mapped_driver_errors():
             await connection.copy_records_to_table("messages", schema_name="chatdb", columns=_COLUMNS, records=rows)
@@ -256,8 +270,8 @@ async def _store(
         _, *columns = map(as_text_array, zip(*rows, strict=True))
         await _import_conversations_messages.fetch_one(connection, user, *columns)
     report.messages += len(rows)
-    cut_off = [
-        (target, target.source.last_seq, target.ends_at)
+    cut_off: list[_LastSeq] = [
+        (target, target.source.last_seq, target.ends_at, target.ends_at)
         for target, _ in batch
         if target.ends_at is not None and target.id is not None
     ]
@@ -297,6 +311,7 @@ async def _find_or_create(
             as_text_array(target.source.updated_at or started_at for target in new),
             as_text_array(target.source.archived_at for target in new),
             as_text_array(target.source.pinned_at for target in new),
+            as_text_array(target.head_seq for target in new),
         )
     except ConflictError as error:
         raise ConflictError("another client is storing the same conversations: import again") from error
@@ -325,7 +340,7 @@ def _new_messages(
                 report.stored_conversations -= target.source.last_seq <= stored.last_seq
             elif target.source.last_seq > stored.last_seq:
                 target.id = stored.id
-                grown.append((target, stored.last_seq, target.source.last_seq))
+                grown.append((target, stored.last_seq, target.source.last_seq, target.source.last_seq))
         if target.refused is not None:
             report.skip(target.refused, messages=1)
         elif message.seq > stored.last_seq:
@@ -345,10 +360,40 @@ def _is_final(message: SourceMessage, stored: StoredConversation) -> bool:
     return message.key == stored.final_key
 
 
+async def _follow_stored(
+    connection: Connection,
+    user: str,
+    grown: list[_LastSeq],
+    rows: list[_Row],
+    old_last_seqs: dict[int, int],
+    started_at: datetime,
+) -> None:
+    """
+    Set the heads of the conversations that grew, and let new messages follow only stored ones.
+
+    The conversations are locked, so nobody deletes a message before the end of the import.
+    """
+    named = {(row[1], row[-1]) for row in rows if row[-1] and row[-1] <= old_last_seqs.get(row[1], 0)}
+    moved = [target for target, *_ in grown if target.head_seq != target.source.last_seq]
+    named |= {(each.id, each.head_seq) for each in moved if each.stored and each.head_seq <= each.stored.last_seq}
+    wanted = sorted(named)
+    stored: dict[tuple[int | None, int], int] = dict.fromkeys(wanted, 0)
+    if wanted:
+        columns = map(as_text_array, zip(*wanted, strict=True))
+        parents = await _import_conversations_parents.fetch_all(connection, user, *columns)
+        stored.update((wanted[parent.ordinality - 1], parent.seq) for parent in parents)
+        rows[:] = [(*row[:-1], stored.get((row[1], row[-1]), row[-1])) for row in rows]
+    heads: list[_LastSeq] = []
+    for target in moved:
+        last_seq, head_seq = target.source.last_seq, target.head_seq
+        heads.append((target, last_seq, last_seq, stored.get((target.id, head_seq), head_seq)))
+    await _set_last_seq(connection, user, heads, started_at)
+
+
 async def _set_last_seq(connection: Connection, user: str, changes: list[_LastSeq], started_at: datetime) -> None:
     if not changes:
         return
-    targets, old, new = zip(*changes, strict=True)
+    targets, old, new, heads = zip(*changes, strict=True)
     changed = await _import_conversations_extend.fetch_all(
         connection,
         user,
@@ -356,6 +401,7 @@ async def _set_last_seq(connection: Connection, user: str, changes: list[_LastSe
         as_text_array(old),
         as_text_array(new),
         as_text_array(target.source.updated_at or started_at for target in targets),
+        as_text_array(heads),
     )
     if len(changed) < len(changes):
         raise ConflictError("another client appended to one of the conversations during the import: import again")

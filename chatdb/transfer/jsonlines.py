@@ -8,13 +8,16 @@ chatdb's JSON lines, version 1, which `chatdb export` writes and `chatdb import`
     {"type":"end","conversations":1,"messages":2}
 
 A conversation is followed by its messages in order of `seq`. `payload` is a JSON string, to keep it byte for byte. A
-reader ignores a conversation's `id`, `user_id` and `revision` and all unknown fields. A conversation without
-`archived_at` or `pinned_at`, as the first release wrote it, is not archived or pinned.
+reader ignores a conversation's `id`, `user_id` and `revision` and all unknown fields. The first release did not write
+`archived_at`, `pinned_at`, `head_seq` and `parent_seq`: without them, a conversation is not archived, not pinned, and
+one line in order of `seq`.
 """
 
 from __future__ import annotations
 
 import json
+from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
@@ -59,9 +62,9 @@ def conversation_line(conversation: Conversation) -> bytes:
     return _line(type="conversation", **conversation.model_dump())
 
 
-def message_line(message: Message) -> bytes:
-    """Return the line of a message."""
-    return _line(type="message", **message.model_dump(exclude={"id", "conversation_id", "user_id"}))
+def message_line(message: Message, **more: Any) -> bytes:  # noqa: ANN401 - any JSON value
+    """Return the line of a message, with more fields, which a reader ignores."""
+    return _line(type="message", **message.model_dump(exclude={"id", "conversation_id", "user_id"}), **more)
 
 
 def end_line(conversations: int, messages: int) -> bytes:
@@ -85,23 +88,24 @@ def read(file: BinaryIO) -> Iterator[Item]:
         raise InvalidInputError(line, "must be the header of a chatdb JSON lines file")
     if _taken(line, fields, {"version": _number})["version"] != VERSION:
         raise InvalidInputError(f"{line}, version", f"must be {VERSION}: upgrade chatdb to read a newer file")
-    conversations = messages = seq = last_seq = 0
+    conversations = messages = 0
+    seqs = _Seqs()
     for line, fields in lines:
         match fields.get("type"):
             case "conversation":
-                conversation = SourceConversation(**_taken(line, _NOT_ARCHIVED | fields, _CONVERSATION))
+                seqs.check_head()
+                conversation = SourceConversation(**_taken(line, _OPTIONAL | fields, _CONVERSATION))
                 conversations += 1
-                seq, last_seq = 0, conversation.last_seq
+                seqs = _Seqs(line, conversation)
                 yield conversation
             case "message":
+                fields.setdefault("parent_seq", None)
                 message = SourceMessage(**_taken(line, fields, _MESSAGE))
-                if not seq < message.seq <= last_seq:
-                    problem = "must be above the previous message's seq and at most the conversation's last_seq"
-                    raise InvalidInputError(f"{line}, seq", problem)
+                seqs.add(line, message)
                 messages += 1
-                seq = message.seq
                 yield message
             case "end":
+                seqs.check_head()
                 said = _taken(line, fields, {"conversations": _number, "messages": _number})
                 if file.read(1):
                     raise InvalidInputError(f"{line}, type", "may be end only on the last line")
@@ -112,7 +116,47 @@ def read(file: BinaryIO) -> Iterator[Item]:
                 return
             case _:
                 raise InvalidInputError(f"{line}, type", "must be conversation, message or end")
+    if seqs.are_complete:
+        seqs.check_head()
+    # the import drops the head of a conversation that is not complete, because it lowers the conversation's last_seq
     yield Skipped("the file is truncated: its end line is missing")
+
+
+class _Seqs:
+    """The seqs of a conversation's messages, kept as ranges without holes: memory does not grow with the messages."""
+
+    def __init__(self, line: str = "", conversation: SourceConversation | None = None) -> None:
+        self._line = line
+        self._last_seq = conversation.last_seq if conversation else 0
+        self._head_seq = conversation.head_seq if conversation else None
+        self._lows, self._highs = array("q", [0]), array("q", [0])
+
+    @property
+    def are_complete(self) -> bool:
+        """Whether no message of the conversation can follow."""
+        return self._highs[-1] == self._last_seq
+
+    def add(self, line: str, message: SourceMessage) -> None:
+        """Add the next message; raise InvalidInputError if its seq or its parent is wrong."""
+        if not self._highs[-1] < message.seq <= self._last_seq:
+            problem = "must be above the previous message's seq and at most the conversation's last_seq"
+            raise InvalidInputError(f"{line}, seq", problem)
+        if message.parent_seq is not None and not self._has(message.parent_seq):
+            raise InvalidInputError(f"{line}, parent_seq", "must be null, 0 or the seq of an earlier message")
+        if message.seq == self._highs[-1] + 1:
+            self._highs[-1] = message.seq
+        else:
+            self._lows.append(message.seq)
+            self._highs.append(message.seq)
+
+    def check_head(self) -> None:
+        """Raise InvalidInputError if the head is not one of the messages."""
+        if self._head_seq is not None and self._head_seq != self._last_seq and not self._has(self._head_seq):
+            problem = "must be null, 0, last_seq or the seq of a message of the conversation"
+            raise InvalidInputError(f"{self._line}, head_seq", problem)
+
+    def _has(self, seq: int) -> bool:
+        return seq <= self._highs[bisect_right(self._lows, seq) - 1]
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -169,6 +213,10 @@ def _optional_time(name: str, value: object) -> datetime | None:
     return None if value is None else _time(name, value)
 
 
+def _optional_seq(name: str, value: object) -> int | None:
+    return None if value is None else check_seq(name, value)
+
+
 _CONVERSATION: dict[str, Callable[[str, Any], Any]] = {
     "key": check_key,
     "title": check_title,
@@ -178,8 +226,9 @@ _CONVERSATION: dict[str, Callable[[str, Any], Any]] = {
     "updated_at": _time,
     "archived_at": _optional_time,
     "pinned_at": _optional_time,
+    "head_seq": _optional_seq,
 }
-_NOT_ARCHIVED: Final = {"archived_at": None, "pinned_at": None}
+_OPTIONAL: Final = {"archived_at": None, "pinned_at": None, "head_seq": None}
 _MESSAGE: dict[str, Callable[[str, Any], Any]] = {
     "seq": check_seq,
     "role": check_role,
@@ -189,4 +238,5 @@ _MESSAGE: dict[str, Callable[[str, Any], Any]] = {
     "token_count": check_token_count,
     "key": check_key,
     "created_at": _time,
+    "parent_seq": _optional_seq,
 }

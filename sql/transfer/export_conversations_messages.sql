@@ -7,8 +7,8 @@
 -- served by pk_messages
 
 select
-    id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
-    token_count, key, created_at
+    id, conversation_id, user_id, seq, parent_seq, role, content, payload::text as payload,
+    metadata::text as metadata, token_count, key, created_at
 from chatdb.messages
 where user_id = $1
 order by conversation_id, seq

@@ -129,7 +129,11 @@ def test_more_is_welcome(dsn: str) -> None:
     {
         "a table": (
             "drop table chatdb.messages",
-            {"migration 0003.chatdb-create-messages": "missing", "table messages": "missing"},
+            {
+                "migration 0003.chatdb-create-messages": "missing",
+                "migration 0007.chatdb-add-parents": "missing",
+                "table messages": "missing",
+            },
         ),
         "a column": (
             "alter table chatdb.messages drop column token_count",
@@ -271,10 +275,16 @@ def test_a_migration_not_applied(empty_dsn: str) -> None:
         "migration 0003.chatdb-create-messages",
         "migration 0004.chatdb-add-revision-archive-pins",
         "migration 0005.chatdb-index-lists",
+        "migration 0006.chatdb-add-heads",
+        "migration 0007.chatdb-add-parents",
+        "migration 0008.chatdb-index-branches",
         "table messages",
         "column conversations.archived_at",
         "column conversations.edits",
         "column conversations.pinned_at",
+        "column conversations.head_seq",
+        "column conversations.head_last_seq",
+        "column conversations.head_is_newest",
         "index ix_conversations_user_id_active_on_archived",
         "index ix_conversations_user_id_active_on_listed",
         "index ix_conversations_user_id_created_at_id",

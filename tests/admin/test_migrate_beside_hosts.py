@@ -26,7 +26,9 @@ pytestmark = pytest.mark.owner
 DUMPS = sorted((ROOT / "tests" / "support" / "data").glob("07b569c-*.sql"))
 ROWS = (
     "select (id, last_seq, created_at, updated_at, active_on, user_id, key, title, metadata)::text "
-    "from chatdb.conversations union all select m::text from chatdb.messages as m order by 1",
+    "from chatdb.conversations union all "
+    "select (id, conversation_id, seq, created_at, token_count, user_id, role, key, content, payload, metadata)::text "
+    "from chatdb.messages order by 1",
     "select conname, pg_get_constraintdef(oid) from pg_constraint where conname = 'ck_conversations_metadata'",
 )
 

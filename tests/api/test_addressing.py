@@ -29,6 +29,7 @@ BY_ID = [
 """Every call on a conversation that `call` names by its id."""
 
 ON_A_MESSAGE = [name for name, parameters in SIGNATURES.items() if parameters.keys() >= {"conversation_id", "seq"}]
+ON_A_MESSAGE.remove("fork_conversation")  # which needs none
 
 
 def values_of(answer: Any) -> Any:
@@ -57,7 +58,7 @@ async def result(answer: Any) -> Any:
 
 def test_the_functions_on_a_message() -> None:
     """The tests below leave out no function on one message."""
-    assert ON_A_MESSAGE == ["get_message", "update_message", "delete_message"]
+    assert ON_A_MESSAGE == ["get_message", "update_message", "delete_message", "switch_branch", "delete_branch"]
     assert {name for name, _ in BY_ID} == CONVERSATION_CALLS.keys()
 
 
@@ -125,6 +126,8 @@ async def test_both_or_neither_of_a_message(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "parameter"),
     [
+        ("fork_conversation", {"seq": 5, "key": "k"}, "key"),
+        ("fork_conversation", {"seq": 0, "key": "k"}, "key"),
         ("get_history", {"before_seq": 5, "before_key": "k"}, "before_key"),
         ("get_history", {"before_seq": 0, "before_key": "k"}, "before_key"),
         ("list_messages", {"after_seq": 1, "after_key": "k"}, "after_key"),

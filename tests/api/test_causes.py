@@ -19,6 +19,7 @@ from chatdb import ChatDBError, ConfigurationError, ConflictError, UnavailableEr
 from chatdb._core.dsn import connect_arguments
 from chatdb.admin.check.inspection import inspect
 from chatdb.admin.migrate import apply_migrations, missing_migrations
+from chatdb.records import MessageVersions
 from tests.support.calls import CALLS, call, conversation_with_a_message
 from tests.support.databases import database_of, execute
 
@@ -425,7 +426,9 @@ async def with_codecs(connection: Any) -> None:
 
 
 def records_in(answer: Any) -> list[Any]:
-    """Return the records of an answer: one, a list, a pair, or a list of pairs."""
+    """Return the records of an answer: one, a list, a pair, a list of pairs, or the versions of messages."""
+    if isinstance(answer, dict):
+        return [MessageVersions(seq=seq, seqs=seqs) for seq, seqs in answer.items()]
     if isinstance(answer, list | tuple):
         return [record for part in answer for record in records_in(part)]
     return [] if answer is None else [answer]
@@ -447,6 +450,9 @@ async def test_records_are_the_same_whatever_codecs_are_set(dsn: str, kind: str)
                 async with chatdb.transaction(db, user_id="alice") as inside:
                     await chatdb.delete_user(inside, user_id="alice")
                     conversation = await conversation_with_a_message(inside)
+                    if name == "list_versions":
+                        at = {"user_id": "alice", "conversation_id": conversation.id}
+                        await chatdb.append_message(inside, **at, role="user", content="second", parent_seq=0)
                     if kind == "in a transaction":
                         answer: Any = await call(inside, name, arguments, conversation)
                 if kind != "in a transaction":

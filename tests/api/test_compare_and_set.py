@@ -34,6 +34,8 @@ WRITES: dict[str, tuple[dict[str, Any], int]] = {
     "delete_message": ({"seq": 1}, 1),
     "delete_messages_after": ({"after_seq": 1}, 1),
     "pop_message": ({}, 1),
+    "switch_branch": ({"seq": 1}, 0),
+    "delete_branch": ({"seq": 2}, 1),
     "delete_conversation": ({}, 0),
 }
 """A call of every function that takes `expected` on a conversation, and by how much it raises the revision."""
@@ -93,7 +95,9 @@ async def test_the_conversation_as_it_is(chat: Talk, name: str, kind: str, by_ke
 async def test_a_stale_one(chat: Talk, name: str, kind: str) -> None:
     """After any other write, a write with the earlier conversation is a StaleError, and writes nothing."""
     for other in WRITES:
-        if other == "delete_conversation" or name == other == "upsert_message":  # the latter is a retry
+        if other in {"delete_conversation", "switch_branch"}:  # the latter changes nothing without branches
+            continue
+        if name == other == "upsert_message":  # a retry
             continue
         read = await chat.now()
         block = chat.db.transaction()
@@ -335,6 +339,8 @@ async def test_one_of_many_wins(db: Any, name: str) -> None:
     for _ in range(5):
         await talk.append()
         await talk.upsert_message(**said("1", key="first"))
+        if name == "switch_branch":  # which changes the head only if another version is selected
+            await talk.append(parent_seq=1)
         read = await talk.now()
         newest = {"seq": read.last_seq}
 
@@ -345,6 +351,8 @@ async def test_one_of_many_wins(db: Any, name: str) -> None:
                 "update_message": newest | {"content": text},
                 "upsert_message": {"content": text},
                 "delete_message": newest,
+                "delete_branch": newest,
+                "switch_branch": {"seq": 2},
             }
             try:
                 return await getattr(talk, name)(**WRITES[name][0] | changes.get(name, {}), expected=read)
@@ -353,7 +361,7 @@ async def test_one_of_many_wins(db: Any, name: str) -> None:
 
         answers = await asyncio.gather(*map(call, range(8)))
         assert sum(not isinstance(answer, StaleError) for answer in answers) == 1
-        assert (await talk.now()).revision == read.revision + WRITES[name][1]
+        assert (await talk.now()).revision == read.revision + (WRITES[name][1] or 1)
 
 
 async def test_one_of_many_deletes(db: Any) -> None:

@@ -28,6 +28,12 @@ ON_A_CONVERSATION = {
     "delete_message": {"seq": 1},
     "delete_messages_after": {"after_seq": 0},
     "load_conversation": {},
+    "get_branch": {},
+    "list_versions": {},
+    "switch_branch": {"seq": 1},
+    "fork_conversation": {},
+    "get_context": {"max_tokens": 8000},
+    "delete_branch": {"seq": 1},
     "pop_message": {},
     "replace_messages_after": {
         "after_seq": 0,
@@ -56,6 +62,14 @@ VARIANTS = [
     ("delete_messages_after", {"after_key": "first", "expected": NOBODYS}),
     ("delete_conversation", {"expected": NOBODYS}),
     ("pop_message", {"expected": NOBODYS}),
+    ("append_message", {"role": "user", "content": "mine", "parent_seq": 1}),
+    ("append_message", {"role": "user", "content": "mine", "parent_seq": 0}),
+    ("append_messages", {"messages": [{"role": "user", "content": "mine"}], "parent_seq": 1}),
+    ("switch_branch", {"key": "first", "expected": NOBODYS}),
+    ("delete_branch", {"key": "first", "expected": NOBODYS}),
+    ("fork_conversation", {"seq": 1, "new_key": "fork"}),
+    ("fork_conversation", {"key": "first"}),
+    ("get_branch", {"top_seq": 1}),
     ("get_message", {"key": "first"}),
     ("get_history", {"before_key": "first"}),
     ("list_messages", {"after_key": "first"}),
@@ -116,6 +130,7 @@ async def test_create(tx):
         title="Plans",
         metadata={"model": "small", "tags": ["a", None]},
         last_seq=0,
+        head_seq=0,
         revision=0,
         created_at=conversation.created_at,
         updated_at=conversation.created_at,
@@ -234,7 +249,7 @@ async def test_foreign_is_missing(tx, name, arguments):
     assert len(said) == 1
     assert await chatdb.list_messages(tx, user_id="alice", conversation_id=conversation.id) == [message]
     assert await chatdb.list_conversations(tx, user_id="alice") == [
-        conversation.model_copy(update={"last_seq": 1, "revision": 1, "updated_at": message.created_at}),
+        conversation.model_copy(update={"last_seq": 1, "head_seq": 1, "revision": 1, "updated_at": message.created_at}),
     ]
 
 

@@ -194,11 +194,15 @@ WRONG = {
     "seq": WRONG_PLACE,
     "before_seq": WRONG_PLACE,
     "after_seq": WRONG_PLACE,
+    "parent_seq": WRONG_PLACE,
+    "top_seq": WRONG_PLACE,
+    "max_tokens": WRONG_INT | {"0": 0, "negative": -1},
     "limit": WRONG_LIMIT,
     "batch": WRONG_LIMIT,
     "before_key": WRONG_NAME,
     "after_key": WRONG_NAME,
     "conversation_key": WRONG_NAME,
+    "new_key": WRONG_NAME,
     "after": WRONG_CONVERSATION
     | {
         "etag": NOBODYS.etag,
@@ -647,6 +651,7 @@ EDGES = {
     "ck_messages_payload": (["'null'", "to_json(repeat('x', 16777214))"], ["to_json(repeat('x', 16777215))"]),
     "ck_messages_metadata": (["'{}'", JSONB.format(65_527)], [JSONB.format(65_528), "'[]'", "'null'", "'1'"]),
     "ck_messages_token_count": (["0", "2147483647"], ["-1"]),
+    "ck_messages_parent_seq": (["null", "0", "1"], ["-1", "2", "9223372036854775807"]),
 }
 """SQL expressions that each CHECK accepts, and ones that it refuses."""
 

@@ -45,6 +45,7 @@ async def test_append(talk):
         conversation_id=talk.conversation.id,
         user_id="alice",
         seq=1,
+        parent_seq=None,
         role="assistant",
         content="Grüße 👋",
         payload=JsonText('{"type": "text", "n": 1}'),
@@ -89,7 +90,7 @@ async def test_append_makes_the_conversation_active(talk, key, batch):
 
     assert message.created_at > talk.conversation.created_at
     assert await talk.get_conversation() == talk.conversation.model_copy(
-        update={"last_seq": 1, "revision": 1, "updated_at": message.created_at}
+        update={"last_seq": 1, "head_seq": 1, "revision": 1, "updated_at": message.created_at}
     )
 
 
@@ -775,7 +776,7 @@ async def test_delete_messages_after(talk, seq, left):
 
     assert await talk.delete_messages_after(after_seq=seq) == Deleted(conversations=0, messages=5 - left)
     assert await talk.seqs() == list(range(1, left + 1))
-    assert await talk.get_conversation() == before.model_copy(update={"revision": 5 + (left < 5)})
+    assert await talk.get_conversation() == before.model_copy(update={"head_seq": left, "revision": 5 + (left < 5)})
     assert (await talk.append("again", key="5-again")).seq == 6
 
 

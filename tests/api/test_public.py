@@ -87,7 +87,8 @@ async def test_nothing_given(talk: Talk) -> None:
     """What is not set is None."""
     public = (await talk.append("")).public()
 
-    assert {name for name, value in public.items() if value is None} == {"payload", "metadata", "token_count", "key"}
+    unset = {"parent_seq", "payload", "metadata", "token_count", "key"}
+    assert {name for name, value in public.items() if value is None} == unset
     assert json.loads(writable(public)) == public
 
 

@@ -105,6 +105,7 @@ VARIANTS = (
     "_before_key",
     "_by_key",
     "_after_key",
+    "_top",
 )
 """How the files of a function's other statements end."""
 

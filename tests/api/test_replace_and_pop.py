@@ -136,7 +136,7 @@ async def test_pop(chat: Talk) -> None:
     before = await chat.now()
 
     assert await chat.pop_message() == newest
-    assert (await chat.now()) == before.model_copy(update={"revision": before.revision + 1})
+    assert (await chat.now()) == before.model_copy(update={"head_seq": 5, "revision": before.revision + 1})
     popped = [await chat.pop_message() for _ in range(5)]
     assert [message and message.seq for message in popped] == [5, 4, 2, 1, None]
     assert await chat.pop_message() is None

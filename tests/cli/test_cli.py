@@ -13,8 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from chatdb import append_message, create_conversation, create_pool, update_conversation
+from chatdb import (
+    append_message,
+    create_conversation,
+    create_pool,
+    delete_message,
+    switch_branch,
+    update_conversation,
+)
 from chatdb._core.dsn import database_of
+from chatdb.cli import data
 from chatdb.cli.data import Format
 from chatdb.transfer import tables
 from chatdb.transfer.files import FORMATS
@@ -72,6 +80,93 @@ def test_import_list_show_export(env: dict[str, str], file: Path, tmp_path: Path
     assert (report["conversations"], report["messages"], report["skipped"]) == (1, 2, [])
     report = json.loads(chatdb("import", out, "--user", "bob", "--json", env=env))
     assert (report["stored_conversations"], report["messages"]) == (1, 0)
+
+
+async def branched(dsn: str) -> str:
+    """Store a conversation with an edited question and three answers, and return its ID."""
+    async with create_pool(dsn) as db:
+        made = await create_conversation(db, user_id="alice", title="t")
+        at = {"user_id": "alice", "conversation_id": made.id}
+        for text, parent in [("q", None), ("a", None), ("b", 1), ("c", None), ("q2", 0), ("d", None), ("e", 1)]:
+            await append_message(db, **at, role="user", content=text, parent_seq=parent)
+        await switch_branch(db, **at, seq=3)
+        return str(made.id)
+
+
+async def without(dsn: str, conversation: int, *seqs: int) -> None:
+    """Delete messages of a conversation."""
+    async with create_pool(dsn) as db:
+        for seq in seqs:
+            await delete_message(db, user_id="alice", conversation_id=conversation, seq=seq)
+
+
+def shown(conversation: str, *options: str, env: dict[str, str]) -> list[str]:
+    """Return what `chatdb show` prints of each message, in one line and without the times."""
+    lines = chatdb("show", conversation, "--user", "alice", *options, env=env).splitlines()
+    assert lines[:2] == [f"conversation {conversation}: t", ""]
+    titles = [" ".join(line.split()[:2] + line.split()[4:]) for line in lines[2::3]]
+    return [f"{title}: {text}" for title, text in zip(titles, lines[3::3], strict=True)]
+
+
+def test_show_branches(env: dict[str, str]) -> None:
+    """The log says what a message follows; --branch and --versions show the current line."""
+    made = asyncio.run(branched(env["DATABASE_URL"]))
+    log = ["#1 user: q", "#2 user: a", "#3 user after #1: b", "#4 user: c"]
+    log += ["#5 user first message: q2", "#6 user: d", "#7 user after #1: e"]
+    assert shown(made, env=env) == log
+    for last in (5, 3, 1):
+        assert shown(made, "--last", str(last), env=env) == log[-last:]
+    assert shown(made, "--branch", env=env) == ["#1 user: q", "#3 user: b", "#4 user: c"]
+    assert shown(made, "--branch", "--last", "2", env=env) == ["#3 user: b", "#4 user: c"]
+    asyncio.run(without(env["DATABASE_URL"], int(made), 4, 6))
+    assert shown(made, env=env) == [log[0], log[1], log[2], log[4], log[6]]
+    asyncio.run(without(env["DATABASE_URL"], int(made), 2))
+    assert shown(made, env=env)[:2] == ["#1 user: q", "#3 user: b"], "it follows the one before it"
+    assert shown(made, "--versions", env=env) == ["#1 user 1 of 2: #1, #5: q", "#3 user 1 of 2: #3, #7: b"]
+
+
+def test_show_versions(env: dict[str, str]) -> None:
+    """Each message of the current line that has versions says which one it is, and lists all."""
+    made = asyncio.run(branched(env["DATABASE_URL"]))
+    versions = ["#1 user 1 of 2: #1, #5: q", "#3 user 2 of 3: #2, #3, #7: b", "#4 user: c"]
+    assert shown(made, "--versions", env=env) == versions
+    assert shown(made, "--versions", "--branch", "--last", "2", env=env) == versions[1:]
+
+
+def test_show_branches_as_json(env: dict[str, str]) -> None:
+    """The lines are those of an export, for the messages that are shown; --versions adds the versions."""
+    made = asyncio.run(branched(env["DATABASE_URL"]))
+    _, head, *messages, _ = chatdb("export", "--user", "alice", env=env).splitlines()
+    line = [messages[seq - 1] for seq in (1, 3, 4)]
+    assert chatdb("show", made, "--user", "alice", "--json", env=env).splitlines() == [head, *messages]
+    assert chatdb("show", made, "--user", "alice", "--branch", "--json", env=env).splitlines() == [head, *line]
+    wanted = [json.loads(each) for each in line]
+    wanted[0]["versions"], wanted[1]["versions"] = [1, 5], [2, 3, 7]
+    found = chatdb("show", made, "--user", "alice", "--versions", "--json", env=env).splitlines()
+    assert [json.loads(each) for each in found] == [json.loads(head), *wanted]
+
+
+@pytest.mark.parametrize("page", [1, 2, 3, 5])
+def test_show_a_line_of_several_pages(env: dict[str, str], monkeypatch: pytest.MonkeyPatch, page: int) -> None:
+    """The pages come oldest first, whatever their length."""
+    made = asyncio.run(branched(env["DATABASE_URL"]))
+    whole = shown(made, "--versions", env=env)
+    monkeypatch.setattr(data, "_PAGE", page)
+    assert shown(made, "--versions", env=env) == whole
+    assert shown(made, "--branch", env=env) == ["#1 user: q", "#3 user: b", "#4 user: c"]
+
+
+def test_show_a_line_without_messages(env: dict[str, str]) -> None:
+    """A conversation without messages has a line without messages."""
+
+    async def store() -> int:
+        async with create_pool(env["DATABASE_URL"]) as db:
+            made = await create_conversation(db, user_id="alice", title="t")
+            return made.id
+
+    made = asyncio.run(store())
+    for options in ((), ("--branch",), ("--versions", "--last", "1")):
+        assert chatdb("show", str(made), "--user", "alice", *options, env=env) == f"conversation {made}: t\n"
 
 
 def test_list_shows_and_selects_archived_conversations(env: dict[str, str]) -> None:
@@ -235,6 +330,7 @@ def test_demo(env: dict[str, str], file: Path) -> None:
     ("arguments", "sentence"),
     [
         (["show", "1", "--user", "alice"], "no such conversation"),
+        (["show", "1", "--user", "alice", "--versions"], "no such conversation"),
         (["list", "--user", ""], "user_id: must be 1 to 255 characters long"),
         (["list", "--user", "a" * 256], "user_id: must be 1 to 255 characters long"),
         (["import", "missing.json", "--user", "alice"], "No such file or directory: missing.json"),

@@ -30,8 +30,8 @@ from tests.support.paths import ROOT
 from tests.support.recorder import stored
 from tests.support.sqlfiles import TEXTS, file_of
 
-DERIVED = {"conversations": {"active_on", "edits"}, "messages": set[str]()}
-"""The columns that no record has: the day of updated_at, and a part of the revision."""
+DERIVED = {"conversations": {"active_on", "edits", "head_last_seq", "head_is_newest"}, "messages": set[str]()}
+"""The columns that no record has: the day of updated_at, a part of the revision, and what says if head_seq counts."""
 
 ADOPTED = {
     "conversations": {"id", "user_id", "last_seq", "created_at", "updated_at"},
@@ -113,7 +113,7 @@ def check_import(live: Live) -> None:
         needed = columns - DERIVED[table] - {"id", "conversation_id", "user_id"}
         assert {*SOURCES[table]._fields} == needed
         assert {*taken[table]} == needed
-        assert inserted(statements[table]) - {"conversation_id", "user_id"} == needed
+        assert inserted(statements[table]) - DERIVED[table] - {"conversation_id", "user_id"} == needed
     assert {*importer._COLUMNS} == tables["messages"] - {"id"}
 
 
@@ -155,8 +155,19 @@ def check_adopt(live: Live) -> None:
 
 
 NOT_ADOPTED = {
-    "conversations": {"key", "title", "metadata", "active_on", "edits", "archived_at", "pinned_at"},
-    "messages": {"payload", "metadata", "token_count", "key"},
+    "conversations": {
+        "key",
+        "title",
+        "metadata",
+        "active_on",
+        "edits",
+        "archived_at",
+        "pinned_at",
+        "head_seq",
+        "head_last_seq",
+        "head_is_newest",
+    },
+    "messages": {"payload", "metadata", "token_count", "key", "parent_seq"},
 }
 """The columns that keep their default in adopted rows."""
 
@@ -233,7 +244,7 @@ def _table(constraint: str) -> str:
     [
         ("column", "alter table chatdb.conversations add starred_at timestamptz"),
         ("column", "alter table chatdb.messages add state text"),
-        ("column", "alter table chatdb.messages add parent_seq bigint not null default 0"),
+        ("column", "alter table chatdb.messages add rating bigint not null default 0"),
         ("index", "create index ix_messages_role on chatdb.messages (user_id, role)"),
         ("index", "create unique index uq_conversations_title on chatdb.conversations (user_id, title)"),
         ("constraint", "alter table chatdb.conversations add constraint ck_conversations_edits check (edits >= 0)"),

@@ -65,6 +65,7 @@ from tests.support.recorder import (
     stored,
 )
 from tests.support.sqlfiles import (
+    ALWAYS,
     TEXTS,
     existence_gaps,
     file_of,
@@ -161,13 +162,15 @@ def check_parameters(live, file):
         assert met[number], f"${number} {name} meets no column"
         for column in met[number]:
             known = {column, f"{column}s", column.removesuffix("_at"), *OTHER_NAMES.get(column, ())}
-            known |= {f"{prefix}_{column}" for prefix in ("set", "before", "after", "expected")}
+            known |= {
+                f"{prefix}_{column}" for prefix in ("set", "before", "after", "expected", "parent", "top", "new", "max")
+            }
             is_flag = column == "condition" and types[number - 1] == "bool"
             assert name in known or is_flag, f"${number} {name} meets {column}"
     names = {parameter.name for parameter in file.parameters}
     for number, tables in tables_of_keys(file).items():
         name = file.parameters[number - 1].name
-        is_conversations = name == "conversation_key" or "conversation_key" not in names
+        is_conversations = name in {"conversation_key", "new_key"} or "conversation_key" not in names
         assert tables == {"conversations" if is_conversations else "messages"}, f"${number} {name} meets {tables}"
 
 
@@ -176,6 +179,9 @@ OTHER_NAMES = {
     "key": {"conversation_key"},
     "metadata": {"metadata_patch", "removed_keys"},
     "new conversations": {"create_missing"},
+    "head_seq": {"after_seq"},
+    "top": {"top_seq"},
+    "total": {"max_tokens"},
 }
 """Names of parameters that differ from the column's by more than a prefix."""
 
@@ -198,7 +204,7 @@ def test_the_header_has_the_parameters(live, stem):
 def check_columns(live, file, record=None):
     """Raise unless the columns have the names, order and types of the record's fields."""
     query = query_of(file.name)
-    python = {"int8": int, "int4": int, "text": str, "timestamptz": datetime}
+    python = {"int8": int, "int4": int, "text": str, "timestamptz": datetime, "text[]": list[int]}
     _, columns = live.described(file.sql)
     assert file.record == (record or query.record).__name__
     assert file.second == ("Message" if isinstance(query, JoinedQuery) else None)
@@ -271,12 +277,16 @@ def check_existence(live, file):
     """Raise unless existence rows and refusals come alone or last, as the header says, under any plan."""
     assert existence_gaps(file) == []
     assert refusal_gaps(file) == []
-    if getattr(file.statement, "limitCount", None) or file.has_own_rows:
+    is_always = file.existence == ALWAYS
+    if getattr(file.statement, "limitCount", None) or file.has_own_rows or is_always:
         with live.connection.transaction(force_rollback=True):
             live.connection.execute(PARALLEL)
-            top, inner, *_ = live.plan(file)
-        append = top if file.has_own_rows else inner
-        assert file.has_own_rows or top["Node Type"] == "Limit"
+            top, *_ = live.plan(file)
+        if not (file.has_own_rows or is_always):
+            (append,) = [part for part in top["Plans"] if part["Parent Relationship"] == "Outer"]
+        else:
+            append = top
+        assert file.has_own_rows or is_always or top["Node Type"] == "Limit"
         assert append["Node Type"] == ("Append" if file.existence or file.has_own_rows else append["Node Type"])
         assert not append["Parallel Aware"]
 
@@ -514,7 +524,7 @@ async def test_an_existence_row_is_no_record(function, stem, given):
     with suppress(MessageNotFoundError):
         assert not await call(function, Recorder([existence]), given)
     if file_of(stem).relation == "then":
-        rows = [row for row in rows_of(stem, given) if row["id"] is not None]
+        rows = [row for row in rows_of(stem, given) if next(iter(row.values())) is not None]
         answer = await call(function, Recorder([*rows, existence]), given)
         assert answer
         assert answer == await call(function, Recorder(rows_of(stem, given)), given)
@@ -577,6 +587,7 @@ def check_limits(live, limits=validate, role=Role):
         "ck_messages_payload": f"octet_length payload <= {limits.MAX_PAYLOAD}",
         "ck_messages_metadata": metadata.format(limits.MAX_METADATA),
         "ck_messages_token_count": "token_count >= 0",
+        "ck_messages_parent_seq": "parent_seq >= 0 AND parent_seq < seq",
     }
 
 
@@ -633,7 +644,8 @@ def check_errors(live, constraints=CONSTRAINTS, conflicts=CONFLICTS, behind=STAL
     unique = {name for name, (_, is_unique) in live.indexes.items() if is_unique}
     assert sorted([*constraints, *conflicts, *behind, FOREIGN_KEY]) == sorted(live.constraints.keys() | unique)
     for name, (parameter, _) in constraints.items():
-        assert live.constraints[name][0] == [parameter]
+        assert parameter in live.constraints[name][0]
+        assert name.split("_", 2)[2] == parameter
 
 
 def check_needed(live, needed=EXPECTED_SCHEMA):
@@ -807,7 +819,7 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_columns, "list_messages", GIVEN, ""),
         (check_columns, "list_messages", GIVEN, " without conversation_id and user_id"),
         (check_columns, "list_messages", GIVEN, " without user_id"),
-        (check_columns, "list_messages", "id, seq, role", "id, user_id, seq, role"),
+        (check_columns, "list_messages", "id, seq, parent_seq, role", "id, user_id, seq, parent_seq, role"),
         (check_columns, "append_message", "user_id, role, content", "user_id, content, role"),
         (check_columns, "append_message", "payload, token_count and key", "payload and key"),
         (check_columns, "get_conversation", "key, title", "title, key"),
@@ -815,17 +827,17 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_columns, "get_conversation", "metadata::text as metadata", "metadata"),
         (check_columns, "get_conversation", "one Conversation", "one Message"),
         (check_columns, "get_conversation", "one Conversation\n", "one Conversation\n-- refuses with stale\n"),
-        (check_columns, ONE, "-- refuses with conflict, stale, again, suppressed\n", ""),
+        (check_columns, ONE, "-- refuses with conflict, stale, missing, again, suppressed\n", ""),
         (check_columns, "load_conversation", f", then many Message{GIVEN}", ""),
         (check_existence, "load_conversation", f", then many Message{GIVEN}", " and Message"),
         (check_columns, "load_conversation", GIVEN, ""),
         (
             check_columns,
             "load_conversation",
-            "last_seq + edits as revision, created_at",
-            "created_at, last_seq as revision",
+            "last_seq, head_seq, revision, created_at",
+            "last_seq, revision, head_seq, created_at",
         ),
-        (check_columns, "list_previews", "m.seq as message_seq, m.role as", "m.role as message_role, m.seq as"),
+        (check_columns, "list_previews", "m.id as message_id, m.seq as", "m.seq as message_seq, m.id as"),
         (check_columns, "list_previews", " and Message", ""),
         (check_columns, "list_previews", " and Message", ", then many Message"),
         (check_given, "list_messages", " without user_id and", " without seq and"),
@@ -846,8 +858,8 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (
             check_given,
             "load_conversation",
-            "and conversation_id = (select coalesce((select $2::int8)",
-            "and seq = (select coalesce((select $2::int8)",
+            "and conversation_id = r.id and seq <= r.top and seq >= coalesce",
+            "and conversation_id >= r.id and seq <= r.top and seq >= coalesce",
         ),
         (check_given, "append_message", "$4, $5, $6", "$5, $4, $6"),
         (check_given, "append_message", "last_seq, $4, $5", "last_seq, lower($4), $5"),
@@ -879,7 +891,12 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_nullability, FIND, "left join lateral", "inner join lateral"),
         (check_nullability, "list_previews", "m.seq as message_seq", "nullif(m.seq, 0) as message_seq"),
         (check_nullability, "list_previews", "c.last_seq,", "nullif(c.last_seq, 0) as last_seq,"),
-        (check_nullability, "load_conversation", "id, seq, role", "id, nullif(seq, 0), role"),
+        (
+            check_nullability,
+            "load_conversation",
+            "m.id, m.seq, m.parent_seq, m.role",
+            "m.id, nullif(m.seq, 0), m.parent_seq, m.role",
+        ),
         (check_existence, "update_message", "created_at, null\nfrom target", "created_at, 'stale'\nfrom target"),
         (check_existence, "get_conversation", "and id = (select coalesce", "and id >= (select coalesce"),
         (check_existence, "get_conversation", "one Conversation", f"one Conversation{HERE}"),
@@ -912,8 +929,8 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_existence, "list_conversations_after", "user_id = $1 and key = $4", "user_id = $1 and title = $4"),
         (check_existence, "list_previews", "    limit $5\n)\nunion", ")\nunion"),
         (check_existence, "load_conversation", "    limit 1 -- noqa: AM09\n", ""),
-        (check_existence, "load_conversation", "    limit $4\n", ""),
-        (check_existence, "load_conversation", "union all", "union"),
+        (check_existence, "load_conversation", "    limit $4 -- noqa: AM09\n", ""),
+        (check_existence, "load_conversation", ")\nunion all\n(", ")\nunion\n("),
         (
             check_existence,
             "load_conversation",
@@ -932,7 +949,7 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_existence, ONE, "where not exists (select from same)", "where true"),
         (check_existence, ONE, "where not exists (select from same)", "where not exists (select from message)"),
         (check_existence, ONE, " and not exists (select from created)", ""),
-        (check_existence, ONE, "'again'\n        else 'stale'", "'again'"),
+        (check_existence, ONE, "'missing'\n        else 'stale'", "'missing'"),
         (check_existence, MANY, "same) <> pg_catalog.card", "same) = pg_catalog.card"),
         (check_existence, MANY, "same) = pg_catalog.card", "same) >= pg_catalog.card"),
         (
@@ -990,7 +1007,7 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
             "and conversation_id = (select least($2, (",
         ),
         (check_style, "get_conversation", "id, user_id, key, title", "*, title"),
-        (check_style, "update_conversation", "returning id", "returning *, id"),
+        (check_style, "update_conversation", "returning\n        id", "returning\n        *, id"),
         (check_style, "import_conversations_extend", "\nreturning c.id", ""),
         (check_style, "get_conversation", "select", "SELECT"),
         (check_style, "get_conversation", "where", "; select 1 where"),
@@ -1015,8 +1032,8 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (
             check_isolation,
             MANY,
-            "select user_id, id, last_seq, appended_at, true",
-            "select $3, id, last_seq, appended_at, true",
+            "select user_id, id, last_seq, appended_at, null, true",
+            "select $3, id, last_seq, appended_at, null, true",
         ),
         (check_isolation, "list_conversations_after", "where user_id = $1 and key = $4", "where key = $4"),
         (check_isolation, "list_previews", "user_id = $1 and conversation_id = c.id", "conversation_id = c.id"),
@@ -1035,6 +1052,36 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_isolation, ONE, "from stored, message", "from stored, chatdb.messages as message"),
         (check_isolation, ONE, "same as (", "same as (with message as (select * from stored) "),
         (check_isolation, "update_conversation", "set title", "set user_id = $5, title"),
+        (check_isolation, "get_branch_top", "user_id = $1 and conversation_id = r.id and seq <=", "seq <="),
+        (check_isolation, "fork_conversation", "select $1, c.id, l.seq", "select l.role, c.id, l.seq"),
+        (check_parameters, "fork_conversation", "select $1, $6, c.title", "select $1, $5, c.title"),
+        (check_parameters, "get_branch_top", "coalesce($4::int8, case", "coalesce($5::int8, case"),
+        (check_parameters, "get_context", "total > $4", "total > $5"),
+        (check_parameters, ONE, "coalesce($15::int8, case", "coalesce($12::int8, case"),
+        (check_columns, "list_versions", "as seqs\nfrom", "as others\nfrom"),
+        (check_columns, "list_versions", "array_agg(seq order by seq)", "max(seq)"),
+        (check_given, "get_branch_top", "select r.id, r.parent_seq as top", "select r.top as id, r.parent_seq as top"),
+        (check_given, "get_branch_top", "conversation_id = r.id and seq <= r.top and", "seq <= r.top and"),
+        (
+            check_given,
+            "get_context",
+            "select c.id, c.top, b.seq as bottom",
+            "select c.top as id, c.top, b.seq as bottom",
+        ),
+        (check_nullability, "get_conversation", "then head_seq else last_seq end", "then last_seq else head_seq end"),
+        (check_nullability, "load_conversation", "when head_last_seq = last_seq", "when head_last_seq <= last_seq"),
+        (check_nullability, "list_versions", "    group by parent_seq\n", ""),
+        (check_nullability, "get_branch", "m.id, m.seq, m.parent_seq", "m.id, nullif(m.seq, 0) as seq, m.parent_seq"),
+        (check_existence, "get_branch", THEN, ""),
+        (check_existence, "get_branch_top", "select '' from conversation", "select '' from run"),
+        (check_existence, "get_context", ", then an existence row", ""),
+        (check_existence, "get_context", "null\nfrom conversation", "null\nfrom conversation\nwhere top > 0"),
+        (check_existence, "get_context", "null\nfrom conversation", "null\nfrom conversation\nlimit $5"),
+        (check_existence, "list_versions", "select null, null\nfrom conversation", "select null, null\nfrom page"),
+        (check_existence, "switch_branch", "from seen\nwhere not exists (select from changed)", "from seen"),
+        (check_existence, "fork_conversation", "'suppressed'", "'again'"),
+        (check_plan, "get_branch", "order by seq desc\n        limit 1", "order by parent_seq desc\n        limit 1"),
+        (check_plan, "switch_branch", "order by seq desc", "order by created_at desc"),
     ],
 )
 def test_a_changed_file_is_found(live, check, stem, old, new):
@@ -1186,7 +1233,7 @@ def test_a_changed_map_or_limit_is_found(live):
                 check(live, **change)
 
 
-@pytest.mark.parametrize("module", [chatdb.conversations, chatdb.messages, importer])
+@pytest.mark.parametrize("module", [chatdb.branches, chatdb.conversations, chatdb.messages, importer])
 async def test_swapped_arguments_are_found(monkeypatch, module):
     """Every swap of two adjacent arguments is found."""
     mutants = list(swaps(module))

@@ -35,7 +35,11 @@ from chatdb.admin.row_security import protect_tables, protection_statements
 from chatdb.admin.users_link import link_users, unlink_users
 from chatdb.transfer import tables
 from chatdb.transfer.exporter import count_user, export_conversations
-from chatdb.transfer.importer import _import_conversations_messages, import_conversations
+from chatdb.transfer.importer import (
+    _import_conversations_messages,
+    _import_conversations_parents,
+    import_conversations,
+)
 from tests.support import recorder
 from tests.support.databases import execute, new_database
 from tests.support.names import (
@@ -364,9 +368,10 @@ async def services_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch
                 with closing(tables.read(dsn, **arguments)) as items:
                     await import_conversations(db, user_id="v", items=items)
             quietly(dsn, *[SAID] * count)
-        row = (made.id, 9, "user", "c", None, None, 1, None, made.created_at)  # as with row-level security
+        row = (made.id, 9, "user", "c", None, None, 1, None, made.created_at, 1)  # as with row-level security
         columns = [validate.as_text_array([value]) for value in row]
         await _import_conversations_messages.fetch_one(db, "u", *columns)
+        await _import_conversations_parents.fetch_all(db, "u", columns[0], columns[1])
 
 
 @pytest.mark.owner

@@ -19,6 +19,7 @@ EXCEPTIONS = {
     "check_schema",  # once per start
     "count_user", "delete_user", "export_conversations", "export_conversations_messages",  # operators' commands
     "import_conversations", "import_conversations_extend", "import_conversations_find", "import_conversations_messages",
+    "import_conversations_parents",
 }  # fmt: skip
 DATA = """
     insert into chatdb.conversations (user_id, key, last_seq, created_at)
@@ -28,6 +29,8 @@ DATA = """
     insert into chatdb.messages (user_id, conversation_id, seq, role, key, content, created_at)
     select user_id, id, n, 'user', 'm' || n, repeat('hello ', 50), created_at
     from chatdb.conversations, generate_series(1, 100) as n;
+
+    update chatdb.messages set parent_seq = seq - 3 where seq % 20 = 10;
 
     analyze chatdb.conversations, chatdb.messages;
 """
@@ -92,6 +95,15 @@ def calls(
         lambda: chatdb.pop_message(db, **second),
         lambda: chatdb.delete_messages_after(db, **third, after_seq=18),
         lambda: chatdb.replace_messages_after(db, **fourth, after_seq=10, messages=[text], expected=five[3]),
+        lambda: chatdb.append_message(db, **first, **text, parent_seq=50),
+        lambda: chatdb.append_messages(db, **first, messages=[text, text], parent_seq=70),
+        lambda: chatdb.get_branch(db, **first, limit=100),
+        lambda: chatdb.get_branch(db, **first, limit=100, top_seq=90),
+        lambda: chatdb.list_versions(db, **first, limit=100),
+        lambda: chatdb.get_context(db, **first, max_tokens=8000),
+        lambda: chatdb.switch_branch(db, **first, seq=30),
+        lambda: chatdb.fork_conversation(db, **first),
+        lambda: chatdb.delete_branch(db, **second, seq=30),
         lambda: chatdb.delete_conversation(db, **fifth),
         lambda: chatdb.create_conversation(db, **user),
         lambda: chatdb.create_conversation(db, **user, key=key),

@@ -132,7 +132,7 @@ def test_the_table_of_functions() -> None:
 
 def test_the_migrations(empty_dsn: str) -> None:
     """README's migration commands run in the checkout, and `yoyo rollback` undoes the last migration."""
-    indexes = "select to_regclass('chatdb.ix_conversations_user_id_pinned_at') is not null"
+    indexes = "select to_regclass('chatdb.ix_messages_user_id_conversation_id_seq_branches') is not null"
     script = block("Migrations", "sh")
     assert script.count("postgresql://localhost/chat") == 1
     shell(script.replace("postgresql://localhost/chat", f"'{empty_dsn}'"), empty_dsn, ROOT)
@@ -142,7 +142,7 @@ def test_the_migrations(empty_dsn: str) -> None:
     shell("yoyo rollback", empty_dsn, ROOT)
     with psycopg.connect(empty_dsn) as connection:
         assert connection.execute(indexes).fetchone() == (False,)
-        assert connection.execute("select count(archived_at) from chatdb.conversations").fetchone() == (0,)
+        assert connection.execute("select count(parent_seq) from chatdb.messages").fetchone() == (0,)
 
 
 @pytest.mark.owner
@@ -285,7 +285,7 @@ def test_the_operators_page(empty_dsn: str, tmp_path: Path) -> None:
         execute(empty_dsn, "delete from public.users")
         with psycopg.connect(empty_dsn) as connection:
             assert connection.execute("select count(*) from chatdb.messages").fetchone() == (0,)
-        assert "0005" in shell(rollback, empty_dsn, tmp_path)
+        assert "0008" in shell(rollback, empty_dsn, tmp_path)
     finally:
         execute(empty_dsn, "drop owned by app", "drop role app")
 

@@ -30,7 +30,13 @@ async def test_the_guides_code(dsn: str, monkeypatch: pytest.MonkeyPatch, capsys
     """The guide's blocks run, nothing in them is stale, and the last one catches an error."""
     monkeypatch.setenv("DATABASE_URL", dsn)
     found = await run("guide.md")
-    assert "another request was faster" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "another request was faster" not in printed
+    assert "user: And at night? (2 of 2)\nassistant: Walk to the Trevi. (1 of 1)\n" in printed
+    assert [message.seq for message in found["line"]] == [1, 2, 6, 7]
+    assert (found["versions"], found["trip"].head_seq, found["deleted"].messages) == ({6: [3, 6]}, 5, 2)
+    assert [message.seq for message in found["window"]] == [1, 2, 3, 5, 8, 9]
+    assert [message.content for message in found["context"]][-2:] == ["Where can we eat?", "In Trastevere."]
     assert (found["status"], found["pinned"][0].title) == (200, None)
     assert [message["content"] for message in found["body"]] == ["Answer briefly.", "Hello"]
     assert [each.seq for each in (*found["earlier"], *found["later"])] == []

@@ -31,6 +31,7 @@ VARIANTS = (
     "_before_key",
     "_by_key",
     "_after_key",
+    "_top",
 )
 
 

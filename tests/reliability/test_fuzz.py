@@ -140,9 +140,12 @@ def token(chance: random.Random) -> object:
 
 
 HOSTILE = {
-    **dict.fromkeys(("user_id", "key", "title", "content", "conversation_key", "before_key", "after_key"), text),
+    **dict.fromkeys(
+        ("user_id", "key", "title", "content", "conversation_key", "before_key", "after_key", "new_key"), text
+    ),
     **dict.fromkeys(("payload", "metadata", "metadata_patch", "conversation_metadata_patch"), value),
     **dict.fromkeys(("conversation_id", "seq", "limit", "batch", "after_seq", "before_seq", "token_count"), number),
+    **dict.fromkeys(("parent_seq", "top_seq", "max_tokens"), number),
     **dict.fromkeys(("archived", "pinned", "create", "descending"), flag),
     **dict.fromkeys(("order_by", "on_existing"), word),
     **dict.fromkeys(("expected", "after"), token),
@@ -174,6 +177,7 @@ async def test_every_parameter(request: pytest.FixtureRequest, db: chatdb.pool.P
     made = await chatdb.create_conversation(db, user_id="alice", key="thread")
     valid: dict[str, Any] = {"user_id": "alice", "conversation_id": made.id, "role": "user", "content": "x"}
     valid |= {"key": "k", "seq": 1, "after_seq": 0, "expected": made, "messages": [{"role": "user", "content": "x"}]}
+    valid["max_tokens"] = 8000
     counting = Counting(db)
     outcomes: Counter[str] = Counter()
     functions = [(name, getattr(chatdb, name)) for name in SIGNATURES]

@@ -22,6 +22,29 @@ TASKS = 16
 CONVERSATIONS = 6
 EXPECTED_ERRORS = (ConflictError, NotFoundError, StaleError)
 
+DANGLING = """
+    select m.conversation_id, m.seq, m.parent_seq from chatdb.messages as m
+    where m.parent_seq > 0 and not exists (
+        select from chatdb.messages as p
+        where p.user_id = m.user_id and p.conversation_id = m.conversation_id and p.seq = m.parent_seq
+    )
+"""
+"""The messages whose parent is not stored."""
+WRONG_HEADS = """
+    select c.id, c.last_seq, h.seq, newest.seq
+    from (
+        select *, case when head_last_seq = last_seq then head_seq else last_seq end as effective
+        from chatdb.conversations
+    ) as c
+    left join chatdb.messages as h on h.user_id = c.user_id and h.conversation_id = c.id and h.seq = c.effective
+    left join lateral (
+        select max(m.seq) as seq from chatdb.messages as m where m.user_id = c.user_id and m.conversation_id = c.id
+    ) as newest on true
+    where (c.effective > 0 and h.seq is null)
+       or (c.head_last_seq = c.last_seq and c.head_is_newest and newest.seq > c.effective)
+"""
+"""The conversations whose head is not stored, or is not the newest message although it says so."""
+
 
 def message(chance: random.Random) -> dict[str, Any]:
     """Return a message that has one of a few keys, or none."""
@@ -39,6 +62,7 @@ def writes(
     patch = {chance.choice("xyz"): chance.choice([None, 1])}
     place = {"seq": chance.randrange(1, 20)} if chance.random() < 0.5 else {"key": chance.choice("123456")}
     batch = [{"role": "user", "content": key, "key": key} for key in chance.sample("123456789", chance.randrange(1, 6))]
+    parent = chance.randrange(20)
     return [
         lambda: chatdb.create_conversation(db, **USER, key=name, messages=[message(chance)]),
         lambda: chatdb.create_conversation(db, **USER, key=name, expected=NEW),
@@ -57,6 +81,13 @@ def writes(
         lambda: chatdb.delete_message(db, **at, **place),
         lambda: chatdb.delete_messages_after(db, **at, after_seq=chance.randrange(20)),
         lambda: chatdb.pop_message(db, **at),
+        lambda: chatdb.append_message(db, **at, **message(chance), parent_seq=parent),
+        lambda: chatdb.append_message(db, **at, **message(chance), parent_seq=parent, expected=expected),
+        lambda: chatdb.append_messages(db, **at, messages=batch, parent_seq=parent),
+        lambda: chatdb.append_messages(db, **at, messages=batch, parent_seq=parent, on_existing="skip", create=True),
+        lambda: chatdb.switch_branch(db, **at, **place, expected=expected),
+        lambda: chatdb.delete_branch(db, **at, **place, expected=expected),
+        lambda: chatdb.fork_conversation(db, **at, new_key=str(chance.randrange(CONVERSATIONS))),
         lambda: (
             chatdb.replace_messages_after(db, **at, after_seq=chance.randrange(20), messages=batch, expected=stored)
             if stored
@@ -106,6 +137,8 @@ def test_no_deadlock(dsn: str, loop: str, request: pytest.FixtureRequest) -> Non
         )
         == []
     )
+    assert query(dsn, DANGLING) == []
+    assert query(dsn, WRONG_HEADS) == []
     figure(f"{sum(outcomes.values())} random writes of {TASKS} tasks on {loop}: 0 deadlocks; {dict(outcomes)}")
 
 

@@ -78,6 +78,8 @@ class Model:
         self.user = user
         self.conversations: dict[int, Conversation] = {}
         self.messages: dict[int, dict[int, Message]] = {}
+        self.moved: dict[int, tuple[int, bool]] = {}
+        """The last_seq at which the head of a conversation was set, and whether it was the newest message."""
 
     def add(self, conversation: Conversation) -> None:
         """Add a stored conversation."""
@@ -116,6 +118,98 @@ class Model:
         """Return the newest messages, oldest first."""
         return [self.messages[number][seq] for seq in sorted(self.messages[number])][-limit:]
 
+    def parent(self, number: int, seq: int) -> int:
+        """Return the seq of a message's parent."""
+        found = self.messages[number][seq].parent_seq
+        return max((each for each in self.messages[number] if each < seq), default=0) if found is None else found
+
+    def line(self, number: int, top: int | None = None) -> list[Message]:
+        """Return the messages of the line that ends with the head or another message."""
+        seq = self.conversations[number].head_seq if top is None else top
+        found: list[Message] = []
+        while seq:
+            found.append(self.messages[number][seq])
+            seq = self.parent(number, seq)
+        return found[::-1]
+
+    def versions(self, number: int, limit: int, before: int) -> dict[int, list[int]]:
+        """Return the messages of a page of the line that have other versions, with the seqs of all."""
+        page = [each.seq for each in self.line(number) if each.seq < before][-limit:]
+        parents = {seq: self.parent(number, seq) for seq in sorted(self.messages[number])}
+        found = {seq: [other for other in parents if parents[other] == parents[seq]] for seq in page}
+        return {seq: seqs for seq, seqs in found.items() if len(seqs) > 1}
+
+    def subtree(self, number: int, seq: int) -> set[int]:
+        """Return a version and all that follows it."""
+        found = {seq}
+        for other in sorted(self.messages[number]):
+            if self.parent(number, other) in found:
+                found.add(other)
+        return found
+
+    def context(self, number: int, max_tokens: int, limit: int) -> list[Message]:
+        """Return the newest messages of the line that fit, and its leading message."""
+
+        def tokens(message: Message) -> int:
+            return len(message.content) // 4 + 1 if message.token_count is None else message.token_count
+
+        line = self.line(number)
+        lead = [each for each in line[:1] if each.role in {"system", "developer"}]
+        left = max_tokens - sum(map(tokens, lead))
+        fitting: list[Message] = []
+        for message in line[len(lead) :][-limit:][::-1]:
+            left -= tokens(message)
+            if left < 0:
+                break
+            fitting.insert(0, message)
+        is_all = len(fitting) == len(line) - len(lead)
+        for place, message in enumerate(fitting):
+            roles = [each.role for each in fitting[place:] if each.role in {"assistant", "tool"}]
+            if roles[:1] != ["tool"] and (message.role == "user" or (place == 0 and is_all)):
+                return lead + fitting[place:]
+        return lead if sum(map(tokens, lead)) <= max_tokens else []
+
+    def move(self, number: int, head: int) -> None:
+        """Make a message the head."""
+        conversation = self.conversations[number]
+        self.moved[number] = (conversation.last_seq, head >= max(self.messages[number], default=0))
+        self.conversations[number] = conversation.model_copy(update={"head_seq": head})
+
+    def next_parent(self, number: int, given: int | None) -> int | None:
+        """Return the `parent_seq` that the next message has."""
+        conversation = self.conversations[number]
+        last_seq, is_newest = self.moved.get(number, (None, False))
+        is_moved = last_seq == conversation.last_seq
+        parent = conversation.head_seq if given is None else given
+        if parent == conversation.last_seq or (is_moved and is_newest and parent == conversation.head_seq):
+            return None
+        return parent
+
+    def remove(self, number: int, seq: int) -> None:
+        """Delete a message, whose children get its parent."""
+        follows, gone = self.parent(number, seq), self.messages[number][seq]
+        following = min((each for each in self.messages[number] if each > seq), default=None)
+        del self.messages[number][seq]
+        for each in list(self.messages[number].values()):
+            is_child = each.parent_seq == seq
+            is_next = each.seq == following and each.parent_seq is None and gone.parent_seq is not None
+            if is_child or is_next:
+                self.messages[number][each.seq] = each.model_copy(update={"parent_seq": follows})
+        if self.conversations[number].head_seq == seq:
+            self.move(number, follows)
+        self.edit(number)
+
+    def cut(self, number: int, after_seq: int) -> list[int]:
+        """Delete the messages after a position, on every branch, without raising the revision."""
+        head = self.conversations[number].head_seq
+        left = [each.seq for each in self.line(number) if each.seq <= after_seq]
+        gone = [seq for seq in self.messages[number] if seq > after_seq]
+        for seq in gone:
+            del self.messages[number][seq]
+        if head > after_seq:
+            self.move(number, max(left, default=0))
+        return gone
+
     def edit(self, number: int, **changes: Any) -> None:
         """Change a conversation, which raises its revision."""
         found = self.conversations[number]
@@ -127,11 +221,12 @@ class Model:
             found = self.conversations[number]
             self.conversations[number] = found.model_copy(update={"metadata": merged(found.metadata, patch)})
 
-    def store(self, number: int, batch: list[NewMessage], answer: Any) -> list[Message]:
+    def store(self, number: int, batch: list[NewMessage], answer: Any, parent_seq: int | None = None) -> list[Message]:
         """Append messages, with the ids and the time from `answer`, which the model cannot predict."""
         conversation = self.conversations[number]
         if not batch:
             return []
+        parent = self.next_parent(number, parent_seq)
         now = answer[0].created_at
         assert now >= conversation.updated_at
         new = [
@@ -140,6 +235,7 @@ class Model:
                 conversation_id=number,
                 user_id=self.user,
                 seq=conversation.last_seq + place,
+                parent_seq=parent if place == 1 else None,
                 role=item.role,
                 content=item.content,
                 payload=as_text(item.payload),
@@ -154,6 +250,7 @@ class Model:
         self.conversations[number] = conversation.model_copy(
             update={
                 "last_seq": conversation.last_seq + len(new),
+                "head_seq": conversation.last_seq + len(new),
                 "revision": conversation.revision + len(new),
                 "updated_at": now,
             }
@@ -169,25 +266,24 @@ class Model:
         if options.skip:
             batch = [item for item, found in zip(batch, stored, strict=True) if found is None]
             if not is_expected:
-                return StaleError if batch else []
+                return StaleError if batch or not stored else []
+            if stored and not batch:
+                return []
         elif any(stored):
             same = (found is not None and body(found) == body(item) for found, item in zip(stored, batch, strict=True))
             return [found for found in stored if found] if all(same) else ConflictError
         if not is_expected:
             return StaleError
+        if options.parent_seq and options.parent_seq not in self.messages[number]:
+            return MessageNotFoundError
         if batch:
             self.patch(number, options.patch)
         elif not stored and options.patch is not None:
+            before = self.conversations[number].metadata
             self.patch(number, options.patch)
-            self.edit(number)
-        return self.store(number, batch, answer)
-
-    def delete(self, number: int, gone: list[int]) -> None:
-        """Delete messages, which raises the revision if there are any."""
-        for seq in gone:
-            del self.messages[number][seq]
-        if gone:
-            self.edit(number)
+            if self.conversations[number].metadata != before:
+                self.edit(number)
+        return self.store(number, batch, answer, options.parent_seq)
 
     def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Return the rows that the tables should hold."""
@@ -213,6 +309,7 @@ class Options(NamedTuple):
     patch: dict[str, Any] | None = None
     create: bool = False
     skip: bool = False
+    parent_seq: int | None = None
 
 
 def as_expected(conversation: Conversation, expected: Any) -> bool:
@@ -255,13 +352,14 @@ async def outcome(call: Coroutine[Any, Any, Any]) -> Any:
 
 SNAPSHOT_CONVERSATIONS = """
     select id, user_id, key, title, metadata::text as metadata, last_seq,
+        case when head_last_seq = last_seq then head_seq else last_seq end as head_seq,
         last_seq + edits as revision, created_at, updated_at, archived_at, pinned_at,
         c::text as whole, xmin::text, ctid::text
     from chatdb.conversations as c where user_id = any($1) order by user_id, id
 """
 SNAPSHOT_MESSAGES = """
-    select id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata,
-        token_count, key, created_at, m::text as whole, xmin::text, ctid::text
+    select id, conversation_id, user_id, seq, parent_seq, role, content, payload::text as payload,
+        metadata::text as metadata, token_count, key, created_at, m::text as whole, xmin::text, ctid::text
     from chatdb.messages as m where user_id = any($1) order by user_id, conversation_id, seq
 """
 
@@ -296,13 +394,18 @@ orders = st.sampled_from(
     )
 )
 options = st.just(Options()) | st.builds(
-    Options, expected=expectations | st.just(NEW), patch=st.none() | patches, create=st.booleans(), skip=st.booleans()
+    Options,
+    expected=expectations | st.just(NEW),
+    patch=st.none() | patches,
+    create=st.booleans(),
+    skip=st.booleans(),
+    parent_seq=st.none() | places,
 )
 
 
 def messages(keys: st.SearchStrategy[str | None]) -> st.SearchStrategy[NewMessage]:
     """Draw any message, or a plain one that is likely to repeat a body."""
-    role = st.sampled_from(("user", "assistant"))
+    role = st.sampled_from(("user", "assistant", "system", "tool"))
     plain = st.builds(partial(NewMessage, role="user", content="a"), key=keys)
     return plain | st.builds(
         NewMessage,
@@ -349,13 +452,17 @@ class Isolation(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        """Create two conversations for every user, with the same id, key and message keys."""
+        """Create two conversations for every user, with the same id, key and message keys; the second has branches."""
         for model in self.models:
             self.adopt(model)
             self.create(model, title=None, key="k", metadata=None)
             for address in (1, "k"):
                 for key in ("k", "l"):
                     self.append_to(model, address, NewMessage(role="user", content="a", key=key))
+            for parent_seq in (1, None, 0, 1, None):
+                options = Options(parent_seq=parent_seq)
+                self.append_with(model, "k", [NewMessage(role="user", content="b")], options)
+            self.switch(model, "k", {"seq": 2}, None)
 
     def adopt(self, model: Model) -> Conversation:
         """Store a conversation under an id that other users also have, as adopted tables can."""
@@ -374,6 +481,7 @@ class Isolation(RuleBasedStateMachine):
             user_id=model.user,
             key=key,
             last_seq=0,
+            head_seq=0,
             revision=0,
             created_at=answer.created_at,
             updated_at=answer.created_at,
@@ -417,6 +525,7 @@ class Isolation(RuleBasedStateMachine):
             "expected": options.expected,
             "conversation_metadata_patch": options.patch,
             "create": options.create,
+            "parent_seq": options.parent_seq,
         }
         creates = options.create and number is None and options.expected in (None, NEW)
         if len(batch) == 1 and not options.skip:
@@ -425,7 +534,9 @@ class Isolation(RuleBasedStateMachine):
         else:
             arguments |= {"messages": batch, "on_existing": "skip" if options.skip else "conflict"}
             answer = self.call(model, chatdb.append_messages, at, creates=creates, **arguments)
-        if creates:
+        if creates and options.parent_seq:
+            self.settle(model, answer, MessageNotFoundError)
+        elif creates:
             get = chatdb.get_conversation(self.db, user_id=model.user, **at)
             number = self.created(model, self.run(get), at["conversation_key"], title=None, metadata=None).id
             options = options._replace(expected=None)
@@ -433,6 +544,26 @@ class Isolation(RuleBasedStateMachine):
             self.settle(model, answer, model.store(number, batch, answer))
         elif number is not None:
             self.settle(model, answer, model.append(number, batch, answer, options))
+
+    def switch(self, model: Model, address: int | str, place: dict[str, Any], expectation: Any) -> None:
+        """Make the newest message that follows a version the head."""
+        at, number = self.where(model, address)
+        expected = self.expected(model.conversations.get(number), expectation)
+        answer = self.call(model, chatdb.switch_branch, at, expected=expected, **place)
+        if number is None:
+            return
+        stored = model.message(number, place)
+        if not as_expected(model.conversations[number], expected):
+            self.settle(model, answer, StaleError)
+        elif stored is None:
+            self.settle(model, answer, MessageNotFoundError)
+        else:
+            head = max(model.subtree(number, stored.seq))
+            is_other = head != model.conversations[number].head_seq
+            model.move(number, head)
+            if is_other:
+                model.edit(number)
+            self.settle(model, answer, model.conversations[number])
 
     # helpers
 
@@ -572,7 +703,7 @@ class Isolation(RuleBasedStateMachine):
         at, number = self.where(model, address)
         answer = self.call(model, chatdb.load_conversation, at, limit=limit)
         if number is not None:
-            self.settle(model, answer, (model.conversations[number], model.newest(number, limit)))
+            self.settle(model, answer, (model.conversations[number], model.line(number)[-limit:]))
 
     @rule(
         user=users,
@@ -600,7 +731,7 @@ class Isolation(RuleBasedStateMachine):
             return
         page: list[Any] = model.page(order, limit, place)
         if function is chatdb.list_previews:
-            page = [(each, next(iter(model.newest(each.id, 1)), None)) for each in page]
+            page = [(each, next(iter(model.line(each.id)[-1:]), None)) for each in page]
         self.settle(model, answer, page)
 
     @rule(user=users, limit=limits)
@@ -749,14 +880,13 @@ class Isolation(RuleBasedStateMachine):
         elif any(found is not None and found.seq <= after_seq for found in stored):
             self.settle(model, answer, ConflictError)
         else:
-            for seq in [seq for seq in model.messages[number] if seq > after_seq]:
-                del model.messages[number][seq]
+            model.cut(number, after_seq)
             model.edit(number)
             self.settle(model, answer, model.store(number, batch, answer))
 
     @rule(user=users, address=addresses, expectation=expectations)
     def pop_message(self, user: int, address: int | str, expectation: Any) -> None:
-        """Delete the newest message."""
+        """Delete the newest message of the line."""
         model = self.models[user]
         at, number = self.where(model, address)
         expected = self.expected(model.conversations.get(number), expectation)
@@ -766,9 +896,10 @@ class Isolation(RuleBasedStateMachine):
         if not as_expected(model.conversations[number], expected):
             self.settle(model, answer, StaleError)
             return
-        newest = next(iter(model.newest(number, 1)), None)
-        model.delete(number, [] if newest is None else [newest.seq])
-        self.settle(model, answer, newest)
+        head = next(iter(model.line(number)[-1:]), None)
+        if head is not None:
+            model.remove(number, head.seq)
+        self.settle(model, answer, head)
 
     @rule(user=users, address=addresses, limit=limits, before=st.none() | places | known_keys)
     def get_history(self, user: int, address: int | str, limit: int, before: int | str | None) -> None:
@@ -884,7 +1015,7 @@ class Isolation(RuleBasedStateMachine):
         elif stored is None:
             self.settle(model, answer, MessageNotFoundError)
         else:
-            model.delete(number, [stored.seq])
+            model.remove(number, stored.seq)
             self.settle(model, answer, Deleted(conversations=0, messages=1))
 
     @rule(user=users, address=addresses, after=places | known_keys, expectation=expectations)
@@ -904,9 +1035,96 @@ class Isolation(RuleBasedStateMachine):
             self.settle(model, answer, MessageNotFoundError)
         else:
             start = after if found is None else found.seq
-            gone = [seq for seq in model.messages[number] if seq > start]
-            model.delete(number, gone)
+            gone = model.cut(number, start)
+            if gone:
+                model.edit(number)
             self.settle(model, answer, Deleted(conversations=0, messages=len(gone)))
+
+    # branches
+
+    @rule(user=users, address=addresses, limit=limits, before=st.none() | places, top=st.none() | places)
+    def get_branch(self, user: int, address: int | str, limit: int, before: int | None, top: int | None) -> None:
+        """Read the newest messages of a line, or those before a position."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        answer = self.call(model, chatdb.get_branch, at, limit=limit, before_seq=before, top_seq=top)
+        if number is None:
+            return
+        if top is not None and top not in model.messages[number]:
+            self.settle(model, answer, MessageNotFoundError)
+            return
+        line = [each for each in model.line(number, top) if before is None or each.seq < before]
+        self.settle(model, answer, line[-limit:])
+
+    @rule(user=users, address=addresses, limit=limits, before=st.none() | places)
+    def list_versions(self, user: int, address: int | str, limit: int, before: int | None) -> None:
+        """List the versions of the messages on a page of the line."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        answer = self.call(model, chatdb.list_versions, at, limit=limit, before_seq=before)
+        if number is not None:
+            self.settle(model, answer, model.versions(number, limit, 999 if before is None else before))
+
+    @rule(user=users, address=addresses, max_tokens=st.integers(1, 20), limit=limits)
+    def get_context(self, user: int, address: int | str, max_tokens: int, limit: int) -> None:
+        """Read the newest messages of the line that fit a number of tokens."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        answer = self.call(model, chatdb.get_context, at, max_tokens=max_tokens, limit=limit)
+        if number is not None:
+            self.settle(model, answer, model.context(number, max_tokens, limit))
+
+    @rule(user=users, address=addresses, place=message_places, expectation=expectations)
+    def switch_branch(self, user: int, address: int | str, place: dict[str, Any], expectation: Any) -> None:
+        """Select a version."""
+        self.switch(self.models[user], address, place, expectation)
+
+    @rule(user=users, address=addresses, place=message_places, expectation=expectations)
+    def delete_branch(self, user: int, address: int | str, place: dict[str, Any], expectation: Any) -> None:
+        """Delete a version and all that follows it."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        expected = self.expected(model.conversations.get(number), expectation)
+        answer = self.call(model, chatdb.delete_branch, at, expected=expected, **place)
+        if number is None:
+            return
+        stored = model.message(number, place)
+        if not as_expected(model.conversations[number], expected):
+            self.settle(model, answer, StaleError)
+        elif stored is None:
+            self.settle(model, answer, MessageNotFoundError)
+        else:
+            follows, gone = model.parent(number, stored.seq), model.subtree(number, stored.seq)
+            for seq in gone:
+                del model.messages[number][seq]
+            if model.conversations[number].head_seq in gone:
+                model.move(number, follows)
+            model.edit(number)
+            self.settle(model, answer, Deleted(conversations=0, messages=len(gone)))
+
+    @rule(user=users, address=addresses, place=st.just({}) | message_places, new_key=keys)
+    def fork_conversation(self, user: int, address: int | str, place: dict[str, Any], new_key: str | None) -> None:
+        """Copy a line into a new conversation."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        answer = self.call(model, chatdb.fork_conversation, at, new_key=new_key, **place)
+        if number is None:
+            return
+        stored = model.message(number, place) if place else None
+        if place and stored is None:
+            self.settle(model, answer, MessageNotFoundError)
+        elif model.by_key(new_key) is not None:
+            self.settle(model, answer, ConflictError)
+        else:
+            source = model.conversations[number]
+            line = model.line(number, stored.seq if stored else None)
+            new = self.created(model, answer, new_key, title=source.title, metadata=source.metadata)
+            counts = {"last_seq": len(line), "head_seq": len(line), "revision": len(line)}
+            model.conversations[new.id] = new.model_copy(update=counts)
+            for seq, (message, row) in enumerate(zip(line, self.stored(model, new.id), strict=True), start=1):
+                changes = {"id": row.id, "conversation_id": new.id, "seq": seq, "parent_seq": None}
+                model.messages[new.id][seq] = message.model_copy(update=changes)
+            self.settle(model, answer, model.conversations[new.id])
 
 
 @pytest.fixture

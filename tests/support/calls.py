@@ -12,7 +12,7 @@ from chatdb import NEW, UNSET, Conversation, Message
 required = inspect.Parameter.empty
 _CONVERSATION = {"user_id": required, "conversation_id": None, "conversation_key": None}
 _MESSAGE = _CONVERSATION | {"seq": None, "key": None}
-_OPTIONS = {"create": False, "expected": None, "conversation_metadata_patch": None}
+_OPTIONS = {"create": False, "parent_seq": None, "expected": None, "conversation_metadata_patch": None}
 _PAGE = {
     "user_id": required,
     "limit": 20,
@@ -86,6 +86,12 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     },
     "delete_message": _MESSAGE | {"expected": None},
     "delete_messages_after": _CONVERSATION | {"after_seq": None, "after_key": None, "expected": None},
+    "get_branch": _CONVERSATION | {"limit": 100, "before_seq": None, "top_seq": None},
+    "list_versions": _CONVERSATION | {"limit": 100, "before_seq": None},
+    "switch_branch": _MESSAGE | {"expected": None},
+    "delete_branch": _MESSAGE | {"expected": None},
+    "fork_conversation": _MESSAGE | {"new_key": None},
+    "get_context": _CONVERSATION | {"max_tokens": required, "limit": 1000},
 }
 """Every function on user data, with the defaults of its keyword-only parameters."""
 _HELLO = {"role": "user", "content": "hello"}
@@ -122,12 +128,14 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("append_message", _FIRST),
     ("append_message", _HELLO | {"conversation_key": "new", "create": True}),
     ("append_message", _HELLO | {"expected": ..., "conversation_metadata_patch": {"a": 1}}),
+    ("append_message", _HELLO | {"parent_seq": 1}),
     ("append_messages", {"messages": [_HELLO]}),
     ("append_messages", {"messages": [_HELLO | {"key": "newer"}]}),
     ("append_messages", {"messages": [_FIRST]}),
     ("append_messages", {"messages": [_FIRST, _HELLO], "on_existing": "skip"}),
     ("append_messages", {"messages": [_HELLO], "conversation_key": "new", "create": True, "expected": NEW}),
     ("append_messages", {"messages": [_HELLO], "expected": ..., "conversation_metadata_patch": {"a": 1}}),
+    ("append_messages", {"messages": [_HELLO], "parent_seq": 0}),
     ("append_messages", {"messages": []}),
     ("append_messages", {"messages": [], "conversation_key": "new", "create": True}),
     ("upsert_message", _HELLO | {"key": "new"}),
@@ -149,6 +157,17 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("delete_message", {"key": "first", "expected": ...}),
     ("delete_messages_after", {"after_seq": 0}),
     ("delete_messages_after", {"after_key": "first"}),
+    ("get_branch", {}),
+    ("get_branch", {"top_seq": 1, "before_seq": 1}),
+    ("get_branch", {"conversation_key": "thread"}),
+    ("list_versions", {}),
+    ("switch_branch", {"seq": 1}),
+    ("switch_branch", {"key": "first", "expected": ...}),
+    ("fork_conversation", {}),
+    ("fork_conversation", {"key": "first", "new_key": "fork"}),
+    ("get_context", {"max_tokens": 8000}),
+    ("delete_branch", {"seq": 1}),
+    ("delete_branch", {"key": "first", "expected": ...}),
     ("pop_message", {}),
     ("delete_conversation", {}),
     ("delete_user", {}),
@@ -161,6 +180,7 @@ NOBODYS = Conversation(
     title=None,
     metadata=None,
     last_seq=0,
+    head_seq=0,
     revision=0,
     created_at=datetime.now(UTC),
     updated_at=datetime.now(UTC),
@@ -176,7 +196,9 @@ async def conversation_with_a_message(db: Any) -> Conversation:
     message = await chatdb.append_message(
         db, user_id="alice", conversation_id=conversation.id, role="user", content="first", key="first"
     )
-    return conversation.model_copy(update={"last_seq": 1, "revision": 1, "updated_at": message.created_at})
+    return conversation.model_copy(
+        update={"last_seq": 1, "head_seq": 1, "revision": 1, "updated_at": message.created_at}
+    )
 
 
 ALTERNATIVES = {
@@ -238,14 +260,19 @@ async def iterated(db: Any, **arguments: Any) -> list[Message]:
 CONVERSATION_CALLS: dict[str, dict[str, Any]] = {
     "append_message": {"role": "user", "content": "x", "key": "k"},
     "append_messages": {"messages": [{"role": "user", "content": "x", "key": "k"}, {"role": "user", "content": "y"}]},
+    "delete_branch": {"seq": 1},
     "delete_conversation": {},
     "delete_message": {"seq": 1},
     "delete_messages_after": {"after_seq": 0},
+    "fork_conversation": {},
+    "get_branch": {},
+    "get_context": {"max_tokens": 8000},
     "get_conversation": {},
     "get_history": {},
     "get_message": {"seq": 1},
     "iter_messages": {},
     "list_messages": {},
+    "list_versions": {},
     "load_conversation": {},
     "pop_message": {},
     "replace_messages_after": {
@@ -253,6 +280,7 @@ CONVERSATION_CALLS: dict[str, dict[str, Any]] = {
         "messages": [{"role": "user", "content": "x", "key": "k"}],
         "expected": NOBODYS,
     },
+    "switch_branch": {"seq": 1},
     "update_conversation": {"title": "x"},
     "update_message": {"seq": 1, "content": "x"},
     "upsert_message": {"role": "user", "content": "x", "key": "k"},

@@ -13,7 +13,8 @@ INCREMENTAL = {
 INCREMENTAL |= {"list_previews", "list_previews_all", "list_previews_archived"}
 """The files that sort the conversations of a day or of a time, which the index has next to each other."""
 OTHERS = {"append_messages_conditional", "delete_user", "import_conversations", "import_conversations_find"}
-"""The files that sort a batch, or the conversations that they lock."""
+OTHERS |= {"fork_conversation", "get_context", "list_versions"}
+"""The files that sort a batch, the conversations that they lock, or the messages of a line that they number."""
 
 
 def check_plan(live, file):

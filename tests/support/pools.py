@@ -113,6 +113,7 @@ CALLS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
     "append_message, expected": lambda db, at, _: chatdb.append_message(
         db, **_USER, expected=_etag(at), conversation_metadata_patch={"a": None}, **at
     ),
+    "append_message, parent": lambda db, at, _: chatdb.append_message(db, **_USER, parent_seq=1, **at),
     "append_messages": lambda db, at, n: chatdb.append_messages(db, messages=batch(n, keyed=False), **at),
     "append_messages, none": lambda db, at, _: chatdb.append_messages(db, messages=[], **at),
     "append_messages, new keys": lambda db, at, n: chatdb.append_messages(db, messages=batch(n + 1, keyed=True), **at),
@@ -122,6 +123,9 @@ CALLS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
     ),
     "append_messages, create": lambda db, at, n: chatdb.append_messages(
         db, messages=batch(n, keyed=False), user_id=at["user_id"], conversation_key=f"new {n}", create=True
+    ),
+    "append_messages, parent": lambda db, at, n: chatdb.append_messages(
+        db, messages=batch(n, keyed=False), parent_seq=1, **at
     ),
     "check_schema": lambda db, _, __: chatdb.check_schema(db),
     "create_conversation": lambda db, at, _: chatdb.create_conversation(db, user_id=at["user_id"]),
@@ -135,6 +139,8 @@ CALLS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
     "create_conversation, messages and a stored key": lambda db, at, n: chatdb.create_conversation(
         db, user_id=at["user_id"], key="key", messages=batch(n, keyed=True)
     ),
+    "delete_branch": lambda db, at, _: chatdb.delete_branch(db, seq=1, **at),
+    "delete_branch, expected": lambda db, at, _: chatdb.delete_branch(db, key="key", **_by_key(at), expected=_etag(at)),
     "delete_conversation": lambda db, at, _: chatdb.delete_conversation(db, **at),
     "delete_conversation, expected": lambda db, at, _: chatdb.delete_conversation(
         db, **_by_key(at), expected=_etag(at)
@@ -148,6 +154,11 @@ CALLS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
         db, after_key="key", **_by_key(at), expected=_etag(at)
     ),
     "delete_user": lambda db, at, _: chatdb.delete_user(db, user_id=at["user_id"]),
+    "fork_conversation": lambda db, at, _: chatdb.fork_conversation(db, **at),
+    "fork_conversation, another": lambda db, at, _: chatdb.fork_conversation(db, seq=1, new_key="fork", **_by_key(at)),
+    "get_branch": lambda db, at, _: chatdb.get_branch(db, **at),
+    "get_branch, by key": lambda db, at, _: chatdb.get_branch(db, top_seq=1, before_seq=1, **_by_key(at)),
+    "get_context": lambda db, at, _: chatdb.get_context(db, max_tokens=8000, **at),
     "get_conversation": lambda db, at, _: chatdb.get_conversation(db, **at),
     "get_conversation, by key": lambda db, at, _: chatdb.get_conversation(db, **_by_key(at)),
     "get_history": lambda db, at, _: chatdb.get_history(db, **at),
@@ -160,6 +171,7 @@ CALLS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
     "list_messages, after a key": lambda db, at, _: chatdb.list_messages(db, after_key="key", **_by_key(at)),
     "list_messages, none left": lambda db, at, _: chatdb.list_messages(db, after_seq=1000, **at),
     "list_pinned": lambda db, at, _: chatdb.list_pinned(db, user_id=at["user_id"]),
+    "list_versions": lambda db, at, _: chatdb.list_versions(db, **at),
     "load_conversation": lambda db, at, _: chatdb.load_conversation(db, **at),
     "load_conversation, by key": lambda db, at, _: chatdb.load_conversation(db, **_by_key(at)),
     "pop_message": lambda db, at, _: chatdb.pop_message(db, **at),
@@ -167,6 +179,8 @@ CALLS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
     "replace_messages_after": lambda db, at, n: chatdb.replace_messages_after(
         db, after_seq=1, messages=batch(n + 1, keyed=True), expected=_etag(at), **at
     ),
+    "switch_branch": lambda db, at, _: chatdb.switch_branch(db, seq=1, **at),
+    "switch_branch, expected": lambda db, at, _: chatdb.switch_branch(db, key="key", **_by_key(at), expected=_etag(at)),
     "update_conversation": lambda db, at, n: chatdb.update_conversation(db, title=f"{n}", **at),
     "update_conversation, nothing": lambda db, at, _: chatdb.update_conversation(db, **at),
     "update_conversation, expected": lambda db, at, _: chatdb.update_conversation(

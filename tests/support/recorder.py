@@ -26,16 +26,19 @@ STORED = {
     "title": "T",
     "metadata": '{"m": 2}',
     "last_seq": 8,
+    "head_seq": 7,
     "revision": 11,
     "created_at": NOW,
     "updated_at": NOW + timedelta(hours=1),
     "archived_at": NOW + timedelta(hours=2),
     "pinned_at": NOW + timedelta(hours=3),
     "seq": 9,
+    "parent_seq": 6,
     "role": "user",
     "content": "hello",
     "payload": '{"p": 1}',
     "token_count": 5,
+    "seqs": ["9", "10"],
     "conversations": 1,
     "messages": 2,
 }
@@ -80,6 +83,8 @@ OPTIONS = [
     NAMED | CREATE | {"expected": READ.etag},
     CHAT | {"conversation_metadata_patch": PATCH},
     CHAT | {"conversation_metadata_patch": {}},
+    CHAT | {"parent_seq": 6},
+    NAMED | CREATE | {"parent_seq": 0},
 ]
 """The options of both appends."""
 
@@ -159,12 +164,23 @@ CALLS = [
     *_calls("delete_messages_after", "delete_messages_after", *(each | {"after_seq": 9} for each in CONVERSATIONS)),
     *_calls("delete_messages_after", "delete_messages_after", *(each | {"after_key": "k"} for each in CONVERSATIONS)),
     *_calls("delete_messages_after", "delete_messages_after", CHAT | {"after_seq": 0} | EXPECTED),
+    *_calls("get_branch", "get_branch", CHAT | {"limit": 7}, CHAT | {"limit": 7, "before_seq": 9}),
+    *_calls("get_branch", "get_branch_top", NAMED | {"limit": 7}),
+    *_calls("get_branch", "get_branch_top", *(each | {"top_seq": 7, "before_seq": 9} for each in CONVERSATIONS)),
+    *_calls("list_versions", "list_versions", *(each | {"limit": 7} for each in CONVERSATIONS)),
+    *_calls("list_versions", "list_versions", CHAT | {"before_seq": 9}),
+    *_calls("switch_branch", "switch_branch", *MESSAGES, MESSAGES[0] | EXPECTED),
+    *_calls("delete_branch", "delete_branch", *MESSAGES, MESSAGES[0] | EXPECTED),
+    *_calls("fork_conversation", "fork_conversation", *CONVERSATIONS, *(each | {"new_key": "n"} for each in MESSAGES)),
+    *_calls("get_context", "get_context", *(each | {"max_tokens": 8000, "limit": 7} for each in CONVERSATIONS)),
     ("check_schema", "check_schema", {}),
 ]
 """Functions, each with the file that it sends and distinct arguments."""
 
 STARTS = {
     "get_history": {"before_seq": 2**63 - 1},
+    "get_branch": {"before_seq": 2**63 - 1},
+    "list_versions": {"before_seq": 2**63 - 1},
     "list_messages": {"after_seq": 0},
     "iter_messages": {"after_seq": 0},
 }
@@ -279,6 +295,14 @@ def name_of(query):
     return query.partition("\n")[0].removeprefix("--chatdb.")
 
 
+class Row(dict):
+    """A row whose values can also be read by their position, as those of asyncpg's rows."""
+
+    def __getitem__(self, key):
+        """Return the value of a column."""
+        return [*self.values()][key] if isinstance(key, int) else super().__getitem__(key)
+
+
 class Recorder:
     """A database that answers every statement with the same rows, after running it on the real one, if given."""
 
@@ -294,7 +318,7 @@ class Recorder:
         self.timeout = timeout
         if self.real is not None:
             await self.real.fetch(query, *args)
-        return self.rows.copy()
+        return [Row(row) for row in self.rows] if isinstance(self.rows, list) else self.rows
 
 
 class Block(nullcontext):
@@ -375,21 +399,25 @@ def _days(number):
 
 
 def _message(seq, key):
-    full = SourceMessage(seq, "tool", f"content {key}", '{"p": 1}', '{"m": 2}', 5, key, _days(10 + seq))
+    parent_seq = 1 if key == "c3" else None
+    full = SourceMessage(seq, "tool", f"content {key}", '{"p": 1}', '{"m": 2}', 5, key, _days(10 + seq), parent_seq)
     return full._replace(payload=None, metadata=None, token_count=None, key=None) if key == "b1" else full
 
 
 IMPORT = [
     SourceConversation("a", "A", '{"m": 1}', 1, None, _days(1)),
     _message(1, "a1"),
-    SourceConversation(None, None, None, 4, _days(2), _days(3), _days(5), _days(6)),
+    SourceConversation(None, None, None, 4, _days(2), _days(3), _days(5), _days(6), 2),
     _message(1, "b1"),
     Skipped("it is broken", messages=3),
-    SourceConversation(None, "C", None, 3, _days(2), _days(4)),
+    SourceConversation(None, "C", None, 3, _days(2), _days(4), head_seq=2),
     _message(2, "c2"),
     _message(3, "c3"),
 ]
-"""A file: its second conversation ends early, and all but the last message of the third are already stored."""
+"""
+A file: its second conversation ends early. Of the third, all but the last message were stored, and the user has deleted
+the first since, which the last one follows.
+"""
 
 TRANSFERRED = {
     "import_conversations_find": [
@@ -398,6 +426,7 @@ TRANSFERRED = {
     ],
     "import_conversations": [{"id": 51}, {"id": 52}],
     "import_conversations_extend": [{"id": 53}],
+    "import_conversations_parents": [{"ordinality": 2, "seq": 2}],
     "import_conversations_messages": [{"messages": 3}],
     "export_conversations": [],
     "export_conversations_messages": [],
@@ -405,8 +434,8 @@ TRANSFERRED = {
 }
 
 
-def _extension(number, old, new, time):
-    values = {"ids": number, "old_last_seqs": old, "new_last_seqs": new, "updated_ats": time}
+def _extension(number, old, new, time, head):
+    values = {"ids": number, "old_last_seqs": old, "new_last_seqs": new, "updated_ats": time, "head_seqs": head}
     return {name: _texts([value]) for name, value in values.items()}
 
 
@@ -426,31 +455,40 @@ IMPORTED = [
         USER
         | {"keys": ["a", None], "titles": ["A", None], "metadatas": ['{"m": 1}', None], "last_seqs": _texts([1, 4])}
         | {"created_ats": _texts([NOW, _days(2)]), "updated_ats": _texts([_days(1), _days(3)])}
-        | {"archived_ats": _texts([None, _days(5)]), "pinned_ats": _texts([None, _days(6)])},
+        | {"archived_ats": _texts([None, _days(5)]), "pinned_ats": _texts([None, _days(6)])}
+        | {"head_seqs": _texts([1, 2])},
     ),
     (
         "import_conversations_extend",
-        USER | _extension(53, 2, 3, _days(4)),
+        USER | _extension(53, 2, 3, _days(4), 3),
+    ),
+    (
+        "import_conversations_parents",
+        USER | {"conversation_ids": _texts([53, 53]), "seqs": _texts([1, 2])},
     ),
     (
         "import_conversations_extend",
-        USER | _extension(52, 4, 1, _days(3)),
+        USER | _extension(53, 3, 3, _days(4), 2),
+    ),
+    (
+        "import_conversations_extend",
+        USER | _extension(52, 4, 1, _days(3), 1),
     ),
 ]
 """What the import of this file sends, by the names in the headers."""
 
 COPIED = [
-    USER | {"conversation_id": conversation} | _message(seq, key)._asdict()
-    for conversation, seq, key in [(51, 1, "a1"), (52, 1, "b1"), (53, 3, "c3")]
+    USER | {"conversation_id": conversation} | _message(seq, key)._asdict() | {"parent_seq": parent}
+    for conversation, seq, key, parent in [(51, 1, "a1", None), (52, 1, "b1", None), (53, 3, "c3", 0)]
 ]
 """What it copies, by column."""
 
 INSERTED = [
-    *IMPORTED[:3],
+    *IMPORTED[:5],
     (
         "import_conversations_messages",
         USER | {f"{name}s": _texts(row[name] for row in COPIED) for name in COPIED[0] if name != "user_id"},
     ),
-    *IMPORTED[3:],
+    *IMPORTED[5:],
 ]
 """What it sends instead of IMPORTED and COPIED with row-level security on."""

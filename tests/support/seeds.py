@@ -27,7 +27,7 @@ FILES = (
                 "update_time": 2.5,
                 "current_node": "n",
                 "mapping": {
-                    "r": {"id": "r", "message": None, "parent": None, "children": ["n"]},
+                    "r": {"id": "r", "message": None, "parent": None, "children": ["n", "m"]},
                     "n": {
                         "id": "n",
                         "parent": "r",
@@ -39,16 +39,29 @@ FILES = (
                             "content": {"content_type": "text", "parts": ["hi"]},
                         },
                     },
+                    "m": {
+                        "id": "m",
+                        "parent": "r",
+                        "children": [],
+                        "message": {
+                            "id": "m",
+                            "author": {"role": "assistant"},
+                            "create_time": None,
+                            "content": {"content_type": "code", "text": "ho"},
+                        },
+                    },
                 },
             }
         ]
     ),
     '{"type": "chatdb", "version": 1}\n'
-    '{"type": "conversation", "key": "k", "title": null, "metadata": null, "last_seq": 1, '
-    '"created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z"}\n'
+    '{"type": "conversation", "key": "k", "title": null, "metadata": null, "last_seq": 2, '
+    '"head_seq": 1, "created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z"}\n'
     '{"type": "message", "seq": 1, "role": "user", "content": "x", "payload": null, "metadata": null, '
     '"token_count": null, "key": null, "created_at": "2026-01-01T00:00:00Z"}\n'
-    '{"type": "end", "conversations": 1, "messages": 1}\n',
+    '{"type": "message", "seq": 2, "role": "user", "content": "y", "payload": null, "metadata": null, '
+    '"token_count": null, "key": null, "created_at": "2026-01-01T00:00:00Z", "parent_seq": 0}\n'
+    '{"type": "end", "conversations": 1, "messages": 2}\n',
 )
 WORDS = {
     "dsn": ("%zz", "%00", "%ff", "#", "@", "[", "]", ",", "port=", "sslmode=verify-full", "connect_timeout="),

@@ -22,20 +22,22 @@ HEADER = re.compile(
     r"(?:(?P<parameters>(?:-- \$.*\n)+)--\n)?"
     r"-- returns (?P<number>one|many) (?P<record>\w+)(?:(?P<joint> and |, then many )(?P<second>\w+))?"
     r"(?: without (?P<given>\w+(?:(?:, | and )\w+)*))?"
-    r"(?:, (?P<relation>or|then) an existence row: (?P<existence>\S.*))?\n"
+    r"(?:, (?P<relation>or|then) an existence row(?:: (?P<existence>\S.*))?)?\n"
     r"(?:-- refuses with (?P<refusals>\w+(?:, \w+)*)\n)?"
-    r"(?:-- served by (?P<indexes>\w+(?:, \w+)*)\n)?"
+    r"(?:-- served by (?P<indexes>\w+(?:,(?: |\n-- )\w+)*)\n)?"
     r"\n"
     r"(?P<body>[^\n][\s\S]*\S)\n"
 )
 PARAMETER = re.compile(
     r"-- \$(?P<number>\d+) (?P<name>\w+) (?P<type>\w+(?:\[\])?)(?P<null> null)?(?: {4}(?P<remark>\S.*))?"
 )
+ALWAYS = "always"
+"""The existence row of a header that names no condition for it."""
 NEVER_NULL = {"count", "row_number", "concat_ws"}  # concat_ws with a separator that is not null
 HARMLESS = {
-    *("cardinality", "coalesce", "concat", "concat_ws", "count", "current_setting", "format_type"),
-    *("pg_get_constraintdef", "pg_get_expr", "pg_get_indexdef", "quote_ident", "replace", "row_number"),
-    *("row_security_active", "statement_timestamp", "timezone", "unnest"),
+    *("array_agg", "cardinality", "coalesce", "concat", "concat_ws", "count", "current_setting", "format_type"),
+    *("max", "min", "octet_length", "pg_get_constraintdef", "pg_get_expr", "pg_get_indexdef", "quote_ident"),
+    *("replace", "row_number", "row_security_active", "statement_timestamp", "sum", "timezone", "unnest"),
 }
 """The functions allowed in statements. Others, such as query_to_xml, could read tables named in a text."""
 TEXTS = {path.stem: path.read_text(encoding="utf-8") for path in statement_files()}
@@ -122,9 +124,9 @@ def parse(text: str) -> SqlFile:
         has_own_rows=(header["joint"] or "").startswith(","),
         given=tuple(re.split(", | and ", header["given"])) if header["given"] else (),
         relation=header["relation"],
-        existence=header["existence"],
+        existence=header["existence"] or (ALWAYS if header["relation"] else None),
         refusals=tuple((header["refusals"] or "").split(", ")) if header["refusals"] else (),
-        indexes=frozenset((header["indexes"] or "").split(", ")) - {""},
+        indexes=frozenset(re.findall(r"\w+", header["indexes"] or "")),
         sql=f"--chatdb.{header['name']}\n{named(header['name'], header['body'])}",
     )
 
@@ -248,6 +250,8 @@ def existence_gaps(file: SqlFile) -> list[str]:
     if queries[-len(blanks) :] != blanks or len(blanks) == len(queries):
         return ["a record after a row that is none"]
     gaps = [gap for query in blanks for gap in _blank_gaps(file, query)]
+    if file.existence == ALWAYS:
+        return gaps + _always_gaps(file, top, blanks)
     if not _writes(file):
         return gaps + _limit_gaps(file, top, *queries)
     if top.limitCount or file.relation == "then":
@@ -267,18 +271,44 @@ def _blank_gaps(file: SqlFile, query: Any) -> list[str]:
     first, *others = map(uncast, columns_of(file, query))
     values = [value for value in others if not _is_null(value)]
     if _is_null(first) and values:  # see HistoryQuery
-        is_by_key = any(parameter.name in {"before_key", "after_key"} for parameter in file.parameters)
+        by = {"before_key", "after_key", "top_seq"} & {parameter.name for parameter in file.parameters}
         places = [others.index(value) for value in values]
         match values:
-            case [ast.ColumnRef() as identifier] if not is_by_key and places == [0]:
+            case [ast.ColumnRef() as identifier] if not by and places == [0]:
                 is_known = names(identifier)[-1] == "id"
-            case [ast.ColumnRef() as identifier, ast.SubLink(subselect=ast.SelectStmt() as sub)] if places == [0, 6]:
-                keys = [names(output.val)[-1] for output in outputs(sub) if isinstance(output.val, ast.ColumnRef)]
-                is_known = is_by_key and names(identifier)[-1] == "id" and keys == ["key"] and _is_single(file, sub)
+            case [ast.ColumnRef() as identifier, ast.SubLink(subselect=ast.SelectStmt() as sub)] if places == [0, 7]:
+                keys = [_text_of(output.val) for output in outputs(sub)]
+                is_known = keys == ["" if by == {"top_seq"} else "key"] and bool(by) and _is_single(file, sub)
+                is_known = is_known and names(identifier)[-1] == "id"
             case _:
                 is_known = False
         gaps += [] if is_known else ["an existence row with other values"]
     return gaps
+
+
+def _text_of(value: Any) -> str | None:
+    """Return the name of a column, or a constant text."""
+    match value:
+        case ast.ColumnRef():
+            return names(value)[-1]
+        case ast.A_Const(val=ast.String() as text):
+            return str(text.sval)
+        case _:
+            return None
+
+
+def _always_gaps(file: SqlFile, top: Any, blanks: list[Any]) -> list[str]:
+    """Return what lets an existence row be missing, or come before a record."""
+    is_plain = not top.limitCount and len(blanks) == 1 and not _writes(file)
+    (blank,) = blanks[:1]
+    sources = Level(blank).sources
+    is_of_cte = len(sources) == 1 and isinstance(sources[0].node, ast.RangeVar) and not is_table(sources[0].node)
+    if not (is_plain and is_of_cte and blank.whereClause is None and not blank.limitCount):
+        return ["an existence row that may be missing"]
+    conversation, *others = Level(file.ctes[sources[0].node.relname]).sources
+    columns = [names(part.lexpr)[-1] for part in conversation.conditions if _is_operator(part, "=")]
+    is_all = len(columns) == len(conversation.conditions) and sorted(columns) == ["id", "user_id"] and not others
+    return [] if is_all else ["an existence row that depends on more than the conversation"]
 
 
 UNIQUE = {"conversations": [{"id"}, {"key"}], "messages": [{"conversation_id", "seq"}, {"conversation_id", "key"}]}
@@ -311,7 +341,9 @@ def _is_single_source(file: SqlFile, source: Source) -> bool:
     if not isinstance(source.node, ast.RangeVar):
         return False
     if not is_table(source.node):
-        return _is_single(file, file.ctes[source.node.relname])
+        query = file.ctes[source.node.relname]
+        read = {node.relname for node in _walk(query) if isinstance(node, ast.RangeVar)}
+        return source.node.relname not in read and _is_single(file, query)
     equal = {
         names(part.lexpr)[-1]
         for part in source.conditions
@@ -338,7 +370,10 @@ def _limit_gaps(file: SqlFile, top: Any, *queries: Any) -> list[str]:
         results = [case.args[0].result.val.ival, case.defresult.val.ival]
         is_by_key = isinstance(case.args[0].expr, ast.NullTest) and len(case.args) == 1 and results == [1, 0]
         count = count.lexpr if is_by_key and "user_id" in file.given else None
-    if existence.limitCount or not is_guarded or count is None or count != rows.limitCount:
+    # the statement's own limit also bounds records that are read in order without a sort
+    is_bounded = count is top.limitCount and not rows.sortClause
+    limit = rows.limitCount or (count if is_bounded else None)
+    if existence.limitCount or not is_guarded or count is None or count != limit:
         return ["a limit that is not that of the records"]
     is_parameter = isinstance(count, ast.ParamRef)
     if (file.number, file.relation) not in [("one", "or")] * _is_one(count) + [("many", "then")] * is_parameter:
@@ -375,6 +410,7 @@ class _Facts:
         having = [name for name in having if name in file.ctes]
         conditions = [*conditions, *(part for name in having for part in _conjuncts(file.ctes[name].whereClause))]
         self.conditions = conditions
+        self.seen: list[str] = []
         self.full = {*full, *having}
         self.empty = {name for part in conditions if (name := _without(part))}
         self.arrays = {
@@ -404,8 +440,13 @@ class _Facts:
                 return any(isinstance(one, ast.ParamRef) and one.number in self.arrays for one in arguments)
             case _ if is_table(node):
                 return False
+            case _ if node.relname in self.seen:  # a recursive CTE, which has rows only if its first part has
+                return True
             case _:
-                return node.relname in self.empty or self.is_empty(self.file.ctes[node.relname])
+                self.seen.append(node.relname)
+                is_empty = node.relname in self.empty or self.is_empty(self.file.ctes[node.relname])
+                self.seen.remove(node.relname)
+                return is_empty
 
     def _is_false(self, condition: Any) -> bool:
         match condition:
@@ -458,11 +499,12 @@ def ungiven(file: SqlFile) -> list[str]:
     return gaps
 
 
-def _is_given(file: SqlFile, query: Any, name: str, *, is_new: bool = False) -> bool:
+def _is_given(file: SqlFile, query: Any, name: str, *, is_new: bool = False, outer: list[Source] | None = None) -> bool:
     """
     Return whether a field of a query's rows has the value of the parameter of its name.
 
-    `is_new` tells that the rows have just been inserted, so that ON CONFLICT did not apply.
+    `is_new` tells that the rows have just been inserted, so that ON CONFLICT did not apply. `outer` has the sources
+    beside a lateral subquery.
     """
     if isinstance(query, ast.SelectStmt) and query.op != SetOperation.SETOP_NONE:
         return all(_is_given(file, branch, name, is_new=is_new) for branch in branches(query))
@@ -472,14 +514,15 @@ def _is_given(file: SqlFile, query: Any, name: str, *, is_new: bool = False) -> 
     [source] = [level.source_of(uncast(output.val)) for output in outputs(query) if _name(output) == "id"]
     if name == "user_id" and is_table(source.node):
         return _is_guarded(source, level)
+    level.sources += outer or []
     for condition in source.conditions:
         parts = condition.args if _is_or(condition) else [condition]
         fresh = [part for part in parts if _is_fresh(part)]
         if all(_compares(file, part, level, name) for part in parts if part not in fresh) and (
-            not fresh or _is_sources(file, source, name, is_new=True)
+            not fresh or _is_sources(file, source, level, name, is_new=True)
         ):
             return True
-    return not is_table(source.node) and _is_sources(file, source, name, is_new=is_new)
+    return not is_table(source.node) and _is_sources(file, source, level, name, is_new=is_new)
 
 
 def _is_or(condition: Any) -> bool:
@@ -494,9 +537,10 @@ def _is_fresh(condition: Any) -> bool:
     return False
 
 
-def _is_sources(file: SqlFile, source: Source, name: str, *, is_new: bool) -> bool:
+def _is_sources(file: SqlFile, source: Source, level: Level, name: str, *, is_new: bool) -> bool:
     query = getattr(source.node, "subquery", None) or file.ctes[source.node.relname]
-    return _is_given(file, query, name, is_new=is_new)
+    outer = [other for other in level.sources if other is not source] if getattr(source.node, "lateral", False) else []
+    return _is_given(file, query, name, is_new=is_new, outer=outer)
 
 
 def _is_stored(file: SqlFile, query: ast.InsertStmt, name: str, *, is_new: bool) -> bool:
@@ -526,8 +570,12 @@ def _is_in_order(seq: Any) -> bool:
     return is_sum and names(seq.rexpr)[-1] in {"ordinality", "place"}
 
 
-def _is_argument(file: SqlFile, value: Any, level: Level, name: str) -> bool:
-    """Return whether a value is the parameter with a field's name, or an element of the array with its plural."""
+def _is_argument(file: SqlFile, value: Any, level: Level, name: str, *, seen: tuple[str, ...] | None = None) -> bool:
+    """
+    Return whether a value is the parameter with a field's name, or an element of the array with its plural.
+
+    With `seen`, the recursive CTEs that led here, it may also be the column of a table that is equal to the parameter.
+    """
     bare = _bare(value)
     if isinstance(bare, ast.ParamRef):
         return file.parameters[bare.number - 1].name in {name, f"{name}s"}
@@ -542,12 +590,29 @@ def _is_argument(file: SqlFile, value: Any, level: Level, name: str) -> bool:
             arguments = source.node.functions[0][0].args
             place = places.index(column) if column in places else len(arguments)
             return place < len(arguments) and _is_argument(file, arguments[place], level, name)
+        if is_table(source.node):
+            if seen is not None and any(_is_parameter(file, part, column, name) for part in source.conditions):
+                return True
+            continue
+        relation = f"{getattr(source.node, 'relname', '')}.{column}"
+        if seen is not None and relation in seen:
+            return True
         query = getattr(source.node, "subquery", None) or file.ctes.get(getattr(source.node, "relname", None))
         if isinstance(query, ast.SelectStmt):
             inner = [(one, out) for one in named_branches(query) for out in outputs(one) if _name(out) == column]
             if inner:
-                return all(_is_argument(file, output.val, Level(one), name) for one, output in inner)
+                path = None if seen is None else (*seen, relation)
+                return all(_is_argument(file, output.val, Level(one), name, seen=path) for one, output in inner)
     return False
+
+
+def _is_parameter(file: SqlFile, condition: Any, column: str, name: str) -> bool:
+    """Return whether a condition sets a column equal to the parameter of this name."""
+    if not _is_operator(condition, "=") or not isinstance(condition.lexpr, ast.ColumnRef):
+        return False
+    value = _bare(condition.rexpr)
+    is_sent = isinstance(value, ast.ParamRef) and file.parameters[value.number - 1].name == name
+    return is_sent and names(condition.lexpr)[-1] == column
 
 
 def _compares(file: SqlFile, condition: Any, level: Level, name: str) -> bool:
@@ -567,7 +632,7 @@ def _compares(file: SqlFile, condition: Any, level: Level, name: str) -> bool:
                 isinstance(uncast(one), ast.ColumnRef)
                 and names(uncast(one))[-1] == name
                 and not _is_argument(file, one, level, name)
-                and _is_argument(file, other, level, name)
+                and _is_argument(file, other, level, name, seen=())
                 for one, other in pairs
             )
     return False
@@ -605,6 +670,7 @@ class Level:
 
     def __init__(self, query: Any, *, inner: bool = False) -> None:
         self.inner = inner
+        self.is_grouped = bool(getattr(query, "groupClause", None))
         self.sources: list[Source] = []
         if isinstance(query, ast.UpdateStmt | ast.DeleteStmt | ast.InsertStmt):
             self._add(query.relation)
@@ -770,28 +836,45 @@ def nullable(file: SqlFile, columns: Columns) -> list[bool]:
     return found
 
 
-def _may_be_null(value: Any, level: Level, file: SqlFile, columns: Columns) -> bool:
+def _may_be_null(value: Any, level: Level, file: SqlFile, columns: Columns, seen: tuple[str, ...] = ()) -> bool:
     match value:
         case ast.A_Const():
             return bool(value.isnull)
         case ast.TypeCast():
-            return _may_be_null(value.arg, level, file, columns)
+            return _may_be_null(value.arg, level, file, columns, seen)
+        case ast.CaseExpr():
+            return not _is_head(value)
         case ast.A_Expr(kind=A_Expr_Kind.AEXPR_OP):
-            return any(_may_be_null(side, level, file, columns) for side in (value.lexpr, value.rexpr))
+            return any(_may_be_null(side, level, file, columns, seen) for side in (value.lexpr, value.rexpr))
         case ast.MinMaxExpr():
-            return all(_may_be_null(argument, level, file, columns) for argument in value.args)
+            return all(_may_be_null(argument, level, file, columns, seen) for argument in value.args)
         case ast.FuncCall():
-            return value.funcname[-1].sval not in NEVER_NULL
+            name = value.funcname[-1].sval
+            return name not in NEVER_NULL and not (name == "array_agg" and level.is_grouped)
         case ast.SubLink():  # a count alone always returns one row
             (output,) = outputs(value.subselect)
             return not (isinstance(output.val, ast.FuncCall) and output.val.funcname[-1].sval == "count")
         case ast.ColumnRef():
-            return _column_may_be_null(value, level, file, columns)
+            return _column_may_be_null(value, level, file, columns, seen)
         case _:
             return True
 
 
-def _column_may_be_null(column: ast.ColumnRef, level: Level, file: SqlFile, columns: Columns) -> bool:
+def _is_head(case: ast.CaseExpr) -> bool:
+    """Return whether an expression is the head: every write that sets head_last_seq also sets head_seq."""
+    match case:
+        case ast.CaseExpr(
+            args=[ast.CaseWhen(expr=ast.A_Expr(lexpr=ast.ColumnRef() as of, rexpr=ast.ColumnRef() as last) as test)]
+        ) if isinstance(case.args[0].result, ast.ColumnRef) and isinstance(case.defresult, ast.ColumnRef):
+            found = [names(column) for column in (of, last, case.args[0].result, case.defresult)]
+            is_one = len({tuple(name[:-1]) for name in found}) == 1 and _is_operator(test, "=")
+            return is_one and [name[-1] for name in found] == ["head_last_seq", "last_seq", "head_seq", "last_seq"]
+    return False
+
+
+def _column_may_be_null(
+    column: ast.ColumnRef, level: Level, file: SqlFile, columns: Columns, seen: tuple[str, ...]
+) -> bool:
     source, name = level.source_of(column), names(column)[-1]
     if source.outer:
         return True
@@ -799,9 +882,13 @@ def _column_may_be_null(column: ast.ColumnRef, level: Level, file: SqlFile, colu
         return not (source.node.ordinality and name == source.node.alias.colnames[-1].sval)
     if isinstance(source.node, ast.RangeVar) and source.node.schemaname:
         return not columns[source.node.schemaname, source.node.relname][name][1]
-    query = source.node.subquery if isinstance(source.node, ast.RangeSubselect) else file.ctes[source.node.relname]
+    is_subquery = isinstance(source.node, ast.RangeSubselect)
+    relation = f"{'' if is_subquery else source.node.relname}.{name}"
+    if relation in seen and not is_subquery:  # a recursive CTE: null only if its first part is
+        return False
+    query = source.node.subquery if is_subquery else file.ctes[source.node.relname]
     return any(
-        _may_be_null(output.val, Level(branch), file, columns)
+        _may_be_null(output.val, Level(branch), file, columns, (*seen, relation))
         for branch in named_branches(query)
         for output in outputs(branch)
         if _name(output) == name
@@ -822,6 +909,8 @@ def meetings(file: SqlFile) -> dict[int, set[str]]:
 
     for node in file.nodes:
         match node:
+            case ast.A_Expr(kind=A_Expr_Kind.AEXPR_NULLIF):
+                pass  # replaces a value, and names none
             case ast.A_Expr():
                 left, right = (
                     [*side.args] if isinstance(side, ast.RowExpr) else [side] for side in (node.lexpr, node.rexpr)

@@ -60,6 +60,17 @@ def messages(items):
     return [item for item in items if isinstance(item, SourceMessage)]
 
 
+def line(items):
+    """Return the texts of the current line, oldest first."""
+    found = {message.seq: message for message in messages(items)}
+    (head,) = heads(items)
+    seq, texts = head.last_seq if head.head_seq is None else head.head_seq, []
+    while seq:
+        texts.insert(0, found[seq].content)
+        seq = seq - 1 if found[seq].parent_seq is None else found[seq].parent_seq
+    return texts
+
+
 def heads(items):
     """Return the conversations."""
     return [item for item in items if isinstance(item, SourceConversation)]
@@ -313,7 +324,7 @@ def test_what_is_not_counted_is_none():
 
 def test_the_fields_stand_in_the_order_of_the_copy():
     """The fields have the names of the columns."""
-    names = ("seq", "role", "content", "payload", "metadata", "token_count", "key", "created_at")
+    names = ("seq", "role", "content", "payload", "metadata", "token_count", "key", "created_at", "parent_seq")
     assert SourceMessage._fields == names
 
 
@@ -586,32 +597,42 @@ def moment(seconds, microseconds=0):
     return datetime(2023, 4, 11, 17, 36, seconds, microseconds, tzinfo=UTC)
 
 
-def test_the_current_branch_of_a_tree_arrives():
-    """The current branch arrives with times, model, title and keys; the rest is counted."""
+def test_all_branches_of_a_tree_arrive():
+    """Every branch arrives with times, model, title and keys; the head is the last message of the current one."""
     items = read([branched()], "chatgpt")
     assert items == [
-        SourceConversation("chatgpt:c-1", "A title", None, 4, moment(7, 123456), moment(40, 500000)),
+        SourceConversation("chatgpt:c-1", "A title", None, 6, moment(7, 123456), moment(40, 500000)),
         SourceMessage(1, "system", "", None, None, None, "id-", moment(7, 123456)),
         SourceMessage(2, "user", "Why?", None, None, None, "id-Why?", moment(8, 250000)),
-        SourceMessage(3, "assistant", "So.", None, '{"model": "gpt-4"}', None, "id-So.", moment(9, 500000)),
-        SourceMessage(4, "user", "Thanks", None, None, None, "id-Thanks", moment(10)),
-        Skipped("not on the current branch", messages=2),
+        SourceMessage(3, "assistant", "No.", None, None, None, "id-No.", moment(8, 250000)),
+        SourceMessage(4, "user", "Oh", None, None, None, "id-Oh", moment(8, 250000)),
+        SourceMessage(5, "assistant", "So.", None, '{"model": "gpt-4"}', None, "id-So.", moment(9, 500000), 2),
+        SourceMessage(6, "user", "Thanks", None, None, None, "id-Thanks", moment(10)),
     ]
+    assert line(items) == ["", "Why?", "So.", "Thanks"]
 
 
 def test_the_current_node_may_be_on_any_branch():
-    """The other answer arrives if the current node is on its branch, even as an empty leaf."""
-    items = read([branched() | {"current_node": "other-3"}], "chatgpt")
-    assert [message.content for message in messages(items)] == ["", "Why?", "No.", "Oh"]
-    assert items[-1] == Skipped("not on the current branch", messages=2)
+    """The head is the other answer if the current node is on its branch, even as an empty leaf or a node above."""
+    for current, texts in {
+        "other-3": ["", "Why?", "No.", "Oh"],
+        "other-1": ["", "Why?", "No."],
+        "node-3": ["", "Why?", "So."],
+        "client-created-root": ["", "Why?", "So.", "Thanks"],
+    }.items():
+        items = read([branched() | {"current_node": current}], "chatgpt")
+        assert line(items) == texts
+        assert len(messages(items)) == 6
 
 
 def test_an_empty_leaf_is_not_the_newest():
     """A leaf without a message is chosen only if no leaf has a time."""
     conversation = branched() | {"current_node": None}
-    assert messages(read([conversation], "chatgpt"))[-1].content == "Thanks"
+    assert line(read([conversation], "chatgpt"))[-1] == "Thanks"
     conversation["mapping"]["node-4"]["message"]["create_time"] = None
-    assert messages(read([conversation], "chatgpt"))[-1].content == "Oh"
+    assert line(read([conversation], "chatgpt"))[-1] == "Oh"
+    conversation["mapping"] |= {"alone": {"id": "alone", "message": None, "parent": None, "children": []}}
+    assert line(read([conversation], "chatgpt"))[-1] == "Oh"
 
 
 @pytest.mark.parametrize(
@@ -628,7 +649,7 @@ def test_without_a_current_node_the_newest_leaf_is_taken(current, time, last):
     mapping["other-2"]["message"]["create_time"] = time
     if time == 1681234569.0:
         mapping["node-4"]["message"]["create_time"] = None
-    assert messages(read([conversation | current], "chatgpt"))[-1].content == last
+    assert line(read([conversation | current], "chatgpt"))[-1] == last
 
 
 def test_without_any_time_the_last_leaf_is_taken():
@@ -638,29 +659,161 @@ def test_without_any_time_the_last_leaf_is_taken():
     for node in conversation["mapping"].values():
         if node["message"]:
             node["message"]["create_time"] = None
-    assert messages(read([conversation], "chatgpt"))[-1].content == "Oh"
+    assert line(read([conversation], "chatgpt"))[-1] == "Oh"
 
 
-def test_a_ring_ends_the_branch():
-    """A cycle in a damaged tree yields its connected messages and terminates."""
+def test_a_ring_is_cut():
+    """The messages of a cycle in a damaged tree arrive; the line ends where the walk up from the current node does."""
     conversation = chatgpt(turn("user", "a"), turn("user", "b"), turn("user", "c"))
     conversation["mapping"]["node-2"]["parent"] = "node-3"
-    for current in ("node-3", None):
+    for current, texts in {"node-3": ["b", "c"], "node-2": ["c", "b"], "node-1": ["a"], None: ["c", "b"]}.items():
         items = read([conversation | {"current_node": current}], "chatgpt")
-        assert {message.content for message in messages(items)} >= ({"b", "c"} if current else {"a"})
+        assert sorted(message.content for message in messages(items)) == ["a", "b", "c"]
+        assert line(items) == texts
     conversation["mapping"] = {name: conversation["mapping"][name] for name in ("node-2", "node-3")}
     items = read([conversation | {"current_node": None}], "chatgpt")
     assert {message.content for message in messages(items)} == {"b", "c"}
+    conversation["mapping"]["node-2"]["parent"] = "node-2"
+    assert line(read([conversation], "chatgpt")) == ["b", "c"]
 
 
 @pytest.mark.parametrize("parent", ["gone", ["node-1"], 5])
-def test_a_missing_parent_ends_the_branch(parent):
-    """Messages below the missing parent arrive; the others are counted."""
+def test_a_missing_parent_begins_another_line(parent):
+    """A message below a missing parent is a second first message."""
     conversation = chatgpt(turn("user", "a"), turn("user", "b"), turn("user", "c"))
     conversation["mapping"]["node-2"]["parent"] = parent
     items = read([conversation], "chatgpt")
-    assert [message.content for message in messages(items)] == ["b", "c"]
-    assert items[-1] == Skipped("not on the current branch", messages=1)
+    assert [(message.content, message.parent_seq) for message in messages(items)] == [
+        ("a", None),
+        ("b", 0),
+        ("c", None),
+    ]
+    assert line(items) == ["b", "c"]
+
+
+def tree(current=None, **nodes):
+    """Return a conversation of nodes, each a parent, a time and, unless it is a user's, its role."""
+    mapping = {
+        name: {
+            "id": name,
+            "parent": parent,
+            "children": [],
+            "message": turn(role[0] if role else "user", name, create_time=time and 1681234567 + time),
+        }
+        for name, (parent, time, *role) in nodes.items()
+    }
+    return chatgpt(mapping=mapping, current_node=current)
+
+
+def parents(items):
+    """Return each message's text and that of the message that it follows."""
+    texts = {message.seq: message.content for message in messages(items)}
+    assert list(texts) == list(range(1, len(texts) + 1))
+    return {
+        message.content: texts.get(message.seq - 1 if message.parent_seq is None else message.parent_seq)
+        for message in messages(items)
+    }
+
+
+EDITED = {"s": (None, None), "u1": ("s", 1), "a1": ("u1", 2), "u2": ("s", 3), "a2": ("u2", 4)}
+REGENERATED = {"s": (None, None), "u": ("s", 1), "a1": ("u", 2), "a2": ("u", 3), "v": ("a1", 4), "b": ("v", 5)}
+HIDDEN = {"u": (None, 1), "a1": ("u", 2), "v": ("a1", 3), "h": ("u", None), "a2": ("h", 4)}
+TWO_ROOTS = {"r": (None, 1), "a": ("r", 2), "q": (None, 3), "b": ("q", 4)}
+SKEWED = {"u": (None, 5), "a": ("u", 3), "v": ("u", 6), "b": ("v", 2), "c": ("b", 7)}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "order"),
+    [
+        (EDITED, "s u1 a1 u2 a2"),
+        (REGENERATED, "s u a1 a2 v b"),
+        (HIDDEN, "u a1 v h a2"),
+        (TWO_ROOTS, "r a q b"),
+        (SKEWED, "u a v b c"),
+        ({"b": ("a", None), "c": ("a", None), "a": (None, None)}, "a b c"),
+        ({"c": ("p", 1), "x": (None, 1), "p": (None, 1)}, "x p c"),
+        ({"u": (None, 1), "x": (None, 1), "a": ("u", None)}, "u x a"),
+    ],
+    ids=["edited", "regenerated", "hidden", "two-roots", "skewed", "timeless", "same-time", "timeless-leaf"],
+)
+def test_messages_come_in_order_of_time_and_after_their_parents(nodes, order):
+    """Edits, regenerated answers and hidden messages come where an earlier export did not have them yet."""
+    items = read([tree(**nodes)], "chatgpt")
+    assert [message.content for message in messages(items)] == order.split()
+    assert parents(items) == {name: parent for name, (parent, _) in nodes.items()}
+
+
+@pytest.mark.parametrize("nodes", [EDITED, REGENERATED, HIDDEN, TWO_ROOTS, SKEWED])
+def test_a_later_export_extends_an_earlier_one(nodes):
+    """What the export had after each answer is the beginning of what it has later, wherever the user went on."""
+    whole = messages(read([tree(**nodes)], "chatgpt"))
+    names = list(nodes)
+    for count in range(1, len(names)):
+        if nodes[names[count - 1]][1] is not None:
+            earlier = messages(read([tree(**{name: nodes[name] for name in names[:count]})], "chatgpt"))
+            assert earlier == whole[:count]
+
+
+some_seconds = st.none() | st.integers(1, 6)
+
+
+@settings(deadline=None)
+@given(data=st.data(), count=st.integers(1, 9))
+def test_any_tree_arrives_complete_and_in_order(data, count):
+    """Every message follows the nearest one above it, whatever the times are; a ring ends somewhere."""
+    names = [str(number) for number in range(count)]
+    above = st.sampled_from([None, "gone", *names])
+    nodes = {name: (data.draw(above), data.draw(some_seconds)) for name in data.draw(st.permutations(names))}
+    conversation = tree(data.draw(above), **nodes)
+    for name in data.draw(st.sets(st.sampled_from(names), max_size=count - 1)):
+        conversation["mapping"][name]["message"] = None
+    kept = {name for name in names if conversation["mapping"][name]["message"]}
+    items = read([conversation], "chatgpt")
+    found = parents(items)
+    assert found.keys() == kept
+    assert line(items)
+    for name, parent in found.items():
+        walk = [nodes[name][0]]
+        while walk[-1] in nodes and walk[-1] not in walk[:-1]:
+            walk.append(nodes[walk[-1]][0])
+        nearest = next((one for one in walk if one in kept), None)
+        is_in_ring = walk[-1] in nodes
+        assert parent in ({nearest, None} if is_in_ring else {nearest})
+
+
+def test_a_deep_tree_is_no_recursion():
+    """A chain of 20,000 messages and as many versions of a message arrive, in the time of one walk."""
+    deep = {f"n{number}": (f"n{number - 1}", number) for number in range(20_000)}
+    items = read([tree(**deep)], "chatgpt")
+    assert [message.parent_seq for message in messages(items)] == [None] * 20_000
+    wide = {"u": (None, None)} | {f"n{number}": ("u", number + 1) for number in range(20_000)}
+    assert {message.parent_seq for message in messages(read([tree(**wide)], "chatgpt"))[2:]} == {1}
+
+
+def test_a_message_on_another_branch_that_cannot_be_taken():
+    """It is skipped, and those after it follow the message before it. The current line must be complete."""
+    nodes = {"u": (None, 1), "a": ("u", 2), "x": ("u", 3, "alien"), "y": ("x", 4), "z": ("y", 5, "alien")}
+    items = read([tree("a", **nodes)], "chatgpt")
+    assert parents(items) == {"u": None, "a": "u", "y": "u"}
+    assert line(items) == ["u", "a"]
+    assert items[-2:] == [Skipped("unknown role", messages=1)] * 2
+    assert read([tree("y", **nodes)], "chatgpt") == [Skipped("unknown role", conversations=1)]
+
+
+def test_an_id_that_repeats_on_two_branches_is_one_key():
+    """The message that comes first keeps the key."""
+    conversation = tree(**EDITED)
+    conversation["mapping"]["u2"]["message"]["id"] = "id-u1"
+    assert [message.key for message in messages(read([conversation], "chatgpt"))] == [
+        "id-s", "id-u1", "id-a1", None, "id-a2"
+    ]  # fmt: skip
+
+
+def test_the_times_of_a_conversation_are_those_of_all_branches():
+    """Without times of its own, a conversation has that of its first and last message, whatever the current branch."""
+    for current in ("a1", "a2"):
+        items = read([tree(current, **EDITED) | {"create_time": None, "update_time": None}], "chatgpt")
+        assert heads(items)[0][4:6] == (moment(8), moment(11))
 
 
 def test_damaged_nodes_are_no_messages():
@@ -749,10 +902,10 @@ def test_a_conversation_without_times_has_those_of_its_messages():
     """A conversation without times gets those of its messages, or none if they have none."""
     chain = [turn("user", "a"), turn("user", "b", create_time=1681234568)]
     items = read([chatgpt(*chain, create_time=None, update_time=None)], "chatgpt")
-    assert heads(items)[0][4:] == (moment(8), moment(8), None, None)
+    assert heads(items)[0][4:] == (moment(8), moment(8), None, None, None)
     assert [message.created_at for message in messages(items)] == [moment(8), moment(8)]
     items = read([chatgpt(turn("user", "a"), create_time=None, update_time=1681234569)], "chatgpt")
-    assert heads(items)[0][4:] == (moment(9), moment(9), None, None)
+    assert heads(items)[0][4:] == (moment(9), moment(9), None, None, None)
     items = read([chatgpt(turn("user", "a"), create_time=None, update_time=None)], "chatgpt")
     assert (items[0].created_at, items[0].updated_at, items[1].created_at) == (None, None, None)
 
@@ -849,7 +1002,7 @@ def nested(depth):
     [
         (chatgpt(), "no messages"),
         (chatgpt(mapping={}), "no messages"),
-        (chatgpt(turn("user", "a"), current_node="client-created-root"), "no messages"),
+        (chatgpt(current_node="client-created-root"), "no messages"),
         ({"id": "x"}, "no message tree"),
         (chatgpt(mapping=[]), "no message tree"),
         (chatgpt(turn("user", "a"), turn("alien", "b")), "unknown role"),
@@ -909,7 +1062,8 @@ some_messages = st.builds(
     id=st.integers(),
     conversation_id=st.integers(),
     user_id=stored_text,
-    seq=st.integers(1, 2**53),
+    seq=st.integers(1, 9) | st.integers(1, 2**53),
+    parent_seq=st.none(),
     role=st.sampled_from(["user", "assistant", "system", "developer", "tool"]),
     content=stored_text,
     payload=some_payloads | st.just(JsonText(r'{"a" : "\ud800\u0000", "a":1.10}')),
@@ -926,6 +1080,7 @@ some_conversations = st.builds(
     title=st.none() | names,
     metadata=some_metadata,
     last_seq=st.integers(0, 2**53),
+    head_seq=st.just(0),
     revision=st.integers(0, 2**53),
     created_at=some_times,
     updated_at=some_times,
@@ -941,8 +1096,14 @@ def some_exports(draw):
     for conversation in draw(st.lists(some_conversations, max_size=3)):
         drawn = draw(st.lists(some_messages, max_size=3, unique_by=lambda message: message.seq))
         drawn.sort(key=lambda message: message.seq)
-        last_seq = max([conversation.last_seq, *(message.seq for message in drawn)])
-        export.append((conversation.model_copy(update={"last_seq": last_seq}), drawn))
+        seqs = [0, *(message.seq for message in drawn)]
+        drawn = [
+            message.model_copy(update={"parent_seq": draw(st.none() | st.sampled_from(seqs[: place + 1]))})
+            for place, message in enumerate(drawn)
+        ]
+        last_seq = max([conversation.last_seq, *seqs])
+        changed = {"last_seq": last_seq, "head_seq": draw(st.sampled_from([*seqs, last_seq]))}
+        export.append((conversation.model_copy(update=changed), drawn))
     return export
 
 
@@ -1029,6 +1190,59 @@ def test_a_file_of_another_writer_is_read():
     assert items[1].created_at.tzinfo is UTC
 
 
+def test_parents_and_heads_are_optional():
+    """A file of the first release lacks them; null means none."""
+    end = END | {"messages": 2}
+    lines = [a_head(head_seq=1), a_line(parent_seq=0), a_line(seq=2, parent_seq=1)]
+    head, first, second = read(file_of(*lines, end=end), "chatdb")
+    assert (head.head_seq, first.parent_seq, second.parent_seq) == (1, 0, 1)
+    without = read(file_of(a_head(), a_line(), a_line(seq=2), end=end), "chatdb")
+    assert without == read(file_of(a_head(head_seq=None), a_line(parent_seq=None), a_line(seq=2), end=end), "chatdb")
+    assert without == [head._replace(head_seq=None), first._replace(parent_seq=None), second._replace(parent_seq=None)]
+
+
+@pytest.mark.parametrize("parent", [2, 4, 5, 7, 8, 9, 2**53])
+def test_a_parent_is_an_earlier_message(parent):
+    """A message follows one that the file has before it in the same conversation."""
+    lines = [a_head(last_seq=9), *(a_line(seq=seq) for seq in (2, 4, 5)), a_head(last_seq=9)]
+    lines += [*(a_line(seq=seq) for seq in (1, 3, 6)), a_line(seq=8, parent_seq=parent), a_line(seq=9)]
+    items, error = refusal(file_of(*lines), "chatdb")
+    assert len(items) == 8
+    assert str(error) == "line 10, parent_seq: must be null, 0 or the seq of an earlier message"
+    for valid in (None, 0, 1, 3, 6):
+        lines[8] = a_line(seq=8, parent_seq=valid)
+        assert read(file_of(*lines), "chatdb")[-1] == NO_END
+
+
+@pytest.mark.parametrize("seq", [2, 5, 8, 10])
+@pytest.mark.parametrize("rest", [[a_head()], [END]])
+def test_a_head_is_a_message_of_its_conversation(seq, rest):
+    """It is checked at the end of the conversation; the error names the line of the conversation."""
+    lines = [a_head(last_seq=1), a_line(), a_head(last_seq=9, head_seq=seq), *(a_line(seq=one) for one in (1, 3, 4))]
+    items, error = refusal(file_of(*lines, *rest), "chatdb")
+    assert len(items) == 6
+    assert str(error).startswith("line 4, head_seq: must be null, 0, last_seq or the seq of a message of the conv")
+    for valid in (0, 1, 3, 4, 9):
+        lines[2] = a_head(last_seq=9, head_seq=valid)
+        assert len(read(file_of(*lines, *rest), "chatdb")) >= 6
+
+
+def test_the_head_of_a_cut_off_conversation():
+    """A head may be among the messages that are missing, but not if the conversation is complete."""
+    lines = [a_head(last_seq=4, head_seq=3), a_line(seq=1), a_line(seq=2)]
+    assert read(file_of(*lines), "chatdb")[-1] == NO_END
+    assert refusal(file_of(*lines, a_line(seq=4)), "chatdb")[1].parameter == "line 2, head_seq"
+
+
+def test_seqs_are_remembered_as_ranges():
+    """The memory for the parents that a file may name does not grow with its messages."""
+    seqs = jsonlines._Seqs("line 2", SourceConversation(None, None, None, 2**53, NOW, NOW))
+    message = SourceMessage(1, "user", "", None, None, None, None, NOW)
+    for seq in [*range(1, 50_000), *range(60_000, 110_000)]:
+        seqs.add("line 3", message._replace(seq=seq, parent_seq=0))
+    assert len(seqs._lows) == len(seqs._highs) == 2
+
+
 def test_archived_and_pinned_are_optional():
     """A file of the first release lacks them; null means neither."""
     assert read(file_of(a_head()), "chatdb")[0] == SourceConversation(None, SECRET, None, 2, NOW, NOW, None, None)
@@ -1041,7 +1255,8 @@ def test_lines_are_as_they_are_documented():
     written = {"created_at": "2026-02-03T04:05:06.000007+00:00"}
     head = {"id": 1, "user_id": "ü", "key": "ä", "title": None, "metadata": {"a": 1}, "last_seq": 2}
     body = {"seq": 1, "role": "user", "content": "ö", "payload": "[ ]", "metadata": None, "token_count": 3, "key": None}
-    head |= {"revision": 5, "archived_at": None}
+    head |= {"revision": 5, "archived_at": None, "head_seq": 1}
+    body |= {"parent_seq": 0}
     conversation = Conversation(**head, created_at=NOW, updated_at=NOW, pinned_at=NOW)
     line = jsonlines.message_line(Message(**body, id=2, conversation_id=1, user_id="ü", created_at=NOW))
     assert jsonlines.header() == b'{"type":"chatdb","version":1}\n'
@@ -1067,6 +1282,7 @@ BAD = {
     "key": BAD_KEYS,
     "created_at": BAD_TIMES,
 }
+BAD_PARENTS = [-1, 1, 2, "0", True, 0.0, [], 2**63]
 BAD_HEAD = {
     "key": BAD_KEYS,
     "title": [5, SECRET * 100, "\0", "\ud800"],
@@ -1075,10 +1291,14 @@ BAD_HEAD = {
     "created_at": BAD_TIMES,
     "updated_at": BAD_TIMES,
 }
-BAD_OPTIONAL = {"archived_at": BAD_TIMES[1:], "pinned_at": BAD_TIMES[1:]}
+BAD_OPTIONAL = {"archived_at": BAD_TIMES[1:], "pinned_at": BAD_TIMES[1:], "head_seq": [-1, "1", True, 1.0, [], 2**63]}
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field in BAD for value in (..., *BAD[field])])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(field, value) for field in BAD for value in (..., *BAD[field])]
+    + [("parent_seq", value) for value in BAD_PARENTS],
+)
 def test_a_wrong_field_of_a_message_is_refused(field, value):
     """A missing or wrong field is an error with the line and the field; the items before it arrive."""
     items, error = refusal(file_of(a_head(), a_line(**{field: value}), end=END), "chatdb")
@@ -1186,6 +1406,7 @@ def test_a_line_may_have_so_many_bytes_and_no_more(monkeypatch):
             title=None,
             metadata=None,
             last_seq=2,
+            head_seq=2,
             revision=2,
             created_at=NOW,
             updated_at=NOW,

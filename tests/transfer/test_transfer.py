@@ -75,6 +75,57 @@ def chatgpt(*nodes: str, name: str = "c1") -> str:
     )
 
 
+def tree(current: str, **nodes: tuple[str | None, int | None]) -> str:
+    """Return a ChatGPT export of one conversation: nodes, each with its parent and its time in seconds."""
+    (conversation,) = json.loads(chatgpt("only"))
+    message = conversation["mapping"]["only"]["message"]
+    conversation["current_node"] = current
+    conversation["mapping"] = {
+        name: {
+            "id": name,
+            "parent": parent,
+            "message": message
+            | {"id": name, "create_time": time and 1_700_000_000 + time}
+            | {"content": {"content_type": "text", "parts": [name]}},
+        }
+        for name, (parent, time) in nodes.items()
+    }
+    return json.dumps([conversation])
+
+
+async def lines_of(db: Pool, user: str = "alice") -> tuple[chatdb.Conversation, list[str], dict[int, str]]:
+    """Return the user's only conversation, the texts of its current line, and those of the line of each message."""
+    (conversation,) = await chatdb.list_conversations(db, user_id=user)
+    at = {"user_id": user, "conversation_id": conversation.id}
+    current = [message.content for message in await chatdb.get_branch(db, **at)]
+    lines = {
+        message.seq: " ".join(each.content for each in await chatdb.get_branch(db, **at, top_seq=message.seq))
+        for message in await chatdb.get_history(db, **at)
+    }
+    return conversation, current, lines
+
+
+async def assert_no_dangling_parents(db: Pool) -> None:
+    """Raise if a message follows one that is not stored, or the head is none that is."""
+    assert [
+        *await db.fetch(
+            """
+            select from chatdb.messages as m
+            where m.parent_seq > 0 and not exists (
+                select from chatdb.messages as p
+                where (p.user_id, p.conversation_id, p.seq) = (m.user_id, m.conversation_id, m.parent_seq)
+            )
+            union all
+            select from chatdb.conversations as c
+            where c.head_last_seq = c.last_seq and c.head_seq > 0 and not exists (
+                select from chatdb.messages as p
+                where (p.user_id, p.conversation_id, p.seq) = (c.user_id, c.id, c.head_seq)
+            )
+            """
+        )
+    ] == []
+
+
 async def test_again_adds_nothing(db: Pool) -> None:
     """Importing a file a second time stores nothing and reports that."""
     text = sharegpt(("a", ["hi", "hello"]), ("a", ["other"]), ("b", []))
@@ -245,7 +296,8 @@ conversations = st.lists(
         st.none() | st.text(st.characters(categories=["L"]), min_size=1, max_size=3),
         st.none() | text_values,
         st.none() | st.dictionaries(text_values, json_values, max_size=3),
-        st.lists(st.tuples(new_messages, st.booleans(), st.booleans()), max_size=6),
+        st.lists(st.tuples(new_messages, st.booleans(), st.booleans(), st.none() | st.integers(0, 6)), max_size=6),
+        st.none() | st.integers(1, 6),
         st.fixed_dictionaries({"archived": st.booleans(), "pinned": st.booleans()}),
     ),
     max_size=4,
@@ -263,20 +315,28 @@ def test_export_and_import_lose_nothing(
         async with chatdb.create_pool(**arguments_of(dsn)) as db:
             for user in ("alice", "bob"):
                 await chatdb.delete_user(db, user_id=user)
-            for key, title, metadata, messages, flags in data:
+            for key, title, metadata, messages, head, flags in data:
                 made = await chatdb.create_conversation(db, user_id="alice", key=key, title=title, metadata=metadata)
                 at = {"user_id": "alice", "conversation_id": made.id}
-                for message, keyed, deleted in messages:
+                for message, keyed, deleted, parent in messages:
+                    seqs = [0, *(each.seq for each in await chatdb.get_history(db, **at))]
                     stored = await chatdb.append_message(
-                        db, **at, **message, key=f"k{datetime.now(UTC).timestamp()}" if keyed else None
+                        db,
+                        **at,
+                        **message,
+                        key=f"k{datetime.now(UTC).timestamp()}" if keyed else None,
+                        parent_seq=parent if parent in seqs else None,
                     )
                     if deleted:
                         await chatdb.delete_message(db, **at, seq=stored.seq)
+                if head is not None and head in [each.seq for each in await chatdb.get_history(db, **at)]:
+                    await chatdb.switch_branch(db, **at, seq=head)
                 await chatdb.update_conversation(db, **at, **flags)
             text = await exported(db)
             report = await import_text(db, text, user="bob", kind="chatdb")
             assert report.skipped == {}
             assert portable(await exported(db, "bob")) == portable(text)
+            await assert_no_dangling_parents(db)
             for user in ("bob", "alice"):
                 again = await import_text(db, text, user=user, kind="chatdb")
                 assert (again.conversations, again.messages, again.extended_conversations) == (0, 0, 0)
@@ -307,6 +367,146 @@ async def test_a_cut_off_export_can_be_completed(db: Pool) -> None:
     report = await import_text(db, text, user="bob", kind="chatdb")
     assert (report.messages, report.extended_conversations) == (4, 1)
     assert portable(await exported(db, "bob")) == portable(text)
+
+
+async def branched(db: Pool) -> dict[str, Any]:
+    """Store a conversation with an edited question and a regenerated answer, and return its address."""
+    made = await chatdb.create_conversation(db, user_id="alice", key="k")
+    at = {"user_id": "alice", "conversation_id": made.id}
+    for text, parent in [("q", None), ("a1", None), ("a2", 1), ("more", None), ("q2", 0), ("b", None)]:
+        await chatdb.append_message(db, **at, role="user", content=text, parent_seq=parent)
+    return at
+
+
+@pytest.mark.parametrize("head", [2, 3, 6, "popped", "deleted"])
+async def test_branches_come_back(db: Pool, head: int | str) -> None:
+    """Each line, the head and the versions are the same after an import, and the next append follows the same one."""
+    at = await branched(db)
+    match head:
+        case int():
+            await chatdb.switch_branch(db, **at, seq=head)
+        case "popped":
+            await chatdb.pop_message(db, **at)
+        case _:
+            await chatdb.delete_branch(db, **at, seq=5)
+    report = await import_text(db, await exported(db), user="bob", kind="chatdb")
+    assert (report.conversations, report.skipped) == (1, {})
+    assert portable(await exported(db, "bob")) == portable(await exported(db))
+    (ours, current, lines), (theirs, *copied) = await lines_of(db), await lines_of(db, "bob")
+    assert copied == [current, lines]
+    assert (theirs.head_seq, theirs.last_seq) == (ours.head_seq, 6)
+    assert lines[4] == "q a2 more"
+    to = {"user_id": "bob", "conversation_id": theirs.id}
+    assert await chatdb.list_versions(db, **to) == await chatdb.list_versions(db, **at)
+    for each in (at, to):
+        await chatdb.append_message(db, **each, role="user", content="next")
+    assert (await lines_of(db, "bob"))[1] == (await lines_of(db))[1] == [*current, "next"]
+    await assert_no_dangling_parents(db)
+
+
+async def test_a_branched_conversation_that_has_grown(db: Pool) -> None:
+    """New messages follow stored ones, and the head becomes that of the file, in a batch of its own or not."""
+    at = await branched(db)
+    await import_text(db, await exported(db), user="bob", kind="chatdb")
+    copy = {"user_id": "bob", "conversation_id": (await lines_of(db, "bob"))[0].id}
+    await chatdb.switch_branch(db, **copy, seq=2)
+    for text, parent in [("a3", 1), ("on", None), ("a4", 1)]:
+        await chatdb.append_message(db, **at, role="user", content=text, parent_seq=parent)
+    for seq in (8, 4):  # a new message, then an old one
+        await chatdb.switch_branch(db, **at, seq=seq)
+        report = await import_text(db, await exported(db), user="bob", kind="chatdb")
+        assert (report.extended_conversations, report.messages, report.skipped) == (1, 3 if seq == 8 else 1, {})
+        assert portable(await exported(db, "bob")) == portable(await exported(db))
+        assert (await lines_of(db, "bob"))[1:] == (await lines_of(db))[1:]
+        await chatdb.append_message(db, **at, role="user", content="last")
+    assert (await import_text(db, await exported(db), user="bob", kind="chatdb")).messages == 1
+    assert (await lines_of(db, "bob"))[1] == ["q", "a2", "more", "last"]
+    await assert_no_dangling_parents(db)
+
+
+async def test_a_head_that_moved_only_in_the_file(db: Pool) -> None:
+    """Without new messages, an import changes nothing: the user may have switched since."""
+    at = await branched(db)
+    await import_text(db, await exported(db), user="bob", kind="chatdb")
+    await chatdb.switch_branch(db, **at, seq=2)
+    report = await import_text(db, await exported(db), user="bob", kind="chatdb")
+    assert (report.stored_conversations, report.extended_conversations) == (1, 0)
+    assert (await lines_of(db, "bob"))[1] == ["q2", "b"]
+
+
+async def test_a_message_that_was_deleted_since(db: Pool) -> None:
+    """New messages that follow one that the user has deleted since follow the message before it; so does the head."""
+    at = await branched(db)
+    await import_text(db, await exported(db), user="bob", kind="chatdb")
+    copy = {"user_id": "bob", "conversation_id": (await lines_of(db, "bob"))[0].id}
+    for seq in (1, 2):
+        await chatdb.delete_message(db, **copy, seq=seq)
+    await chatdb.delete_message(db, **copy, seq=4)
+    for text, parent in [("c", 1), ("d", 4)]:
+        await chatdb.append_message(db, **at, role="user", content=text, parent_seq=parent)
+    await chatdb.append_message(db, **at, role="user", content="e", parent_seq=6)
+    await chatdb.delete_message(db, **at, seq=9)
+    await chatdb.switch_branch(db, **at, seq=2)
+    report = await import_text(db, await exported(db), user="bob", kind="chatdb")
+    assert (report.extended_conversations, report.messages, report.skipped) == (1, 2, {})
+    conversation, current, lines = await lines_of(db, "bob")
+    assert (conversation.head_seq, current) == (0, [])
+    assert lines == {3: "a2", 5: "q2", 6: "q2 b", 7: "c", 8: "a2 d"}
+    await assert_no_dangling_parents(db)
+
+
+async def test_a_cut_off_conversation_with_a_head(db: Pool) -> None:
+    """The last message is the head until the complete file is imported, also at the length of the complete one."""
+    at = await branched(db)
+    await chatdb.switch_branch(db, **at, seq=3)
+    text = await exported(db)
+    cut = text[: text.index(b'"seq":6')]
+    for user in ("bob", "carol"):
+        assert (await import_text(db, cut, user=user, kind="chatdb")).messages == 5
+        conversation, current, _ = await lines_of(db, user)
+        assert (conversation.head_seq, current) == (5, ["q2"])
+    report = await import_text(db, text, user="bob", kind="chatdb")
+    assert (report.messages, report.extended_conversations) == (1, 1)
+    assert portable(await exported(db, "bob")) == portable(text)
+    await chatdb.append_message(db, user_id="carol", conversation_key="k", role="user", content="own")
+    assert (await lines_of(db, "carol"))[1] == ["q2", "own"]
+
+
+EARLIER: dict[str, tuple[str | None, int | None]] = {"q": (None, 1), "a1": ("q", 2), "t": ("a1", 3)}
+LATER = EARLIER | {"h": ("q", None), "a2": ("h", 4), "q2": (None, 5)}
+
+
+async def test_a_chatgpt_conversation_that_was_regenerated(db: Pool) -> None:
+    """A later export adds the new branches, and its current node becomes the head; the same again adds nothing."""
+    await import_text(db, tree("t", **EARLIER), kind="chatgpt")
+    for current, line in (("a2", ["q", "h", "a2"]), ("a1", ["q", "h", "a2"])):
+        report = await import_text(db, tree(current, **LATER), kind="chatgpt")
+        assert (report.extended_conversations, report.messages) == ((1, 3) if current == "a2" else (0, 0))
+        assert report.skipped == {}
+        assert (await lines_of(db))[1] == line
+    (conversation, _, lines) = await lines_of(db)
+    assert lines == {1: "q", 2: "q a1", 3: "q a1 t", 4: "q h", 5: "q h a2", 6: "q2"}
+    await import_text(db, tree("a2", **LATER), user="bob", kind="chatgpt")
+    assert portable(await exported(db, "bob")) == portable(await exported(db))
+    await chatdb.append_message(db, user_id="alice", conversation_id=conversation.id, role="user", content="go on")
+    assert (await lines_of(db))[1] == ["q", "h", "a2", "go on"]
+
+
+@pytest.mark.parametrize(("current", "is_extended"), [("t", True), ("a2", False)])
+async def test_a_chatgpt_conversation_of_which_an_older_release_stored_the_current_branch(
+    db: Pool, current: str, *, is_extended: bool
+) -> None:
+    """The other branches are added if they are newer than what is stored; otherwise it is skipped and reported."""
+    names = {"t": ["q", "a1", "t"], "a2": ["q", "h", "a2"]}[current]
+    await import_text(db, tree(current, **{name: LATER[name] for name in names}), kind="chatgpt")
+    before = await exported(db)
+    report = await import_text(db, tree(current, **LATER), kind="chatgpt")
+    if is_extended:
+        assert (report.extended_conversations, report.messages) == (1, 3)
+        assert (await lines_of(db))[1] == names
+    else:
+        assert report.skipped == {CHANGED_SINCE: (1, 4)}
+        assert await exported(db) == before
 
 
 async def test_a_service_that_writes_meanwhile(db: Pool, dsn: str) -> None:

@@ -90,9 +90,9 @@ def _statements() -> Iterator[_Statement]:
     for path in statement_files():
         header, _, body = path.read_text(encoding="utf-8").partition("\n\n")
         if re.search(r" chatdb\.", body):  # a table, not the quoted name of a setting
-            served = re.search(r"^-- served by (.*)$", header, re.MULTILINE)
+            _, _, served = header.partition("\n-- served by ")
             parameters = len(re.findall(r"^-- \$", header, re.MULTILINE))
-            yield _Statement(path.stem, body, parameters, set(served[1].split(", ")) if served else set())
+            yield _Statement(path.stem, body, parameters, set(re.findall(r"\w+", served)))
 
 
 def _plan(connection: psycopg.Connection, statement: _Statement, *, whole: bool = True) -> _Plan:

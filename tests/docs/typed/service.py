@@ -49,7 +49,7 @@ async def conversations(db: chatdb.Database, user: str) -> None:
     assert_type(chat.key, str | None)
     assert_type(chat.title, str | None)
     assert_type(chat.metadata, dict[str, JsonValue] | None)
-    assert_type(chat.last_seq + chat.revision, int)
+    assert_type(chat.last_seq + chat.head_seq + chat.revision, int)
     assert_type(chat.cursor + chat.etag, str)
     assert_type(chat.archived_at, datetime | None)
     assert_type(chat.created_at, datetime)
@@ -96,6 +96,7 @@ async def messages(db: chatdb.Database, user: str, chat: int, title: str | chatd
     assert_type(message, chatdb.Message)
     assert_type(message.public(), dict[str, JsonValue])
     assert_type(message.seq, int)
+    assert_type(message.parent_seq, int | None)
     assert_type(message.role, chatdb.Role)
     assert_type(message.content, str)
     assert_type(message.payload, chatdb.JsonText | None)
@@ -137,6 +138,34 @@ async def messages(db: chatdb.Database, user: str, chat: int, title: str | chatd
     assert_type(await chatdb.pop_message(db, user_id=user, conversation_id=chat), chatdb.Message | None)
     assert_type(await chatdb.delete_message(db, user_id=user, conversation_id=chat, seq=1), chatdb.Deleted)
     assert_type(await chatdb.delete_messages_after(db, user_id=user, conversation_id=chat, after_seq=0), chatdb.Deleted)
+
+
+async def branches(db: chatdb.Database, user: str, chat: chatdb.Conversation) -> None:
+    """Call every function for branches, and the one for a model's window."""
+    assert_type(chat.head_seq, int)
+    edited = await chatdb.append_message(
+        db, user_id=user, conversation_id=chat.id, role="user", content="hi", parent_seq=0
+    )
+    assert_type(edited.parent_seq, int | None)
+    await chatdb.append_messages(
+        db,
+        user_id=user,
+        conversation_id=chat.id,
+        messages=[{"role": "assistant", "content": ""}],
+        parent_seq=edited.seq,
+    )
+    line = await chatdb.get_branch(db, user_id=user, conversation_key="one", limit=9, before_seq=9, top_seq=edited.seq)
+    assert_type(line, list[chatdb.Message])
+    versions = await chatdb.list_versions(db, user_id=user, conversation_id=chat.id, limit=9, before_seq=9)
+    assert_type(versions, dict[int, list[int]])
+    switched = await chatdb.switch_branch(db, user_id=user, conversation_id=chat.id, key="k", expected=chat)
+    assert_type(switched, chatdb.Conversation)
+    forked = await chatdb.fork_conversation(db, user_id=user, conversation_id=chat.id, seq=1, new_key="copy")
+    assert_type(forked, chatdb.Conversation)
+    deleted = await chatdb.delete_branch(db, user_id=user, conversation_id=chat.id, seq=1, expected=switched.etag)
+    assert_type(deleted, chatdb.Deleted)
+    context = await chatdb.get_context(db, user_id=user, conversation_id=chat.id, max_tokens=8000, limit=100)
+    assert_type(context, list[chatdb.Message])
 
 
 async def transactions(db: chatdb.Pool, user: str) -> None:
