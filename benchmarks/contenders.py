@@ -22,19 +22,21 @@ from chatdb._core.dsn import connect_arguments, libpq_dsn
 from chatdb.pool import Pool
 
 MESSAGE = (
-    "id, conversation_id, user_id, seq, role, content, payload::text as payload, metadata::text as metadata, "
-    "token_count, key, created_at"
+    "id, conversation_id, user_id, seq, parent_seq, role, content, payload::text as payload, "
+    "metadata::text as metadata, token_count, key, created_at"
 )
 CONVERSATION = (
-    "id, user_id, key, title, metadata::text as metadata, last_seq, last_seq + edits as revision, created_at, "
-    "updated_at, archived_at, pinned_at"
+    "id, user_id, key, title, metadata::text as metadata, last_seq, "
+    "case when head_last_seq = last_seq then head_seq else last_seq end as head_seq, last_seq + edits as revision, "
+    "created_at, updated_at, archived_at, pinned_at"
 )
 
 # Minimal statements with the same effects, as a careful engineer would write them for these tables: the best index for
-# a read; the counter and the list's time for a write. A read returns all columns of the records, as chatdb does, with
-# json as text, which the program parses. A write returns what the caller cannot know without asking: the id, the seq
-# and the time that the server chose. It does not send back the text. chatdb's appends also return the conversation's
-# id, because the caller may have given its key, and the metadata, because jsonb changes its text.
+# a read; the counter, the list's time and the parent of another line's message for a write. A read returns all columns
+# of the records, as chatdb does, with json as text, which the program parses. A write returns what the caller cannot
+# know without asking: the id, the seq, the parent and the time that the server chose. It does not send back the text.
+# chatdb's appends also return the conversation's id, because the caller may have given its key, and the metadata,
+# because jsonb changes its text.
 HISTORY = (
     f"select {MESSAGE} from chatdb.messages where user_id = $1 and conversation_id = $2 and seq < $3 "
     "order by seq desc limit $4"
@@ -44,18 +46,19 @@ LIST = (
     f"select {CONVERSATION} from chatdb.conversations where user_id = $1 and archived_at is null "
     "order by active_on desc, updated_at desc, id desc limit $2"
 )
-APPENDED = "id, seq, created_at"
+APPENDED = "id, seq, parent_seq, created_at"
+PARENT = "case when head_last_seq = last_seq - {} and not head_is_newest then head_seq end as parent_seq"
 APPEND = (
     "with c as (update chatdb.conversations set last_seq = last_seq + 1, updated_at = now() "
-    "where user_id = $1 and id = $2 returning last_seq, updated_at) "
-    "insert into chatdb.messages (user_id, conversation_id, seq, role, content, key, created_at) "
-    f"select $1, $2, last_seq, $3, $4, $5, updated_at from c returning {APPENDED}"
+    f"where user_id = $1 and id = $2 returning last_seq, updated_at, {PARENT.format(1)}) "
+    "insert into chatdb.messages (user_id, conversation_id, seq, parent_seq, role, content, key, created_at) "
+    f"select $1, $2, last_seq, parent_seq, $3, $4, $5, updated_at from c returning {APPENDED}"
 )
 TURN = (
     "with c as (update chatdb.conversations set last_seq = last_seq + 2, updated_at = now() "
-    "where user_id = $1 and id = $2 returning last_seq, updated_at) "
-    "insert into chatdb.messages (user_id, conversation_id, seq, role, content, created_at) "
-    "select $1, $2, last_seq - 2 + n, role, content, updated_at from c "
+    f"where user_id = $1 and id = $2 returning last_seq, updated_at, {PARENT.format(2)}) "
+    "insert into chatdb.messages (user_id, conversation_id, seq, parent_seq, role, content, created_at) "
+    "select $1, $2, last_seq - 2 + n, case when n = 1 then parent_seq end, role, content, updated_at from c "
     f"cross join (values (1, $3::text, $4::text), (2, $5, $6)) as m (n, role, content) returning {APPENDED}"
 )
 BY_KEY = f"select {MESSAGE} from chatdb.messages where user_id = $1 and conversation_id = $2 and key = $3"

@@ -105,6 +105,20 @@ COUNTED_ONLY = {
     "list_created_ascending": "list 20 of 10,000 by creation, oldest first",
     "previews": "previews of 10 conversations",
     "pinned": "list 20 pinned ones of 3,500",
+    "branch_100": "get_branch of 100, unbranched",
+    "branch_100_forked": "get_branch of 100 with 8 forks",
+    "load_forked": "load_conversation with 100 messages and 8 forks",
+    "previews_forked": "previews of 20 conversations with 8 forks",
+    "versions": "list_versions of 100, unbranched",
+    "versions_forked": "list_versions of 100 with 8 forks",
+    "context": "get_context of 8,000 tokens of 10,000 messages",
+    "context_forked": "get_context of 8,000 tokens of 10,000 messages with 8 forks",
+    "append_parent": "append with parent_seq",
+    "switch": "switch_branch",
+    "pop_forked": "pop_message with 8 forks",
+    "delete_message_forked": "delete_message with 8 forks",
+    "delete_branch": "delete_branch of 30 messages",
+    "fork": "fork_conversation of 100",
 }
 """The operations that are only counted: chatdb's other ways to address, write and list."""
 
@@ -158,6 +172,20 @@ BUFFERS = {
     "list_created_ascending": 10,
     "previews": 75,
     "pinned": 30,
+    "branch_100": 120,
+    "branch_100_forked": 70,
+    "load_forked": 75,
+    "previews_forked": 95,
+    "versions": 8,
+    "versions_forked": 125,
+    "context": 20,
+    "context_forked": 50,
+    "append_parent": 50,
+    "switch": 76,
+    "pop_forked": 47,
+    "delete_message_forked": 46,
+    "delete_branch": 120,
+    "fork": 1_450,
 }
 """The most blocks that a call may read or write, by operation."""
 
@@ -185,6 +213,12 @@ WAL = {
     "pop": 260,
     "update_patch": 220,
     "update_message_patch": 1_350,
+    "append_parent": 1_700,
+    "switch": 180,
+    "pop_forked": 240,
+    "delete_message_forked": 330,
+    "delete_branch": 1_950,
+    "fork": 114_000,
 }
 """The most bytes of WAL that a call may write, by operation."""
 
@@ -228,6 +262,7 @@ GATES = [
     _at_most("list_20.to_raw", "list 20: time relative to raw asyncpg", 1.25, "x", "ratios"),
     _at_most("create_first.to_raw", "create with a first message: time relative to raw asyncpg", 1.3, "x", "ratios"),
     _at_most("append_create.to_append", "append with create=True: time relative to an append", 1.3, "x", "ratios"),
+    _at_most("branch_100.to_history", "get_branch of 100: time relative to get_history", 1.1, "x", "ratios"),
     _at_least("mixed_16.of_raw", "16 tasks, 80/20: operations/s relative to raw asyncpg", 0.9, "x", "ratios"),
     _at_least("history_100.faster", "history of 100, random: faster than SQLModel", 1.6, "x", "ratios"),
     _at_least("history_100_hot.faster", "history of 100, hot: faster than SQLModel", 2.2, "x", "ratios"),

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import chatdb
 from benchmarks.contenders import Chatdb, Contender, Keyed
-from benchmarks.workload import ARCHIVED, EDITED, KEYS, LONG, MESSAGES, Place, Size
+from benchmarks.workload import ADDED, ARCHIVED, BACK, EDITED, FORKED, FORKS, KEYS, LONG, MESSAGES, Place, Size
 
 TEXT = "Could you tell me what to cook tonight with what is left: rice, two eggs, half a cabbage, soy sauce? " * 4
 REPLY = "Fry the rice with the cabbage in a very hot pan, push it aside, scramble the eggs, season with soy. " * 8
@@ -18,6 +18,8 @@ HOT = 20
 """Number of conversations that the hot read repeats."""
 _serial = itertools.count()
 _deleted = itertools.count()
+_branches_deleted = itertools.count()
+_messages_deleted = itertools.count()
 
 
 def call_of(operation: str, by: Contender, size: Size) -> Callable[[], Awaitable[object]]:
@@ -42,7 +44,7 @@ def call_of(operation: str, by: Contender, size: Size) -> Callable[[], Awaitable
         "delete": lambda: by.delete(size.place(size.conversations - 1 - next(_deleted))),
     }
     if isinstance(by, Chatdb):
-        calls |= _counted_calls(by, size, chance, used)
+        calls |= _counted_calls(by, size, chance, used) | _branch_calls(by, size, chance, used)
     if isinstance(by, Keyed):
         calls |= {
             "append_keyed": lambda: by.append_keyed(place(), TEXT, f"{by.name} {next(_serial)}"),
@@ -154,6 +156,47 @@ def _counted_calls(
         ),
         "previews": lambda: chatdb.list_previews(db, user_id=used.any().user_id),
         "pinned": lambda: chatdb.list_pinned(db, **archived, limit=20),
+    }
+
+
+def _branch_calls(
+    by: Chatdb, size: Size, chance: random.Random, used: _Places
+) -> dict[str, Callable[[], Awaitable[object]]]:
+    """Return the calls that follow or change branches. Each kind of write has branched conversations of its own."""
+    db = by.pool
+    place = lambda: {"user_id": (at := used.any()).user_id, "conversation_id": at.id}  # noqa: E731
+    forked = lambda number: {"user_id": size.forked, "conversation_id": size.forked_place(number).id}  # noqa: E731
+    read = lambda: forked(chance.randrange(10))  # noqa: E731
+    # the first message of each branch, and the other message with the same parent
+    versions = [MESSAGES + ADDED * branch + first for branch in range(FORKS) for first in (1, 1 - BACK)]
+
+    def delete_branch() -> Awaitable[object]:
+        number, branch = divmod(next(_branches_deleted), FORKS)
+        newest = MESSAGES + ADDED * (FORKS - 1 - branch) + 1
+        return chatdb.delete_branch(db, **forked(FORKED // 2 + number), seq=newest)
+
+    def delete_message() -> Awaitable[object]:
+        number = next(_messages_deleted)
+        # every tenth message, among them each parent of a branch
+        return chatdb.delete_message(db, **forked(15 + number % 5), seq=10 * (1 + number // 5))
+
+    return {
+        "branch_100": lambda: chatdb.get_branch(db, **place()),
+        "branch_100_forked": lambda: chatdb.get_branch(db, **read()),
+        "load_forked": lambda: chatdb.load_conversation(db, **read()),
+        "previews_forked": lambda: chatdb.list_previews(db, user_id=size.forked),
+        "versions": lambda: chatdb.list_versions(db, **place()),
+        "versions_forked": lambda: chatdb.list_versions(db, **read()),
+        "context": lambda: chatdb.get_context(db, **forked(FORKED), max_tokens=8_000),
+        "context_forked": lambda: chatdb.get_context(db, **forked(FORKED + 1), max_tokens=8_000),
+        "append_parent": lambda: chatdb.append_message(
+            db, **place(), role="user", content=TEXT, parent_seq=chance.randrange(1, MESSAGES)
+        ),
+        "switch": lambda: chatdb.switch_branch(db, **forked(10), seq=chance.choice(versions)),
+        "pop_forked": lambda: chatdb.pop_message(db, **forked(11 + chance.randrange(4))),
+        "delete_message_forked": delete_message,
+        "delete_branch": delete_branch,
+        "fork": lambda: chatdb.fork_conversation(db, **place(), seq=MESSAGES),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from unittest.mock import patch
 
 import chatdb
 from benchmarks.server import BenchServer
+from chatdb import branches
+from chatdb._core.query import Query
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,27 @@ async def _reset(connection: Any) -> None:
     await connection.execute("select pg_advisory_unlock_all(); close all; unlisten *; reset all")
 
 
+def _changed(query: Query[Any], old: str, new: str) -> Query[Any]:
+    """Return a statement with another text in one place."""
+    assert query.sql.count(old) == 1
+    changed = copy.copy(query)
+    changed.sql = query.sql.replace(old, new)
+    return changed
+
+
 _get_history = chatdb.get_history
 _create_pool = chatdb.create_pool
 
+_CUSTOM_PLANS = (
+    "do $$ begin execute format("
+    "'alter database %I set plan_cache_mode = force_custom_plan', current_database()); end $$"
+)
+
 TIMED = ("test_operations.py", "-k", "test_operation and asyncio and last_20")
 """The run that times one small read with chatdb, a bare connection and SQLModel."""
+
+TIMED_BRANCH = ("test_operations.py", "-k", "test_branch and asyncio")
+"""The run that times get_branch beside get_history."""
 
 ALL = {
     "nothing": Sabotage("changes nothing", ()),
@@ -52,8 +71,7 @@ ALL = {
     "custom_plans": Sabotage(
         "makes the server plan every call",
         ("plans.custom",),
-        sql="do $$ begin execute format("
-        "'alter database %I set plan_cache_mode = force_custom_plan', current_database()); end $$",
+        sql=_CUSTOM_PLANS,
     ),
     "reset_query": Sabotage(
         "makes the pool send asyncpg's reset query after each call",
@@ -71,6 +89,37 @@ ALL = {
         "adds an index on updated_at",
         ("hot.single", "hot.turns"),
         sql="create index on chatdb.conversations (user_id, updated_at desc)",
+    ),
+    "no_branches_index": Sabotage(
+        "drops the index of the messages that begin a branch",
+        ("plans.unexpected", "branch_100.buffers", "branch_100_forked.buffers", "context.buffers"),
+        sql="drop index chatdb.ix_messages_user_id_conversation_id_seq_branches",
+    ),
+    "parent_of_each": Sabotage(
+        "stores the parent of each appended message",
+        ("append.wal",),
+        sql="create function public.parent_of_each() returns trigger language plpgsql as "
+        "'begin new.parent_seq := new.seq - 1; return new; end'; "
+        "create trigger parent_of_each before insert on chatdb.messages "
+        "for each row execute function public.parent_of_each()",
+    ),
+    "context_sum": Sabotage(
+        "bounds a context with a sum, which could fall again, so that the server reads on",
+        ("context.buffers", "context_forked.buffers"),
+        target="chatdb.branches._get_context",
+        replacement=_changed(branches._get_context, "count(*) filter (where total > $4)", "sum((total > $4)::int)"),
+    ),
+    "index_on_head_seq": Sabotage(
+        "adds an index on head_seq",
+        ("switch.wal", "pop_forked.wal"),
+        sql="create index on chatdb.conversations (user_id, head_seq)",
+    ),
+    "nothing_branched": Sabotage("changes nothing and times get_branch", (), run=TIMED_BRANCH),
+    "branch_planned": Sabotage(
+        "makes the server plan every call, which takes longer for get_branch than for get_history",
+        ("branch_100.to_history",),
+        sql=_CUSTOM_PLANS,
+        run=TIMED_BRANCH,
     ),
     "nothing_timed": Sabotage("changes nothing and times the last 20", (), run=TIMED),
     "asyncpgs_way": Sabotage(

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 from psycopg import sql
 
-from benchmarks.workload import Size, add_keyed_and_archived, fingerprints, load
+from benchmarks.workload import Size, add_branched, add_keyed_and_archived, fingerprints, load
 from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded.server import EmbeddedServer
 
@@ -148,6 +148,7 @@ class BenchServer:
             connection.execute(sql.SQL("create database {} template {} strategy file_copy").format(copy, source))
         with self.connect(name) as connection:
             add_keyed_and_archived(connection, size)
+            add_branched(connection, size)
         try:
             yield self.dsn(name)
         finally:

@@ -19,7 +19,7 @@ from benchmarks.gates import COUNTED
 from benchmarks.operations import call_of
 from benchmarks.server import BenchServer
 from benchmarks.workload import START, YEAR, Size
-from chatdb import conversations, messages
+from chatdb import branches, conversations, messages
 from chatdb._core.query import Query
 from chatdb.messages import _append_message, _append_messages
 from tests.support.proxy import Proxy
@@ -125,6 +125,9 @@ _BATCH = _LOCKS | {"Function Scan"}
 # of a batch, which is at most 10,000 rows, with rows that an index found; never of a table
 _JOINS = {"Aggregate", "Hash", "Hash Join", "Merge Join", "Sort", "WindowAgg"}
 _LIST = _SCANS | {"Incremental Sort"}
+_RUNS = {"Nested Loop", "Recursive Union", "WorkTable Scan"}
+_SUBTREE = _LOCKS | _RUNS | _JOINS | {"Materialize"}  # of the branches of one conversation
+_BRANCHES = "ix_messages_user_id_conversation_id_seq_branches"
 PLANS: list[tuple[Query[Any], str, set[str]]] = [
     (messages._get_history, "pk_messages", _SCANS),
     (messages._list_messages, "pk_messages", _SCANS),
@@ -134,11 +137,11 @@ PLANS: list[tuple[Query[Any], str, set[str]]] = [
     (messages._append_message_conditional, "pk_conversations", _LOCKS),
     (messages._append_messages_conditional, "pk_conversations", _BATCH | _JOINS),
     (messages._upsert_message, "uq_messages_user_id_conversation_id_key", _LOCKS),
-    (messages._replace_messages_after, "pk_messages", _BATCH | _JOINS),
+    (messages._replace_messages_after, "pk_messages", _BATCH | _JOINS | _RUNS),
     (messages._pop_message, "pk_messages", _LOCKS),
     (messages._update_message, "pk_messages", _LOCKS),
     (conversations._get_conversation, "pk_conversations", _SCANS),
-    (conversations._load_conversation, "pk_messages", _SCANS),
+    (conversations._load_conversation, _BRANCHES, _SCANS | _RUNS),
     (conversations._create_conversation_messages, "uq_conversations_user_id_key", _BATCH),
     (conversations._update_conversation, "pk_conversations", _WRITES),
     (conversations._list_conversations, "ix_conversations_user_id_active_on_listed", _LIST),
@@ -156,6 +159,13 @@ PLANS: list[tuple[Query[Any], str, set[str]]] = [
         _SCANS | {"Nested Loop"},
     ),
     (conversations._list_pinned, "ix_conversations_user_id_pinned_at", _LIST),
+    (branches._get_branch, _BRANCHES, _SCANS | _RUNS),
+    (branches._get_branch_top, _BRANCHES, _SCANS | _RUNS),
+    (branches._list_versions, _BRANCHES, _SCANS | _RUNS | _JOINS | {"Unique"}),
+    (branches._get_context, _BRANCHES, _SCANS | _RUNS | _JOINS),
+    (branches._switch_branch, _BRANCHES, _SUBTREE),
+    (branches._delete_branch, _BRANCHES, _SUBTREE),
+    (branches._fork_conversation, _BRANCHES, _LOCKS | _RUNS | _JOINS),
 ]
 
 
@@ -187,7 +197,15 @@ HOT_CONVERSATIONS = 300
 
 @pytest.mark.parametrize(("kind", "query", "times"), [("single", _append_message, 10), ("turns", _append_messages, 5)])
 def test_hot(
-    kind: str, query: Query, times: int, size: Size, copy: str, counter: psycopg.Connection, figures: Figures
+    kind: str,
+    query: Query,
+    times: int,
+    size: Size,
+    copy: str,
+    plain: asyncio.Runner,
+    proxied: tuple[Proxy, Chatdb],
+    counter: psycopg.Connection,
+    figures: Figures,
 ) -> None:
     """Most appends do not update the list's index: ten appends or five turns a day, for five days."""
     clock = "statement_timestamp()"
@@ -199,6 +217,8 @@ def test_hot(
     body = ["user", "A short message.", None, None, None]
     if kind == "turns":
         body = [[each, each] for each in body]
+    # otherwise the server counts that connection's last updates up to ten seconds later
+    plain.run(proxied[1].pool.execute("select pg_stat_force_next_flush()"))
     before = _updates(counter)
     with psycopg.connect(copy, autocommit=True) as writer:
         writer.execute("set synchronous_commit = off")

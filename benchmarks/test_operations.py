@@ -101,6 +101,17 @@ def test_append_create(
     runner.run(client.close())
 
 
+def test_branch(benchmark: Any, copy: str, size: Size, loop: str, runner: asyncio.Runner, figures: Figures) -> None:
+    """Time get_branch beside get_history, on conversations without branches."""
+    client = Chatdb(copy)
+    runner.run(client.open())
+    calls = {"chatdb": call_of("branch_100", client, size), "history": call_of("history_100", client, size)}
+    times = interleave(benchmark, runner, calls, rounds=400, each=10)
+    if loop == JUDGED:
+        figures.worst("branch_100.to_history", statistics.median(times["chatdb"]) / statistics.median(times["history"]))
+    runner.run(client.close())
+
+
 @pytest.mark.parametrize("tasks", [16, 64])
 def test_mixed_load(
     benchmark: Any, tasks: int, copy: str, size: Size, loop: str, runner: asyncio.Runner, figures: Figures

@@ -48,6 +48,12 @@ EDITED = "edited"
 ARCHIVED = 3_500
 """Conversations of the user who has archived 95 % of them. Their keys are `key 0` and so on."""
 
+FORKED = 40
+"""Conversations of the user who has branched them, besides the two of 10,000 messages."""
+FORKS = 8
+"""Nested branches of each. A branch steps back 20 messages from the head and adds 30 in one batch."""
+BACK, ADDED = 20, 30
+
 START = datetime(2025, 11, 1, tzinfo=UTC)
 YEAR = timedelta(days=365)
 ROLES = ("user", "assistant")
@@ -115,6 +121,15 @@ class Size:
     def keyed_place(self, number: int) -> Place:
         """Return a conversation with a key by its number."""
         return Place(self.keyed, self.long.id + 5 * LISTED + 1 + number)
+
+    @property
+    def forked(self) -> str:
+        """The user whose conversations are branched. Only copies of the data have these."""
+        return user(-6)
+
+    def forked_place(self, number: int) -> Place:
+        """Return a branched conversation by its number, or one of 10,000 messages: first the unbranched one."""
+        return Place(self.forked, self.keyed_place(0).id + 20_000 + number)
 
     @property
     def busy(self) -> str:
@@ -283,3 +298,46 @@ def add_keyed_and_archived(connection: psycopg.Connection, size: Size) -> None:
     )
     connection.execute("select setval('chatdb.conversations_id_seq', max(id)) from chatdb.conversations")
     connection.execute("vacuum analyze chatdb.conversations")
+
+
+def add_branched(connection: psycopg.Connection, size: Size) -> None:
+    """
+    Add the branched conversations to a copy of the data, and two of 10,000 messages, of which one is branched.
+
+    The branched conversations are written in turn: first 100 messages, then a branch of each, in one batch. Those of
+    10,000 are written at a stretch, with a system message and results of tools. Their messages have 320 characters, so
+    that about 15 fit on a page; the median of the real texts is 490.
+    """
+    first, at_once = size.forked_place(0).id, "repeat('word ', 64), %(at)s"
+    values = {"forked": size.forked, "first": first, "at": START + YEAR}
+    values |= {"count": FORKED, "plain": MESSAGES, "all": MESSAGES + FORKS * ADDED, "back": BACK, "added": ADDED}
+    values |= {"long": LONG, "long_plain": LONG - FORKS * ADDED}
+    # leaves a fifth of each page empty; otherwise the rows would fill gaps of older pages, which scatters the batches
+    connection.execute("alter table chatdb.messages set (fillfactor = 80)")
+    connection.execute(
+        "insert into chatdb.conversations (user_id, id, last_seq) select %(forked)s, %(first)s + n, "
+        "case when n < %(count)s then %(all)s else %(long)s end from generate_series(0, %(count)s + 1) as n",
+        values,
+    )
+    connection.execute(
+        "insert into chatdb.messages (user_id, conversation_id, seq, parent_seq, role, content, created_at) "
+        "select %(forked)s, %(first)s + n, seq, case when branch > 0 and (seq - %(plain)s) %% %(added)s = 1 "
+        f"then seq - 1 - %(back)s end, (array['assistant', 'user'])[1 + seq %% 2], {at_once} "
+        "from generate_series(0, %(count)s - 1) as n cross join generate_series(1, %(all)s) as seq "
+        "cross join lateral (select greatest(0, (seq - %(plain)s + %(added)s - 1) / %(added)s)) as b (branch) "
+        "order by branch, case when branch = 0 then seq end, n, seq",
+        values,
+    )
+    connection.execute(
+        "insert into chatdb.messages "
+        "(user_id, conversation_id, seq, parent_seq, role, content, created_at, token_count) "
+        "select %(forked)s, %(first)s + %(count)s + n, seq, "
+        "case when n = 1 and seq > %(long_plain)s and (seq - %(long_plain)s) %% %(added)s = 1 "
+        "then seq - 1 - %(back)s end, case when seq = 1 then 'system' "
+        "else (array['user', 'assistant', 'tool', 'assistant'])[1 + (seq - 2) %% 4] end, "
+        f"{at_once}, case when seq %% 17 > 0 then 300 end "
+        "from generate_series(0, 1) as n cross join generate_series(1, %(long)s) as seq order by n, seq",
+        values,
+    )
+    connection.execute("alter table chatdb.messages reset (fillfactor)")
+    connection.execute("select setval('chatdb.conversations_id_seq', max(id)) from chatdb.conversations")
