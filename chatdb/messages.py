@@ -46,24 +46,36 @@ from chatdb.records import UNSET, Conversation, Deleted, Message, New, NewMessag
 
 _SENT: Final = ("role", "content", "payload", "token_count", "key")
 
-_append_message = Query("append_message", Message, from_arguments=("user_id",), from_messages=_SENT)
+_append_message = Query(
+    "append_message", Message, from_arguments=("user_id",), from_messages=_SENT, hint="conversation_id"
+)
 _append_message_conditional = Query(
     "append_message_conditional",
     Message,
     from_arguments=("user_id",),
     from_messages=("role", "content", "payload", "key"),
     has_refusal=True,
+    hint="conversation_id",
 )
-_append_messages = AppendQuery("append_messages", Message, from_arguments=("user_id",), from_messages=_SENT)
+_append_messages = AppendQuery(
+    "append_messages", Message, from_arguments=("user_id",), from_messages=_SENT, hint="conversation_id"
+)
 _append_messages_conditional = AppendQuery(
     "append_messages_conditional",
     Message,
     from_arguments=("user_id",),
     from_messages=("role", "content", "payload"),
     has_refusal=True,
+    hint="conversation_id",
 )
 _upsert_message = Query(
-    "upsert_message", Message, from_arguments=("user_id",), from_messages=_SENT, has_refusal=True, idempotent=True
+    "upsert_message",
+    Message,
+    from_arguments=("user_id",),
+    from_messages=_SENT,
+    has_refusal=True,
+    idempotent=True,
+    hint="conversation_id",
 )
 _replace_messages_after = AppendQuery(
     "replace_messages_after",
@@ -71,6 +83,7 @@ _replace_messages_after = AppendQuery(
     from_arguments=("user_id",),
     from_messages=("role", "content", "payload"),
     has_refusal=True,
+    hint="conversation_id",
 )
 _pop_message = Query("pop_message", Message, has_refusal=True)
 # without the subquery of a key, a page of 20 takes 4 % less time; without the user and the conversation in each row, a

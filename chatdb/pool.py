@@ -25,6 +25,7 @@ from chatdb._core.asyncpg_private import (
 from chatdb._core.driver_errors import mapped_driver_errors
 from chatdb._core.dsn import AnyDsn, ConnectionInfo, dsn_to_str, read_dsn
 from chatdb._core.handles import AsyncpgPool, Connection, Record
+from chatdb._core.hints import CHANNEL, Hints, gathered
 from chatdb._core.options import CONNECTION_OPTIONS, DriverOptions, PoolOptions, check_options
 from chatdb._core.query import Database, RunAgainError
 from chatdb._core.validate import check_handle, check_user_id
@@ -54,17 +55,20 @@ class Pool(PoolBase):
     anything is sent.
 
     `retries` is the maximum number of times that a read or a keyed write is sent again after a lost connection. With
-    `row_level_security`, each function of chatdb runs in a transaction that names its user.
+    `row_level_security`, each function of chatdb runs in a transaction that names its user. With `notify`, the pool
+    tells each `Watcher` that listens which conversations got messages.
     """
 
     retries: int
     row_level_security: bool
+    hints: Hints | None
 
     def __init__(self, dsn: AnyDsn | ConnectionInfo, **given_options: Unpack[PoolOptions]) -> None:
         options = check_options({**_DEFAULTS, **given_options})
         given = {name: options.pop(name) for name in CONNECTION_OPTIONS & options.keys()}
         self.retries = options.pop("retries")
         self.row_level_security = options.pop("row_level_security")
+        self.hints = Hints(self._notify) if options.pop("notify") else None
         defaults: dict[str, Any] = {
             "init_size": max(options["min_size"], 1),
             "max_queries": 50_000,
@@ -105,6 +109,9 @@ class Pool(PoolBase):
         async with transaction(self, user_id=user) as connection:
             return await fetch_rows(connection, query, args, timeout)
 
+    async def _notify(self, payloads: list[str]) -> None:
+        await self._run(_NOTIFY, (CHANNEL, payloads), None, None)
+
     async def close(self) -> None:
         """
         Close the pool and wait until all connections are released.
@@ -116,11 +123,16 @@ class Pool(PoolBase):
         self._check_process_and_loop()
         try:
             async with asyncio.timeout(self._acquire_timeout):
-                await super().close()  # terminates the connections if cancelled
+                if self.hints is not None:
+                    await self.hints.close(min(1.0, self._acquire_timeout / 2))
+                await super().close()
         except TimeoutError:
             _log.warning(
                 "the pool closed with connections still in use after %g s: they were terminated", self._acquire_timeout
             )
+        except BaseException:
+            super().terminate()
+            raise
         finally:
             self._state = "closed"
 
@@ -146,6 +158,7 @@ def create_pool(
     command_timeout: float = 30.0,
     retries: int = 2,
     row_level_security: bool = False,
+    notify: bool = False,
     # Serverless databases close idle connections after five minutes.
     max_inactive_connection_lifetime: float = 240.0,
     **options: Unpack[DriverOptions],
@@ -163,6 +176,8 @@ def create_pool(
     - `retries` is the maximum number of times that a read or a keyed write is sent again after a lost connection.
     - `row_level_security=True` is for a database with `chatdb protect`: each call runs in a transaction that names its
       user, with three round trips instead of one. If the connection is lost during COMMIT, `.sent` is None.
+    - `notify=True` lets each `Watcher` with a `listen_dsn` know about new messages at once. After commits, the pool
+      gathers the ids of their conversations and sends them about 20 times a second in a statement of its own.
     - All other options are those of `asyncpg.create_pool`. Set `statement_cache_size=0` for a pooler that does not
       track prepared statements.
 
@@ -179,6 +194,7 @@ def create_pool(
         command_timeout=command_timeout,
         retries=retries,
         row_level_security=row_level_security,
+        notify=notify,
         max_inactive_connection_lifetime=max_inactive_connection_lifetime,
         **options,
     )
@@ -213,8 +229,9 @@ async def transaction(db: Database, *, user_id: str | None = None) -> AsyncGener
         with mapped_driver_errors():
             connection = await db.acquire()
         try:
-            async with _transaction_block(connection, user):
-                yield connection
+            with gathered(connection, getattr(db, "hints", None)):
+                async with _transaction_block(connection, user):
+                    yield connection
         finally:
             await db.release(connection)
     else:
@@ -281,6 +298,8 @@ async def run_until_settled(
             return await call(connection, user, *args, **options)
         return await call(connection, user, *args, **options)
 
+
+_NOTIFY: Final = "select pg_catalog.pg_notify($1, payload) from pg_catalog.unnest($2::text[]) as payload"
 
 _SET_USER: Final = """
     select before.user_id, pg_catalog.set_config('chatdb.user_id', $1, true)

@@ -32,6 +32,10 @@ Role = Literal["user", "assistant", "system", "developer", "tool"]
 """Who speaks; the same set as in the constraint `ck_messages_role`."""
 
 
+State = Literal["streaming", "aborted"]
+"""The state of a message that is not complete; the same set as in the constraint `ck_messages_state`."""
+
+
 class JsonText(str):
     """
     JSON text, stored byte for byte, with its key order, number format, escapes and white space.
@@ -207,6 +211,9 @@ class Message(_Record):
         description="The caller's own name for the message, unique in the conversation. 1 to 255 characters; "
         "None if not set.",
     )
+    state: State | None = Field(
+        description="None if it is complete, `streaming` while its text grows, `aborted` if its stream was given up."
+    )
     created_at: datetime = Field(description="Time of the append, in UTC. All messages of a batch have the same time.")
 
     def public(self) -> dict[str, JsonValue]:
@@ -298,6 +305,32 @@ class Deleted(_Record):
 
     conversations: int = Field(description="Number of deleted conversations.")
     messages: int = Field(description="Number of deleted messages.")
+
+
+class MessageTail(_Record):
+    """The text of a message from an offset on."""
+
+    text: str = Field(
+        repr=False, description="The text from the requested offset to the end, or to what is stored so far."
+    )
+    offset: int = Field(description="The length of the text so far, in code points: where the next read continues.")
+    state: State | None = Field(
+        description="None if the text is complete, `streaming` while it grows, `aborted` if its stream was given up."
+    )
+
+
+class WatchedRevision(_Record):
+    """The state of the conversation in array element `ordinality`; None if it is missing."""
+
+    ordinality: int
+    revision: int | None
+    last_seq: int | None
+
+
+class MessageLength(_Record):
+    """The length of a message's text, in code points."""
+
+    length: int
 
 
 class MessageVersions(_Record):

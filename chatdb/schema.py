@@ -78,6 +78,7 @@ EXPECTED_SCHEMA = {
         "payload": "json",
         "metadata": "jsonb",
         "parent_seq": "bigint",
+        "state": 'text collate "C"',
         "pk_messages": "PRIMARY KEY (user_id, conversation_id, seq)",
         "fk_messages_conversation": (
             "FOREIGN KEY (user_id, conversation_id) REFERENCES chatdb.conversations(user_id, id) ON DELETE CASCADE"
@@ -94,6 +95,7 @@ EXPECTED_SCHEMA = {
             "CHECK (((jsonb_typeof(metadata) = 'object'::text) AND (octet_length((metadata)::text) <= 65536)))"
         ),
         "ck_messages_token_count": "CHECK ((token_count >= 0))",
+        "ck_messages_state": "CHECK ((state = ANY (ARRAY['streaming'::text, 'aborted'::text])))",
         "ck_messages_parent_seq": "CHECK (((parent_seq >= 0) AND (parent_seq < seq)))",
         "uq_messages_user_id_conversation_id_key": (
             "CREATE UNIQUE INDEX uq_messages_user_id_conversation_id_key ON chatdb.messages USING btree "
@@ -102,6 +104,23 @@ EXPECTED_SCHEMA = {
         "ix_messages_user_id_conversation_id_seq_branches": (
             "CREATE INDEX ix_messages_user_id_conversation_id_seq_branches ON chatdb.messages USING btree "
             "(user_id, conversation_id, seq) INCLUDE (parent_seq) WHERE (parent_seq IS NOT NULL)"
+        ),
+    },
+    "message_parts": {
+        "conversation_id": "bigint not null",
+        "seq": "bigint not null",
+        "start": "bigint not null",
+        "length": "bigint",
+        "bytes": "bigint",
+        "last_start": "bigint",
+        "last_start_bytes": "bigint",
+        "flushed_at": "timestamp with time zone",
+        "user_id": 'text collate "C" not null',
+        "content": "text not null",
+        "pk_message_parts": "PRIMARY KEY (user_id, conversation_id, seq, start)",
+        "fk_message_parts_message": (
+            "FOREIGN KEY (user_id, conversation_id, seq) REFERENCES chatdb.messages(user_id, conversation_id, seq) "
+            "ON DELETE CASCADE"
         ),
     },
 }

@@ -34,4 +34,4 @@ insert into chatdb.messages (
 )
 select user_id, id, last_seq, $4, $5, $6::text::json, $7::text::jsonb, $8, updated_at, parent_seq
 from conversation
-returning id, conversation_id, seq, parent_seq, metadata::text as metadata, created_at
+returning id, conversation_id, seq, parent_seq, metadata::text as metadata, state, created_at

@@ -76,7 +76,8 @@ message as (
     -- changes nothing, but unlike DO NOTHING it returns a row that this statement's snapshot cannot see
     on conflict (user_id, conversation_id, key) where key is not null do update set key = excluded.key
     returning
-        id, conversation_id, user_id, seq, parent_seq, role, content, payload, metadata, token_count, key, created_at
+        id, conversation_id, user_id, seq, parent_seq, role, content, payload, metadata, token_count, key, state,
+        created_at
 ),
 
 raised as (
@@ -101,29 +102,29 @@ refused as (
 earlier as (
     select
         m.id, m.conversation_id, m.seq, m.parent_seq, m.role, m.content, m.payload, m.metadata, m.token_count,
-        m.created_at
+        m.state, m.created_at
     from chatdb.messages as m
     -- a join could look for the key in all conversations of the user
     where m.user_id = $1 and m.conversation_id = (select id from refused) and m.key = $9
 ),
 
 same as (
-    select id, conversation_id, seq, parent_seq, metadata, token_count, created_at
+    select id, conversation_id, seq, parent_seq, metadata, token_count, state, created_at
     from message
-    where role = $4 and content = $5
+    where role = $4 and content = $5 and state is distinct from 'streaming'
       and payload::text is not distinct from $6 and metadata is not distinct from $7::text::jsonb
     union all
-    select id, conversation_id, seq, parent_seq, metadata, token_count, created_at
+    select id, conversation_id, seq, parent_seq, metadata, token_count, state, created_at
     from earlier
-    where role = $4 and content = $5
+    where role = $4 and content = $5 and state is distinct from 'streaming'
       and payload::text is not distinct from $6 and metadata is not distinct from $7::text::jsonb
 )
 
-select id, conversation_id, seq, parent_seq, metadata::text as metadata, token_count, created_at, null as refusal
+select id, conversation_id, seq, parent_seq, metadata::text as metadata, token_count, state, created_at, null as refusal
 from same
 union all
 select
-    null, null, null, null, null, null, null,
+    null, null, null, null, null, null, null, null,
     case
         when exists (select from message) or exists (select from earlier) then 'conflict'
         when not exists (select from refused) then 'suppressed'
@@ -141,7 +142,7 @@ where not exists (select from same)
 union all
 -- another caller created or deleted the conversation after this statement began
 select
-    null, null, null, null, null, null, null,
+    null, null, null, null, null, null, null, null,
     case when $10::bool and coalesce($15, 0) <> 0 then 'missing' else 'again' end
 where not exists (select from stored)
   and not exists (select from created)

@@ -39,4 +39,4 @@ select
 from conversation as c
 cross join unnest($4::text[], $5::text[], $6::text[], $7::text[], $8::text[]::int4[])
     with ordinality as m (role, content, payload, metadata, token_count, ordinality)
-returning id, conversation_id, seq, parent_seq, metadata::text as metadata, created_at
+returning id, conversation_id, seq, parent_seq, metadata::text as metadata, state, created_at

@@ -115,7 +115,8 @@ message as (
       and ($10::bool or (select pg_catalog.count(*) from known) in (0, pg_catalog.cardinality($4::text[])))
     on conflict (user_id, conversation_id, key) where key is not null do update set key = excluded.key
     returning
-        id, conversation_id, user_id, seq, parent_seq, role, content, payload, metadata, token_count, key, created_at
+        id, conversation_id, user_id, seq, parent_seq, role, content, payload, metadata, token_count, key, state,
+        created_at
 ),
 
 refused as (
@@ -162,10 +163,11 @@ raised as (
 earlier as (
     select
         m.id, m.conversation_id, m.seq, m.parent_seq, m.role, m.content, m.payload, m.metadata, m.token_count, m.key,
-        m.created_at
+        m.state, m.created_at
     from batch as b
     cross join lateral (
-        select id, conversation_id, seq, parent_seq, role, content, payload, metadata, token_count, key, created_at
+        select
+            id, conversation_id, seq, parent_seq, role, content, payload, metadata, token_count, key, state, created_at
         from chatdb.messages
         where user_id = $1 and conversation_id = (select id from refused) and key = b.key
         limit 1 -- noqa: AM09
@@ -173,23 +175,23 @@ earlier as (
 ),
 
 same as (
-    select m.id, m.conversation_id, m.seq, m.parent_seq, m.metadata, m.token_count, m.key, m.created_at
+    select m.id, m.conversation_id, m.seq, m.parent_seq, m.metadata, m.token_count, m.key, m.state, m.created_at
     from message as m
     where m.seq > (select last_seq from conversation)
     union all
     -- not an alternative of the condition above, for which the batch would be read once per message
-    select m.id, m.conversation_id, m.seq, m.parent_seq, m.metadata, m.token_count, m.key, m.created_at
+    select m.id, m.conversation_id, m.seq, m.parent_seq, m.metadata, m.token_count, m.key, m.state, m.created_at
     from message as m
-    where not $10::bool and m.seq <= (select last_seq from conversation)
+    where not $10::bool and m.seq <= (select last_seq from conversation) and m.state is distinct from 'streaming'
       and exists (
           select from batch as b
           where b.key = m.key and b.role = m.role and b.content = m.content
             and b.payload is not distinct from m.payload::text and b.metadata is not distinct from m.metadata
       )
     union all
-    select m.id, m.conversation_id, m.seq, m.parent_seq, m.metadata, m.token_count, m.key, m.created_at
+    select m.id, m.conversation_id, m.seq, m.parent_seq, m.metadata, m.token_count, m.key, m.state, m.created_at
     from earlier as m
-    where not $10::bool
+    where not $10::bool and m.state is distinct from 'streaming'
       and exists (
           select from batch as b
           where b.key = m.key and b.role = m.role and b.content = m.content
@@ -197,12 +199,14 @@ same as (
       )
 )
 
-select id, conversation_id, seq, parent_seq, metadata::text as metadata, token_count, key, created_at, null as refusal
+select
+    id, conversation_id, seq, parent_seq, metadata::text as metadata, token_count, key, state, created_at,
+    null as refusal
 from same
 where $10::bool or (select pg_catalog.count(*) from same) = pg_catalog.cardinality($4::text[])
 union all
 select
-    null, null, null, null, null, null, null, null,
+    null, null, null, null, null, null, null, null, null,
     case
         -- only the parent is missing; another caller may have stored it after this statement began
         when stored.is_expected and exists (select from refused)
@@ -236,13 +240,13 @@ from stored
 where not exists (select from same)
    or (not $10::bool and (select pg_catalog.count(*) from same) <> pg_catalog.cardinality($4::text[]))
 union all
-select null, null, null, null, null, null, null, null, null
+select null, null, null, null, null, null, null, null, null, null
 from created
 where pg_catalog.cardinality($4::text[]) = 0
 union all
 -- another caller created or deleted the conversation after this statement began
 select
-    null, null, null, null, null, null, null, null,
+    null, null, null, null, null, null, null, null, null,
     case when $11::bool and coalesce($16, 0) <> 0 then 'missing' else 'again' end
 where not exists (select from stored)
   and not exists (select from created)

@@ -1,6 +1,6 @@
 -- fork_conversation
 -- A new conversation with a copy of a line: that of the head, or up to another message. Its messages are numbered
--- from 1.
+-- from 1; those that are streaming are left out.
 --
 -- $1 user_id text
 -- $2 conversation_id int8 null
@@ -48,7 +48,7 @@ target as (
 
 -- the runs of the line, as in get_branch
 run as (
-    select c.id, c.top, b.seq as bottom, b.parent_seq
+    select c.id, c.top, coalesce(b.seq, 0) as bottom, b.parent_seq
     from target as c
     left join lateral (
         select seq, parent_seq
@@ -58,7 +58,7 @@ run as (
         limit 1
     ) as b on true
     union all
-    select r.id, r.parent_seq as top, b.seq as bottom, b.parent_seq
+    select r.id, r.parent_seq as top, coalesce(b.seq, 0) as bottom, b.parent_seq
     from run as r
     left join lateral (
         select seq, parent_seq
@@ -72,11 +72,17 @@ run as (
 
 line as (
     select
-        m.role, m.content, m.payload, m.metadata, m.token_count, m.key, m.created_at,
+        m.role, m.content, m.payload, m.metadata, m.token_count, m.key, m.state, m.created_at,
         pg_catalog.row_number() over (order by m.seq) as seq
     from run as r
-    inner join chatdb.messages as m
-        on m.user_id = $1 and m.conversation_id = r.id and m.seq <= r.top and m.seq >= coalesce(r.bottom, 0)
+    -- a join could read the whole conversation again for each run
+    cross join lateral (
+        select seq, role, content, payload, metadata, token_count, key, state, created_at
+        from chatdb.messages
+        where user_id = $1 and conversation_id = r.id and seq <= r.top and seq >= r.bottom
+        offset 0 -- noqa: AM09
+    ) as m
+    where m.state is distinct from 'streaming'
 ),
 
 created as (
@@ -92,9 +98,9 @@ created as (
 
 message as (
     insert into chatdb.messages (
-        user_id, conversation_id, seq, role, content, payload, metadata, token_count, key, created_at
+        user_id, conversation_id, seq, role, content, payload, metadata, token_count, key, state, created_at
     )
-    select $1, c.id, l.seq, l.role, l.content, l.payload, l.metadata, l.token_count, l.key, l.created_at
+    select $1, c.id, l.seq, l.role, l.content, l.payload, l.metadata, l.token_count, l.key, l.state, l.created_at
     from created as c
     cross join line as l
 )

@@ -11,7 +11,7 @@
 --
 -- returns many Message without user_id and conversation_id, then an existence row: if the page is not full
 -- served by pk_conversations, pk_messages, uq_conversations_user_id_key,
--- ix_messages_user_id_conversation_id_seq_branches
+-- ix_messages_user_id_conversation_id_seq_branches, pk_message_parts
 
 with recursive conversation as (
     select
@@ -31,7 +31,7 @@ with recursive conversation as (
 
 -- the runs of the line, as in get_branch
 run as (
-    select c.id, c.top, b.seq as bottom, b.parent_seq
+    select c.id, c.top, coalesce(b.seq, 0) as bottom, b.parent_seq
     from conversation as c
     left join lateral (
         select seq, parent_seq
@@ -41,7 +41,7 @@ run as (
         limit 1
     ) as b on true
     union all
-    select r.id, r.parent_seq as top, b.seq as bottom, b.parent_seq
+    select r.id, r.parent_seq as top, coalesce(b.seq, 0) as bottom, b.parent_seq
     from run as r
     left join lateral (
         select seq, parent_seq
@@ -55,13 +55,21 @@ run as (
 
 (
     select
-        m.id, m.seq, m.parent_seq, m.role, m.content, m.payload::text as payload, m.metadata::text as metadata,
-        m.token_count, m.key, m.created_at
+        m.id, m.seq, m.parent_seq, m.role,
+        case
+            when m.state = 'streaming' then (
+                select pg_catalog.string_agg(p.content, '' order by p.start)
+                from chatdb.message_parts as p
+                where p.user_id = $1 and p.conversation_id = r.id and p.seq = m.seq
+            )
+            else m.content
+        end as content,
+        m.payload::text as payload, m.metadata::text as metadata, m.token_count, m.key, m.state, m.created_at
     from run as r
     cross join lateral (
-        select id, seq, parent_seq, role, content, payload, metadata, token_count, key, created_at
+        select id, seq, parent_seq, role, content, payload, metadata, token_count, key, state, created_at
         from chatdb.messages
-        where user_id = $1 and conversation_id = r.id and seq <= r.top and seq >= coalesce(r.bottom, 0) and seq < $5
+        where user_id = $1 and conversation_id = r.id and seq <= r.top and seq >= r.bottom and seq < $5
         order by seq desc
         limit $6
     ) as m
@@ -74,7 +82,7 @@ select
     (
         select '' from conversation
     ),
-    null
+    null, null
 from chatdb.conversations
 where user_id = $1
   and id = (select coalesce((select $2::int8), (

@@ -1,6 +1,7 @@
 -- get_context
--- The newest messages of the head's line that fit a number of tokens, newest first, then its leading system or
--- developer message. They begin with the line or a message of the user, and have no result of a tool without its call.
+-- The newest messages of the head's line that fit a number of tokens, without those that are streaming, newest first,
+-- then its leading system or developer message. They begin with the line or a message of the user, and have no result
+-- of a tool without its call.
 --
 -- $1 user_id text
 -- $2 conversation_id int8 null
@@ -24,7 +25,7 @@ with recursive conversation as (
 
 -- the runs of the line, as in get_branch
 run as (
-    select c.id, c.top, b.seq as bottom, b.parent_seq
+    select c.id, c.top, coalesce(b.seq, 0) as bottom, b.parent_seq
     from conversation as c
     left join lateral (
         select seq, parent_seq
@@ -34,7 +35,7 @@ run as (
         limit 1
     ) as b on true
     union all
-    select r.id, r.parent_seq as top, b.seq as bottom, b.parent_seq
+    select r.id, r.parent_seq as top, coalesce(b.seq, 0) as bottom, b.parent_seq
     from run as r
     left join lateral (
         select seq, parent_seq
@@ -48,13 +49,13 @@ run as (
 
 first as (
     select
-        m.id, m.seq, m.parent_seq, m.role, m.content, m.payload, m.metadata, m.token_count, m.key, m.created_at,
-        coalesce(m.token_count, pg_catalog.octet_length(m.content) / 4 + 1) as tokens
+        m.id, m.seq, m.parent_seq, m.role, m.content, m.payload, m.metadata, m.token_count, m.key, m.state,
+        m.created_at, coalesce(m.token_count, pg_catalog.octet_length(m.content) / 4 + 1) as tokens
     from run as r
     cross join lateral (
-        select id, seq, parent_seq, role, content, payload, metadata, token_count, key, created_at
+        select id, seq, parent_seq, role, content, payload, metadata, token_count, key, state, created_at
         from chatdb.messages
-        where user_id = $1 and conversation_id = r.id and seq >= coalesce(r.bottom, 0) and seq <= r.top
+        where user_id = $1 and conversation_id = r.id and seq >= r.bottom and seq <= r.top
         order by seq
         limit 1
     ) as m
@@ -62,23 +63,23 @@ first as (
 ),
 
 opening as (
-    select id, seq, parent_seq, role, content, payload, metadata, token_count, key, created_at, tokens
+    select id, seq, parent_seq, role, content, payload, metadata, token_count, key, state, created_at, tokens
     from first
-    where role in ('system', 'developer')
+    where role in ('system', 'developer') and state is distinct from 'streaming'
 ),
 
 newest as (
     select
-        m.id, m.seq, m.parent_seq, m.role, m.content, m.payload, m.metadata, m.token_count, m.key, m.created_at,
-        m.tokens
+        m.id, m.seq, m.parent_seq, m.role, m.content, m.payload, m.metadata, m.token_count, m.key, m.state,
+        m.created_at, m.tokens
     from run as r
     cross join lateral (
         select
-            id, seq, parent_seq, role, content, payload, metadata, token_count, key, created_at,
+            id, seq, parent_seq, role, content, payload, metadata, token_count, key, state, created_at,
             coalesce(token_count, pg_catalog.octet_length(content) / 4 + 1) as tokens
         from chatdb.messages
-        where user_id = $1 and conversation_id = r.id and seq >= coalesce(r.bottom, 0) and seq <= r.top
-          and seq > coalesce((select seq from opening), 0)
+        where user_id = $1 and conversation_id = r.id and seq >= r.bottom and seq <= r.top
+          and seq > coalesce((select seq from opening), 0) and state is distinct from 'streaming'
         order by seq desc
         limit $5
     ) as m
@@ -88,7 +89,7 @@ newest as (
 -- in the order of newest, which is that of its rows: to order by seq would sort, and so read, all of them
 summed as (
     select
-        id, seq, parent_seq, role, content, payload, metadata, token_count, key, created_at, tokens,
+        id, seq, parent_seq, role, content, payload, metadata, token_count, key, state, created_at, tokens,
         coalesce((select tokens from opening), 0) + pg_catalog.sum(tokens) over newest_first as total
     from newest
     window newest_first as (order by null rows unbounded preceding)
@@ -97,7 +98,7 @@ summed as (
 -- a count only grows: PostgreSQL 15 and later stop reading at the first message that is too much
 counted as (
     select
-        id, seq, parent_seq, role, content, payload, metadata, token_count, key, created_at,
+        id, seq, parent_seq, role, content, payload, metadata, token_count, key, state, created_at,
         pg_catalog.count(*) filter (where total > $4) over newest_first as too_much
     from summed
     window newest_first as (order by null rows unbounded preceding)
@@ -105,7 +106,7 @@ counted as (
 
 fitting as (
     select
-        id, seq, parent_seq, role, content, payload, metadata, token_count, key, created_at,
+        id, seq, parent_seq, role, content, payload, metadata, token_count, key, state, created_at,
         -- of the messages from this one on, the oldest of each role
         pg_catalog.min(seq) filter (where role = 'tool') over later as tool_seq,
         pg_catalog.min(seq) filter (where role = 'assistant') over later as assistant_seq
@@ -134,16 +135,16 @@ start as (
 )
 
 select
-    id, seq, parent_seq, role, content, payload::text as payload, metadata::text as metadata, token_count, key,
+    id, seq, parent_seq, role, content, payload::text as payload, metadata::text as metadata, token_count, key, state,
     created_at
 from fitting
 where seq >= (select seq from start)
 union all
 select
-    id, seq, parent_seq, role, content, payload::text, metadata::text, token_count, key, created_at
+    id, seq, parent_seq, role, content, payload::text, metadata::text, token_count, key, state, created_at
 from opening
 where tokens <= $4
 union all
 -- its seq is the id of the conversation
-select null, id, null, null, null, null, null, null, null, null
+select null, id, null, null, null, null, null, null, null, null, null
 from conversation

@@ -7,19 +7,27 @@
 -- $4 row_limit int8
 --
 -- returns many Message without user_id and conversation_id, then an existence row: if the page is not full
--- served by pk_messages
+-- served by pk_messages, pk_message_parts
 
 (
     select
-        id, seq, parent_seq, role, content, payload::text as payload, metadata::text as metadata, token_count, key,
-        created_at
+        id, seq, parent_seq, role,
+        case
+            when state = 'streaming' then (
+                select pg_catalog.string_agg(p.content, '' order by p.start)
+                from chatdb.message_parts as p
+                where p.user_id = $1 and p.conversation_id = $2 and p.seq = messages.seq
+            )
+            else content
+        end as content,
+        payload::text as payload, metadata::text as metadata, token_count, key, state, created_at
     from chatdb.messages
     where user_id = $1 and conversation_id = $2 and seq < $3
     order by seq desc
     limit $4
 )
 union all
-select null, null, null, null, null, null, null, null, null, null
+select null, null, null, null, null, null, null, null, null, null, null
 from chatdb.conversations
 where user_id = $1 and id = $2
 -- a full page ends before this branch is read, so that it costs nothing there

@@ -8,12 +8,20 @@
 -- $5 row_limit int8
 --
 -- returns many Message without user_id and conversation_id, then an existence row: if the page is not full
--- served by pk_messages, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
+-- served by pk_messages, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key, pk_message_parts
 
 (
     select
-        id, seq, parent_seq, role, content, payload::text as payload, metadata::text as metadata, token_count, key,
-        created_at
+        id, seq, parent_seq, role,
+        case
+            when state = 'streaming' then (
+                select pg_catalog.string_agg(p.content, '' order by p.start)
+                from chatdb.message_parts as p
+                where p.user_id = $1 and p.conversation_id = messages.conversation_id and p.seq = messages.seq
+            )
+            else content
+        end as content,
+        payload::text as payload, metadata::text as metadata, token_count, key, state, created_at
     from chatdb.messages
     where user_id = $1
       -- with an id, the subquery is never executed
@@ -41,7 +49,7 @@ select
         select m.key from chatdb.messages as m
         where m.user_id = $1 and m.conversation_id = conversations.id and m.key = $4
     ),
-    null
+    null, null
 from chatdb.conversations
 where user_id = $1
   and id = (select coalesce((select $2::int8), (

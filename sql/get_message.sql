@@ -8,12 +8,20 @@
 -- $5 key text null
 --
 -- returns one Message, or an existence row: if there is no such message
--- served by pk_messages, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
+-- served by pk_messages, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key, pk_message_parts
 
 (
     select
-        id, conversation_id, user_id, seq, parent_seq, role, content, payload::text as payload,
-        metadata::text as metadata, token_count, key, created_at
+        id, conversation_id, user_id, seq, parent_seq, role,
+        case
+            when state = 'streaming' then (
+                select pg_catalog.string_agg(p.content, '' order by p.start)
+                from chatdb.message_parts as p
+                where p.user_id = $1 and p.conversation_id = messages.conversation_id and p.seq = messages.seq
+            )
+            else content
+        end as content,
+        payload::text as payload, metadata::text as metadata, token_count, key, state, created_at
     from chatdb.messages
     where user_id = $1
       and conversation_id = (select coalesce((select $2::int8), (
@@ -33,7 +41,7 @@
     limit 1 -- noqa: AM09
 )
 union all
-select null, null, null, null, null, null, null, null, null, null, null, null
+select null, null, null, null, null, null, null, null, null, null, null, null, null
 from chatdb.conversations
 where user_id = $1
   and id = (select coalesce((select $2::int8), (

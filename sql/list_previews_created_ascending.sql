@@ -9,7 +9,7 @@
 -- $6 row_limit int8
 --
 -- returns many Conversation and Message, then an existence row: if the page is not full
--- served by ix_conversations_user_id_created_at_id, uq_conversations_user_id_key, pk_messages
+-- served by ix_conversations_user_id_created_at_id, uq_conversations_user_id_key, pk_messages, pk_message_parts
 
 with place as (
     select coalesce($2::timestamptz, '-infinity') as created_at, coalesce($3::int8, -9223372036854775808) as id
@@ -26,8 +26,16 @@ with place as (
         case when c.head_last_seq = c.last_seq then c.head_seq else c.last_seq end as head_seq,
         c.last_seq + c.edits as revision, c.created_at, c.updated_at, c.archived_at, c.pinned_at,
         m.id as message_id, m.seq as message_seq, m.parent_seq as message_parent_seq, m.role as message_role,
-        m.content as message_content, m.payload::text as message_payload, m.metadata::text as message_metadata,
-        m.token_count as message_token_count, m.key as message_key, m.created_at as message_created_at
+        case
+            when m.state = 'streaming' then (
+                select pg_catalog.string_agg(p.content, '' order by p.start)
+                from chatdb.message_parts as p
+                where p.user_id = $1 and p.conversation_id = c.id and p.seq = m.seq
+            )
+            else m.content
+        end as message_content,
+        m.payload::text as message_payload, m.metadata::text as message_metadata, m.token_count as message_token_count,
+        m.key as message_key, m.state as message_state, m.created_at as message_created_at
     from (
         select
             id,
@@ -52,7 +60,7 @@ with place as (
         limit $6
     ) as c
     left join lateral (
-        select id, seq, parent_seq, role, content, payload, metadata, token_count, key, created_at
+        select id, seq, parent_seq, role, content, payload, metadata, token_count, key, state, created_at
         from chatdb.messages
         where user_id = $1 and conversation_id = c.id
           and seq <= case when c.head_last_seq = c.last_seq then c.head_seq else c.last_seq end
@@ -65,7 +73,7 @@ with place as (
 union all
 select
     null, null, null, null, null, null, null, null, null, null, null, null,
-    null, null, null, null, null, null, null, null, null, null
+    null, null, null, null, null, null, null, null, null, null, null
 from place
 -- a full page ends before this branch is read
 limit $6

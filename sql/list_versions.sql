@@ -23,7 +23,7 @@ with recursive conversation as (
 
 -- the runs of the line, as in get_branch
 run as (
-    select c.id, c.top, b.seq as bottom, b.parent_seq
+    select c.id, c.top, coalesce(b.seq, 0) as bottom, b.parent_seq
     from conversation as c
     left join lateral (
         select seq, parent_seq
@@ -33,7 +33,7 @@ run as (
         limit 1
     ) as b on true
     union all
-    select r.id, r.parent_seq as top, b.seq as bottom, b.parent_seq
+    select r.id, r.parent_seq as top, coalesce(b.seq, 0) as bottom, b.parent_seq
     from run as r
     left join lateral (
         select seq, parent_seq
@@ -51,7 +51,7 @@ page as materialized (
     cross join lateral (
         select seq
         from chatdb.messages
-        where user_id = $1 and conversation_id = r.id and seq <= r.top and seq >= coalesce(r.bottom, 0) and seq < $4
+        where user_id = $1 and conversation_id = r.id and seq <= r.top and seq >= r.bottom and seq < $4
         order by seq desc
         limit $5
     ) as m
@@ -92,7 +92,8 @@ version as (
 -- asyncpg would first ask the server what int8[] is
 select p.seq, v.seqs::text[] as seqs
 from version as v
-inner join page as p on p.seq = any(v.seqs)
+cross join lateral pg_catalog.unnest(v.seqs) as e (seq)
+inner join page as p on p.seq = e.seq
 union all
 select null, null
 from conversation

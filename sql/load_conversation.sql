@@ -8,7 +8,7 @@
 --
 -- returns one Conversation, then many Message without user_id and conversation_id
 -- served by pk_conversations, pk_messages, uq_conversations_user_id_key,
--- ix_messages_user_id_conversation_id_seq_branches
+-- ix_messages_user_id_conversation_id_seq_branches, pk_message_parts
 
 with recursive conversation as (
     select
@@ -25,7 +25,7 @@ with recursive conversation as (
 
 -- the runs of the line, as in get_branch
 run as (
-    select c.id, c.head_seq as top, b.seq as bottom, b.parent_seq
+    select c.id, c.head_seq as top, coalesce(b.seq, 0) as bottom, b.parent_seq
     from conversation as c
     left join lateral (
         select seq, parent_seq
@@ -35,7 +35,7 @@ run as (
         limit 1
     ) as b on true
     union all
-    select r.id, r.parent_seq as top, b.seq as bottom, b.parent_seq
+    select r.id, r.parent_seq as top, coalesce(b.seq, 0) as bottom, b.parent_seq
     from run as r
     left join lateral (
         select seq, parent_seq
@@ -53,7 +53,7 @@ run as (
         archived_at, pinned_at,
         null::int8 as message_id, null::int8 as message_seq, null::int8 as message_parent_seq, null as message_role,
         null as message_content, null as message_payload, null as message_metadata, null::int4 as message_token_count,
-        null as message_key, null::timestamptz as message_created_at
+        null as message_key, null as message_state, null::timestamptz as message_created_at
     from conversation
     -- without a limit of its own this branch could be read in parallel to the other, and come after it
     limit 1 -- noqa: AM09
@@ -62,13 +62,21 @@ union all
 (
     select
         null, null, null, null, null, null, null, null, null, null, null, null,
-        m.id, m.seq, m.parent_seq, m.role, m.content, m.payload::text, m.metadata::text, m.token_count, m.key,
-        m.created_at
+        m.id, m.seq, m.parent_seq, m.role,
+        case
+            when m.state = 'streaming' then (
+                select pg_catalog.string_agg(p.content, '' order by p.start)
+                from chatdb.message_parts as p
+                where p.user_id = $1 and p.conversation_id = r.id and p.seq = m.seq
+            )
+            else m.content
+        end,
+        m.payload::text, m.metadata::text, m.token_count, m.key, m.state, m.created_at
     from run as r
     cross join lateral (
-        select id, seq, parent_seq, role, content, payload, metadata, token_count, key, created_at
+        select id, seq, parent_seq, role, content, payload, metadata, token_count, key, state, created_at
         from chatdb.messages
-        where user_id = $1 and conversation_id = r.id and seq <= r.top and seq >= coalesce(r.bottom, 0)
+        where user_id = $1 and conversation_id = r.id and seq <= r.top and seq >= r.bottom
         order by seq desc
         limit $4
     ) as m

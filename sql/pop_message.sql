@@ -11,7 +11,7 @@
 -- returns one Message, or an existence row: if the conversation has no messages
 -- refuses with stale, again, suppressed
 -- served by pk_conversations, pk_messages, uq_conversations_user_id_key,
--- ix_messages_user_id_conversation_id_seq_branches
+-- ix_messages_user_id_conversation_id_seq_branches, pk_message_parts
 
 with seen as (
     select
@@ -100,16 +100,24 @@ message as (
     where m.user_id = $1 and m.conversation_id = c.id and m.seq = c.seq
     returning
         m.id, m.conversation_id, m.user_id, m.seq, m.parent_seq, m.role, m.content, m.payload, m.metadata,
-        m.token_count, m.key, m.created_at
+        m.token_count, m.key, m.state, m.created_at
 )
 
 select
-    id, conversation_id, user_id, seq, parent_seq, role, content, payload::text as payload,
-    metadata::text as metadata, token_count, key, created_at, null as refusal
+    id, conversation_id, user_id, seq, parent_seq, role,
+    case
+        when state = 'streaming' then (
+            select pg_catalog.string_agg(p.content, '' order by p.start)
+            from chatdb.message_parts as p
+            where p.user_id = $1 and p.conversation_id = message.conversation_id and p.seq = message.seq
+        )
+        else content
+    end as content,
+    payload::text as payload, metadata::text as metadata, token_count, key, state, created_at, null as refusal
 from message
 union all
 select
-    null, null, null, null, null, null, null, null, null, null, null, null,
+    null, null, null, null, null, null, null, null, null, null, null, null, null,
     case
         when $4::int8 is not null and (id <> $4 or revision <> $5::int8) then 'stale'
         when exists (select from conversation) then 'suppressed'

@@ -139,40 +139,43 @@ message as (
     cross join batch as b
     -- counting first deletes the messages whose keys may come again
     where (select pg_catalog.count(*) from removed) >= 0
-    returning id, conversation_id, seq, parent_seq, metadata, token_count, key, created_at
+    returning id, conversation_id, seq, parent_seq, metadata, token_count, key, state, created_at
 ),
 
 -- for a retry whose first try succeeded: the conversation is no longer as expected, but the messages are stored
 earlier as (
-    select m.id, m.conversation_id, m.seq, m.parent_seq, m.metadata, m.token_count, m.key, m.created_at
+    select m.id, m.conversation_id, m.seq, m.parent_seq, m.metadata, m.token_count, m.key, m.state, m.created_at
     from batch as b
     -- with the limit, each key is looked up: a join could read all messages of the conversation
     cross join lateral (
-        select id, conversation_id, seq, parent_seq, role, content, payload, metadata, token_count, key, created_at
+        select
+            id, conversation_id, seq, parent_seq, role, content, payload, metadata, token_count, key, state, created_at
         from chatdb.messages
         where user_id = $1 and conversation_id = (select id from seen) and key = b.key
         limit 1 -- noqa: AM09
     ) as m
     where not exists (select from conversation)
-      and m.seq > $4 and m.role = b.role and m.content = b.content
+      and m.seq > $4 and m.role = b.role and m.content = b.content and m.state is distinct from 'streaming'
       and m.payload::text is not distinct from b.payload and m.metadata is not distinct from b.metadata
 )
 
-select id, conversation_id, seq, parent_seq, metadata::text as metadata, token_count, key, created_at, null as refusal
+select
+    id, conversation_id, seq, parent_seq, metadata::text as metadata, token_count, key, state, created_at,
+    null as refusal
 from message
 union all
-select id, conversation_id, seq, parent_seq, metadata::text as metadata, token_count, key, created_at, null
+select id, conversation_id, seq, parent_seq, metadata::text as metadata, token_count, key, state, created_at, null
 from earlier
 where (select pg_catalog.count(*) from earlier) = pg_catalog.cardinality($7::text[])
 union all
 select
-    null, null, null, null, null, null, null, null,
+    null, null, null, null, null, null, null, null, null,
     case when pg_catalog.cardinality($7::text[]) > 0 then 'suppressed' end
 from conversation
 where not exists (select from message)
 union all
 select
-    null, null, null, null, null, null, null, null,
+    null, null, null, null, null, null, null, null, null,
     -- another write came first: look again, it may have been the first try
     case when id = $5 and revision = $6 then 'again' else 'stale' end
 from seen

@@ -20,8 +20,9 @@
 -- $17 expected_revision int8 null
 --
 -- returns one Message
--- refuses with stale, missing, again
--- served by pk_conversations, pk_messages, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
+-- refuses with stale, missing, streaming, again
+-- served by pk_conversations, pk_messages, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key,
+-- pk_message_parts
 
 with conversation as (
     select
@@ -51,9 +52,16 @@ place as materialized (
 target as (
     select
         m.id, m.conversation_id, m.user_id, m.seq, m.parent_seq, m.role, m.content, m.payload, m.metadata,
-        m.token_count, m.key, m.created_at
+        m.token_count, m.key, m.state, m.created_at
     from place as p
     inner join chatdb.messages as m on m.user_id = $1 and m.conversation_id = p.id and m.seq = p.seq
+),
+
+-- a message whose text is in its parts
+growing as (
+    select id
+    from target
+    where $6::bool and state = 'streaming'
 ),
 
 message as (
@@ -69,6 +77,7 @@ message as (
         token_count = case when $14::bool then $15 else m.token_count end
     from target as t
     where m.user_id = $1 and m.conversation_id = t.conversation_id and m.seq = t.seq
+      and not exists (select from growing)
       and (
           ($6::bool and m.content is distinct from $7)
           or ($8::bool and m.payload::text is distinct from $9)
@@ -82,7 +91,7 @@ message as (
       )
     returning
         m.id, m.conversation_id, m.user_id, m.seq, m.parent_seq, m.role, m.content, m.payload, m.metadata,
-        m.token_count, m.key, m.created_at
+        m.token_count, m.key, m.state, m.created_at
 ),
 
 raised as (
@@ -105,29 +114,46 @@ overtaken as (
 )
 
 select
-    id, conversation_id, user_id, seq, parent_seq, role, content, payload::text as payload,
-    metadata::text as metadata, token_count, key, created_at, null as refusal
+    id, conversation_id, user_id, seq, parent_seq, role,
+    case
+        when state = 'streaming' then (
+            select pg_catalog.string_agg(p.content, '' order by p.start)
+            from chatdb.message_parts as p
+            where p.user_id = $1 and p.conversation_id = message.conversation_id and p.seq = message.seq
+        )
+        else content
+    end as content,
+    payload::text as payload, metadata::text as metadata, token_count, key, state, created_at, null as refusal
 from message
 union all
 -- with the same values nothing is written
 select
-    id, conversation_id, user_id, seq, parent_seq, role, content, payload::text as payload,
-    metadata::text as metadata, token_count, key, created_at, null
+    id, conversation_id, user_id, seq, parent_seq, role,
+    case
+        when state = 'streaming' then (
+            select pg_catalog.string_agg(p.content, '' order by p.start)
+            from chatdb.message_parts as p
+            where p.user_id = $1 and p.conversation_id = target.conversation_id and p.seq = target.seq
+        )
+        else content
+    end as content,
+    payload::text as payload, metadata::text as metadata, token_count, key, state, created_at, null
 from target
-where not exists (select from message) and not exists (select from overtaken)
+where not exists (select from message) and not exists (select from overtaken) and not exists (select from growing)
 union all
 select
-    null, null, null, null, null, null, null, null, null, null, null, null,
+    null, null, null, null, null, null, null, null, null, null, null, null, null,
     case
         when not is_expected then 'stale'
         when exists (select from overtaken) then 'again'
+        when exists (select from growing) then 'streaming'
         else 'missing'
     end
 from conversation
-where not exists (select from target) or exists (select from overtaken)
+where not exists (select from target) or exists (select from overtaken) or exists (select from growing)
 union all
 -- deleted while this statement waited
-select null, null, null, null, null, null, null, null, null, null, null, null, 'again'
+select null, null, null, null, null, null, null, null, null, null, null, null, null, 'again'
 from chatdb.conversations
 where user_id = $1
   and id = (select coalesce((select $2::int8), (

@@ -15,7 +15,7 @@
 -- $11 expected_revision int8 null
 --
 -- returns one Message without user_id, role, content, payload, token_count and key
--- refuses with stale, again, suppressed
+-- refuses with stale, streaming, again, suppressed
 -- served by pk_conversations, uq_conversations_user_id_key, uq_messages_user_id_conversation_id_key
 
 with conversation as (
@@ -34,12 +34,13 @@ with conversation as (
 ),
 
 same as (
-    select m.id, m.conversation_id, m.seq, m.parent_seq, m.metadata, m.created_at
+    select m.id, m.conversation_id, m.seq, m.parent_seq, m.metadata, m.state, m.created_at
     from chatdb.messages as m
     -- a join could look for the key in all conversations of the user
     where m.user_id = $1 and m.conversation_id = (select id from conversation) and m.key = $9
       and m.role = $4 and m.content = $5 and m.payload::text is not distinct from $6
       and m.metadata is not distinct from $7::text::jsonb and m.token_count is not distinct from $8
+      and m.state is distinct from 'streaming'
 ),
 
 message as (
@@ -52,7 +53,9 @@ message as (
     on conflict (user_id, conversation_id, key) where key is not null do update
     set role = excluded.role, content = excluded.content, payload = excluded.payload, metadata = excluded.metadata,
         token_count = excluded.token_count
-    returning id, conversation_id, seq, parent_seq, metadata, created_at
+    -- while it is streaming, its text is not in this row
+    where messages.state is distinct from 'streaming'
+    returning id, conversation_id, seq, parent_seq, metadata, state, created_at
 ),
 
 raised as (
@@ -65,15 +68,19 @@ raised as (
     where c.user_id = $1 and c.id = (select conversation_id from message)
 )
 
-select id, conversation_id, seq, parent_seq, metadata::text as metadata, created_at, null as refusal
+select id, conversation_id, seq, parent_seq, metadata::text as metadata, state, created_at, null as refusal
 from message
 union all
-select id, conversation_id, seq, parent_seq, metadata::text as metadata, created_at, null
+select id, conversation_id, seq, parent_seq, metadata::text as metadata, state, created_at, null
 from same
 union all
 select
-    null, null, null, null, null, null,
+    null, null, null, null, null, null, null,
     case
+        when c.is_expected and exists (
+            select from chatdb.messages
+            where user_id = $1 and conversation_id = c.id and key = $9 and state = 'streaming'
+        ) then 'streaming'
         when c.is_expected then 'suppressed'
         -- the message may have been stored after this statement began
         when c.revision <> (
@@ -87,7 +94,7 @@ from conversation as c
 where not exists (select from same) and not exists (select from message)
 union all
 -- deleted while this statement waited
-select null, null, null, null, null, null, 'again'
+select null, null, null, null, null, null, null, 'again'
 from chatdb.conversations
 where user_id = $1
   and id = (select coalesce((select $2::int8), (

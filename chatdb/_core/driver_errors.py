@@ -18,6 +18,7 @@ from chatdb.errors import (
     ConflictError,
     ConversationNotFoundError,
     InvalidInputError,
+    MessageNotFoundError,
     PoolClosedError,
     SchemaError,
     UnavailableError,
@@ -35,6 +36,7 @@ CONSTRAINTS: dict[str, tuple[str, str]] = {
     "ck_messages_payload": ("payload", "must be at most 16 MiB as JSON"),
     "ck_messages_metadata": ("metadata", "must be a dict of at most 64 KiB as JSON"),
     "ck_messages_token_count": ("token_count", "must be at least 0"),
+    "ck_messages_state": ("state", "must be streaming or aborted"),
     "ck_messages_parent_seq": ("parent_seq", "must be at least 0 and less than seq"),
 }
 """The parameter and the reason of the InvalidInputError for each CHECK constraint."""
@@ -290,6 +292,8 @@ def _of_constraint(error: asyncpg.PostgresError) -> ChatDBError | None:
         is_reference = error.sqlstate == sqlstate.FOREIGN_KEY_VIOLATION
         if is_reference and name in {None, "fk_messages_conversation"}:  # Citus names no constraint
             return ConversationNotFoundError("the user has no such conversation: it was deleted during the call")
+        if is_reference and name == "fk_message_parts_message":
+            return MessageNotFoundError("the message was deleted during the call")
         if is_reference and name == LINK:
             return InvalidInputError("user_id", "is not in the users table that chatdb link-users references")
         if error.sqlstate == sqlstate.NOT_NULL_VIOLATION and column in _NOT_NULL:

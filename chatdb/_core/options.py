@@ -64,6 +64,7 @@ class PoolOptions(DriverOptions, total=False):
     command_timeout: float
     retries: int
     row_level_security: bool
+    notify: bool
     max_inactive_connection_lifetime: float
 
 
@@ -204,7 +205,9 @@ _CHECKS: Final[dict[str, _Check]] = {
     "max_cached_statement_lifetime": _fit(
         lambda number: number >= 0, f"0 for no limit, or a number of seconds up to {MAX_INT:,}", read=number_of
     ),
-    **dict.fromkeys(("row_level_security", "direct_tls"), _fit(lambda value: type(value) is bool, "True or False")),
+    **dict.fromkeys(
+        ("row_level_security", "notify", "direct_tls"), _fit(lambda value: type(value) is bool, "True or False")
+    ),
     **dict.fromkeys(("connect", "setup", "init", "reset"), _fit(callable, "a coroutine function")),
     "record_class": _fit(
         lambda value: isinstance(value, type) and issubclass(value, asyncpg.Record), "a subclass of asyncpg.Record"

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from chatdb._core.asyncpg_private import STATEMENTS, fetch_rows
 from chatdb._core.decode import conversations_of, decoder, messages_of
 from chatdb._core.driver_errors import ROW_SUPPRESSED, as_chatdb_error, mapped_driver_errors
+from chatdb._core.hints import add_hint
 from chatdb._core.retry import RetryPolicy
 from chatdb.errors import (
     ChatDBError,
@@ -22,6 +23,7 @@ from chatdb.errors import (
     ConfigurationError,
     ConflictError,
     ConversationNotFoundError,
+    InvalidInputError,
     MessageNotFoundError,
     StaleError,
     UnavailableError,
@@ -86,13 +88,15 @@ class Query(Generic[RecordT]):
         from_messages: tuple[str, ...] = (),
         has_refusal: bool = False,
         idempotent: bool = False,
+        hint: str | None = None,
     ) -> None:
         """
         Read `sql/<name>.sql`; the name may include a folder, as in `transfer/count_user`.
 
         The rows omit fields that the caller has: `from_arguments` are the first arguments, `from_messages` fields of
         the messages sent. `has_refusal` tells that the statement can refuse. `idempotent` allows a retry after a lost
-        connection because repeating the statement changes nothing more.
+        connection because repeating the statement changes nothing more. `hint` names the column with the conversation
+        that watchers should look at.
         """
         self.name = name.rpartition("/")[2]
         self.record = record
@@ -100,6 +104,7 @@ class Query(Generic[RecordT]):
         self.from_messages = from_messages
         self.has_refusal = has_refusal
         self.idempotent = idempotent
+        self.hint = hint
         _, _, body = (data_folder("sql") / f"{name}.sql").read_text(encoding="utf-8").partition("\n\n")
         # OpenTelemetry names a span after the first word, without a leading /* comment */, hence no space after "--".
         # pg_stat_statements drops everything before the statement's first word, hence the second comment.
@@ -182,7 +187,9 @@ class Query(Generic[RecordT]):
                 _log.warning("retrying %s in %.0f ms: %s", self.name, 1000 * delay, _class_names(ours))
             else:
                 if self.has_refusal and rows and rows[-1]["refusal"] is not None:
-                    raise _refusal(rows[-1]["refusal"], self.name)
+                    raise _refusal(rows[-1], self.name)
+                if self.hint is not None and rows:
+                    add_hint(db, rows[0][self.hint])
                 return rows
             await asyncio.sleep(delay)
 
@@ -254,8 +261,8 @@ class JoinedQuery(Query[Conversation]):
         return [(each, None if row["message_id"] is None else next(messages)) for each, row in pairs]
 
 
-def _refusal(reason: str, name: str) -> ChatDBError:
-    match reason:
+def _refusal(row: Any, name: str) -> ChatDBError:  # noqa: ANN401 - asyncpg's record
+    match row["refusal"]:
         case "stale":
             return StaleError(
                 "another caller has written to the conversation since expected was read, so nothing was written: read "
@@ -263,6 +270,8 @@ def _refusal(reason: str, name: str) -> ChatDBError:
             )
         case "conflict" if name == "fork_conversation":
             return ConflictError("the user already has a conversation with new_key: use another one")
+        case "conflict" if name == "start_message":
+            return ConflictError("a message with this key but another role already exists: use a new key")
         case "conflict" if name == "append_message_conditional":
             return ConflictError(
                 "a message with this key but a different body already exists: use a new key for a new message"
@@ -272,10 +281,20 @@ def _refusal(reason: str, name: str) -> ChatDBError:
                 "only some keys of the batch are stored, or a stored message has a different body, so nothing was "
                 "written: use new keys for new messages"
             )
-        case "missing" if name.startswith("append"):
+        case "missing" if name.startswith(("append", "start")):
             return MessageNotFoundError("the conversation has no message with this parent_seq")
         case "missing":
             return MessageNotFoundError("the conversation has no such message: check seq or key")
+        case "finished":
+            return ConflictError("the message is not streaming: it is finished or aborted, or was never started")
+        case "offset":
+            return ConflictError(
+                f"offset must be {row['length']:,}, the length of the text so far, or the start of the last part"
+            )
+        case "length":
+            return InvalidInputError("text", "would make the message longer than 4 MiB in UTF-8: nothing was stored")
+        case "streaming":
+            return ConflictError("the message is streaming: finish_message sets its text")
         case "again":
             return RunAgainError("other callers keep writing to this conversation: try again", sent=True)
         case _:

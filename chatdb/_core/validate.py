@@ -404,6 +404,23 @@ def check_timeout(value: object) -> float | None:
     raise InvalidInputError("timeout", f"must be None or a positive number of seconds, at most {MAX_INT:,}")
 
 
+def check_seconds(parameter: str, value: object, *, least: float, most: float) -> float:
+    number = number_of(value)
+    if not least <= number <= most:
+        raise InvalidInputError(parameter, f"must be a number of seconds between {least:g} and {most:,g}")
+    return float(number)
+
+
+def check_interval(parameter: str, value: object) -> timedelta:
+    """Return a timedelta from zero to 10,000 days."""
+    if not issubclass(type(value), timedelta):
+        raise InvalidInputError(parameter, f"must be a timedelta, not {type_name(type(value))}")
+    interval = cast("timedelta", value)
+    if not timedelta(0) <= interval <= timedelta(days=10_000):
+        raise InvalidInputError(parameter, "must be between 0 and 10,000 days")
+    return interval
+
+
 def number_of(value: object) -> float:
     """Return a finite number that a timer accepts, otherwise NaN."""
     kind = type(value)

@@ -258,7 +258,15 @@ def _pending(connection: psycopg.Connection, files: list[MigrationFile], to: str
         raise InvalidInputError("to", "is older than the applied migrations: roll back with chatdb rollback --to")
     # yoyo rollback drops columns and indexes, and a killed rollback some of them, but chatdb's record stays
     existing = _columns_and_indexes(connection)
-    return [file for file in wanted if file.name not in applied or not _drops_from_tables(file) <= existing]
+    not_valid = _constraints_not_valid(connection)
+    pending: list[MigrationFile] = []
+    for file in wanted:
+        # a constraint that is added again is not valid either
+        added = {name for name in _validates(file) for each in pending if f"add constraint {name} " in each.sql}
+        is_dropped = not _drops_from_tables(file) <= existing
+        if file.name not in applied or is_dropped or added or _validates(file) & not_valid:
+            pending.append(file)
+    return pending
 
 
 def _last(connection: psycopg.Connection, files: list[MigrationFile], to: str | None) -> list[MigrationFile]:
@@ -457,6 +465,21 @@ def _drops_from_tables(file: MigrationFile) -> set[str]:
     return columns | {
         *re.findall(r"^drop index concurrently if exists chatdb\.([a-z]\w*)", file.rollback, re.MULTILINE)
     }
+
+
+def _validates(file: MigrationFile) -> set[str]:
+    """Return the constraints that a migration validates."""
+    return {*re.findall(r"^alter table chatdb\.[a-z]\w* validate constraint (\w+)", file.sql, re.MULTILINE)}
+
+
+def _constraints_not_valid(connection: psycopg.Connection) -> set[str]:
+    statement = """
+        select k.conname::text
+        from pg_catalog.pg_constraint as k
+        inner join pg_catalog.pg_namespace as n on n.oid = k.connamespace
+        where n.nspname = 'chatdb' and not k.convalidated
+        """
+    return {name for (name,) in connection.execute(statement)}
 
 
 def _columns_and_indexes(connection: psycopg.Connection) -> set[str]:

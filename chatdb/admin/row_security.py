@@ -16,7 +16,7 @@ from chatdb.admin.connection import WAIT, advisory_lock, fetch_value, pinned_tra
 from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.schema import without_quotes
 
-TABLES = ("conversations", "messages")
+TABLES = ("conversations", "messages", "message_parts")
 
 _FUNCTION = f"chatdb.{RLS_USER_ID}()"
 _BODY = f"""

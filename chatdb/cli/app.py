@@ -38,8 +38,8 @@ app = typer.Typer(
     data in CHATDB_HOME or your data folder, and stops it at the end. Each
     command prints which database it uses.
 
-    migrate, rollback, check, adopt, link-users and protect prefer
-    CHATDB_MIGRATE_URL to DATABASE_URL: set it to a direct connection if
+    migrate, rollback, check, adopt, link-users, protect and abort-streams
+    prefer CHATDB_MIGRATE_URL to DATABASE_URL: set it to a direct connection if
     DATABASE_URL leads to a transaction pooler. demo uses the embedded server
     unless you pass --database.
 
@@ -56,6 +56,7 @@ app = typer.Typer(
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(data.demo, data.import_, data.export, data.list_, data.show, data.delete_user),
     *(admin.migrate, admin.rollback, admin.check, admin.link_users, admin.adopt, admin.protect),
+    admin.abort_streams,
 )
 for _command in _COMMANDS:
     app.command(_command.__name__.rstrip("_").replace("_", "-"))(on_a_database(_command))

@@ -38,6 +38,7 @@ from chatdb.cli.console import (
     progress,
 )
 from chatdb.cli.database import Target, drop_libpq_variables, resolve_database, say_target
+from chatdb.cli.follow import JsonPrinter, Printer, TextPrinter, follow, message_title, print_title
 from chatdb.cli.signals import raise_interrupts, run
 from chatdb.errors import InvalidInputError
 from chatdb.formats.items import Item
@@ -226,6 +227,10 @@ def show(
     versions: Annotated[
         bool, typer.Option("--versions", help="Show the current line and, at each message, its other versions.")
     ] = False,
+    following: Annotated[
+        bool,
+        typer.Option("--follow", "-f", help="Go on with new messages, and with the text of those that are streamed."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """
@@ -233,10 +238,15 @@ def show(
 
     Messages of all branches are shown in order of storage, unless you pass
     --branch or --versions. A message that does not follow the one before it
-    says which one it follows. --json prints JSON lines, like chatdb export: the
-    conversation, then each message. With --versions, a message that has others
-    has a field "versions".
+    says which one it follows, one that is streaming or aborted says so. --json
+    prints JSON lines, like chatdb export: the conversation, then each message.
+    With --versions, a message that has others has a field "versions".
+
+    --follow goes on until you press Ctrl-C. With --json, a message that is
+    streamed has a line at its start and another one when it is finished.
     """
+    if following and (branch or versions):
+        raise typer.BadParameter("shows all branches: leave out --branch and --versions", param_hint="--follow")
 
     async def work() -> None:
         async with _database(command_timeout=10) as pool, _snapshot(pool, user) as connection:
@@ -256,16 +266,48 @@ def show(
             # before the newest messages, others may be stored that are not shown
             previous = 0 if last is None else None
             async for message, seqs in messages:
-                title = f"#{message.seq} {message.role} {message.created_at:%Y-%m-%d %H:%M:%S}"
+                title = message_title(message, previous, is_line=branch or versions)
                 if seqs:
                     title += f" {seqs.index(message.seq) + 1} of {len(seqs)}: {', '.join(f'#{seq}' for seq in seqs)}"
-                elif not (branch or versions) and message.parent_seq not in {None, previous}:
-                    title += f" after #{message.parent_seq}" if message.parent_seq else " first message"
                 previous = message.seq
-                out.print(f"\n{title}", style="bold cyan")
+                print_title(message, title)
                 out.print(message.content)
 
-    run(work())
+    run(_follow(user, conversation, last, as_json=as_json) if following else work())
+
+
+async def _follow(user: str, conversation: int, last: int | None, *, as_json: bool) -> None:
+    chosen = resolve_database("DATABASE_URL")
+    text = TextPrinter(0 if last is None else None)
+    # with row-level security, each call names its user, as the snapshot does
+    async with _database(chosen, command_timeout=10, row_level_security=True) as pool:
+        streaming: list[Message] = []
+        async with _snapshot(pool, user) as connection:
+            head = await chatdb.get_conversation(connection, user_id=user, conversation_id=conversation)
+            printer: Printer = text
+            if as_json:
+                lines = json_lines()
+                lines.write(jsonlines.conversation_line(head))
+                lines.flush()
+                printer = JsonPrinter(lines)
+            else:
+                out.print(f"conversation {head.id}: {_heading(head)}", style="bold")
+            async for message, _ in _log(connection, user, conversation, last):
+                printer.start(message)
+                if message.state == "streaming":
+                    streaming.append(message)
+        try:
+            await follow(
+                pool,
+                user,
+                conversation,
+                after_seq=head.last_seq,
+                streaming=streaming,
+                dsn=chosen.dsn,
+                to=printer,
+            )
+        finally:
+            text.end_line()
 
 
 def delete_user(
@@ -459,14 +501,16 @@ async def _line(
 
 @asynccontextmanager
 async def _database(
-    chosen: Target | None = None, *, say: bool = True, command_timeout: float = 30
+    chosen: Target | None = None, *, say: bool = True, command_timeout: float = 30, row_level_security: bool = False
 ) -> AsyncGenerator[Pool, None]:
     dsn, name = chosen or resolve_database("DATABASE_URL")
     if say:
         say_target(name)
     if dsn is not None:
         # no statement cache: works behind every pooler, but an import takes a sixth longer
-        async with chatdb.create_pool(dsn, statement_cache_size=0, command_timeout=command_timeout) as pool:
+        async with chatdb.create_pool(
+            dsn, statement_cache_size=0, command_timeout=command_timeout, row_level_security=row_level_security
+        ) as pool:
             yield pool
     else:
         drop_libpq_variables()

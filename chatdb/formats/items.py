@@ -27,6 +27,8 @@ class SourceMessage(NamedTuple):
     """None if the source has no times; the import then uses its own time."""
     parent_seq: int | None = None
     """The seq of the message that it follows, 0 for a first message, or None if it follows the message before it."""
+    state: str | None = None
+    """`aborted` if its text ends before the end, or None; never `streaming`, because nobody continues its stream."""
 
     def __repr__(self) -> str:  # without content, like the records'
         return f"SourceMessage(seq={self.seq})"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from array import array
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import count
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -41,6 +44,7 @@ CLOCKS_DIFFER = timedelta(minutes=5)
 """How far ahead of the server's clock a time in the file may be."""
 
 _COLUMNS = ("user_id", "conversation_id", *SourceMessage._fields)
+_PARENT_SEQ = _COLUMNS.index("parent_seq")
 
 
 @dataclass
@@ -119,6 +123,24 @@ class _Target:
     refused: str | None = None
     ends_at: int | None = None
     """Seq of its last message if the file is truncated: a later import can continue there."""
+    old_seqs: array[int] = field(default_factory=partial(array, "q"))
+    """The seqs in the file that are not above the stored `last_seq`."""
+    old_parents: array[int] = field(default_factory=partial(array, "q"))
+    """For each of them, the seq that it follows in the file."""
+    first_new_seq: int | None = None
+
+    def add_old(self, message: SourceMessage) -> None:
+        """Keep where a message is in the file's tree, in case that new messages follow it and it is deleted."""
+        before = self.old_seqs[-1] if self.old_seqs else 0
+        self.old_seqs.append(message.seq)
+        self.old_parents.append(before if message.parent_seq is None else message.parent_seq)
+
+    def parent_of(self, seq: int) -> int:
+        """Return the seq that this old message follows in the file, or 0."""
+        place = bisect_right(self.old_seqs, seq) - 1
+        if place < 0:
+            return 0
+        return self.old_parents[place] if self.old_seqs[place] == seq else self.old_seqs[place]
 
     @property
     def head_seq(self) -> int:
@@ -252,17 +274,18 @@ async def _store(
     await _find_or_create(connection, user, [target for target, _ in batch if not target.matched], started_at, report)
     grown: list[_LastSeq] = []
     rows: list[_Row] = []
-    old_last_seqs: dict[int, int] = {}
+    files: dict[int, _Target] = {}
     for target, messages in batch:
         new = messages if target.stored is None else _new_messages(target, target.stored, messages, grown, report)
         if target.stored is not None:
-            old_last_seqs[target.stored.id] = target.stored.last_seq
+            files[target.stored.id] = target
         rows.extend(
-            (user, target.id, *message[:-2], message.created_at or started_at, message.parent_seq) for message in new
+            (user, target.id, *(message if message.created_at else message._replace(created_at=started_at)))
+            for message in new
         )
     await _set_last_seq(connection, user, grown, started_at)
     report.extended_conversations += len(grown)
-    await _follow_stored(connection, user, grown, rows, old_last_seqs, started_at)
+    await _follow_stored(connection, user, grown, rows, files, started_at)
     if not has_row_security:
         with mapped_driver_errors():
             await connection.copy_records_to_table("messages", schema_name="chatdb", columns=_COLUMNS, records=rows)
@@ -344,9 +367,11 @@ def _new_messages(
         if target.refused is not None:
             report.skip(target.refused, messages=1)
         elif message.seq > stored.last_seq:
+            target.first_new_seq = target.first_new_seq or message.seq
             new.append(message)
         else:
             report.stored_messages += 1
+            target.add_old(message)
     return new
 
 
@@ -365,7 +390,7 @@ async def _follow_stored(
     user: str,
     grown: list[_LastSeq],
     rows: list[_Row],
-    old_last_seqs: dict[int, int],
+    files: dict[int, _Target],
     started_at: datetime,
 ) -> None:
     """
@@ -373,21 +398,60 @@ async def _follow_stored(
 
     The conversations are locked, so nobody deletes a message before the end of the import.
     """
-    named = {(row[1], row[-1]) for row in rows if row[-1] and row[-1] <= old_last_seqs.get(row[1], 0)}
+    named: dict[int, tuple[int, int]] = {}
+    """The old message that a new row names, or that the first new row follows in order of seq."""
+    for number, row in enumerate(rows):
+        target = files.get(row[1])
+        if target is None or target.stored is None:
+            continue
+        if row[_PARENT_SEQ] is None and row[2] == target.first_new_seq and target.old_seqs:
+            named[number] = (row[1], target.old_seqs[-1])
+        elif row[_PARENT_SEQ] and row[_PARENT_SEQ] <= target.stored.last_seq:
+            named[number] = (row[1], row[_PARENT_SEQ])
     moved = [target for target, *_ in grown if target.head_seq != target.source.last_seq]
-    named |= {(each.id, each.head_seq) for each in moved if each.stored and each.head_seq <= each.stored.last_seq}
-    wanted = sorted(named)
-    stored: dict[tuple[int | None, int], int] = dict.fromkeys(wanted, 0)
-    if wanted:
-        columns = map(as_text_array, zip(*wanted, strict=True))
-        parents = await _import_conversations_parents.fetch_all(connection, user, *columns)
-        stored.update((wanted[parent.ordinality - 1], parent.seq) for parent in parents)
-        rows[:] = [(*row[:-1], stored.get((row[1], row[-1]), row[-1])) for row in rows]
+    heads_named = {(each.id, each.head_seq) for each in moved if each.stored and each.head_seq <= each.stored.last_seq}
+    stored, newest = await _nearest_stored(connection, user, {*named.values(), *heads_named}, files)
+    for number, place in named.items():
+        row = rows[number]
+        if row[_PARENT_SEQ] is not None or stored[place] != newest[place]:
+            rows[number] = _with_parent(row, stored[place])
     heads: list[_LastSeq] = []
     for target in moved:
         last_seq, head_seq = target.source.last_seq, target.head_seq
         heads.append((target, last_seq, last_seq, stored.get((target.id, head_seq), head_seq)))
     await _set_last_seq(connection, user, heads, started_at)
+
+
+def _with_parent(row: _Row, seq: int | None) -> _Row:
+    return (*row[:_PARENT_SEQ], seq, *row[_PARENT_SEQ + 1 :])
+
+
+async def _nearest_stored(
+    connection: Connection, user: str, places: set[tuple[Any, int]], files: dict[int, _Target]
+) -> tuple[dict[tuple[Any, int], int], dict[tuple[Any, int], int]]:
+    """
+    Return the nearest stored message at or above each place in the file's tree, and the one at or before it by seq.
+
+    Each is 0 if there is none.
+    """
+    stored: dict[tuple[Any, int], int] = {}
+    newest: dict[tuple[Any, int], int] = {}
+    walks = {place: place[1] for place in places}
+    while walks:
+        asked = sorted({(place[0], seq) for place, seq in walks.items()})
+        columns = map(as_text_array, zip(*asked, strict=True))
+        found = await _import_conversations_parents.fetch_all(connection, user, *columns)
+        before = dict.fromkeys(asked, 0) | {asked[each.ordinality - 1]: each.seq for each in found}
+        for place, asked_seq in [*walks.items()]:
+            highest = before[place[0], asked_seq]
+            newest.setdefault(place, highest)
+            seq = asked_seq
+            while seq > highest:  # no message between the two is stored
+                seq = files[place[0]].parent_of(seq)
+            walks[place] = seq
+            if seq in (0, highest):
+                stored[place] = walks.pop(place)
+    return stored, newest
 
 
 async def _set_last_seq(connection: Connection, user: str, changes: list[_LastSeq], started_at: datetime) -> None:

@@ -9,8 +9,9 @@ chatdb's JSON lines, version 1, which `chatdb export` writes and `chatdb import`
 
 A conversation is followed by its messages in order of `seq`. `payload` is a JSON string, to keep it byte for byte. A
 reader ignores a conversation's `id`, `user_id` and `revision` and all unknown fields. The first release did not write
-`archived_at`, `pinned_at`, `head_seq` and `parent_seq`: without them, a conversation is not archived, not pinned, and
-one line in order of `seq`.
+`archived_at`, `pinned_at`, `head_seq`, `parent_seq` and `state`: without them, a conversation is not archived, not
+pinned, and one line in order of `seq`, and its messages are complete. A message whose `state` is `streaming` has the
+text so far; a reader takes it as `aborted`, because the rest never comes.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ from chatdb._core.validate import (
     check_token_count,
 )
 from chatdb.errors import InvalidInputError
-from chatdb.formats.items import Item, Skipped, SourceConversation, SourceMessage, as_object
+from chatdb.formats.items import Changed, Item, Skipped, SourceConversation, SourceMessage, as_object
 from chatdb.records import Conversation, JsonText, Message
 
 VERSION: Final = 1
 MAX_LINE: Final = 128 * 1024 * 1024
 """Maximum bytes of a line: 20 MiB of content and payload, up to six times as long when escaped."""
+
+WAS_STREAMING = "the message was streaming when it was exported, so its text is incomplete: stored as aborted"
 
 MAX_LAST_SEQ: Final = 2**53
 """Maximum `last_seq` in a file; leaves room for more appends than anyone can make."""
@@ -80,6 +83,8 @@ def read(file: BinaryIO) -> Iterator[Item]:
     """
     Yield the conversations and messages, and a Skipped if lines are missing.
 
+    A message that was streaming is aborted, and a Changed follows it.
+
     Raises InvalidInputError, with the line and the field, if a line is invalid.
     """
     lines = _lines(file)
@@ -100,10 +105,15 @@ def read(file: BinaryIO) -> Iterator[Item]:
                 yield conversation
             case "message":
                 fields.setdefault("parent_seq", None)
+                fields.setdefault("state", None)
                 message = SourceMessage(**_taken(line, fields, _MESSAGE))
                 seqs.add(line, message)
                 messages += 1
-                yield message
+                if message.state == "streaming":
+                    yield message._replace(state="aborted")
+                    yield Changed(WAS_STREAMING, messages=1)
+                else:
+                    yield message
             case "end":
                 seqs.check_head()
                 said = _taken(line, fields, {"conversations": _number, "messages": _number})
@@ -217,6 +227,12 @@ def _optional_seq(name: str, value: object) -> int | None:
     return None if value is None else check_seq(name, value)
 
 
+def _state(name: str, value: object) -> str | None:
+    if value is None or (isinstance(value, str) and value in {"streaming", "aborted"}):
+        return value
+    raise InvalidInputError(name, "must be null, streaming or aborted")
+
+
 _CONVERSATION: dict[str, Callable[[str, Any], Any]] = {
     "key": check_key,
     "title": check_title,
@@ -239,4 +255,5 @@ _MESSAGE: dict[str, Callable[[str, Any], Any]] = {
     "key": check_key,
     "created_at": _time,
     "parent_seq": _optional_seq,
+    "state": _state,
 }

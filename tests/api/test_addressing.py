@@ -58,7 +58,8 @@ async def result(answer: Any) -> Any:
 
 def test_the_functions_on_a_message() -> None:
     """The tests below leave out no function on one message."""
-    assert ON_A_MESSAGE == ["get_message", "update_message", "delete_message", "switch_branch", "delete_branch"]
+    others = ["update_message", "delete_message", "switch_branch", "delete_branch"]
+    assert ["get_message", *others, "extend_message", "read_message", "finish_message"] == ON_A_MESSAGE
     assert {name for name, _ in BY_ID} == CONVERSATION_CALLS.keys()
 
 
@@ -77,7 +78,7 @@ async def test_a_key_names_the_same_conversation(tx: asyncpg.Connection, name: s
 @pytest.mark.parametrize(
     ("name", "others"),
     [
-        *((name, {}) for name in ON_A_MESSAGE),
+        *((name, {"offset": 0, "text": "x"} if name == "extend_message" else {}) for name in ON_A_MESSAGE),
         ("update_message", {"content": "new"}),
         ("update_message", {"metadata_patch": {"a": 1}}),
     ],
@@ -91,7 +92,7 @@ async def test_a_key_names_the_same_message(
     await Talk(tx, conversation).append("second", key="second")
     others = others | {"conversation_key": conversation_key}
 
-    by_seq = await undone(tx, name, others | {"seq": 2}, conversation)
+    by_seq = await undone(tx, name, others | {"seq": 3}, conversation)
     by_key = await undone(tx, name, others | {"key": "second"}, conversation)
 
     assert by_key == by_seq
@@ -118,8 +119,9 @@ async def test_both_or_neither_of_a_message(name: str) -> None:
     """So are both place and key of a message, or neither; a place of 0 is given."""
     for place, parameter in [({}, "seq"), ({"seq": 1, "key": "k"}, "key"), ({"seq": 0, "key": "k"}, "key")]:
         db = Counting(None)
+        others = {"offset": 0, "text": "x"} if name == "extend_message" else {}
         with pytest.raises(InvalidInputError, match=rf"^{parameter}: "):
-            await getattr(chatdb, name)(db, user_id="alice", conversation_id=1, **place)
+            await getattr(chatdb, name)(db, user_id="alice", conversation_id=1, **place, **others)
         assert db.statements == []
 
 

@@ -483,6 +483,44 @@ async def test_fork_of_nothing(talk: Talk) -> None:
     assert (await copies(talk, await talk.fork_conversation())) == []
 
 
+async def test_a_line_of_many_runs(talk: Talk) -> None:
+    """Two tabs that write in turn: to fork their line takes time for each run, not for each pair of them."""
+    place = (talk.conversation.user_id, talk.conversation.id)
+    await talk.db.execute(
+        """
+        insert into chatdb.messages (user_id, conversation_id, seq, parent_seq, role, content, created_at)
+        select $1, $2, seq, greatest(seq - 2, 0), 'user', 'hello', pg_catalog.now()
+        from pg_catalog.generate_series(1, 20000) as seq
+        """,
+        *place,
+    )
+    await talk.db.execute("update chatdb.conversations set last_seq = 20000 where user_id = $1 and id = $2", *place)
+    await talk.db.execute("analyze chatdb.messages")
+    await talk.db.execute("set local statement_timeout = '5s'")
+
+    assert (await talk.fork_conversation()).last_seq == 10_000
+
+
+async def test_versions_of_a_long_line(talk: Talk) -> None:
+    """Two answers at each step: the versions take time for each message of the page, not for each pair of them."""
+    place = (talk.conversation.user_id, talk.conversation.id)
+    await talk.db.execute(
+        """
+        insert into chatdb.messages (user_id, conversation_id, seq, parent_seq, role, content, created_at)
+        select $1, $2, seq, case when seq % 2 = 1 and seq > 1 then seq - 2 end, 'user', 'hello', pg_catalog.now()
+        from pg_catalog.generate_series(1, 20001) as seq
+        """,
+        *place,
+    )
+    await talk.db.execute("update chatdb.conversations set last_seq = 20001 where user_id = $1 and id = $2", *place)
+    await talk.db.execute("analyze chatdb.messages")
+    await talk.db.execute("set local statement_timeout = '5s'")
+
+    versions = await talk.list_versions(limit=10_000)
+
+    assert versions == {seq: [seq - 1, seq] for seq in range(3, 20_002, 2)}
+
+
 async def test_fork_errors(chat: Talk) -> None:
     """A taken key, a message that is not there or another user's conversation: an error, and nothing is copied."""
     await chatdb.create_conversation(chat.db, user_id="alice", key="taken")

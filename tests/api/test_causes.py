@@ -19,7 +19,7 @@ from chatdb import ChatDBError, ConfigurationError, ConflictError, UnavailableEr
 from chatdb._core.dsn import connect_arguments
 from chatdb.admin.check.inspection import inspect
 from chatdb.admin.migrate import apply_migrations, missing_migrations
-from chatdb.records import MessageVersions
+from chatdb.records import MessageLength, MessageVersions
 from tests.support.calls import CALLS, call, conversation_with_a_message
 from tests.support.databases import database_of, execute
 
@@ -260,9 +260,9 @@ async def test_dropped_statements_are_prepared_again(dsn: str, statement: str, w
                 await getattr(db, way)(statement)
             if inside and way != "fetch":  # the pool's fetch checks only when a statement is missing
                 async with chatdb.transaction(db) as connection:
-                    assert len(await chatdb.get_history(connection, **here)) == 1
+                    assert len(await chatdb.get_history(connection, **here)) == 2
             else:
-                assert len(await chatdb.get_history(db, **here)) == 1
+                assert len(await chatdb.get_history(db, **here)) == 2
 
 
 @pytest.mark.owner
@@ -426,7 +426,9 @@ async def with_codecs(connection: Any) -> None:
 
 
 def records_in(answer: Any) -> list[Any]:
-    """Return the records of an answer: one, a list, a pair, a list of pairs, or the versions of messages."""
+    """Return the records of an answer: one, a list, a pair, a list of pairs, a length, or the versions of messages."""
+    if isinstance(answer, int):
+        return [MessageLength(length=answer)]
     if isinstance(answer, dict):
         return [MessageVersions(seq=seq, seqs=seqs) for seq, seqs in answer.items()]
     if isinstance(answer, list | tuple):

@@ -667,3 +667,23 @@ async def test_cutting_a_conversation_off_raced_with_appends(db, conversation):
     assert len(left) == total - deleted
     assert sorted(appended) == list(range(keep + 1, total))
     assert deleted >= len(cut_off) > 0
+
+
+@pytest.mark.owner
+async def test_a_change_that_waited_for_the_end_of_a_stream(db, conversation):
+    """A new content that waits while another caller finishes the message is stored, and no error is raised."""
+    at = {"user_id": USER, "conversation_id": conversation.id}
+    message = await chatdb.start_message(db, **at)
+    async with chatdb.transaction(db) as connection:
+        await chatdb.finish_message(connection, **at, seq=message.seq, content="finished")
+        change = asyncio.create_task(chatdb.update_message(db, **at, seq=message.seq, content="changed"))
+        waiting = (
+            "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+        )
+        async with asyncio.timeout(30):
+            while not await db.fetchval(waiting):  # noqa: ASYNC110 - it changes in the server
+                await asyncio.sleep(0.01)
+    changed = await change
+
+    assert (changed.content, changed.state) == ("changed", None)
+    assert await chatdb.get_history(db, **at) == [changed]

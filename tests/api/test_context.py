@@ -231,6 +231,22 @@ async def blocks(talk: Talk, max_tokens: int, limit: int) -> int:
     return plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
 
 
+async def test_what_streams_is_left_out(talk: Talk) -> None:
+    """A message is left out until it is finished, the leading one too; an aborted one is there."""
+    await talk.start_message(role="system", key="lead")
+    await talk.extend_message(key="lead", offset=0, text="Be brief.")
+    question = await talk.append("question")
+    await talk.start_message(key="answer")
+    await talk.extend_message(key="answer", offset=0, text="An answer")
+
+    assert await talk.get_context(max_tokens=1000) == [question]
+
+    answer = await talk.finish_message(key="answer", aborted=True)
+    assert await talk.get_context(max_tokens=1000) == [question, answer]
+    lead = await talk.finish_message(key="lead")
+    assert await talk.get_context(max_tokens=1000) == [lead, question, answer]
+
+
 @pytest.mark.owner
 @pytest.mark.parametrize(
     ("forks", "turns_between", "most", "most_before_15"),

@@ -41,6 +41,11 @@ ON_A_CONVERSATION = {
         "expected": NOBODYS,
     },
     "upsert_message": {"key": "first", "role": "user", "content": "mine"},
+    "start_message": {"key": "first"},
+    "extend_message": {"seq": 1, "offset": 0, "text": "mine"},
+    "read_message": {"seq": 1},
+    "finish_message": {"seq": 1, "content": "mine"},
+    "stream_message": {},
 }
 """Every function with a `conversation_id`."""
 
@@ -73,6 +78,10 @@ VARIANTS = [
     ("get_message", {"key": "first"}),
     ("get_history", {"before_key": "first"}),
     ("list_messages", {"after_key": "first"}),
+    ("start_message", {"parent_seq": 1}),
+    ("extend_message", {"key": "first", "offset": 4, "text": "mine"}),
+    ("read_message", {"key": "first", "offset": 2}),
+    ("finish_message", {"key": "first", "aborted": True}),
 ]
 
 
@@ -113,7 +122,9 @@ async def created_at_intervals(db, seconds):
 
 
 async def result(answer):
-    """Await a coroutine, or the first item of an async iterator."""
+    """Await a coroutine, the first item of an async iterator, or the start of a stream."""
+    if isinstance(answer, chatdb.MessageStream):
+        return await answer.__aenter__()
     return await (anext(answer) if hasattr(answer, "__anext__") else answer)
 
 

@@ -429,7 +429,7 @@ async def test_a_database_without_migrations(empty_dsn):
 @pytest.mark.parametrize(
     ("older", "missing", "name", "arguments"),
     [
-        ("drop table chatdb.messages", "messages.content", "get_history", {}),
+        ("drop table chatdb.messages cascade", "messages.content", "get_history", {}),
         ("alter table chatdb.messages drop column token_count", "messages.token_count", "get_message", {"seq": 1}),
         ("alter table chatdb.conversations drop column active_on", "conversations.active_on", "list_conversations", {}),
         (

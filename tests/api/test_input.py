@@ -11,7 +11,7 @@ import textwrap
 import traceback
 import tracemalloc
 from collections import OrderedDict, UserDict, defaultdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import count, islice, repeat
 from typing import Any, NamedTuple
 
@@ -235,6 +235,24 @@ WRONG = {
     "create": WRONG_BOOL | {"True with an id": True},
     "order_by": WRONG_TEXT | {"unknown": MARK, "title": "title", "capitals": "UPDATED_AT", "empty": ""},
     "on_existing": WRONG_TEXT | {"unknown": MARK, "replace": "replace", "bool": True, "empty": ""},
+    "offset": WRONG_PLACE,
+    "text": WRONG_CONTENT,
+    "aborted": WRONG_BOOL,
+    "older_than": WRONG_INT
+    | {
+        "negative": timedelta(microseconds=-1),
+        "beyond 10,000 days": timedelta(days=10_000, microseconds=1),
+        "beyond every year": timedelta.max,
+        "class": timedelta,
+    },
+    "flush_every": {
+        **{label: value for label, value in WRONG_INT.items() if label != "float"},
+        "0": 0,
+        "0.009": 0.009,
+        "3,601": 3601,
+        "NaN": float("nan"),
+        "infinity": float("inf"),
+    },
     "role": WRONG_TEXT | {"unknown": MARK, "capital": "User", "empty": "", "unhashable": [[]]},
     "content": WRONG_CONTENT,
     "payload": WRONG_PAYLOAD | {"UNSET": UNSET},
@@ -651,6 +669,7 @@ EDGES = {
     "ck_messages_payload": (["'null'", "to_json(repeat('x', 16777214))"], ["to_json(repeat('x', 16777215))"]),
     "ck_messages_metadata": (["'{}'", JSONB.format(65_527)], [JSONB.format(65_528), "'[]'", "'null'", "'1'"]),
     "ck_messages_token_count": (["0", "2147483647"], ["-1"]),
+    "ck_messages_state": (["null", "'streaming'", "'aborted'"], ["''", "'Streaming'", "'done'"]),
     "ck_messages_parent_seq": (["null", "0", "1"], ["-1", "2", "9223372036854775807"]),
 }
 """SQL expressions that each CHECK accepts, and ones that it refuses."""

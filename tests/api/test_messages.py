@@ -52,6 +52,7 @@ async def test_append(talk):
         metadata={"model": "small", "cost": 0.25},
         token_count=7,
         key="turn-1",
+        state=None,
         created_at=message.created_at,
     )
     assert await talk.get_message(seq=1) == message

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import chatdb
 from chatdb import JsonText, Message
 from tests.support.talk import Talk
 
@@ -87,8 +88,25 @@ async def test_nothing_given(talk: Talk) -> None:
     """What is not set is None."""
     public = (await talk.append("")).public()
 
-    unset = {"parent_seq", "payload", "metadata", "token_count", "key"}
+    unset = {"parent_seq", "payload", "metadata", "token_count", "key", "state"}
     assert {name for name, value in public.items() if value is None} == unset
+    assert json.loads(writable(public)) == public
+
+
+async def test_a_streamed_message(talk: Talk) -> None:
+    """The state and the text so far are there while a message is streamed, and the state says if it was aborted."""
+    at: dict[str, Any] = {"user_id": talk.conversation.user_id, "conversation_id": talk.conversation.id}
+    started = await chatdb.start_message(talk.db, **at, key="k")
+    await chatdb.extend_message(talk.db, **at, key="k", offset=0, text="Grüße")
+    [streaming] = await talk.get_history()
+    aborted = await chatdb.finish_message(talk.db, **at, key="k", aborted=True)
+
+    public = [message.public() for message in (started, streaming, aborted)]
+    assert [(each["state"], each["content"]) for each in public] == [
+        ("streaming", ""),
+        ("streaming", "Grüße"),
+        ("aborted", "Grüße"),
+    ]
     assert json.loads(writable(public)) == public
 
 

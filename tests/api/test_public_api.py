@@ -17,7 +17,7 @@ from tests.support.proxy import Proxy
 
 OTHERS = {
     *("NEW", "UNSET", "Connection", "Database", "JsonText", "Pool", "Role", "Unset"),
-    *("Conversation", "Deleted", "Message", "NewMessage"),
+    *("Conversation", "Deleted", "Message", "MessageStream", "MessageTail", "NewMessage", "Watcher"),
     *("create_pool", "migrate", "open_embedded", "transaction", "check_schema"),
     *("ChatDBError", "NotFoundError", "ConversationNotFoundError", "MessageNotFoundError", "ConflictError"),
     "StaleError",
@@ -45,10 +45,15 @@ def test_signature(name):
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_is_async(name):
-    """Every function is a coroutine function; `iter_messages` is an async generator."""
+    """Every function is a coroutine function; `iter_messages` is an async generator, a stream a context manager."""
     function = getattr(chatdb, name)
 
-    assert inspect.isasyncgenfunction(function) if name == "iter_messages" else inspect.iscoroutinefunction(function)
+    if name == "stream_message":
+        assert hasattr(function(None, user_id="alice", conversation_id=1), "__aenter__")
+    elif name == "iter_messages":
+        assert inspect.isasyncgenfunction(function)
+    else:
+        assert inspect.iscoroutinefunction(function)
 
 
 def test_handles_can_be_called_without_arguments():
@@ -139,7 +144,7 @@ async def test_every_statement_is_sent(tx):
         await block.rollback()
 
     sent = {statement.partition("\n")[0].removeprefix("--chatdb.") for statement in db.statements}
-    assert sent == {file.stem for file in data_folder("sql").glob("*.sql")} - {"check_schema"}
+    assert sent == {file.stem for file in data_folder("sql").glob("*.sql")} - {"check_schema", "poll_conversations"}
 
 
 async def test_check_schema_is_one_statement(tx):

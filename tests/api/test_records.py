@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 import chatdb
-from chatdb import UNSET, Conversation, Deleted, JsonText, Message, NewMessage, Role
+from chatdb import UNSET, Conversation, Deleted, JsonText, Message, MessageTail, NewMessage, Role
 
 REFUSED = (ValidationError, chatdb.InvalidInputError)
 """Errors for an unknown field: pydantic's or, for NewMessage, chatdb's own."""
@@ -48,6 +48,7 @@ RECORDS = {
         "metadata": None,
         "token_count": 2,
         "key": "turn-1",
+        "state": "aborted",
         "created_at": NOW,
     },
     NewMessage: {
@@ -59,6 +60,7 @@ RECORDS = {
         "key": "turn-1",
     },
     Deleted: {"conversations": 1, "messages": 2},
+    MessageTail: {"text": "llo", "offset": 5, "state": "streaming"},
 }
 """One record of each class, with its fields in order."""
 
@@ -115,7 +117,7 @@ def test_refuses_missing_fields(record):
 def test_equality(record):
     """Records are equal if all their fields are equal."""
     made = record(**RECORDS[record])
-    other = dict.fromkeys(("id", "conversations"), 99) | {"content": "other"}
+    other = dict.fromkeys(("id", "conversations", "offset"), 99) | {"content": "other"}
 
     assert made == record(**RECORDS[record])
     assert made != made.model_copy(update={field: other[field] for field in other.keys() & RECORDS[record].keys()})

@@ -16,6 +16,30 @@ from tests.support.talk import Talk, said
 WRITTEN = "select xmin::text, ctid::text from chatdb.messages"
 
 
+@pytest.mark.parametrize("content", ["", "so far"])
+async def test_the_key_of_a_message_that_streams(tx: asyncpg.Connection, content: str) -> None:
+    """No body is the one of a message that streams, not even with its text so far: every write with its key fails."""
+    before = await chatdb.create_conversation(tx, user_id="alice")
+    at: dict[str, Any] = {"user_id": "alice", "conversation_id": before.id}
+    await chatdb.start_message(tx, **at, key="k")
+    await chatdb.extend_message(tx, **at, key="k", offset=0, text="so far")
+    stored = await chatdb.load_conversation(tx, **at)
+    body: dict[str, Any] = {"role": "assistant", "content": content, "key": "k"}
+
+    with pytest.raises(chatdb.ConflictError):
+        await chatdb.append_message(tx, **at, **body)
+    with pytest.raises(chatdb.ConflictError):
+        await chatdb.append_messages(tx, **at, messages=[body])
+    with pytest.raises(chatdb.ConflictError):
+        await chatdb.append_messages(tx, **at, messages=[body], parent_seq=99)
+    with pytest.raises(chatdb.ConflictError):
+        await chatdb.upsert_message(tx, **at, **body)
+    with pytest.raises(chatdb.StaleError):
+        await chatdb.replace_messages_after(tx, **at, after_seq=0, messages=[body], expected=before)
+
+    assert await chatdb.load_conversation(tx, **at) == stored
+
+
 async def upsert(db: Any, **fields: Any) -> chatdb.Conversation:
     """Upsert alice's conversation with the key "k"."""
     return await chatdb.upsert_conversation(db, **{"user_id": "alice", "key": "k"} | fields)

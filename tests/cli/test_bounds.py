@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.owner, pytest.mark.server_independent]
 COMMANDS = {
     "list": ["list", "--user", "alice"],
     "show": ["show", "1", "--user", "alice"],
+    "show --follow": ["show", "1", "--user", "alice", "--follow"],
     "export": ["export", "--user", "alice"],
     "import": ["import", "FILE", "--user", "alice"],
     "import of tables": ["import", "DSN", "--user", "alice"],
@@ -42,8 +43,13 @@ COMMANDS = {
     "link-users --dry-run": ["link-users", "--table", "public.users", "--dry-run"],
     "adopt": ["adopt", "--wait", "5"],
     "adopt --dry-run": ["adopt", "--dry-run"],
+    "abort-streams": ["abort-streams", "--older-than", "1h", "--yes"],
+    "abort-streams --dry-run": ["abort-streams", "--older-than", "1h", "--dry-run"],
 }
-SLOWER = {"import", "import of tables", "export", "demo", "delete-user", "delete-user --dry-run"}
+SLOWER = {
+    *("import", "import of tables", "export", "demo", "delete-user", "delete-user --dry-run"),
+    *("abort-streams", "abort-streams --dry-run"),
+}
 """Commands whose statements may take 30 seconds, and whose pool may take 10 seconds to close."""
 
 LIMIT = 45.0

@@ -33,6 +33,13 @@ from tests.support.sqlfiles import TEXTS, file_of
 DERIVED = {"conversations": {"active_on", "edits", "head_last_seq", "head_is_newest"}, "messages": set[str]()}
 """The columns that no record has: the day of updated_at, a part of the revision, and what says if head_seq counts."""
 
+PARTS = {"conversation_id", "seq", "start", "length", "bytes", "last_start", "last_start_bytes", "flushed_at"}
+PARTS |= {"user_id", "content"}
+"""The columns of message_parts, a table that no record has, and no export: a message is read with its text so far."""
+
+OMITTED = {"id", "conversation_id", "user_id"}
+"""The columns that identify rows of this database."""
+
 ADOPTED = {
     "conversations": {"id", "user_id", "last_seq", "created_at", "updated_at"},
     "messages": {"id", "conversation_id", "user_id", "seq", "role", "content", "created_at"},
@@ -57,6 +64,14 @@ def live(server: Any, template: str) -> Iterator[Live]:
 def columns_of(live: Live) -> dict[str, set[str]]:
     """Return the columns of each of chatdb's tables."""
     return {table: {*columns} for (schema, table), columns in live.columns.items() if schema == "chatdb"}
+
+
+def tables_of_records(live: Live) -> dict[str, set[str]]:
+    """Return the columns of each table that has a record; raise if another one is not known."""
+    tables = columns_of(live)
+    assert tables.pop("message_parts") == PARTS
+    assert tables.keys() == RECORDS.keys()
+    return tables
 
 
 def inserted(name: str) -> set[str]:
@@ -84,14 +99,14 @@ def check_expected_schema(live: Live) -> None:
 
 def check_records(live: Live) -> None:
     """Raise unless the records have each column."""
-    for table, columns in columns_of(live).items():
+    for table, columns in tables_of_records(live).items():
         fields = {*RECORDS[table].model_fields} - {"revision"}
         assert fields == columns - DERIVED[table]
 
 
 def check_export(live: Live) -> None:
     """Raise unless an exported line has each column that identifies no row of this database."""
-    tables = columns_of(live)
+    tables = tables_of_records(live)
     [conversation], [message] = (stored(record) for record in RECORDS.values())
     lines = {
         "conversations": jsonlines.conversation_line(Conversation(**conversation)),
@@ -100,17 +115,17 @@ def check_export(live: Live) -> None:
     for table, line in lines.items():
         assert tables.keys() == lines.keys()
         missing = tables[table] - DERIVED[table] - json.loads(line).keys()
-        assert missing <= {"id", "conversation_id", "user_id"}
+        assert missing <= OMITTED
 
 
 def check_import(live: Live) -> None:
     """Raise unless an import takes each exported column from a line and writes it."""
-    tables = columns_of(live)
+    tables = tables_of_records(live)
     assert tables.keys() == SOURCES.keys()
     taken = {"conversations": jsonlines._CONVERSATION, "messages": jsonlines._MESSAGE}
     statements = {"conversations": "import_conversations", "messages": "import_conversations_messages"}
     for table, columns in tables.items():
-        needed = columns - DERIVED[table] - {"id", "conversation_id", "user_id"}
+        needed = columns - DERIVED[table] - OMITTED
         assert {*SOURCES[table]._fields} == needed
         assert {*taken[table]} == needed
         assert inserted(statements[table]) - DERIVED[table] - {"conversation_id", "user_id"} == needed
@@ -134,7 +149,7 @@ def check_grants(live: Live) -> None:
 
 def check_adopt(live: Live) -> None:
     """Raise unless `chatdb adopt` fills each column that needs a value, from views that have it."""
-    tables = columns_of(live)
+    tables = tables_of_records(live)
     optional = live.rows(
         """
         select c.relname, a.attname
@@ -167,7 +182,7 @@ NOT_ADOPTED = {
         "head_last_seq",
         "head_is_newest",
     },
-    "messages": {"payload", "metadata", "token_count", "key", "parent_seq"},
+    "messages": {"payload", "metadata", "token_count", "key", "parent_seq", "state"},
 }
 """The columns that keep their default in adopted rows."""
 
@@ -236,18 +251,21 @@ def test_the_check_restores_what_is_missing(live: Live) -> None:
 
 
 def _table(constraint: str) -> str:
-    return constraint.split("_")[1]
+    return next(table for table in EXPECTED_SCHEMA if constraint in EXPECTED_SCHEMA[table])
 
 
 @pytest.mark.parametrize(
     ("kind", "statement"),
     [
         ("column", "alter table chatdb.conversations add starred_at timestamptz"),
-        ("column", "alter table chatdb.messages add state text"),
+        ("column", "alter table chatdb.messages add language text"),
+        ("column", "alter table chatdb.message_parts add language text"),
         ("column", "alter table chatdb.messages add rating bigint not null default 0"),
         ("index", "create index ix_messages_role on chatdb.messages (user_id, role)"),
         ("index", "create unique index uq_conversations_title on chatdb.conversations (user_id, title)"),
         ("constraint", "alter table chatdb.conversations add constraint ck_conversations_edits check (edits >= 0)"),
+        ("index", "create index ix_message_parts_flushed_at on chatdb.message_parts (flushed_at)"),
+        ("constraint", "alter table chatdb.message_parts add constraint ck_message_parts_start check (start >= -1)"),
         ("table", "create table chatdb.parts (user_id text, text text)"),
     ],
 )
@@ -274,8 +292,14 @@ def test_a_new_object_is_found(live: Live, check: Callable[[Live], None], kind: 
         (check_adopt, "alter table chatdb.conversations drop column edits"),
         (check_adopt, "alter table chatdb.messages alter payload set not null"),
         (check_page, "comment on column chatdb.conversations.edits is 'another text'"),
-        (check_protect, "drop table chatdb.messages"),
-        (check_grants, "drop table chatdb.messages"),
+        (check_export, "alter table chatdb.messages rename column state to status"),
+        (check_adopt, "alter table chatdb.messages drop column state"),
+        (check_records, "alter table chatdb.message_parts drop column bytes"),
+        (check_expected_schema, "drop table chatdb.message_parts"),
+        (check_protect, "drop table chatdb.message_parts"),
+        (check_grants, "drop table chatdb.message_parts"),
+        (check_protect, "drop table chatdb.messages cascade"),
+        (check_grants, "drop table chatdb.messages cascade"),
     ],
 )
 def test_a_missing_object_is_found(live: Live, check: Callable[[Live], None], statement: str) -> None:

@@ -30,14 +30,16 @@ from chatdb import (
     ConfigurationError,
     ConflictError,
     ConversationNotFoundError,
+    InvalidInputError,
     MessageNotFoundError,
     StaleError,
     UnavailableError,
+    watching,
 )
 from chatdb._core import decode, validate
 from chatdb._core.driver_errors import CONFLICTS, CONSTRAINTS, STALE_COUNTERS, map_driver_error
 from chatdb._core.query import AppendQuery, HistoryQuery, JoinedQuery, RunAgainError, _refusal
-from chatdb.records import Conversation, Message, Role
+from chatdb.records import Conversation, Message, Role, State
 from chatdb.schema import EXPECTED_SCHEMA
 from chatdb.transfer import exporter, importer
 from tests.support.catalog import DATA, Live
@@ -79,7 +81,14 @@ from tests.support.sqlfiles import (
     ungiven,
 )
 
-FOREIGN_KEY = "fk_messages_conversation"
+OTHERS_MAPPED = {
+    "fk_messages_conversation": "a message",
+    "fk_message_parts_message": "a part",
+    "pk_message_parts": "no insert can violate it: a new message has no parts, and every other insert has ON CONFLICT",
+}
+"""The constraints with no words in a table."""
+OF_A_CLASS = {"poll_conversations": "Watcher"}
+"""The Query objects that a method sends."""
 
 every_file = pytest.mark.parametrize("stem", TEXTS)
 
@@ -104,7 +113,8 @@ def check_bindings(texts, bound):
     for module, variable, query in bound:
         functions = [name for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"]
         assert variable == f"_{query.name}"
-        assert any(query.name == name or query.name.startswith(f"{name}_") for name in functions), query.name
+        beside = [name for name in functions if query.name == name or query.name.startswith(f"{name}_")]
+        assert beside or hasattr(module, OF_A_CLASS.get(query.name, "")), query.name
         assert query.sql == parse(texts[query.name]).sql, f"{query.name} is not sent as name line and body"
 
 
@@ -182,6 +192,10 @@ OTHER_NAMES = {
     "head_seq": {"after_seq"},
     "top": {"top_seq"},
     "total": {"max_tokens"},
+    "length": {"start"},
+    "last_start": {"start"},
+    "flushed_at": {"older_than"},
+    "state": {"aborted"},
 }
 """Names of parameters that differ from the column's by more than a prefix."""
 
@@ -496,6 +510,18 @@ async def test_an_exports_arguments_reach_their_parameters(tx):
     assert found == {"export_conversations": ("ann",), "export_conversations_messages": ("ann",)}
 
 
+async def test_a_polls_arguments_reach_their_parameters(tx):
+    """A poll sends the user, the id and the revision of each watched conversation, and marks the one that changed."""
+    db = Recorder([{"ordinality": 2, "revision": 9, "last_seq": 5}], tx)
+    watcher = chatdb.Watcher(SimpleNamespace(acquire=None))
+    watches = [watching._Watch("ann", 6, 0), watching._Watch("bob", 7, 0)]
+    watches[0].revision = 8
+    await watcher._look(db, watches)
+    assert db.sent == [(file_of("poll_conversations").sql, (["ann", "bob"], ["6", "7"], ["8", None]))]
+    assert [(each.revision, each.changed.is_set()) for each in watches] == [(8, False), (9, True)]
+    check_null_arguments(file_of("poll_conversations"), [db.sent[0][1]])
+
+
 async def test_a_counts_argument_reaches_its_parameter(tx):
     """`chatdb delete-user` counts one user's rows."""
     db = Transfer(TRANSFERRED, tx)
@@ -506,7 +532,8 @@ async def test_a_counts_argument_reaches_its_parameter(tx):
 
 def test_every_function_is_called():
     """The calls above cover every public function with a database, every argument and every file."""
-    functions = {name for name in chatdb.__all__ if inspect.isfunction(getattr(chatdb, name))} - {"transaction"}
+    functions = {name for name in chatdb.__all__ if inspect.isfunction(getattr(chatdb, name))}
+    functions -= {"transaction", "stream_message"}
     with_db = {name for name in functions if "db" in inspect.signature(getattr(chatdb, name)).parameters}
     assert {function for function, _, _ in CALLS} == with_db
     given = defaultdict(set)
@@ -514,7 +541,7 @@ def test_every_function_is_called():
         given[function] |= arguments.keys()
     for function in with_db:
         assert given[function] == inspect.signature(getattr(chatdb, function)).parameters.keys() - {"db"}, function
-    assert {stem for _, stem, _ in CALLS} | TRANSFERRED.keys() == TEXTS.keys()
+    assert {stem for _, stem, _ in CALLS} | TRANSFERRED.keys() | OF_A_CLASS.keys() == TEXTS.keys()
 
 
 @pytest.mark.parametrize(("function", "stem", "given"), [item for item in CALLS if file_of(item[1]).existence])
@@ -536,6 +563,10 @@ REFUSALS = {
     "missing": MessageNotFoundError,
     "again": UnavailableError,
     "suppressed": ConfigurationError,
+    "finished": ConflictError,
+    "offset": ConflictError,
+    "length": InvalidInputError,
+    "streaming": ConflictError,
 }
 """The error of each refusal."""
 
@@ -556,7 +587,8 @@ async def test_a_refusal_is_an_error(function, stem, given):
     """Each refusal of a statement is an error of its own, for every call that sends it."""
     *_, row = rows_of(stem, given)
     for word in file_of(stem).refusals:
-        db = Refusing([dict.fromkeys(row) | {"refusal": word}])
+        length = {"length": row["length"]} if word == "offset" else {}
+        db = Refusing([dict.fromkeys(row) | length | {"refusal": word}])
         with pytest.raises(REFUSALS[word]) as found:
             await call(function, db, given)
         assert type(found.value) in {REFUSALS[word], RunAgainError}
@@ -567,14 +599,17 @@ async def test_a_refusal_is_an_error(function, stem, given):
 # 7. The roles and limits match the CHECK constraints.
 
 
-def check_limits(live, limits=validate, role=Role):
-    """Raise unless the CHECKs have exactly the package's limits and roles."""
+def check_limits(live, limits=validate, role=Role, state=State):
+    """Raise unless the CHECKs have exactly the package's limits, roles and states."""
     name = f"char_length {{0}} >= 1 AND char_length {{0}} <= {limits.MAX_NAME}"
     metadata = "jsonb_typeof metadata = 'object' AND octet_length metadata <= {}"
     checks = {key: definition for key, (_, definition) in live.constraints.items() if key.startswith("ck_")}
     roles = re.findall(r"'(\w+)'", checks.pop("ck_messages_role"))
     assert set(roles) == set(typing.get_args(role)) == limits.ROLES
     assert all(word in CONSTRAINTS["ck_messages_role"][1] for word in roles)
+    states = re.findall(r"'(\w+)'", checks.pop("ck_messages_state"))
+    assert set(states) == set(typing.get_args(state))
+    assert all(word in CONSTRAINTS["ck_messages_state"][1] for word in states)
     assert checks == {
         "ck_conversations_user_id": name.format("user_id"),
         "ck_conversations_key": name.format("key"),
@@ -604,7 +639,7 @@ def check_comments(live, files):
     assert all(live.comments.values()), live.comments
     for index in live.indexes:
         for word in re.findall(r"\w+", live.comments[index]):
-            is_file = word in files or word.split("_")[0] in VERBS
+            is_file = word in files or ("_" in word and word.split("_")[0] in VERBS)
             assert not is_file or (word in files and index in files[word].indexes), f"{index} names {word}"
 
 
@@ -642,7 +677,7 @@ def test_tables_and_indexes_say_what_they_serve(live):
 def check_errors(live, constraints=CONSTRAINTS, conflicts=CONFLICTS, behind=STALE_COUNTERS):
     """Raise unless each constraint and unique index maps to one error, and a CHECK to its column's parameter."""
     unique = {name for name, (_, is_unique) in live.indexes.items() if is_unique}
-    assert sorted([*constraints, *conflicts, *behind, FOREIGN_KEY]) == sorted(live.constraints.keys() | unique)
+    assert sorted([*constraints, *conflicts, *behind, *OTHERS_MAPPED]) == sorted(live.constraints.keys() | unique)
     for name, (parameter, _) in constraints.items():
         assert parameter in live.constraints[name][0]
         assert name.split("_", 2)[2] == parameter
@@ -666,9 +701,12 @@ def test_the_constraints_are_mapped(live):
     check_errors(live)
 
 
-def test_the_foreign_key_is_mapped():
-    """A foreign key violation, which only a race with a deletion causes, means a missing conversation."""
+def test_the_foreign_keys_are_mapped():
+    """A foreign key violation, which only a race with a deletion causes, means a missing conversation or message."""
     assert isinstance(map_driver_error(asyncpg.ForeignKeyViolationError("")), ConversationNotFoundError)
+    of_a_part = asyncpg.ForeignKeyViolationError("")
+    of_a_part.schema_name, of_a_part.constraint_name = "chatdb", "fk_message_parts_message"
+    assert isinstance(map_driver_error(of_a_part), MessageNotFoundError)
 
 
 def test_the_schema_check_needs_the_schema(live):
@@ -682,7 +720,7 @@ def test_the_schema_check_needs_the_schema(live):
 def check_isolation(live, file):
     """Raise unless every table reference has `user_id = $1` and every inserted row has `$1` as its user."""
     is_on_users_data = any(getattr(node, "schemaname", None) == "chatdb" for node in file.nodes)
-    assert not is_on_users_data or file.parameters[0].name == "user_id"
+    assert not is_on_users_data or file.parameters[0].name == ("user_ids" if file.name in OF_A_CLASS else "user_id")
     assert isolation_gaps(file) == []
 
 
@@ -727,7 +765,7 @@ ROLE = "drop constraint ck_messages_role, add constraint ck_messages_role check 
         (check_nullability, "get_message", "alter content drop not null"),
         (check_nullability, "append_message", "alter created_at drop not null"),
         (check_nullability, "list_messages", "alter key set not null"),
-        (check_plan, "get_history", "drop constraint pk_messages"),
+        (check_plan, "get_history", "drop constraint pk_messages cascade"),
         (
             check_plan,
             "append_message_conditional",
@@ -743,7 +781,7 @@ ROLE = "drop constraint ck_messages_role, add constraint ck_messages_role check 
         (check_errors, None, "drop constraint fk_messages_conversation"),
         (check_errors, None, "add constraint ck_messages_new check (seq > -1)"),
         (check_errors, None, "add constraint uq_messages_id unique (id)"),
-        (check_needed, None, "drop constraint pk_messages"),
+        (check_needed, None, "drop constraint pk_messages cascade"),
         (check_needed, None, "drop column metadata"),
         (check_needed, None, "add extra text"),
         (check_needed, None, "alter column role drop not null"),
@@ -858,8 +896,8 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (
             check_given,
             "load_conversation",
-            "and conversation_id = r.id and seq <= r.top and seq >= coalesce",
-            "and conversation_id >= r.id and seq <= r.top and seq >= coalesce",
+            "and conversation_id = r.id and seq <= r.top and seq >= r.bottom",
+            "and conversation_id >= r.id and seq <= r.top and seq >= r.bottom",
         ),
         (check_given, "append_message", "$4, $5, $6", "$5, $4, $6"),
         (check_given, "append_message", "last_seq, $4, $5", "last_seq, lower($4), $5"),
@@ -920,14 +958,12 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_existence, "list_messages_after_key", " and m.key = $4", ""),
         (check_existence, "list_messages_after_key", "select m.key from", "select m.role from"),
         (check_existence, "get_message", ", or an existence row: if there is no such message", THEN),
-        (check_existence, "get_message", "    limit 1 -- noqa: AM09\n", ""),
         (check_existence, "get_message", "branch is read\nlimit 1", "branch is read"),
         (check_existence, "get_message", "branch is read\nlimit 1", "branch is read\nlimit 2"),
         (check_existence, "list_conversations_after", "from place\n--", "from chatdb.conversations\n--"),
         (check_existence, "list_conversations_after", "    where $4::text is null\n", ""),
         (check_existence, "list_conversations_after", "where $4::text is null", "where $4::text is not null"),
         (check_existence, "list_conversations_after", "user_id = $1 and key = $4", "user_id = $1 and title = $4"),
-        (check_existence, "list_previews", "    limit $5\n)\nunion", ")\nunion"),
         (check_existence, "load_conversation", "    limit 1 -- noqa: AM09\n", ""),
         (check_existence, "load_conversation", "    limit $4 -- noqa: AM09\n", ""),
         (check_existence, "load_conversation", ")\nunion all\n(", ")\nunion\n("),
@@ -1065,8 +1101,8 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (
             check_given,
             "get_context",
-            "select c.id, c.top, b.seq as bottom",
-            "select c.top as id, c.top, b.seq as bottom",
+            "select c.id, c.top, coalesce(b.seq, 0) as bottom",
+            "select c.top as id, c.top, coalesce(b.seq, 0) as bottom",
         ),
         (check_nullability, "get_conversation", "then head_seq else last_seq end", "then last_seq else head_seq end"),
         (check_nullability, "load_conversation", "when head_last_seq = last_seq", "when head_last_seq <= last_seq"),
@@ -1082,6 +1118,83 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_existence, "fork_conversation", "'suppressed'", "'again'"),
         (check_plan, "get_branch", "order by seq desc\n        limit 1", "order by parent_seq desc\n        limit 1"),
         (check_plan, "switch_branch", "order by seq desc", "order by created_at desc"),
+        (check_prepares, "extend_message", "set length =", "set size ="),
+        (
+            check_parameters,
+            "start_message",
+            "select user_id, id, last_seq + 1, $4",
+            "select user_id, id, last_seq + 1, $6",
+        ),
+        (check_parameters, "start_message", "coalesce($7::int8, case", "coalesce($2::int8, case"),
+        (check_parameters, "extend_message", "last_start = $6,", "last_start = $4,"),
+        (check_parameters, "extend_message", "seq, $6, $7\n", "seq, $4, $7\n"),
+        (check_parameters, "extend_message", "and k.key = $5", "and k.key = $3"),
+        (
+            check_parameters,
+            "finish_message",
+            "case when $10::bool then 'aborted'",
+            "case when $9::int4 = 1 then 'aborted'",
+        ),
+        (check_parameters, "finish_message", "content = coalesce($6,", "content = coalesce($3,"),
+        (
+            check_parameters,
+            "finish_message",
+            "coalesce($7::text::json, m.payload)",
+            "coalesce($8::text::json, m.payload)",
+        ),
+        (check_parameters, "list_streaming", "- $2::interval", "- interval '1 hour'"),
+        (check_parameters, "poll_conversations", "($1::text[], $2", "($2::text[], $1"),
+        (check_columns, "read_message", "as text", "as content"),
+        (check_columns, "get_message", "key, state, created_at\n    from", "state, key, created_at\n    from"),
+        (
+            check_columns,
+            "finish_message",
+            "key, state, created_at, null as refusal",
+            "key, created_at, null as refusal",
+        ),
+        (check_nullability, "get_message", "else content\n        end as", "else nullif(content, '')\n        end as"),
+        (check_nullability, "get_message", "when state = 'streaming'", "when state = 'aborted'"),
+        (check_nullability, "get_message", "and p.seq = messages.seq", "and p.seq = messages.seq and p.start >= 0"),
+        (check_nullability, "extend_message", "and start = -1\n", "and start >= -1\n"),
+        (check_nullability, "read_message", "        ''\n    ) as text", "        m.state\n    ) as text"),
+        (check_nullability, "read_message", "m.state\nfrom message", "coalesce(m.state, '') as state\nfrom message"),
+        (check_nullability, "list_streaming", "and s.start = -1", "and s.start >= -1"),
+        (check_nullability, "poll_conversations", "left join", "inner join"),
+        (check_existence, "start_message", "from stored\nwhere not exists (select from found)", "from stored"),
+        (check_existence, "start_message", "then 'suppressed'", "then 'again'"),
+        (check_existence, "extend_message", "where not exists (select from stream)", "where true"),
+        (check_existence, "extend_message", "else 'again'", "else null"),
+        (check_existence, "extend_message", "finished, offset, length", "finished, length"),
+        (check_existence, "extend_message", "and p.start = -1\nwhere not", "and p.start >= -1\nwhere not"),
+        (check_existence, "read_message", " and not exists (select from message)", ""),
+        (check_existence, "read_message", ", or an existence row: if there is no such message", ""),
+        (check_existence, "finish_message", "where not exists (select from message)\n  and not", "where not"),
+        (check_existence, "finish_message", "from target\nwhere state is distinct from", "from target\nwhere state = "),
+        (
+            check_existence,
+            "finish_message",
+            "select from target\n      where state is distinct from",
+            "select from target\n      where content is distinct from",
+        ),
+        (check_existence, "update_message", "      and not exists (select from growing)\n", ""),
+        (check_plan, "get_message", ", pk_message_parts\n", "\n"),
+        (check_plan, "extend_message", ",\n-- pk_message_parts", ""),
+        (check_plan, "poll_conversations", "c.id = w.conversation_id", "c.id + 0 = w.conversation_id"),
+        (check_addressing, "extend_message", "(select coalesce((select $4::int8), (", "(select least($4, ("),
+        (check_addressing, "finish_message", "(select coalesce((select $2::int8), (", "(select least($2, ("),
+        (check_addressing, "read_message", "select coalesce((select $2::int8), (", "select least($2, ("),
+        (check_isolation, "start_message", "select m.user_id, m.conversation_id, m.seq, -1", "select $4, 1, m.seq, -1"),
+        (
+            check_isolation,
+            "extend_message",
+            "select $1, conversation_id, seq, $6",
+            "select $7, conversation_id, seq, $6",
+        ),
+        (check_isolation, "extend_message", "on conflict (user_id, conv", "on conflict (conv"),
+        (check_isolation, "poll_conversations", "c.user_id = w.user_id", "c.user_id = any ($1)"),
+        (check_isolation, "poll_conversations", " and c.id = w.conversation_id", ""),
+        (check_isolation, "poll_conversations", "($1::text[], $2", "(array[$1[1]], $2"),
+        (check_isolation, "poll_conversations", "(user_id, conversation_id, rev", "(conversation_id, user_id, rev"),
     ],
 )
 def test_a_changed_file_is_found(live, check, stem, old, new):
@@ -1211,7 +1324,7 @@ def test_an_unvalidated_row_is_found(record, from_arguments, from_messages):
 def test_a_changed_map_or_limit_is_found(live):
     """An added, missing or changed role, limit, error or schema part is found."""
     for check, changes in [
-        (check_limits, [{"role": Literal[Role, "critic"]}]),
+        (check_limits, [{"role": Literal[Role, "critic"]}, {"state": Literal[State, "done"]}]),
         (check_limits, [{"limits": SimpleNamespace(**vars(validate) | {"MAX_TITLE": 999})}]),
         (check_errors, [{"constraints": part} for part in less(CONSTRAINTS)]),
         (check_errors, [{"constraints": CONSTRAINTS | {"ck_messages_key": ("role", "")}}]),
@@ -1233,7 +1346,7 @@ def test_a_changed_map_or_limit_is_found(live):
                 check(live, **change)
 
 
-@pytest.mark.parametrize("module", [chatdb.branches, chatdb.conversations, chatdb.messages, importer])
+@pytest.mark.parametrize("module", [chatdb.branches, chatdb.conversations, chatdb.messages, chatdb.streaming, importer])
 async def test_swapped_arguments_are_found(monkeypatch, module):
     """Every swap of two adjacent arguments is found."""
     mutants = list(swaps(module))

@@ -18,6 +18,7 @@ import pytest
 import sqlparse
 
 import chatdb
+from chatdb import watching
 from chatdb._core import validate
 from chatdb._core.dsn import connect_arguments
 from chatdb._core.query import Query
@@ -77,7 +78,7 @@ def test_every_name_in_a_file_has_its_schema(path: Path) -> None:
     assert gaps_of(path, text) == []
     for found in re.finditer(r"(?<!operator\()\bpg_catalog\.(?=\w+(\())?", text):
         mutated = text[: found.start()] + text[found.end() :]
-        is_known_type = re.match(r"(?:name|oid|text)\b(?!\()", text[found.end() :])
+        is_known_type = re.match(r"(?:name|oid|regclass|text)\b(?!\()", text[found.end() :])
         assert is_known_type or gaps_of(path, mutated), mutated
     for found in re.finditer(r"operator\(pg_catalog\.", text):
         assert gaps_of(path, f"{text[: found.start()]}operator(public.{text[found.end() :]}")
@@ -216,7 +217,8 @@ def test_the_server_resolves_no_planted_name(planted: str) -> None:
                 for part in sqlparse.split(text):
                     if part.startswith("select"):
                         probe = part.rstrip("; ").replace(PLACEHOLDER, "null")
-                        assert resolved_elsewhere(connection, probe, "text" if "$1" in part else "") == [], part
+                        types = ["text", "text[]"][: len({*re.findall(r"\$\d", part)})]
+                        assert resolved_elsewhere(connection, probe, ", ".join(types)) == [], part
         for stem, old, new in (
             ("check_schema", "a.attcollation not in (0, 100)", "a.attcollation <> 0"),
             ("check_schema", "quote_ident(f.relname::text)", "quote_ident(f.relname)"),
@@ -368,10 +370,23 @@ async def services_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch
                 with closing(tables.read(dsn, **arguments)) as items:
                     await import_conversations(db, user_id="v", items=items)
             quietly(dsn, *[SAID] * count)
-        row = (made.id, 9, "user", "c", None, None, 1, None, made.created_at, 1)  # as with row-level security
+        row = (
+            made.id,
+            9,
+            "user",
+            "c",
+            None,
+            None,
+            1,
+            None,
+            made.created_at,
+            1,
+            "aborted",
+        )  # as with row-level security
         columns = [validate.as_text_array([value]) for value in row]
         await _import_conversations_messages.fetch_one(db, "u", *columns)
         await _import_conversations_parents.fetch_all(db, "u", columns[0], columns[1])
+        await chatdb.Watcher(db)._look(db, [watching._Watch("u", made.id, 0)])
 
 
 @pytest.mark.owner

@@ -8,11 +8,13 @@ look cheaper than the generic one: without the scalar subquery around $2, the pl
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 import chatdb
+from chatdb import watching
 from chatdb._core.query import statement_files
 
 EXCEPTIONS = {
@@ -104,6 +106,12 @@ def calls(
         lambda: chatdb.switch_branch(db, **first, seq=30),
         lambda: chatdb.fork_conversation(db, **first),
         lambda: chatdb.delete_branch(db, **second, seq=30),
+        lambda: chatdb.start_message(db, **first, key=f"{key} 4"),
+        lambda: chatdb.extend_message(db, **first, key=f"{key} 4", offset=0, text="text"),
+        lambda: chatdb.read_message(db, **first, key=f"{key} 4", offset=1),
+        lambda: chatdb.list_streaming(db, **user, older_than=timedelta(0)),
+        lambda: chatdb.finish_message(db, **first, key=f"{key} 4"),
+        lambda: chatdb.Watcher(db)._look(db, [watching._Watch("ann", each.id, 0) for each in five]),
         lambda: chatdb.delete_conversation(db, **fifth),
         lambda: chatdb.create_conversation(db, **user),
         lambda: chatdb.create_conversation(db, **user, key=key),

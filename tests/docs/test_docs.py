@@ -132,17 +132,17 @@ def test_the_table_of_functions() -> None:
 
 def test_the_migrations(empty_dsn: str) -> None:
     """README's migration commands run in the checkout, and `yoyo rollback` undoes the last migration."""
-    indexes = "select to_regclass('chatdb.ix_messages_user_id_conversation_id_seq_branches') is not null"
+    newest = "select max(migration_id) from public._yoyo_migration"
     script = block("Migrations", "sh")
     assert script.count("postgresql://localhost/chat") == 1
     shell(script.replace("postgresql://localhost/chat", f"'{empty_dsn}'"), empty_dsn, ROOT)
     with psycopg.connect(empty_dsn) as connection:
         assert connection.execute("select count(*) from chatdb.messages").fetchone() == (0,)
-        assert connection.execute(indexes).fetchone() == (True,)
+        assert connection.execute(newest).fetchone() == ("0011.chatdb-validate-state",)
     shell("yoyo rollback", empty_dsn, ROOT)
     with psycopg.connect(empty_dsn) as connection:
-        assert connection.execute(indexes).fetchone() == (False,)
-        assert connection.execute("select count(parent_seq) from chatdb.messages").fetchone() == (0,)
+        assert connection.execute(newest).fetchone() == ("0010.chatdb-create-message-parts",)
+        assert connection.execute("select count(*) from chatdb.message_parts").fetchone() == (0,)
 
 
 @pytest.mark.owner
@@ -285,7 +285,7 @@ def test_the_operators_page(empty_dsn: str, tmp_path: Path) -> None:
         execute(empty_dsn, "delete from public.users")
         with psycopg.connect(empty_dsn) as connection:
             assert connection.execute("select count(*) from chatdb.messages").fetchone() == (0,)
-        assert "0008" in shell(rollback, empty_dsn, tmp_path)
+        assert "0011" in shell(rollback, empty_dsn, tmp_path)
     finally:
         execute(empty_dsn, "drop owned by app", "drop role app")
 
@@ -297,6 +297,10 @@ async def serve(dsn: str) -> None:
         user = {"user_id": "alice", "conversation_id": made.id}
         message = await chatdb.append_message(db, **user, role="user", content="hi")
         await chatdb.update_message(db, **user, seq=message.seq, content="ho")
+        async with chatdb.stream_message(db, **user) as stream:
+            await stream.write("hello")
+        assert stream.message.content == "hello"
+        await chatdb.delete_message(db, **user, seq=stream.message.seq)
         await chatdb.check_schema(db)
 
 

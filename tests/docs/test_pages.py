@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from textwrap import indent
 from typing import Any
 
@@ -14,10 +17,15 @@ from tests.support.paths import ROOT
 pytestmark = pytest.mark.server_independent
 
 
-async def run(page: str, **names: Any) -> dict[str, Any]:
-    """Run the Python blocks of a page one after another, as one program, and return its variables."""
+def python_blocks(page: str) -> list[str]:
+    """Return the Python blocks of a page."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    code = "".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+async def run(page: str, **names: Any) -> dict[str, Any]:
+    """Run the Python blocks of a page that are no programs one after another, and return their variables."""
+    code = "".join(block for block in python_blocks(page) if "asyncio.run(" not in block)
     scope = names | {"chatdb": chatdb}
     exec(f"async def program():\n{indent(code, '    ')}\n    return locals()", scope)
     found: dict[str, Any] = await scope["program"]()
@@ -42,7 +50,23 @@ async def test_the_guides_code(dsn: str, monkeypatch: pytest.MonkeyPatch, capsys
     assert [each.seq for each in (*found["earlier"], *found["later"])] == []
     assert (found["oldest"][0].key, found["next_page"]) == ("support-1", [])
     assert [message.seq for message in found["replaced"]] == [3]
+    assert (found["rome"].content, found["rome"].state, found["rome"].token_count) == ("Take the night train.", None, 4)
+    assert (found["started"].state, found["length"]) == ("streaming", 18)
+    assert (found["tail"].text, found["tail"].offset, found["tail"].state) == ("is slower.", 18, "streaming")
+    assert (found["done"].content, found["done"].state) == ("The bus is slower.", None)
+    assert printed.endswith("2 None Take the night train.\n3 None The bus is slower.\n")
     assert found["answer"] == chatdb.ConversationNotFoundError.public
+
+
+def test_the_guides_program(dsn: str) -> None:
+    """The guide's program streams, resumes, stops, shows a second tab and shuts down, with the output that it shows."""
+    (program,) = (block for block in python_blocks("guide.md") if "asyncio.run(" in block)
+    (output,) = re.findall(r"^```text\n(.*?)^```", (ROOT / "docs" / "guide.md").read_text("utf-8"), re.M | re.S)
+    command = [sys.executable, "-W", "error", "-X", "dev", "-c", program]
+    env = os.environ | {"DATABASE_URL": dsn}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == output
 
 
 async def test_the_security_pages_code(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:

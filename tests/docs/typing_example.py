@@ -27,6 +27,12 @@ async def example(pool: asyncpg.Pool, connection: asyncpg.Connection) -> None:
         )
         await chatdb.append_message(db, user_id="alice", conversation_id=at, role="narrator", content="")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
         await chatdb.update_conversation(db, user_id="alice", conversation_id=at, title=None)
+        async with chatdb.stream_message(pool, user_id="alice", conversation_id=at) as stream:
+            assert_type(stream, chatdb.MessageStream)
+            await stream.write("hi")
+        async with chatdb.Watcher(pool, listen_dsn=make_url("postgresql://localhost/chat")) as watcher:
+            async for message in watcher.watch(user_id="alice", conversation_id=at):
+                assert_type(message, chatdb.Message)
         await with_stubs(db)
         async with chatdb.transaction(db) as inside, chatdb.transaction(pool), chatdb.transaction(connection):
             assert_type(await chatdb.delete_user(inside, user_id="alice"), chatdb.Deleted)

@@ -140,7 +140,7 @@ async def test_rows_with_the_drivers_own_types(dsn: str, is_fast: bool, monkeypa
         args = ("alice", conversation.id, 99, 99)
         for handle in (db, ours, plain, theirs, theirs._con):
             rows = await _get_history._rows(handle, args)
-            assert [type(row) is DefaultCodecRecord for row in rows] == [is_fast or handle in (db, ours)] * 2
+            assert [type(row) is DefaultCodecRecord for row in rows] == [is_fast or handle in (db, ours)] * 3
         async with chatdb.transaction(db) as inside:
             async for row in inside.cursor(_get_history.sql, *args):
                 assert type(row) is DefaultCodecRecord

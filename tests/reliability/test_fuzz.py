@@ -7,6 +7,7 @@ import io
 import random
 import ssl
 from collections import Counter
+from datetime import timedelta
 from decimal import Decimal
 from functools import cache
 from typing import Any
@@ -17,7 +18,7 @@ import chatdb
 from chatdb import NEW, UNSET, ChatDBError, ConfigurationError, InvalidInputError, JsonText, NewMessage
 from chatdb._core.dsn import connect_arguments, libpq_dsn
 from chatdb.transfer import files
-from tests.support.calls import NOBODYS, SIGNATURES, required
+from tests.support.calls import NOBODYS, SIGNATURES, required, streamed
 from tests.support.seeds import DSNS, FILES, SECRET
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
@@ -139,17 +140,24 @@ def token(chance: random.Random) -> object:
     )
 
 
+def duration(chance: random.Random) -> object:
+    """Return a duration, or a value that only resembles one."""
+    days = chance.choice([0, 1, -1, 10_000, 10_001, 999_999_999, -999_999_999])
+    return timedelta(days=days) if chance.random() < 0.6 else number(chance)
+
+
 HOSTILE = {
     **dict.fromkeys(
-        ("user_id", "key", "title", "content", "conversation_key", "before_key", "after_key", "new_key"), text
+        ("user_id", "key", "title", "content", "conversation_key", "before_key", "after_key", "new_key", "text"), text
     ),
     **dict.fromkeys(("payload", "metadata", "metadata_patch", "conversation_metadata_patch"), value),
     **dict.fromkeys(("conversation_id", "seq", "limit", "batch", "after_seq", "before_seq", "token_count"), number),
-    **dict.fromkeys(("parent_seq", "top_seq", "max_tokens"), number),
-    **dict.fromkeys(("archived", "pinned", "create", "descending"), flag),
+    **dict.fromkeys(("parent_seq", "top_seq", "max_tokens", "offset", "flush_every"), number),
+    **dict.fromkeys(("archived", "pinned", "create", "descending", "aborted"), flag),
     **dict.fromkeys(("order_by", "on_existing"), word),
     **dict.fromkeys(("expected", "after"), token),
     "timeout": number,
+    "older_than": duration,
     "role": role,
     "messages": batch,
 }
@@ -177,7 +185,7 @@ async def test_every_parameter(request: pytest.FixtureRequest, db: chatdb.pool.P
     made = await chatdb.create_conversation(db, user_id="alice", key="thread")
     valid: dict[str, Any] = {"user_id": "alice", "conversation_id": made.id, "role": "user", "content": "x"}
     valid |= {"key": "k", "seq": 1, "after_seq": 0, "expected": made, "messages": [{"role": "user", "content": "x"}]}
-    valid["max_tokens"] = 8000
+    valid |= {"max_tokens": 8000, "offset": 0, "text": "x", "older_than": timedelta(0)}
     counting = Counting(db)
     outcomes: Counter[str] = Counter()
     functions = [(name, getattr(chatdb, name)) for name in SIGNATURES]
@@ -202,6 +210,8 @@ async def test_every_parameter(request: pytest.FixtureRequest, db: chatdb.pool.P
                 async for _ in result:
                     break
                 await result.aclose()
+            elif isinstance(result, chatdb.MessageStream):
+                await streamed(result)
             else:
                 await result
             outcomes["taken"] += 1

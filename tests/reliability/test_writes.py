@@ -45,6 +45,21 @@ WRONG_HEADS = """
 """
 """The conversations whose head is not stored, or is not the newest message although it says so."""
 
+WRONG_STREAMS = """
+    with text as (
+        select user_id, conversation_id, seq, min(start) as first, max(length) as length, max(bytes) as bytes,
+            max(last_start) as last_start, max(start) as top, string_agg(content, '' order by start) as content
+        from chatdb.message_parts
+        group by user_id, conversation_id, seq
+    )
+    select m.conversation_id, m.seq, m.state, t.*
+    from chatdb.messages as m
+    full join text as t on t.user_id = m.user_id and t.conversation_id = m.conversation_id and t.seq = m.seq
+    where (m.state is not distinct from 'streaming') <> (t.first is not distinct from -1)
+       or t.length <> char_length(t.content) or t.bytes <> octet_length(t.content) or t.top > t.last_start
+"""
+"""The messages with parts that do not stream or that stream without parts, and streams of another length."""
+
 
 def message(chance: random.Random) -> dict[str, Any]:
     """Return a message that has one of a few keys, or none."""
@@ -87,6 +102,11 @@ def writes(
         lambda: chatdb.append_messages(db, **at, messages=batch, parent_seq=parent, on_existing="skip", create=True),
         lambda: chatdb.switch_branch(db, **at, **place, expected=expected),
         lambda: chatdb.delete_branch(db, **at, **place, expected=expected),
+        lambda: chatdb.start_message(db, **at, key=chance.choice([None, *"123456"])),
+        lambda: chatdb.start_message(db, **at, key=chance.choice([None, *"123456"]), parent_seq=parent),
+        lambda: chatdb.extend_message(db, **at, **place, offset=0, text=chance.choice(["", "a", "é👋"])),
+        lambda: chatdb.extend_message(db, **at, **place, offset=chance.randrange(4), text=chance.choice(["b", "ü"])),
+        lambda: chatdb.finish_message(db, **at, **place, aborted=chance.random() < 0.5),
         lambda: chatdb.fork_conversation(db, **at, new_key=str(chance.randrange(CONVERSATIONS))),
         lambda: (
             chatdb.replace_messages_after(db, **at, after_seq=chance.randrange(20), messages=batch, expected=stored)
@@ -139,6 +159,7 @@ def test_no_deadlock(dsn: str, loop: str, request: pytest.FixtureRequest) -> Non
     )
     assert query(dsn, DANGLING) == []
     assert query(dsn, WRONG_HEADS) == []
+    assert query(dsn, WRONG_STREAMS) == []
     figure(f"{sum(outcomes.values())} random writes of {TASKS} tasks on {loop}: 0 deadlocks; {dict(outcomes)}")
 
 

@@ -36,6 +36,7 @@ from chatdb import (
     JsonText,
     Message,
     MessageNotFoundError,
+    MessageTail,
     NewMessage,
     StaleError,
 )
@@ -52,8 +53,8 @@ OF_USERS = {
     name
     for name in chatdb.__all__
     if inspect.isfunction(function := getattr(chatdb, name)) and "user_id" in inspect.signature(function).parameters
-} - {"transaction"}
-"""The public functions on what users own."""
+} - {"transaction", "stream_message"}
+"""The public functions on what users own, without the one that calls others."""
 
 _example = itertools.count(1)
 
@@ -78,6 +79,8 @@ class Model:
         self.user = user
         self.conversations: dict[int, Conversation] = {}
         self.messages: dict[int, dict[int, Message]] = {}
+        self.last_parts: dict[int, int] = {}
+        """The start of the last part of each message, by its id."""
         self.moved: dict[int, tuple[int, bool]] = {}
         """The last_seq at which the head of a conversation was set, and whether it was the newest message."""
 
@@ -153,7 +156,7 @@ class Model:
         def tokens(message: Message) -> int:
             return len(message.content) // 4 + 1 if message.token_count is None else message.token_count
 
-        line = self.line(number)
+        line = [each for each in self.line(number) if each.state != "streaming"]
         lead = [each for each in line[:1] if each.role in {"system", "developer"}]
         left = max_tokens - sum(map(tokens, lead))
         fitting: list[Message] = []
@@ -162,7 +165,7 @@ class Model:
             if left < 0:
                 break
             fitting.insert(0, message)
-        is_all = len(fitting) == len(line) - len(lead)
+        is_all = bool(fitting) and self.parent(number, fitting[0].seq) == (lead[0].seq if lead else 0)
         for place, message in enumerate(fitting):
             roles = [each.role for each in fitting[place:] if each.role in {"assistant", "tool"}]
             if roles[:1] != ["tool"] and (message.role == "user" or (place == 0 and is_all)):
@@ -242,6 +245,7 @@ class Model:
                 metadata=item.metadata,
                 token_count=item.token_count,
                 key=item.key,
+                state=None,
                 created_at=now,
             )
             for place, (item, given) in enumerate(zip(batch, answer, strict=True), start=1)
@@ -338,7 +342,9 @@ def as_text(payload: Any) -> JsonText | None:
 
 
 def body(message: Message | NewMessage) -> tuple[Any, ...]:
-    """Return the fields that must be equal when a key is used again."""
+    """Return the fields that must be equal when a key is used again; a message that streams equals no other."""
+    if getattr(message, "state", None) == "streaming":
+        return (object(),)
     return message.role, message.content, as_text(message.payload), message.metadata
 
 
@@ -358,9 +364,16 @@ SNAPSHOT_CONVERSATIONS = """
     from chatdb.conversations as c where user_id = any($1) order by user_id, id
 """
 SNAPSHOT_MESSAGES = """
-    select id, conversation_id, user_id, seq, parent_seq, role, content, payload::text as payload,
-        metadata::text as metadata, token_count, key, created_at, m::text as whole, xmin::text, ctid::text
-    from chatdb.messages as m where user_id = any($1) order by user_id, conversation_id, seq
+    select id, m.conversation_id, m.user_id, m.seq, parent_seq, role, coalesce(p.content, m.content) as content,
+        payload::text as payload, metadata::text as metadata, token_count, key, state, created_at,
+        concat(m::text, p.whole) as whole, m.xmin::text, m.ctid::text
+    from chatdb.messages as m
+    left join (
+        select user_id, conversation_id, seq, string_agg(content, '' order by start) as content,
+            string_agg(concat(p::text, p.xmin, p.ctid), ' ' order by start) as whole
+        from chatdb.message_parts as p group by user_id, conversation_id, seq
+    ) as p on p.user_id = m.user_id and p.conversation_id = m.conversation_id and p.seq = m.seq
+    where m.user_id = any($1) order by m.user_id, m.conversation_id, m.seq
 """
 
 users = st.sampled_from((0, 1))
@@ -845,6 +858,8 @@ class Isolation(RuleBasedStateMachine):
             self.settle(model, answer, StaleError)
         elif stored is None:
             self.settle(model, answer, model.store(number, [message], [answer])[0])
+        elif stored.state == "streaming":
+            self.settle(model, answer, ConflictError)
         else:
             changes = {"role": message.role, "content": message.content, "payload": as_text(message.payload)}
             changes |= {"metadata": message.metadata, "token_count": message.token_count}
@@ -989,6 +1004,8 @@ class Isolation(RuleBasedStateMachine):
             self.settle(model, answer, StaleError)
         elif stored is None:
             self.settle(model, answer, MessageNotFoundError)
+        elif stored.state == "streaming" and fields["content"] is not UNSET:
+            self.settle(model, answer, ConflictError)
         else:
             changes = {name: value for name, value in (fields | data).items() if value is not UNSET}
             if "payload" in changes:
@@ -1117,7 +1134,7 @@ class Isolation(RuleBasedStateMachine):
             self.settle(model, answer, ConflictError)
         else:
             source = model.conversations[number]
-            line = model.line(number, stored.seq if stored else None)
+            line = [each for each in model.line(number, stored.seq if stored else None) if each.state != "streaming"]
             new = self.created(model, answer, new_key, title=source.title, metadata=source.metadata)
             counts = {"last_seq": len(line), "head_seq": len(line), "revision": len(line)}
             model.conversations[new.id] = new.model_copy(update=counts)
@@ -1125,6 +1142,110 @@ class Isolation(RuleBasedStateMachine):
                 changes = {"id": row.id, "conversation_id": new.id, "seq": seq, "parent_seq": None}
                 model.messages[new.id][seq] = message.model_copy(update=changes)
             self.settle(model, answer, model.conversations[new.id])
+
+    # messages that are streamed
+
+    @rule(
+        user=users,
+        address=addresses,
+        role=st.sampled_from(("assistant", "system")),
+        key=keys,
+        metadata=metadata,
+        parent_seq=st.none() | places,
+    )
+    def start_message(
+        self, user: int, address: int | str, role: Any, key: str | None, metadata: Any, parent_seq: int | None
+    ) -> None:
+        """Start a message, or get the one that has the key."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        arguments = {"role": role, "key": key, "metadata": metadata, "parent_seq": parent_seq}
+        answer = self.call(model, chatdb.start_message, at, **arguments)
+        if number is None:
+            return
+        stored = model.message_by_key(number, key)
+        if stored is not None:
+            self.settle(model, answer, stored if stored.role == role else ConflictError)
+        elif parent_seq and parent_seq not in model.messages[number]:
+            self.settle(model, answer, MessageNotFoundError)
+        else:
+            new = NewMessage(role=role, content="", metadata=metadata, key=key)
+            [message] = model.store(number, [new], [answer], parent_seq)
+            model.messages[number][message.seq] = started = message.model_copy(update={"state": "streaming"})
+            model.last_parts[started.id] = 0
+            self.settle(model, answer, started)
+
+    @rule(user=users, address=addresses, place=message_places, offset=st.integers(-1, 3), text=contents)
+    def extend_message(self, user: int, address: int | str, place: dict[str, Any], offset: int, text: str) -> None:
+        """Add text to a message at its length, in place of its last part, or elsewhere."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        stored = None if number is None else model.message(number, place)
+        length = len(stored.content) if stored else 0
+        start = length if offset < 0 else offset
+        answer = self.call(model, chatdb.extend_message, at, offset=start, text=text, **place)
+        if number is None:
+            return
+        if stored is None:
+            self.settle(model, answer, MessageNotFoundError)
+        elif stored.state != "streaming" or start not in (length, model.last_parts[stored.id]):
+            self.settle(model, answer, ConflictError)
+        else:
+            content = stored.content[:start] + text
+            model.last_parts[stored.id] = start
+            model.messages[number][stored.seq] = stored.model_copy(update={"content": content})
+            self.settle(model, answer, len(content))
+
+    @rule(user=users, address=addresses, place=message_places, offset=st.integers(0, 3))
+    def read_message(self, user: int, address: int | str, place: dict[str, Any], offset: int) -> None:
+        """Read a message from an offset on."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        answer = self.call(model, chatdb.read_message, at, offset=offset, **place)
+        if number is not None:
+            stored = model.message(number, place)
+            tail = stored and MessageTail(text=stored.content[offset:], offset=len(stored.content), state=stored.state)
+            self.settle(model, answer, tail or MessageNotFoundError)
+
+    @rule(
+        user=users,
+        address=addresses,
+        place=message_places,
+        content=st.none() | contents,
+        payload=payloads,
+        metadata=metadata,
+        token_count=token_counts,
+        aborted=st.booleans(),
+    )
+    def finish_message(
+        self, user: int, address: int | str, place: dict[str, Any], payload: Any, aborted: bool, **fields: Any
+    ) -> None:
+        """Finish a message, or get the one that is finished."""
+        model = self.models[user]
+        at, number = self.where(model, address)
+        answer = self.call(model, chatdb.finish_message, at, payload=payload, aborted=aborted, **fields, **place)
+        if number is None:
+            return
+        stored = model.message(number, place)
+        if stored is None:
+            self.settle(model, answer, MessageNotFoundError)
+            return
+        if stored.state == "streaming":
+            given = {
+                name: value for name, value in (fields | {"payload": as_text(payload)}).items() if value is not None
+            }
+            stored = stored.model_copy(update=given | {"state": "aborted" if aborted else None})
+            model.messages[number][stored.seq] = stored
+            model.edit(number)
+        self.settle(model, answer, stored)
+
+    @rule(user=users, days=st.sampled_from((0, 1)))
+    def list_streaming(self, user: int, days: int) -> None:
+        """List the messages that stream."""
+        model = self.models[user]
+        answer = self.call(model, chatdb.list_streaming, older_than=timedelta(days=days))
+        every = [each for number in sorted(model.messages) for _, each in sorted(model.messages[number].items())]
+        self.settle(model, answer, [each for each in every if each.state == "streaming" and not days])
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def test_what_is_foreign_is_refused(mallory: str, empty_dsn: str) -> None:
     assert value(empty_dsn, "select to_regclass('chatdb.messages') is null")
     assert value(empty_dsn, "select to_regclass('chatdb.conversations') is not null")
     execute(empty_dsn, "drop function chatdb.f()")
-    assert len(apply_migrations(empty_dsn)) == 6
+    assert len(apply_migrations(empty_dsn)) == 9
 
 
 def test_additions_to_the_tables_are_named(mallory: str, dsn: str) -> None:

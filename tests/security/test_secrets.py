@@ -117,6 +117,7 @@ BODY: dict[str, Any] = {
     "key": MARK,
     "role": "user",
     "seq": 1,
+    "text": MARK,
     "messages": [{"role": "user", "content": MARK, "key": f"{MARK} 2", "payload": MARK, "metadata": {MARK: 1}}],
 }
 SAID = {"role": "user", "content": MARK, "key": MARK}
@@ -208,7 +209,7 @@ async def test_every_refusal_of_the_server(dsn: str, told: Told) -> None:
         for change in (
             "alter table chatdb.messages add constraint mine check (content = 'y') not valid",
             "alter table chatdb.messages drop column token_count",
-            "drop table chatdb.messages",
+            "drop table chatdb.messages cascade",
             "drop schema chatdb cascade",
         ):
             await db.execute(change)

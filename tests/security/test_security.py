@@ -131,7 +131,7 @@ async def test_what_the_roles_may(database: str, roles: Roles) -> None:
             except chatdb.ConfigurationError:
                 refused.add(name)
             await call(app, name, arguments, conversation)
-    reads = {name for name, _ in EVERY_CALL if name.startswith(("get_", "load_", "list_", "iter_"))}
+    reads = {name for name, _ in EVERY_CALL if name.startswith(("get_", "load_", "list_", "iter_", "read_"))}
     assert refused == {name for name, _ in EVERY_CALL} - reads
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import chatdb
-from chatdb import NEW, UNSET, Conversation, Message
+from chatdb import NEW, UNSET, Conversation, Message, MessageStream
 
 required = inspect.Parameter.empty
 _CONVERSATION = {"user_id": required, "conversation_id": None, "conversation_key": None}
@@ -92,6 +92,14 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     "delete_branch": _MESSAGE | {"expected": None},
     "fork_conversation": _MESSAGE | {"new_key": None},
     "get_context": _CONVERSATION | {"max_tokens": required, "limit": 1000},
+    "start_message": _CONVERSATION | {"role": "assistant", "key": None, "metadata": None, "parent_seq": None},
+    "extend_message": _MESSAGE | {"offset": required, "text": required},
+    "read_message": _MESSAGE | {"offset": 0},
+    "finish_message": _MESSAGE
+    | {"content": None, "payload": None, "metadata": None, "token_count": None, "aborted": False},
+    "list_streaming": {"user_id": required, "older_than": required},
+    "stream_message": _CONVERSATION
+    | {"role": "assistant", "key": None, "metadata": None, "parent_seq": None, "flush_every": 1.0},
 }
 """Every function on user data, with the defaults of its keyword-only parameters."""
 _HELLO = {"role": "user", "content": "hello"}
@@ -166,13 +174,30 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("fork_conversation", {}),
     ("fork_conversation", {"key": "first", "new_key": "fork"}),
     ("get_context", {"max_tokens": 8000}),
+    ("start_message", {}),
+    ("start_message", {"key": "new"}),
+    ("start_message", {"key": "answer"}),
+    ("start_message", {"parent_seq": 0}),
+    ("extend_message", {"seq": 2, "offset": 5, "text": ""}),
+    ("extend_message", {"key": "answer", "offset": 0, "text": "hello again"}),
+    ("read_message", {"seq": 2}),
+    ("read_message", {"key": "first", "offset": 2}),
+    ("list_streaming", {"older_than": timedelta(0)}),
+    ("finish_message", {"seq": 2}),
+    ("finish_message", {"key": "answer", "content": "hello, finished", "aborted": True}),
+    ("finish_message", {"seq": 1}),
     ("delete_branch", {"seq": 1}),
     ("delete_branch", {"key": "first", "expected": ...}),
     ("pop_message", {}),
     ("delete_conversation", {}),
     ("delete_user", {}),
 ]
-"""Valid calls of every function, at least one per statement; `call` replaces an ellipsis by the conversation."""
+"""
+Valid calls of every function that sends one statement, at least one per statement; `call` replaces an ellipsis by the
+conversation.
+"""
+STREAM: tuple[str, dict[str, Any]] = ("stream_message", {"key": "new"})
+"""A valid call of the function that sends several."""
 NOBODYS = Conversation(
     id=-1,
     user_id="bob",
@@ -191,13 +216,14 @@ NOBODYS = Conversation(
 
 
 async def conversation_with_a_message(db: Any) -> Conversation:
-    """Create a conversation with the key "thread" and one message with the key "first"."""
+    """Create a conversation with the key "thread", a message with the key "first" and one that streams, "answer"."""
     conversation = await chatdb.create_conversation(db, user_id="alice", key="thread")
-    message = await chatdb.append_message(
-        db, user_id="alice", conversation_id=conversation.id, role="user", content="first", key="first"
-    )
+    at: dict[str, Any] = {"user_id": "alice", "conversation_id": conversation.id}
+    await chatdb.append_message(db, **at, role="user", content="first", key="first")
+    message = await chatdb.start_message(db, **at, key="answer")
+    await chatdb.extend_message(db, **at, seq=message.seq, offset=0, text="hello")
     return conversation.model_copy(
-        update={"last_seq": 1, "head_seq": 1, "revision": 1, "updated_at": message.created_at}
+        update={"last_seq": 2, "head_seq": 2, "revision": 2, "updated_at": message.created_at}
     )
 
 
@@ -214,7 +240,7 @@ ALTERNATIVES = {
 
 def arguments_with(name: str, parameter: str, value: object) -> dict[str, Any]:
     """Return valid arguments of a function, except for one value, without its alternative."""
-    arguments = dict(reversed(CALLS))[name] | {parameter: value}
+    arguments = dict(reversed([*CALLS, STREAM]))[name] | {parameter: value}
     other = ALTERNATIVES.get(parameter)
     if value is not None and other in SIGNATURES[name] and SIGNATURES[name][other] is not required:
         arguments.pop(other, None)
@@ -232,6 +258,8 @@ async def call(db: Any, name: str, arguments: dict[str, Any], conversation: Conv
     answer = getattr(chatdb, name)(db, **arguments)
     if name == "iter_messages":
         return [message async for message in answer]
+    if name == "stream_message":
+        return await streamed(answer)
     return await answer
 
 
@@ -252,6 +280,13 @@ MISSING = 2**62
 """An id that no conversation has."""
 
 
+async def streamed(stream: MessageStream) -> Message:
+    """Write a message with a stream, and return the stored record."""
+    async with stream:
+        await stream.write("hello")
+    return stream.message
+
+
 async def iterated(db: Any, **arguments: Any) -> list[Message]:
     """Exhaust `iter_messages`."""
     return [message async for message in chatdb.iter_messages(db, **arguments)]
@@ -264,6 +299,8 @@ CONVERSATION_CALLS: dict[str, dict[str, Any]] = {
     "delete_conversation": {},
     "delete_message": {"seq": 1},
     "delete_messages_after": {"after_seq": 0},
+    "extend_message": {"seq": 1, "offset": 0, "text": "x"},
+    "finish_message": {"seq": 1},
     "fork_conversation": {},
     "get_branch": {},
     "get_context": {"max_tokens": 8000},
@@ -275,11 +312,13 @@ CONVERSATION_CALLS: dict[str, dict[str, Any]] = {
     "list_versions": {},
     "load_conversation": {},
     "pop_message": {},
+    "read_message": {"seq": 1},
     "replace_messages_after": {
         "after_seq": 0,
         "messages": [{"role": "user", "content": "x", "key": "k"}],
         "expected": NOBODYS,
     },
+    "start_message": {},
     "switch_branch": {"seq": 1},
     "update_conversation": {"title": "x"},
     "update_message": {"seq": 1, "content": "x"},

@@ -23,7 +23,21 @@ DATA = """
     select user_id, id, n, 'user', 'key ' || n, 'hello', updated_at
     from chatdb.conversations, generate_series(1, 3) as n;
 
-    analyze chatdb.conversations, chatdb.messages;
+    update chatdb.messages set state = 'streaming', content = '' where conversation_id % 500 < 20 and seq = 3;
+
+    insert into chatdb.message_parts (
+        user_id, conversation_id, seq, start, content, length, bytes, last_start, last_start_bytes, flushed_at
+    )
+    select user_id, conversation_id, seq, -1, '', 100, 100, 95, 95, created_at
+    from chatdb.messages
+    where state = 'streaming';
+
+    insert into chatdb.message_parts (user_id, conversation_id, seq, start, content)
+    select user_id, conversation_id, seq, n, 'hello'
+    from chatdb.messages, generate_series(0, 95, 5) as n
+    where state = 'streaming';
+
+    analyze chatdb.conversations, chatdb.messages, chatdb.message_parts;
 
     -- as on an SSD; with the default, the choice of an index depends on the server's settings
     set random_page_cost = 1.1;

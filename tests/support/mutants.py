@@ -13,6 +13,9 @@ def without_user(text):
         column = found[1]
         for condition in ("true", f"{column} = $2", f"{column} >= $1", f"{column} = {column}", f"({found[0]} or true)"):
             yield f"{text[: found.start()]}{condition}{text[found.end() :]}"
+    for found in re.finditer(r"c\.(user_id|id) = w\.(user_id|conversation_id)", text):
+        for other in (f"c.{found[1]} >= w.{found[2]}", f"c.{found[1]} = c.{found[1]}", f"({found[0]} or true)"):
+            yield f"{text[: found.start()]}{other}{text[found.end() :]}"
     if "insert into chatdb." in text:
         for found in re.finditer(r"\b((?:select|returning|values \()\s*)((?:\w+\.)?user_id|\$1)(?=,)", text):
             for user in ("'ann'", "$2", "lower($1)"):

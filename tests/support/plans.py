@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-WHOLE = {("Seq Scan", "conversations"), ("Seq Scan", "messages")}
+WHOLE = {("Seq Scan", "conversations"), ("Seq Scan", "messages"), ("Seq Scan", "message_parts")}
 INCREMENTAL = {
     "list_conversations",
     "list_conversations_after",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
 from typing import Any, Final
 
 import asyncpg
@@ -84,8 +85,8 @@ def batch(number: int, *, keyed: bool) -> list[dict[str, Any]]:
 
 
 def _etag(at: dict[str, Any]) -> str:
-    """Return the etag of a conversation with four messages and no edits."""
-    return encode_token(ETAG, at["conversation_id"], 4)
+    """Return the etag of a conversation with five messages and no edits."""
+    return encode_token(ETAG, at["conversation_id"], 5)
 
 
 def _by_key(at: dict[str, Any]) -> dict[str, Any]:
@@ -154,6 +155,12 @@ CALLS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
         db, after_key="key", **_by_key(at), expected=_etag(at)
     ),
     "delete_user": lambda db, at, _: chatdb.delete_user(db, user_id=at["user_id"]),
+    "extend_message": lambda db, at, _: chatdb.extend_message(db, key="stream", offset=0, text="x", **at),
+    "extend_message, by key": lambda db, at, _: chatdb.extend_message(
+        db, key="stream", offset=0, text="x", **_by_key(at)
+    ),
+    "finish_message": lambda db, at, _: chatdb.finish_message(db, seq=1, **at),
+    "finish_message, aborted": lambda db, at, _: chatdb.finish_message(db, key="stream", aborted=True, **_by_key(at)),
     "fork_conversation": lambda db, at, _: chatdb.fork_conversation(db, **at),
     "fork_conversation, another": lambda db, at, _: chatdb.fork_conversation(db, seq=1, new_key="fork", **_by_key(at)),
     "get_branch": lambda db, at, _: chatdb.get_branch(db, **at),
@@ -171,14 +178,20 @@ CALLS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
     "list_messages, after a key": lambda db, at, _: chatdb.list_messages(db, after_key="key", **_by_key(at)),
     "list_messages, none left": lambda db, at, _: chatdb.list_messages(db, after_seq=1000, **at),
     "list_pinned": lambda db, at, _: chatdb.list_pinned(db, user_id=at["user_id"]),
+    "list_streaming": lambda db, at, _: chatdb.list_streaming(db, user_id=at["user_id"], older_than=timedelta(0)),
     "list_versions": lambda db, at, _: chatdb.list_versions(db, **at),
     "load_conversation": lambda db, at, _: chatdb.load_conversation(db, **at),
     "load_conversation, by key": lambda db, at, _: chatdb.load_conversation(db, **_by_key(at)),
     "pop_message": lambda db, at, _: chatdb.pop_message(db, **at),
     "pop_message, expected": lambda db, at, _: chatdb.pop_message(db, **_by_key(at), expected=_etag(at)),
+    "read_message": lambda db, at, _: chatdb.read_message(db, key="stream", **at),
+    "read_message, by key": lambda db, at, _: chatdb.read_message(db, seq=1, offset=1, **_by_key(at)),
     "replace_messages_after": lambda db, at, n: chatdb.replace_messages_after(
         db, after_seq=1, messages=batch(n + 1, keyed=True), expected=_etag(at), **at
     ),
+    "start_message": lambda db, at, _: chatdb.start_message(db, **at),
+    "start_message, new key": lambda db, at, n: chatdb.start_message(db, key=f"new {n}", **at),
+    "start_message, stored key": lambda db, at, _: chatdb.start_message(db, key="stream", **_by_key(at)),
     "switch_branch": lambda db, at, _: chatdb.switch_branch(db, seq=1, **at),
     "switch_branch, expected": lambda db, at, _: chatdb.switch_branch(db, key="key", **_by_key(at), expected=_etag(at)),
     "update_conversation": lambda db, at, n: chatdb.update_conversation(db, title=f"{n}", **at),

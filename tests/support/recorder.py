@@ -38,6 +38,10 @@ STORED = {
     "content": "hello",
     "payload": '{"p": 1}',
     "token_count": 5,
+    "state": "aborted",
+    "text": "lo",
+    "offset": 12,
+    "length": 13,
     "seqs": ["9", "10"],
     "conversations": 1,
     "messages": 2,
@@ -173,6 +177,13 @@ CALLS = [
     *_calls("delete_branch", "delete_branch", *MESSAGES, MESSAGES[0] | EXPECTED),
     *_calls("fork_conversation", "fork_conversation", *CONVERSATIONS, *(each | {"new_key": "n"} for each in MESSAGES)),
     *_calls("get_context", "get_context", *(each | {"max_tokens": 8000, "limit": 7} for each in CONVERSATIONS)),
+    *_calls("start_message", "start_message", *CONVERSATIONS, CHAT | {"role": "tool"} | KEY),
+    *_calls("start_message", "start_message", NAMED | {"metadata": {"m": 2}, "parent_seq": 6}),
+    *_calls("extend_message", "extend_message", *(each | {"offset": 4, "text": "llo"} for each in MESSAGES)),
+    *_calls("read_message", "read_message", *MESSAGES, MESSAGES[0] | {"offset": 4}),
+    *_calls("finish_message", "finish_message", *MESSAGES, MESSAGES[0] | {"aborted": True}),
+    *_calls("finish_message", "finish_message", *(MESSAGES[1] | {name: FULL[name]} for name in FULL if name != "role")),
+    ("list_streaming", "list_streaming", USER | {"older_than": timedelta(minutes=5)}),
     ("check_schema", "check_schema", {}),
 ]
 """Functions, each with the file that it sends and distinct arguments."""
@@ -194,6 +205,10 @@ def expected(function, parameter, given):
     patch = None if patch is UNSET else patch
     position = given.get("after") if parameter.startswith("after_") else None
     match parameter.split("_", 1):
+        case ["start"]:
+            return given["offset"]
+        case ["content"] if "text" in given:
+            return given["text"]
         case ["set", name]:
             return given[name] is not UNSET
         case ["row", "limit"]:
@@ -400,8 +415,10 @@ def _days(number):
 
 def _message(seq, key):
     parent_seq = 1 if key == "c3" else None
-    full = SourceMessage(seq, "tool", f"content {key}", '{"p": 1}', '{"m": 2}', 5, key, _days(10 + seq), parent_seq)
-    return full._replace(payload=None, metadata=None, token_count=None, key=None) if key == "b1" else full
+    full = SourceMessage(
+        seq, "tool", f"content {key}", '{"p": 1}', '{"m": 2}', 5, key, _days(10 + seq), parent_seq, "aborted"
+    )
+    return full._replace(payload=None, metadata=None, token_count=None, key=None, state=None) if key == "b1" else full
 
 
 IMPORT = [

@@ -34,10 +34,13 @@ PARAMETER = re.compile(
 ALWAYS = "always"
 """The existence row of a header that names no condition for it."""
 NEVER_NULL = {"count", "row_number", "concat_ws"}  # concat_ws with a separator that is not null
+STRICT = {"char_length", "substr"}
+"""Functions that return null only for a null."""
 HARMLESS = {
-    *("array_agg", "cardinality", "coalesce", "concat", "concat_ws", "count", "current_setting", "format_type"),
-    *("max", "min", "octet_length", "pg_get_constraintdef", "pg_get_expr", "pg_get_indexdef", "quote_ident"),
-    *("replace", "row_number", "row_security_active", "statement_timestamp", "sum", "timezone", "unnest"),
+    *("array_agg", "cardinality", "char_length", "clock_timestamp", "coalesce", "concat", "concat_ws", "count"),
+    *("current_setting", "format_type", "max", "min", "octet_length", "pg_get_constraintdef", "pg_get_expr"),
+    *("pg_get_indexdef", "quote_ident", "replace", "row_number", "row_security_active", "statement_timestamp"),
+    *("string_agg", "substr", "sum", "timezone", "unnest"),
 }
 """The functions allowed in statements. Others, such as query_to_xml, could read tables named in a text."""
 TEXTS = {path.stem: path.read_text(encoding="utf-8") for path in statement_files()}
@@ -172,10 +175,12 @@ def columns_of(file: SqlFile, query: Any) -> list[Any]:
 
 
 def is_blank(file: SqlFile, query: Any) -> bool:
-    """Return whether a branch returns no record: its id is null, or its counts are 0."""
+    """Return whether a branch returns no record: its id is null, its counts are 0, or it refuses with a length."""
     values = [uncast(value) for value in columns_of(file, query)]
     if file.has_own_rows:
         return False
+    if file.record == "MessageLength" and None not in refusals_of(file, query):
+        return True
     return _is_null(values[0]) or all(isinstance(value, ast.A_Const) and not value.isnull for value in values)
 
 
@@ -252,7 +257,7 @@ def existence_gaps(file: SqlFile) -> list[str]:
     gaps = [gap for query in blanks for gap in _blank_gaps(file, query)]
     if file.existence == ALWAYS:
         return gaps + _always_gaps(file, top, blanks)
-    if not _writes(file):
+    if not _writes(file) and (top.limitCount or file.number == "many"):
         return gaps + _limit_gaps(file, top, *queries)
     if top.limitCount or file.relation == "then":
         return [*gaps, "a limit, or an existence row that stands beside records"]
@@ -311,7 +316,11 @@ def _always_gaps(file: SqlFile, top: Any, blanks: list[Any]) -> list[str]:
     return [] if is_all else ["an existence row that depends on more than the conversation"]
 
 
-UNIQUE = {"conversations": [{"id"}, {"key"}], "messages": [{"conversation_id", "seq"}, {"conversation_id", "key"}]}
+UNIQUE = {
+    "conversations": [{"id"}, {"key"}],
+    "messages": [{"conversation_id", "seq"}, {"conversation_id", "key"}],
+    "message_parts": [{"conversation_id", "seq", "start"}],
+}
 """The columns that, with the user, identify a row of each table."""
 
 
@@ -384,8 +393,9 @@ def _limit_gaps(file: SqlFile, top: Any, *queries: Any) -> list[str]:
 def _excludes(file: SqlFile, one: Any, other: Any) -> bool:
     """Return whether two branches never return rows together: a row of one implies that the other has none."""
     for present, absent in ((one, other), (other, one)):
-        full = {source.node.relname for source in Level(present).sources if isinstance(source.node, ast.RangeVar)}
-        if all(_Facts(file, case, full).is_empty(absent) for case in _cases(present.whereClause)):
+        sources = [source.node for source in Level(present).sources]
+        full = {node.relname for node in sources if isinstance(node, ast.RangeVar)}
+        if all(_Facts(file, case, full, sources).is_empty(absent) for case in _cases(present.whereClause)):
             return True
     return False
 
@@ -403,8 +413,10 @@ def _cases(condition: Any) -> list[list[Any]]:
 class _Facts:
     """What is known about the CTEs and parameters of a statement where some conditions hold."""
 
-    def __init__(self, file: SqlFile, conditions: list[Any], full: set[str]) -> None:
+    def __init__(self, file: SqlFile, conditions: list[Any], full: set[str], sources: list[Any]) -> None:
         self.file = file
+        self.rows = (sources[0].relname, [*conditions]) if len(sources) == 1 and full else ("", [])
+        """The only relation of a branch, and the conditions for which it has a row."""
         # a CTE that has rows: so its own conditions hold
         having = [node.relname for part in conditions if _is_exists(part) for node in part.subselect.fromClause]
         having = [name for name in having if name in file.ctes]
@@ -456,6 +468,11 @@ class _Facts:
                 return self.is_empty(condition.subselect)
             case ast.BoolExpr(boolop=BoolExprType.NOT_EXPR) if _without(condition) in self.full:
                 return True
+            case ast.BoolExpr(boolop=BoolExprType.NOT_EXPR, args=[ast.SubLink() as sub]) if _is_exists(sub):
+                relation, known = self.rows
+                needed = _conjuncts(sub.subselect.whereClause)
+                (source,) = sub.subselect.fromClause
+                return source.relname == relation and all(part in known for part in needed)
             case ast.BoolExpr(boolop=BoolExprType.NOT_EXPR):
                 return condition.args[0] in self.conditions
             case ast.NullTest(nulltesttype=NullTestType.IS_NULL):
@@ -749,12 +766,33 @@ def _is_harmless(function: ast.FuncCall) -> bool:
 
 def _is_guarded(source: Source, level: Level) -> bool:
     own = [[source.alias, "user_id"]] + [["user_id"]] * (len(level.sources) == 1)
+    if _is_of_pairs(source, level):
+        return True
     for condition in source.conditions:
         if isinstance(condition, ast.A_Expr) and condition.kind == A_Expr_Kind.AEXPR_OP and names(condition) == ["="]:
             for one, other in ((condition.lexpr, condition.rexpr), (condition.rexpr, condition.lexpr)):
                 if isinstance(one, ast.ColumnRef) and names(one) in own and _is_user(other):
                     return True
     return False
+
+
+def _is_of_pairs(source: Source, level: Level) -> bool:
+    """Return whether the user and the id of each row are a pair of the arrays that the caller gives as $1 and $2."""
+    arrays = [other for other in level.sources if isinstance(other.node, ast.RangeFunction)]
+    if len(arrays) != 1 or source.node.relname != "conversations":
+        return False
+    [array] = arrays
+    arguments = [uncast(argument) for argument in array.node.functions[0][0].args]
+    if [each.number for each in arguments[:2] if isinstance(each, ast.ParamRef)] != [1, 2]:
+        return False
+    pairs = zip(("user_id", "id"), [column.sval for column in array.node.alias.colnames], strict=False)
+    needed = [[[source.alias, column], [array.alias, value]] for column, value in pairs]
+    found = [
+        [names(part.lexpr), names(part.rexpr)]
+        for part in source.conditions
+        if _is_operator(part, "=") and isinstance(part.lexpr, ast.ColumnRef) and isinstance(part.rexpr, ast.ColumnRef)
+    ]
+    return all(pair in found for pair in needed)
 
 
 def _is_user(node: Any) -> bool:
@@ -842,18 +880,25 @@ def _may_be_null(value: Any, level: Level, file: SqlFile, columns: Columns, seen
             return bool(value.isnull)
         case ast.TypeCast():
             return _may_be_null(value.arg, level, file, columns, seen)
+        case ast.CaseExpr() if _is_text_so_far(value):
+            return _may_be_null(value.defresult, level, file, columns, seen)
         case ast.CaseExpr():
             return not _is_head(value)
+        case ast.CoalesceExpr():
+            return all(_may_be_null(argument, level, file, columns, seen) for argument in value.args)
         case ast.A_Expr(kind=A_Expr_Kind.AEXPR_OP):
             return any(_may_be_null(side, level, file, columns, seen) for side in (value.lexpr, value.rexpr))
         case ast.MinMaxExpr():
             return all(_may_be_null(argument, level, file, columns, seen) for argument in value.args)
         case ast.FuncCall():
             name = value.funcname[-1].sval
+            if name in STRICT:
+                return any(_may_be_null(argument, level, file, columns, seen) for argument in value.args)
             return name not in NEVER_NULL and not (name == "array_agg" and level.is_grouped)
         case ast.SubLink():  # a count alone always returns one row
             (output,) = outputs(value.subselect)
-            return not (isinstance(output.val, ast.FuncCall) and output.val.funcname[-1].sval == "count")
+            is_count = isinstance(output.val, ast.FuncCall) and output.val.funcname[-1].sval == "count"
+            return not (is_count or _is_of_streaming(value, level, file))
         case ast.ColumnRef():
             return _column_may_be_null(value, level, file, columns, seen)
         case _:
@@ -872,6 +917,44 @@ def _is_head(case: ast.CaseExpr) -> bool:
     return False
 
 
+def _is_text_so_far(case: ast.CaseExpr) -> bool:
+    """Return whether an expression is the text of a message, and its parts while it is streaming."""
+    match case:
+        case ast.CaseExpr(
+            args=[ast.CaseWhen(expr=ast.A_Expr() as test, result=ast.SubLink() as parts)],
+            defresult=ast.ColumnRef() as content,
+        ) if _is_operator(test, "=") and isinstance(test.lexpr, ast.ColumnRef):
+            is_state = names(test.lexpr)[-1] == "state" and test.rexpr.val.sval == "streaming"
+            return is_state and names(content)[-1] == "content" and _is_all_parts(parts)
+    return False
+
+
+def _is_all_parts(sub: ast.SubLink) -> bool:
+    """Return whether a subquery is the text of all parts of one message; the part with start -1 is always there."""
+    level = Level(sub.subselect)
+    value = _bare(outputs(sub.subselect)[0].val)
+    is_text = isinstance(value, ast.FuncCall) and value.funcname[-1].sval == "string_agg"
+    [source, *others] = level.sources
+    is_parts = is_text and not others and is_table(source.node) and source.node.relname == "message_parts"
+    is_one = all(_is_operator(part, "=") and isinstance(part.lexpr, ast.ColumnRef) for part in source.conditions)
+    columns = ["conversation_id", "seq", "user_id"]
+    return is_parts and is_one and sorted(names(part.lexpr)[-1] for part in source.conditions) == columns
+
+
+def _is_of_streaming(sub: ast.SubLink, level: Level, file: SqlFile) -> bool:
+    """Return whether a subquery is the text of the parts of a row of the streams."""
+    is_stream = any(_is_stream(source) for source in level.sources)
+    return is_stream and _is_all_parts(sub) and file.name == "list_streaming"
+
+
+def _is_stream(source: Source) -> bool:
+    """Return whether a source is the part that stands for a stream, which has all columns."""
+    is_parts = is_table(source.node) and source.node.relname == "message_parts"
+    equal = [part for part in source.conditions if _is_operator(part, "=") and isinstance(part.lexpr, ast.ColumnRef)]
+    starts = [part.rexpr for part in equal if names(part.lexpr)[-1] == "start"]
+    return is_parts and any(isinstance(each, ast.A_Const) and each.val.ival == -1 for each in starts)
+
+
 def _column_may_be_null(
     column: ast.ColumnRef, level: Level, file: SqlFile, columns: Columns, seen: tuple[str, ...]
 ) -> bool:
@@ -880,6 +963,8 @@ def _column_may_be_null(
         return True
     if isinstance(source.node, ast.RangeFunction):
         return not (source.node.ordinality and name == source.node.alias.colnames[-1].sval)
+    if _is_stream(source):
+        return False
     if isinstance(source.node, ast.RangeVar) and source.node.schemaname:
         return not columns[source.node.schemaname, source.node.relname][name][1]
     is_subquery = isinstance(source.node, ast.RangeSubselect)
@@ -976,6 +1061,8 @@ def _bare(value: Any) -> Any:
             return _bare(first)
         case ast.A_Expr(lexpr=first, rexpr=ast.CaseExpr()):
             return _bare(first)
+        case ast.A_Expr(lexpr=ast.FuncCall(), name=[ast.String(sval="-")], rexpr=interval):
+            return _bare(interval)
         case bare:
             return bare
 

@@ -324,7 +324,7 @@ def test_what_is_not_counted_is_none():
 
 def test_the_fields_stand_in_the_order_of_the_copy():
     """The fields have the names of the columns."""
-    names = ("seq", "role", "content", "payload", "metadata", "token_count", "key", "created_at", "parent_seq")
+    names = ("seq", "role", "content", "payload", "metadata", "token_count", "key", "created_at", "parent_seq", "state")
     assert SourceMessage._fields == names
 
 
@@ -1070,6 +1070,7 @@ some_messages = st.builds(
     metadata=some_metadata,
     token_count=st.none() | st.integers(0, 2**31 - 1),
     key=st.none() | names.filter(bool),
+    state=st.sampled_from([None, "aborted"]),
     created_at=some_times,
 )
 some_conversations = st.builds(
@@ -1201,6 +1202,15 @@ def test_parents_and_heads_are_optional():
     assert without == [head._replace(head_seq=None), first._replace(parent_seq=None), second._replace(parent_seq=None)]
 
 
+def test_a_state_is_optional():
+    """An older file lacks it; null means complete; a message that was streaming is aborted, and is counted."""
+    end = END | {"messages": 4}
+    lines = [a_line(state="streaming"), a_line(seq=2, state="aborted"), a_line(seq=3, state=None), a_line(seq=4)]
+    _, first, changed, *others = read(file_of(a_head(last_seq=4), *lines, end=end), "chatdb")
+    assert [message.state for message in (first, *others)] == ["aborted", "aborted", None, None]
+    assert changed == Changed(jsonlines.WAS_STREAMING, messages=1)
+
+
 @pytest.mark.parametrize("parent", [2, 4, 5, 7, 8, 9, 2**53])
 def test_a_parent_is_an_earlier_message(parent):
     """A message follows one that the file has before it in the same conversation."""
@@ -1256,7 +1266,7 @@ def test_lines_are_as_they_are_documented():
     head = {"id": 1, "user_id": "ü", "key": "ä", "title": None, "metadata": {"a": 1}, "last_seq": 2}
     body = {"seq": 1, "role": "user", "content": "ö", "payload": "[ ]", "metadata": None, "token_count": 3, "key": None}
     head |= {"revision": 5, "archived_at": None, "head_seq": 1}
-    body |= {"parent_seq": 0}
+    body |= {"parent_seq": 0, "state": "streaming"}
     conversation = Conversation(**head, created_at=NOW, updated_at=NOW, pinned_at=NOW)
     line = jsonlines.message_line(Message(**body, id=2, conversation_id=1, user_id="ü", created_at=NOW))
     assert jsonlines.header() == b'{"type":"chatdb","version":1}\n'
@@ -1282,6 +1292,7 @@ BAD = {
     "key": BAD_KEYS,
     "created_at": BAD_TIMES,
 }
+BAD_STATES = ["", "Aborted", "finished", SECRET, 5, True, [], {}]
 BAD_PARENTS = [-1, 1, 2, "0", True, 0.0, [], 2**63]
 BAD_HEAD = {
     "key": BAD_KEYS,
@@ -1297,7 +1308,8 @@ BAD_OPTIONAL = {"archived_at": BAD_TIMES[1:], "pinned_at": BAD_TIMES[1:], "head_
 @pytest.mark.parametrize(
     ("field", "value"),
     [(field, value) for field in BAD for value in (..., *BAD[field])]
-    + [("parent_seq", value) for value in BAD_PARENTS],
+    + [("parent_seq", value) for value in BAD_PARENTS]
+    + [("state", value) for value in BAD_STATES],
 )
 def test_a_wrong_field_of_a_message_is_refused(field, value):
     """A missing or wrong field is an error with the line and the field; the items before it arrive."""

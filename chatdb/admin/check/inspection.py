@@ -257,7 +257,7 @@ def _privileges(connection: psycopg.Connection, role: str) -> list[Finding]:
         if not is_granted:
             lacking[table].append(privilege)
     if not lacking:
-        detail = f"usage on the schema, {', '.join(PRIVILEGES)} on {' and '.join(EXPECTED_SCHEMA)}"
+        detail = f"usage on the schema, {', '.join(PRIVILEGES)} on {', '.join(EXPECTED_SCHEMA)}"
         return [Finding(what, OK, detail)]
     return [
         Finding(

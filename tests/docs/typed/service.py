@@ -2,8 +2,8 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import datetime
-from typing import assert_type
+from datetime import datetime, timedelta
+from typing import Literal, assert_type
 
 from pydantic import JsonValue, PostgresDsn, SecretStr
 
@@ -102,6 +102,7 @@ async def messages(db: chatdb.Database, user: str, chat: int, title: str | chatd
     assert_type(message.payload, chatdb.JsonText | None)
     assert_type(message.metadata, dict[str, JsonValue] | None)
     assert_type(message.token_count, int | None)
+    assert_type(message.state, Literal["streaming", "aborted"] | None)
     assert_type(message.created_at, datetime)
     if message.payload is not None:
         assert_type(message.payload.parsed(), JsonValue)
@@ -168,6 +169,46 @@ async def branches(db: chatdb.Database, user: str, chat: chatdb.Conversation) ->
     assert_type(context, list[chatdb.Message])
 
 
+async def streams(db: chatdb.Database, user: str, chat: chatdb.Conversation) -> None:
+    """Stream a message, with the helper and with the functions below it."""
+    async with chatdb.stream_message(db, user_id=user, conversation_id=chat.id, flush_every=0.5) as stream:
+        assert_type(stream, chatdb.MessageStream)
+        await stream.write("hi")
+        await stream.flush()
+        assert_type(stream.offset, int)
+        stream.finish(payload={"model": "a"}, metadata={"a": 1}, token_count=1)
+    assert_type(stream.message, chatdb.Message)
+    started = await chatdb.start_message(
+        db, user_id=user, conversation_key="one", role="tool", key="k", metadata={"a": 1}, parent_seq=0
+    )
+    assert_type(started, chatdb.Message)
+    length = await chatdb.extend_message(db, user_id=user, conversation_key="one", key="k", offset=0, text="hi")
+    assert_type(length, int)
+    tail = await chatdb.read_message(db, user_id=user, conversation_id=chat.id, seq=1, offset=length)
+    assert_type(tail, chatdb.MessageTail)
+    assert_type(tail.text, str)
+    assert_type(tail.offset, int)
+    assert_type(tail.state, Literal["streaming", "aborted"] | None)
+    finished = await chatdb.finish_message(
+        db, user_id=user, conversation_key="one", key="k", content="ho", payload=[1], token_count=1, aborted=True
+    )
+    assert_type(finished, chatdb.Message)
+    left = await chatdb.list_streaming(db, user_id=user, older_than=timedelta(minutes=5))
+    assert_type(left, list[chatdb.Message])
+
+
+async def watch(user: str) -> None:
+    """Watch a conversation, with hints of a pool that sends them."""
+    async with (
+        chatdb.create_pool(notify=True) as db,
+        chatdb.Watcher(db, listen_dsn=PostgresDsn("postgresql://localhost/chat"), poll=0.5) as watcher,
+    ):
+        assert_type(watcher, chatdb.Watcher)
+        assert_type(watcher.watch(user_id=user, conversation_id=1), AsyncGenerator[chatdb.Message, None])
+        async for message in watcher.watch(user_id=user, conversation_key="one", after_seq=1):
+            assert_type(message, chatdb.Message)
+
+
 async def transactions(db: chatdb.Pool, user: str) -> None:
     """Group calls, with chatdb's transaction and with asyncpg's."""
     async with chatdb.transaction(db, user_id=user) as connection:
@@ -231,4 +272,6 @@ async def mistakes(db: chatdb.Pool) -> None:
     chatdb.create_pool(max_size="3")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     chatdb.create_pool(statement_cache_size="0")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     chatdb.Pool("postgresql://localhost/chat", maxsize=3)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    chatdb.Watcher(db, listen_dsn=3)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    await chatdb.list_streaming(db, user_id="alice", older_than=60)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     await db.execute(3)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
