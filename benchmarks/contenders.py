@@ -23,7 +23,7 @@ from chatdb.pool import Pool
 
 MESSAGE = (
     "id, conversation_id, user_id, seq, parent_seq, role, content, payload::text as payload, "
-    "metadata::text as metadata, token_count, key, created_at"
+    "metadata::text as metadata, token_count, key, state, created_at"
 )
 CONVERSATION = (
     "id, user_id, key, title, metadata::text as metadata, last_seq, "
@@ -36,7 +36,7 @@ CONVERSATION = (
 # of the records, as chatdb does, with json as text, which the program parses. A write returns what the caller cannot
 # know without asking: the id, the seq, the parent and the time that the server chose. It does not send back the text.
 # chatdb's appends also return the conversation's id, because the caller may have given its key, and the metadata,
-# because jsonb changes its text.
+# because jsonb changes its text. Both return the state, as a record has it.
 HISTORY = (
     f"select {MESSAGE} from chatdb.messages where user_id = $1 and conversation_id = $2 and seq < $3 "
     "order by seq desc limit $4"
@@ -46,7 +46,7 @@ LIST = (
     f"select {CONVERSATION} from chatdb.conversations where user_id = $1 and archived_at is null "
     "order by active_on desc, updated_at desc, id desc limit $2"
 )
-APPENDED = "id, seq, parent_seq, created_at"
+APPENDED = "id, seq, parent_seq, state, created_at"
 PARENT = "case when head_last_seq = last_seq - {} and not head_is_newest then head_seq end as parent_seq"
 APPEND = (
     "with c as (update chatdb.conversations set last_seq = last_seq + 1, updated_at = now() "

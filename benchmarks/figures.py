@@ -92,6 +92,19 @@ class Figures:
         self.worst(f"{operation}.of_raw", medians["chatdb"] / medians["raw asyncpg"])
         self.worst(f"{operation}.faster", medians["chatdb"] / medians["SQLModel"])
 
+    def hinted(self, rates: dict[str, list[float]]) -> None:
+        """Record the appends per second of writers with hints and without, as medians of their rounds."""
+        medians = {name: statistics.median(series) for name, series in rates.items()}
+        for name, rate in medians.items():
+            self.run["throughput"].append({
+                "operation": "hints",
+                "title": "16 writers, appends, with and without hints",
+                "loop": JUDGED,
+                "contender": name,
+                "per_second": rate,
+            })  # fmt: skip
+        self.worst("hints.of_without", medians["chatdb"] / medians["without"])
+
     def counted(self, operation: str, statements: float, round_trips: float, buffers: float, wal: float | None) -> None:
         """Record the counts for one chatdb call of an operation."""
         self.run["counts"].append({

@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 
 import chatdb
 from benchmarks.contenders import Chatdb, Contender, Keyed
-from benchmarks.workload import ADDED, ARCHIVED, BACK, EDITED, FORKED, FORKS, KEYS, LONG, MESSAGES, Place, Size
+from benchmarks.workload import (
+    ADDED,
+    ARCHIVED,
+    BACK,
+    EDITED,
+    FLUSH,
+    FORKED,
+    FORKS,
+    KEYS,
+    LONG,
+    MESSAGES,
+    READ_FLUSHES,
+    STREAMED,
+    Place,
+    Size,
+)
+from chatdb._core.validate import as_text_array
+from chatdb.watching import _poll_conversations
 
 TEXT = "Could you tell me what to cook tonight with what is left: rice, two eggs, half a cabbage, soy sauce? " * 4
 REPLY = "Fry the rice with the cabbage in a very hot pan, push it aside, scramble the eggs, season with soy. " * 8
@@ -20,6 +39,11 @@ _serial = itertools.count()
 _deleted = itertools.count()
 _branches_deleted = itertools.count()
 _messages_deleted = itertools.count()
+_finished = itertools.count()
+_flushes: Counter[int] = Counter()
+
+WATCHES = 1_000
+"""Conversations that one statement polls."""
 
 
 def call_of(operation: str, by: Contender, size: Size) -> Callable[[], Awaitable[object]]:
@@ -45,6 +69,7 @@ def call_of(operation: str, by: Contender, size: Size) -> Callable[[], Awaitable
     }
     if isinstance(by, Chatdb):
         calls |= _counted_calls(by, size, chance, used) | _branch_calls(by, size, chance, used)
+        calls |= _stream_calls(by, size)
     if isinstance(by, Keyed):
         calls |= {
             "append_keyed": lambda: by.append_keyed(place(), TEXT, f"{by.name} {next(_serial)}"),
@@ -198,6 +223,46 @@ def _branch_calls(
         "delete_branch": delete_branch,
         "fork": lambda: chatdb.fork_conversation(db, **place(), seq=MESSAGES),
     }
+
+
+def _stream_calls(by: Chatdb, size: Size) -> dict[str, Callable[[], Awaitable[object]]]:
+    """Return the calls on messages that are streamed, and the statement with which a Watcher polls."""
+    db = by.pool
+    chance = random.Random("streams")
+    where = lambda place: {"user_id": place.user_id, "conversation_id": place.id}  # noqa: E731
+    read = lambda: where(size.streamed_place(chance.randrange(STREAMED)))  # noqa: E731
+    text = (REPLY + TEXT)[:FLUSH].ljust(FLUSH)
+    places = [size.place(chance.randrange(size.conversations * 2 // 3)) for _ in range(WATCHES)]
+    watched: list[list[str]] = []
+
+    def extend() -> Awaitable[object]:
+        number = chance.randrange(STREAMED)
+        offset = _flushes[number] * FLUSH
+        _flushes[number] += 1
+        return chatdb.extend_message(db, **where(size.started_place(number)), seq=1, offset=offset, text=text)
+
+    async def poll() -> object:
+        if not watched:
+            rows = await db.fetch(_REVISIONS, [place.id for place in places])
+            known = {row["id"]: row["revision"] for row in rows}
+            watched.append([place.user_id for place in places])
+            watched.append(as_text_array(place.id for place in places))
+            watched.append(as_text_array(known[place.id] for place in places))
+        return await _poll_conversations.fetch_all(db, *watched)
+
+    return {
+        "start": lambda: chatdb.start_message(db, **where(size.started_place(chance.randrange(STREAMED)))),
+        "extend": extend,
+        "read": lambda: chatdb.read_message(db, **read(), seq=MESSAGES, offset=(READ_FLUSHES - 1) * FLUSH),
+        "finish": lambda: chatdb.finish_message(db, **where(size.ended_place(next(_finished))), seq=1),
+        "streaming": lambda: chatdb.list_streaming(db, user_id=size.streamed, older_than=timedelta(0)),
+        "history_streamed": lambda: chatdb.get_history(db, **read()),
+        "branch_streamed": lambda: chatdb.get_branch(db, **read()),
+        "poll": poll,
+    }
+
+
+_REVISIONS = "select id, last_seq + edits as revision from chatdb.conversations where id = any($1::int8[])"
 
 
 def mixed_of(by: Contender, size: Size) -> Callable[[int, int], Awaitable[None]]:

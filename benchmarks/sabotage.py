@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import chatdb
 from benchmarks.server import BenchServer
-from chatdb import branches
+from chatdb import branches, streaming
 from chatdb._core.query import Query
 
 
@@ -47,6 +47,22 @@ def _changed(query: Query[Any], old: str, new: str) -> Query[Any]:
     return changed
 
 
+def _in_the_message(query: Query[Any]) -> Query[Any]:
+    """Return extend_message with a text that grows in its message instead of in parts."""
+    start, end = query.sql.index("part as ("), query.sql.index("select length, null as refusal")
+    grown = (
+        "grown as (update chatdb.messages set content = content || $7 where user_id = $1 "
+        "and conversation_id = (select conversation_id from stream) and seq = (select seq from stream))\n\n"
+    )
+    return _changed(query, query.sql[start:end], grown)
+
+
+def _notifies_in_appends(dsn: Any, **options: Any) -> Any:
+    """Return a pool that gathers no hints; the server notifies in each append of a pool that should gather them."""
+    name = "notifies" if options.pop("notify", False) else "quiet"
+    return _create_pool(dsn, server_settings={"application_name": name}, **options)
+
+
 _get_history = chatdb.get_history
 _create_pool = chatdb.create_pool
 
@@ -54,6 +70,9 @@ _CUSTOM_PLANS = (
     "do $$ begin execute format("
     "'alter database %I set plan_cache_mode = force_custom_plan', current_database()); end $$"
 )
+
+TIMED_HINTS = ("test_operations.py", "-k", "test_hints")
+"""The run that appends with 16 writers, with hints and without."""
 
 TIMED = ("test_operations.py", "-k", "test_operation and asyncio and last_20")
 """The run that times one small read with chatdb, a bare connection and SQLModel."""
@@ -113,6 +132,42 @@ ALL = {
         "adds an index on head_seq",
         ("switch.wal", "pop_forked.wal"),
         sql="create index on chatdb.conversations (user_id, head_seq)",
+    ),
+    "text_in_message": Sabotage(
+        "lets a text that is streamed grow in its message instead of in parts",
+        ("stream.wal_to_size", "stream_random.wal_to_size"),
+        target="chatdb.streaming._extend_message",
+        replacement=_in_the_message(streaming._extend_message),
+    ),
+    "extend_raises_revision": Sabotage(
+        "makes each flush raise the conversation's revision",
+        ("extend.conversations", "extend.blocks", "extend.buffers"),
+        target="chatdb.streaming._extend_message",
+        replacement=_changed(
+            streaming._extend_message,
+            "part as (",
+            "raised as (update chatdb.conversations set edits = edits + 1 where user_id = $1 "
+            "and id = (select conversation_id from stream)),\n\npart as (",
+        ),
+    ),
+    "parts_with_statistics": Sabotage(
+        "gathers statistics of the parts, from which the server estimates many parts for each message",
+        ("plans.custom",),
+        sql="alter table chatdb.message_parts alter user_id set statistics -1, "
+        "alter conversation_id set statistics -1, alter seq set statistics -1, alter start set statistics -1; "
+        "analyze chatdb.message_parts",
+    ),
+    "nothing_hinted": Sabotage("changes nothing and appends with hints", (), run=TIMED_HINTS),
+    "notify_in_append": Sabotage(
+        "notifies watchers in the transaction of each append",
+        ("hints.of_without",),
+        sql="create function public.notify() returns trigger language plpgsql as "
+        "$$begin if current_setting('application_name') = 'notifies' then "
+        "perform pg_notify('chatdb', ' ' || new.conversation_id); end if; return null; end$$; "
+        "create trigger notify after insert on chatdb.messages for each row execute function public.notify()",
+        target="chatdb.create_pool",
+        replacement=_notifies_in_appends,
+        run=TIMED_HINTS,
     ),
     "nothing_branched": Sabotage("changes nothing and times get_branch", (), run=TIMED_BRANCH),
     "branch_planned": Sabotage(

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 from psycopg import sql
 
-from benchmarks.workload import Size, add_branched, add_keyed_and_archived, fingerprints, load
+from benchmarks.workload import Size, add_branched, add_keyed_and_archived, add_streamed, fingerprints, load
 from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded.server import EmbeddedServer
 
@@ -76,14 +76,21 @@ class BenchServer:
 
     @contextmanager
     def setting(self, name: str, value: str) -> Iterator[None]:
-        """Change a setting that needs no restart until the end of the block."""
+        """Change a setting that needs no restart until the end of the block, perhaps within another such block."""
         with self.connect() as connection:
+            outer = connection.execute(
+                "select setting from pg_file_settings where name = %s and sourcefile like '%%auto.conf'", [name]
+            ).fetchone()
             connection.execute(sql.SQL("alter system set {} = {}").format(sql.SQL(name), sql.Literal(value)))
             connection.execute("select pg_reload_conf()")
             try:
                 yield
             finally:
-                connection.execute(sql.SQL("alter system reset {}").format(sql.SQL(name)))
+                connection.execute(
+                    sql.SQL("alter system reset {}").format(sql.SQL(name))
+                    if outer is None
+                    else sql.SQL("alter system set {} = {}").format(sql.SQL(name), sql.Literal(outer[0]))
+                )
                 connection.execute("select pg_reload_conf()")
 
     def dsn(self, database: str = "postgres") -> str:
@@ -149,6 +156,7 @@ class BenchServer:
         with self.connect(name) as connection:
             add_keyed_and_archived(connection, size)
             add_branched(connection, size)
+            add_streamed(connection, size)
         try:
             yield self.dsn(name)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import random
 import tracemalloc
 from collections.abc import Iterator
@@ -13,13 +14,14 @@ import psycopg
 import pytest
 from psycopg import sql
 
+import chatdb
 from benchmarks.contenders import Chatdb
 from benchmarks.figures import Figures
 from benchmarks.gates import COUNTED
 from benchmarks.operations import call_of
 from benchmarks.server import BenchServer
-from benchmarks.workload import START, YEAR, Size
-from chatdb import branches, conversations, messages
+from benchmarks.workload import FLUSH, FLUSHES, START, STREAMED, YEAR, Size
+from chatdb import branches, conversations, messages, streaming, watching
 from chatdb._core.query import Query
 from chatdb.messages import _append_message, _append_messages
 from tests.support.proxy import Proxy
@@ -79,6 +81,91 @@ def test_counts(
     figures.counted(operation, statements / CALLS, trips, buffers / CALLS, wal / CALLS if wal > 0 else None)
 
 
+def test_extend(
+    size: Size, plain: asyncio.Runner, proxied: tuple[Proxy, Chatdb], counter: psycopg.Connection, figures: Figures
+) -> None:
+    """
+    A flush reads and writes few blocks, and neither writes to the conversation's row nor locks it.
+
+    The blocks are evicted before each flush, so that each that it touches is read once. `test_counts` also counts those
+    that it touches again: the message is locked for the statement and for the foreign key.
+    """
+    call = call_of("extend", proxied[1], size)
+    rows = sql.SQL("select ctid, xmin, xmax from chatdb.conversations where user_id = {} order by id").format(
+        sql.Literal(size.streaming)
+    )
+    counter.execute("create extension if not exists pg_buffercache")
+    before = counter.execute(rows).fetchall()
+    plain.run(call())
+    counter.execute("select pg_stat_statements_reset()")
+    for _ in range(CALLS):
+        counter.execute("select pg_buffercache_evict_all()")
+        plain.run(call())
+    (blocks,) = counter.execute(
+        "select shared_blks_read / calls::float8 from pg_stat_statements "
+        "where query like '%/* chatdb.extend_message */%'"
+    ).fetchone()
+    figures.worst("extend.blocks", blocks)
+    changed = sum(row != old for row, old in zip(counter.execute(rows).fetchall(), before, strict=True))
+    figures.worst("extend.conversations", changed)
+
+
+@pytest.mark.parametrize("is_random", [False, True])
+@pytest.mark.parametrize("after_checkpoint", [False, True])
+def test_stream_wal(
+    is_random: bool,
+    after_checkpoint: bool,
+    size: Size,
+    plain: asyncio.Runner,
+    proxied: tuple[Proxy, Chatdb],
+    counter: psycopg.Connection,
+    server: BenchServer,
+    figures: Figures,
+) -> None:
+    """A message of 100 kB in 100 flushes writes little more WAL than its text, its parts and its final row need."""
+    proxy, client = proxied
+    length = FLUSHES * FLUSH
+    history = plain.run(chatdb.get_history(client.pool, user_id=size.long.user_id, conversation_id=size.long.id))
+    natural = "".join(message.content for message in history if message.content.isascii())
+    while len(natural) < length:
+        natural += natural
+    text = base64.b64encode(random.Random(0).randbytes(length)).decode() if is_random else natural
+    text = text[:length]
+    streams = 5
+    stored: list[str] = []
+
+    async def stream(number: int) -> None:
+        at = {"user_id": size.streaming, "conversation_id": size.started_place(number % STREAMED).id}
+        message = await chatdb.start_message(client.pool, **at)
+        for offset in range(0, length, FLUSH):
+            part = text[offset : offset + FLUSH]
+            await chatdb.extend_message(client.pool, **at, seq=message.seq, offset=offset, text=part)
+        finished = await chatdb.finish_message(client.pool, **at, seq=message.seq)
+        stored.append(finished.content)
+
+    def position() -> int:
+        return counter.execute("select (pg_current_wal_insert_lsn() - '0/0')::int8").fetchone()[0]
+
+    plain.run(stream(0))
+    name = "stream" + ("_random" if is_random else "") + ("_checkpoint" if after_checkpoint else "")
+    trips, wal = proxy.round_trips, 0
+    counter.execute("select pg_stat_statements_reset()")
+    with server.setting("full_page_writes", "on" if after_checkpoint else "off"):
+        for number in range(streams):
+            if after_checkpoint:
+                counter.execute("checkpoint")
+            before = position()
+            plain.run(stream(number))
+            wal += position() - before
+    statements, buffers = counter.execute(
+        "select sum(calls)::float8, sum(shared_blks_hit + shared_blks_read)::float8 from pg_stat_statements "
+        "where query like '%/* chatdb.%_message */%'"
+    ).fetchone()
+    figures.counted(name, statements / streams, (proxy.round_trips - trips) / streams, buffers / streams, wal / streams)
+    figures.worst(f"{name}.wal_to_size", wal / streams / length)
+    assert set(stored) == {text}
+
+
 def test_generic_plans(
     size: Size, copy: str, plain: asyncio.Runner, counter: psycopg.Connection, figures: Figures
 ) -> None:
@@ -128,6 +215,7 @@ _LIST = _SCANS | {"Incremental Sort"}
 _RUNS = {"Nested Loop", "Recursive Union", "WorkTable Scan"}
 _SUBTREE = _LOCKS | _RUNS | _JOINS | {"Materialize"}  # of the branches of one conversation
 _BRANCHES = "ix_messages_user_id_conversation_id_seq_branches"
+_PARTS = "pk_message_parts"
 PLANS: list[tuple[Query[Any], str, set[str]]] = [
     (messages._get_history, "pk_messages", _SCANS),
     (messages._list_messages, "pk_messages", _SCANS),
@@ -161,11 +249,17 @@ PLANS: list[tuple[Query[Any], str, set[str]]] = [
     (conversations._list_pinned, "ix_conversations_user_id_pinned_at", _LIST),
     (branches._get_branch, _BRANCHES, _SCANS | _RUNS),
     (branches._get_branch_top, _BRANCHES, _SCANS | _RUNS),
-    (branches._list_versions, _BRANCHES, _SCANS | _RUNS | _JOINS | {"Unique"}),
+    (branches._list_versions, _BRANCHES, _SCANS | _RUNS | _JOINS | {"Function Scan", "Unique"}),
     (branches._get_context, _BRANCHES, _SCANS | _RUNS | _JOINS),
     (branches._switch_branch, _BRANCHES, _SUBTREE),
     (branches._delete_branch, _BRANCHES, _SUBTREE),
     (branches._fork_conversation, _BRANCHES, _LOCKS | _RUNS | _JOINS),
+    (streaming._start_message, "pk_messages", _LOCKS),
+    (streaming._extend_message, _PARTS, _LOCKS),
+    (streaming._read_message, _PARTS, _SCANS | {"Aggregate"}),
+    (streaming._finish_message, _PARTS, _LOCKS | {"Aggregate"}),
+    (streaming._list_streaming, _PARTS, _SCANS | {"Nested Loop"}),
+    (watching._poll_conversations, "pk_conversations", {"Function Scan", "Index Scan", "Nested Loop"}),
 ]
 
 
@@ -183,10 +277,12 @@ def test_plans(counter: psycopg.Connection, figures: Figures) -> None:
 
 
 def _nodes(plan: dict[str, Any]) -> tuple[set[str], set[str]]:
-    """Return the node types and the indexes of a plan."""
+    """Return the node types and the indexes of a plan, without the text so far of a message that is streamed."""
     kinds, indexes = {plan["Node Type"]}, {plan["Index Name"]} if "Index Name" in plan else set()
     for each in plan.get("Plans", []):
         more, others = _nodes(each)
+        if each["Parent Relationship"] == "SubPlan" and more == {"Aggregate", "Index Scan"} and others == {_PARTS}:
+            continue  # the index has the parts in order, so that they need no sort
         kinds, indexes = kinds | more, indexes | others
     return kinds, indexes
 

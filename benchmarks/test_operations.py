@@ -11,16 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 
+import chatdb
 from benchmarks.contenders import HISTORY, Chatdb, Contender, Keyed, Original, Psycopg, RawAsyncpg
 from benchmarks.figures import JUDGED, Figures
 from benchmarks.gates import OPERATIONS
-from benchmarks.operations import append_on, call_of, mixed_of
+from benchmarks.operations import TEXT, append_on, call_of, mixed_of
 from benchmarks.proxy import far
 from benchmarks.rounds import interleave
 from benchmarks.server import BenchServer
 from benchmarks.workload import Size
+from chatdb._core.dsn import connect_arguments
+from chatdb._core.hints import CHANNEL
 
 pytestmark = pytest.mark.full
 
@@ -143,6 +147,95 @@ def test_mixed_load(
     for client in made:
         runner.run(client.close())
     figures.throughput(f"mixed_{tasks}", loop, {name: series[2:] for name, series in rates.items()})
+
+
+WRITERS = 16
+
+
+def test_hints(benchmark: Any, server: BenchServer, copy: str, size: Size, figures: Figures) -> None:
+    """Append with 16 writers, with hints that a connection hears and without, on a server that flushes each commit."""
+    with server.connect() as connection:
+        for name in ("fsync", "synchronous_commit"):
+            assert connection.execute(f"show {name}").fetchone() == ("on",)
+    rates: dict[str, list[float]] = {"chatdb": [], "without": []}
+    heard: list[object] = []
+    places = iter(range(10**6))
+
+    async def write(pool: chatdb.Pool) -> None:
+        for _ in range(25):
+            place = size.place(next(places) % (size.conversations * 2 // 3))
+            await chatdb.append_message(
+                pool, user_id=place.user_id, conversation_id=place.id, role="user", content=TEXT
+            )
+
+    with asyncio.Runner() as runner:
+        pools = {
+            name: runner.run(_opened(copy, notify=name == "chatdb", min_size=WRITERS, max_size=WRITERS))
+            for name in rates
+        }
+        listener = runner.run(asyncpg.connect(**connect_arguments(copy)))
+        runner.run(listener.add_listener(CHANNEL, lambda *arguments: heard.append(arguments)))
+
+        def round_of(name: str) -> None:
+            async def together() -> None:
+                await asyncio.gather(*(write(pools[name]) for _ in range(WRITERS)))
+
+            start = time.perf_counter()
+            runner.run(together())
+            rates[name].append(WRITERS * 25 / (time.perf_counter() - start))
+
+        benchmark.pedantic(lambda: round_of("chatdb"), setup=lambda: round_of("without"), rounds=30, warmup_rounds=2)
+        assert heard
+        runner.run(listener.close())
+        for pool in pools.values():
+            runner.run(pool.close())
+    figures.hinted({name: series[2:] for name, series in rates.items()})
+
+
+async def _opened(dsn: str, **options: Any) -> chatdb.Pool:
+    return await chatdb.create_pool(dsn, **options)
+
+
+@pytest.mark.parametrize(("operation", "poll"), [("watch_hints", 2.0), ("watch_polls", 0.5)])
+def test_watch(copy: str, size: Size, figures: Figures, operation: str, poll: float) -> None:
+    """Measure the time from an append until each of 200 watchers has its message, one append every 20 ms or so."""
+    sent: dict[int, float] = {}
+    times: list[float] = []
+
+    async def watch(watcher: chatdb.Watcher, number: int, last_seq: int) -> None:
+        place = size.place(number)
+        async for _ in watcher.watch(user_id=place.user_id, conversation_id=place.id, after_seq=last_seq):
+            times.append(time.perf_counter() - sent[number])
+            return
+
+    async def run() -> None:
+        is_hinted = operation == "watch_hints"
+        async with (
+            chatdb.create_pool(copy, max_size=8, notify=is_hinted) as pool,
+            chatdb.Watcher(pool, listen_dsn=copy if is_hinted else None, poll=poll) as watcher,
+        ):
+            places = [size.place(number) for number in range(WATCHERS)]
+            stored = [
+                await chatdb.get_conversation(pool, user_id=place.user_id, conversation_id=place.id) for place in places
+            ]
+            tasks = [
+                asyncio.create_task(watch(watcher, number, conversation.last_seq))
+                for number, conversation in enumerate(stored)
+            ]
+            await asyncio.sleep(2 * poll)
+            for number, place in enumerate(places):
+                sent[number] = time.perf_counter()
+                await chatdb.append_message(
+                    pool, user_id=place.user_id, conversation_id=place.id, role="user", content=TEXT
+                )
+                await asyncio.sleep(0.02)
+            await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+    figures.timed(operation, JUDGED, {"chatdb": times})
+
+
+WATCHERS = 200
 
 
 def test_floor(server: BenchServer, copy: str, size: Size, tmp_path: Path, figures: Figures) -> None:

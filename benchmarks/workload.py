@@ -54,6 +54,13 @@ FORKS = 8
 """Nested branches of each. A branch steps back 20 messages from the head and adds 30 in one batch."""
 BACK, ADDED = 20, 30
 
+STREAMED = 20
+"""Conversations of 100 messages whose newest message is streamed, and conversations to start messages in."""
+ENDED = 180
+"""Conversations with one message, which is streamed and waits to be finished."""
+FLUSHES, READ_FLUSHES, FLUSH = 100, 20, 1_000
+"""The parts of a message that waits to be finished, of one that is read, and the characters of a part."""
+
 START = datetime(2025, 11, 1, tzinfo=UTC)
 YEAR = timedelta(days=365)
 ROLES = ("user", "assistant")
@@ -130,6 +137,28 @@ class Size:
     def forked_place(self, number: int) -> Place:
         """Return a branched conversation by its number, or one of 10,000 messages: first the unbranched one."""
         return Place(self.forked, self.keyed_place(0).id + 20_000 + number)
+
+    @property
+    def streamed(self) -> str:
+        """The user who reads messages that are streamed. Only copies of the data have these."""
+        return user(-7)
+
+    def streamed_place(self, number: int) -> Place:
+        """Return a conversation of 100 messages whose newest is streamed, by its number."""
+        return Place(self.streamed, self.keyed_place(0).id + 30_000 + number)
+
+    @property
+    def streaming(self) -> str:
+        """The user who starts, extends and finishes messages. Only copies of the data have these."""
+        return user(-8)
+
+    def started_place(self, number: int) -> Place:
+        """Return a conversation to start messages in, by its number. Its first message is streamed, without text."""
+        return Place(self.streaming, self.keyed_place(0).id + 31_000 + number)
+
+    def ended_place(self, number: int) -> Place:
+        """Return a conversation whose one message is streamed and has all its text, by its number."""
+        return Place(self.streaming, self.keyed_place(0).id + 32_000 + number)
 
     @property
     def busy(self) -> str:
@@ -341,3 +370,85 @@ def add_branched(connection: psycopg.Connection, size: Size) -> None:
     )
     connection.execute("alter table chatdb.messages reset (fillfactor)")
     connection.execute("select setval('chatdb.conversations_id_seq', max(id)) from chatdb.conversations")
+
+
+def add_streamed(connection: psycopg.Connection, size: Size) -> None:
+    """
+    Add the messages that are streamed to a copy of the data, with the text of real messages.
+
+    The conversations of 100 messages are written in turn, those with one message one after another.
+    """
+    values = {
+        "readers": size.streamed,
+        "writers": size.streaming,
+        "read": size.streamed_place(0).id,
+        "started": size.started_place(0).id,
+        "ended": size.ended_place(0).id,
+        "at": START + YEAR,
+        "count": STREAMED,
+        "endings": ENDED,
+        "messages": MESSAGES,
+        "long": size.long.id,
+        "long_user": size.long.user_id,
+    }
+    # leaves room on each page, as in add_branched
+    connection.execute("alter table chatdb.messages set (fillfactor = 80)")
+    connection.execute(
+        "insert into chatdb.conversations (user_id, id, last_seq) "
+        "select %(readers)s, %(read)s + n, %(messages)s from generate_series(0, %(count)s - 1) as n union all "
+        "select %(writers)s, %(started)s + n, 1 from generate_series(0, %(count)s - 1) as n union all "
+        "select %(writers)s, %(ended)s + n, 1 from generate_series(0, %(endings)s - 1) as n",
+        values,
+    )
+    connection.execute(
+        "insert into chatdb.messages (user_id, conversation_id, seq, role, content, state, created_at) "
+        "select %(readers)s, %(read)s + n, seq, (array['assistant', 'user'])[1 + seq %% 2], "
+        "case when seq < %(messages)s then repeat('word ', 64) else '' end, "
+        "case when seq = %(messages)s then 'streaming' end, %(at)s "
+        "from generate_series(0, %(count)s - 1) as n cross join generate_series(1, %(messages)s) as seq "
+        "order by seq, n",
+        values,
+    )
+    connection.execute(
+        "insert into chatdb.messages (user_id, conversation_id, seq, role, content, state, created_at) "
+        "select user_id, id, 1, 'assistant', '', 'streaming', %(at)s from chatdb.conversations "
+        "where user_id = %(writers)s order by id",
+        values,
+    )
+    connection.execute("alter table chatdb.messages reset (fillfactor)")
+    text = "\n\n".join(
+        content
+        for (content,) in connection.execute(
+            "select content from chatdb.messages "
+            "where user_id = %(long_user)s and conversation_id = %(long)s and seq <= 1000 order by seq",
+            values,
+        )
+    )
+    for user_id, first, count, flushes in (
+        (size.streamed, size.streamed_place(0).id, STREAMED, READ_FLUSHES),
+        (size.streaming, size.started_place(0).id, STREAMED, 0),
+        (size.streaming, size.ended_place(0).id, ENDED, FLUSHES),
+    ):
+        parts = [text[at : at + FLUSH] for at in range(0, flushes * FLUSH, FLUSH)]
+        streams = {"user": user_id, "first": first, "last": first + count - 1, "parts": parts, "flush": FLUSH}
+        streams |= {"bytes": len("".join(parts).encode()), "last_bytes": len("".join(parts[:-1]).encode())}
+        connection.execute(
+            "insert into chatdb.message_parts (user_id, conversation_id, seq, start, content, length, bytes, "
+            "last_start, last_start_bytes, flushed_at) "
+            "select user_id, conversation_id, seq, -1, '', cardinality(%(parts)s::text[]) * %(flush)s, %(bytes)s, "
+            "greatest(cardinality(%(parts)s::text[]) - 1, 0) * %(flush)s, %(last_bytes)s, now() from chatdb.messages "
+            "where user_id = %(user)s and conversation_id between %(first)s and %(last)s and state = 'streaming'",
+            streams,
+        )
+        # each stream was flushed in turn with the others
+        connection.execute(
+            "insert into chatdb.message_parts (user_id, conversation_id, seq, start, content) "
+            "select user_id, conversation_id, seq, (p.ordinality - 1) * %(flush)s, p.content "
+            "from unnest(%(parts)s::text[]) with ordinality as p (content, ordinality) "
+            "cross join chatdb.messages as m "
+            "where user_id = %(user)s and conversation_id between %(first)s and %(last)s and state = 'streaming' "
+            "order by p.ordinality, m.conversation_id",
+            streams,
+        )
+    connection.execute("select setval('chatdb.conversations_id_seq', max(id)) from chatdb.conversations")
+    connection.execute("vacuum analyze chatdb.message_parts")
