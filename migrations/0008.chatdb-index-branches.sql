@@ -14,4 +14,6 @@ where parent_seq is not null;
 comment on index chatdb.ix_messages_user_id_conversation_id_seq_branches is
 'Serves every statement that follows a line of a conversation, or finds the messages that follow another.';
 
+-- can run again: a constraint that is valid stays valid
+-- squawk-ignore prefer-robust-stmts
 alter table chatdb.messages validate constraint ck_messages_parent_seq;

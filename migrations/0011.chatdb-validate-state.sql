@@ -7,4 +7,6 @@ set lock_timeout = '2s';
 -- as long as it takes
 set statement_timeout = 0;
 
+-- can run again: a constraint that is valid stays valid
+-- squawk-ignore prefer-robust-stmts
 alter table chatdb.messages validate constraint ck_messages_state;
