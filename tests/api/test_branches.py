@@ -501,6 +501,7 @@ async def test_a_line_of_many_runs(talk: Talk) -> None:
     assert (await talk.fork_conversation()).last_seq == 10_000
 
 
+@pytest.mark.owner
 async def test_versions_of_a_long_line(talk: Talk) -> None:
     """Two answers at each step: the versions take time for each message of the page, not for each pair of them."""
     place = (talk.conversation.user_id, talk.conversation.id)

@@ -786,6 +786,7 @@ async def test_a_pool_that_is_exhausted(dsn: str) -> None:
     assert [message.seq for message in reader.got] == [1, 2, 3]
 
 
+@pytest.mark.owner
 async def test_an_error_that_is_not_chatdbs(dsn: str) -> None:
     """An error of the host's own objects does not end the polls of a watcher."""
     async with chatdb.create_pool(dsn) as pool, Watcher(pool, poll=POLL) as watcher:
