@@ -77,9 +77,11 @@ WORK = (
 @pytest.mark.parametrize("victim", ["process", "server"])
 def test_killed(request: pytest.FixtureRequest, victim: str, work: Callable[[str, int], None], place: int) -> None:
     """After a kill before or after any writing statement, the next run has the result of an uninterrupted one."""
+    quick = request.config.getoption("--quick")
+    if quick and work in {up, down} and place % 3 != (len(NAMES) - 1) % 3:
+        pytest.skip("the sample has the newest migration and every third one before it")
     own = request.getfixturevalue("own_server") if victim == "server" else None
     server = own.dsn if own else request.getfixturevalue("server")
-    quick = request.config.getoption("--quick")
     step = 7 if quick else 1
     before, after = {up: (place, place + 1), down: (place + 1, place), by_yoyo: (0, len(NAMES)), over: (0, len(NAMES))}[
         work
