@@ -81,13 +81,13 @@ select
             select from chatdb.messages
             where user_id = $1 and conversation_id = c.id and key = $9 and state = 'streaming'
         ) then 'streaming'
-        when c.is_expected then 'suppressed'
-        -- the message may have been stored after this statement began
+        -- the message may have been stored or started after this statement began
         when c.revision <> (
             select last_seq + edits
             from chatdb.conversations
             where user_id = $1 and id = c.id
         ) then 'again'
+        when c.is_expected then 'suppressed'
         else 'stale'
     end
 from conversation as c

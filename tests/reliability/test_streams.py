@@ -218,7 +218,7 @@ async def test_a_killed_server(request, durable, durable_dsn):
         f"characters lost, {wrong} doubled, in {kills + 1} kills; calls that failed: {failed.total():,}"
     )
     assert (lost, wrong) == (0, 0)
-    assert failed.total() > 0
+    assert failed.total() > 0 or request.config.getoption("--quick")
     stored = {int(key): (state, len(text)) for key, state, text in query(durable_dsn, STORED)}
     assert stored == {
         number: (None if number % 2 else "streaming", len(text_of(number, tokens))) for number in range(STREAMS)

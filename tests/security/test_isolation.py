@@ -1311,7 +1311,7 @@ def test_users_share_nothing_behind_both_walls(
     server: str, roles: Roles, tmp_path: Path, runner: asyncio.Runner, pytestconfig: pytest.Config
 ) -> None:
     """The same holds for an unprivileged role with row-level security on one PgBouncer connection."""
-    examples = 12 if pytestconfig.getoption("--quick") else 60
+    examples = 40 if pytestconfig.getoption("--quick") else 60
     with cloned(server, roles, f"{roles.database}_isolation") as dsn:
         protect_tables(as_role(dsn, roles.owner))
         with (
