@@ -40,7 +40,7 @@ from chatdb._core.validate import (
     refuse_both,
 )
 from chatdb.conversations import get_conversation
-from chatdb.errors import ConfigurationError, ConversationNotFoundError, InvalidInputError, MessageNotFoundError
+from chatdb.errors import ConfigurationError, ConversationNotFoundError, InvalidInputError
 from chatdb.pool import run_until_settled
 from chatdb.records import UNSET, Conversation, Deleted, Message, New, NewMessage, Role, Unset
 
@@ -126,10 +126,9 @@ async def append_message(
 
     `create=True` creates a missing conversation with this `conversation_key`. `parent_seq` is the message that this one
     follows instead of the head: a second answer to a question, for example, or 0 for another first message. The new
-    message becomes the head. `expected` (a Conversation, its `etag`,
-    or `NEW` for a conversation that must not exist yet) raises StaleError if another caller has written to the
-    conversation since. `conversation_metadata_patch` is merged into the top level of the conversation's metadata, and a
-    None in it removes that key.
+    message becomes the head. `expected` (a Conversation, its `etag`, or `NEW` for a conversation that must not exist
+    yet) raises StaleError if another caller has written to the conversation since. `conversation_metadata_patch` is
+    merged into the top level of the conversation's metadata, and a None in it removes that key.
 
     Raises ConversationNotFoundError, ConflictError if the key is stored with a different body, StaleError,
     MessageNotFoundError if no message has `parent_seq`, or InvalidInputError. SQL: `append_message.sql`, or
@@ -458,13 +457,11 @@ async def get_message(
 
     Raises ConversationNotFoundError, MessageNotFoundError, or InvalidInputError. SQL: `get_message.sql`.
     """
-    return _found(
-        await _get_message.fetch_optional(
-            db,
-            check_user_id(user_id),
-            *check_conversation(conversation_id, conversation_key),
-            *check_message(seq, key),
-        )
+    return await _get_message.fetch_message(
+        db,
+        check_user_id(user_id),
+        *check_conversation(conversation_id, conversation_key),
+        *check_message(seq, key),
     )
 
 
@@ -509,7 +506,7 @@ async def update_message(
     )
     state = check_expected(expected)
     if values == _NO_VALUES and expected is None:
-        return _found(await _get_message.fetch_optional(db, user, *address))
+        return await _get_message.fetch_message(db, user, *address)
     return await run_until_settled(_update_message.fetch_one, db, user, *address, *values, *state)
 
 
@@ -577,9 +574,3 @@ async def delete_messages_after(
         *check_position("after", after_seq, after_key),
         *check_expected(expected),
     )
-
-
-def _found(message: Message | None) -> Message:
-    if message is None:
-        raise MessageNotFoundError("the conversation has no such message: check seq or key")
-    return message

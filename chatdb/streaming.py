@@ -33,7 +33,7 @@ from chatdb._core.validate import (
     check_token_count,
     check_user_id,
 )
-from chatdb.errors import ConflictError, InvalidInputError, MessageNotFoundError, NotFoundError
+from chatdb.errors import ConflictError, InvalidInputError, NotFoundError
 from chatdb.pool import run_until_settled
 from chatdb.records import Message, MessageLength, MessageTail, Role
 
@@ -138,16 +138,13 @@ async def read_message(
 
     Raises ConversationNotFoundError, MessageNotFoundError or InvalidInputError. SQL: `read_message.sql`.
     """
-    tail = await _read_message.fetch_optional(
+    return await _read_message.fetch_message(
         db,
         check_user_id(user_id),
         *check_conversation(conversation_id, conversation_key),
         *check_message(seq, key),
         check_seq("offset", offset),
     )
-    if tail is None:
-        raise MessageNotFoundError("the conversation has no such message: check seq or key")
-    return tail
 
 
 async def finish_message(

@@ -14,8 +14,8 @@ CHANNEL: Final = "chatdb"
 GATHERED_FOR: Final = 0.05
 """Seconds between two notifications: a commit with NOTIFY holds a lock of the database until it is flushed."""
 
-_MAX_PAYLOAD: Final = 7_900
-"""Bytes; PostgreSQL refuses a payload of 8,000."""
+_FULL: Final = 7_900
+"""Bytes from which a payload takes no further id; PostgreSQL refuses one of 8,000."""
 
 _log = logging.getLogger("chatdb")
 
@@ -53,7 +53,7 @@ class Hints:
 def _payloads(ids: set[int]) -> list[str]:
     payloads = [""]
     for identifier in ids:
-        if len(payloads[-1]) > _MAX_PAYLOAD - 20:
+        if len(payloads[-1]) > _FULL:
             payloads.append("")
         payloads[-1] += f" {identifier}"
     return payloads

@@ -40,6 +40,8 @@ RecordT = TypeVar("RecordT", bound=BaseModel)
 _FIRST_WORD: Final = re.compile(r"\A(?:--.*\n)*(?:\w+|\()")
 """The statement's first word, with any comments before it."""
 
+_NO_MESSAGE: Final = "the conversation has no such message: check seq or key"
+
 _log = logging.getLogger("chatdb")
 
 
@@ -133,6 +135,13 @@ class Query(Generic[RecordT]):
         """Return the record, or None for an existence row; raise ConversationNotFoundError if there is no row."""
         page = await self.fetch_page(db, *args)
         return page[0] if page else None
+
+    async def fetch_message(self, db: Database, *args: object) -> RecordT:
+        """Return the record; raise MessageNotFoundError for an existence row."""
+        record = await self.fetch_optional(db, *args)
+        if record is None:
+            raise MessageNotFoundError(_NO_MESSAGE)
+        return record
 
     async def fetch_page(self, db: Database, *args: object) -> list[RecordT]:
         """Return one record per row, without the existence row; raise ConversationNotFoundError if there is no row."""
@@ -284,7 +293,7 @@ def _refusal(row: Any, name: str) -> ChatDBError:  # noqa: ANN401 - asyncpg's re
         case "missing" if name.startswith(("append", "start")):
             return MessageNotFoundError("the conversation has no message with this parent_seq")
         case "missing":
-            return MessageNotFoundError("the conversation has no such message: check seq or key")
+            return MessageNotFoundError(_NO_MESSAGE)
         case "finished":
             return ConflictError("the message is not streaming: it is finished or aborted, or was never started")
         case "offset":

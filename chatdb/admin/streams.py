@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from chatdb._core.driver_errors import mapped_driver_errors
@@ -118,6 +119,10 @@ async def _abort(pool: Pool, user: str, conversation: int, seq: int, flushed_at:
 
 
 async def _fetch(connection: Connection, name: str, *arguments: object) -> list[Any]:
-    statement = (data_folder("sql") / "admin" / f"{name}.sql").read_text(encoding="utf-8")
     with mapped_driver_errors():
-        return await connection.fetch(statement, *arguments)
+        return await connection.fetch(_statement(name), *arguments)
+
+
+@cache
+def _statement(name: str) -> str:
+    return (data_folder("sql") / "admin" / f"{name}.sql").read_text(encoding="utf-8")
