@@ -145,7 +145,9 @@ async def test_against_writers(db: Pool) -> None:
         except chatdb.ConflictError:
             pass  # aborted before
 
-    work = asyncio.create_task(abort_idle_streams(db, found))
+    begun = asyncio.Event()
+    work = asyncio.create_task(abort_idle_streams(db, found, progress=lambda _: begun.set()))
+    await begun.wait()
     for address in reversed(addresses):
         await write(address)
     report = await work
