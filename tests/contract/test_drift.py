@@ -145,7 +145,7 @@ def _verbs_of(file, query):
     if isinstance(query, AppendQuery):
         return {"fetch_appended"} if file.number == "many" else set()
     if file.existence:
-        return {"fetch_optional"} if file.number == "one" else {"fetch_page"}
+        return {"fetch_optional", "fetch_message"} if file.number == "one" else {"fetch_page"}
     return {"fetch_one"} if file.number == "one" else {"fetch_all", "iterate"}
 
 
