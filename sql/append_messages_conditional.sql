@@ -53,13 +53,16 @@ stored as (
 known as (
     select b.ordinality
     from batch as b
-    -- with the limit, each key is looked up: a join could read all messages of the conversation
+    -- Only the index on the key has this order, so that each key is looked up. A join could read all messages of the
+    -- conversation. So could a condition on each column, once for each key, while the table has no statistics.
     cross join lateral (
-        select seq
+        select conversation_id, key
         from chatdb.messages
-        where user_id = $1 and conversation_id = (select id from stored) and key = b.key
-        limit 1 -- noqa: AM09
+        where user_id = $1 and (conversation_id, key) >= ((select id from stored), b.key) and key is not null
+        order by conversation_id, key
+        limit 1
     ) as m
+    where m.conversation_id = (select id from stored) and m.key = b.key
 ),
 
 wanted as (
@@ -169,9 +172,11 @@ earlier as (
         select
             id, conversation_id, seq, parent_seq, role, content, payload, metadata, token_count, key, state, created_at
         from chatdb.messages
-        where user_id = $1 and conversation_id = (select id from refused) and key = b.key
-        limit 1 -- noqa: AM09
+        where user_id = $1 and (conversation_id, key) >= ((select id from refused), b.key) and key is not null
+        order by conversation_id, key
+        limit 1
     ) as m
+    where m.conversation_id = (select id from refused) and m.key = b.key
 ),
 
 same as (
