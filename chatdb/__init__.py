@@ -51,8 +51,22 @@ from chatdb.messages import (
     upsert_message,
 )
 from chatdb.pool import Connection, Pool, create_pool, transaction
-from chatdb.records import NEW, UNSET, Conversation, Deleted, JsonText, Message, MessageTail, NewMessage, Role, Unset
+from chatdb.records import (
+    NEW,
+    UNSET,
+    Conversation,
+    Deleted,
+    JsonText,
+    Match,
+    Message,
+    MessageTail,
+    Moved,
+    NewMessage,
+    Role,
+    Unset,
+)
 from chatdb.schema import check_schema
+from chatdb.search import search_messages
 from chatdb.streaming import (
     MessageStream,
     extend_message,
@@ -62,7 +76,7 @@ from chatdb.streaming import (
     start_message,
     stream_message,
 )
-from chatdb.users import delete_user
+from chatdb.users import delete_user, export_user, move_user
 from chatdb.watching import Watcher
 
 if TYPE_CHECKING:
@@ -94,13 +108,13 @@ else:
 __all__ = [
     "NEW", "UNSET", "AcquireTimeoutError", "ChatDBError", "CommandTimeoutError", "ConfigurationError", "ConflictError",
     "Connection", "Conversation", "ConversationNotFoundError", "Database", "Deleted", "InvalidInputError", "JsonText",
-    "Message", "MessageNotFoundError", "MessageStream", "MessageTail", "NewMessage", "NotFoundError", "Pool",
-    "PoolClosedError", "Role", "SchemaError", "StaleError", "UnavailableError", "Unset", "Watcher", "append_message",
-    "append_messages", "check_schema", "create_conversation", "create_pool", "delete_branch", "delete_conversation",
-    "delete_message", "delete_messages_after", "delete_user", "extend_message", "finish_message", "fork_conversation",
-    "get_branch", "get_context", "get_conversation", "get_history", "get_message", "iter_messages",
-    "list_conversations", "list_messages", "list_pinned", "list_previews", "list_streaming", "list_versions",
-    "load_conversation", "migrate", "open_embedded", "pop_message", "read_message", "replace_messages_after",
-    "start_message", "stream_message", "switch_branch", "transaction", "update_conversation", "update_message",
-    "upsert_conversation", "upsert_message",
+    "Match", "Message", "MessageNotFoundError", "MessageStream", "MessageTail", "Moved", "NewMessage", "NotFoundError",
+    "Pool", "PoolClosedError", "Role", "SchemaError", "StaleError", "UnavailableError", "Unset", "Watcher",
+    "append_message", "append_messages", "check_schema", "create_conversation", "create_pool", "delete_branch",
+    "delete_conversation", "delete_message", "delete_messages_after", "delete_user", "export_user", "extend_message",
+    "finish_message", "fork_conversation", "get_branch", "get_context", "get_conversation", "get_history",
+    "get_message", "iter_messages", "list_conversations", "list_messages", "list_pinned", "list_previews",
+    "list_streaming", "list_versions", "load_conversation", "migrate", "move_user", "open_embedded", "pop_message",
+    "read_message", "replace_messages_after", "search_messages", "start_message", "stream_message", "switch_branch",
+    "transaction", "update_conversation", "update_message", "upsert_conversation", "upsert_message",
 ]  # fmt: skip

@@ -93,6 +93,9 @@ EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 CURSOR: Final = "c1"
 """Prefix of a version 1 cursor, which holds updated_at and created_at in microseconds since 1970, and the id."""
 
+MATCH_CURSOR: Final = "s1"
+"""Prefix of a version 1 cursor of a search, which holds created_at in microseconds since 1970, conversation and seq."""
+
 ETAG: Final = "e1"
 """Prefix of a version 1 etag, which holds the id and the revision."""
 
@@ -307,6 +310,13 @@ class Deleted(_Record):
     messages: int = Field(description="Number of deleted messages.")
 
 
+class Moved(_Record):
+    """The number of rows that a call moved to another user."""
+
+    conversations: int = Field(description="Number of moved conversations.")
+    messages: int = Field(description="Number of moved messages.")
+
+
 class MessageTail(_Record):
     """The text of a message from an offset on."""
 
@@ -317,6 +327,37 @@ class MessageTail(_Record):
     state: State | None = Field(
         description="None if the text is complete, `streaming` while it grows, `aborted` if its stream was given up."
     )
+
+
+class Match(_Record):
+    """A message that `search_messages` found."""
+
+    conversation_id: int = Field(description="The id of the conversation that contains the message.")
+    seq: int = Field(description="Position of the message in the conversation.")
+    role: Role = Field(description="The author's role.")
+    created_at: datetime = Field(description="Time of the append, in UTC.")
+    snippet: str = Field(
+        repr=False,
+        description="About 200 characters of the text around the first place found, in one line, without control "
+        "characters; `…` where it is cut.",
+    )
+
+    @property
+    def cursor(self) -> str:
+        """An opaque string; as `after` of `search_messages` it continues the search after this message."""
+        return encode_token(MATCH_CURSOR, _microseconds(self.created_at), self.conversation_id, self.seq)
+
+
+class FoundMessage(_Record):
+    """A message that a search found: the length of its text, and a part of it from the character `start` on."""
+
+    conversation_id: int
+    seq: int
+    role: Role
+    created_at: datetime
+    length: int
+    start: int
+    text: str = Field(repr=False)
 
 
 class WatchedRevision(_Record):

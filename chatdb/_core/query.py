@@ -17,6 +17,7 @@ from chatdb._core.decode import conversations_of, decoder, messages_of
 from chatdb._core.driver_errors import ROW_SUPPRESSED, as_chatdb_error, mapped_driver_errors
 from chatdb._core.hints import add_hint
 from chatdb._core.retry import RetryPolicy
+from chatdb._core.validate import NO_WORD
 from chatdb.errors import (
     ChatDBError,
     CommandTimeoutError,
@@ -304,6 +305,17 @@ def _refusal(row: Any, name: str) -> ChatDBError:  # noqa: ANN401 - asyncpg's re
             return InvalidInputError("text", "would make the message longer than 4 MiB in UTF-8: nothing was stored")
         case "streaming":
             return ConflictError("the message is streaming: finish_message sets its text")
+        case "index":
+            return ConfigurationError("mode words needs the search index: run chatdb search-index create")
+        case "words":
+            return InvalidInputError("query", NO_WORD)
+        case "protected":
+            return ConfigurationError(
+                "row-level security (chatdb protect) keeps a role to the rows of one user: move_user needs a superuser "
+                "or a role with BYPASSRLS"
+            )
+        case "again" if name == "move_user":
+            return RunAgainError("the user's conversations are written all the time: try again", sent=True)
         case "again":
             return RunAgainError("other callers keep writing to this conversation: try again", sent=True)
         case _:

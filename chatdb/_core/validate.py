@@ -21,10 +21,12 @@ from chatdb.records import (
     CURSOR,
     EPOCH,
     ETAG,
+    MATCH_CURSOR,
     NEW,
     UNSET,
     Conversation,
     JsonText,
+    Match,
     NewMessage,
     Role,
     encode_token,
@@ -34,6 +36,7 @@ ROLES: Final = frozenset(get_args(Role))
 MAX_LIMIT: Final = 10_000
 MAX_NAME: Final = 255
 MAX_TITLE: Final = 1_000
+MAX_QUERY: Final = 1_000
 MAX_CONTENT: Final = 4 * 1024 * 1024
 MAX_METADATA: Final = 64 * 1024
 """Limit for a message; a conversation has its own."""
@@ -250,7 +253,9 @@ def check_after(after: object, order_by: str) -> tuple[datetime | None, int | No
 def _read_token(parameter: str, text: str, version: str, count: int) -> tuple[int, ...]:
     """Return the numbers that `encode_token` encoded."""
     text = check_str(parameter, text)
-    kind, remedy = ("a cursor", "start with the first page") if version == CURSOR else ("an etag", "read it again")
+    kind, remedy = ("an etag", "read it again") if version == ETAG else ("a cursor", "start with the first page")
+    if version != ETAG and text[:1] != version[0] and text[:2] in _FUNCTIONS:
+        raise InvalidInputError(parameter, f"is a cursor of {_FUNCTIONS[text[:2]]}")
     if text[:2] != version and re.fullmatch(rf"{version[0]}[0-9]", text[:2]):
         raise InvalidInputError(parameter, f"is {kind} of another version of chatdb: {remedy}")
     try:
@@ -260,6 +265,82 @@ def _read_token(parameter: str, text: str, version: str, count: int) -> tuple[in
     if not numbers or encode_token(version, *numbers) != text:
         raise InvalidInputError(parameter, f"is not {kind} that chatdb made")
     return numbers
+
+
+_FUNCTIONS: Final = {CURSOR: "list_conversations", MATCH_CURSOR: "search_messages"}
+"""The functions that make cursors, by their prefix."""
+
+
+def check_after_match(after: object) -> tuple[datetime | None, int | None, int | None]:
+    """Return the time, conversation and seq of the match before the page, or None for each on the first page."""
+    if after is None:
+        return None, None, None
+    if issubclass(type(after), Match):
+        fields = vars(after)
+        time = fields.get("created_at")
+        if type(time) is not datetime or time.tzinfo is None:
+            raise InvalidInputError("after", "must be a Match as chatdb returned it: its created_at has no time zone")
+        return time, check_id(fields.get("conversation_id"), parameter="after"), check_seq("after", fields.get("seq"))
+    if not issubclass(type(after), str):
+        raise InvalidInputError(
+            "after", f"must be the last Match of the previous page, or its cursor, not {type_name(type(after))}"
+        )
+    created_at, conversation_id, seq = _read_token("after", cast("str", after), MATCH_CURSOR, 3)
+    try:
+        return EPOCH + timedelta(microseconds=created_at), conversation_id, seq
+    except OverflowError:
+        raise InvalidInputError("after", "is not a cursor that chatdb made") from None
+
+
+def check_query(value: object) -> str:
+    """Return the text to search for; one of white space only is refused."""
+    text = check_text("query", value, least=1, most=MAX_QUERY)
+    if text.isspace():
+        raise InvalidInputError("query", "contains only white space")
+    return text
+
+
+def check_words(query: str) -> tuple[str, list[str]]:
+    """
+    Return a query as websearch_to_tsquery is to read it, and its words in order, without those that must not occur.
+
+    The characters that create_search_index.sql replaces become blanks. What they join after a minus becomes a phrase,
+    and an "or" among what they join a word.
+    """
+    parts = query.split('"')
+    if len(parts) % 2 == 0:  # the last quote opens no phrase
+        parts[-2:] = [" ".join(parts[-2:])]
+    terms: list[str] = []
+    words: list[str] = []
+    minus = ""
+    for position, part in enumerate(parts):
+        if position % 2 == 1:
+            phrase = part.translate(_NO_SEPARATORS)
+            terms.append(f'{minus}"{phrase}"')
+            words += [] if minus else _WORD.findall(phrase)
+            continue
+        chunks = part.split()
+        minus = "-" if chunks and chunks[-1] == "-" and not part[-1].isspace() else ""
+        for chunk in chunks:
+            joined = chunk.translate(_NO_SEPARATORS).split()
+            if _EXCLUDED.match(chunk):
+                terms.append(f'-"{" ".join(joined)}"')
+            elif len(joined) == 1:
+                terms += joined
+                words += _WORD.findall(joined[0])
+            else:
+                terms += [f'"{each}"' for each in joined]
+                words += _WORD.findall(" ".join(joined))
+    text = " ".join(terms)
+    if text.isascii() and not any(map(str.isalnum, text)):
+        raise InvalidInputError("query", NO_WORD)
+    return text, [word for word in words if word.lower() != "or"]
+
+
+NO_WORD: Final = "contains no word"
+_NO_SEPARATORS: Final = dict.fromkeys(map(ord, "_-+./:@~&<"), " ")
+_EXCLUDED: Final = re.compile(r"-[^\W_]")
+_WORD: Final = re.compile(r"\w+")
 
 
 def check_patch(parameter: str, patch: object, *, most: int = MAX_METADATA) -> tuple[str, list[str]]:

@@ -1,5 +1,5 @@
 """
-Direct connections for the operator commands: migrate, rollback, protect, adopt and link-users.
+Direct connections for the operator commands: migrate, rollback, protect, adopt, link-users and search-index.
 
 These commands change tables, so a session-level advisory lock lets only one of them run at a time. A transaction
 pooler would lose that lock.
@@ -222,9 +222,11 @@ def prepare_session(connection: psycopg.Connection, scope: Literal["session", "l
 
 
 @contextmanager
-def advisory_lock(dsn: str, *, wait: float) -> Generator[psycopg.Connection]:
+def advisory_lock(dsn: str, *, wait: float, key: int = _LOCK) -> Generator[psycopg.Connection]:
     """
     Yield a connection, set up by `prepare_session`, that holds the operator commands' lock on this database.
+
+    `key` is another lock, for a command that may take hours and does not get in the way of the others.
 
     Polls for the lock: a session that waits in `pg_advisory_lock` holds a snapshot, and a CREATE INDEX CONCURRENTLY by
     the lock's holder would wait for that snapshot forever.
@@ -239,11 +241,12 @@ def advisory_lock(dsn: str, *, wait: float) -> Generator[psycopg.Connection]:
             )
         prepare_session(connection)
         deadline = time.monotonic() + wait
-        while not fetch_value(connection, "select pg_catalog.pg_try_advisory_lock(%s)", _LOCK):
+        while not fetch_value(connection, "select pg_catalog.pg_try_advisory_lock(%s)", key):
             if time.monotonic() > deadline:
+                holder = _holder(connection, key)
                 raise UnavailableError(
-                    f"another operator command is still running on this database after {wait:g} s{_holder(connection)}"
-                    ": wait until it ends, then run this again",
+                    f"another operator command is still running on this database after {wait:g} s{holder}: wait until "
+                    "it ends, then run this again",
                     sent=False,
                 )
             time.sleep(random.uniform(0.05, 0.15))  # noqa: S311 - keeps many waiters from polling in step
@@ -320,12 +323,12 @@ def map_psycopg_error(error: psycopg.Error, server: str = "the database server")
     return ChatDBError(f"the server rejected a statement{place} (SQLSTATE {state}): fix the cause, then run this again")
 
 
-def _holder(connection: psycopg.Connection) -> str:
+def _holder(connection: psycopg.Connection, key: int) -> str:
     found = fetch_value(
         connection,
         "select pid from pg_catalog.pg_locks where locktype = 'advisory' and granted and database = "
         "(select oid from pg_catalog.pg_database where datname = pg_catalog.current_database()) "
         "and (classid::bigint << 32 | objid::bigint) = %s",
-        _LOCK,
+        key,
     )
     return f" (server process {found})" if found else ""

@@ -428,7 +428,8 @@ def _rebuild_indexes(connection: psycopg.Connection, deadline: float) -> None:
     connection.execute("reset lock_timeout")
 
 
-# skips indexes that are being built; during another role's build, which hides its index, it skips all of them
+# skips indexes that are being built; during another role's build, which hides its index, it skips all of them. It also
+# skips the search index, which can take hours and would hold up a deployment: chatdb search-index create rebuilds it
 _INVALID = """
     select c.relname, pg_catalog.quote_ident(n.nspname::text) || '.' || pg_catalog.quote_ident(c.relname::text)
     from pg_catalog.pg_index as i
@@ -436,6 +437,7 @@ _INVALID = """
     inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
     where n.nspname = 'chatdb'
       and not i.indisvalid
+      and c.relname <> 'ix_messages_search'
       and not exists (
           select from pg_catalog.pg_stat_progress_create_index as p
           where p.datname = pg_catalog.current_database() and coalesce(p.index_relid = i.indexrelid, true)

@@ -1,4 +1,4 @@
-"""Operator commands: migrate, rollback, check, adopt, link-users, protect and abort-streams."""
+"""Operator commands on the schema: migrate, rollback, check, adopt, link-users and protect."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.text import Text
 from chatdb.cli.console import (
     AsJson,
     DryRun,
+    Wait,
     Yes,
     ask,
     confirm,
@@ -26,20 +27,11 @@ from chatdb.cli.console import (
     progress,
 )
 from chatdb.cli.database import operators_database
-from chatdb.cli.durations import parse_duration
-from chatdb.cli.signals import run
-from chatdb.pool import create_pool
 
 if TYPE_CHECKING:
     from chatdb.admin.check.findings import Finding
 
 ShowSql = Annotated[bool, typer.Option("--dry-run", help="Print the SQL that would run, without changing anything.")]
-Wait = Annotated[
-    float,
-    typer.Option(
-        min=0, max=86_400, metavar="SECONDS", help="Maximum wait for another operator command and for table locks."
-    ),
-]
 
 
 def migrate(
@@ -274,72 +266,6 @@ def protect(
     if statements and not dry_run:
         lines.append(f"row-level security is {'off' if off else 'on'}")
     print_result({"would_run" if dry_run else "ran": statements}, "\n".join(lines), as_json=as_json)
-
-
-def abort_streams(
-    older_than: Annotated[
-        str,
-        typer.Option(
-            "--older-than",
-            metavar="TIME",
-            help="Abort messages to which nothing was added for this time: 90s, 30m, 1h or 7d. Choose a time longer "
-            "than any pause of a stream that is alive.",
-        ),
-    ],
-    dry_run: DryRun = False,
-    yes: Yes = False,
-    as_json: AsJson = False,
-) -> None:
-    """
-    Abort messages of all users that a crash left streaming.
-
-    Shows how many it would abort and asks for confirmation. An aborted message
-    keeps the text that was stored. A message that is extended, finished or
-    deleted meanwhile is left alone. If a run is killed, run the command again.
-    Exits with status 1 if another transaction kept a conversation locked.
-    Behind chatdb protect, needs a superuser or a role with BYPASSRLS.
-    """
-    from chatdb.admin.streams import AbortReport, IdleStreams, abort_idle_streams, count_idle_streams
-
-    age = parse_duration("--older-than", older_than)
-
-    async def count(dsn: str) -> IdleStreams:
-        async with create_pool(dsn, statement_cache_size=0) as pool:
-            return await count_idle_streams(pool, older_than=age, dry_run=dry_run)
-
-    async def abort(dsn: str, found: IdleStreams) -> AbortReport:
-        with progress("aborting") as bar:
-            task = bar.add_task("messages", total=found.messages)
-            async with create_pool(dsn, statement_cache_size=0, notify=True) as pool:
-                return await abort_idle_streams(pool, found, progress=lambda done: bar.update(task, completed=done))
-
-    with operators_database() as (dsn, database):
-        found = run(count(dsn))
-        if dry_run:
-            result = {"messages": found.messages, "users": found.users}
-            print_result({"would_abort": result}, f"would abort {_streams(**result)}", as_json=as_json)
-            return
-        if found.messages:
-            confirm(
-                f"Abort {_streams(found.messages, found.users)} of {database}, to which nothing was added for "
-                f"{older_than}?",
-                yes=yes,
-            )
-        report = run(abort(dsn, found)) if found.messages else AbortReport()
-    lines = [f"aborted {_streams(report.messages, report.users)}"]
-    if report.left_alone:
-        lines.append(f"left alone: {report.left_alone:,} messages that were extended, finished or deleted meanwhile")
-    if report.locked:
-        lines.append(f"locked: {report.locked:,} messages, in conversations that other transactions lock: run it again")
-    result = {"messages": report.messages, "users": report.users}
-    numbers = {"aborted": result, "left_alone": report.left_alone, "locked": report.locked}
-    print_result(numbers, "\n".join(lines), as_json=as_json)
-    if report.locked:
-        raise typer.Exit(1)
-
-
-def _streams(messages: int, users: int) -> str:
-    return f"{messages:,} streaming messages of {users:,} users"
 
 
 def _rows(count: int | None) -> str:

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-from chatdb.cli import admin, data
+from chatdb.cli import admin, data, maintenance
 from chatdb.cli.console import err, fail, out
 from chatdb.cli.database import DatabaseOption, EmbeddedOption, on_a_database, read_env_file, set_database_options
 from chatdb.cli.signals import SIGNALS, ignore_signals, is_of_an_interrupt, raise_interrupt
@@ -38,10 +38,10 @@ app = typer.Typer(
     data in CHATDB_HOME or your data folder, and stops it at the end. Each
     command prints which database it uses.
 
-    migrate, rollback, check, adopt, link-users, protect and abort-streams
-    prefer CHATDB_MIGRATE_URL to DATABASE_URL: set it to a direct connection if
-    DATABASE_URL leads to a transaction pooler. demo uses the embedded server
-    unless you pass --database.
+    migrate, rollback, check, adopt, link-users, protect, abort-streams, prune
+    and search-index prefer CHATDB_MIGRATE_URL to DATABASE_URL: set it to a
+    direct connection if DATABASE_URL leads to a transaction pooler. demo uses
+    the embedded server unless you pass --database.
 
     An empty setting is an error. So is PGHOST or a similar libpq variable
     without DATABASE_URL. From .env, chatdb reads only DATABASE_URL,
@@ -56,7 +56,7 @@ app = typer.Typer(
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(data.demo, data.import_, data.export, data.list_, data.show, data.delete_user),
     *(admin.migrate, admin.rollback, admin.check, admin.link_users, admin.adopt, admin.protect),
-    admin.abort_streams,
+    *(maintenance.abort_streams, maintenance.prune, maintenance.search_index),
 )
 for _command in _COMMANDS:
     app.command(_command.__name__.rstrip("_").replace("_", "-"))(on_a_database(_command))

@@ -43,6 +43,12 @@ err = _Console(stderr=True, highlight=False, emoji=False, markup=False, soft_wra
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, without changing anything.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
+Wait = Annotated[
+    float,
+    typer.Option(
+        min=0, max=86_400, metavar="SECONDS", help="Maximum wait for another operator command and for table locks."
+    ),
+]
 
 
 def print_result(value: object, text: str, *, as_json: bool) -> None:

@@ -22,6 +22,7 @@ import chatdb
 from benchmarks.original import Conversation, Message
 from chatdb.admin.adopt import AdoptReport, Counts, adopt, steps
 from chatdb.admin.migrate import apply_migrations, rollback_migrations
+from chatdb.admin.search_index import create_search_index, search_index_status
 from chatdb.errors import ConfigurationError, SchemaError, UnavailableError
 from tests.support import older as older_system
 from tests.support.command import chatdb as command
@@ -805,6 +806,21 @@ def test_the_command(older: str) -> None:
     assert report["complete"] is True
     assert "secret" not in said + json.dumps(report)
     assert set(report) == {*vars(AdoptReport()), "complete"}
+
+
+async def test_with_the_search_index(older: str) -> None:
+    """An adoption fills the search index as well, which then finds what was adopted."""
+    create_search_index(older)
+    fill(older)
+    report = adopt(older)
+    assert report.is_complete
+    assert await stored(older) == expected(older)
+    async with chatdb.create_pool(older) as db:
+        found = await chatdb.search_messages(db, user_id="u1", query="text of", mode="words", limit=100)
+    wanted = "select count(*) from messages where user_id = 'u1' and content like 'text%'"
+    assert len(found) == one(older, wanted)
+    assert found
+    assert search_index_status(older).is_valid
 
 
 async def test_tables_made_anew_since(older: str) -> None:

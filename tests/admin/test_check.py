@@ -23,6 +23,7 @@ from chatdb.admin.check.inspection import inspect, is_wrong
 from chatdb.admin.check.plans import check_plans
 from chatdb.admin.connection import connected
 from chatdb.admin.migrate import apply_migrations, migration_files
+from chatdb.admin.search_index import create_search_index
 from chatdb.cli.app import app
 from tests.support.catalog import DATA
 from tests.support.command import PROGRAM, on_a_terminal
@@ -431,6 +432,16 @@ def test_the_plans(dsn: str) -> None:
         assert bad["statement get_history"] == "no index serves it: it scans all of messages"
         assert "SQLSTATE 42P10" in bad["statement append_message_conditional"]
         assert "statement list_conversations" not in bad
+
+
+def test_the_plans_with_the_search_index(dsn: str) -> None:
+    """With the search index, which the planner may take for all messages of a user, nothing is wrong."""
+    execute(dsn, DATA)
+    create_search_index(dsn)
+    found = {each.what: each for each in inspect(dsn)}
+    assert found["statements"].state == found["index ix_messages_search"].state == "ok"
+    assert "search_messages_words" not in found["statements"].detail
+    assert not [each for each in found.values() if is_wrong(each)]
 
 
 def test_a_planner_that_shuns_indexes(dsn: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from chatdb import ChatDBError, ConfigurationError, ConflictError, UnavailableEr
 from chatdb._core.dsn import connect_arguments
 from chatdb.admin.check.inspection import inspect
 from chatdb.admin.migrate import apply_migrations, missing_migrations
+from chatdb.admin.search_index import create_search_index
 from chatdb.records import MessageLength, MessageVersions
 from tests.support.calls import CALLS, call, conversation_with_a_message
 from tests.support.databases import database_of, execute
@@ -323,7 +325,7 @@ async def test_a_changed_column_inside_a_transaction(dsn: str) -> None:
 # encodings
 
 
-@pytest.fixture(params=["LATIN1", "SQL_ASCII", "WIN1252"])
+@pytest.fixture(params=["LATIN1", "SQL_ASCII", "WIN1252", "EUC_JP"])
 def narrow(request: pytest.FixtureRequest, server: str) -> Iterator[tuple[str, str]]:
     """Yield an encoding and the DSN of a migrated database that uses it."""
     name = f"chatdb_test_{os.getpid()}_{request.param.lower()}"
@@ -356,6 +358,20 @@ async def test_an_encoding_that_is_too_narrow(narrow: tuple[str, str], caplog: p
         for more in ({}, {"metadata": {"mood": "\N{GRINNING FACE}"}}):
             with pytest.raises(ConfigurationError, match=f"encoding, {encoding},"):
                 await append(db, conversation.model_copy(), payload="\N{GRINNING FACE}", **more)
+
+
+@pytest.mark.owner
+async def test_a_search_in_another_encoding(narrow: tuple[str, str]) -> None:
+    """Both modes of a search work in a database whose encoding lacks some of the characters in the statements."""
+    _, dsn = narrow
+    await asyncio.to_thread(create_search_index, dsn)
+    async with chatdb.create_pool(dsn) as db:
+        conversation = await chatdb.create_conversation(db, user_id="alice")
+        await append(db, conversation)
+        places: list[dict[str, Any]] = [{}, {"conversation_id": conversation.id}]
+        for mode, place in itertools.product(("substring", "words"), places):
+            (found,) = await chatdb.search_messages(db, user_id="alice", query="MESSAGE", mode=mode, **place)
+            assert found.snippet == "a message"
 
 
 # reaching the server

@@ -30,6 +30,7 @@ ON_A_CONVERSATION = {
     "load_conversation": {},
     "get_branch": {},
     "list_versions": {},
+    "search_messages": {"query": "mine"},
     "switch_branch": {"seq": 1},
     "fork_conversation": {},
     "get_context": {"max_tokens": 8000},

@@ -10,14 +10,14 @@ import sys
 import pytest
 
 import chatdb
-from chatdb import NotFoundError
+from chatdb import ConfigurationError, NotFoundError
 from chatdb._core.query import data_folder
 from tests.support.calls import CALLS, NOBODYS, SIGNATURES, Counting, call, conversation_with_a_message, required
 from tests.support.proxy import Proxy
 
 OTHERS = {
     *("NEW", "UNSET", "Connection", "Database", "JsonText", "Pool", "Role", "Unset"),
-    *("Conversation", "Deleted", "Message", "MessageStream", "MessageTail", "NewMessage", "Watcher"),
+    *("Conversation", "Deleted", "Match", "Message", "MessageStream", "MessageTail", "Moved", "NewMessage", "Watcher"),
     *("create_pool", "migrate", "open_embedded", "transaction", "check_schema"),
     *("ChatDBError", "NotFoundError", "ConversationNotFoundError", "MessageNotFoundError", "ConflictError"),
     "StaleError",
@@ -45,12 +45,12 @@ def test_signature(name):
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_is_async(name):
-    """Every function is a coroutine function; `iter_messages` is an async generator, a stream a context manager."""
+    """Functions are coroutine functions or, for many pages, async generators; a stream is a context manager."""
     function = getattr(chatdb, name)
 
     if name == "stream_message":
         assert hasattr(function(None, user_id="alice", conversation_id=1), "__aenter__")
-    elif name == "iter_messages":
+    elif name in {"iter_messages", "export_user"}:
         assert inspect.isasyncgenfunction(function)
     else:
         assert inspect.iscoroutinefunction(function)
@@ -111,19 +111,21 @@ VARIANTS = (
     "_by_key",
     "_after_key",
     "_top",
+    "_conversation",
 )
 """How the files of a function's other statements end."""
 
 
 @pytest.mark.parametrize(("name", "arguments"), CALLS)
 async def test_one_statement_a_call(tx, name, arguments):
-    """Each call sends one statement, whose first line is a comment with its name."""
+    """Each call sends one statement, an export one for each page, whose first line is a comment with its name."""
     conversation = await conversation_with_a_message(tx)
     db = Counting(tx)
 
     await call(db, name, arguments, conversation)
 
-    [statement] = db.statements
+    statement, *others = db.statements
+    assert not others or name == "export_user"  # and the messages of the conversations
     called = "list_messages" if name == "iter_messages" else name
     if name.startswith("update") and arguments.keys() <= {"seq"}:  # nothing to be replaced: a read
         called = name.replace("update", "get")
@@ -142,6 +144,9 @@ async def test_every_statement_is_sent(tx):
         await block.start()
         await call(db, name, arguments, conversation)
         await block.rollback()
+    for place in ({"conversation_id": None}, {}):
+        with pytest.raises(ConfigurationError):
+            await call(db, "search_messages", {"query": "first", "mode": "words", **place}, conversation)
 
     sent = {statement.partition("\n")[0].removeprefix("--chatdb.") for statement in db.statements}
     assert sent == {file.stem for file in data_folder("sql").glob("*.sql")} - {"check_schema", "poll_conversations"}
@@ -170,4 +175,6 @@ async def test_one_round_trip_a_call(dsn):
                 await call(db, name, arguments, conversation)
                 counts[index, name] = (proxy.round_trips, proxy.ready)
 
-    assert set(counts.values()) == {(1, 1)}, counts
+    pages = {place: count for place, count in counts.items() if place[1] == "export_user"}
+    assert {ready for _, ready in pages.values()} == {2}
+    assert {count for place, count in counts.items() if place not in pages} == {(1, 1)}, counts

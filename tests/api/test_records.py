@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 import chatdb
-from chatdb import UNSET, Conversation, Deleted, JsonText, Message, MessageTail, NewMessage, Role
+from chatdb import UNSET, Conversation, Deleted, JsonText, Match, Message, MessageTail, Moved, NewMessage, Role
 
 REFUSED = (ValidationError, chatdb.InvalidInputError)
 """Errors for an unknown field: pydantic's or, for NewMessage, chatdb's own."""
@@ -60,6 +60,8 @@ RECORDS = {
         "key": "turn-1",
     },
     Deleted: {"conversations": 1, "messages": 2},
+    Moved: {"conversations": 1, "messages": 2},
+    Match: {"conversation_id": 7, "seq": 3, "role": "user", "created_at": NOW, "snippet": "hello"},
     MessageTail: {"text": "llo", "offset": 5, "state": "streaming"},
 }
 """One record of each class, with its fields in order."""
@@ -117,7 +119,7 @@ def test_refuses_missing_fields(record):
 def test_equality(record):
     """Records are equal if all their fields are equal."""
     made = record(**RECORDS[record])
-    other = dict.fromkeys(("id", "conversations", "offset"), 99) | {"content": "other"}
+    other = dict.fromkeys(("id", "conversations", "offset", "seq"), 99) | {"content": "other"}
 
     assert made == record(**RECORDS[record])
     assert made != made.model_copy(update={field: other[field] for field in other.keys() & RECORDS[record].keys()})

@@ -45,6 +45,12 @@ COMMANDS = {
     "adopt --dry-run": ["adopt", "--dry-run"],
     "abort-streams": ["abort-streams", "--older-than", "1h", "--yes"],
     "abort-streams --dry-run": ["abort-streams", "--older-than", "1h", "--dry-run"],
+    "search-index create": ["search-index", "create", "--wait", "5"],
+    "search-index create --dry-run": ["search-index", "create", "--dry-run"],
+    "search-index drop": ["search-index", "drop", "--yes", "--wait", "5"],
+    "search-index status": ["search-index", "status"],
+    "prune": ["prune", "--older-than", "1d", "--yes"],
+    "prune --dry-run": ["prune", "--older-than", "1d", "--dry-run"],
 }
 SLOWER = {
     *("import", "import of tables", "export", "demo", "delete-user", "delete-user --dry-run"),

@@ -42,7 +42,7 @@ from chatdb._core.query import AppendQuery, HistoryQuery, JoinedQuery, RunAgainE
 from chatdb.records import Conversation, Message, Role, State
 from chatdb.schema import EXPECTED_SCHEMA
 from chatdb.transfer import exporter, importer
-from tests.support.catalog import DATA, Live
+from tests.support.catalog import DATA, SEARCH_INDEX, Live
 from tests.support.databases import new_database
 from tests.support.mutants import less, misfilled, swaps, without_user
 from tests.support.package import bindings, fields_of, given_of, query_of, record_of
@@ -102,6 +102,25 @@ def live(server, template):
     ):
         connection.execute(DATA)
         yield Live(connection)
+
+
+@pytest.fixture(scope="module")
+def indexed(server, template):
+    """Yield such a database with the index for a search by words."""
+    with (
+        new_database(server, f"{template}_search", template) as dsn,
+        psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as connection,
+    ):
+        connection.execute(DATA)
+        connection.execute("create extension btree_gin")
+        connection.execute(SEARCH_INDEX)
+        yield Live(connection)
+
+
+@pytest.fixture
+def planned(stem, request):
+    """Give the database that has the indexes of a file."""
+    return request.getfixturevalue("indexed" if "ix_messages_search" in file_of(stem).indexes else "live")
 
 
 # 1. Every file has one Query, every Query has a file.
@@ -173,7 +192,8 @@ def check_parameters(live, file):
         for column in met[number]:
             known = {column, f"{column}s", column.removesuffix("_at"), *OTHER_NAMES.get(column, ())}
             known |= {
-                f"{prefix}_{column}" for prefix in ("set", "before", "after", "expected", "parent", "top", "new", "max")
+                f"{prefix}_{column}"
+                for prefix in ("set", "before", "after", "expected", "parent", "top", "new", "min", "max", "to")
             }
             is_flag = column == "condition" and types[number - 1] == "bool"
             assert name in known or is_flag, f"${number} {name} meets {column}"
@@ -192,6 +212,7 @@ OTHER_NAMES = {
     "head_seq": {"after_seq"},
     "top": {"top_seq"},
     "total": {"max_tokens"},
+    "bytes_before": {"max_bytes"},
     "length": {"start"},
     "last_start": {"start"},
     "flushed_at": {"older_than"},
@@ -502,12 +523,17 @@ async def test_a_walled_imports_arguments_reach_their_parameters():
 
 
 async def test_an_exports_arguments_reach_their_parameters(tx):
-    """An export passes the user to both statements."""
-    db = Transfer(TRANSFERRED, tx)
-    assert [item async for item in exporter.export_conversations(db, user_id="ann")] == []
+    """An export names the user in its transaction and in both statements, and each page in the second one."""
+    [row] = stored(chatdb.Conversation)
+    db = Transfer(TRANSFERRED | {"export_user": [row]}, tx)
+    [found] = [item async for item in exporter.export_conversations(db, user_id="ann")]
+    assert found.id == row["id"]
     assert db.users == ["ann"]
     found = {name_of(query): args for query, args in db.sent}
-    assert found == {"export_conversations": ("ann",), "export_conversations_messages": ("ann",)}
+    assert found == {
+        "export_user": ("ann", -(2**63), 100),
+        "export_user_messages": ("ann", row["id"], 0, row["id"], row["last_seq"], 500, 8 * 1024 * 1024),
+    }
 
 
 async def test_a_polls_arguments_reach_their_parameters(tx):
@@ -533,7 +559,7 @@ async def test_a_counts_argument_reaches_its_parameter(tx):
 def test_every_function_is_called():
     """The calls above cover every public function with a database, every argument and every file."""
     functions = {name for name in chatdb.__all__ if inspect.isfunction(getattr(chatdb, name))}
-    functions -= {"transaction", "stream_message"}
+    functions -= {"transaction", "stream_message", "export_user"}
     with_db = {name for name in functions if "db" in inspect.signature(getattr(chatdb, name)).parameters}
     assert {function for function, _, _ in CALLS} == with_db
     given = defaultdict(set)
@@ -567,6 +593,9 @@ REFUSALS = {
     "offset": ConflictError,
     "length": InvalidInputError,
     "streaming": ConflictError,
+    "index": ConfigurationError,
+    "words": InvalidInputError,
+    "protected": ConfigurationError,
 }
 """The error of each refusal."""
 
@@ -593,7 +622,7 @@ async def test_a_refusal_is_an_error(function, stem, given):
             await call(function, db, given)
         assert type(found.value) in {REFUSALS[word], RunAgainError}
         assert {query for query, _ in db.sent} == {file_of(stem).sql}
-        assert len(db.sent) == (4 if word == "again" else 1)
+        assert len(db.sent) == (1 if word != "again" else 4)
 
 
 # 7. The roles and limits match the CHECK constraints.
@@ -638,19 +667,22 @@ def check_comments(live, files):
     """Raise unless every table and index has a comment, and each file named there uses the index."""
     assert all(live.comments.values()), live.comments
     for index in live.indexes:
-        for word in re.findall(r"\w+", live.comments[index]):
+        for word in set(re.findall(r"\w+", live.comments[index])) - EARLIER_NAMES:
             is_file = word in files or ("_" in word and word.split("_")[0] in VERBS)
             assert not is_file or (word in files and index in files[word].indexes), f"{index} names {word}"
 
+
+EARLIER_NAMES = {"export_conversations"}
+"""Names in comments that a released migration has set, of statements that have another name by now."""
 
 VERBS = {stem.partition("_")[0] for stem in TEXTS}
 """The first words of the files' names, by which a comment's words are taken for files."""
 
 
 @every_file
-def test_the_plan_has_the_indexes(live, stem):
+def test_the_plan_has_the_indexes(planned, stem):
     """The generic plan uses the indexes under `served by`, scans no table and sorts no messages."""
-    check_plan(live, file_of(stem))
+    check_plan(planned, file_of(stem))
 
 
 ADDRESSING = [
@@ -661,9 +693,9 @@ ADDRESSING = [
 
 
 @pytest.mark.parametrize("stem", ADDRESSING)
-def test_an_id_looks_up_no_key(live, stem):
+def test_an_id_looks_up_no_key(planned, stem):
     """The generic plan never executes the subqueries for keys if the caller gives an id and a seq."""
-    check_addressing(live, file_of(stem))
+    check_addressing(planned, file_of(stem))
 
 
 def test_tables_and_indexes_say_what_they_serve(live):
@@ -721,7 +753,18 @@ def check_isolation(live, file):
     """Raise unless every table reference has `user_id = $1` and every inserted row has `$1` as its user."""
     is_on_users_data = any(getattr(node, "schemaname", None) == "chatdb" for node in file.nodes)
     assert not is_on_users_data or file.parameters[0].name == ("user_ids" if file.name in OF_A_CLASS else "user_id")
-    assert isolation_gaps(file) == []
+    assert isolation_gaps(file) == KNOWN_GAPS.get(file.name, [])
+
+
+KNOWN_GAPS = {
+    "move_user": [
+        "c gets another user_id",
+        "t is read or written without user_id = $1",
+        "messages gets another user_id",
+        "message_parts gets another user_id",
+    ]
+}
+"""What the check reports in the one statement that is on two users' data."""
 
 
 def check_style(live, file):
@@ -1019,7 +1062,7 @@ ONE, MANY = "append_message_conditional", "append_messages_conditional"
         (check_plan, "get_history", "by pk_messages", "by pk_conversations"),
         (check_plan, "delete_conversation", "by pk_conversations, pk_messages", "by pk_messages"),
         (check_plan, "get_conversation", ", uq_conversations_user_id_key\n", "\n"),
-        (check_plan, "export_conversations_messages", "where user_id = $1", "where user_id || '' = $1"),
+        (check_plan, "export_user_messages", "    where user_id = $1\n", "    where user_id || '' = $1\n"),
         (check_plan, "get_history", "order by seq desc", "order by created_at desc"),
         (check_plan, "list_conversations", "order by active_on desc, ", "order by "),
         (check_plan, "list_conversations_after", "      and archived_at is null\n", ""),

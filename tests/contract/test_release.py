@@ -106,7 +106,7 @@ def test_the_tag_and_the_tree(tmp_path: Path) -> None:
 TRACKED = [
     *(".ci/run", "CHANGELOG.md", "LICENSE", "README.md", "_chatdb_entry.py", "chatdb/__init__.py", "chatdb/py.typed"),
     *("migrations/0001.sql", "migrations/SHA256SUMS", "pyproject.toml", "tests/conftest.py"),
-    *("sql/append_message.sql", "sql/adopt/100_find_columns.sql", "sql/transfer/export_conversations.sql"),
+    *("sql/append_message.sql", "sql/adopt/100_find_columns.sql", "sql/transfer/count_user.sql"),
 ]
 SDIST = {*TRACKED, "PKG-INFO"} - {".ci/run"}
 WHEEL = {
@@ -117,7 +117,7 @@ WHEEL = {
     "chatdb/migrations/SHA256SUMS": hashlib.sha256(b"select").hexdigest().encode() + b"  0001.sql\n",
     "chatdb/sql/append_message.sql": b"",
     "chatdb/sql/adopt/100_find_columns.sql": b"",
-    "chatdb/sql/transfer/export_conversations.sql": b"",
+    "chatdb/sql/transfer/count_user.sql": b"",
     "chatdb-1.2.0.dist-info/METADATA": b"Name: chatdb\nVersion: 1.2.0\n",
     "chatdb-1.2.0.dist-info/RECORD": b"",
     "chatdb-1.2.0.dist-info/WHEEL": b"",

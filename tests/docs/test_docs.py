@@ -172,6 +172,7 @@ def test_the_limits_and_errors() -> None:
         "1 MiB for a conversation",
         f"1 to {validate.MAX_NAME}",
         f"{validate.MAX_TITLE:,}",
+        f"1 to {validate.MAX_QUERY:,}",
         f"{validate.MAX_LIMIT:,}",
     ):
         assert words in GUIDE
@@ -267,10 +268,11 @@ def test_the_operators_page(empty_dsn: str, tmp_path: Path) -> None:
     """The operations page's commands run one after another, and its grants suffice for a service."""
     page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     scripts = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    deploy, variables, rollback, link = scripts
+    deploy, search, variables, rollback, link = scripts
     assert "create table" in shell(deploy, empty_dsn, tmp_path)
+    assert "created the search index" in shell(search, empty_dsn, tmp_path)
     assert re.findall(r"export (\w+)=", variables) == ["DATABASE_URL", "CHATDB_MIGRATE_URL"]
-    (grants,) = re.findall(r"^```sql\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (grants,) = re.findall(r"^```sql\n(grant .*?)^```", page, re.MULTILINE | re.DOTALL)
     execute(
         empty_dsn,
         "drop role if exists app",

@@ -45,6 +45,9 @@ async def test_the_guides_code(dsn: str, monkeypatch: pytest.MonkeyPatch, capsys
     assert (found["versions"], found["trip"].head_seq, found["deleted"].messages) == ({6: [3, 6]}, 5, 2)
     assert [message.seq for message in found["window"]] == [1, 2, 3, 5, 8, 9]
     assert [message.content for message in found["context"]][-2:] == ["Where can we eat?", "In Trastevere."]
+    assert [text for *_, text in found["snippets"]] == ["In Trastevere."]
+    assert (found["older"], found["in_trip"]) == ([], found["matches"])
+    assert [match.snippet for match in found["by_words"]] == ["Where can we eat?"]
     assert (found["status"], found["pinned"][0].title) == (200, None)
     assert [message["content"] for message in found["body"]] == ["Answer briefly.", "Hello"]
     assert [each.seq for each in (*found["earlier"], *found["later"])] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -19,6 +20,7 @@ from chatdb._core.driver_errors import map_driver_error
 from chatdb._core.dsn import connect_arguments
 from chatdb.admin.check.inspection import inspect
 from chatdb.admin.migrate import apply_migrations, last_migrations, missing_migrations, rollback_migrations
+from chatdb.admin.retention import count_old_conversations, prune_conversations
 from chatdb.admin.row_security import protection_statements
 from chatdb.admin.users_link import link_users, unlink_users
 from tests.support.command import chatdb_process as command
@@ -104,6 +106,22 @@ async def test_sessions_that_end(pooled, dsn, version):
         assert len(await chatdb.list_conversations(db, user_id="ada")) == 1
         await asyncio.sleep(2)
         await chatdb.create_conversation(db, user_id="ada", key="another")
+
+
+@pytest.mark.owner
+async def test_the_retention(pooled, dsn, version):
+    """`chatdb prune` works through PgBouncer, and its settings reach no other client."""
+    through = pooled(default_pool_size=1)
+    async with pool_of(through, version) as db:
+        await use(db, "ada")
+        execute(dsn, "update chatdb.conversations set updated_at = now() - interval '2 days'")
+        await use(db, "bob")
+        found = await asyncio.to_thread(count_old_conversations, through, older_than=timedelta(days=1))
+        report = await asyncio.to_thread(prune_conversations, through, found)
+        assert (report.conversations, report.users, report.left_alone) == (1, 1, 0)
+        assert await db.fetchval("show lock_timeout") == "0"
+        assert await chatdb.list_conversations(db, user_id="ada") == []
+        assert len(await chatdb.list_conversations(db, user_id="bob")) == 1
 
 
 async def test_idle_connections_are_closed(pooled, version):

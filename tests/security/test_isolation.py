@@ -33,10 +33,12 @@ from chatdb import (
     Conversation,
     ConversationNotFoundError,
     Deleted,
+    InvalidInputError,
     JsonText,
     Message,
     MessageNotFoundError,
     MessageTail,
+    Moved,
     NewMessage,
     StaleError,
 )
@@ -57,6 +59,11 @@ OF_USERS = {
 """The public functions on what users own, without the one that calls others."""
 
 _example = itertools.count(1)
+
+
+async def exported(db: Any, **arguments: Any) -> list[Any]:
+    """Exhaust `export_user`."""
+    return [record async for record in chatdb.export_user(db, **arguments)]
 
 
 class Counting:
@@ -631,7 +638,7 @@ class Isolation(RuleBasedStateMachine):
         If the user does not have the conversation, the call must send the same statements and raise the same error as
         for an id or a key that nobody has.
         """
-        self.called.add("iter_messages" if function is iterated else function.__name__)
+        self.called.add({iterated: "iter_messages", exported: "export_user"}.get(function, function.__name__))
         counting = Counting(self.db)
         answer = self.run(outcome(function(counting, user_id=model.user, **(at or {}), **arguments)))
         before, self.content = self.content, self.snapshot()
@@ -823,6 +830,50 @@ class Isolation(RuleBasedStateMachine):
         model.conversations.clear()
         model.messages.clear()
         self.settle(model, self.call(model, chatdb.delete_user), counts)
+
+    @rule(user=users)
+    def export_user(self, user: int) -> None:
+        """Read everything of a user."""
+        model = self.models[user]
+        answer = self.call(model, exported)
+        expected: list[Conversation | Message] = []
+        for number, conversation in sorted(model.conversations.items()):
+            expected += [conversation, *model.newest(number, 9_999)]
+        self.settle(model, answer, expected)
+
+    @rule(user=users, to=users, sure=st.integers(0, 3).map(lambda draw: draw == 0))
+    def move_user(self, user: int, to: int, sure: bool) -> None:
+        """Move a user's data in some of the draws, which changes only the rows of these two."""
+        if not sure:
+            return
+        model, other = self.models[user], self.models[to]
+        if model is not other and self.shared in model.conversations and self.shared in other.conversations:
+            self.call(model, chatdb.delete_conversation, {"conversation_id": self.shared})
+            del model.conversations[self.shared], model.messages[self.shared]
+        self.called.add("move_user")
+        answer = self.run(outcome(chatdb.move_user(self.db, user_id=model.user, to_user_id=other.user)))
+        before, self.content = self.content, self.snapshot()
+        for each, old, new in zip(self.models, before, self.content, strict=True):
+            assert each in (model, other) or old == new
+        if model is other:
+            self.settle(model, answer, InvalidInputError)
+            return
+        counts = Moved(
+            conversations=len(model.conversations), messages=sum(len(found) for found in model.messages.values())
+        )
+        for number, conversation in model.conversations.items():
+            key = None if other.by_key(conversation.key) else conversation.key
+            other.conversations[number] = conversation.model_copy(update={"user_id": other.user, "key": key})
+            other.messages[number] = {
+                seq: message.model_copy(update={"user_id": other.user})
+                for seq, message in model.messages[number].items()
+            }
+        other.last_parts |= model.last_parts
+        other.moved |= model.moved
+        model.conversations.clear()
+        model.messages.clear()
+        self.settle(model, answer, counts)
+        self.settle(other, answer, counts)
 
     # messages
 
@@ -1246,6 +1297,27 @@ class Isolation(RuleBasedStateMachine):
         answer = self.call(model, chatdb.list_streaming, older_than=timedelta(days=days))
         every = [each for number in sorted(model.messages) for _, each in sorted(model.messages[number].items())]
         self.settle(model, answer, [each for each in every if each.state == "streaming" and not days])
+
+    @rule(user=users, address=st.none() | addresses, query=st.sampled_from(("e", "O W", "%")), limit=limits)
+    def search_messages(self, user: int, address: int | str | None, query: str, limit: int) -> None:
+        """Search in all conversations or in one, on two pages."""
+        model = self.models[user]
+        at, number = (None, None) if address is None else self.where(model, address)
+        answer = self.call(model, chatdb.search_messages, at, query=query, limit=limit)
+        if address is not None and number is None:
+            return
+        found = [
+            (message.created_at, message.conversation_id, message.seq)
+            for place in (model.messages if number is None else [number])
+            for message in model.messages[place].values()
+            if message.state != "streaming" and query.lower() in message.content.lower()
+        ]
+        expected = sorted(found, reverse=True)
+        assert [(each.created_at, each.conversation_id, each.seq) for each in answer] == expected[:limit]
+        if answer:
+            more = self.call(model, chatdb.search_messages, at, query=query, limit=limit, after=answer[-1].cursor)
+            places = [(each.created_at, each.conversation_id, each.seq) for each in more]
+            assert places == expected[limit : 2 * limit]
 
 
 @pytest.fixture

@@ -284,7 +284,7 @@ async def test_everything_public(db: chatdb.pool.Pool, told: Told) -> None:
     host.setLevel(logging.DEBUG)
     async with chatdb.transaction(db, user_id="alice") as connection:
         for name, arguments in CALLS:
-            if name.startswith("delete"):
+            if name.startswith(("delete", "move")):
                 continue
             marked = arguments | {key: BODY[key] for key in arguments.keys() & BODY.keys() - {"role", "seq"}}
             answer = await told.awaited(call(connection, name, marked, conversation))

@@ -48,6 +48,8 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     },
     "delete_conversation": _CONVERSATION | {"expected": None},
     "delete_user": {"user_id": required, "timeout": None},
+    "move_user": {"user_id": required, "to_user_id": required, "timeout": None},
+    "export_user": {"user_id": required},
     "append_message": _CONVERSATION
     | {
         "role": required,
@@ -98,6 +100,15 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     "finish_message": _MESSAGE
     | {"content": None, "payload": None, "metadata": None, "token_count": None, "aborted": False},
     "list_streaming": {"user_id": required, "older_than": required},
+    "search_messages": {
+        "user_id": required,
+        "query": required,
+        "limit": 20,
+        "after": None,
+        "conversation_id": None,
+        "conversation_key": None,
+        "mode": "substring",
+    },
     "stream_message": _CONVERSATION
     | {"role": "assistant", "key": None, "metadata": None, "parent_seq": None, "flush_every": 1.0},
 }
@@ -183,6 +194,8 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("read_message", {"seq": 2}),
     ("read_message", {"key": "first", "offset": 2}),
     ("list_streaming", {"older_than": timedelta(0)}),
+    ("search_messages", {"query": "first", "conversation_id": None}),
+    ("search_messages", {"query": "first", "conversation_key": "thread"}),
     ("finish_message", {"seq": 2}),
     ("finish_message", {"key": "answer", "content": "hello, finished", "aborted": True}),
     ("finish_message", {"seq": 1}),
@@ -190,6 +203,8 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("delete_branch", {"key": "first", "expected": ...}),
     ("pop_message", {}),
     ("delete_conversation", {}),
+    ("export_user", {}),
+    ("move_user", {"to_user_id": "another"}),
     ("delete_user", {}),
 ]
 """
@@ -256,8 +271,8 @@ async def call(db: Any, name: str, arguments: dict[str, Any], conversation: Conv
     if "conversation_id" in SIGNATURES[name] and arguments.get("conversation_key") is None:
         arguments = {"conversation_id": conversation.id} | arguments
     answer = getattr(chatdb, name)(db, **arguments)
-    if name == "iter_messages":
-        return [message async for message in answer]
+    if name in {"iter_messages", "export_user"}:
+        return [record async for record in answer]
     if name == "stream_message":
         return await streamed(answer)
     return await answer
@@ -318,6 +333,7 @@ CONVERSATION_CALLS: dict[str, dict[str, Any]] = {
         "messages": [{"role": "user", "content": "x", "key": "k"}],
         "expected": NOBODYS,
     },
+    "search_messages": {"query": "x"},
     "start_message": {},
     "switch_branch": {"seq": 1},
     "update_conversation": {"title": "x"},

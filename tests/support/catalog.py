@@ -11,6 +11,7 @@ import psycopg
 from psycopg import sql
 from psycopg.pq import ExecStatus
 
+from chatdb._core.query import data_folder
 from tests.support.sqlfiles import Columns, SqlFile
 
 DATA = """
@@ -153,6 +154,10 @@ class Live:
         ((plan,),) = self.rows(f"explain ({options}) execute drift {listed}")
         self.connection.execute("deallocate drift")
         return list(_nodes(plan[0]["Plan"]))
+
+
+SEARCH_INDEX = (data_folder("sql") / "admin" / "create_search_index.sql").read_text(encoding="utf-8")
+"""The statement of chatdb search-index create, without the extension that it needs."""
 
 
 def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:

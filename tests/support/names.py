@@ -130,7 +130,7 @@ def _queries(tree: Any) -> Iterator[str]:
 
 def gaps(sql: str, *, schemas: frozenset[str] = frozenset()) -> list[str]:
     """
-    Return the functions, types, collations, tables and qualified operators outside pg_catalog and chatdb.
+    Return the functions, types, collations, search configurations, tables and qualified operators of other schemas.
 
     Unqualified operators are not included, because they depend on the types of their operands. In `test_names` the
     server resolves them.
@@ -153,6 +153,10 @@ def gaps(sql: str, *, schemas: frozenset[str] = frozenset()) -> list[str]:
                 *schema, name = _parts(node.names)
                 if schema != ["pg_catalog"] and (schema or name not in TYPES):
                     found.append(f"type {'.'.join([*schema, name])}")
+            case ast.TypeCast(arg=ast.A_Const(val=ast.String(sval=name)), typeName=kind) if _parts(kind.names)[
+                -1
+            ] == "regconfig" and not name.startswith("pg_catalog."):
+                found.append(f"text search configuration {name}")
             case ast.CollateClause():
                 if _parts(node.collname) not in (["C"], ["pg_catalog", "C"]):
                     found.append(f"collation {'.'.join(_parts(node.collname))}")

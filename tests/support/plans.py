@@ -13,8 +13,17 @@ INCREMENTAL = {
 INCREMENTAL |= {"list_previews", "list_previews_all", "list_previews_archived"}
 """The files that sort the conversations of a day or of a time, which the index has next to each other."""
 OTHERS = {"append_messages_conditional", "delete_user", "import_conversations", "import_conversations_find"}
-OTHERS |= {"fork_conversation", "get_context", "list_versions"}
-"""The files that sort a batch, the conversations that they lock, or the messages of a line that they number."""
+OTHERS |= {"fork_conversation", "get_context", "list_versions", "move_user"}
+OTHERS |= {
+    "search_messages",
+    "search_messages_conversation",
+    "search_messages_words",
+    "search_messages_words_conversation",
+}
+"""
+The files that sort a batch, the conversations that they lock, the messages of a line that they number, or those that
+they find.
+"""
 
 
 def check_plan(live, file):
@@ -55,6 +64,8 @@ OTHERS_OF_CALL = {
     "set_token_count": False,
     "keys": ["new"],
     "archived": True,
+    "query": "hello",
+    "words": ["hello"],
 }
 """The other arguments: a page is full, so that no statement looks for the conversation itself."""
 

@@ -155,6 +155,7 @@ CALLS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
         db, after_key="key", **_by_key(at), expected=_etag(at)
     ),
     "delete_user": lambda db, at, _: chatdb.delete_user(db, user_id=at["user_id"]),
+    "export_user": lambda db, at, _: _all(chatdb.export_user(db, user_id=at["user_id"])),
     "extend_message": lambda db, at, _: chatdb.extend_message(db, key="stream", offset=0, text="x", **at),
     "extend_message, by key": lambda db, at, _: chatdb.extend_message(
         db, key="stream", offset=0, text="x", **_by_key(at)
@@ -182,6 +183,7 @@ CALLS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
     "list_versions": lambda db, at, _: chatdb.list_versions(db, **at),
     "load_conversation": lambda db, at, _: chatdb.load_conversation(db, **at),
     "load_conversation, by key": lambda db, at, _: chatdb.load_conversation(db, **_by_key(at)),
+    "move_user": lambda db, at, _: chatdb.move_user(db, user_id=at["user_id"], to_user_id="another"),
     "pop_message": lambda db, at, _: chatdb.pop_message(db, **at),
     "pop_message, expected": lambda db, at, _: chatdb.pop_message(db, **_by_key(at), expected=_etag(at)),
     "read_message": lambda db, at, _: chatdb.read_message(db, key="stream", **at),
@@ -189,6 +191,9 @@ CALLS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
     "replace_messages_after": lambda db, at, n: chatdb.replace_messages_after(
         db, after_seq=1, messages=batch(n + 1, keyed=True), expected=_etag(at), **at
     ),
+    "search_messages": lambda db, at, _: chatdb.search_messages(db, user_id=at["user_id"], query="x"),
+    "search_messages, by id": lambda db, at, _: chatdb.search_messages(db, query="x", **at),
+    "search_messages, by key": lambda db, at, _: chatdb.search_messages(db, query="x", **_by_key(at)),
     "start_message": lambda db, at, _: chatdb.start_message(db, **at),
     "start_message, new key": lambda db, at, n: chatdb.start_message(db, key=f"new {n}", **at),
     "start_message, stored key": lambda db, at, _: chatdb.start_message(db, key="stream", **_by_key(at)),

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import chatdb
 from chatdb._core.decode import JOINED_FIELDS
 from chatdb.formats.items import Skipped, SourceConversation, SourceMessage
-from chatdb.records import NEW, UNSET, Conversation, Message, SchemaPart
+from chatdb.records import NEW, UNSET, Conversation, Match, Message, SchemaPart
 from chatdb.schema import EXPECTED_SCHEMA
 from tests.support.package import given_of, query_of
 from tests.support.sqlfiles import file_of
@@ -42,7 +42,9 @@ STORED = {
     "text": "lo",
     "offset": 12,
     "length": 13,
+    "start": 1,
     "seqs": ["9", "10"],
+    "snippet": "hello",
     "conversations": 1,
     "messages": 2,
 }
@@ -58,6 +60,7 @@ FULL = {"role": "tool", "content": "hello", "payload": {"p": 1}, "metadata": {"m
 BATCH = {"messages": [EMPTY, FULL]}
 KEYED = {"messages": [EMPTY, FULL | KEY, EMPTY | {"key": "l"}]}
 READ = Conversation(**{name: STORED[name] for name in Conversation.model_fields})
+FOUND = Match(**{name: STORED[name] for name in Match.model_fields})
 EXPECTED = {"expected": READ}
 PATCH = {"set": 1, "removed": None, "gone": None}
 CREATE = {"create": True}
@@ -97,6 +100,15 @@ def _calls(function, stem, *given):
     return [(function, stem, each) for each in given]
 
 
+def _searches():
+    for mode, suffix in [("substring", ""), ("words", "_words")]:
+        for page in ({}, {"after": FOUND}, {"after": FOUND.cursor}):
+            given = {"query": "hello world", "mode": mode, "limit": 7} | page
+            yield "search_messages", f"search_messages{suffix}", USER | given
+            for each in CONVERSATIONS:
+                yield "search_messages", f"search_messages{suffix}_conversation", each | given
+
+
 def _lists(function):
     suffixes = [(False, ""), (True, "_archived"), (None, "_all")]
     for page in PAGES:
@@ -130,6 +142,7 @@ CALLS = [
     *_calls("update_conversation", "update_conversation", CHAT | TITLED | {"expected": READ.etag}),
     *_calls("delete_conversation", "delete_conversation", *CONVERSATIONS, CHAT | EXPECTED),
     ("delete_user", "delete_user", USER | {"timeout": 3.5}),
+    ("move_user", "move_user", USER | {"to_user_id": "bob", "timeout": 3.5}),
     *_calls("append_message", "append_message", CHAT | EMPTY, NAMED | FULL),
     *_calls("append_message", "append_message_conditional", CHAT | EMPTY | KEY, NAMED | FULL | KEY),
     *_calls("append_message", "append_message_conditional", *(option | EMPTY for option in OPTIONS)),
@@ -184,6 +197,7 @@ CALLS = [
     *_calls("finish_message", "finish_message", *MESSAGES, MESSAGES[0] | {"aborted": True}),
     *_calls("finish_message", "finish_message", *(MESSAGES[1] | {name: FULL[name]} for name in FULL if name != "role")),
     ("list_streaming", "list_streaming", USER | {"older_than": timedelta(minutes=5)}),
+    *_searches(),
     ("check_schema", "check_schema", {}),
 ]
 """Functions, each with the file that it sends and distinct arguments."""
@@ -213,6 +227,10 @@ def expected(function, parameter, given):
             return given[name] is not UNSET
         case ["row", "limit"]:
             return given.get("limit", given.get("batch"))
+        case ["after", ("created_at" | "conversation_id" | "seq") as name] if "query" in given:
+            return None if position is None else getattr(FOUND, name)
+        case ["words"]:
+            return given["query"].split()
         case ["after", ("updated_at" | "created_at" | "id") as name]:
             return None if position is None else getattr(READ, name)
         case ["create", "missing"]:
@@ -445,8 +463,8 @@ TRANSFERRED = {
     "import_conversations_extend": [{"id": 53}],
     "import_conversations_parents": [{"ordinality": 2, "seq": 2}],
     "import_conversations_messages": [{"messages": 3}],
-    "export_conversations": [],
-    "export_conversations_messages": [],
+    "export_user": [],
+    "export_user_messages": [],
     "count_user": [{"conversations": 1, "messages": 2}],
 }
 

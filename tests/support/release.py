@@ -30,7 +30,7 @@ REQUIRED_IN_WHEEL = (
     "chatdb/migrations/SHA256SUMS",
     "chatdb/sql/append_message.sql",
     "chatdb/sql/adopt/100_find_columns.sql",
-    "chatdb/sql/transfer/export_conversations.sql",
+    "chatdb/sql/transfer/count_user.sql",
 )
 REQUIRED_IN_SDIST = ("CHANGELOG.md", "LICENSE", "README.md", "migrations/SHA256SUMS", "pyproject.toml")
 PRIVATE = re.compile(

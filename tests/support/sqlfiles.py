@@ -37,10 +37,12 @@ NEVER_NULL = {"count", "row_number", "concat_ws"}  # concat_ws with a separator 
 STRICT = {"char_length", "substr"}
 """Functions that return null only for a null."""
 HARMLESS = {
-    *("array_agg", "cardinality", "char_length", "clock_timestamp", "coalesce", "concat", "concat_ws", "count"),
-    *("current_setting", "format_type", "max", "min", "octet_length", "pg_get_constraintdef", "pg_get_expr"),
-    *("pg_get_indexdef", "quote_ident", "replace", "row_number", "row_security_active", "statement_timestamp"),
-    *("string_agg", "substr", "sum", "timezone", "unnest"),
+    *("array_agg", "btrim", "cardinality", "char_length", "chr", "clock_timestamp", "coalesce", "concat"),
+    *("concat_ws", "count", "current_setting", "format_type", "getdatabaseencoding", "left", "lower", "max", "min"),
+    *("numnode", "octet_length", "pg_column_compression", "pg_column_size", "pg_get_constraintdef", "pg_get_expr"),
+    *("pg_get_indexdef", "quote_ident", "regexp_match", "regexp_replace", "repeat", "replace", "row_number"),
+    *("row_security_active", "statement_timestamp", "string_agg", "strpos", "substr", "sum", "timezone"),
+    *("to_regclass", "to_tsvector", "translate", "unnest", "websearch_to_tsquery"),
 }
 """The functions allowed in statements. Others, such as query_to_xml, could read tables named in a text."""
 TEXTS = {path.stem: path.read_text(encoding="utf-8") for path in statement_files()}
@@ -1053,7 +1055,7 @@ def tables_of_keys(file: SqlFile) -> dict[int, set[str]]:
 
 
 def _bare(value: Any) -> Any:
-    """Return a value without its casts, its default, the SELECT around it and the limit's extra row."""
+    """Return a value without casts, default, the SELECT around it, its parser or lower, and the limit's extra row."""
     match uncast(value):
         case ast.CoalesceExpr(args=[first, *_]) | ast.A_Expr(kind=A_Expr_Kind.AEXPR_NULLIF, lexpr=first):
             return _bare(first)
@@ -1063,6 +1065,10 @@ def _bare(value: Any) -> Any:
             return _bare(first)
         case ast.A_Expr(lexpr=ast.FuncCall(), name=[ast.String(sval="-")], rexpr=interval):
             return _bare(interval)
+        case ast.FuncCall(funcname=[_, ast.String(sval="websearch_to_tsquery")], args=[_, text]):
+            return _bare(text)
+        case ast.FuncCall(funcname=[_, ast.String(sval="lower")], args=[text]):
+            return _bare(text)
         case bare:
             return bare
 

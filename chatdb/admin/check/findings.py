@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from chatdb._core.driver_errors import LINK
+from chatdb.admin.search_index import SEARCH_INDEX, SearchIndex
 from chatdb.records import SchemaPart
 from chatdb.schema import EXPECTED_SCHEMA, Difference, differences, kind_of
 
@@ -59,10 +60,29 @@ def check_schema_objects(
             elif kind in {"primary key", "index"}:
                 yield Finding(f"{kind} {name}", OK, f"valid; serves {', '.join(served[name])}")
     for part in parts:  # an invalid index, even one of the host's, slows every write and serves no statement
-        if part.definition.endswith(" INVALID") and part.name not in EXPECTED_SCHEMA.get(part.relation, ()):
+        expected = (*EXPECTED_SCHEMA.get(part.relation, ()), SEARCH_INDEX)
+        if part.definition.endswith(" INVALID") and part.name not in expected:
             detail = "is invalid: a failed build left it behind"
             yield Finding(f"index {part.name}", NOTE, detail, "chatdb migrate")
     yield _link(parts)
+
+
+def check_search_index(index: SearchIndex) -> Iterator[Finding]:
+    """Yield the findings on the optional index for mode "words" of `search_messages`, if it exists."""
+    what = f"index {SEARCH_INDEX}"
+    if index.is_building:
+        yield Finding(what, NOTE, "is being built")
+    elif index.exists and not index.is_valid:
+        detail = "is invalid, because a build ended early: it slows every append and serves no statement"
+        yield Finding(what, DIFFERENT, detail, "chatdb search-index create (or drop)")
+    elif index.exists and not index.is_current:
+        detail = f"is {index.definition}, so mode words does not use it"
+        yield Finding(what, DIFFERENT, detail, "chatdb search-index drop, then chatdb search-index create")
+    elif index.exists:
+        yield Finding(what, OK, "valid; serves mode words of search_messages")
+        if index.has_row_security:
+            detail = "row-level security keeps PostgreSQL from using it: mode words reads all messages of the user"
+            yield Finding("search", NOTE, detail)
 
 
 def _difference(difference: Difference, *, unapplied: bool) -> Finding:

@@ -11,12 +11,21 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from chatdb.admin.check.findings import DIFFERENT, MISSING, NOTE, OK, Finding, check_schema_objects
+from chatdb.admin.check.findings import (
+    DIFFERENT,
+    MISSING,
+    NOTE,
+    OK,
+    Finding,
+    check_schema_objects,
+    check_search_index,
+)
 from chatdb.admin.check.plans import check_plans, statements_by_index
 from chatdb.admin.connection import connected, errors, fetch_value, is_pooled, pinned_transaction, psycopg
 from chatdb.admin.migrate import applied_migrations, migration_files
 from chatdb.admin.ownership import foreign_objects, host_objects, may_create_schemas, public_is_writable
 from chatdb.admin.row_security import missing_function, missing_statements, read_protection
+from chatdb.admin.search_index import read_search_index
 from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.records import SchemaPart
 from chatdb.schema import CHECK_SCHEMA_SQL, EXPECTED_SCHEMA
@@ -49,6 +58,7 @@ def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) ->
             unapplied = any(finding.state == MISSING for finding in migrations)
             of_catalog = [*check_schema_objects(parts, served=statements_by_index(), unapplied=unapplied)]
             findings += of_catalog
+            findings += _search_index(connection)
             for name in roles:
                 findings += _privileges(connection, name)
             findings += _row_security(connection, roles)
@@ -116,6 +126,13 @@ def _row_security(connection: psycopg.Connection, roles: list[str]) -> list[Find
         else Finding(f"{what} for {name}", OK, "on: a transaction sees only the rows of the user that it names")
         for name, is_above in connection.execute(statement, [roles])
     ]
+
+
+def _search_index(connection: psycopg.Connection) -> list[Finding]:
+    try:
+        return [*check_search_index(read_search_index(connection))]
+    except SchemaError:  # the missing table is a finding of its own
+        return []
 
 
 def _owners(connection: psycopg.Connection) -> Iterator[Finding]:

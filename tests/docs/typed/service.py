@@ -35,6 +35,9 @@ async def pools() -> None:
     chatdb.Pool("postgresql://localhost/chat", min_size=1, retries=0).terminate()
     async with chatdb.open_embedded("data") as embedded:
         await chatdb.delete_user(embedded, user_id="alice", timeout=60)
+        assert_type(await chatdb.move_user(embedded, user_id="guest", to_user_id="alice"), chatdb.Moved)
+        async for record in chatdb.export_user(embedded, user_id="alice"):
+            assert_type(record, chatdb.Conversation | chatdb.Message)
         print(embedded.path)
 
 
@@ -195,6 +198,16 @@ async def streams(db: chatdb.Database, user: str, chat: chatdb.Conversation) -> 
     assert_type(finished, chatdb.Message)
     left = await chatdb.list_streaming(db, user_id=user, older_than=timedelta(minutes=5))
     assert_type(left, list[chatdb.Message])
+
+
+async def search(db: chatdb.Database, user: str, chat: chatdb.Conversation) -> None:
+    """Search in all conversations and in one."""
+    matches = await chatdb.search_messages(db, user_id=user, query="hi", limit=9, mode="words")
+    assert_type(matches, list[chatdb.Match])
+    more = await chatdb.search_messages(db, user_id=user, query="hi", conversation_id=chat.id, after=matches[-1])
+    assert_type(more[0].cursor, str)
+    assert_type(more[0].snippet, str)
+    await chatdb.search_messages(db, user_id=user, query="hi", conversation_key="one", after=more[0].cursor)
 
 
 async def watch(user: str) -> None:
