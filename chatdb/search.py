@@ -1,7 +1,7 @@
 """
 Search in the texts of messages. Each statement has a file in `sql/` that begins with `search_messages`.
 
-Decisions: docs/decisions/0002-tenant-first-keys.md, 0009-one-statement-per-operation.md
+Decision: docs/decisions/0018-two-ways-to-search.md
 """
 
 from __future__ import annotations
