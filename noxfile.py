@@ -29,6 +29,23 @@ LINTERS = [
     ["python", "-m", "tests.support.lint_migrations"],
 ]
 """The commands of `nox -s lint`. The hooks of .pre-commit-config.yaml run the same ones, and a test compares them."""
+FRAMEWORKS = ("openai-agents", "chatkit", "agent-framework", "pydantic-ai", "google-adk")
+"""The extras of the adapters in chatdb/adapters."""
+SDIST_TESTS = {
+    "openai-agents": (
+        *("agents_suite", *PARALLEL),
+        *(f"tests/memory/test_{name}.py" for name in ("session", "session_limit", "session_context_wrapper")),
+        *(
+            f"tests/memory/test_{name}.py"
+            for name in ("compaction_model_visibility", "openai_responses_compaction_session")
+        ),
+        "tests/extensions/memory/test_encrypt_session.py",
+        *(f"tests/test_{name}.py" for name in ("soft_cancel", "max_turns", "tool_failure_boundaries")),
+        *(f"tests/test_{name}_failure_history.py" for name in ("tool_batch", "native_tool")),
+    ),
+    "openai-chatkit": ("chatkit_suite", "tests/test_store.py", "tests/test_chatkit_server.py"),
+}
+"""For each framework whose sdist has tests of stores: the plugin in tests/support, options and modules."""
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
@@ -53,10 +70,10 @@ def fastest_python() -> str:
     return best if times[best] < 0.8 * times[sys.executable] else sys.executable
 
 
-def install(session: nox.Session, group: str) -> None:
-    """Install the checkout in editable mode with every extra, and a dependency group."""
+def install(session: nox.Session, group: str, *extras: str) -> None:
+    """Install the checkout in editable mode with the extra demo and others, and a dependency group."""
     listed = nox.project.dependency_groups(PROJECT, group)
-    session.install("-e", ".[demo]", *listed)
+    session.install("-e", f".[{','.join(('demo', *extras))}]", *listed)
 
 
 def run_tests(session: nox.Session, *arguments: str, **environment: str) -> None:
@@ -142,6 +159,38 @@ def chaos(session: nox.Session) -> None:
 
 
 @nox.session
+def frameworks(session: nox.Session) -> None:
+    """Run each agent framework on its adapter. `-- --newest` installs the newest releases, whatever the ranges say."""
+    install(session, "frameworks", *FRAMEWORKS)
+    arguments = list(session.posargs)
+    if "--newest" in arguments:
+        arguments.remove("--newest")
+        ranges = [each for extra in FRAMEWORKS for each in PROJECT["project"]["optional-dependencies"][extra]]
+        session.install("--upgrade", *(each.partition(">=")[0] for each in ranges))
+    run_tests(session, "-m", "frameworks", "--frameworks", *PARALLEL, *(arguments or ["tests/adapters"]))
+    if not arguments:
+        session.install("cryptography")  # for openai-agents' EncryptedSession
+        for package, (plugin, *modules) in SDIST_TESTS.items():
+            run_sdist_tests(session, package, plugin, *modules)
+
+
+def run_sdist_tests(session: nox.Session, package: str, plugin: str, *modules: str) -> None:
+    """Download the sdist of the installed release, and run these modules of its tests with a plugin of ours."""
+    code = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
+    version = str(session.run("python", "-c", code, silent=True)).strip()
+    support = str(Path("tests/support").resolve())
+    with tempfile.TemporaryDirectory(prefix="chatdb-sdist-") as folder:
+        wanted = ("--no-deps", f"--no-binary={package}", f"{package}=={version}")
+        session.run("python", "-m", "pip", "download", "-q", "--dest", folder, *wanted)
+        (archive,) = Path(folder).glob("*.tar.gz")
+        options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        shutil.unpack_archive(archive, folder, **options)
+        with session.chdir(archive.with_name(archive.name.removesuffix(".tar.gz"))):
+            quiet = ("-q", "-p", "no:cacheprovider", "-W", "ignore::DeprecationWarning")
+            session.run("python", "-m", "pytest", *quiet, "-p", plugin, *modules, env={"PYTHONPATH": support})
+
+
+@nox.session
 def fuzz(session: nox.Session) -> None:
     """Fuzz the DSN parser and the file parser with coverage guidance, for one minute each."""
     session.install("-e", ".[migrate]", "atheris>=2.3,<4")
@@ -212,7 +261,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types with mypy and pyright, as users with asyncpg-stubs see them too."""
-    install(session, "lint")
+    install(session, "lint", *FRAMEWORKS)
     session.run("mypy")
     session.run(
         "python", "-m", "mypy.stubtest", "--ignore-missing-stub", "--ignore-disjoint-bases", "chatdb._core.handles"

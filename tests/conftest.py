@@ -70,6 +70,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--pooler", choices=VERSIONS, help="run what connects by arguments_of, through this PgBouncer")
     group.addoption("--quick", action="store_true", help="of what -m chaos runs, a sample")
+    group.addoption("--frameworks", action="store_true", help="collect tests/adapters, which need every framework")
     group.addoption("--uvloop", action="store_true", help="run the coroutines on uvloop instead of asyncio's own loop")
 
 

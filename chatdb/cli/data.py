@@ -72,6 +72,8 @@ class Format(StrEnum):
     chatdb = "chatdb"
     openai_agents = "openai-agents"
     langchain = "langchain"
+    google_adk = "google-adk"
+    chainlit = "chainlit"
 
 
 def demo(
@@ -108,8 +110,8 @@ def import_(
         typer.Argument(
             metavar="SOURCE",
             help="File (JSON, JSON lines, or a ChatGPT export as .zip), - for standard input, or the DSN of a "
-            "database with the tables of openai-agents' SQLAlchemySession or langchain-postgres' "
-            "PostgresChatMessageHistory.",
+            "database with the tables of openai-agents' SQLAlchemySession, langchain-postgres' "
+            "PostgresChatMessageHistory, google-adk's DatabaseSessionService or Chainlit's official data layer.",
         ),
     ],
     user: User,
@@ -134,17 +136,18 @@ def import_(
     Import conversations from a file or from another framework's tables.
 
     Reads ShareGPT JSON, ChatGPT exports, the output of chatdb export, and the
-    tables of openai-agents and langchain-postgres. Stores everything or
-    nothing. Repeating an import adds only what is new. A ChatGPT conversation
-    has all its branches. The frameworks' tables record no user: without
-    --session, imports all their sessions for this user. Exits with status 1 if
-    it skips every conversation.
+    tables of openai-agents, langchain-postgres, google-adk and Chainlit. Stores
+    everything or nothing. Repeating an import adds only what is new. A ChatGPT
+    conversation has all its branches. The tables of google-adk and Chainlit name
+    the user of each session; the others record no user: without --session,
+    imports all their sessions for this user. Exits with status 1 if it skips
+    every conversation.
     """
 
     async def work(file: Path) -> ImportReport:
         async with _database() as pool:
             if "://" in source:
-                items = tables.read(source, str(format), table=table, sessions=session or ())
+                items = tables.read(source, str(format), table=table, sessions=session or (), user=user)
                 return await _import_tables(pool, user, items)
             return await import_file(pool, user, file, str(format))
 

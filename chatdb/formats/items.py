@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
-from chatdb._core.validate import MAX_NAME, check_content, check_metadata, check_payload, utf8_length
+from chatdb._core.validate import MAX_CONTENT, MAX_NAME, check_content, check_metadata, check_payload, utf8_length
 from chatdb.errors import InvalidInputError
+from chatdb.records import JsonText, Message, NewMessage
 
 
 class SourceMessage(NamedTuple):
@@ -117,6 +119,16 @@ def replace_unstorable(text: str) -> str:
     return text
 
 
+def cut(content: str) -> str:
+    """Return the first 4 MiB of a content."""
+    return content if len(content) * 4 <= MAX_CONTENT else content.encode()[:MAX_CONTENT].decode(errors="ignore")
+
+
+def readable(text: str) -> str:
+    """Return a text as content: with U+FFFD for what PostgreSQL cannot store, and cut at 4 MiB."""
+    return cut(replace_unstorable(text))
+
+
 def short(value: object) -> str | None:
     """Return a str of 1 to 255 characters, such as an id or a name, or None for anything else."""
     return replace_unstorable(value) if isinstance(value, str) and 1 <= len(value) <= MAX_NAME else None
@@ -148,6 +160,39 @@ def name_of(identifier: object) -> str:
     if len(name) > 200 or replace_unstorable(name) != name:
         return "sha256-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
     return name
+
+
+def json_text(parameter: str, value: object, *, allow_nan: bool = False) -> JsonText:
+    """
+    Return a value as JSON text, in which NUL and lone surrogates are escapes.
+
+    Raises InvalidInputError, which names `parameter`, if JSON cannot hold the value.
+    """
+    try:
+        return JsonText(json.dumps(value, separators=(",", ":"), allow_nan=allow_nan))
+    except (TypeError, ValueError, RecursionError) as error:
+        problem = f"is not JSON ({type(error).__name__})"
+    raise InvalidInputError(parameter, problem)
+
+
+def new_message(framework: str, parsed: ParsedMessage, payload: JsonText, key: str) -> NewMessage:
+    """Return the message for a framework's item, with the item itself as payload."""
+    role, text, kind, name = parsed
+    named = {"framework": framework, "type": short(kind), "name": short(name)}
+    fields: dict[str, Any] = {"role": role, "content": readable(text), "payload": payload, "key": key}
+    return NewMessage(**fields, metadata={field: value for field, value in named.items() if value})
+
+
+def own_item(message: Message, framework: str) -> dict[str, Any] | None:
+    """Return the item in a framework's own message, or None for a message of others."""
+    if message.payload is None or (message.metadata or {}).get("framework") != framework:
+        return None
+    return as_object(message.payload.parsed())
+
+
+def has_text(message: Message) -> bool:
+    """Tell whether a framework shows a message of others, as text: not a tool's, and not an empty one."""
+    return message.role != "tool" and message.content != ""
 
 
 def fingerprint(messages: Iterable[tuple[str, str]]) -> str:

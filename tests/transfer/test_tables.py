@@ -59,14 +59,16 @@ RUN: list[Any] = [
 ]
 """Items that a run of an agent stores in a session."""
 
+OPENAI = {"framework": "openai-agents"}
+
 SAID = [
-    ("user", "What is the weather in Köln? 🌧", None),
-    ("assistant", "Ask the tool.", {"type": "reasoning"}),
-    ("assistant", "", {"type": "function_call", "name": "weather"}),
-    ("tool", "rain, 12 °C", {"type": "function_call_output"}),
-    ("assistant", "It rains, at 12 °C.", None),
-    ("user", "And in this picture?", None),
-    ("developer", "Be brief.", None),
+    ("user", "What is the weather in Köln? 🌧", OPENAI),
+    ("assistant", "Ask the tool.", OPENAI | {"type": "reasoning"}),
+    ("assistant", "", OPENAI | {"type": "function_call", "name": "weather"}),
+    ("tool", "rain, 12 °C", OPENAI | {"type": "function_call_output"}),
+    ("assistant", "It rains, at 12 °C.", OPENAI),
+    ("user", "And in this picture?", OPENAI),
+    ("developer", "Be brief.", OPENAI),
 ]
 """Role, content and metadata expected from RUN."""
 
@@ -134,7 +136,7 @@ async def test_openai_agents(db: Pool, empty_dsn: str, ascii_only: bool) -> None
     report = await import_all(db, empty_dsn)
     assert (report.conversations, report.messages, report.skipped, report.changed) == (1, len(RUN), {}, {})
 
-    conversation, history = await stored(db, "s1")
+    conversation, history = await stored(db, "openai-agents:s1")
     assert [(m.role, m.content, m.metadata) for m in history] == SAID
     with psycopg.connect(empty_dsn) as connection:
         rows = connection.execute("select id::text, message_data from agent_messages order by id").fetchall()
@@ -239,7 +241,8 @@ async def test_again_adds_only_what_is_new(db: Pool, empty_dsn: str, framework: 
     await say("0190b1c0-0000-7000-8000-000000000003", "eins")
     report = await import_all(db, empty_dsn)
     assert (report.conversations, report.extended_conversations, report.messages) == (1, 1, 2)
-    conversation, history = await stored(db, SESSION)
+    key = SESSION if framework == "langchain" else f"openai-agents:{SESSION}"
+    conversation, history = await stored(db, key)
     assert [m.content for m in history] == ["one", "two", "three"]
     assert conversation.last_seq == 3
     assert conversation.updated_at >= history[-1].created_at
@@ -257,7 +260,7 @@ async def test_a_session_that_was_rewritten(db: Pool, empty_dsn: str) -> None:
         await session.clear_session()
         await session.add_items(RUN[:1])
         assert (await import_all(db, empty_dsn)).skipped == {OTHER_OF_KEY: (1, 1)}
-    assert [m.content for m in (await stored(db, "s1"))[1]] == [SAID[0][1], SAID[1][1]]
+    assert [m.content for m in (await stored(db, "openai-agents:s1"))[1]] == [SAID[0][1], SAID[1][1]]
 
 
 async def test_the_order_is_the_frameworks(empty_dsn: str) -> None:
@@ -324,13 +327,6 @@ HOSTILE = [
     ("[" * 100_000, "invalid JSON, or JSON with NaN,"),
     ("null", "not a JSON object"),
     ('[{"role": "user"}]', "not a JSON object"),
-    ("{}", "unknown type"),
-    ('{"type": "banana"}', "unknown type"),
-    ('{"type": ["reasoning"]}', "unknown type"),
-    ('{"role": "wizard", "content": "x"}', "unknown role"),
-    ('{"role": ["user"], "content": "x"}', "unknown role"),
-    ('{"__enc__": 1, "v": 1, "kid": "hkdf-v1", "payload": "x"}', "encrypted by openai-agents' EncryptedSession"),
-    ('{"role": "user", "content": "' + "x" * (4 * 1024 * 1024 + 1) + '"}', "text longer than 4 MiB"),
     ('{"type": "reasoning", "encrypted_content": "' + "x" * 16 * 1024 * 1024 + '"}', "larger than 16 MiB as JSON"),
 ]
 
@@ -344,7 +340,7 @@ async def test_what_cannot_be_taken(db: Pool, empty_dsn: str, item: str, reason:
     ((said, counts),) = report.skipped.items()
     assert said.startswith(reason)
     assert counts == (0, 1)
-    conversation, history = await stored(db, "s1")
+    conversation, history = await stored(db, "openai-agents:s1")
     assert ([m.seq for m in history], conversation.last_seq) == ([1], 2)
     before = await everything(db)
     again = await import_all(db, empty_dsn)
@@ -354,8 +350,44 @@ async def test_what_cannot_be_taken(db: Pool, empty_dsn: str, item: str, reason:
     await run_agent(empty_dsn, items=RUN[1:2])
     report = await import_all(db, empty_dsn)
     assert (report.extended_conversations, report.messages) == (1, 1)
-    conversation, history = await stored(db, "s1")
+    conversation, history = await stored(db, "openai-agents:s1")
     assert ([m.seq for m in history], conversation.last_seq) == ([1, 3], 3)
+
+
+OPAQUE = [
+    ("{}", None),
+    ('{"type": "banana", "content": "?"}', "banana"),
+    ('{"type": ["reasoning"]}', None),
+    ('{"role": "wizard", "content": "?"}', None),
+    ('{"role": ["user"], "content": "?"}', None),
+    ('{"__enc__": 1, "v": 1, "kid": "hkdf-v1", "payload": "x"}', "encrypted"),
+]
+
+
+@pytest.mark.parametrize(("item", "kind"), OPAQUE, ids=range(len(OPAQUE)))
+async def test_an_opaque_item(db: Pool, empty_dsn: str, item: str, kind: str | None) -> None:
+    """An encrypted item, or one of an unknown type or role, is the assistant's, with the item as payload."""
+    await run_agent(empty_dsn, items=RUN[:1])
+    put(empty_dsn, "s1", item)
+    report = await import_all(db, empty_dsn)
+    assert (report.messages, report.skipped) == (2, {})
+    [_, message] = (await stored(db, "openai-agents:s1"))[1]
+    assert (message.role, message.payload) == ("assistant", item)
+    assert message.content == ("?" if "?" in item else "")
+    assert message.metadata == OPENAI | ({"type": kind} if kind else {})
+
+
+async def test_a_long_text_is_cut(db: Pool, empty_dsn: str) -> None:
+    """The content is at most 4 MiB of an item's text; the payload has it whole."""
+    text = "x\0" + "é" * 2_500_000
+    await run_agent(empty_dsn, items=[{"role": "user", "content": text}])
+    report = await import_all(db, empty_dsn)
+    assert (report.messages, report.skipped, len(report.changed)) == (1, {}, 1)
+    [message] = (await stored(db, "openai-agents:s1"))[1]
+    assert 4 * 1024 * 1024 - 3 < len(message.content.encode()) <= 4 * 1024 * 1024
+    assert text.replace("\0", "\ufffd").startswith(message.content)
+    assert message.payload is not None
+    assert message.payload.parsed() == {"role": "user", "content": text}
 
 
 async def test_a_session_of_which_nothing_can_be_taken(db: Pool, empty_dsn: str) -> None:
@@ -373,7 +405,8 @@ async def test_a_session_of_which_nothing_can_be_taken(db: Pool, empty_dsn: str)
     assert report.skipped.pop("no messages") == (1, 0)
     assert report.skipped.pop("session without an ID") == (1, 2)
     assert [counts for _, counts in report.skipped.items()] == [(0, 1), (0, 1)]
-    assert {c.key: c.last_seq for c in await chatdb.list_conversations(db, user_id="alice")} == {"a": 3, "d": 1}
+    keys = {c.key: c.last_seq for c in await chatdb.list_conversations(db, user_id="alice")}
+    assert keys == {"openai-agents:a": 3, "openai-agents:d": 1}
 
 
 async def test_what_postgresql_cannot_hold(db: Pool, empty_dsn: str) -> None:
@@ -383,16 +416,19 @@ async def test_what_postgresql_cannot_hold(db: Pool, empty_dsn: str) -> None:
     await run_agent(empty_dsn, items=items)
     report = await import_all(db, empty_dsn)
     assert (report.skipped, sum(few for _, few in report.changed.values())) == ({}, 2)
-    _, history = await stored(db, "s1")
+    _, history = await stored(db, "openai-agents:s1")
     assert [m.content for m in history] == ["nul \ufffd here", "half \ufffd pair", ""]
     assert [m.payload.parsed() for m in history if m.payload is not None] == items
 
 
 async def test_long_ids_make_keys(db: Pool, empty_dsn: str) -> None:
     """A session ID that is too long for a key is replaced by its hash."""
-    for name in ("x" * 300, "x" * 301):
+    names = ["x" * 300, "x" * 301]
+    for name in names:
         await run_agent(empty_dsn, name, RUN[:1])
     assert (await import_all(db, empty_dsn)).conversations == 2
+    stored = await chatdb.list_conversations(db, user_id="alice", order_by="created_at", descending=False)
+    assert [c.metadata for c in stored] == [{"session_id": name} for name in names]
     assert (await import_all(db, empty_dsn)).stored_conversations == 2
 
 
@@ -498,7 +534,7 @@ async def test_which_tables(empty_dsn: str) -> None:
     frameworks().chat(empty_dsn)
     with pytest.raises(chatdb.InvalidInputError, match=r"among agent_messages, public\.chat_history$"):
         read(empty_dsn)
-    assert keys(read(empty_dsn, "openai-agents")) == ["s1"]
+    assert keys(read(empty_dsn, "openai-agents")) == ["openai-agents:s1"]
     assert keys(read(empty_dsn, "langchain")) == keys(read(empty_dsn, table="chat_history")) == [SESSION]
     frameworks().chat(empty_dsn, OTHER, table="message_store")
     with pytest.raises(chatdb.InvalidInputError, match=r"among public\.chat_history, public\.message_store$"):
@@ -573,7 +609,7 @@ async def test_items_without_a_session(empty_dsn: str) -> None:
     execute(empty_dsn, "alter table agent_messages drop constraint agent_messages_session_id_fkey")
     execute(empty_dsn, "delete from agent_sessions")
     conversation, *messages = read(empty_dsn)
-    assert (conversation.key, len(messages)) == ("s1", len(RUN))
+    assert (conversation.key, len(messages)) == ("openai-agents:s1", len(RUN))
     assert conversation.created_at == messages[0].created_at
 
 
