@@ -21,6 +21,7 @@ from chatdb.pool import Connection, Pool
 from tests.support.command import PROGRAM, chatdb_process, environment
 from tests.support.command import chatdb as run_chatdb
 from tests.support.databases import as_role, execute
+from tests.support.embedded import standby
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.owner
@@ -269,6 +270,16 @@ async def test_a_server_that_is_read_only(db: Pool, dsn: str) -> None:
     said = await asyncio.to_thread(chatdb_process, "prune", "--older-than", "365d", "--dry-run", env=env)
     assert "would delete 1 conversations" in said
     assert await remaining(db) == {"ann": [(kept, 2)]}
+
+
+def test_on_a_standby() -> None:
+    """A standby is refused with a sentence before the question, and a dry run works."""
+    insert = "insert into chatdb.conversations (user_id, updated_at) values ('ann', now() - interval '400 days')"
+    with standby(insert) as dsn:
+        said = run_chatdb("prune", "--older-than", "365d", env={"DATABASE_URL": dsn}, code=1)
+        assert "the server is a standby, which is read-only: connect to the primary" in said
+        said = run_chatdb("prune", "--older-than", "365d", "--dry-run", env={"DATABASE_URL": dsn})
+        assert "would delete 1 conversations" in said
 
 
 def test_a_database_without_the_tables(empty_dsn: str) -> None:

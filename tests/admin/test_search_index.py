@@ -7,11 +7,9 @@ import json
 import os
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,10 +30,10 @@ from chatdb.admin.search_index import (
     estimate_search_index,
     search_index_status,
 )
-from chatdb.embedded.server import EmbeddedServer
 from chatdb.pool import Pool
 from tests.support.command import PROGRAM, chatdb_process, environment
 from tests.support.databases import as_role, execute
+from tests.support.embedded import standby
 from tests.support.migrations import value
 
 pytestmark = pytest.mark.owner
@@ -461,22 +459,13 @@ def test_another_definition(dsn: str) -> None:
 
 def test_on_a_standby() -> None:
     """A standby is refused with a sentence by create and drop; status and a dry run answer."""
-    with tempfile.TemporaryDirectory(prefix="chatdb-test-", ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o711)
-        with EmbeddedServer(Path(folder) / "server") as server:
-            apply_migrations(server.dsn)
-            owner = (server.path / "data" / "PG_VERSION").stat()
-            server.stop()
-            signal_file = server.path / "data" / "standby.signal"
-            signal_file.touch()
-            os.chown(signal_file, owner.st_uid, owner.st_gid)
-            server.start()
-            assert value(server.dsn, "select pg_is_in_recovery()") is True
-            for call in (create_search_index, drop_search_index):
-                with pytest.raises(chatdb.ConfigurationError, match="the server is a standby, which is read-only"):
-                    call(server.dsn)
-            assert not search_index_status(server.dsn).exists
-            assert not estimate_search_index(server.dsn)[0].is_valid
+    with standby() as dsn:
+        assert value(dsn, "select pg_is_in_recovery()") is True
+        for call in (create_search_index, drop_search_index):
+            with pytest.raises(chatdb.ConfigurationError, match="the server is a standby, which is read-only"):
+                call(dsn)
+        assert not search_index_status(dsn).exists
+        assert not estimate_search_index(dsn)[0].is_valid
 
 
 def test_without_tables(empty_dsn: str) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded.folder import try_lock
-from tests.support.databases import in_memory
+from chatdb.embedded.server import EmbeddedServer
+from tests.support.databases import execute, in_memory
 
 
 def new_place() -> Iterator[Path]:
@@ -28,3 +32,20 @@ def lock_is_free(folder: Path) -> bool:
 def postmaster(folder: Path) -> int:
     """Return the process ID of the postmaster."""
     return int((folder / "data/postmaster.pid").read_text().split()[0])
+
+
+@contextmanager
+def standby(*statements: str) -> Iterator[str]:
+    """Yield the DSN of a migrated server on which these statements ran and which is in recovery since."""
+    with tempfile.TemporaryDirectory(prefix="chatdb-test-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o711)
+        with EmbeddedServer(Path(folder) / "server") as server:
+            apply_migrations(server.dsn)
+            execute(server.dsn, *statements)
+            owner = (server.path / "data" / "PG_VERSION").stat()
+            server.stop()
+            signal_file = server.path / "data" / "standby.signal"
+            signal_file.touch()
+            os.chown(signal_file, owner.st_uid, owner.st_gid)
+            server.start()
+            yield server.dsn
