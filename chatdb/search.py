@@ -1,7 +1,7 @@
 """
 Search in the texts of messages. Each statement has a file in `sql/` that begins with `search_messages`.
 
-Decision: docs/decisions/0018-two-ways-to-search.md
+Decision: docs/decisions/0018-two-search-modes.md
 """
 
 from __future__ import annotations

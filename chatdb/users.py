@@ -49,10 +49,9 @@ async def move_user(db: Database, *, user_id: str, to_user_id: str, timeout: flo
     With row-level security, the role must be a superuser or have BYPASSRLS; otherwise ConfigurationError is raised.
     Raises InvalidInputError if both users are the same, or if the other one is not in the table that `chatdb
     link-users` references, ConflictError if both users have a conversation with the same id, or if the other user
-    stores one of the keys meanwhile (only inside your own transaction; otherwise the statement runs again),
-    UnavailableError if the conversations are written without pause,
-    or CommandTimeoutError. SQL: `move_user.sql`, which runs again if another write to one of the conversations commits
-    first.
+    stores one of the keys meanwhile (inside your own transaction at once; otherwise after several attempts),
+    UnavailableError if the conversations are written without pause, or CommandTimeoutError. SQL: `move_user.sql`, which
+    runs again if another write to one of the conversations commits first.
     """
     user = check_user_id(user_id)
     target = check_text("to_user_id", to_user_id, least=1, most=MAX_NAME)

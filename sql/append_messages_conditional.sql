@@ -53,8 +53,8 @@ stored as (
 known as (
     select b.ordinality
     from batch as b
-    -- Only the index on the key has this order, so that each key is looked up. A join could read all messages of the
-    -- conversation. So could a condition on each column, once for each key, while the table has no statistics.
+    -- Only the index on the key has this order, so each key is looked up in it. With a join or conditions of equality,
+    -- PostgreSQL may read the whole conversation for each key if the table has no statistics.
     cross join lateral (
         select conversation_id, key
         from chatdb.messages

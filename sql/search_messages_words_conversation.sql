@@ -95,6 +95,7 @@ located as materialized (
 begun as (
     select
         conversation_id, seq, role, created_at, content, length,
+        -- 80 characters before the place; search.py shows 200, and completes the last one from 60 more
         greatest(1, least(place - 80, length - 199)) as start
     from located
 )

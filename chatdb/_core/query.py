@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from chatdb._core.asyncpg_private import STATEMENTS, fetch_rows
 from chatdb._core.decode import conversations_of, decoder, messages_of
-from chatdb._core.driver_errors import ROW_SUPPRESSED, as_chatdb_error, mapped_driver_errors
+from chatdb._core.driver_errors import ROW_SUPPRESSED, as_chatdb_error
 from chatdb._core.hints import add_hint
 from chatdb._core.retry import RetryPolicy
 from chatdb._core.validate import NO_WORD
@@ -32,7 +32,6 @@ from chatdb.errors import (
 from chatdb.records import Conversation, Message
 
 if TYPE_CHECKING:
-    from chatdb._core.handles import Connection
     from chatdb._core.validate import MessageRow
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
@@ -147,14 +146,6 @@ class Query(Generic[RecordT]):
     async def fetch_page(self, db: Database, *args: object) -> list[RecordT]:
         """Return one record per row, without the existence row; raise ConversationNotFoundError if there is no row."""
         return self._decode(_without_existence_row(await self._found_rows(db, args)), args, ())
-
-    async def iterate(self, connection: Connection, *args: object) -> AsyncGenerator[RecordT, None]:
-        """Iterate over the records with a cursor in the connection's transaction, 100 rows per fetch."""
-        with mapped_driver_errors():
-            cursor = await connection.cursor(self.sql, *args)
-            while rows := await cursor.fetch(100):
-                for record in self._decode(rows, args, ()):
-                    yield record
 
     async def _found_rows(
         self, db: Database, args: tuple[object, ...], timeout: float | None = None, idempotent: bool = False

@@ -254,8 +254,8 @@ def _read_token(parameter: str, text: str, version: str, count: int) -> tuple[in
     """Return the numbers that `encode_token` encoded."""
     text = check_str(parameter, text)
     kind, remedy = ("an etag", "read it again") if version == ETAG else ("a cursor", "start with the first page")
-    if version != ETAG and text[:1] != version[0] and text[:2] in _FUNCTIONS:
-        raise InvalidInputError(parameter, f"is a cursor of {_FUNCTIONS[text[:2]]}")
+    if version != ETAG and text[:1] != version[0] and text[:2] in _CURSOR_SOURCES:
+        raise InvalidInputError(parameter, f"is a cursor of {_CURSOR_SOURCES[text[:2]]}")
     if text[:2] != version and re.fullmatch(rf"{version[0]}[0-9]", text[:2]):
         raise InvalidInputError(parameter, f"is {kind} of another version of chatdb: {remedy}")
     try:
@@ -267,7 +267,7 @@ def _read_token(parameter: str, text: str, version: str, count: int) -> tuple[in
     return numbers
 
 
-_FUNCTIONS: Final = {CURSOR: "list_conversations", MATCH_CURSOR: "search_messages"}
+_CURSOR_SOURCES: Final = {CURSOR: "list_conversations", MATCH_CURSOR: "search_messages"}
 """The functions that make cursors, by their prefix."""
 
 
@@ -339,7 +339,7 @@ def check_words(query: str) -> tuple[str, list[str]]:
 
 NO_WORD: Final = "contains no word"
 _NO_SEPARATORS: Final = dict.fromkeys(map(ord, "_-+./:@~&<"), " ")
-_EXCLUDED: Final = re.compile(r"-[^\W_]")
+_EXCLUDED: Final = re.compile(r"-[^-\s]*[^\W_]")
 _WORD: Final = re.compile(r"\w+")
 
 

@@ -1,8 +1,8 @@
 """
-Direct connections for the operator commands: migrate, rollback, protect, adopt, link-users and search-index.
+Connections for the operator commands.
 
-These commands change tables, so a session-level advisory lock lets only one of them run at a time. A transaction
-pooler would lose that lock.
+The commands that change tables hold a session-level advisory lock, so that one of them runs at a time; search-index has
+a lock of its own. A transaction pooler would lose it.
 """
 
 from __future__ import annotations

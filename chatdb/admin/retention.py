@@ -12,25 +12,22 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache
 from typing import Any, Final, NamedTuple
 
-from chatdb._core.query import data_folder
+from chatdb.admin.all_users import check_server, statement
 from chatdb.admin.connection import connected, dict_row, errors, prepare_session, psycopg
-from chatdb.errors import ConfigurationError, SchemaError
+from chatdb.errors import SchemaError
 
-RATE: Final = 5_000
-"""
-Messages a second. Without a limit, two cores deleted 12,000 to 49,000, and others' histories took at most 1.3 times as
-long at p95.
-"""
 BATCH_SIZE: Final = 1_000
 """
 Messages in a transaction. A conversation with more has a transaction of its own, and is deleted whole. Batches of 200
 took twice the time; batches of 5,000 saved nothing.
 """
 PAGE_SIZE: Final = 10_000
-"""Conversations that a statement lists. Each reads all of a day of a user, of which an earlier one returned a part."""
+"""
+Conversations that a statement lists. Those of a user and a day are sorted by id, so a page that ends within a day reads
+that day again.
+"""
 
 
 class OldConversations(NamedTuple):
@@ -73,18 +70,13 @@ def count_old_conversations(dsn: str, *, older_than: timedelta, dry_run: bool = 
             raise SchemaError(
                 "chatdb's tables are missing or older than this release needs: run yoyo apply or chatdb migrate"
             ) from None
-        if server["has_row_security"]:
-            raise ConfigurationError(
-                "row-level security hides rows from this role: run this as a superuser or a role with BYPASSRLS"
-            )
-        if server["is_standby"] and not dry_run:
-            raise ConfigurationError("the server is a standby, which is read-only: connect to the primary")
+        check_server(server, dry_run=dry_run)
         [row] = _fetch(connection, "count_old_conversations", older_than)
     return OldConversations(**row)
 
 
 def prune_conversations(
-    dsn: str, found: OldConversations, *, rate: float = RATE, progress: Callable[[int], object] = lambda _: None
+    dsn: str, found: OldConversations, *, rate: float, progress: Callable[[int], object] = lambda _: None
 ) -> PruneReport:
     """
     Delete the conversations that `count_old_conversations` found, with at most `rate` messages a second.
@@ -163,9 +155,4 @@ def _transaction(connection: psycopg.Connection) -> Generator[None]:
 def _fetch(connection: psycopg.Connection, name: str, *arguments: object) -> list[dict[str, Any]]:
     # not prepared: a transaction pooler may give the next transaction to another server process
     cursor = psycopg.RawCursor(connection, row_factory=dict_row)
-    return cursor.execute(_statement(name), arguments or None, prepare=False).fetchall()
-
-
-@cache
-def _statement(name: str) -> bytes:
-    return (data_folder("sql") / "admin" / f"{name}.sql").read_bytes()
+    return cursor.execute(statement(name).encode(), arguments or None, prepare=False).fetchall()

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple
 
 from chatdb._core.query import data_folder
+from chatdb.admin.all_users import STANDBY
 from chatdb.admin.connection import (
     WAIT,
     advisory_lock,
@@ -109,7 +110,7 @@ def estimate_search_index(dsn: str) -> tuple[SearchIndex, Cost]:
     """
     Return the state of the index and what its build would cost, from the statistics and the size of the table.
 
-    Raises what `create_search_index` raises before it starts, except for a standby.
+    Checks the role, the definition and the extension as `create_search_index` does, but no standby, pooler or lock.
     """
     with pinned_transaction(dsn) as connection:
         state = read_search_index(connection)
@@ -182,7 +183,7 @@ def _locked(dsn: str, wait: float) -> Generator[psycopg.Connection]:
     deadline = time.monotonic() + wait
     with advisory_lock(dsn, wait=wait, key=_LOCK) as connection:
         if fetch_value(connection, "select pg_catalog.pg_is_in_recovery()"):
-            raise ConfigurationError("the server is a standby, which is read-only: connect to the primary")
+            raise ConfigurationError(STANDBY)
         read_search_index(connection)
         _check_role(connection)
 

@@ -11,12 +11,10 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from chatdb._core.driver_errors import mapped_driver_errors
-from chatdb._core.query import data_folder
-from chatdb.errors import ConfigurationError
+from chatdb.admin.all_users import check_server, statement
 from chatdb.pool import Pool, transaction
 from chatdb.streaming import finish_message
 
@@ -61,12 +59,7 @@ async def count_idle_streams(pool: Pool, *, older_than: timedelta, dry_run: bool
     """
     async with transaction(pool) as connection:
         [server] = await _fetch(connection, "check_operator")
-        if server["has_row_security"]:
-            raise ConfigurationError(
-                "row-level security hides rows from this role: run this as a superuser or a role with BYPASSRLS"
-            )
-        if server["is_standby"] and not dry_run:
-            raise ConfigurationError("the server is a standby, which is read-only: connect to the primary")
+        check_server(server, dry_run=dry_run)
         [row] = await _fetch(connection, "count_idle_streams", older_than)
     return IdleStreams(**row)
 
@@ -120,9 +113,4 @@ async def _abort(pool: Pool, user: str, conversation: int, seq: int, flushed_at:
 
 async def _fetch(connection: Connection, name: str, *arguments: object) -> list[Any]:
     with mapped_driver_errors():
-        return await connection.fetch(_statement(name), *arguments)
-
-
-@cache
-def _statement(name: str) -> str:
-    return (data_folder("sql") / "admin" / f"{name}.sql").read_text(encoding="utf-8")
+        return await connection.fetch(statement(name), *arguments)

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from datetime import UTC
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -16,6 +16,9 @@ from chatdb.cli.durations import parse_duration
 from chatdb.cli.signals import run
 from chatdb.errors import InvalidInputError
 from chatdb.pool import create_pool
+
+_RATE: Final = 5_000
+"""Messages a second; docs/operations.md has the measurements."""
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,8 +111,8 @@ def search_index(
     Optional: search_messages needs it only for mode "words". create prints what
     it costs, then builds it while readers and writers go on. It waits for
     transactions that are open. If a run is killed, run the command again, or
-    drop what is left. drop asks for confirmation. Run it as the owner of
-    chatdb's tables.
+    drop what is left. drop asks for confirmation, which --yes gives. --dry-run
+    and --wait apply to create and drop. Run it as the owner of chatdb's tables.
     """
     if action is SearchIndexAction.CREATE:
         _create_search_index(dry_run=dry_run, wait=wait, as_json=as_json)
@@ -222,7 +225,7 @@ def prune(
     ],
     rate: Annotated[
         int, typer.Option(min=1, max=1_000_000, metavar="N", help="Maximum number of messages to delete per second.")
-    ] = 5_000,
+    ] = _RATE,
     dry_run: DryRun = False,
     yes: Yes = False,
     as_json: AsJson = False,

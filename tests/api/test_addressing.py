@@ -24,7 +24,10 @@ from tests.support.talk import Talk, said
 BY_ID = [
     (name, arguments)
     for name, arguments in CALLS
-    if "conversation_id" in SIGNATURES[name] and "conversation_key" not in arguments
+    if "conversation_id" in SIGNATURES[name]
+    and "conversation_key" not in arguments
+    # of all conversations
+    and arguments.get("conversation_id", ...) is not None
 ]
 """Every call on a conversation that `call` names by its id."""
 
@@ -60,7 +63,7 @@ def test_the_functions_on_a_message() -> None:
     """The tests below leave out no function on one message."""
     others = ["update_message", "delete_message", "switch_branch", "delete_branch"]
     assert ["get_message", *others, "extend_message", "read_message", "finish_message"] == ON_A_MESSAGE
-    assert {name for name, _ in BY_ID} == CONVERSATION_CALLS.keys()
+    assert {name for name, _ in BY_ID} == CONVERSATION_CALLS.keys() - {"search_messages"}
 
 
 @pytest.mark.parametrize(("name", "arguments"), BY_ID)
@@ -102,11 +105,13 @@ async def test_a_key_names_the_same_message(
 async def test_both_or_neither(name: str) -> None:
     """Both id and key, or neither, is an InvalidInputError that names one of them, and nothing is sent."""
     arguments = {"user_id": "alice", **CONVERSATION_CALLS[name]}
-    for place, parameter in [
+    neither: list[tuple[dict[str, Any], str]] = [
         ({}, "conversation_id"),
         ({"conversation_id": None, "conversation_key": None}, "conversation_id"),
-        ({"conversation_id": 1, "conversation_key": "thread"}, "conversation_key"),
-    ]:
+    ]
+    both = {"conversation_id": 1, "conversation_key": "thread"}
+    # without a conversation, a search is in all of the user's
+    for place, parameter in [*(neither if name != "search_messages" else ()), (both, "conversation_key")]:
         db = Counting(None)
         with pytest.raises(InvalidInputError, match=rf"^{parameter}: ") as raised:
             await result(getattr(chatdb, name)(db, **place, **arguments))

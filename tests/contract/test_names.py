@@ -338,18 +338,13 @@ def operators_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 async def services_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Call every function a service calls, on existing rows, then import and export."""
-    rows, iterate = Query._rows, Query.iterate
+    rows = Query._rows
 
     async def _rows(query: Query[Any], *arguments: Any, **options: Any) -> Any:
         ran.add(query.name)
         return await rows(query, *arguments, **options)
 
-    def _iterate(query: Query[Any], *arguments: Any) -> Any:
-        ran.add(query.name)
-        return iterate(query, *arguments)
-
     monkeypatch.setattr(Query, "_rows", _rows)
-    monkeypatch.setattr(Query, "iterate", _iterate)
     connection = await asyncpg.connect(**connect_arguments(dsn))
     for function, _, given in recorder.CALLS:
         block = connection.transaction()

@@ -29,6 +29,7 @@ VARIANTS = (
     "_created_ascending",
     "_after",
     "_before_key",
+    "_conversation",
     "_by_key",
     "_after_key",
     "_top",
@@ -73,13 +74,15 @@ async def test_each_call_is_a_span_of_its_name(dsn: str, spans: InMemorySpanExpo
             elif arguments.get("messages") == [] and "create" not in arguments:
                 called = "get_conversation"
             begin, names, end = (["BEGIN;"], taken(spans)[1:-1], ["commit"]) if lent else ([], taken(spans), [])
+            if name == "export_user":
+                assert names.pop() == "--chatdb.export_user_messages"
             assert len(names) == 1, (begin, end)
             assert names[0] in {f"--chatdb.{called}{variant}" for variant in VARIANTS}
         await chatdb.check_schema(db)
         assert taken(spans) == ["--chatdb.check_schema"]
         async for _ in export_conversations(db, user_id="alice"):
             pass
-        assert "CURSOR: --chatdb.export_conversations" in taken(spans)
+        assert "--chatdb.export_user" in taken(spans)
 
 
 async def test_a_span_has_its_error(dsn: str, spans: InMemorySpanExporter) -> None:
