@@ -168,6 +168,7 @@ earlier as (
         m.id, m.conversation_id, m.seq, m.parent_seq, m.role, m.content, m.payload, m.metadata, m.token_count, m.key,
         m.state, m.created_at
     from batch as b
+    -- looked up as in known
     cross join lateral (
         select
             id, conversation_id, seq, parent_seq, role, content, payload, metadata, token_count, key, state, created_at

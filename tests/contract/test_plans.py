@@ -68,17 +68,20 @@ async def test_every_statement_settles_on_its_generic_plan(dsn: str) -> None:
 
 
 @pytest.mark.owner
-async def test_keys_are_looked_up_without_statistics(dsn: str) -> None:
-    """In a table that was never analyzed, each key of a batch is looked up in the index on the key."""
+@pytest.mark.parametrize("is_stored", [False, True], ids=["new", "stored"])
+async def test_keys_are_looked_up_without_statistics(dsn: str, is_stored: bool) -> None:
+    """In a table without statistics, each key is looked up in its index, also by a retry with an old revision."""
     count = 200
     options = {"plan_cache_mode": "force_generic_plan"}
     async with chatdb.create_pool(dsn, max_size=1, server_settings=options) as db:
         for number in range(12):
             batch = [{"role": "user", "content": "", "key": f"{number:0100}{n}"} for n in range(1_000)]
             await chatdb.append_messages(db, user_id="ann", conversation_key="c", messages=batch, create=True)
+        chat = await chatdb.get_conversation(db, user_id="ann", conversation_key="c")
         arguments = [
             *("ann", None, "c", ["user"] * count, ["x"] * count, *[[None] * count] * 3),
-            *([f"new {n}" for n in range(count)], False, True, None, None, None, None, None),
+            [f"{5:0100}{n}" if is_stored else f"new {n}" for n in range(count)],
+            *(False, True, *((chat.id, 1) if is_stored else (None, None)), None, None, None),
         ]
         sql = file_of("append_messages_conditional").sql
         rows = await db.fetch(f"explain (analyze, timing off, buffers off) {sql}", *arguments)
