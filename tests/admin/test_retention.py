@@ -144,7 +144,7 @@ async def test_what_becomes_active_is_left_alone(db: Pool, dsn: str, monkeypatch
     await append(db, before)
     async with chatdb.transaction(db) as connection:
         await append(connection, during)
-        report = await asyncio.to_thread(prune_conversations, dsn, found)
+        report = await asyncio.to_thread(prune_conversations, dsn, found, rate=1_000_000)
     assert report == PruneReport(conversations=1, messages=2, users=1, left_alone=2)
     assert await remaining(db) == {"ann": [(before, 3), (after, 3), (during, 3)]}
 
