@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic_core import to_jsonable_python
 
 from chatdb.conversations import create_conversation, get_conversation, update_conversation
-from chatdb.errors import ConversationNotFoundError, InvalidInputError, UnavailableError
+from chatdb.errors import (
+    AcquireTimeoutError,
+    CommandTimeoutError,
+    ConversationNotFoundError,
+    InvalidInputError,
+    PoolClosedError,
+    UnavailableError,
+)
 from chatdb.formats import google_adk as formats
+from chatdb.pool import transaction
 
 if TYPE_CHECKING:
     from chatdb import Database
+
+ResultT = TypeVar("ResultT")
 
 
 class SharedStates:
     """
     Keeps each shared state of an app in the metadata of an archived conversation without messages.
 
-    Its user is that of the sessions or, for `app:`, the `app_owner`. Each state takes one round trip to read and one to
-    change, and two more for its first key.
+    Its user is that of the sessions or, for `app:`, the `app_owner`.
     """
 
     def __init__(self, db: Database, prefix: str, app_owner: str, names: Collection[str]) -> None:
         if isinstance(names, str) or not {formats.APP, formats.USER}.issuperset(names):
             raise InvalidInputError("shared_states", "must be a tuple of app: and user:, or of one of these, or ()")
         self._db, self._prefix, self._app_owner, self._names = db, prefix, app_owner, sorted(names)
+        # a connection does not tell whether its transactions must name the user
+        self._is_protected: bool = getattr(db, "row_level_security", not hasattr(db, "acquire"))
 
     def split(self, delta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """
@@ -42,12 +54,18 @@ class SharedStates:
         return parts
 
     async def read_all(self, app: str, user: str, known: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        """Return the shared states, each key with its prefix; `known` has those that need not be read."""
-        merged: dict[str, Any] = {}
-        for name in self._names:
-            state = known[name] if name in known else await self.read(app, user, name)
-            merged |= {name + key: value for key, value in state.items()}
-        return merged
+        """
+        Return the shared states, each key with its prefix; `known` has those that need not be read.
+
+        On a pool, they are read at the same time.
+        """
+        unread = [name for name in self._names if name not in known]
+        if hasattr(self._db, "acquire"):
+            states = await asyncio.gather(*(self.read(app, user, name) for name in unread))
+        else:
+            states = [await self.read(app, user, name) for name in unread]
+        by_name = {**known, **dict(zip(unread, states, strict=True))}
+        return {name + key: value for name in self._names for key, value in by_name[name].items()}
 
     async def read(self, app: str, user: str, name: str) -> dict[str, Any]:
         """Return a shared state."""
@@ -57,16 +75,52 @@ class SharedStates:
             return {}
         return formats.state_of(stored.metadata)
 
-    async def write(self, app: str, user: str, name: str, delta: Mapping[str, Any]) -> dict[str, Any]:
-        """Merge changes into a shared state, and return it."""
-        address, patch = self._address(app, user, name), formats.state_patch(delta)
+    async def run(
+        self, user: str, parts: Mapping[str, Any], change: Callable[[Database], Awaitable[ResultT]]
+    ) -> ResultT:
+        """
+        Run a change of a session, in a transaction if it also has `parts` of shared states to write.
+
+        On chatdb's pool, a transaction that was lost runs again, so the change must be safe to repeat.
+        """
+        if not parts:
+            return await change(self._db)
+
+        async def run_once() -> ResultT:
+            async with transaction(self._db, user_id=user) as connection:
+                return await change(connection)
+
         try:
-            stored = await update_conversation(self._db, **address, metadata_patch=patch, archived=True)
-        except (ConversationNotFoundError, UnavailableError):  # repeating it changes nothing
-            await create_conversation(self._db, user_id=address["user_id"], key=address["conversation_key"])
-            stored = await update_conversation(self._db, **address, metadata_patch=patch, archived=True)
-        return formats.state_of(stored.metadata)
+            return await run_once()
+        except UnavailableError as error:
+            is_lost = not isinstance(error, AcquireTimeoutError | CommandTimeoutError | PoolClosedError)
+            if not is_lost or not getattr(self._db, "retries", 0):
+                raise
+        return await run_once()
+
+    async def write(
+        self, db: Database, app: str, user: str, parts: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        """Merge changes into the shared states in the transaction of `run`, and return these."""
+        written: dict[str, dict[str, Any]] = {}
+        for name in sorted(parts, reverse=True):  # always in this order, or two transactions could wait for each other
+            address, patch = self._address(app, user, name), formats.state_patch(parts[name])
+            if name == formats.APP and self._is_protected:
+                async with transaction(db, user_id=self._app_owner) as connection:
+                    written[name] = await _merge(connection, address, patch)
+            else:
+                written[name] = await _merge(db, address, patch)
+        return written
 
     def _address(self, app: str, user: str, name: str) -> dict[str, Any]:
         key = self._prefix + formats.session_name(app, "")
         return {"user_id": self._app_owner if name == formats.APP else user, "conversation_key": key}
+
+
+async def _merge(db: Database, address: dict[str, Any], patch: dict[str, object]) -> dict[str, Any]:
+    try:
+        stored = await update_conversation(db, **address, metadata_patch=patch, archived=True)
+    except ConversationNotFoundError:
+        await create_conversation(db, user_id=address["user_id"], key=address["conversation_key"])
+        stored = await update_conversation(db, **address, metadata_patch=patch, archived=True)
+    return formats.state_of(stored.metadata)

@@ -40,8 +40,8 @@ class ChatDBHistoryProvider(HistoryProvider):
 
     The key of a message is a hash of its contents and of the key before it, and a message whose key is stored is not
     stored again. So a replayed transcript adds only what is new, and what is said again is stored again. A batch in
-    which a user's message follows an assistant's one is taken for a transcript from the beginning; any other continues
-    the history that was loaded or stored before.
+    which a user's message follows an assistant's one is treated as a whole transcript; any other continues the history
+    that was loaded or stored before.
 
     Raises InvalidInputError, before anything is written, for a message that JSON cannot hold.
     """

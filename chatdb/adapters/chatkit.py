@@ -60,7 +60,8 @@ class ChatDBStore(Store[TContext]):
 
     Each method takes one round trip, three behind row-level security, with three exceptions: a user's first attachment
     takes six, a new thread takes two with a prefix of your own, and `load_threads` reads on if conversations of others
-    lie between the user's threads. A write that was sent is waited for even if the caller is cancelled.
+    lie between the user's threads. If the caller is cancelled, the store waits for a write that it has sent, then
+    raises the cancellation.
 
     A missing thread, item or attachment, or one of another user, is ChatKit's NotFoundError, except that its items are
     an empty page and deleting it does nothing. Other errors are chatdb's.
@@ -91,7 +92,9 @@ class ChatDBStore(Store[TContext]):
             with suppress(ConversationNotFoundError):
                 try:
                     await update_conversation(self._db, user_id=user, **changes)
-                except UnavailableError:  # repeating it changes nothing
+                except UnavailableError as error:  # if it was sent, repeating it changes nothing
+                    if error.sent is False:
+                        raise
                     await update_conversation(self._db, user_id=user, **changes)
                 return
         await upsert_conversation(self._db, user_id=user, key=key, title=title, metadata=metadata)
@@ -122,15 +125,18 @@ class ChatDBStore(Store[TContext]):
     async def load_thread_items(
         self, thread_id: str, after: str | None, limit: int, order: str, context: TContext
     ) -> Page[ThreadItem]:
-        """Return a page of a thread's items in the order in which they were added, or an empty page without it."""
+        """Return a page of a thread's items in the order of their addition, or an empty page if it is missing."""
         descending, size = _is_descending(order), _page_size(limit)
         address: Any = self._address(thread_id, context)
         word = "before" if descending else "after"
         place: Any = {f"{word}_{name}": value for name, value in (place_of(after) if after else {}).items()}
         read = get_history if descending else list_messages
-        found: list[Message] = []
-        with _not_found(f"Item {after} not found in thread {thread_id}") if after else suppress(MissingError):
-            found = await read(self._db, **address, **place, limit=size + 1)
+        try:
+            found: list[Message] = await read(self._db, **address, **place, limit=size + 1)
+        except ConversationNotFoundError:
+            return Page(data=[], has_more=False)
+        except MissingError:
+            raise NotFoundError(f"Item {after} not found in thread {thread_id}") from None
         if descending:
             found.reverse()
         page = [item for message in found[:size] if (item := _item(message, thread_id)) is not None]

@@ -32,7 +32,7 @@ from chatdb.errors import (
 from chatdb.formats import google_adk as formats
 from chatdb.formats.items import name_of
 from chatdb.messages import append_message
-from chatdb.records import ETAG, Conversation, Message, NewMessage, encode_token
+from chatdb.records import Conversation, Message
 
 try:
     from google.adk.errors import StaleSessionError
@@ -60,9 +60,9 @@ class ChatDBSessionService(BaseSessionService):
     is in the conversation's metadata. The `user:` state of an app is the metadata of an archived conversation of that
     user, and the `app:` state that of one of the user `app_owner`, who can be none of the service's users.
 
-    Each method is one round trip, and one more for each of the two shared states that it reads or writes.
-    `shared_states` names those that the app uses: a session has only these, and a key of another one is an
-    InvalidInputError. With `()`, each method is one round trip.
+    Each method is one round trip, and one more for each of the two shared states that it reads. A change of a shared
+    state is one transaction with the event or the new session. `shared_states` names those that the app uses: a session
+    has only these, and a key of another one is an InvalidInputError. With `()`, each method is one round trip.
 
     A cancelled change is waited for. Errors that ADK does not define are chatdb's own.
     """
@@ -94,13 +94,13 @@ class ChatDBSessionService(BaseSessionService):
         created_by = secrets.token_hex(8)
         metadata = formats.session_metadata(app_name, name, parts.pop("")) | {"created_by": created_by}
 
-        async def create() -> tuple[Conversation, dict[str, dict[str, Any]]]:
-            stored = await create_conversation(self._db, user_id=user, key=key, metadata=metadata)
+        async def create(db: Database) -> tuple[Conversation, dict[str, dict[str, Any]]]:
+            stored = await create_conversation(db, user_id=user, key=key, metadata=metadata)
             if (stored.metadata or {}).get("created_by") != created_by:
                 raise AlreadyExistsError(f"Session with id {name} already exists.")
-            return stored, {scope: await self._states.write(app_name, user, scope, parts[scope]) for scope in parts}
+            return stored, await self._states.write(db, app_name, user, parts)
 
-        conversation, written = await settled(create())
+        conversation, written = await settled(self._states.run(user, parts, create))
         return _session(app_name, name, conversation, [], await self._states.read_all(app_name, user, written))
 
     async def get_session(
@@ -166,8 +166,8 @@ class ChatDBSessionService(BaseSessionService):
         """
         Append an event and its changes of the state, unless it is partial.
 
-        The event and the session's state are stored in one statement, then the shared states. An event that is stored
-        already changes nothing.
+        The event and its changes of all states are stored together, or nothing is. An event that is stored already
+        changes nothing.
 
         Raises SessionNotFoundError, StaleSessionError if somebody else has appended to the session since it was read,
         or InvalidInputError.
@@ -181,14 +181,23 @@ class ChatDBSessionService(BaseSessionService):
         message = formats.message_of(event.model_dump(mode="json", exclude_none=True), name_of(event.id))
         parts = self._states.split(event.actions.state_delta)
         patch = formats.state_patch(parts.pop("")) or None
+        fields: dict[str, Any] = {"user_id": user, "conversation_key": key, "conversation_metadata_patch": patch}
+        fields |= dict(message)
 
         async def append() -> None:
             async with lock:  # the tasks that share a session take turns
-                marker = await self._append(session, user, key, message, patch)
+                known = session._storage_update_marker  # pyright: ignore[reportPrivateUsage]
+                before = known or await _find_marker(self._db, session, user, key)
+
+                async def store(db: Database) -> str | None:
+                    after = await _append(db, before, fields)
+                    if after is not None:  # an event that was stored before has changed the shared states with it
+                        await self._states.write(db, app, user, parts)
+                    return after
+
+                marker = await self._states.run(user, parts, store)
                 if marker is None:
                     return
-                for scope, delta in parts.items():
-                    await self._states.write(app, user, scope, delta)
                 session._storage_update_marker = marker  # pyright: ignore[reportPrivateUsage]
                 session.last_update_time = event.timestamp
                 self._commit_event_to_session(session, event)
@@ -198,36 +207,6 @@ class ChatDBSessionService(BaseSessionService):
         except ConversationNotFoundError:
             raise SessionNotFoundError(f"Session {session.id} not found.") from None
         return event
-
-    async def _append(
-        self, session: Session, user: str, key: str, message: NewMessage, patch: dict[str, object] | None
-    ) -> str | None:
-        """Append a message, and return the session's next marker, or None if the message was stored before."""
-        fields: dict[str, Any] = {"user_id": user, "conversation_key": key, "conversation_metadata_patch": patch}
-        fields |= dict(message)
-        marker = session._storage_update_marker  # pyright: ignore[reportPrivateUsage]
-        identifier, revision, last_seq = map(int, (marker or await self._find_marker(session, user, key)).split())
-        while True:
-            try:
-                stored = await append_message(self._db, expected=encode_token(ETAG, identifier, revision), **fields)
-            except StaleError:
-                current = await get_conversation(self._db, user_id=user, conversation_key=key)
-                if (current.id, current.last_seq) != (identifier, last_seq):
-                    raise _stale() from None
-                revision = current.revision  # an edit, such as a new title
-            except ConflictError:  # another event with the same id, which ADK allows
-                fields["key"] = f"{message.key}:{secrets.token_hex(8)}"
-            else:
-                return f"{identifier} {revision + 1} {stored.seq}" if stored.seq > last_seq else None
-
-    async def _find_marker(self, session: Session, user: str, key: str) -> str:
-        """Return the marker for a session that did not come from this service, if it has the newest event."""
-        stored, newest = await load_conversation(self._db, user_id=user, conversation_key=key, limit=1)
-        newest_id = (formats.event_of(newest[0]) or {}).get("id") if newest else None
-        known_id = session.events[-1].id if session.events else None
-        if newest_id != known_id and formats.updated_at(stored, newest) > session.last_update_time:
-            raise _stale()
-        return _marker(stored)
 
     def _address(self, app: str, user: str, session_id: str = "") -> tuple[str, str]:
         """Return the user and the key of a session's conversation or, without an id, of a shared state's."""
@@ -242,6 +221,39 @@ def _session(
     session = Session.model_validate(formats.session_of(app, name, conversation, messages, shared))
     session._storage_update_marker = _marker(conversation)  # pyright: ignore[reportPrivateUsage]
     return session
+
+
+async def _append(db: Database, marker: str, fields: dict[str, Any]) -> str | None:
+    """
+    Append a message to the session with this marker, and return its next one, or None if the message was stored before.
+
+    Another message with the same key gives `fields` a new key, which a repetition must use again.
+    """
+    address = {name: fields[name] for name in ("user_id", "conversation_key")}
+    identifier, revision, last_seq = map(int, marker.split())
+    while True:
+        try:
+            expected = Conversation.model_construct(id=identifier, revision=revision)
+            stored = await append_message(db, expected=expected, **fields)
+        except StaleError:
+            current = await get_conversation(db, **address)
+            if (current.id, current.last_seq) != (identifier, last_seq):
+                raise _stale() from None
+            revision = current.revision  # an edit, such as a new title
+        except ConflictError:  # another event with the same id, which ADK allows
+            fields["key"] = f"{fields['key']}:{secrets.token_hex(8)}"
+        else:
+            return f"{identifier} {revision + 1} {stored.seq}" if stored.seq > last_seq else None
+
+
+async def _find_marker(db: Database, session: Session, user: str, key: str) -> str:
+    """Return the marker for a session that did not come from this service, if it has the newest event."""
+    stored, newest = await load_conversation(db, user_id=user, conversation_key=key, limit=1)
+    newest_id = (formats.event_of(newest[0]) or {}).get("id") if newest else None
+    known_id = session.events[-1].id if session.events else None
+    if newest_id != known_id and formats.updated_at(stored, newest) > session.last_update_time:
+        raise _stale()
+    return _marker(stored)
 
 
 def _marker(conversation: Conversation) -> str:

@@ -10,9 +10,9 @@ from typing import Any, Final
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
-from chatdb._core.validate import MAX_CONTENT
 from chatdb.errors import InvalidInputError
-from chatdb.formats.items import ParsedMessage, as_list, as_object, name_of, replace_unstorable, short, texts_of
+from chatdb.formats import items
+from chatdb.formats.items import ParsedMessage, as_list, as_object, name_of, texts_of
 from chatdb.records import Conversation, JsonText, Message, NewMessage
 
 FRAMEWORK: Final = "pydantic-ai"
@@ -81,13 +81,7 @@ def _texts(part: dict[str, Any], role: str) -> Iterator[str]:
 
 def new_message(payload: str, key: str) -> NewMessage:
     """Return the message that stores the JSON text of a ModelRequest or a ModelResponse."""
-    role, text, _, name = parse_message(json.loads(payload))
-    content = replace_unstorable(text).encode()[:MAX_CONTENT].decode(errors="ignore")
-    metadata = {"framework": FRAMEWORK}
-    if shown := short(name):
-        metadata["name"] = shown
-    fields: dict[str, Any] = {"role": role, "content": content, "metadata": metadata, "key": key}
-    return NewMessage(payload=JsonText(payload), **fields)
+    return items.new_message(FRAMEWORK, parse_message(json.loads(payload)), JsonText(payload), key)
 
 
 def item_of(message: Message) -> str | None:
@@ -98,7 +92,7 @@ def item_of(message: Message) -> str | None:
     """
     if is_own(message) and message.payload is not None:
         return message.payload
-    if message.role == "tool" or not message.content:
+    if not items.has_text(message):
         return None
     time = message.created_at.isoformat()
     if message.role == "assistant":

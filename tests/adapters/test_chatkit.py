@@ -10,9 +10,10 @@ import runpy
 import sys
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta, timezone
-from itertools import count
+from itertools import count, product
 from textwrap import indent
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -326,7 +327,8 @@ class MemoryStore(Store[str]):
         self, thread_id: str, after: str | None, limit: int, order: str, context: str
     ) -> Page[ThreadItem]:
         """Return a page of items."""
-        return self._page([*self.items.get((context, thread_id), {}).values()], after, limit, order)
+        found = self.items.get((context, thread_id))
+        return Page() if found is None else self._page([*found.values()], after, limit, order)
 
     async def load_threads(self, limit: int, after: str | None, order: str, context: str) -> Page[ThreadMetadata]:
         """Return a page of threads."""
@@ -598,6 +600,17 @@ async def test_a_shared_thread_keeps_the_values_of_others(dsn: str) -> None:
             assert (stored.title, stored.metadata["state"], stored.revision) == ("Trip", 1, 1)
 
 
+async def test_a_shared_thread_is_not_saved_again_if_nothing_was_sent(
+    db: chatdb.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a connection, a thread without a prefix is saved once, so the caller waits once."""
+    update = AsyncMock(side_effect=chatdb.AcquireTimeoutError("no connection is free", sent=False))
+    monkeypatch.setattr("chatdb.adapters.chatkit.update_conversation", update)
+    with pytest.raises(chatdb.AcquireTimeoutError):
+        await store_of(db, prefix="").save_thread(thread(), "alice")
+    assert update.await_count == 1
+
+
 @pytest.mark.server_independent
 @pytest.mark.parametrize("times", [1, 3])
 async def test_a_cancelled_write_settles(dsn: str, times: int) -> None:
@@ -667,11 +680,13 @@ async def test_another_user(store: ChatDBStore[str]) -> None:
     """Another user finds nothing and changes nothing, also under the same ids."""
     await prepare(store)
     assert (await store.load_threads(5, None, "desc", "bob")).data == []
-    assert await store.load_thread_items("t1", None, 5, "asc", "bob") == Page()
+    for after, order in product((None, "m1"), ("asc", "desc")):
+        assert await store.load_thread_items("t1", after, 5, order, "bob") == Page()
+        assert await store.load_thread_items("missing", after, 5, order, "alice") == Page()
+        assert await outcome(store, "load_thread_items", ("t1", "missing", 5, order, "alice")) is NotFoundError
     for method, arguments in (
         ("load_thread", ("t1",)),
         ("load_threads", (5, "t1", "asc")),
-        ("load_thread_items", ("t1", "m1", 5, "asc")),
         ("add_thread_item", ("t1", user_message("m9"))),
         ("save_item", ("t1", user_message("m1", "new"))),
         ("load_item", ("t1", "m1")),

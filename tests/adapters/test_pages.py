@@ -14,7 +14,15 @@ import asyncpg
 import psycopg
 import pytest
 from langchain_core.language_models import GenericFakeChatModel
-from langchain_core.messages import AIMessage, HumanMessage, RemoveMessage, ToolMessage, message_to_dict
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    HumanMessage,
+    RemoveMessage,
+    ToolMessage,
+    message_to_dict,
+    messages_from_dict,
+)
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -181,6 +189,21 @@ async def test_the_page_about_langchain(dsn: str, db: chatdb.Pool) -> None:
     assert (await session.get_items(limit=2))[0] == {"role": "assistant", "content": "Warm.\ufffd"}
 
 
+@pytest.mark.parametrize(
+    ("name", "function", "prefix"), [("langchain", "save", ""), ("langgraph", "mirror", "langgraph:")]
+)
+async def test_texts_that_postgresql_refuses_and_chunks(db: chatdb.Pool, name: str, function: str, prefix: str) -> None:
+    """The functions of both pages store NUL, a lone surrogate and a chunk, whose messages come back equal."""
+    scope: dict[str, Any] = {"db": db, "session_id": SESSION, "model": model()}
+    await run_blocks(name, scope)
+    messages = [HumanMessage("a\0b\ud800", id="m1"), AIMessageChunk("Warm.", id="m2")]
+    await scope[function](db, "alice", "new", messages)
+    stored = await chatdb.get_history(db, user_id="alice", conversation_key=f"{prefix}new")
+    assert [(each.role, each.content) for each in stored] == [("user", "a\ufffdb\ufffd"), ("assistant", "Warm.")]
+    payloads = [each.payload.parsed() for each in stored if each.payload is not None]
+    assert messages_from_dict(payloads) == messages
+
+
 async def test_round_trips_next_to_langchains(dsn: str) -> None:
     """The page's functions take one round trip each, and its table is right about LangChain's class."""
     chat(dsn)
@@ -267,5 +290,6 @@ def test_the_versions() -> None:
     rows = re.findall(r"^\| `(\S+)` \| (\S+) \| (?:from )?([\d.]+)(?:, below ([\d.]+))? \|$", page, re.MULTILINE)
     assert len(rows) == 5
     for extra, package, least, below in rows:
-        limit = below or "0.25"
+        major, minor = least.split(".")[:2]
+        limit = below or f"{major}.{int(minor) + 1}"
         assert project["optional-dependencies"][extra] == [f"{package}>={least},<{limit}"]

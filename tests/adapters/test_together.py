@@ -37,6 +37,7 @@ from chatdb.adapters.openai_agents import ChatDBSession
 from chatdb.admin.row_security import protect_tables
 from tests.support.command import chatdb_process as command
 from tests.support.databases import as_role, cloned
+from tests.support.pgbouncer import OPTIONS, VERSIONS, pgbouncer
 from tests.support.roles import Roles
 
 KEY = "app:t1"
@@ -437,5 +438,20 @@ async def test_behind_row_level_security(server: str, roles: Roles) -> None:
         async with chatdb.create_pool(as_role(dsn, roles.app), row_level_security=True, max_size=2) as db:
             await write_all(db)
             for name, framework in FRAMEWORKS.items():
+                assert await said(db, name) == [text for each in FRAMEWORKS for text in turn(each)]
+                assert not await framework.read(db, "bob")
+
+
+@pytest.mark.server_independent
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_through_poolers(dsn: str, tmp_path: Path, version: str) -> None:
+    """In transaction mode, over several connections to the server, each framework reads its items and all texts."""
+    with pgbouncer(dsn, tmp_path, version, server_round_robin=1) as pooled:
+        async with chatdb.create_pool(pooled, **OPTIONS[version]) as db:
+            empty = await asyncio.gather(*(framework.read(db, "bob") for framework in FRAMEWORKS.values()))
+            assert not any(empty)
+            written = await write_all(db)
+            for name, framework in FRAMEWORKS.items():
+                assert kept(written[name], await framework.read(db, "alice"))
                 assert await said(db, name) == [text for each in FRAMEWORKS for text in turn(each)]
                 assert not await framework.read(db, "bob")

@@ -57,7 +57,7 @@ _VERSION: Final = "select value from {adk_internal_metadata} where key = 'schema
 def _shared_states(execute: Execute, user: str | None, has_sessions: bool) -> Iterator[items.Item]:
     """Check the version of the tables, and yield the states that a user's sessions share, unless some are chosen."""
     if [*execute(_VERSION, {})] != [("1",)]:
-        problem = "has not google-adk's schema 1: run `adk migrate session` of google-adk first"
+        problem = "does not have google-adk's schema 1: run `adk migrate session` of google-adk first"
         raise InvalidInputError("table", problem)
     if has_sessions:
         return
