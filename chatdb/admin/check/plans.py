@@ -120,7 +120,8 @@ def _plan(connection: psycopg.Connection, statement: _Statement, *, whole: bool 
     nodes = list(_nodes(plan[0]["Plan"]))
     indexes = {node["Index Name"] for node in nodes if "Index Name" in node}
     indexes |= {index for node in nodes for index in node.get("Conflict Arbiter Indexes", ())}
-    tables = {node["Relation Name"] for node in nodes if node["Node Type"] == "Seq Scan"}
+    scanned = {node["Relation Name"] for node in nodes if node["Node Type"] == "Seq Scan"}
+    tables = scanned & EXPECTED_SCHEMA.keys()  # PostgreSQL's own are small
     return _Plan(indexes, tables)
 
 
