@@ -270,6 +270,7 @@ async def test_the_target_creates_the_same_key_during_a_transaction(db):
     assert [each.key for each in await chatdb.list_conversations(db, **GUEST)] == ["same"]
 
 
+@pytest.mark.owner
 async def test_both_users_have_a_conversation_with_the_same_id(db):
     """As after a restore with an old sequence: the move raises a ConflictError that says how to go on."""
     mine = await chatdb.create_conversation(db, **GUEST, key="mine", messages=[said("of the guest")])
