@@ -104,8 +104,10 @@ def file(tmp_path: Path) -> Path:
     "silent",
     ["at once", *(pytest.param(each, marks=pytest.mark.chaos) for each in ("black hole", 350, 500, 900, 2_000))],
 )
-def test_no_command_hangs(dsn: str, file: Path, silent: str | int) -> None:
+def test_no_command_hangs(dsn: str, file: Path, silent: str | int, request: pytest.FixtureRequest) -> None:
     """Each command exits with status 1 and one sentence that names the silent server."""
+    if silent in {350, 500, 2_000} and request.config.getoption("--quick"):
+        pytest.skip("not in the sample")
     with ExitStack() as stack:
         if silent == "black hole":
             place = stack.enter_context(full_queue())
