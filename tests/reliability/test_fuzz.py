@@ -150,11 +150,12 @@ HOSTILE = {
     **dict.fromkeys(
         ("user_id", "key", "title", "content", "conversation_key", "before_key", "after_key", "new_key", "text"), text
     ),
+    **dict.fromkeys(("query", "to_user_id"), text),
     **dict.fromkeys(("payload", "metadata", "metadata_patch", "conversation_metadata_patch"), value),
     **dict.fromkeys(("conversation_id", "seq", "limit", "batch", "after_seq", "before_seq", "token_count"), number),
     **dict.fromkeys(("parent_seq", "top_seq", "max_tokens", "offset", "flush_every"), number),
     **dict.fromkeys(("archived", "pinned", "create", "descending", "aborted"), flag),
-    **dict.fromkeys(("order_by", "on_existing"), word),
+    **dict.fromkeys(("order_by", "on_existing", "mode"), word),
     **dict.fromkeys(("expected", "after"), token),
     "timeout": number,
     "older_than": duration,
@@ -185,7 +186,14 @@ async def test_every_parameter(request: pytest.FixtureRequest, db: chatdb.pool.P
     made = await chatdb.create_conversation(db, user_id="alice", key="thread")
     valid: dict[str, Any] = {"user_id": "alice", "conversation_id": made.id, "role": "user", "content": "x"}
     valid |= {"key": "k", "seq": 1, "after_seq": 0, "expected": made, "messages": [{"role": "user", "content": "x"}]}
-    valid |= {"max_tokens": 8000, "offset": 0, "text": "x", "older_than": timedelta(0)}
+    valid |= {
+        "query": "x",
+        "to_user_id": "bob",
+        "max_tokens": 8000,
+        "offset": 0,
+        "text": "x",
+        "older_than": timedelta(0),
+    }
     counting = Counting(db)
     outcomes: Counter[str] = Counter()
     functions = [(name, getattr(chatdb, name)) for name in SIGNATURES]
@@ -195,7 +203,7 @@ async def test_every_parameter(request: pytest.FixtureRequest, db: chatdb.pool.P
         parameters = SIGNATURES[name]
         named = {"conversation_id", "seq"}  # required, unless a key is given
         arguments = {each: valid[each] for each, default in parameters.items() if default is required or each in named}
-        if name.startswith("delete_"):
+        if name.startswith(("delete_", "move_")):
             arguments["user_id"] = "nobody"
         tried = chance.sample(list(parameters), min(len(parameters), chance.choice([1, 1, 2])))
         arguments |= {each: HOSTILE[each](chance) for each in tried}
