@@ -106,7 +106,7 @@ def file(tmp_path: Path) -> Path:
 )
 def test_no_command_hangs(dsn: str, file: Path, silent: str | int, request: pytest.FixtureRequest) -> None:
     """Each command exits with status 1 and one sentence that names the silent server."""
-    if silent in {350, 500, 2_000} and request.config.getoption("--quick"):
+    if isinstance(silent, int) and request.config.getoption("--quick"):
         pytest.skip("not in the sample")
     with ExitStack() as stack:
         if silent == "black hole":
