@@ -22,7 +22,7 @@ with search as (
 ),
 
 page as (
-    select conversation_id, seq, role, created_at, content, pg_catalog.char_length(content) as length
+    select conversation_id, seq, role, created_at, content
     from chatdb.messages
     where user_id = $1
       and conversation_id = (select coalesce((select $2::int8), (
@@ -42,7 +42,7 @@ page as (
 
 located as materialized (
     select
-        conversation_id, seq, role, created_at, content, length,
+        conversation_id, seq, role, created_at, content, pg_catalog.char_length(content) as length,
         -- ICU makes two characters of chr(304) in lower case, which would move the place
         pg_catalog.strpos(
             pg_catalog.lower(pg_catalog.replace(content, (select dotted from search), 'i')),

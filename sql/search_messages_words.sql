@@ -27,7 +27,7 @@ with search as (
 ),
 
 page as (
-    select conversation_id, seq, role, created_at, content, pg_catalog.char_length(content) as length
+    select conversation_id, seq, role, created_at, content
     from chatdb.messages
     where user_id = $1
       and state is distinct from 'streaming'
@@ -48,7 +48,7 @@ page as (
 
 spaced as materialized (
     select
-        conversation_id, seq, role, created_at, content, length,
+        conversation_id, seq, role, created_at, content, pg_catalog.char_length(content) as length,
         -- ICU makes two characters of chr(304) in lower case, which would move the place
         pg_catalog.translate(
             pg_catalog.lower(

@@ -37,10 +37,10 @@ NEVER_NULL = {"count", "row_number", "concat_ws"}  # concat_ws with a separator 
 STRICT = {"char_length", "substr"}
 """Functions that return null only for a null."""
 HARMLESS = {
-    *("array_agg", "btrim", "cardinality", "char_length", "chr", "clock_timestamp", "coalesce", "concat"),
+    *("array_agg", "cardinality", "char_length", "chr", "clock_timestamp", "coalesce", "concat"),
     *("concat_ws", "count", "current_setting", "format_type", "getdatabaseencoding", "left", "lower", "max", "min"),
     *("numnode", "octet_length", "pg_column_compression", "pg_column_size", "pg_get_constraintdef", "pg_get_expr"),
-    *("pg_get_indexdef", "quote_ident", "regexp_match", "regexp_replace", "repeat", "replace", "row_number"),
+    *("pg_get_indexdef", "quote_ident", "repeat", "replace", "row_number"),
     *("row_security_active", "statement_timestamp", "string_agg", "strpos", "substr", "sum", "timezone"),
     *("to_regclass", "to_tsvector", "translate", "unnest", "websearch_to_tsquery"),
 }
