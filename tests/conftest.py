@@ -74,8 +74,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--uvloop", action="store_true", help="run the coroutines on uvloop instead of asyncio's own loop")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests that would bypass the pooler, and with --role app those that only the owner can run."""
+    """
+    Mark the tests that do not use the session's server as independent of it.
+
+    Deselect tests that would bypass the pooler, and with --role app those that only the owner can run.
+    """
+    for item in items:
+        if "server" not in getattr(item, "fixturenames", ()):
+            item.add_marker("server_independent")
     needed = {"--pooler": "arguments_of", "--role": "app_of"}
     fixtures = {needed[option] for option in needed if config.getoption(option) not in (None, "owner")}
     chosen = {item for item in items if fixtures <= set(getattr(item, "fixturenames", ()))}

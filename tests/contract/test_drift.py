@@ -118,7 +118,7 @@ def indexed(server, template):
 
 
 @pytest.fixture
-def planned(stem, request):
+def planned(stem, request, server):
     """Give the database that has the indexes of a file."""
     return request.getfixturevalue("indexed" if "ix_messages_search" in file_of(stem).indexes else "live")
 

@@ -20,6 +20,8 @@ from chatdb._core.dsn import connect_arguments
 from chatdb.messages import _get_history
 from tests.support.calls import conversation_with_a_message
 
+pytestmark = pytest.mark.server_independent
+
 PROGRAM = Path(__file__).with_name("without_a_name.py")
 
 COMPILED = {"Protocol", "_cancel_current_command"}
