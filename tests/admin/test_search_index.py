@@ -32,6 +32,7 @@ from chatdb.admin.search_index import (
 )
 from chatdb.pool import Pool
 from tests.support.command import PROGRAM, chatdb_process, environment
+from tests.support.command import chatdb as run_chatdb
 from tests.support.databases import as_role, execute
 from tests.support.embedded import standby
 from tests.support.migrations import value
@@ -109,7 +110,7 @@ def test_the_command(dsn: str) -> None:
     env = {"CHATDB_MIGRATE_URL": dsn, "DATABASE_URL": "postgresql://127.0.0.1:1/other"}
 
     def run(*arguments: str, code: int = 0) -> str:
-        return chatdb_process("search-index", *arguments, env=env, code=code)
+        return run_chatdb("search-index", *arguments, env=env, code=code)
 
     assert run("status") == "there is no search index: chatdb search-index create\n"
     assert json.loads(run("status", "--json")) == {"exists": False, "valid": False, "building": False, "size": 0}

@@ -46,10 +46,13 @@ from tests.support.calls import (
     NOBODYS,
     SIGNATURES,
     Counting,
+    Undoing,
     arguments_with,
     call,
     conversation_with_a_message,
 )
+
+pytestmark = pytest.mark.server_independent
 
 MARK = "Alice's own words"
 
@@ -217,9 +220,7 @@ async def refused_wrongly(
     """
     wrong = {}
     for label in ODD:
-        block = tx.transaction()
-        await block.start()
-        db = Counting(tx)
+        db = Undoing(tx)
         try:
             await send(db, odd(label))
         except InvalidInputError as error:
@@ -229,7 +230,7 @@ async def refused_wrongly(
             pass
         except Exception as error:  # noqa: BLE001 - any other error is wrong
             wrong[label] = repr(error)[:200]
-        await block.rollback()
+        await db.undo()
     return wrong
 
 

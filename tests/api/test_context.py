@@ -111,7 +111,7 @@ async def stored_line(talk: Talk, conversation: tuple[Said, ...]) -> list[Messag
 @given(conversation=turns, budget=st.integers(-3, 120), limit=st.integers(1, 40), is_share=st.booleans())
 @example(conversation=(Said("system", 9, "", None), Said("user", 1, "", None)), budget=5, limit=5, is_share=False)
 @example(conversation=(Said("tool", 1, "", None), Said("user", 1, "", None)), budget=9, limit=5, is_share=False)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=75, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_any_conversation(
     tx: asyncpg.Connection, conversation: tuple[Said, ...], budget: int, limit: int, is_share: bool
 ) -> None:

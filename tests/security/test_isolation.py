@@ -1332,7 +1332,7 @@ def runner(pytestconfig: pytest.Config) -> Iterator[asyncio.Runner]:
 def test_users_share_nothing(dsn: str, runner: asyncio.Runner, arguments_of: Callable[[str], dict[str, Any]]) -> None:
     """Any sequence of calls returns what the model predicts and leaves other users' rows unchanged."""
     with started(runner, **arguments_of(dsn)) as db:
-        run_isolation(runner, db, db, examples=60)
+        run_isolation(runner, db, db, examples=30)
 
 
 @contextmanager

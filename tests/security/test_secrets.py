@@ -30,7 +30,7 @@ from chatdb.transfer import tables
 from chatdb.transfer.exporter import export_conversations
 from chatdb.transfer.files import FORMATS, detect, read
 from chatdb.transfer.importer import import_conversations
-from tests.support.calls import CALLS, NOBODYS, SIGNATURES, call
+from tests.support.calls import CALLS, NOBODYS, SIGNATURES, Undoing, call
 from tests.support.leaks import leaks
 from tests.support.package import bindings
 
@@ -130,6 +130,7 @@ WRONG: list[Any] = [
 ]
 
 
+@pytest.mark.server_independent  # test_every_refusal_of_the_server runs on each version
 async def test_every_argument(tx: asyncpg.Connection, told: Told) -> None:
     """Call every function with wrong values, which chatdb, the driver or the server refuses."""
     conversation = await chatdb.create_conversation(tx, user_id="alice", key=MARK, title=MARK, metadata={MARK: MARK})
@@ -141,12 +142,11 @@ async def test_every_argument(tx: asyncpg.Connection, told: Told) -> None:
         given |= {parameter: here[parameter] for parameter in parameters if parameter in here}
         for parameter in parameters:
             for value in WRONG:
-                block = tx.transaction()
-                await block.start()
+                db = Undoing(tx)
                 # a record's repr shows its user_id
-                answering = call(tx, name, given | {parameter: value}, conversation)
+                answering = call(db, name, given | {parameter: value}, conversation)
                 await told.awaited(answering, is_shown=parameter != "user_id")
-                await block.rollback()
+                await db.undo()
     assert len(told.errors) > 500
     figure(told, "arguments")
 

@@ -291,6 +291,24 @@ class Counting:
         return await self.db.fetch(query, *args, timeout=timeout)
 
 
+class Undoing(Counting):
+    """A transaction that records statements and runs them after a savepoint, which it sets at the first one."""
+
+    savepoint: Any = None
+
+    async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Any]:
+        """Record a statement and run it."""
+        if self.savepoint is None:
+            self.savepoint = self.db.transaction()
+            await self.savepoint.start()
+        return await super().fetch(query, *args, timeout=timeout)
+
+    async def undo(self) -> None:
+        """Roll back to the savepoint, if there is one."""
+        if self.savepoint is not None:
+            await self.savepoint.rollback()
+
+
 MISSING = 2**62
 """An id that no conversation has."""
 

@@ -8,10 +8,15 @@ import re
 
 
 def without_user(text):
-    """Yield variants of a statement with one condition on the user loosened or one inserted user replaced."""
-    for found in re.finditer(r"((?:\w+\.)?user_id) = \$1", text):
+    """
+    Yield variants of a statement with one condition on the user loosened or one inserted user replaced.
+
+    Each condition is replaced by `true` and by one of four others, in turn.
+    """
+    for number, found in enumerate(re.finditer(r"((?:\w+\.)?user_id) = \$1", text)):
         column = found[1]
-        for condition in ("true", f"{column} = $2", f"{column} >= $1", f"{column} = {column}", f"({found[0]} or true)"):
+        others = (f"{column} = $2", f"{column} >= $1", f"{column} = {column}", f"({found[0]} or true)")
+        for condition in ("true", others[number % 4]):
             yield f"{text[: found.start()]}{condition}{text[found.end() :]}"
     for found in re.finditer(r"c\.(user_id|id) = w\.(user_id|conversation_id)", text):
         for other in (f"c.{found[1]} >= w.{found[2]}", f"c.{found[1]} = c.{found[1]}", f"({found[0]} or true)"):
