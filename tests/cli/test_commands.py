@@ -338,7 +338,7 @@ def test_an_early_interrupt(way: str, dsn: str, tmp_path: Path) -> None:
 @WAYS
 def test_each_early_interrupt(request: pytest.FixtureRequest, way: str, dsn: str, tmp_path: Path) -> None:
     """The same every 20 ms of the first three seconds."""
-    every = sized(request, 1, 10)
+    every = sized(request, 1, 25)
     interrupt_at([step * 0.02 for step in range(0, 151, every)], way, dsn, tmp_path)
 
 
