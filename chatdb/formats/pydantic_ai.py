@@ -118,10 +118,10 @@ def foreign_id(conversation_id: int, seq: int) -> str:
     return f"chatdb:{conversation_id}:{seq}"
 
 
-def place_of(entry_id: str, conversation_id: int) -> dict[str, Any]:
-    """Return the arguments that name the message of an entry in a conversation."""
-    seq = entry_id.removeprefix(foreign_id(conversation_id, 0)[:-1])
-    return {"key": entry_id} if seq == entry_id or not seq.isdecimal() else {"seq": int(seq)}
+def foreign_seq(entry_id: str, conversation_id: int) -> int | None:
+    """Return the seq in an id from `foreign_id`, or None for any other id."""
+    prefix, seq = foreign_id(conversation_id, 0)[:-1], entry_id.rpartition(":")[2]
+    return int(seq) if entry_id.startswith(prefix) and seq.isdecimal() else None
 
 
 def dump_json(adapter: TypeAdapter[Any], value: object) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -227,7 +228,7 @@ def proxy(dsn: str) -> Iterator[Proxy]:
 
 
 async def test_round_trips(proxy: Proxy) -> None:
-    """A load takes one round trip, a change two, and a save that compares three."""
+    """A load takes one round trip and a change two; with a branch that is not the line of chatdb's head, one more."""
     async with chatdb.create_pool(proxy.dsn, max_size=1) as pool:
         store = ChatDBConversationStore(pool, user_id="alice")
         where: Any = {"user_id": "alice", "conversation_key": "plain"}
@@ -255,6 +256,16 @@ async def test_round_trips(proxy: Proxy) -> None:
             await count("save", store.save(conversation))
             conversation.messages[0] = prompt("d")
             await count("rewrite", store.save(conversation))
+            again = ChatDBConversationStore(pool, user_id="alice")
+            copied = Conversation(**{one.name: getattr(conversation, one.name) for one in fields(conversation)})
+            await count("compare", again.save(copied))
+            rewritten = await store.read_record("c")
+            assert rewritten is not None
+            left: Any = {"from_entry": rewritten.branches[-1], "expected_revision": rewritten.revision}
+            conversation = await count("back to another line", again.branch("c", **left))
+            await count("load another line", again.load("c"))
+            conversation.messages.append(prompt("d"))
+            await again.save(conversation)
             now = await revision()
             await count("branch", store.branch("c", at=0, expected_revision=now))
             now = await revision()
@@ -269,8 +280,9 @@ async def test_round_trips(proxy: Proxy) -> None:
             await count("plain save", save(pool, **where, messages=[prompt("a")]))
             await count("plain load", load(pool, **where))
     assert counted[1] == {
-        "create": 2, "load": 1, "load a window": 1, "save": 2, "rewrite": 3, "branch": 2, "load a branched one": 1,
-        "back": 3, "fork": 2, "list": 1, "delete": 2, "plain save": 1, "plain load": 1,
+        "create": 2, "load": 1, "load a window": 1, "save": 2, "rewrite": 2, "compare": 2, "back to another line": 3,
+        "load another line": 2, "branch": 2, "load a branched one": 1, "back": 2, "fork": 2, "list": 1, "delete": 2,
+        "plain save": 1, "plain load": 1,
     }  # fmt: skip
 
 
@@ -521,6 +533,31 @@ async def test_entries_are_found_in_every_conversation(db: chatdb.Pool) -> None:
     assert await store.read_history(entries[1].id) == entries
     with pytest.raises(LookupError):
         await store.read_entry("unknown")
+
+
+async def test_one_store_in_many_tasks(db: chatdb.Pool) -> None:
+    """Tasks that share a store do not mix up their conversations."""
+    store = ChatDBConversationStore(db, user_id="alice")
+
+    async def work(name: str) -> None:
+        await store.save(talk(name, *(f"{name}{number}" for number in range(4))))
+        for turn in range(4):
+            conversation = await store.load(name, limit=3 if turn % 2 else None)
+            assert conversation is not None
+            conversation.messages.append(prompt(f"{name} turn {turn}"))
+            conversation.new_message_index = None if turn == 2 else conversation.new_message_index
+            await store.save(conversation)
+            fork = await store.fork(name, at=2)
+            assert texts(fork.messages) == [f"{name}0", f"{name}1"]
+        branched = await store.branch(name, at=1, expected_revision=conversation.revision)
+        branched.messages.append(prompt("new"))
+        await store.save(branched)
+        record = await store.read_record(name)
+        assert record is not None
+        back = await store.branch(name, from_entry=record.branches[-1], expected_revision=record.revision)
+        assert texts(back.messages) == [f"{name}{n}" for n in range(4)] + [f"{name} turn {n}" for n in range(4)]
+
+    await asyncio.gather(*(work(f"c{number}") for number in range(6)))
 
 
 async def test_long_ids(db: chatdb.Pool) -> None:
