@@ -68,20 +68,20 @@ class Twins:
     async def both(self, call: Callable[[Any, int], Any]) -> tuple[Any, Any]:
         """Return both results, or both exceptions, which are equal."""
         results: list[Any] = []
-        for place, store in enumerate((self.ours, self.theirs)):
+        for index, store in enumerate((self.ours, self.theirs)):
             try:
-                results.append(await call(store, place))
+                results.append(await call(store, index))
             except (ConversationConflict, UserError) as error:
                 results.append(error)
-        if any(isinstance(each, Exception) for each in results):
+        if any(isinstance(result, Exception) for result in results):
             assert type(results[0]) is type(results[1]), results
             assert isinstance(results[0], ConversationConflict) or len(str(results[0])) > 0
         return results[0], results[1]
 
     def same_entries(self, ours: list[ConversationEntry], theirs: list[ConversationEntry]) -> None:
         """Compare messages and the links between entries."""
-        assert [each.message for each in ours] == [each.message for each in theirs]
-        assert list(map(self.named, ours)) == [(each.parent_id, each.id) for each in theirs]
+        assert [entry.message for entry in ours] == [entry.message for entry in theirs]
+        assert list(map(self.named, ours)) == [(entry.parent_id, entry.id) for entry in theirs]
 
     def named(self, entry: ConversationEntry) -> tuple[str | None, str]:
         """Return the other store's ids of an entry."""
@@ -127,15 +127,15 @@ class Twins:
                 if entries[0] is None:
                     return "nothing"
                 options: list[dict[str, Any]] = [{"at": choose.randrange(len(entries[1]) + 2)}] * 2
-                tips = [each for each in self.ids if self.ids[each] in records[1].branches]
+                tips = [tip for tip in self.ids if self.ids[tip] in records[1].branches]
                 if kind == "back" and tips:
                     tip = choose.choice(tips)
                     options = [{"from_entry": tip}, {"from_entry": self.ids[tip]}]
-                revisions = [each.revision for each in records]
+                revisions = [record.revision for record in records]
                 self.hold(
                     await self.both(
-                        lambda store, place: store.branch(
-                            name, **options[place], expected_revision=revisions[place], scope=scope
+                        lambda store, index: store.branch(
+                            name, **options[index], expected_revision=revisions[index], scope=scope
                         )
                     )
                 )
@@ -157,7 +157,7 @@ class Twins:
             case _:
                 return "nothing"
         pair_now = pair
-        ours, theirs = await self.both(lambda store, place: store.save(pair_now[place], scope=scope))
+        ours, theirs = await self.both(lambda store, index: store.save(pair_now[index], scope=scope))
         if isinstance(ours, list):
             self.ids |= {one.id: two.id for one, two in zip(ours, theirs, strict=True)}
             self.same_entries(ours, theirs)
@@ -166,11 +166,11 @@ class Twins:
     async def compare(self) -> None:
         """Compare everything that is stored."""
         records = await self.both(lambda store, _: store.list_conversations())
-        assert [each.conversation_id for each in records[0]] == [each.conversation_id for each in records[1]]
+        assert [record.conversation_id for record in records[0]] == [record.conversation_id for record in records[1]]
         for ours, theirs in zip(*records, strict=True):
             assert (ours.usage, ours.scope, ours.forked_from) == (theirs.usage, theirs.scope, theirs.forked_from)
             assert (ours.head_id and self.ids[ours.head_id]) == theirs.head_id
-            assert [self.ids[each] for each in ours.branches] == theirs.branches
+            assert [self.ids[tip] for tip in ours.branches] == theirs.branches
             assert (ours.forked_at and self.ids[ours.forked_at]) == theirs.forked_at
         for name in self.names:
             for limit in (None, 0, 1, 3):
@@ -188,7 +188,7 @@ async def test_the_same_calls_give_the_same_results_as_in_memory(db: chatdb.Pool
     for _ in range(100):
         done.append(await twins.step())
         await twins.compare()
-    assert len({each.split()[0] for each in done}) > 6
+    assert len({step.split()[0] for step in done}) > 6
 
 
 async def test_what_is_dumped_is_what_was_stored(db: chatdb.Pool) -> None:
@@ -296,8 +296,8 @@ async def test_of_concurrent_writers_one_wins(dsn: str, action: str) -> None:
             if action != "create":
                 await stores[0].save(talk(name, "a", "b"))
 
-            async def change(place: int) -> object:
-                store = stores[place]
+            async def change(writer: int) -> object:
+                store = stores[writer]
                 if action == "create":
                     return await store.save(talk(name, "a"))  # noqa: B023
                 record = await store.read_record(name)  # noqa: B023
@@ -307,10 +307,10 @@ async def test_of_concurrent_writers_one_wins(dsn: str, action: str) -> None:
                 await ready.wait()  # noqa: B023
                 match action:
                     case "save":
-                        loaded.messages.append(prompt(str(place)))
+                        loaded.messages.append(prompt(str(writer)))
                         return await store.save(loaded)
                     case "rewrite":
-                        loaded.messages[1:] = [prompt(str(place))]
+                        loaded.messages[1:] = [prompt(str(writer))]
                         return await store.save(loaded)
                     case "branch":
                         return await store.branch(name, at=1, expected_revision=loaded.revision)  # noqa: B023
@@ -410,7 +410,7 @@ async def test_a_lost_connection_stores_nothing_twice(dsn: str, action: str, *, 
             assert cut
             assert not (failed and answered)
             loaded = {name: await store.load_entries(name) for name in "cd"}
-    found = {name: entries and texts([entry.message for entry in entries]) for name, entries in loaded.items()}
+    stored = {name: entries and texts([entry.message for entry in entries]) for name, entries in loaded.items()}
     expected: dict[str, Any] = {
         "save": {"c": ["a", "b", "c"], "d": None},
         "plain": {"c": ["a", "b", "c"], "d": None},
@@ -420,7 +420,7 @@ async def test_a_lost_connection_stores_nothing_twice(dsn: str, action: str, *, 
         "fork": {"c": ["a", "b"], "d": None if failed else ["a", "b"]},
         "delete": {"c": ["a", "b"] if failed else None, "d": None},
     }
-    assert found == expected[action]
+    assert stored == expected[action]
 
 
 async def test_a_cancelled_save_settles(dsn: str) -> None:
@@ -527,10 +527,12 @@ async def test_no_other_user_sees_it(db: chatdb.Pool) -> None:
 async def test_entries_are_found_in_every_conversation(db: chatdb.Pool) -> None:
     """An entry is read by its id alone, in a new task as well."""
     store = ChatDBConversationStore(db, user_id="alice")
-    entries = await store.save(talk("c", "a", "b"))
+    entries = await store.save(talk("c", "a", "b", "c"))
     await store.save(talk("d", "x"))
-    assert await store.read_entry(entries[1].id) == entries[1]
-    assert await store.read_history(entries[1].id) == entries
+    assert await store.read_entry(entries[2].id) == entries[2]
+    assert await store.read_history(entries[2].id) == entries
+    await store.load("c", limit=1)
+    assert await store.read_history(entries[2].id) == entries
     with pytest.raises(LookupError):
         await store.read_entry("unknown")
 
