@@ -525,7 +525,7 @@ async def test_no_other_user_sees_it(db: chatdb.Pool) -> None:
 
 
 async def test_entries_are_found_in_every_conversation(db: chatdb.Pool) -> None:
-    """An entry is read by its id alone, in a new task as well."""
+    """An entry is read by its id alone, whatever was read last."""
     store = ChatDBConversationStore(db, user_id="alice")
     entries = await store.save(talk("c", "a", "b", "c"))
     await store.save(talk("d", "x"))
