@@ -117,21 +117,36 @@ async def create_conversation(
 
 
 async def upsert_conversation(
-    db: Database, *, user_id: str, key: str, title: str | None = None, metadata: Mapping[str, object] | None = None
+    db: Database,
+    *,
+    user_id: str,
+    key: str,
+    title: str | None = None,
+    metadata: Mapping[str, object] | None = None,
+    metadata_patch: Mapping[str, object] | Unset = UNSET,
+    archived: bool | Unset | None = UNSET,
 ) -> Conversation:
     """
     Create the conversation with this `key`, or replace its title and metadata, and return the stored record.
 
-    The limits are those of `create_conversation`. The revision rises only if a value changes.
+    The limits are those of `create_conversation`. With `metadata_patch`, the stored metadata is not replaced: the patch
+    is merged into it, as in `update_conversation`. `archived` does what it does there; left `UNSET`, it changes
+    nothing. The revision rises only if a value changes.
 
     Raises InvalidInputError. SQL: `upsert_conversation.sql`.
     """
+    patch: tuple[str | None, list[str] | None] = (None, None)
+    if metadata_patch is not UNSET:
+        refuse_both("metadata_patch", "metadata", metadata)
+        patch = check_conversation_patch("metadata_patch", metadata_patch)
     stored = await _upsert_conversation.fetch_all(
         db,
         check_user_id(user_id),
         check_text("key", key, least=1, most=MAX_NAME),
         check_title("title", title),
         check_conversation_metadata("metadata", metadata),
+        *patch,
+        None if archived is UNSET else archived is not None and check_bool("archived", archived),
     )
     if not stored:
         raise ConfigurationError(ROW_SUPPRESSED.format("conversations"))

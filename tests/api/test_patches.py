@@ -21,6 +21,10 @@ async def _by_update(talk: Talk, patch: Any) -> Any:
     return (await talk.update_conversation(metadata_patch=patch)).metadata
 
 
+async def _by_upsert(talk: Talk, patch: Any) -> Any:
+    return (await chatdb.upsert_conversation(talk.db, user_id="alice", key="thread", metadata_patch=patch)).metadata
+
+
 async def _by_append(talk: Talk, patch: Any) -> Any:
     await talk.append(conversation_metadata_patch=patch)
     return (await talk.now()).metadata
@@ -44,6 +48,7 @@ async def _of_message(talk: Talk, patch: Any) -> Any:
 
 WAYS: dict[str, Callable[[Talk, Any], Awaitable[Any]]] = {
     "update_conversation": _by_update,
+    "upsert_conversation": _by_upsert,
     "append_message": _by_append,
     "append_messages": _by_batch,
     "append no messages": _by_empty_batch,
@@ -53,7 +58,7 @@ WAYS: dict[str, Callable[[Talk, Any], Awaitable[Any]]] = {
 
 async def patched(db: Any, way: str, metadata: Any, patch: Any) -> Any:
     """Store metadata, patch it in one of the ways, and return what is stored then."""
-    talk = Talk(db, await chatdb.create_conversation(db, user_id="alice", metadata=metadata))
+    talk = Talk(db, await chatdb.create_conversation(db, user_id="alice", key="thread", metadata=metadata))
     await talk.append(key="patched", metadata=metadata)
     return await WAYS[way](talk, patch)
 
@@ -98,7 +103,7 @@ async def test_patch(tx: asyncpg.Connection, way: str, metadata: Any, patch: Any
 @pytest.mark.parametrize("patch", [[], [("a", 1)], '{"a": 1}', 1, True, {"a": {1}}, {1: 2}, {"a": "\0"}, {"\0": None}])
 async def test_what_is_no_patch(way: str, patch: Any) -> None:
     """What is no dict of JSON values with str keys is an InvalidInputError that names the parameter."""
-    parameter = "metadata_patch" if "update" in way else "conversation_metadata_patch"
+    parameter = "metadata_patch" if way.startswith(("update", "upsert")) else "conversation_metadata_patch"
     db = Counting(None)
     with pytest.raises(InvalidInputError, match=rf"^{parameter}: ") as raised:
         await WAYS[way](Talk(db, chatdb.Conversation.model_construct(id=1, user_id="alice")), patch)
@@ -111,7 +116,7 @@ async def test_a_result_that_is_too_large(tx: asyncpg.Connection, way: str) -> N
     """A patch within the limit whose result is beyond it is an InvalidInputError, and nothing is written."""
     limit = 64 * KIB if way == "update_message" else 1024 * KIB
     half = "x" * (limit // 2)
-    talk = Talk(tx, await chatdb.create_conversation(tx, user_id="alice", metadata={"a": half}))
+    talk = Talk(tx, await chatdb.create_conversation(tx, user_id="alice", key="thread", metadata={"a": half}))
     await talk.append(key="patched", metadata={"a": half[: 32 * KIB]})
     before = await talk.now(), await talk.messages()
 
@@ -136,14 +141,15 @@ async def test_a_patch_that_removes_is_not_stored(talk: Talk) -> None:
 
 
 async def test_a_patch_of_a_new_conversation(tx: asyncpg.Connection) -> None:
-    """A conversation that an append creates gets what the patch sets, and None where it sets nothing."""
+    """A conversation that an append or an upsert creates gets what the patch sets, and None where it sets nothing."""
     create: dict[str, Any] = {"user_id": "alice", "create": True}
     for number, (patch, metadata) in enumerate([({"a": 1, "b": None}, {"a": 1}), ({"b": None}, None), ({}, None)]):
         options = create | {"conversation_metadata_patch": patch}
         await chatdb.append_message(tx, **said(), conversation_key=f"one {number}", **options)
         await chatdb.append_messages(tx, messages=[said()], conversation_key=f"batch {number}", **options)
         await chatdb.append_messages(tx, messages=[], conversation_key=f"none {number}", **options)
-        for key in ("one", "batch", "none"):
+        await chatdb.upsert_conversation(tx, user_id="alice", key=f"upsert {number}", metadata_patch=patch)
+        for key in ("one", "batch", "none", "upsert"):
             found = await chatdb.get_conversation(tx, user_id="alice", conversation_key=f"{key} {number}")
             assert found.metadata == metadata
 
@@ -181,9 +187,11 @@ async def test_a_patch_with_other_values(talk: Talk) -> None:
 async def test_patches_of_many_callers(committed: Talk) -> None:
     """Sixteen callers that each patch a key of their own lose nothing."""
     await committed.append(key="k")
+    thread: dict[str, Any] = {"user_id": "alice", "key": "thread"}
 
     async def patch(caller: int) -> None:
         for value in range(5):
+            await chatdb.upsert_conversation(committed.db, **thread, metadata_patch={f"{caller}": value})
             await committed.update_conversation(metadata_patch={f"{caller}": value})
             await committed.update_message(seq=1, metadata_patch={f"{caller}": value})
             await committed.append(conversation_metadata_patch={f"append {caller}": value})
@@ -194,3 +202,6 @@ async def test_patches_of_many_callers(committed: Talk) -> None:
     assert now.metadata == {f"{prefix}{caller}": 4 for caller in range(16) for prefix in ("", "append ")}
     assert (await committed.get_message(seq=1)).metadata == {f"{caller}": 4 for caller in range(16)}
     assert (now.last_seq, now.revision) == (81, 81 + 2 * 80)
+    upserted = await chatdb.get_conversation(committed.db, user_id="alice", conversation_key="thread")
+    assert upserted.metadata == {f"{caller}": 4 for caller in range(16)}
+    assert upserted.revision == 79

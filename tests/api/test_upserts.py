@@ -82,6 +82,66 @@ async def test_upsert_replaces_a_conversation(tx: asyncpg.Connection, fields: di
     assert await talk.contents() == ["hello"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "raised"),
+    [
+        ({"title": "Old", "metadata_patch": {"b": 2}}, 1),
+        ({"title": "Old", "metadata_patch": {"a": None}}, 1),
+        ({"title": "Old", "metadata_patch": {"a": 1, "b": None}}, 0),
+        ({"title": "New", "metadata_patch": {}}, 1),
+        ({"metadata_patch": {}, "archived": True}, 1),
+        ({"title": "Old", "metadata_patch": {}, "archived": True}, 0),
+        ({"title": "Old", "metadata_patch": {}, "archived": False}, 1),
+        ({"title": "Old", "metadata_patch": {}, "archived": None}, 1),
+    ],
+    ids=repr,
+)
+async def test_upsert_patches_a_conversation(tx: asyncpg.Connection, fields: dict[str, Any], raised: int) -> None:
+    """A patch keeps the metadata that it does not name, and an archived conversation keeps the time of its archive."""
+    before = await upsert(tx, title="Old", metadata={"a": 1}, archived=True)
+    assert before.archived_at is not None
+
+    after = await upsert(tx, **fields)
+
+    merged = {"a": 1} | fields["metadata_patch"]
+    values = {
+        "title": fields.get("title"),
+        "metadata": {name: value for name, value in merged.items() if value is not None} or None,
+        "revision": before.revision + raised,
+        "archived_at": before.archived_at if fields.get("archived", True) else None,
+    }
+    assert after == before.model_copy(update=values)
+    assert await chatdb.get_conversation(tx, user_id="alice", conversation_key="k") == after
+
+
+async def test_upsert_archives(tx: asyncpg.Connection) -> None:
+    """`archived` archives a new conversation or a stored one, and a call without it leaves the archive as it is."""
+    created = await upsert(tx, archived=True)
+    assert created.archived_at is not None
+    assert await upsert(tx) == created
+    kept = await upsert(tx, key="other", archived=False)
+    assert (kept.archived_at, (await upsert(tx, key="other")).archived_at) == (None, None)
+    assert (await upsert(tx, key="other", archived=True)).archived_at is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "parameter"),
+    [
+        ({"archived": 1}, "archived"),
+        ({"metadata_patch": None}, "metadata_patch"),
+        ({"metadata_patch": {}, "metadata": {}}, "metadata_patch"),
+        ({"metadata_patch": {"a": 1}, "metadata": {"a": 1}}, "metadata_patch"),
+    ],
+    ids=repr,
+)
+async def test_upsert_refuses(fields: dict[str, Any], parameter: str) -> None:
+    """A patch beside metadata and a flag that is no bool are an InvalidInputError, and nothing is sent."""
+    db = Counting(None)
+    with pytest.raises(InvalidInputError, match=rf"^{parameter}: "):
+        await upsert(db, **fields)
+    assert db.statements == []
+
+
 async def test_upserts_of_two_users(tx: asyncpg.Connection) -> None:
     """Another user's conversation with the same key stays."""
     mine = await upsert(tx, title="mine")

@@ -147,6 +147,7 @@ def calls(
         lambda: chatdb.create_conversation(db, **user, key=key),
         lambda: chatdb.create_conversation(db, **user, messages=[text]),
         lambda: chatdb.upsert_conversation(db, **user, key=key),
+        lambda: chatdb.upsert_conversation(db, **user, key=key, metadata_patch={"a": number}, archived=True),
         lambda: _exhaust(chatdb.export_user(db, **user)),
     ]
 

@@ -82,6 +82,7 @@ def writes(
         lambda: chatdb.create_conversation(db, **USER, key=name, messages=[message(chance)]),
         lambda: chatdb.create_conversation(db, **USER, key=name, expected=NEW),
         lambda: chatdb.upsert_conversation(db, **USER, key=name, title=chance.choice("ab")),
+        lambda: chatdb.upsert_conversation(db, **USER, key=name, metadata_patch=patch, archived=chance.random() < 0.5),
         lambda: chatdb.update_conversation(db, **at, metadata_patch=patch, expected=expected),
         lambda: chatdb.update_conversation(db, **at, archived=chance.random() < 0.5, pinned=chance.random() < 0.5),
         lambda: chatdb.delete_conversation(db, **at, expected=expected),

@@ -691,14 +691,37 @@ class Isolation(RuleBasedStateMachine):
         """Create or get a conversation by its key."""
         self.create(self.models[user], **fields)
 
-    @rule(user=users, key=known_keys.filter(lambda key: key != "unknown"), title=titles, metadata=metadata)
-    def upsert_conversation(self, user: int, key: str, **fields: Any) -> None:
-        """Create a conversation, or replace the title and metadata of the one that has the key."""
+    @rule(
+        user=users,
+        key=known_keys.filter(lambda key: key != "unknown"),
+        title=titles,
+        metadata=metadata,
+        patch=or_unset(patches),
+        archived=flags,
+    )
+    def upsert_conversation(self, user: int, key: str, title: Any, metadata: Any, patch: Any, archived: Any) -> None:
+        """Create a conversation, or replace the title and replace or patch the metadata of the one with the key."""
         model = self.models[user]
-        answer = self.call(model, chatdb.upsert_conversation, key=key, **fields)
-        stored = model.by_key(key) or self.created(model, answer, key, **fields)
-        if (stored.title, stored.metadata) != (fields["title"], fields["metadata"]):
-            model.edit(stored.id, **fields)
+        data = {"metadata": metadata} if patch is UNSET else {"metadata_patch": patch}
+        answer = self.call(model, chatdb.upsert_conversation, key=key, title=title, archived=archived, **data)
+        stored = model.by_key(key)
+        if stored is None:
+            stored = self.created(model, answer, key, title=title, metadata=metadata if patch is UNSET else None)
+            if patch is not UNSET:
+                model.patch(stored.id, patch)
+            if archived is True:
+                model.conversations[stored.id] = model.conversations[stored.id].model_copy(
+                    update={"archived_at": answer.created_at}
+                )
+        else:
+            changes = {"title": title, "metadata": metadata if patch is UNSET else merged(stored.metadata, patch)}
+            if archived is True:
+                assert isinstance(answer.archived_at, datetime)
+                changes["archived_at"] = stored.archived_at or answer.archived_at
+            elif archived is False:
+                changes["archived_at"] = None
+            if any(getattr(stored, name) != value for name, value in changes.items()):
+                model.edit(stored.id, **changes)
         self.settle(model, answer, model.conversations[stored.id])
 
     @rule(user=users)

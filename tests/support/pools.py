@@ -212,6 +212,9 @@ CALLS: dict[str, Callable[[Any, dict[str, Any], int], Any]] = {
     "upsert_conversation": lambda db, at, n: chatdb.upsert_conversation(
         db, user_id=at["user_id"], key="key", title=f"{n}"
     ),
+    "upsert_conversation, patch": lambda db, at, n: chatdb.upsert_conversation(
+        db, user_id=at["user_id"], key="key", metadata_patch={"a": n}, archived=True
+    ),
     "upsert_conversation, new key": lambda db, at, n: chatdb.upsert_conversation(
         db, user_id=at["user_id"], key=f"new {n}"
     ),

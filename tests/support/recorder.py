@@ -129,6 +129,10 @@ CALLS = [
     *_calls("create_conversation", "create_conversation_messages", USER | KEY | {"expected": NEW}),
     *_calls("create_conversation", "create_conversation", USER | {"expected": NEW}),
     *_calls("upsert_conversation", "upsert_conversation", USER | KEY, USER | KEY | TITLED),
+    *_calls(
+        "upsert_conversation", "upsert_conversation", *(USER | KEY | {"metadata_patch": each} for each in (PATCH, {}))
+    ),
+    *_calls("upsert_conversation", "upsert_conversation", *(USER | KEY | {"archived": flag} for flag in (True, False))),
     *_calls("get_conversation", "get_conversation", *CONVERSATIONS),
     *_calls("load_conversation", "load_conversation", *(each | {"limit": 7} for each in CONVERSATIONS)),
     *_lists("list_conversations"),
