@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic_core import to_jsonable_python
 
-from chatdb.conversations import create_conversation, get_conversation, update_conversation
+from chatdb.conversations import get_conversation, upsert_conversation
 from chatdb.errors import (
     AcquireTimeoutError,
     CommandTimeoutError,
@@ -70,7 +70,8 @@ class SharedStates:
     async def read(self, app: str, user: str, name: str) -> dict[str, Any]:
         """Return a shared state."""
         try:
-            stored = await get_conversation(self._db, **self._address(app, user, name))
+            owner, key = self._address(app, user, name)
+            stored = await get_conversation(self._db, user_id=owner, conversation_key=key)
         except ConversationNotFoundError:
             return {}
         return formats.state_of(stored.metadata)
@@ -104,23 +105,17 @@ class SharedStates:
         """Merge changes into the shared states in the transaction of `run`, and return these."""
         written: dict[str, dict[str, Any]] = {}
         for name in sorted(parts, reverse=True):  # always in this order, or two transactions could wait for each other
-            address, patch = self._address(app, user, name), formats.state_patch(parts[name])
+            owner, key = self._address(app, user, name)
+            address: dict[str, Any] = {"user_id": owner, "key": key}
+            change: dict[str, Any] = {"metadata_patch": formats.state_patch(parts[name]), "archived": True}
             if name == formats.APP and self._is_protected:
                 async with transaction(db, user_id=self._app_owner) as connection:
-                    written[name] = await _merge(connection, address, patch)
+                    stored = await upsert_conversation(connection, **address, **change)
             else:
-                written[name] = await _merge(db, address, patch)
+                stored = await upsert_conversation(db, **address, **change)
+            written[name] = formats.state_of(stored.metadata)
         return written
 
-    def _address(self, app: str, user: str, name: str) -> dict[str, Any]:
-        key = self._prefix + formats.session_name(app, "")
-        return {"user_id": self._app_owner if name == formats.APP else user, "conversation_key": key}
-
-
-async def _merge(db: Database, address: dict[str, Any], patch: dict[str, object]) -> dict[str, Any]:
-    try:
-        stored = await update_conversation(db, **address, metadata_patch=patch, archived=True)
-    except ConversationNotFoundError:
-        await create_conversation(db, user_id=address["user_id"], key=address["conversation_key"])
-        stored = await update_conversation(db, **address, metadata_patch=patch, archived=True)
-    return formats.state_of(stored.metadata)
+    def _address(self, app: str, user: str, name: str) -> tuple[str, str]:
+        """Return the user and the key of a shared state's conversation."""
+        return self._app_owner if name == formats.APP else user, self._prefix + formats.session_name(app, "")

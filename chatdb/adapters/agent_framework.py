@@ -13,10 +13,11 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from chatdb.adapters._newest import load_newest
+from chatdb.adapters._pages import load_newest
 from chatdb.adapters._settled import settled
 from chatdb.errors import ConfigurationError, ConversationNotFoundError, InvalidInputError
-from chatdb.formats.agent_framework import KEY_PREFIX, conversation_of, item_of, key_after, new_message
+from chatdb.formats.agent_framework import FRAMEWORK, KEY_PREFIX, item_of, key_after, new_message
+from chatdb.formats.items import conversation_of
 from chatdb.messages import append_messages
 from chatdb.records import NewMessage
 
@@ -87,17 +88,19 @@ class ChatDBHistoryProvider(HistoryProvider):
         **kwargs: Any,  # noqa: ANN401, ARG002 - as the base class declares it
     ) -> list[Message]:
         """Return the stored messages, oldest first: one round trip for 10,000."""
-        most = None if self._limit is None else max(1, self._limit)
+        limit = None if self._limit is None else max(1, self._limit)
         try:
             key, _ = self._conversation(session_id)
-            _, stored = await load_newest(self._db, user_id=self._user, key=key, most=most)
+            _, stored = await load_newest(
+                self._db, user_id=self._user, key=key, item_of=lambda message: message, limit=limit
+            )
         except ConversationNotFoundError:
             stored = []
         if state is not None:
             state[_LAST_KEY] = (stored[-1].key or f"seq:{stored[-1].seq}") if stored else ""
         if self._limit == 0:
             return []
-        return [Message.from_dict(item) for each in stored if (item := item_of(each)) is not None]
+        return [Message.from_dict(item) for message in stored if (item := item_of(message)) is not None]
 
     async def save_messages(
         self,
@@ -125,7 +128,7 @@ class ChatDBHistoryProvider(HistoryProvider):
             state[_LAST_KEY] = last_key
 
     def _conversation(self, session_id: str | None) -> tuple[str, dict[str, str] | None]:
-        return conversation_of("default" if session_id is None else session_id, self._prefix)
+        return conversation_of(FRAMEWORK, "default" if session_id is None else session_id, self._prefix)
 
 
 def _dumped(message: Message) -> dict[str, Any]:

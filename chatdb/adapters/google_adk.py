@@ -1,7 +1,7 @@
 """
 A session service for Google's Agent Development Kit (ADK), in chatdb's tables.
 
-Docs: docs/adapters/google-adk.md
+Docs: docs/adapters/google-adk.md. Decision: docs/decisions/0019-adk-reads-the-shared-states.md
 """
 
 from __future__ import annotations
@@ -9,46 +9,33 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from chatdb.adapters._google_adk_states import SharedStates
-from chatdb.adapters._newest import load_newest
+from chatdb.adapters._pages import list_all_previews, load_newest
 from chatdb.adapters._settled import settled
-from chatdb.conversations import (
-    create_conversation,
-    delete_conversation,
-    get_conversation,
-    list_previews,
-    load_conversation,
-)
-from chatdb.errors import (
-    ConfigurationError,
-    ConflictError,
-    ConversationNotFoundError,
-    InvalidInputError,
-    StaleError,
-)
+from chatdb.conversations import create_conversation, delete_conversation
+from chatdb.errors import ConfigurationError, ConversationNotFoundError, InvalidInputError
 from chatdb.formats import google_adk as formats
 from chatdb.formats.items import name_of
-from chatdb.messages import append_message
 from chatdb.records import Conversation, Message
 
 try:
-    from google.adk.errors import StaleSessionError
     from google.adk.errors.already_exists_error import AlreadyExistsError
     from google.adk.errors.session_not_found_error import SessionNotFoundError
     from google.adk.events import Event
     from google.adk.platform import uuid as platform_uuid
     from google.adk.sessions import BaseSessionService, Session
     from google.adk.sessions.base_session_service import GetSessionConfig, ListSessionsResponse
+
+    from chatdb.adapters._google_adk_markers import append_expecting, find_marker, marker_of
 except ImportError:
     raise ConfigurationError("the extra is not installed: run pip install 'chatdb[google-adk]'") from None
 
 if TYPE_CHECKING:
     from chatdb import Database
-
-_PAGE: Final = 10_000
 
 
 class ChatDBSessionService(BaseSessionService):
@@ -87,40 +74,44 @@ class ChatDBSessionService(BaseSessionService):
 
         Raises AlreadyExistsError if the user has this session, or InvalidInputError.
         """
-        name = (session_id or "").strip() or platform_uuid.new_uuid()
-        user, key = self._address(app_name, user_id, name)
+        session_id = (session_id or "").strip() or platform_uuid.new_uuid()
+        address = self._address(app_name, user_id, session_id)
         parts = self._states.split(state or {})
         # by it, a repeated statement recognizes the conversation that the first one created
         created_by = secrets.token_hex(8)
-        metadata = formats.session_metadata(app_name, name, parts.pop("")) | {"created_by": created_by}
+        metadata = formats.session_metadata(app_name, session_id, parts.pop("")) | {"created_by": created_by}
 
         async def create(db: Database) -> tuple[Conversation, dict[str, dict[str, Any]]]:
-            stored = await create_conversation(db, user_id=user, key=key, metadata=metadata)
+            key = address["conversation_key"]
+            stored = await create_conversation(db, user_id=user_id, key=key, metadata=metadata)
             if (stored.metadata or {}).get("created_by") != created_by:
-                raise AlreadyExistsError(f"Session with id {name} already exists.")
-            return stored, await self._states.write(db, app_name, user, parts)
+                raise AlreadyExistsError(f"Session with id {session_id} already exists.")
+            return stored, await self._states.write(db, app_name, user_id, parts)
 
-        conversation, written = await settled(self._states.run(user, parts, create))
-        return _session(app_name, name, conversation, [], await self._states.read_all(app_name, user, written))
+        conversation, written = await settled(self._states.run(user_id, parts, create))
+        shared = await self._states.read_all(app_name, user_id, written)
+        return _session(app_name, session_id, conversation, [], shared)
 
     async def get_session(
         self, *, app_name: str, user_id: str, session_id: str, config: GetSessionConfig | None = None
     ) -> Session | None:
         """Return a session with its newest events, or None if the user has no such session."""
-        name = session_id.strip()
-        user, key = self._address(app_name, user_id, name)
-        most, after = (config.num_recent_events, config.after_timestamp) if config else (None, None)
-        if not name:
+        session_id = session_id.strip()
+        key = self._address(app_name, user_id, session_id)["conversation_key"]
+        limit, after = (config.num_recent_events, config.after_timestamp) if config else (None, None)
+        at_least_one = None if limit is None else max(1, limit)  # for the time of the last update
+        if not session_id:
             return None
         try:
             conversation, messages = await load_newest(
-                self._db, user_id=user, key=key, most=None if most is None else max(1, most)
+                self._db, user_id=user_id, key=key, item_of=lambda message: message, limit=at_least_one
             )
         except ConversationNotFoundError:
             return None
-        session = _session(app_name, name, conversation, messages, await self._states.read_all(app_name, user, {}))
-        earlier = [place for place, event in enumerate(session.events, 1) if after and event.timestamp < after]
-        session.events = [] if most == 0 else session.events[max(earlier, default=0) :]
+        shared = await self._states.read_all(app_name, user_id, {})
+        session = _session(app_name, session_id, conversation, messages, shared)
+        older = [index for index, event in enumerate(session.events) if after and event.timestamp < after]
+        session.events = [] if limit == 0 else session.events[older[-1] + 1 if older else 0 :]
         return session
 
     async def list_sessions(self, *, app_name: str, user_id: str | None = None) -> ListSessionsResponse:
@@ -132,35 +123,34 @@ class ChatDBSessionService(BaseSessionService):
         """
         if user_id is None:
             raise InvalidInputError("user_id", "must be given: chatdb does not list sessions across users")
-        user, shared_key = self._address(app_name, user_id)
-        pairs = page = await list_previews(self._db, user_id=user, limit=_PAGE, archived=None)
-        while len(page) == _PAGE:
-            page = await list_previews(self._db, user_id=user, limit=_PAGE, archived=None, after=page[-1][0])
-            pairs = pairs + page
-        own = (formats.state_of(each.metadata) for each, _ in pairs if each.key == shared_key)
-        states = await self._states.read_all(app_name, user, {formats.USER: next(own, dict[str, Any]())})
+        shared_key = self._address(app_name, user_id)["conversation_key"]
+        previews = await list_all_previews(self._db, user_id=user_id)
+        user_states = (
+            formats.state_of(conversation.metadata) for conversation, _ in previews if conversation.key == shared_key
+        )
+        shared = await self._states.read_all(app_name, user_id, {formats.USER: next(user_states, dict[str, Any]())})
         sessions: list[Session] = []
-        for each, newest in pairs:
-            name = formats.session_id_of(each.key, each.metadata, self._prefix, app_name)
-            if name is not None:
-                sessions.append(_session(app_name, name, each, [newest] if newest else [], states))
-                sessions[-1].events = []
-        return ListSessionsResponse(sessions=sorted(sessions, key=lambda each: (each.last_update_time, each.id)))
+        for conversation, newest in previews:
+            session_id = formats.session_id_of(conversation.key, conversation.metadata, self._prefix, app_name)
+            if session_id is not None:
+                session = _session(app_name, session_id, conversation, [newest] if newest else [], shared)
+                session.events = []
+                sessions.append(session)
+        return ListSessionsResponse(
+            sessions=sorted(sessions, key=lambda session: (session.last_update_time, session.id))
+        )
 
     async def delete_session(self, *, app_name: str, user_id: str, session_id: str) -> None:
         """Delete a session and its events, if the user has it. The shared states stay."""
-        name = session_id.strip()
-        user, key = self._address(app_name, user_id, name)
-        if name:
-            try:
-                await settled(delete_conversation(self._db, user_id=user, conversation_key=key))
-            except ConversationNotFoundError:
-                return
+        address = self._address(app_name, user_id, session_id.strip())
+        if session_id.strip():
+            with suppress(ConversationNotFoundError):
+                await settled(delete_conversation(self._db, **address))
 
     async def get_user_state(self, *, app_name: str, user_id: str) -> dict[str, Any]:
         """Return the state that a user's sessions of an app share, without the prefix `user:`."""
-        user, _ = self._address(app_name, user_id)
-        return await self._states.read(app_name, user, formats.USER)
+        self._address(app_name, user_id)
+        return await self._states.read(app_name, user_id, formats.USER)
 
     async def append_event(self, session: Session, event: Event) -> Event:
         """
@@ -174,23 +164,22 @@ class ChatDBSessionService(BaseSessionService):
         """
         if event.partial:
             return event
-        app, (user, key) = session.app_name, self._address(session.app_name, session.user_id, session.id)
-        lock = self._locks.setdefault((user, key), asyncio.Lock())
+        app, user = session.app_name, session.user_id
+        address = self._address(app, user, session.id)
+        lock = self._locks.setdefault((user, address["conversation_key"]), asyncio.Lock())
         self._apply_temp_state(session, event)
         event = self._trim_temp_delta_state(event)
         message = formats.message_of(event.model_dump(mode="json", exclude_none=True), name_of(event.id))
         parts = self._states.split(event.actions.state_delta)
-        patch = formats.state_patch(parts.pop("")) or None
-        fields: dict[str, Any] = {"user_id": user, "conversation_key": key, "conversation_metadata_patch": patch}
-        fields |= dict(message)
+        fields = dict(message) | {"conversation_metadata_patch": formats.state_patch(parts.pop("")) or None}
 
         async def append() -> None:
             async with lock:  # the tasks that share a session take turns
                 known = session._storage_update_marker  # pyright: ignore[reportPrivateUsage]
-                before = known or await _find_marker(self._db, session, user, key)
+                before = known or await find_marker(self._db, session, address)
 
                 async def store(db: Database) -> str | None:
-                    after = await _append(db, before, fields)
+                    after = await append_expecting(db, before, address, fields)
                     if after is not None:  # an event that was stored before has changed the shared states with it
                         await self._states.write(db, app, user, parts)
                     return after
@@ -208,58 +197,16 @@ class ChatDBSessionService(BaseSessionService):
             raise SessionNotFoundError(f"Session {session.id} not found.") from None
         return event
 
-    def _address(self, app: str, user: str, session_id: str = "") -> tuple[str, str]:
-        """Return the user and the key of a session's conversation or, without an id, of a shared state's."""
+    def _address(self, app: str, user: str, session_id: str = "") -> dict[str, Any]:
+        """Return the user and the key of a session's conversation or, without an id, of the `user:` state's."""
         if user == self._app_owner:
             raise InvalidInputError("user_id", "is reserved for the app: state; choose another app_owner")
-        return user, self._prefix + formats.session_name(app, session_id)
+        return {"user_id": user, "conversation_key": self._prefix + formats.session_name(app, session_id)}
 
 
 def _session(
-    app: str, name: str, conversation: Conversation, messages: list[Message], shared: Mapping[str, Any]
+    app: str, session_id: str, conversation: Conversation, messages: list[Message], shared: Mapping[str, Any]
 ) -> Session:
-    session = Session.model_validate(formats.session_of(app, name, conversation, messages, shared))
-    session._storage_update_marker = _marker(conversation)  # pyright: ignore[reportPrivateUsage]
+    session = Session.model_validate(formats.session_of(app, session_id, conversation, messages, shared))
+    session._storage_update_marker = marker_of(conversation)  # pyright: ignore[reportPrivateUsage]
     return session
-
-
-async def _append(db: Database, marker: str, fields: dict[str, Any]) -> str | None:
-    """
-    Append a message to the session with this marker, and return its next one, or None if the message was stored before.
-
-    Another message with the same key gives `fields` a new key, which a repetition must use again.
-    """
-    address = {name: fields[name] for name in ("user_id", "conversation_key")}
-    identifier, revision, last_seq = map(int, marker.split())
-    while True:
-        try:
-            expected = Conversation.model_construct(id=identifier, revision=revision)
-            stored = await append_message(db, expected=expected, **fields)
-        except StaleError:
-            current = await get_conversation(db, **address)
-            if (current.id, current.last_seq) != (identifier, last_seq):
-                raise _stale() from None
-            revision = current.revision  # an edit, such as a new title
-        except ConflictError:  # another event with the same id, which ADK allows
-            fields["key"] = f"{fields['key']}:{secrets.token_hex(8)}"
-        else:
-            return f"{identifier} {revision + 1} {stored.seq}" if stored.seq > last_seq else None
-
-
-async def _find_marker(db: Database, session: Session, user: str, key: str) -> str:
-    """Return the marker for a session that did not come from this service, if it has the newest event."""
-    stored, newest = await load_conversation(db, user_id=user, conversation_key=key, limit=1)
-    newest_id = (formats.event_of(newest[0]) or {}).get("id") if newest else None
-    known_id = session.events[-1].id if session.events else None
-    if newest_id != known_id and formats.updated_at(stored, newest) > session.last_update_time:
-        raise _stale()
-    return _marker(stored)
-
-
-def _marker(conversation: Conversation) -> str:
-    """Return what ADK calls the marker of a storage's revision: what an append expects, and the newest `seq`."""
-    return f"{conversation.id} {conversation.revision} {conversation.last_seq}"
-
-
-def _stale() -> StaleSessionError:
-    return StaleSessionError("The session has been modified in storage since it was read: get it again.")

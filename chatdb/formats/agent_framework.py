@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from chatdb.formats import items
-from chatdb.formats.items import ROLES, ParsedMessage, as_list, as_object, name_of, texts_of
+from chatdb.formats.items import ROLES, ParsedMessage, as_list, as_object, texts_of
 from chatdb.records import JsonText, Message, NewMessage
 
 FRAMEWORK: Final = "agent-framework"
@@ -16,12 +16,6 @@ FRAMEWORK: Final = "agent-framework"
 
 KEY_PREFIX: Final = f"{FRAMEWORK}:"
 """What precedes a session_id in the key of its conversation, unless the adapter is told otherwise."""
-
-
-def conversation_of(session_id: str, prefix: str = KEY_PREFIX) -> tuple[str, dict[str, str] | None]:
-    """Return the key of a session's conversation, and metadata with the id if the key has only a hash of it."""
-    name = name_of(session_id)
-    return prefix + name, None if name == session_id else {f"{FRAMEWORK}-id": json.dumps(session_id)}
 
 
 def parse_message(item: dict[str, Any]) -> ParsedMessage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Final
 
 from chatdb._core.validate import MAX_TITLE
@@ -21,10 +22,13 @@ from chatdb.formats.items import (
     replace_unstorable,
     texts_of,
 )
-from chatdb.records import Message
+from chatdb.records import Conversation, Message
 
 FRAMEWORK: Final = "chatkit"
 """The mark of its messages in their metadata, and the name of its extra."""
+
+KEY_PREFIX: Final = f"{FRAMEWORK}:"
+"""What precedes a thread's id in the key of its conversation, unless the adapter is told otherwise."""
 
 _SEQ_ID: Final = re.compile("chatdb:seq:([1-9][0-9]{0,17})")
 _TASK_TEXTS = ("title", "title_query", "content")
@@ -107,10 +111,39 @@ def id_of(message: Message) -> str:
     return f"chatdb:seq:{message.seq}" if message.key is None else message.key
 
 
-def place_of(item_id: str) -> dict[str, Any]:
+def address_of(item_id: str) -> dict[str, Any]:
     """Return the seq or the key of the message of an item."""
-    found = _SEQ_ID.fullmatch(item_id)
-    return {"seq": int(found[1])} if found else {"key": name_of(item_id)}
+    match = _SEQ_ID.fullmatch(item_id)
+    return {"seq": int(match[1])} if match else {"key": name_of(item_id)}
+
+
+def thread_metadata(fields: dict[str, Any]) -> dict[str, str]:
+    """Return the metadata of a thread's conversation, which has the thread as JSON text."""
+    return {"framework": FRAMEWORK, "thread": json_text("thread", fields, allow_nan=True)}
+
+
+def threads_of(conversation: Conversation, prefix: str, thread_id: str | None = None) -> Iterator[dict[str, Any]]:
+    """
+    Yield the thread of a conversation, as ChatKit stored it, and then one with only its id, title and time.
+
+    The conversation may be a copy of another one, renamed, or not ChatKit's. Its key and title win over
+    the stored ones.
+    """
+    name = (conversation.key or "").removeprefix(prefix)
+    plain = {"id": thread_id or name, "title": conversation.title, "created_at": conversation.created_at}
+    text = (conversation.metadata or {}).get("thread")
+    stored = None
+    if isinstance(text, str):
+        with suppress(ValueError):
+            stored = as_object(json.loads(text))
+    if stored is not None:
+        if thread_id is not None or name_of(stored.get("id")) != name:
+            stored["id"] = plain["id"]
+        title = stored.get("title")
+        if not isinstance(title, str) or title_of(title) != conversation.title:
+            stored["title"] = conversation.title
+        yield stored
+    yield plain
 
 
 def title_of(title: str | None) -> str | None:

@@ -103,7 +103,7 @@ def parse_event(event: Mapping[str, Any]) -> ParsedMessage:
     The name is the author's, unless that is the user. Thoughts are text only if the event has no other.
     """
     content = as_object(event.get("content")) or {}
-    parts = [part for each in as_list(content.get("parts")) or () if (part := as_object(each)) is not None]
+    parts = [part for value in as_list(content.get("parts")) or () if (part := as_object(value)) is not None]
     author = event.get("author")
     name = author if author != "user" else None
     responses = [response for part in parts if (response := as_object(part.get("function_response"))) is not None]
@@ -142,13 +142,13 @@ def event_of(message: Message) -> dict[str, Any] | None:
 
 
 def session_of(
-    app: str, name: str, conversation: Conversation, messages: list[Message], shared: Mapping[str, Any]
+    app: str, session_id: str, conversation: Conversation, messages: list[Message], shared: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the fields of a session; `shared` has the shared states with their prefixes."""
     return {
         "app_name": app,
         "user_id": conversation.user_id,
-        "id": name,
+        "id": session_id,
         "state": state_of(conversation.metadata) | copy.deepcopy(dict(shared)),
         "events": [event for message in messages if (event := event_of(message)) is not None],
         "last_update_time": updated_at(conversation, messages),

@@ -95,6 +95,7 @@ ROLES = {
 
 UNKNOWN_TYPE = "unknown type"
 
+_MAX_KEPT_ID: Final = 10_000
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
@@ -160,6 +161,17 @@ def name_of(identifier: object) -> str:
     if len(name) > 200 or replace_unstorable(name) != name:
         return "sha256-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
     return name
+
+
+def conversation_of(framework: str, identifier: str, prefix: str) -> tuple[str, dict[str, str] | None]:
+    """
+    Return the key of the conversation with a framework's id, and metadata with the id if the key has only a hash of it.
+
+    The metadata has the first 10,000 characters as JSON, in which NUL and lone surrogates are escapes.
+    """
+    name = name_of(identifier)
+    metadata = None if name == identifier else {f"{framework}-id": json.dumps(identifier[:_MAX_KEPT_ID])}
+    return prefix + name, metadata
 
 
 def json_text(parameter: str, value: object, *, allow_nan: bool = False) -> JsonText:

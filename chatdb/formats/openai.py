@@ -12,10 +12,8 @@ from chatdb.formats.items import (
     as_object,
     has_text,
     json_text,
-    name_of,
     new_message,
     own_item,
-    replace_unstorable,
     texts_of,
 )
 from chatdb.records import Message, NewMessage
@@ -31,14 +29,6 @@ _AUTHORS: Final = {
     **dict.fromkeys(("configuration_update", "compaction_trigger"), "developer"),
 }
 """Roles for item types that have none, other than outputs, which have the role tool. The rest is the assistant's."""
-
-_MAX_KEPT: Final = 10_000
-
-
-def conversation_of(session_id: str, prefix: str = KEY_PREFIX) -> tuple[str, dict[str, str] | None]:
-    """Return the key of a session's conversation, and metadata with the id if the key has only a hash of it."""
-    name = name_of(session_id)
-    return prefix + name, None if name == session_id else {"session_id": replace_unstorable(session_id[:_MAX_KEPT])}
 
 
 def parse_message(item: Mapping[str, Any]) -> ParsedMessage:

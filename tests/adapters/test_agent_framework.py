@@ -152,7 +152,7 @@ async def test_what_is_dumped_is_what_was_stored(db: chatdb.Pool) -> None:
 
 async def test_pages(db: chatdb.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A history of three pages is loaded whole, and its newest messages with any limit."""
-    monkeypatch.setattr("chatdb.adapters._newest.PAGE", 7)
+    monkeypatch.setattr("chatdb.adapters._pages.PAGE", 7)
     messages = [Message("user", [str(number)]) for number in range(21)]
     await ChatDBHistoryProvider(db, user_id="alice").save_messages("s", messages)
     for limit in (None, 6, 7, 8, 14, 20, 21, 22):

@@ -332,8 +332,7 @@ async def test_a_large_shared_state(service: ChatDBSessionService) -> None:
 
 async def test_pages(service: ChatDBSessionService, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """More events or sessions than a page are read in several statements."""
-    monkeypatch.setattr("chatdb.adapters.google_adk._PAGE", 3)
-    monkeypatch.setattr("chatdb.adapters._newest.PAGE", 3)
+    monkeypatch.setattr("chatdb.adapters._pages.PAGE", 3)
     for number in range(10):
         await service.append_event(session, said(str(number), timestamp=number + 1.0))
     for count in (None, 0, 1, 2, 3, 4, 6, 9, 10, 11):
@@ -712,7 +711,7 @@ async def test_another_frameworks_messages(db: Pool, service: ChatDBSessionServi
 # lost answers and cancellation
 
 
-@pytest.mark.parametrize("what", ["create_conversation_keyed", "append_message_conditional", "update_conversation"])
+@pytest.mark.parametrize("what", ["create_conversation_keyed", "append_message_conditional", "upsert_conversation"])
 @pytest.mark.parametrize("answered", [False, True], ids=["request lost", "answer lost"])
 async def test_a_lost_connection(dsn: str, db: Pool, what: str, *, answered: bool) -> None:
     """A statement that is lost, or whose answer is, is repeated without doubling anything."""

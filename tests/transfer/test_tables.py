@@ -428,7 +428,7 @@ async def test_long_ids_make_keys(db: Pool, empty_dsn: str) -> None:
         await run_agent(empty_dsn, name, RUN[:1])
     assert (await import_all(db, empty_dsn)).conversations == 2
     stored = await chatdb.list_conversations(db, user_id="alice", order_by="created_at", descending=False)
-    assert [c.metadata for c in stored] == [{"session_id": name} for name in names]
+    assert [c.metadata for c in stored] == [{"openai-agents-id": json.dumps(name)} for name in names]
     assert (await import_all(db, empty_dsn)).stored_conversations == 2
 
 

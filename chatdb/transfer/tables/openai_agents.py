@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from chatdb.formats import openai
-from chatdb.formats.items import metadata_of
+from chatdb.formats.items import conversation_of, metadata_of
 from chatdb.transfer.tables.source import Head, Row, Source
 
 # A time without a zone is in the connection's TimeZone, as CURRENT_TIMESTAMP wrote it.
@@ -43,8 +43,8 @@ _TEXTS: Final = "select id, message_data::text from {agent_messages} where id = 
 
 
 def _head(row: Row) -> Head:
-    key, kept = openai.conversation_of(row.session)
-    return Head(key, metadata=metadata_of(**kept) if kept else None)
+    key, metadata = conversation_of(openai.FRAMEWORK, row.session, openai.KEY_PREFIX)
+    return Head(key, metadata=metadata_of(**metadata) if metadata else None)
 
 
 SOURCE: Final = Source(
