@@ -161,11 +161,24 @@ def chaos(session: nox.Session) -> None:
 @nox.session
 def frameworks(session: nox.Session) -> None:
     """Run each agent framework on its adapter. `-- --newest` installs the newest releases, whatever the ranges say."""
+    run_frameworks(session)
+
+
+@nox.session(python=PYTHONS)
+def frameworks_pythons(session: nox.Session) -> None:
+    """Run each agent framework on its adapter, on each installed Python from 3.11 to 3.14."""
+    run_frameworks(session)
+
+
+def run_frameworks(session: nox.Session) -> None:
+    """Install the frameworks, and run the tests of the adapters and then the frameworks' own tests of stores."""
     install(session, "frameworks", *FRAMEWORKS)
     arguments = list(session.posargs)
     if "--newest" in arguments:
         arguments.remove("--newest")
-        ranges = [each for extra in FRAMEWORKS for each in PROJECT["project"]["optional-dependencies"][extra]]
+        extras = PROJECT["project"]["optional-dependencies"]
+        own_group = [each for each in PROJECT["dependency-groups"]["frameworks"] if isinstance(each, str)]
+        ranges = own_group + [each for extra in FRAMEWORKS for each in extras[extra]]
         session.install("--upgrade", *(each.partition(">=")[0] for each in ranges))
     run_tests(session, "-m", "frameworks", "--frameworks", *PARALLEL, *(arguments or ["tests/adapters"]))
     if not arguments:
