@@ -1,6 +1,9 @@
 """
 A session service for Google's Agent Development Kit (ADK), in chatdb's tables.
 
+The states that sessions share are in `_google_adk_states.py`, and what an append expects of the stored session in
+`_google_adk_markers.py`. What the records look like in the tables is in `chatdb/formats/google_adk.py`.
+
 Docs: docs/adapters/google-adk.md. Decision: docs/decisions/0019-adk-reads-the-shared-states.md
 """
 

@@ -201,7 +201,7 @@ def _turn(message: _Object, sent_at: datetime, follows: str | None, before: _Tur
 
 def _seqs(tree: _Tree, turns: dict[str, _Turn]) -> dict[str, int]:
     """Return the seq of each message, in order: by time, those of the same time in the order of the file."""
-    ordinality = {name: place for place, name in enumerate(tree.nodes)}
+    ordinality = {name: index for index, name in enumerate(tree.nodes)}
     children: defaultdict[str | None, list[str]] = defaultdict(list)
     for name, turn in turns.items():
         children[turn.follows].append(name)

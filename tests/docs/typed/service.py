@@ -66,6 +66,7 @@ async def conversations(db: chatdb.Database, user: str) -> None:
         db, user_id=user, key="two", messages=[{"role": "user", "content": "hi"}], expected=chatdb.NEW
     )
     assert_type(await chatdb.upsert_conversation(db, user_id=user, key="one", title="Plans"), chatdb.Conversation)
+    await chatdb.upsert_conversation(db, user_id=user, key="one", metadata_patch={"n": None}, archived=True)
     await chatdb.update_conversation(
         db, user_id=user, conversation_key="one", metadata_patch={"n": None}, archived=True, pinned=False, expected=chat
     )
