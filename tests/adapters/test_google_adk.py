@@ -125,6 +125,9 @@ async def test_round_trips(dsn: str, shared: tuple[str, ...]) -> None:
             values = {f"{scope}x": 1 for scope in shared}
             writes = 3 + others if others else 1
             assert await measure(values, values) == reads | {"create": writes, "append": writes}
+            before = proxy.round_trips
+            await service.create_session(app_name="other", user_id="bob", state=values)
+            assert proxy.round_trips - before == writes  # the first keys of the states
 
 
 async def test_a_shared_state_is_seen_at_once(db: Pool) -> None:
