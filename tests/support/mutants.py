@@ -34,18 +34,34 @@ def less(parts):
 
 
 def misfilled(source):
-    """Yield variants of a filler's source with two adjacent columns or fields swapped."""
+    """Yield variants of a filler's source with two adjacent columns, fields, values or conditions swapped."""
 
-    def lists(tree):
-        kinds = {"elts": ast.Tuple, "keys": ast.Dict, "values": ast.Dict}
-        found = [(node, name) for node in ast.walk(tree) for name, kind in kinds.items() if isinstance(node, kind)]
-        return [items for node, name in found if len(items := getattr(node, name)) > 2]
+    def places(tree):
+        """Return rows of places that hold a name or value: each an object, and its attribute or index."""
+        located = [node for node in ast.walk(tree) if hasattr(node, "lineno")]
+        nodes = sorted(located, key=lambda node: (node.lineno, node.col_offset))
+        lists = [node.elts for node in nodes if isinstance(node, ast.Tuple)]
+        lists += [each for node in nodes if isinstance(node, ast.Dict) for each in (node.keys, node.values)]
+        rows = [[(items, index) for index in range(len(items))] for items in lists]
+        filled = [node for node in nodes if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript)]
+        rows.append([(node.targets[0], "slice") for node in filled])
+        rows.append([(node, "value") for node in filled])
+        rows.append([(node, "test") for node in nodes if isinstance(node, ast.If)])
+        return [row for row in rows if len(row) > 2]
 
-    for number, items in enumerate(lists(ast.parse(source))):
-        for place in range(len(items) - 1):
+    def swap(one, other):
+        (first, here), (second, there) = one, other
+        if isinstance(here, int):
+            first[here], second[there] = second[there], first[here]
+        else:
+            value = getattr(first, here)
+            setattr(first, here, getattr(second, there))
+            setattr(second, there, value)
+
+    for number, row in enumerate(places(ast.parse(source))):
+        for place in range(len(row) - 1):
             tree = ast.parse(source)
-            items = lists(tree)[number]
-            items[place : place + 2] = reversed(items[place : place + 2])
+            swap(*places(tree)[number][place : place + 2])
             if (mutant := ast.unparse(tree)) != ast.unparse(ast.parse(source)):  # two ignored columns are one name
                 yield mutant
 
