@@ -58,7 +58,7 @@ NEEDED: Final[dict[type, tuple[str, ...]]] = {
     asyncpg.Connection: (
         "_cancel_current_command", "_drop_global_statement_cache", "_drop_global_type_cache",
         "_drop_local_statement_cache", "_drop_local_type_cache", "_execute", "_get_statement", "_pool_holder",
-        "_pool_release_ctr", "_protocol", "_top_xact", "_transport",
+        "_pool_release_ctr", "_protocol", "_query_loggers", "_stmt_cache", "_top_xact", "_transport",
     ),
     asyncpg.Pool: (
         "_connect_kwargs", "_drop_statement_cache", "_drop_type_cache", "_generation", "_holders", "_loop", "_queue",
@@ -66,7 +66,7 @@ NEEDED: Final[dict[type, tuple[str, ...]]] = {
     ),
     PoolConnectionHolder: ("_con", "_generation", "_in_use", "_max_queries", "_pool", "_proxy", "_release", "_timeout"),
     PoolConnectionProxy: ("_con", "_holder"),
-    Protocol: ("_is_cancelling", "_wait_for_cancellation", "is_in_transaction", "queries_count"),
+    Protocol: ("_is_cancelling", "_wait_for_cancellation", "bind_execute", "is_in_transaction", "queries_count"),
     Transaction: ("_connection", "_state"),
 }  # fmt: skip
 """The private names that the fast path uses, by class."""
@@ -94,6 +94,9 @@ _NO_LOOP: Final[Any] = None if "Pool._loop" in MISSING else object()
 
 _FETCH: Final[Any] = inspect.unwrap(asyncpg.Connection.fetch)
 """asyncpg's own method, without the wrapper of a tracing tool."""
+
+_EXECUTE: Final[Any] = inspect.unwrap(getattr(asyncpg.Connection, "_execute", _FETCH))
+"""The same; a tool that wraps it without naming what it wraps is found by its module."""
 
 _PID: Final = "select pg_catalog.pg_backend_pid()"
 
@@ -354,6 +357,22 @@ def _execute(
     return connection._execute(query, args, 0, timeout, record_class=record_class)
 
 
+def _prepared(connection: Private, query: str) -> Private | None:
+    """Return chatdb's own statement if it is prepared on the connection and no tool watches its execution."""
+    base: Private = AsyncpgConnection
+    kind: Private = PoolConnection
+    if (
+        query not in STATEMENTS
+        or connection.__class__ is not kind
+        or connection._query_loggers
+        or base.fetch is not _FETCH
+        or base._execute is not _EXECUTE
+        or _EXECUTE.__module__ != base.__module__
+    ):
+        return None
+    return connection._stmt_cache.get((query, DefaultCodecRecord, True))
+
+
 async def _may_prepare_anew(connection: Private) -> bool:
     """
     Drop the connection's prepared statements after the server reported one as unknown.
@@ -539,15 +558,24 @@ class PoolBase(AsyncpgPool):
             holder = holder or lent._holder
         connection = holder._con if FAST else lent
         try:
-            # a connect= hook may return another class that passes asyncpg's isinstance check
-            if FAST and query not in STATEMENTS and connection.__class__ is PoolConnection:
-                connection._needs_reset = True
             rows: list[Any]
+            prepared = _prepared(connection, query) if FAST and timeout is None else None
             try:
-                rows = await _execute(connection, query, args, timeout, record_class)
+                if prepared is not None:  # without asyncpg's layers, which cost 5 µs
+                    rows = await connection._protocol.bind_execute(prepared, args, "", 0, False, None)
+                else:
+                    # a connect= hook may return another class that passes asyncpg's isinstance check
+                    if FAST and query not in STATEMENTS and connection.__class__ is PoolConnection:
+                        connection._needs_reset = True
+                    rows = await _execute(connection, query, args, timeout, record_class)
             except asyncpg.InvalidSQLStatementNameError:
                 if not await _may_prepare_anew(connection):
                     raise
+                rows = await _execute(connection, query, args, timeout, record_class)
+            except asyncpg.InvalidCachedStatementError:  # a table has changed
+                if prepared is None:
+                    raise
+                connection._drop_global_statement_cache()
                 rows = await _execute(connection, query, args, timeout, record_class)
         except _KNOWN_STATE:
             raise

@@ -297,6 +297,22 @@ async def test_what_is_outdated_is_forgotten_by_the_whole_pool(quiet_dsn):
             await pool.fetch("drop table changing")
 
 
+async def test_a_function_prepares_its_statement_anew(quiet_dsn):
+    """After a change of a column's type, a function whose statement was prepared before returns its rows."""
+    async with chatdb.create_pool(quiet_dsn, max_size=1) as pool, chatdb.create_pool(quiet_dsn) as other:
+        created = await chatdb.create_conversation(pool, user_id="outdated", title="kept")
+        at = {"user_id": "outdated", "conversation_id": created.id}
+        assert await chatdb.get_conversation(pool, **at) == created
+        try:
+            await other.fetch("alter table chatdb.conversations alter title type varchar(2000)")
+            assert await chatdb.get_conversation(pool, **at) == created
+            assert await chatdb.get_conversation(pool, **at) == created
+        finally:
+            await other.fetch("alter table chatdb.conversations alter title type text")
+        assert await chatdb.get_conversation(pool, **at) == created
+        await chatdb.delete_user(pool, user_id="outdated")
+
+
 async def test_a_type_that_is_outdated_is_forgotten_by_the_whole_pool(quiet_dsn):
     """After a type change, one error suffices to clear the cached types of all connections."""
     async with chatdb.create_pool(quiet_dsn, min_size=2, max_size=2) as pool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
 
+import asyncpg
 import pytest
 from opentelemetry.instrumentation.asyncpg import AsyncPGInstrumentor
 from opentelemetry.sdk.trace import TracerProvider
@@ -122,6 +124,36 @@ def test_tracing_from_the_start(dsn: str) -> None:
     """Tracing that is enabled before chatdb's import records calls until it is disabled."""
     done = subprocess.run([sys.executable, "-c", EARLY, dsn], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["--chatdb.list_conversations"] * 2
+
+
+async def test_a_tool_that_wraps_what_asyncpg_executes(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tool that wraps asyncpg's private method sees each call from then on, prepared statements included."""
+    async with chatdb.create_pool(dsn, max_size=1) as db:
+        await chatdb.list_conversations(db, user_id="alice")
+        seen: list[str] = []
+        execute = asyncpg.Connection._execute  # type: ignore[attr-defined]
+
+        def wrapped(self: object, query: str, *args: object, **options: object) -> object:
+            seen.append(query.partition("\n")[0])
+            return execute(self, query, *args, **options)
+
+        monkeypatch.setattr(asyncpg.Connection, "_execute", wrapped)
+        await chatdb.list_conversations(db, user_id="alice")
+        await chatdb.list_conversations(db, user_id="alice")
+        assert seen == ["--chatdb.list_conversations"] * 2
+
+
+async def test_a_query_logger_gets_each_call(dsn: str) -> None:
+    """A logger of queries that a program adds to a pool's connection gets each call of chatdb."""
+    logged: list[str] = []
+    async with chatdb.create_pool(dsn, max_size=1) as db:
+        await chatdb.list_conversations(db, user_id="alice")
+        for holder in db._holders:  # type: ignore[attr-defined]
+            holder._con.add_query_logger(lambda query: logged.append(query.query.partition("\n")[0]))
+        await chatdb.list_conversations(db, user_id="alice")
+        await chatdb.list_conversations(db, user_id="alice")
+        await asyncio.sleep(0)
+        assert logged == ["--chatdb.list_conversations"] * 2
 
 
 def test_the_statistics_name_the_function() -> None:
