@@ -40,6 +40,8 @@ RecordT = TypeVar("RecordT", bound=BaseModel)
 _FIRST_WORD: Final = re.compile(r"\A(?:--.*\n)*(?:\w+|\()")
 """The statement's first word, with any comments before it."""
 
+_SEQ: Final = itemgetter("seq")
+
 _NO_MESSAGE: Final = "the conversation has no such message: check seq or key"
 
 _log = logging.getLogger("chatdb")
@@ -129,7 +131,7 @@ class Query(Generic[RecordT]):
         idempotent: bool = False,
     ) -> RecordT:
         """Return the record; raise ConversationNotFoundError if there is no row."""
-        return self._decode(await self._found_rows(db, args, timeout, idempotent), args, messages)[0]
+        return self._decode(_found(await self._rows(db, args, timeout, idempotent)), args, messages)[0]
 
     async def fetch_optional(self, db: Database, *args: object) -> RecordT | None:
         """Return the record, or None for an existence row; raise ConversationNotFoundError if there is no row."""
@@ -145,17 +147,7 @@ class Query(Generic[RecordT]):
 
     async def fetch_page(self, db: Database, *args: object) -> list[RecordT]:
         """Return one record per row, without the existence row; raise ConversationNotFoundError if there is no row."""
-        return self._decode(_without_existence_row(await self._found_rows(db, args)), args, ())
-
-    async def _found_rows(
-        self, db: Database, args: tuple[object, ...], timeout: float | None = None, idempotent: bool = False
-    ) -> list[Any]:
-        rows = await self._rows(db, args, timeout, idempotent)
-        if not rows:
-            raise ConversationNotFoundError(
-                "the user has no such conversation: check user_id and the conversation id or key"
-            )
-        return rows
+        return self._decode(_without_existence_row(_found(await self._rows(db, args))), args, ())
 
     async def _rows(
         self, db: Database, args: tuple[object, ...], timeout: float | None = None, idempotent: bool = False
@@ -202,8 +194,8 @@ class AppendQuery(Query[Message]):
         self, db: Database, *args: object, messages: Sequence[MessageRow], idempotent: bool = False
     ) -> list[Message]:
         """Return one record per stored message, in the order of `messages`; skipped messages have none."""
-        rows = _without_existence_row(await self._found_rows(db, args, None, idempotent))
-        rows.sort(key=itemgetter("seq"))
+        rows = _without_existence_row(_found(await self._rows(db, args, None, idempotent)))
+        rows.sort(key=_SEQ)
         if "key" in self.from_messages:
             return self._decode(rows, args, messages)
         # earlier messages can be stored in another order; messages without a key are always new
@@ -232,7 +224,7 @@ class HistoryQuery(Query[Message]):
         self, db: Database, user_id: str, conversation_id: int | None, key: str | None, *page: int | str | None
     ) -> list[Message]:
         """Return the messages of a page, in the order of the rows."""
-        rows = await self._found_rows(db, (user_id, conversation_id, key, *page))
+        rows = _found(await self._rows(db, (user_id, conversation_id, key, *page)))
         last = rows[-1]
         if last["id"] is None:
             rows.pop()
@@ -250,13 +242,13 @@ class JoinedQuery(Query[Conversation]):
         self, db: Database, user_id: str, *args: object
     ) -> tuple[Conversation, list[Message]]:
         """Return the conversation of the first row and the messages of the others."""
-        rows = await self._found_rows(db, (user_id, *args))
+        rows = _found(await self._rows(db, (user_id, *args)))
         [conversation] = conversations_of(rows[:1])
         return conversation, messages_of(rows[1:], user_id, conversation.id)
 
     async def fetch_pairs(self, db: Database, user_id: str, *args: object) -> list[tuple[Conversation, Message | None]]:
         """Return the conversation and the message or None of each row, without the existence row."""
-        rows = _without_existence_row(await self._found_rows(db, (user_id, *args)))
+        rows = _without_existence_row(_found(await self._rows(db, (user_id, *args))))
         messages = iter(messages_of([row for row in rows if row["message_id"] is not None], user_id))
         pairs = zip(conversations_of(rows), rows, strict=True)
         return [(each, None if row["message_id"] is None else next(messages)) for each, row in pairs]
@@ -311,6 +303,14 @@ def _refusal(row: Any, name: str) -> ChatDBError:  # noqa: ANN401 - asyncpg's re
             return RunAgainError("other callers keep writing to this conversation: try again", sent=True)
         case _:
             return ConfigurationError(ROW_SUPPRESSED.format("messages"))
+
+
+def _found(rows: list[Any]) -> list[Any]:
+    if not rows:
+        raise ConversationNotFoundError(
+            "the user has no such conversation: check user_id and the conversation id or key"
+        )
+    return rows
 
 
 def _without_existence_row(rows: list[Any]) -> list[Any]:

@@ -63,6 +63,8 @@ MessageRow = tuple[str, str, str | None, str | None, int | None, str | None]
 
 def check_text(parameter: str, value: object, *, least: int, most: int) -> str:
     """Return a str of `least` to `most` characters that PostgreSQL can store."""
+    if type(value) is str and value.isascii() and least <= len(value) <= most and "\0" not in value:
+        return value  # nearly every text, without further calls
     value = check_str(parameter, value)
     if not least <= len(value) <= most:
         raise InvalidInputError(parameter, f"must be {least:,} to {most:,} characters long, not {len(value):,}")
@@ -152,13 +154,16 @@ def check_limit(parameter: str, value: object) -> int:
 
 
 def check_role(parameter: str, value: object) -> str:
-    value = check_str(parameter, value)
+    if type(value) is not str:
+        value = check_str(parameter, value)
     if value not in ROLES:
         raise InvalidInputError(parameter, "must be user, assistant, system, developer or tool")
     return value
 
 
 def check_content(parameter: str, value: object) -> str:
+    if type(value) is str and value.isascii() and len(value) <= MAX_CONTENT and "\0" not in value:
+        return value
     value = check_str(parameter, value)
     if utf8_length(parameter, value) > MAX_CONTENT:
         raise InvalidInputError(parameter, "must be at most 4 MiB in UTF-8")
@@ -170,7 +175,7 @@ def check_conversation(conversation_id: object, conversation_key: object) -> tup
     if conversation_key is None:
         if conversation_id is None:
             raise InvalidInputError("conversation_id", "is required unless conversation_key is given")
-        return check_id(conversation_id), None
+        return check_int("conversation_id", conversation_id, least=-MAX_BIGINT - 1), None
     refuse_both("conversation_key", "conversation_id", conversation_id)
     return None, check_text("conversation_key", conversation_key, least=1, most=MAX_NAME)
 
@@ -190,7 +195,9 @@ def check_position(
 ) -> tuple[int | None, str | None]:
     """Return the seq or the key after or before which a page starts; `start` is the default seq."""
     if key is None:
-        return start if seq is None and start is not None else check_seq(f"{direction}_seq", seq), None
+        if seq is None and start is not None:
+            return start, None
+        return check_int(f"{direction}_seq", seq, least=0), None
     is_default = direction == "after" and type(seq) is int and seq == 0
     refuse_both(f"{direction}_key", f"{direction}_seq", None if is_default else seq)
     return None, check_text(f"{direction}_key", key, least=1, most=MAX_NAME)
@@ -383,13 +390,20 @@ def as_text_array(values: Iterable[object]) -> list[str | None]:
     return [None if value is None else str(value) for value in values]
 
 
-def as_columns(batch: list[MessageRow]) -> list[list[str | None]]:
-    """Return the messages of a batch as the arrays that a statement takes."""
-    roles, contents, payloads, metadatas, token_counts, keys = map(list, zip(*batch, strict=True)) if batch else _EMPTY
-    return [roles, contents, payloads, metadatas, as_text_array(token_counts), keys]
+def as_columns(batch: list[MessageRow]) -> list[list[Any] | None]:
+    """
+    Return the messages of a batch as the arrays that a statement takes.
 
-
-_EMPTY: Final[tuple[list[Any], ...]] = ([], [], [], [], [], [])
+    Payloads, metadata, token counts and keys are None if no message has one, because asyncpg encodes arrays slowly.
+    """
+    columns: list[list[Any] | None] = [list(column) for column in zip(*batch, strict=True)] if batch else [[]] * 6
+    for index in range(2, 6):
+        values = columns[index]
+        if values is None or values.count(None) == len(values):
+            columns[index] = None
+        elif index == 4:
+            columns[index] = as_text_array(values)
+    return columns
 
 
 def check_token_count(parameter: str, value: object) -> int | None:
@@ -445,7 +459,7 @@ async def check_messages(values: object) -> list[MessageRow]:
     run other tasks in between.
     """
     kind = type(values)
-    if issubclass(kind, str | bytes | Mapping | NewMessage) or not issubclass(kind, Iterable):
+    if kind is not list and (issubclass(kind, str | bytes | Mapping | NewMessage) or not issubclass(kind, Iterable)):
         raise InvalidInputError("messages", f"must be a list of NewMessage or dict, not {type_name(kind)}")
     rows: list[MessageRow] = []
     size, pause_at = 0, _PAUSE_BYTES
@@ -466,10 +480,12 @@ async def check_messages(values: object) -> list[MessageRow]:
             None if of_key is None else check_key(f"{at}.key", of_key),
         )
         rows.append(row)
-        size += sum(map(_size, row[1:4])) + _size(row[5])
+        for text in (row[1], row[2], row[3], row[5]):
+            if text is not None:
+                size += len(text) if text.isascii() else len(text.encode())
         if size > MAX_BATCH_BYTES:
             raise InvalidInputError("messages", "must be at most 64 MiB in total: split the batch")
-    keys = [row[-1] for row in rows if row[-1] is not None]
+    keys = [row[5] for row in rows if row[5] is not None]
     if len(set(keys)) < len(keys):
         raise InvalidInputError("messages", "must have distinct keys")
     return rows
@@ -513,10 +529,6 @@ def number_of(value: object) -> float:
     return number if abs(number) <= MAX_INT else math.nan
 
 
-def _size(text: str | None) -> int:
-    return 0 if text is None else len(text) if text.isascii() else len(text.encode())
-
-
 def _read(values: Iterable[object]) -> Iterator[object]:
     """Iterate over a caller's values; raise the iterable's own errors as InvalidInputError."""
     try:
@@ -528,10 +540,10 @@ def _read(values: Iterable[object]) -> Iterator[object]:
 def _fields(parameter: str, value: object) -> tuple[Any, ...]:
     """Return the fields of a `NewMessage`, a subclass, or a dict with no other fields."""
     kind = type(value)
-    if issubclass(kind, NewMessage):
-        fields = vars(value)
-    elif kind is dict:
+    if kind is dict:
         fields = cast("dict[str, Any]", value)
+    elif issubclass(kind, NewMessage):
+        fields = vars(value)
     elif issubclass(kind, Mapping):
         try:
             fields = dict(cast("Mapping[str, Any]", value))

@@ -258,7 +258,8 @@ def expected(function, parameter, given):
         case [("before" | "after"), "key"]:
             return given.get(parameter)  # iter_messages has none
     if "messages" in given and parameter not in given:
-        return _texts(_as_sent(message.get(parameter[:-1])) for message in given["messages"])
+        values = _texts(_as_sent(message.get(parameter[:-1])) for message in given["messages"])
+        return values if parameter in {"roles", "contents"} or any(value is not None for value in values) else None
     return _as_sent(given[parameter])
 
 
