@@ -1,0 +1,238 @@
+"""Drives the page of examples/fastapi in Chromium, by the roles and names of its controls."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from axe_playwright_python.async_playwright import Axe
+from playwright.async_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Locator,
+    Page,
+    Request,
+    async_playwright,
+    expect,
+)
+
+PATIENCE = 30_000
+"""Maximum wait for a condition, in milliseconds, on a busy machine."""
+ARGUMENTS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no request leaves the machine
+)
+RECORDER = """
+window.shown = [];
+new MutationObserver(() => {
+    for (const article of document.querySelectorAll('article[data-seq]')) {
+        const seq = Number(article.dataset.seq), text = article.querySelector('.text')?.textContent ?? '';
+        const last = window.shown.findLast((each) => each.seq === seq);
+        if (last?.text !== text) window.shown.push({seq, text});
+    }
+}).observe(document, {subtree: true, childList: true, characterData: true});
+"""
+"""Keeps every text that a message showed, even for a moment."""
+SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
+Size = Literal["desktop", "phone"]
+Theme = Literal["light", "dark"]
+
+
+def chromium() -> str:
+    """Return Chromium's path. A missing browser fails the tests: a skip would hide it."""
+    for name in ("chromium", "chromium-browser"):
+        if found := shutil.which(name):
+            return found
+    raise AssertionError("these tests need Chromium: run apt-get install chromium")
+
+
+@asynccontextmanager
+async def launch() -> AsyncGenerator[Browser]:
+    """Run a browser that several visitors share."""
+    expect.set_options(timeout=PATIENCE)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=chromium(), args=ARGUMENTS)
+        yield browser
+        await browser.close()
+
+
+class Visitor:
+    """A person with a browser of their own: a token, and any number of tabs."""
+
+    def __init__(self, context: BrowserContext, url: str, allowed: str | None) -> None:
+        self.context = context
+        self.url = url
+        self.allowed = allowed
+        self.problems: list[str] = []
+        context.on("request", self._check_request)
+        context.on("console", self._check_console)
+        context.on("weberror", lambda error: self.problems.append(f"page error: {error.error}"))
+
+    def _check_request(self, request: Request) -> None:
+        """Note a request to another host. A download's `blob:` and a picture's `data:` have none."""
+        parts = urlsplit(request.url)
+        if parts.netloc and parts.netloc != urlsplit(self.url).netloc:
+            self.problems.append(f"foreign request: {request.url}")
+
+    def _check_console(self, message: ConsoleMessage) -> None:
+        """Note an error or warning, unless the test allows it: Chromium logs each failed request as an error."""
+        if message.type not in ("error", "warning") or (self.allowed and re.search(self.allowed, message.text)):
+            return
+        self.problems.append(f"console {message.type}: {message.text} ({message.location.get('url')})")
+
+    async def tab(self, path: str = "/") -> Tab:
+        """Open a tab."""
+        page = await self.context.new_page()
+        page.set_default_timeout(PATIENCE)
+        await page.add_init_script(RECORDER)
+        tab = Tab(self, page)
+        await page.goto(self.url + path)
+        await expect(tab.box).to_be_visible()
+        return tab
+
+
+@asynccontextmanager
+async def visitor(
+    browser: Browser, url: str, *, size: Size = "desktop", theme: Theme = "light", allowed: str | None = None
+) -> AsyncGenerator[Visitor]:
+    """Yield a new visitor. `allowed` is a pattern of the console's errors that belong to the test."""
+    width, height = SIZES[size]
+    context = await browser.new_context(
+        viewport={"width": width, "height": height},
+        has_touch=size == "phone",
+        is_mobile=size == "phone",
+        color_scheme=theme,
+        reduced_motion="reduce",
+        locale="en-GB",
+        timezone_id="UTC",
+        accept_downloads=True,
+    )
+    guest = Visitor(context, url, allowed)
+    try:
+        yield guest
+    finally:
+        await context.close()
+    assert guest.problems == []
+
+
+class Tab:
+    """A tab with the page. The names of its controls are here, and nowhere in the tests."""
+
+    def __init__(self, visitor: Visitor, page: Page) -> None:
+        self.visitor = visitor
+        self.page = page
+        self.box = page.get_by_role("textbox", name="Message", exact=True)
+        self.articles = page.get_by_role("log").get_by_role("article")
+        self.who = page.get_by_role("navigation", name="Chats", exact=True)
+        self.streaming = page.locator('article[aria-busy="true"]')
+        self.chat_list = page.get_by_role("list", name="Chats", exact=True)
+
+    @property
+    def path(self) -> str:
+        """Return the address of the open chat."""
+        return self.page.url.removeprefix(self.visitor.url)
+
+    def button(self, name: str, within: Locator | None = None) -> Locator:
+        """Return a button by its name."""
+        return (within or self.page).get_by_role("button", name=name, exact=True)
+
+    def chat_link(self, title: str | re.Pattern[str]) -> Locator:
+        """Return a chat in the list by its title."""
+        return self.chat_list.get_by_role("link", name=title, exact=True)
+
+    async def send(self, text: str) -> None:
+        """Write a message and send it."""
+        await self.box.fill(text)
+        await self.button("Send").click()
+
+    async def chat(self, text: str) -> None:
+        """Send a message, and wait until the answer is finished."""
+        count = await self.articles.count()
+        await self.send(text)
+        await expect(self.articles).to_have_count(count + 2)
+        await self.finished()
+
+    async def finished(self) -> None:
+        """Wait until no answer is streaming."""
+        await expect(self.streaming).to_have_count(0)
+
+    async def option(self, title: str, name: str) -> None:
+        """Choose an option of a chat in the list."""
+        await self.button(f"Options for {title}").click()
+        await self.button(name).click()
+
+    async def sign_in(self, name: str) -> None:
+        """Sign in with a name."""
+        await self.button("Account").click()
+        dialog = self.page.get_by_role("dialog", name="Account")
+        await dialog.get_by_role("textbox", name="Name").fill(name)
+        await self.button("Sign in", dialog).click()
+        await expect(self.who).to_contain_text(name)
+
+    async def focus(self, role: Literal["button", "link", "searchbox", "textbox"], name: str) -> None:
+        """Press Tab until the control has the focus, as somebody without a mouse does."""
+        wanted = self.page.get_by_role(role, name=name, exact=True)
+        for _ in range(80):
+            focused = self.page.locator(":focus")
+            if await wanted.and_(focused).count():
+                return
+            await self.page.keyboard.press("Tab")
+        raise AssertionError(f"Tab does not reach the {role} {name!r}")
+
+    async def background(self) -> list[int]:
+        """Return the color behind everything, as red, green, and blue."""
+        color: str = await self.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return [int(part) for part in re.findall(r"\d+", color)[:3]]
+
+    async def texts(self) -> list[str]:
+        """Return the texts of the messages as a reader sees them."""
+        return await self.articles.locator(".text").all_text_contents()
+
+    async def api(self, path: str, method: str = "GET", **options: Any) -> Any:
+        """Call the service as this visitor, and return its JSON."""
+        token = await self.page.evaluate("localStorage.getItem('token')")
+        response = await self.visitor.context.request.fetch(
+            self.visitor.url + path, method=method, headers={"Authorization": f"Bearer {token}"}, **options
+        )
+        assert response.ok, (response.status, path)
+        return await response.json()
+
+    async def stored(self) -> list[dict[str, Any]]:
+        """Return the messages of the open chat as the database has them."""
+        number = re.search(r"#/c/(\d+)", self.page.url)
+        assert number, self.page.url
+        messages: list[dict[str, Any]] = (await self.api(f"/api/conversations/{number[1]}"))["messages"]
+        return messages
+
+    async def check_stored(self) -> None:
+        """
+        Compare the messages on the page with those in the database: the same, in order, and each once.
+
+        What a message showed before, while it streamed, must be the beginning of its text.
+        """
+        stored = {message["seq"]: message["content"] for message in await self.stored()}
+        assert await self.texts() == list(stored.values())
+        shown = await self.page.evaluate("window.shown")
+        wrong = [each for each in shown if not stored.get(each["seq"], each["text"]).startswith(each["text"])]
+        assert wrong == []
+
+    async def check_accessible(self, view: str) -> None:
+        """Run axe-core: the view has no violation."""
+        results = await Axe().run(self.page)
+        found = [
+            f"{each['id']}: {node['html']}: {node['failureSummary']}"
+            for each in results.response["violations"]
+            for node in each["nodes"]
+        ]
+        assert found == [], view
+
+    async def check_width(self) -> None:
+        """Check that nothing makes the page scroll sideways."""
+        widths = await self.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        assert widths[0] <= widths[1], widths
