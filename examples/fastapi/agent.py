@@ -1,4 +1,4 @@
-"""The agent: one tool, and a toy model that runs without a network. OPENAI_MODEL selects a real model instead."""
+"""The agent: one tool, and a toy model that needs no network. OPENAI_MODEL selects a real model instead."""
 
 import asyncio
 import os
@@ -9,17 +9,15 @@ from typing import Any
 
 import agents
 from agents.items import TResponseStreamEvent
-from openai.types.responses import (
-    Response,
-    ResponseCompletedEvent,
-    ResponseFunctionToolCall,
-    ResponseOutputMessage,
-    ResponseOutputText,
-    ResponseTextDeltaEvent,
-)
+from openai.types import responses as openai
 
-TOY_DELAY = float(os.environ.get("TOY_DELAY", "0.05"))
-STORY = "Once upon a time, a small table dreamed of rows that nobody would ever lose. " * 14
+DELAY = float(os.environ.get("TOY_DELAY", "0.05"))  # seconds for each word of the toy model
+HELP = "I can roll dice: ask me to roll a die with 20 sides. I can write a long story, so that you can stop me. \
+Everything else I repeat, because I am only a toy."
+STORY = "Once upon a time, a small table lived in a large database. " + " ".join(
+    f"On day {day} a clerk came with {day * 7} new rows, and at night the table counted them all."
+    for day in range(1, 13)
+)
 
 
 @agents.function_tool
@@ -29,51 +27,49 @@ def roll_dice(sides: int) -> int:
 
 
 class ToyModel(agents.Model):
-    """Rolls a die, tells a long story, or repeats the question, one word after the other."""
+    """Rolls dice, tells a story or repeats the question, one word after the other."""
 
     async def get_response(self, *_args: Any, **_options: Any) -> agents.ModelResponse:
         """Fail: this service only streams."""
         raise NotImplementedError
 
-    async def stream_response(
-        self, _instructions: str | None, input: str | list[agents.TResponseInputItem], *_args: Any, **_options: Any
-    ) -> AsyncIterator[TResponseStreamEvent]:
-        """Yield the words of the answer, and the whole answer at the end."""
-        last: Any = input if isinstance(input, str) else input[-1]
-        question = str(last.get("content", ""))
+    async def stream_response(self, *args: Any, **_options: Any) -> AsyncIterator[TResponseStreamEvent]:
+        """Yield the words of an answer to the last item, or call the tool."""
+        last = args[1][-1]
+        question = str(last.get("content"))
+        if re.search(r"\broll|\bdi[ec]e?\b", question, re.IGNORECASE):
+            sides = re.search("[1-9][0-9]{0,3}", question)
+            arguments = f'{{"sides": {sides[0] if sides else 6}}}'
+            yield completed({"type": "function_call", "call_id": "toy", "name": "roll_dice", "arguments": arguments})
+            return
+        text = f"You wrote: {question[:500]}"
         if "output" in last:
             text = f"You rolled a {last['output']}."
-        elif re.search(r"\b(roll|dice|die)\b", question, re.IGNORECASE):
-            sides = re.search(r"[1-9]\d{0,3}", question)
-            arguments = f'{{"sides": {sides[0] if sides else 6}}}'
-            call = ResponseFunctionToolCall(
-                type="function_call", call_id=f"call-{random.getrandbits(64):x}", name="roll_dice", arguments=arguments
-            )
-            yield completed(call)
-            return
         elif "story" in question.lower():
-            text = STORY.strip()
-        else:
-            text = f"You wrote: {question[:500]} I am only a toy. Ask me to roll a die, or to write a long story."
+            text = STORY
+        elif "can you do" in question.lower():
+            text = HELP
         for word in re.findall(r"\s*\S+", text):
-            await asyncio.sleep(TOY_DELAY)
-            yield ResponseTextDeltaEvent(
-                type="response.output_text.delta", delta=word, item_id="toy", content_index=0, output_index=0,
-                sequence_number=0, logprobs=[],
-            )  # fmt: skip
-        part = ResponseOutputText(type="output_text", text=text, annotations=[])
-        yield completed(
-            ResponseOutputMessage(id="toy", type="message", role="assistant", status="completed", content=[part])
-        )
+            await asyncio.sleep(DELAY)
+            event = {"delta": word, "item_id": "toy", "content_index": 0, "output_index": 0, "logprobs": []}
+            yield openai.ResponseTextDeltaEvent.model_validate(
+                {"type": "response.output_text.delta", "sequence_number": 0, **event}
+            )
+        content = [{"type": "output_text", "text": text, "annotations": []}]
+        message = {"type": "message", "id": "toy", "role": "assistant", "status": "completed", "content": content}
+        yield completed(message)
 
 
-def completed(item: ResponseFunctionToolCall | ResponseOutputMessage) -> ResponseCompletedEvent:
+def completed(item: dict[str, Any]) -> TResponseStreamEvent:
     """Return the event that ends a model's response."""
-    response = Response(
-        id="toy", object="response", created_at=0, model="toy", output=[item], tools=[], tool_choice="auto",
-        parallel_tool_calls=False,
-    )  # fmt: skip
-    return ResponseCompletedEvent(type="response.completed", response=response, sequence_number=0)
+    response = {"id": "toy", "object": "response", "created_at": 0, "model": "toy", "output": [item], "tools": []}
+    return openai.ResponseCompletedEvent.model_validate(
+        {
+            "type": "response.completed",
+            "sequence_number": 0,
+            "response": {**response, "tool_choice": "auto", "parallel_tool_calls": False},
+        }
+    )
 
 
 agents.set_tracing_disabled(True)

@@ -3,164 +3,143 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from agents import Runner, ToolCallItem, ToolCallOutputItem, TResponseInputItem
+from agents import Runner, TResponseInputItem
 from fastapi.sse import ServerSentEvent
-from openai.types.responses import ResponseFunctionToolCall, ResponseTextDeltaEvent
+from openai.types.responses import ResponseTextDeltaEvent
 
 import chatdb
 from agent import AGENT
-from models import Json, message_json
 
-HISTORY = 100  # messages that the model sees
-LOST_AFTER = timedelta(seconds=30)  # the process that wrote an answer is gone if it has not grown for so long
-log = logging.getLogger("uvicorn.error")
+LOST_AFTER = timedelta(seconds=30)  # the process that wrote an answer is gone if the text has not grown for so long
+TASKS = set[asyncio.Task[None]]()  # the answers that this process writes
 
-
-async def abort_lost(db: chatdb.Pool, user_id: str) -> None:
-    """Complete the answers that a crash has left."""
-    for message in await chatdb.list_streaming(db, user_id=user_id, older_than=LOST_AFTER):
-        await chatdb.finish_message(
-            db, user_id=user_id, conversation_id=message.conversation_id, seq=message.seq, aborted=True
-        )
+Json = dict[str, Any]
+Place = dict[str, Any]  # arguments of chatdb's functions: db, user_id and conversation_id
 
 
-class Answers:
-    """The answers that this process writes."""
-
-    def __init__(self, db: chatdb.Pool) -> None:
-        self._db = db
-        self._tasks = set[asyncio.Task[None]]()
-
-    async def start(self, question: chatdb.Message, key: str) -> chatdb.Message:
-        """Start the answer with this key, or return it if any process has started it before."""
-        run = secrets.token_hex(8)
-        answer = await chatdb.start_message(
-            self._db,
-            user_id=question.user_id,
-            conversation_id=question.conversation_id,
-            key=key,
-            parent_seq=question.seq,
-            metadata={"run": run},
-        )
-        if answer.metadata == {"run": run}:
-            task = asyncio.create_task(self._write(question, answer))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        return answer
-
-    async def close(self) -> None:
-        """Give the answers five seconds to finish, then store what they have."""
-        if self._tasks:
-            _, late = await asyncio.wait(self._tasks, timeout=5)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
-
-    async def _write(self, question: chatdb.Message, answer: chatdb.Message) -> None:
-        try:
-            await self._stream(question, answer)
-        except (chatdb.ConflictError, chatdb.NotFoundError):
-            pass  # stopped or deleted by a request, perhaps in another process
-        except Exception as error:  # noqa: BLE001 - a model can raise anything; the answer is stored as aborted
-            log.error("an answer failed: %s", type(error).__name__)
-
-    async def _stream(self, question: chatdb.Message, answer: chatdb.Message) -> None:
-        place: dict[str, Any] = {"user_id": question.user_id, "conversation_id": question.conversation_id}
-        async with chatdb.stream_message(self._db, **place, key=answer.key, flush_every=0.1) as stream:
-            line = await chatdb.get_branch(self._db, **place, top_seq=question.seq, limit=HISTORY)
-            items: list[TResponseInputItem] = [
-                {"role": "assistant" if message.role == "assistant" else "user", "content": message.content}
-                for message in line
-                if message.content and message.state != "streaming"
-            ]
-            tools: list[dict[str, object]] = []
-            async for event in Runner.run_streamed(AGENT, items).stream_events():
-                if event.type == "raw_response_event" and isinstance(event.data, ResponseTextDeltaEvent):
-                    with suppress(chatdb.UnavailableError):  # the text waits for the next flush
-                        await stream.write(event.data.delta)
-                elif event.type == "run_item_stream_event" and isinstance(event.item, ToolCallItem):
-                    call = event.item.raw_item
-                    if isinstance(call, ResponseFunctionToolCall):
-                        tools.append({"name": call.name, "arguments": call.arguments, "output": ""})
-                elif event.type == "run_item_stream_event" and isinstance(event.item, ToolCallOutputItem):
-                    tools[-1]["output"] = str(event.item.output)
-            if tools:
-                stream.finish(metadata={**(answer.metadata or {}), "tools": tools})
-            async with asyncio.timeout(30):  # a database that restarts
-                while True:
-                    try:
-                        await stream.flush()
-                        break
-                    except chatdb.UnavailableError:
-                        await asyncio.sleep(0.5)
+def message_json(message: chatdb.Message) -> Json:
+    """Return a message with the tools that it used."""
+    return {**message.public(), "tools": (message.metadata or {}).get("tools", [])}
 
 
-class Position:
-    """How much of a conversation a client has: all up to `after`, and `offset` code points of the next message."""
-
-    def __init__(self, after: int, offset: int = 0) -> None:
-        self.after = after
-        self.offset = offset
-
-    def __str__(self) -> str:
-        return f"{self.after}.{self.offset}" if self.offset else f"{self.after}"
+def event_id(after: int, offset: int = 0) -> str:
+    """Return the id from which events continue: all up to `after` is sent, and `offset` characters of the next one."""
+    return f"{after}.{offset}" if offset else f"{after}"
 
 
-def position_of(conversation: chatdb.Conversation, messages: list[chatdb.Message]) -> Position:
-    """Return the position of a client that has loaded a conversation."""
-    for message in messages:
-        if message.state == "streaming":
-            return Position(message.seq - 1, len(message.content))
-    return Position(conversation.last_seq)
+async def start(chat: Place, question_seq: int, key: str) -> chatdb.Message:
+    """Start to answer a question, unless a request with this key has done so before, in whichever process."""
+    metadata = {"run": secrets.token_hex(8)}
+    answer = await chatdb.start_message(**chat, key=key, parent_seq=question_seq, metadata=metadata)
+    if answer.metadata == metadata:
+        task = asyncio.create_task(write(chat, question_seq, answer))
+        TASKS.add(task)
+        task.add_done_callback(TASKS.discard)
+    return answer
 
 
-async def follow(
-    db: chatdb.Pool, watcher: chatdb.Watcher, user_id: str, conversation_id: int, start: Position
-) -> AsyncGenerator[ServerSentEvent, None]:
-    """Yield messages as they come, and the text of those that are streaming as it grows."""
-    place: dict[str, Any] = {"user_id": user_id, "conversation_id": conversation_id}
-    newest = start.after
-    sent = {start.after + 1: start.offset} if start.offset else {}  # code points, by seq
+async def write(chat: Place, question_seq: int, answer: chatdb.Message) -> None:
+    """Run the agent, and store what it says while it speaks."""
+    try:
+        async with chatdb.stream_message(**chat, key=answer.key, flush_every=0.1) as stream:
+            # get_context would read the line that the user has selected meanwhile
+            line = await chatdb.get_branch(**chat, top_seq=question_seq, limit=100)
+            await run_agent(line, stream)
+            async with asyncio.timeout(30):
+                while True:  # until a database that restarts is back
+                    with suppress(chatdb.UnavailableError):
+                        return await stream.flush()
+                    await asyncio.sleep(0.5)
+    except (chatdb.ConflictError, chatdb.NotFoundError):
+        pass  # stopped or deleted by a request, perhaps in another process
+    except Exception as error:  # whatever the model raises: the text so far is stored
+        logging.getLogger("uvicorn.error").error("an answer failed: %s", type(error).__name__)
+
+
+async def run_agent(line: list[chatdb.Message], stream: chatdb.MessageStream) -> None:
+    """Write the words of the agent, and its calls of tools at the end."""
+    items: list[TResponseInputItem] = [
+        {"role": "assistant" if message.role == "assistant" else "user", "content": message.content}
+        for message in line
+        if message.content and message.state != "streaming"
+    ]
+    tools: dict[str, Json] = {}
+    async for event in Runner.run_streamed(AGENT, items).stream_events():
+        if event.type == "raw_response_event" and isinstance(event.data, ResponseTextDeltaEvent):
+            with suppress(chatdb.UnavailableError):  # the text waits for the next flush
+                await stream.write(event.data.delta)
+        elif event.type == "run_item_stream_event":
+            raw: Any = event.item.raw_item
+            if event.item.type == "tool_call_item":
+                tools[raw.call_id] = {"name": raw.name, "arguments": raw.arguments}
+            elif event.item.type == "tool_call_output_item":
+                tools[raw["call_id"]]["output"] = str(event.item.output)
+    if tools:
+        stream.finish(metadata={**(stream.message.metadata or {}), "tools": [*tools.values()]})
+
+
+async def finish_all() -> None:
+    """Give the answers five seconds to finish, then store the others as aborted, with their text."""
+    if TASKS:
+        _, late = await asyncio.wait(TASKS, timeout=5)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+
+
+async def abort_lost(chat: Place) -> None:
+    """Complete the answers that a crash has left, as aborted."""
+    for lost in await chatdb.list_streaming(chat["db"], user_id=chat["user_id"], older_than=LOST_AFTER):
+        await chatdb.finish_message(**chat | {"conversation_id": lost.conversation_id}, seq=lost.seq, aborted=True)
+
+
+async def follow(watcher: chatdb.Watcher, chat: Place, start: str) -> AsyncIterator[ServerSentEvent]:
+    """Yield the messages after an event id, and the text of those that are streaming as it grows."""
+    newest, offset = (int(number) for number in f"{start}.0".split(".")[:2])
+    sent = {newest + 1: offset} if offset else {}  # characters, by the seq of the messages that are streaming
 
     def event(name: str, data: Json) -> ServerSentEvent:
         first = min(sent, default=newest + 1)
-        return ServerSentEvent(event=name, data=data, id=str(Position(first - 1, sent.get(first, 0))))
+        return ServerSentEvent(event=name, data=data, id=event_id(first - 1, sent.get(first, 0)))
 
-    async def grown(seq: int) -> AsyncGenerator[ServerSentEvent, None]:
-        with suppress(chatdb.UnavailableError, chatdb.NotFoundError):  # the watcher tells
-            tail = await chatdb.read_message(db, **place, seq=seq, offset=sent[seq])
-            if tail.text:
-                start, sent[seq] = sent[seq], tail.offset
-                yield event("delta", {"seq": seq, "offset": start, "text": tail.text})
+    def delta(seq: int, text: str) -> ServerSentEvent:
+        begin = sent[seq]
+        sent[seq] += len(text)
+        return event("delta", {"seq": seq, "offset": begin, "text": text})
 
     yield ServerSentEvent(retry=1000)
-    messages = watcher.watch(**place, after_seq=start.after)
+    messages = watcher.watch(user_id=chat["user_id"], conversation_id=chat["conversation_id"], after_seq=newest)
     coming = asyncio.ensure_future(anext(messages))
     try:
         while True:
             await asyncio.wait([coming], timeout=0.1 if sent else None)
-            for seq in [*sent]:
-                async for delta in grown(seq):
-                    yield delta
-            if coming.done():
-                message = coming.result()
-                coming = asyncio.ensure_future(anext(messages))
-                newest = max(newest, message.seq)
-                if message.state != "streaming":
-                    sent.pop(message.seq, None)
-                elif message.seq in sent:  # the client has its beginning
-                    continue
-                else:
-                    sent[message.seq] = len(message.content)
+            if not coming.done():
+                for seq in [*sent]:
+                    with suppress(chatdb.UnavailableError):
+                        tail = await chatdb.read_message(**chat, seq=seq, offset=sent[seq])
+                        if tail.text:
+                            yield delta(seq, tail.text)
+                continue
+            message = coming.result()
+            coming = asyncio.ensure_future(anext(messages))
+            newest = max(newest, message.seq)
+            is_known = message.seq in sent
+            if is_known and len(message.content) > sent[message.seq]:
+                yield delta(message.seq, message.content[sent[message.seq] :])
+            if message.state != "streaming":
+                sent.pop(message.seq, None)
+            elif not is_known:
+                sent[message.seq] = len(message.content)
+            if message.state != "streaming" or not is_known:
                 yield event("message", message_json(message))
     except (chatdb.NotFoundError, chatdb.PoolClosedError):
         yield ServerSentEvent(event="end", data={})
     except chatdb.UnavailableError:
-        pass  # the client connects again
+        return  # the client connects again
     finally:
         coming.cancel()
