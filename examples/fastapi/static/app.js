@@ -12,7 +12,7 @@ const tabs = new BroadcastChannel("chats"); // tells other tabs that the list ha
 let me = { user: "", guest: true };
 let chat = null; // the open chat: conversation, messages (oldest first), versions, before, views by seq
 let archivedView = false;
-let chats = { items: [], next: null };
+let chats = { items: [], next: null, pinned: [] };
 
 /* ---------- Account ---------- */
 
@@ -32,8 +32,8 @@ async function start() {
 async function fail(error, retry) {
   if (error.status === 401) {
     token.clear();
-    closeChat();
-    await start().catch((failure) => showError(failure));
+    goTo(null);
+    await start().catch(() => {});
   }
   showError(error, error.status === 0 || error.status === 503 ? retry : undefined);
 }
@@ -88,27 +88,22 @@ async function refreshList() {
   const limit = Math.min(100, Math.max(20, chats.items.length));
   const query = `/conversations?archived=${archivedView}&limit=${limit}`;
   const [page, pinned] = await Promise.all([api(query), api("/conversations?pinned=true")]);
-  chats = page;
-  showList(pinned.items);
+  chats = { ...page, pinned: pinned.items };
+  showList();
 }
 
 async function moreChats() {
   const page = await api(`/conversations?archived=${archivedView}&limit=20&after=${encodeURIComponent(chats.next)}`);
-  chats = { items: [...chats.items, ...page.items], next: page.next };
-  showRows($("chats"), chats.items.filter(isUnpinned).map(chatRow));
-  $("more-chats").hidden = !chats.next;
+  chats = { ...chats, items: [...chats.items, ...page.items], next: page.next };
+  showList();
 }
 
-function isUnpinned(conversation) {
-  return archivedView || !conversation.pinned;
-}
-
-function showList(pinned) {
-  const top = archivedView ? [] : pinned.filter((conversation) => !conversation.archived);
+function showList() {
+  const top = archivedView ? [] : chats.pinned.filter((conversation) => !conversation.archived);
+  const rest = chats.items.filter((conversation) => archivedView || !conversation.pinned);
   $("pinned-section").hidden = !top.length;
   $("chats-title").textContent = archivedView ? "Archived chats" : "Chats";
   showRows($("pinned"), top.map(chatRow));
-  const rest = chats.items.filter(isUnpinned);
   showRows($("chats"), rest.map(chatRow));
   $("more-chats").hidden = !chats.next;
   $("no-chats").hidden = rest.length > 0 || top.length > 0;
@@ -130,7 +125,7 @@ function chatRow(conversation) {
   const options = iconButton("more", `Options for ${title || UNTITLED}`, () => openMenu(options, conversation));
   options.id = `options-${id}`;
   const heading = el("div", { className: "title" }, pinned ? icon("pin") : null, link, shortTime(conversation.updated_at));
-  const text = el("div", { className: "preview", textContent: preview?.text ?? "" });
+  const text = preview && el("div", { className: "preview" }, preview.text || "…");
   return el("li", {}, el("div", {}, heading, text), options);
 }
 
@@ -248,8 +243,6 @@ async function openChat(id, seq) {
   }
   if (chat !== opened) return;
   showPage(page);
-  chat.lastId = page.events;
-  if (!document.hidden) followEvents();
   if (seq) await reveal(seq);
   else focusComposer();
 }
@@ -262,12 +255,12 @@ function closeChat() {
   chat?.closing?.abort();
   chat = null;
   document.body.dataset.events = "closed";
+  $("messages").replaceChildren();
+  $("earlier").hidden = true;
 }
 
 function showNewChat() {
   closeChat();
-  $("messages").replaceChildren();
-  $("earlier").hidden = true;
   $("welcome").hidden = false;
   showTitle();
   showStreaming();
@@ -279,27 +272,20 @@ function showTitle() {
   const title = chat ? chat.conversation?.title || UNTITLED : "New chat";
   $("title").textContent = title;
   document.title = `${title} · chatdb chat`;
-  $("chat-options").hidden = !chat;
+  $("chat-options").hidden = !chat?.conversation;
 }
 
-/** Show the newest page of the current line. */
-function showPage({ conversation, messages, versions, before }) {
-  const known = new Map(chat.messages.map((message) => [message.seq, message]));
-  const merged = messages.map((message) => newer(known.get(message.seq), message));
-  Object.assign(chat, { conversation, versions, before, messages: merged, views: new Map() });
+/** Show the newest page of the current line, and follow the events from there. */
+function showPage({ conversation, messages, versions, before, events }) {
+  Object.assign(chat, { conversation, versions, before, messages, views: new Map(), lastId: events });
   $("welcome").hidden = true;
-  $("messages").replaceChildren(...merged.map(messageView));
+  $("messages").replaceChildren(...messages.map(messageView));
   $("earlier").hidden = !before;
   showTitle();
   showStreaming();
   markOpenChat();
   scrollDown();
-}
-
-/** An answer may arrive twice, by the stream and with a page: the one with more text is the newer one. */
-function newer(known, message) {
-  if (!known || message.state !== "streaming") return message;
-  return known.state !== "streaming" || known.content.length > message.content.length ? known : message;
+  if (!document.hidden) followEvents();
 }
 
 async function loadEarlier() {
@@ -315,14 +301,16 @@ async function loadEarlier() {
   $("log").scrollTop = $("log").scrollHeight - below;
 }
 
+async function loadBackTo(seq) {
+  const from = chat;
+  while (chat === from && from.before && seq < from.messages[0].seq) await loadEarlier();
+}
+
 /** Scroll to a message: load earlier pages, or show the version that contains it. */
 async function reveal(seq) {
   const from = chat;
-  while (chat === from && from.before && seq < from.messages[0].seq) await loadEarlier();
-  if (chat === from && !from.views.has(seq)) {
-    await switchTo(seq);
-    while (chat === from && from.before && seq < from.messages[0].seq) await loadEarlier();
-  }
+  await loadBackTo(seq);
+  if (chat === from && !from.views.has(seq)) await switchTo(seq);
   const node = from.views.get(seq)?.node;
   if (chat !== from || !node) return;
   node.scrollIntoView({ block: "center" });
@@ -335,15 +323,18 @@ async function reveal(seq) {
 async function switchTo(seq) {
   const from = chat;
   const page = await api(`/conversations/${from.id}/head`, { method: "PUT", body: { seq } });
-  if (chat === from) showPage(page);
+  if (chat !== from) return;
+  showPage(page);
+  await loadBackTo(seq);
 }
 
+/** Show another version where this one is, and keep the focus on the button. */
 async function showVersion(seq, label) {
   const above = $("log").scrollTop;
   await switchTo(seq);
-  while (chat.before && !chat.views.has(seq)) await loadEarlier();
+  const node = chat?.views.get(seq)?.node;
+  if (!node) return;
   $("log").scrollTop = above;
-  const { node } = chat.views.get(seq);
   node.scrollIntoView({ block: "nearest" });
   const enabled = [...node.querySelectorAll(".versions button:enabled")];
   (enabled.find((each) => each.ariaLabel === label) ?? enabled[0])?.focus();
@@ -355,16 +346,20 @@ async function followEvents() {
   const from = chat;
   from.closing?.abort();
   from.closing = new AbortController();
+  document.body.dataset.events = "closed";
   const { signal } = from.closing;
-  const onOpen = (isOpen) => chat === from && (document.body.dataset.events = isOpen ? "open" : "closed");
+  const onOpen = (isOpen) => {
+    if (!signal.aborted) document.body.dataset.events = isOpen ? "open" : "closed";
+  };
   const handle = (event) => {
+    if (signal.aborted) return;
     from.lastId = event.id ?? from.lastId;
-    if (chat === from && !signal.aborted) receive[event.type]?.(JSON.parse(event.data));
+    receive[event.type]?.(JSON.parse(event.data));
   };
   try {
     await follow(`/conversations/${from.id}/events`, from.lastId, handle, onOpen, signal);
   } catch (error) {
-    if (chat !== from) return;
+    if (signal.aborted) return;
     if (error.status === 404) goTo(null);
     listChanged(false);
     await fail(error.status === 404 ? new ApiError(404, "This chat was deleted.") : error);
@@ -430,7 +425,7 @@ function messageView(message) {
 }
 
 function appendMessage(message) {
-  const isDown = isAtBottom() || message.role === "user";
+  const isDown = isAtBottom();
   chat.messages.push(message);
   $("messages").append(messageView(message));
   $("welcome").hidden = true;
@@ -438,10 +433,9 @@ function appendMessage(message) {
   if (isDown) scrollDown();
 }
 
-function updateMessage(received) {
-  const view = chat.views.get(received.seq);
-  const message = newer(view.message, received);
-  if (message === view.message) return;
+function updateMessage(message) {
+  const view = chat.views.get(message.seq);
+  if (isOlder(message, view.message)) return;
   const isDown = isAtBottom();
   const grown = message.content.startsWith(view.message.content);
   if (grown) view.text.appendData(message.content.slice(view.message.content.length));
@@ -455,6 +449,12 @@ function updateMessage(received) {
     showStreaming();
   }
   if (isDown) scrollDown();
+}
+
+/** A streaming message may arrive twice, as an event and as the answer to a request: later with more text. */
+function isOlder(message, known) {
+  if (message.state !== "streaming") return false;
+  return known.state !== "streaming" || message.content.length < known.content.length;
 }
 
 /** What stands below the text: tools, buttons, state. */
@@ -502,7 +502,7 @@ function editMessage(node, body, message) {
   const field = el("textarea", { ariaLabel: "Edit message", value: message.content });
   const end = () => {
     form.replaceWith(body);
-    showDetails(chat.views.get(message.seq));
+    node.querySelector(".actions").hidden = false;
     node.querySelector("[aria-label=Edit]").focus();
   };
   const form = el("form", { className: "edit" }, field);
@@ -518,7 +518,7 @@ function editMessage(node, body, message) {
     if (field.value.trim()) attempt(() => sendEdit(message, field.value));
   };
   body.replaceWith(form);
-  node.querySelector(".actions").replaceChildren();
+  node.querySelector(".actions").hidden = true;
   field.focus();
 }
 
@@ -570,6 +570,7 @@ async function send() {
     if (chat !== from) return;
     receive.message(answer.message);
     receive.message(answer.answer);
+    scrollDown();
   } finally {
     $("message").readOnly = false;
     fitComposer();
@@ -672,9 +673,17 @@ async function showResults(after) {
 function resultRow({ conversation_id: id, title, seq, snippet, created_at: time }) {
   const known = title ?? chats.items.find((each) => each.id === id)?.title;
   const link = el("a", { href: `#/c/${id}/m/${seq}`, textContent: known || "Chat" });
-  link.onclick = () => link.hash === location.hash && openRoute();
-  const text = el("div", { className: "preview" }, ...highlighted(snippet, search.query));
+  link.onclick = () => {
+    if (link.hash === location.hash) openRoute(); // otherwise the hash changes
+  };
+  const text = el("div", { className: "preview" }, ...highlighted(fromMatch(snippet, search.query), search.query));
   return el("li", {}, el("div", {}, el("div", { className: "title" }, link, shortTime(time)), text));
+}
+
+/** The snippet from shortly before the match, so that the match is within its three lines. */
+function fromMatch(snippet, query) {
+  const start = snippet.toLowerCase().indexOf(query.toLowerCase()) - 40;
+  return start > 0 ? `…${snippet.slice(start)}` : snippet;
 }
 
 function clearSearch() {
@@ -718,7 +727,7 @@ function setUpControls() {
   on("archived", async () => {
     archivedView = !archivedView;
     $("archived").ariaPressed = String(archivedView);
-    chats = { items: [], next: null };
+    chats.items = [];
     await refreshList();
   });
   on("more-chats", moreChats);

@@ -36,7 +36,7 @@ export function highlighted(text, query) {
 export function shortTime(iso) {
   const date = new Date(iso);
   const isToday = date.toDateString() === new Date().toDateString();
-  const format = isToday ? { hour: "numeric", minute: "2-digit" } : { month: "short", day: "numeric" };
+  const format = isToday ? { hour: "2-digit", minute: "2-digit" } : { month: "short", day: "numeric" };
   return el("time", { dateTime: iso, textContent: date.toLocaleString([], format) });
 }
 
