@@ -42,8 +42,8 @@ TALKS = {
 
 @pytest.fixture(scope="session")
 def streaming_service(start_service: Callable[..., Service]) -> Service:
-    """Return a service that needs about four seconds for a long story."""
-    return start_service(TOY_DELAY="0.02")
+    """Return a service that needs seven seconds for a long story: two more than a stopped service waits."""
+    return start_service(TOY_DELAY="0.03")
 
 
 @pytest.fixture
@@ -363,21 +363,18 @@ async def test_the_network_goes_away(visit: Visit) -> None:
     await tab.check_stored()
 
 
-async def test_the_server_restarts(start_service: Callable[..., Service], browser: Browser) -> None:
+async def test_the_server_restarts(visit: Visit, chats: Service) -> None:
     """After a restart in mid-stream, the page connects by itself, and shows what was stored."""
-    service = start_service(TOY_DELAY="0.1")
-    async with visitor(browser, service.url, allowed=f"{FAILED}|ERR_INCOMPLETE|ERR_CONNECTION") as guest:
-        tab = await guest.tab()
-        await tab.send(STORY)
-        before = await has_words(tab, 10)
-        await asyncio.to_thread(service.restart)
-        await expect(tab.articles.last.get_by_text("Stopped", exact=True)).to_be_visible()
-        await tab.finished()
-        await tab.check_stored()
-        assert (await tab.texts())[1].startswith(before)
-        await tab.chat("hello again")
-        await tab.check_stored()
-    service.check_log()
+    tab = await (await visit(allowed=f"{FAILED}|ERR_INCOMPLETE|ERR_CONNECTION")).tab()
+    await tab.send(STORY)
+    before = await has_words(tab, 10)
+    await asyncio.to_thread(chats.restart)
+    await expect(tab.articles.last.get_by_text("Stopped", exact=True)).to_be_visible()
+    await tab.finished()
+    await tab.check_stored()
+    assert (await tab.texts())[1].startswith(before)
+    await tab.chat("hello again")
+    await tab.check_stored()
 
 
 async def test_earlier_messages_and_more_chats(tab: Tab, chats: Service) -> None:

@@ -30,11 +30,14 @@ ARGUMENTS = (
 )
 RECORDER = """
 window.shown = [];
+const chats = new WeakMap();
 new MutationObserver(() => {
     for (const article of document.querySelectorAll('article[data-seq]')) {
-        const seq = Number(article.dataset.seq), text = article.querySelector('.text')?.textContent ?? '';
-        const last = window.shown.findLast((each) => each.seq === seq);
-        if (last?.text !== text) window.shown.push({seq, text});
+        if (!chats.has(article)) chats.set(article, location.hash.split('/')[2]);
+        const chat = chats.get(article), seq = Number(article.dataset.seq);
+        const text = article.querySelector('.text')?.textContent ?? '';
+        const last = window.shown.findLast((each) => each.chat === chat && each.seq === seq);
+        if (last?.text !== text) window.shown.push({chat, seq, text});
     }
 }).observe(document, {subtree: true, childList: true, characterData: true});
 """
@@ -203,11 +206,16 @@ class Tab:
         assert response.ok, (response.status, path)
         return await response.json()
 
+    @property
+    def chat_id(self) -> str:
+        """Return the id of the open chat."""
+        found = re.search(r"#/c/(\d+)", self.page.url)
+        assert found, self.page.url
+        return found[1]
+
     async def stored(self) -> list[dict[str, Any]]:
         """Return the messages of the open chat as the database has them."""
-        number = re.search(r"#/c/(\d+)", self.page.url)
-        assert number, self.page.url
-        messages: list[dict[str, Any]] = (await self.api(f"/api/conversations/{number[1]}"))["messages"]
+        messages: list[dict[str, Any]] = (await self.api(f"/api/conversations/{self.chat_id}"))["messages"]
         return messages
 
     async def check_stored(self) -> None:
@@ -218,17 +226,19 @@ class Tab:
         """
         stored = {message["seq"]: message["content"] for message in await self.stored()}
         assert await self.texts() == list(stored.values())
-        shown = await self.page.evaluate("window.shown")
+        shown = await self.page.evaluate("chat => window.shown.filter((each) => each.chat === chat)", self.chat_id)
         wrong = [each for each in shown if not stored.get(each["seq"], each["text"]).startswith(each["text"])]
         assert wrong == []
 
     async def check_accessible(self, view: str) -> None:
         """Run axe-core: the view has no violation."""
-        results = await Axe().run(self.page)
+        if not await self.page.evaluate("'axe' in window"):
+            await self.page.evaluate(Axe().axe_script)
+        results: dict[str, Any] = await self.page.evaluate("axe.run({resultTypes: ['violations']})")
         found = [
-            f"{each['id']}: {node['html']}: {node['failureSummary']}"
-            for each in results.response["violations"]
-            for node in each["nodes"]
+            f"{rule['id']}: {node['html']}: {node['failureSummary']}"
+            for rule in results["violations"]
+            for node in rule["nodes"]
         ]
         assert found == [], view
 
