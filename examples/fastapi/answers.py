@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import timedelta
@@ -115,15 +116,20 @@ async def follow(watcher: chatdb.Watcher, chat: Place, start: str) -> AsyncItera
     yield ServerSentEvent(retry=1000)
     messages = watcher.watch(user_id=chat["user_id"], conversation_id=chat["conversation_id"], after_seq=newest)
     coming = asyncio.ensure_future(anext(messages))
+    grown_at = time.monotonic()
     try:
         while True:
             await asyncio.wait([coming], timeout=0.1 if sent else None)
             if not coming.done():
-                for seq in [*sent]:
-                    with suppress(chatdb.UnavailableError):
+                with suppress(chatdb.UnavailableError):
+                    for seq in [*sent]:
                         tail = await chatdb.read_message(**chat, seq=seq, offset=sent[seq])
                         if tail.text:
                             yield delta(seq, tail.text)
+                            grown_at = time.monotonic()
+                    if time.monotonic() - grown_at > LOST_AFTER.seconds:
+                        await abort_lost(chat)
+                        grown_at = time.monotonic()
                 continue
             message = coming.result()
             coming = asyncio.ensure_future(anext(messages))
