@@ -2,7 +2,7 @@
 
 import { api, ApiError, follow, onConnection, request, token } from "./api.js";
 import {
-  $, button, confirm, count, el, hideError, highlighted, icon, iconButton, onSubmit, say, setUpDialogs, setUpTheme,
+  $, button, confirm, count, el, focusComposer, hideError, highlighted, icon, iconButton, onSubmit, say, setUpDialogs, setUpTheme,
   shortTime, showError, tellProgress,
 } from "./dom.js";
 
@@ -43,8 +43,11 @@ async function attempt(action) {
   try {
     await action();
   } catch (error) {
-    if (!(error instanceof ApiError)) console.error(error);
-    await fail(error, () => attempt(action));
+    if (error instanceof ApiError) await fail(error, () => attempt(action));
+    else {
+      console.error(error);
+      showError(new Error("Something went wrong on this page. Please reload it."));
+    }
   }
 }
 
@@ -99,23 +102,18 @@ async function moreChats() {
 }
 
 function showList() {
-  const top = archivedView ? [] : chats.pinned.filter((conversation) => !conversation.archived);
-  const rest = chats.items.filter((conversation) => archivedView || !conversation.pinned);
-  $("pinned-section").hidden = !top.length;
+  const pinned = archivedView ? [] : chats.pinned.filter((conversation) => !conversation.archived);
+  const others = chats.items.filter((conversation) => archivedView || !conversation.pinned);
+  const focused = $("lists").contains(document.activeElement) && document.activeElement.id;
+  $("pinned-section").hidden = !pinned.length;
+  $("pinned").replaceChildren(...pinned.map(chatRow));
   $("chats-title").textContent = archivedView ? "Archived chats" : "Chats";
-  showRows($("pinned"), top.map(chatRow));
-  showRows($("chats"), rest.map(chatRow));
+  $("chats").replaceChildren(...others.map(chatRow));
   $("more-chats").hidden = !chats.next;
-  $("no-chats").hidden = rest.length > 0 || top.length > 0;
+  $("no-chats").hidden = pinned.length + others.length > 0;
   $("no-chats").textContent = archivedView ? "No archived chats." : "No chats yet.";
+  if (focused) ($(focused) ?? $("new-chat")).focus();
   markOpenChat();
-}
-
-/** Replace the rows of a list and keep the focus in it. */
-function showRows(list, rows) {
-  const focused = list.contains(document.activeElement) && document.activeElement.id;
-  list.replaceChildren(...rows);
-  if (focused) $(focused)?.focus();
 }
 
 function chatRow(conversation) {
@@ -131,8 +129,7 @@ function chatRow(conversation) {
 
 function markOpenChat() {
   for (const link of $("chats-panel").querySelectorAll("a")) {
-    if (link.id === `chat-${chat?.id}`) link.ariaCurrent = "page";
-    else link.ariaCurrent = null;
+    link.ariaCurrent = link.id === `chat-${chat?.id}` ? "page" : null;
   }
 }
 
@@ -279,13 +276,20 @@ function showTitle() {
 function showPage({ conversation, messages, versions, before, events }) {
   Object.assign(chat, { conversation, versions, before, messages, views: new Map(), lastId: events });
   $("welcome").hidden = true;
-  $("messages").replaceChildren(...messages.map(messageView));
+  quietly(() => $("messages").replaceChildren(...messages.map(messageView)));
   $("earlier").hidden = !before;
   showTitle();
   showStreaming();
   markOpenChat();
   scrollDown();
   if (!document.hidden) followEvents();
+}
+
+/** Change the log without a screen reader reading all of it. */
+function quietly(change) {
+  $("log").ariaLive = "off";
+  change();
+  setTimeout(() => ($("log").ariaLive = "polite"), 500);
 }
 
 async function loadEarlier() {
@@ -296,7 +300,8 @@ async function loadEarlier() {
   from.versions = { ...page.versions, ...from.versions };
   from.before = page.before;
   const below = $("log").scrollHeight - $("log").scrollTop;
-  $("messages").prepend(...page.messages.map(messageView));
+  quietly(() => $("messages").prepend(...page.messages.map(messageView)));
+  if (!page.before && document.activeElement === $("earlier")) $("log").focus({ preventScroll: true });
   $("earlier").hidden = !page.before;
   $("log").scrollTop = $("log").scrollHeight - below;
 }
@@ -465,7 +470,7 @@ function showDetails({ node, message, tools, actions, body }) {
   const { seq, role, content } = message;
   const versions = versionSwitch(chat.versions[seq], seq);
   if (isStreaming) return actions.replaceChildren(...(versions ? [versions] : []));
-  const copy = () => navigator.clipboard.writeText(content).then(() => say("Message copied."));
+  const copy = () => attempt(() => navigator.clipboard.writeText(content).then(() => say("Message copied.")));
   const again = () => attempt(() => regenerate(message));
   actions.replaceChildren(
     ...[
@@ -535,14 +540,14 @@ async function sendEdit(message, content) {
   const body = { content, parent_seq: await parentOf(message) };
   await post(`/conversations/${from.id}/messages`, body);
   if (chat === from) await reload();
-  $("message").focus();
+  focusComposer();
 }
 
 async function regenerate(message) {
   const from = chat;
   await post(`/conversations/${from.id}/answers`, { parent_seq: await parentOf(message) });
   if (chat === from) await reload();
-  $("message").focus();
+  focusComposer();
 }
 
 /* ---------- Composer ---------- */
@@ -560,7 +565,8 @@ async function post(path, body) {
 
 async function send() {
   const content = $("message").value;
-  if (!content.trim() || $("message").readOnly || streamingMessage()) return;
+  if (!content.trim() || $("message").readOnly) return;
+  if (streamingMessage()) return say("Wait for the answer, or stop it.");
   $("message").readOnly = true;
   try {
     if (!chat?.lastId) await openChat(chat?.id ?? (await createChat(content)));
@@ -600,7 +606,7 @@ async function stop() {
   if (!streaming) return;
   const { message } = await api(`/conversations/${from.id}/messages/${streaming.seq}/stop`, { method: "POST" });
   if (chat === from && chat.views.has(message.seq)) updateMessage(message);
-  $("message").focus();
+  focusComposer();
 }
 
 /** Show Stop instead of Send while an answer streams. */
@@ -611,12 +617,7 @@ function showStreaming() {
   else if (!$("stop").hidden) tellProgress("The answer is complete.");
   $("stop").hidden = !isStreaming;
   $("send").hidden = isStreaming;
-  if (hadFocus) $("message").focus();
-}
-
-/** Focus the composer, but not on a phone, where the keyboard would cover the chat. */
-function focusComposer() {
-  if (matchMedia("(hover: hover)").matches) $("message").focus({ preventScroll: true });
+  if (hadFocus) focusComposer();
 }
 
 function fitComposer() {

@@ -44,6 +44,11 @@ export function count(number, noun) {
   return `${number} ${noun}${number === 1 ? "" : "s"}`;
 }
 
+/** Focus the composer, but not on a phone, where the keyboard would cover the chat. */
+export function focusComposer() {
+  if (matchMedia("(hover: hover)").matches) $("message").focus({ preventScroll: true });
+}
+
 let statusTimer;
 
 /** Show a notice for some seconds; a screen reader reads it. */
@@ -56,7 +61,7 @@ export function say(text) {
 /** Show an error until the reader dismisses it. With `retry`, offer to do it again. */
 export function showError(error, retry) {
   const again = retry && button("Try again", () => (hideError(), retry()), { className: "quiet" });
-  const dismiss = iconButton("close", "Dismiss", () => (hideError(), $("message").focus()));
+  const dismiss = iconButton("close", "Dismiss", () => (hideError(), focusComposer()));
   $("alert").replaceChildren(...[el("span", {}, error.message), again, dismiss].filter(Boolean));
 }
 
