@@ -187,6 +187,17 @@ def run_frameworks(session: nox.Session) -> None:
             run_sdist_tests(session, package, plugin, *modules)
 
 
+@nox.session
+def example(session: nox.Session) -> None:
+    """Call examples/fastapi over HTTP, with generated requests, through outages, and in chromium."""
+    session.install(
+        *("-e", ".[embedded,migrate,openai-agents]", "-r", "examples/fastapi/requirements.txt"),
+        *nox.project.dependency_groups(PROJECT, "example"),
+    )
+    arguments = session.posargs or ["tests/example"]
+    session.run("pytest", "-m", "example", "--example", "-n", "2", "--dist", "worksteal", *arguments)
+
+
 def run_sdist_tests(session: nox.Session, package: str, plugin: str, *modules: str) -> None:
     """Download the sdist of the installed release, and run these modules of its tests with a plugin of ours."""
     code = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
@@ -275,13 +286,15 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check the types with mypy and pyright, as users with asyncpg-stubs see them too."""
     install(session, "lint", *FRAMEWORKS)
+    session.install("-r", "examples/fastapi/requirements.txt")
     session.run("mypy")
     session.run(
         "python", "-m", "mypy.stubtest", "--ignore-missing-stub", "--ignore-disjoint-bases", "chatdb._core.handles"
     )
     session.run("mypy", "--strict", "tests/docs/typing_example.py")
+    session.run("mypy", "--strict", "examples/fastapi")
     session.run("pyright")
-    session.run("pyright", "tests/docs/typing_example.py")
+    session.run("pyright", "tests/docs/typing_example.py", "examples/fastapi")
 
 
 @nox.session

@@ -71,6 +71,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--pooler", choices=VERSIONS, help="run what connects by arguments_of, through this PgBouncer")
     group.addoption("--quick", action="store_true", help="of what -m chaos runs, a sample")
     group.addoption("--frameworks", action="store_true", help="collect tests/adapters, which need every framework")
+    group.addoption("--example", action="store_true", help="collect tests/example, which need examples/fastapi")
+    group.addoption("--screenshots", help="the folder for screenshots of examples/fastapi; without it, none are made")
     group.addoption("--uvloop", action="store_true", help="run the coroutines on uvloop instead of asyncio's own loop")
 
 
