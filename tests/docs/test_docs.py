@@ -183,7 +183,7 @@ def test_the_limits_and_errors() -> None:
 
 def test_every_link_leads_somewhere() -> None:
     """Links between the pages lead to existing files and headings."""
-    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")):
         for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8")):
             file = path.parent / target if target else path
             assert file.exists(), f"{path.name}: {target}"
