@@ -2,15 +2,15 @@
 
 import { api, ApiError, follow, onConnection, request, token } from "./api.js";
 import {
-  $, button, confirm, count, el, focusComposer, hideError, highlighted, icon, iconButton, onSubmit, say, setUpDialogs, setUpTheme,
-  shortTime, showError, tellProgress,
+  $, button, confirm, count, el, focusComposer, hideError, highlighted, icon, iconButton, onSubmit, say, setUpDialogs,
+  setUpTheme, shortTime, showError, tellProgress,
 } from "./dom.js";
 
 const UNTITLED = "Untitled chat";
 const tabs = new BroadcastChannel("chats"); // tells other tabs that the list has changed
 
 let me = { user: "", guest: true };
-let chat = null; // the open chat: conversation, messages (oldest first), versions, before, views by seq
+let chat = null; // the open chat: its id and user; once loaded, what showPage sets
 let archivedView = false;
 let chats = { items: [], next: null, pinned: [] };
 
@@ -32,7 +32,7 @@ async function start() {
 async function fail(error, retry) {
   if (error.status === 401) {
     token.clear();
-    goTo(null);
+    goHome();
     await start().catch(() => {});
   }
   showError(error, error.status === 0 || error.status === 503 ? retry : undefined);
@@ -63,7 +63,7 @@ async function signIn() {
 async function becomeGuest(notice) {
   $("account-dialog").close();
   token.clear();
-  goTo(null);
+  goHome();
   closeChat();
   await start();
   say(notice);
@@ -117,12 +117,12 @@ function showList() {
 }
 
 function chatRow(conversation) {
-  const { id, title, pinned } = conversation;
+  const { id, title, pinned, updated_at: time } = conversation;
   const { preview } = chats.items.find((each) => each.id === id) ?? conversation;
   const link = el("a", { id: `chat-${id}`, href: `#/c/${id}`, textContent: title || UNTITLED });
   const options = iconButton("more", `Options for ${title || UNTITLED}`, () => openMenu(options, conversation));
   options.id = `options-${id}`;
-  const heading = el("div", { className: "title" }, pinned ? icon("pin") : null, link, shortTime(conversation.updated_at));
+  const heading = el("div", { className: "title" }, pinned ? icon("pin") : null, link, shortTime(time));
   const text = preview && el("div", { className: "preview" }, preview.text || "…");
   return el("li", {}, el("div", {}, heading, text), options);
 }
@@ -146,7 +146,8 @@ function listChanged(isOurs = true) {
 
 function openMenu(opener, conversation) {
   const menu = $("menu");
-  const labels = { pin: conversation.pinned ? "Unpin" : "Pin", archive: conversation.archived ? "Unarchive" : "Archive" };
+  const { pinned, archived } = conversation;
+  const labels = { pin: pinned ? "Unpin" : "Pin", archive: archived ? "Unarchive" : "Archive" };
   for (const item of menu.querySelectorAll("button")) {
     item.textContent = labels[item.dataset.action] ?? item.textContent;
     item.onclick = () => {
@@ -155,7 +156,9 @@ function openMenu(opener, conversation) {
       attempt(() => actions[item.dataset.action](conversation));
     };
   }
-  menu.ontoggle = (event) => event.newState === "closed" && menu.contains(document.activeElement) && $(opener.id)?.focus();
+  menu.ontoggle = ({ newState }) => {
+    if (newState === "closed" && menu.contains(document.activeElement)) $(opener.id)?.focus();
+  };
   menu.showPopover();
   const place = opener.getBoundingClientRect();
   menu.style.left = `${Math.max(8, Math.min(place.left, innerWidth - menu.offsetWidth - 8))}px`;
@@ -183,7 +186,7 @@ const actions = {
     const text = `“${title || UNTITLED}” and all its messages are deleted. This cannot be undone.`;
     if (!(await confirm("Delete this chat?", text, "Delete chat"))) return;
     const deleted = await api(`/conversations/${id}`, { method: "DELETE" });
-    if (chat?.id === id) goTo(null);
+    if (chat?.id === id) goHome();
     listChanged();
     say(`Chat deleted, with ${count(deleted.messages, "message")}.`);
   },
@@ -201,7 +204,7 @@ async function rename() {
     if (error.status !== 412) throw error;
     changed((renamed = (await api(`/conversations/${id}?limit=1`)).conversation));
     $("new-title").value = renamed.title ?? "";
-    throw new ApiError(412, "This chat was changed in the meantime. Its present title was loaded; save again to change it.");
+    throw new ApiError(412, "This chat was changed in the meantime. This is its title now; save again to change it.");
   }
 }
 
@@ -215,8 +218,8 @@ function changed(conversation) {
 
 /* ---------- Open chat ---------- */
 
-function goTo(id, seq) {
-  location.hash = id ? `#/c/${id}${seq ? `/m/${seq}` : ""}` : "#/";
+function goHome() {
+  location.hash = "#/";
 }
 
 async function openRoute() {
@@ -229,23 +232,19 @@ async function openRoute() {
 }
 
 async function openChat(id, seq) {
-  const opened = newChat(id);
+  const opened = { id, user: me.user };
   chat = opened;
   let page;
   try {
     page = await api(`/conversations/${id}?limit=100`);
   } catch (error) {
-    if (chat === opened && error.status === 404) goTo(null);
+    if (chat === opened && error.status === 404) goHome();
     throw error;
   }
   if (chat !== opened) return;
   showPage(page);
   if (seq) await reveal(seq);
   else focusComposer();
-}
-
-function newChat(id) {
-  return { id, user: me.user, conversation: null, messages: [], versions: {}, before: null, views: new Map(), closing: null };
 }
 
 function closeChat() {
@@ -274,6 +273,8 @@ function showTitle() {
 
 /** Show the newest page of the current line, and follow the events from there. */
 function showPage({ conversation, messages, versions, before, events }) {
+  const isDown = isAtBottom();
+  const above = $("log").scrollTop;
   Object.assign(chat, { conversation, versions, before, messages, views: new Map(), lastId: events });
   $("welcome").hidden = true;
   quietly(() => $("messages").replaceChildren(...messages.map(messageView)));
@@ -281,7 +282,7 @@ function showPage({ conversation, messages, versions, before, events }) {
   showTitle();
   showStreaming();
   markOpenChat();
-  scrollDown();
+  $("log").scrollTop = isDown ? $("log").scrollHeight : above;
   if (!document.hidden) followEvents();
 }
 
@@ -335,11 +336,9 @@ async function switchTo(seq) {
 
 /** Show another version where this one is, and keep the focus on the button. */
 async function showVersion(seq, label) {
-  const above = $("log").scrollTop;
   await switchTo(seq);
   const node = chat?.views.get(seq)?.node;
   if (!node) return;
-  $("log").scrollTop = above;
   node.scrollIntoView({ block: "nearest" });
   const enabled = [...node.querySelectorAll(".versions button:enabled")];
   (enabled.find((each) => each.ariaLabel === label) ?? enabled[0])?.focus();
@@ -365,7 +364,7 @@ async function followEvents() {
     await follow(`/conversations/${from.id}/events`, from.lastId, handle, onOpen, signal);
   } catch (error) {
     if (signal.aborted) return;
-    if (error.status === 404) goTo(null);
+    if (error.status === 404) goHome();
     listChanged(false);
     await fail(error.status === 404 ? new ApiError(404, "This chat was deleted.") : error);
   }
@@ -476,7 +475,7 @@ function showDetails({ node, message, tools, actions, body }) {
     ...[
       versions,
       role === "user" && iconButton("edit", "Edit", () => editMessage(node, body, message), { title: "Edit" }),
-      iconButton("copy", "Copy", copy, { title: "Copy" }),
+      navigator.clipboard && iconButton("copy", "Copy", copy, { title: "Copy" }), // only on https and localhost
       role === "assistant" && iconButton("again", "Regenerate", again, { title: "Regenerate" }),
       message.state === "aborted" && el("span", { className: "note" }, "Stopped"),
     ].filter(Boolean),
@@ -511,9 +510,8 @@ function editMessage(node, body, message) {
     node.querySelector("[aria-label=Edit]").focus();
   };
   const form = el("form", { className: "edit" }, field);
-  form.append(
-    el("div", { className: "row end" }, button("Cancel", end, { className: "quiet" }), el("button", { className: "primary" }, "Send edit")),
-  );
+  const cancel = button("Cancel", end, { className: "quiet" });
+  form.append(el("div", { className: "row end" }, cancel, el("button", { className: "primary" }, "Send edit")));
   form.onkeydown = (event) => {
     if (event.key === "Escape") end();
     sendOnEnter(event, form);
@@ -540,6 +538,7 @@ async function sendEdit(message, content) {
   const body = { content, parent_seq: await parentOf(message) };
   await post(`/conversations/${from.id}/messages`, body);
   if (chat === from) await reload();
+  scrollDown();
   focusComposer();
 }
 
@@ -547,6 +546,7 @@ async function regenerate(message) {
   const from = chat;
   await post(`/conversations/${from.id}/answers`, { parent_seq: await parentOf(message) });
   if (chat === from) await reload();
+  scrollDown();
   focusComposer();
 }
 
@@ -556,7 +556,7 @@ const keys = new Map(); // the Idempotency-Key of each request without an answer
 
 async function post(path, body) {
   const request = path + JSON.stringify(body);
-  if (!keys.has(request)) keys.set(request, crypto.randomUUID());
+  if (!keys.has(request)) keys.set(request, crypto.getRandomValues(new Uint32Array(4)).join("-"));
   const answer = await api(path, { method: "POST", body, key: keys.get(request) });
   keys.delete(request);
   listChanged();
@@ -569,11 +569,11 @@ async function send() {
   if (streamingMessage()) return say("Wait for the answer, or stop it.");
   $("message").readOnly = true;
   try {
-    if (!chat?.lastId) await openChat(chat?.id ?? (await createChat(content)));
-    const from = chat;
-    const answer = await post(`/conversations/${from.id}/messages`, { content, parent_seq: null });
+    const id = chat?.id ?? (await createChat(content));
+    if (!chat?.lastId) await openChat(id);
+    const answer = await post(`/conversations/${id}/messages`, { content, parent_seq: null });
     $("message").value = "";
-    if (chat !== from) return;
+    if (chat?.id !== id) return;
     receive.message(answer.message);
     receive.message(answer.answer);
     scrollDown();
@@ -597,7 +597,7 @@ function titleOf(content) {
 }
 
 function streamingMessage() {
-  return chat?.messages.findLast((message) => message.state === "streaming");
+  return chat?.messages?.findLast((message) => message.state === "streaming");
 }
 
 async function stop() {
@@ -724,7 +724,7 @@ function onEscape(event) {
 
 function setUpControls() {
   const on = (id, action) => ($(id).onclick = () => attempt(action));
-  on("new-chat", async () => (location.hash === "#/" || !location.hash ? (closeDrawer(), showNewChat()) : goTo(null)));
+  on("new-chat", async () => (location.hash === "#/" || !location.hash ? (closeDrawer(), showNewChat()) : goHome()));
   on("archived", async () => {
     archivedView = !archivedView;
     $("archived").ariaPressed = String(archivedView);
