@@ -454,8 +454,8 @@ async def test_the_keyboard_alone(tab: Tab) -> None:
     await tab.focus("link", "first line")
     await keys.press("Enter")
     await expect(tab.page).to_have_url(re.compile(r"/m/\d+$"))
-    for name in ("New chat", "Archived chats", "Dark theme", "Account"):
-        await tab.focus("button", name)
+    await keys.press("Escape")
+    await tab.check_tab_order()
 
 
 async def test_the_themes(visit: Visit) -> None:

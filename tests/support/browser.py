@@ -188,6 +188,17 @@ class Tab:
             await self.page.keyboard.press("Tab")
         raise AssertionError(f"Tab does not reach the {role} {name!r}")
 
+    async def check_tab_order(self) -> None:
+        """Press Tab through the page: every control that is shown gets the focus."""
+        controls = "[...document.querySelectorAll('a[href], button:enabled, input, textarea, summary')]"
+        shown = f"{controls}.filter((control) => control.checkVisibility())"
+        count: int = await self.page.evaluate(f"window.reached = new Set(), {shown}.length")
+        for _ in range(count + 5):
+            await self.page.keyboard.press("Tab")
+            await self.page.evaluate("window.reached.add(document.activeElement), null")
+        missed = f"{shown}.filter((control) => !window.reached.has(control)).map((control) => control.outerHTML)"
+        assert (count > 10, await self.page.evaluate(missed)) == (True, [])
+
     async def background(self) -> list[int]:
         """Return the color behind everything, as red, green, and blue."""
         color: str = await self.page.evaluate("getComputedStyle(document.body).backgroundColor")
