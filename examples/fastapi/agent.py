@@ -9,15 +9,13 @@ from typing import Any
 
 import agents
 from agents.items import TResponseStreamEvent
-from openai.types import responses as openai
+from openai.types.responses import ResponseCompletedEvent, ResponseTextDeltaEvent
 
 DELAY = float(os.environ.get("TOY_DELAY", "0.05"))  # seconds for each word of the toy model
 HELP = "I can roll dice: ask me to roll a die with 20 sides. I can write a long story, so that you can stop me. \
 Everything else I repeat, because I am only a toy."
-STORY = "Once upon a time, a small table lived in a large database. " + " ".join(
-    f"On day {day} a clerk came with {day * 7} new rows, and at night the table counted them all."
-    for day in range(1, 13)
-)
+DAY = "On day {} a clerk came with {} new rows, and at night the small table counted them all, as it did every night."
+STORY = " ".join(DAY.format(day, day * 7) for day in range(1, 11))
 
 
 @agents.function_tool
@@ -52,9 +50,8 @@ class ToyModel(agents.Model):
         for word in re.findall(r"\s*\S+", text):
             await asyncio.sleep(DELAY)
             event = {"delta": word, "item_id": "toy", "content_index": 0, "output_index": 0, "logprobs": []}
-            yield openai.ResponseTextDeltaEvent.model_validate(
-                {"type": "response.output_text.delta", "sequence_number": 0, **event}
-            )
+            event |= {"type": "response.output_text.delta", "sequence_number": 0}
+            yield ResponseTextDeltaEvent.model_validate(event)
         content = [{"type": "output_text", "text": text, "annotations": []}]
         message = {"type": "message", "id": "toy", "role": "assistant", "status": "completed", "content": content}
         yield completed(message)
@@ -62,20 +59,12 @@ class ToyModel(agents.Model):
 
 def completed(item: dict[str, Any]) -> TResponseStreamEvent:
     """Return the event that ends a model's response."""
-    response = {"id": "toy", "object": "response", "created_at": 0, "model": "toy", "output": [item], "tools": []}
-    return openai.ResponseCompletedEvent.model_validate(
-        {
-            "type": "response.completed",
-            "sequence_number": 0,
-            "response": {**response, "tool_choice": "auto", "parallel_tool_calls": False},
-        }
-    )
+    response = {"id": "toy", "object": "response", "created_at": 0, "model": "toy", "output": [item]}
+    response |= {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False}
+    event = {"type": "response.completed", "sequence_number": 0, "response": response}
+    return ResponseCompletedEvent.model_validate(event)
 
 
 agents.set_tracing_disabled(True)
-AGENT = agents.Agent[None](
-    "Assistant",
-    instructions="Answer briefly. Roll dice only with the tool.",
-    tools=[roll_dice],
-    model=os.environ.get("OPENAI_MODEL") or ToyModel(),
-)
+MODEL = os.environ.get("OPENAI_MODEL") or ToyModel()
+AGENT = agents.Agent[None]("Assistant", instructions="Answer briefly.", tools=[roll_dice], model=MODEL)

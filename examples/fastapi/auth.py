@@ -23,10 +23,9 @@ def sign(user_id: str) -> str:
 
 def optional_user(credentials: Credentials) -> str | None:
     """Return the user of a valid token, or None."""
-    required = ["exp", "iat", "sub"]
     try:
         token = credentials.credentials if credentials else ""
-        claims = jwt.decode(token, SECRET_KEY, algorithms=["HS256"], options={"require": required})
+        claims = jwt.decode(token, SECRET_KEY, algorithms=["HS256"], options={"require": ["exp", "iat", "sub"]})
     except jwt.InvalidTokenError:
         return None
     return str(claims["sub"])

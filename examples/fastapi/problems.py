@@ -21,6 +21,7 @@ STATUS = {  # the first class that fits
     chatdb.SchemaError: 503,
     chatdb.ConfigurationError: 503,
 }
+ERRORS = (HTTPException, RequestValidationError, chatdb.ChatDBError, Exception)
 FIELDS = {"type": "string", "title": "string", "status": "integer", "detail": "string", "parameter": "string"}
 SCHEMA = {"type": "object", "properties": {name: {"type": kind} for name, kind in FIELDS.items()}}
 log = logging.getLogger("uvicorn.error")
@@ -43,7 +44,10 @@ def on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return problem(error.status_code, error.detail, error.headers)
     if isinstance(error, RequestValidationError):
-        return on_invalid_request(request, error)
+        first = error.errors()[0]  # names the parameter; its value stays out
+        if first["type"] == "json_invalid":
+            return problem(400, "The body is not valid JSON.")
+        return problem(422, first["msg"], parameter=".".join(map(str, first["loc"][1:])) or "body")
     status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
     if status == 409 and "idempotency-key" in request.headers:
         return problem(422, "This Idempotency-Key has been used for another request.", parameter="Idempotency-Key")
@@ -53,13 +57,3 @@ def on_error(request: Request, error: Exception) -> Response:
         log.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
     public = error.public if isinstance(error, chatdb.ChatDBError) else chatdb.ChatDBError.public
     return problem(status, public, {"Retry-After": "1"} if status == 503 else None)
-
-
-def on_invalid_request(request: Request, error: RequestValidationError) -> Response:
-    """Name the parameter that is invalid, but not its value."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return problem(400, "The body is not valid JSON.")
-    if isinstance(error.body, bytes):  # FastAPI has not parsed it
-        return problem(415, "The body must have the content type application/json.")
-    return problem(422, first["msg"], parameter=".".join(map(str, first["loc"][1:])) or "body")

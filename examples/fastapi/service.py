@@ -13,18 +13,16 @@ from types import FrameType
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Depends, FastAPI, Header, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field
-from starlette.exceptions import HTTPException
 from starlette.middleware.base import RequestResponseEndpoint
 
 import chatdb
 from answers import Json, Place, abort_lost, event_id, finish_all, follow, message_json, start
 from auth import GUEST, OptionalUser, User, sign
-from problems import on_error, problem, problems
+from problems import ERRORS, on_error, problem, problems
 
 STATIC = FilePath(__file__).parent / "static"
 MAX_BODY = 1_000_000
@@ -65,18 +63,24 @@ app = FastAPI(title="Chat", lifespan=lifespan, docs_url=None, redoc_url=None)
 api = APIRouter(prefix="/api", responses=problems(401, 422, 503), max_body_size=MAX_BODY)
 BODY = problems(400, 413, 415)
 app.mount("/static", StaticFiles(directory=STATIC))
-for kind in (HTTPException, RequestValidationError, chatdb.ChatDBError, Exception):
+for kind in ERRORS:
     app.add_exception_handler(kind, on_error)
 
 
 @app.middleware("http")
 async def guard(request: Request, call_next: RequestResponseEndpoint) -> Response:
-    """Refuse large bodies, let browsers load nothing from elsewhere, and let them store no answers of the API."""
-    is_large = int(request.headers.get("content-length", 0)) > MAX_BODY
-    response = problem(413, "The body is too large.") if is_large else await call_next(request)
-    response.headers.update(HEADERS)
+    """Refuse bodies that are large or no JSON, let browsers load nothing from elsewhere, and store no answers."""
+    length = int(request.headers.get("content-length", 0))
+    is_json = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+    if length > MAX_BODY:
+        response = problem(413, "The body is too large.")
+    elif (length or "transfer-encoding" in request.headers) and not is_json:
+        response = problem(415, "The body must have the content type application/json.")
+    else:
+        response = await call_next(request)
     if request.url.path.startswith("/api/"):
         response.headers["Cache-Control"] = "no-store"
+    response.headers.update(HEADERS)
     return response
 
 
@@ -109,6 +113,11 @@ Cursor = Annotated[str | None, Query(max_length=100)]
 EventId = Annotated[str, Field(pattern=r"^[0-9]{1,18}(\.[0-9]{1,9})?$")]
 Seq = Annotated[int, Body(embed=True, ge=1)]
 Title = Annotated[str | None, Field(max_length=1000)]
+NewTitle = Annotated[Title, Body(embed=True)]
+Name = Annotated[str, Body(embed=True, min_length=1, max_length=100, pattern=r"^[^\x00-\x1f]+$")]
+Content = Annotated[str, Body(min_length=1, max_length=100_000)]
+Parent = Annotated[int | None, Body(ge=0)]
+Text = Annotated[str, Query(min_length=1, max_length=1000)]
 
 
 def conversation_json(stored: chatdb.Conversation, response: Response | None = None) -> Json:
@@ -165,11 +174,7 @@ async def create_guest() -> Json:
 
 
 @api.post("/sign-in", responses=BODY)
-async def sign_in(
-    request: Request,
-    guest: OptionalUser,
-    name: Annotated[str, Body(embed=True, min_length=1, max_length=100, pattern=r"^[^\x00-\x1f]+$")],
-) -> Json:
+async def sign_in(request: Request, guest: OptionalUser, name: Name) -> Json:
     """Sign in WITHOUT A PASSWORD, as only a demo may do, and take the guest's conversations along."""
     user = f"user-{name}"
     signed_in: Json = {"token": sign(user), "user": user}
@@ -218,9 +223,7 @@ async def list_conversations(
 
 
 @api.post("/conversations", status_code=201, responses=BODY)
-async def create_conversation(
-    mine: Mine, key: Key, response: Response, title: Annotated[Title, Body(embed=True)] = None
-) -> Json:
+async def create_conversation(mine: Mine, key: Key, response: Response, title: NewTitle = None) -> Json:
     """Create a conversation, or return the one that this Idempotency-Key has created."""
     request = {"title": title} if key else None
     created = await chatdb.create_conversation(**mine, title=title, key=key, metadata=request)
@@ -230,7 +233,7 @@ async def create_conversation(
     return conversation_json(created, response)
 
 
-@api.get("/conversations/{id}", response_model=None, responses=problems(404) | {304: {"description": "Not changed"}})
+@api.get("/conversations/{id}", response_model=Json, responses=problems(404) | {304: {"description": "Not changed"}})
 async def get_conversation(
     chat: Chat, response: Response, limit: Limit = 100, if_none_match: Annotated[str, Header()] = ""
 ) -> Json | Response:
@@ -278,16 +281,12 @@ async def list_messages(chat: Chat, before: Annotated[int, Query(ge=1)], limit: 
 
 
 @api.post("/conversations/{id}/messages", status_code=202, responses=BODY | problems(404))
-async def ask(
-    chat: Chat,
-    key: Key,
-    content: Annotated[str, Body(min_length=1, max_length=100_000)],
-    parent_seq: Annotated[int | None, Body(ge=0)] = None,
-) -> Json:
+async def ask(chat: Chat, key: Key, content: Content, parent_seq: Parent = None) -> Json:
     """Store a user's message, after the head or parent_seq (an edit), and begin to answer it."""
     metadata = None if parent_seq is None else {"parent_seq": parent_seq}  # compared if the key is repeated
-    message = {"role": "user", "content": content, "metadata": metadata, "key": key}
-    question = await chatdb.append_message(**chat, **message, parent_seq=parent_seq)
+    question = await chatdb.append_message(
+        **chat, role="user", content=content, parent_seq=parent_seq, metadata=metadata, key=key
+    )
     answer = await start(chat, question.seq, f"answer-{question.seq}")
     return {"message": message_json(question), "answer": message_json(answer)}
 
@@ -295,8 +294,9 @@ async def ask(
 @api.post("/conversations/{id}/answers", status_code=202, responses=BODY | problems(404))
 async def regenerate(chat: Chat, key: Key, parent_seq: Seq) -> Json:
     """Begin to write another answer to a user's message."""
-    answer = await start(chat, parent_seq, f"answer-{parent_seq}-{key or uuid.uuid4()}")
-    return {"answer": message_json(answer)}
+    if (await chatdb.get_message(**chat, seq=parent_seq)).role != "user":
+        raise chatdb.InvalidInputError("parent_seq", "must be a message of the user")
+    return {"answer": message_json(await start(chat, parent_seq, f"answer-{parent_seq}-{key or uuid.uuid4()}"))}
 
 
 @api.post("/conversations/{id}/messages/{seq}/stop", responses=problems(404))
@@ -308,23 +308,23 @@ async def stop(chat: Chat, seq: int) -> Json:
 async def get_start(
     chat: Chat, after: EventId | None = None, last_event_id: Annotated[EventId | None, Header()] = None
 ) -> str:
-    """Return the event id from which to continue; a missing conversation gets 404."""
-    return last_event_id or after or str((await load(chat, 100, Response()))["events"]).partition(".")[0]
+    """Return the event id from which to continue, by default after the newest finished message."""
+    loaded = await load(chat, 100, Response())
+    return last_event_id or after or str(loaded["events"]).partition(".")[0]
+
+
+Start = Annotated[str, Depends(get_start)]
 
 
 @api.get("/conversations/{id}/events", response_class=EventSourceResponse, responses=problems(404))
-async def events(
-    request: Request, chat: Chat, start_at: Annotated[str, Depends(get_start)]
-) -> AsyncIterable[ServerSentEvent]:
+async def events(request: Request, chat: Chat, start_at: Start) -> AsyncIterable[ServerSentEvent]:
     """Follow a conversation: its messages, and the text of those that are being written."""
     async for event in follow(request.state.watcher, chat, start_at):
         yield event
 
 
 @api.get("/search")
-async def search(
-    mine: Mine, q: Annotated[str, Query(min_length=1, max_length=1000)], limit: Limit = 20, after: Cursor = None
-) -> Json:
+async def search(mine: Mine, q: Text, limit: Limit = 20, after: Cursor = None) -> Json:
     """Find messages that contain a text."""
     found = await chatdb.search_messages(**mine, query=q, limit=limit, after=after)
     return {"items": found, "next": found[-1].cursor if len(found) == limit else None}
