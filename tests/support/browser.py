@@ -254,6 +254,10 @@ class Tab:
         assert found == [], view
 
     async def check_width(self) -> None:
-        """Check that nothing makes the page scroll sideways."""
-        widths = await self.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
-        assert widths[0] <= widths[1], widths
+        """Check that nothing makes the page scroll sideways, and that nothing is cut off at the right."""
+        page, screen = await self.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        wide = await self.page.evaluate(
+            "[...document.querySelectorAll('main *, dialog[open] *')].filter((each) => each.checkVisibility() &&"
+            " each.getBoundingClientRect().right > innerWidth + 1).map((each) => each.outerHTML.slice(0, 200))"
+        )
+        assert (page <= screen, wide) == (True, [])
