@@ -374,13 +374,13 @@ const receive = {
   message(message) {
     if (chat.views.has(message.seq)) updateMessage(message);
     else if (followsLine(message)) appendMessage(message);
-    else reload(); // another version
+    else reload().catch(fail); // another version
     listChanged(false);
   },
   delta({ seq, offset, text }) {
     const view = chat.views.get(seq);
     if (!view) return;
-    if (offset > view.length) return reload();
+    if (offset > view.length) return reload().catch(fail);
     const fresh = [...text].slice(view.length - offset); // code points, like the offset
     if (fresh.length) updateMessage({ ...view.message, content: view.message.content + fresh.join("") });
   },
@@ -391,23 +391,11 @@ function followsLine({ seq, parent_seq: parent }) {
   return parent === null || parent === undefined ? seq === last + 1 : parent === last;
 }
 
-/** Load the current line again; calls that come meanwhile share the next run. */
+/** Load the current line again, which another version may have become. */
 async function reload() {
   const from = chat;
-  from.stale = true;
-  if (from.loading) return;
-  from.loading = true;
-  try {
-    while (from.stale && chat === from) {
-      from.stale = false;
-      const page = await api(`/conversations/${from.id}?limit=100`);
-      if (chat === from) showPage(page);
-    }
-  } catch (error) {
-    if (chat === from) await fail(error, reload);
-  } finally {
-    from.loading = false;
-  }
+  const page = await api(`/conversations/${from.id}?limit=100`);
+  if (chat === from) showPage(page);
 }
 
 /* ---------- Messages ---------- */
