@@ -129,7 +129,6 @@ async def follow(watcher: chatdb.Watcher, chat: Place, start: str) -> AsyncItera
                             grown_at = time.monotonic()
                     if time.monotonic() - grown_at > LOST_AFTER.seconds:
                         await abort_lost(chat)
-                        grown_at = time.monotonic()
                 continue
             message = coming.result()
             coming = asyncio.ensure_future(anext(messages))

@@ -24,7 +24,6 @@ STATUS = {  # the first class that fits
 ERRORS = (HTTPException, RequestValidationError, chatdb.ChatDBError, Exception)
 FIELDS = {"type": "string", "title": "string", "status": "integer", "detail": "string", "parameter": "string"}
 SCHEMA = {"type": "object", "properties": {name: {"type": kind} for name, kind in FIELDS.items()}}
-log = logging.getLogger("uvicorn.error")
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -54,6 +53,6 @@ def on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, chatdb.InvalidInputError):
         return problem(422, error.public, parameter=error.parameter)
     if isinstance(error, chatdb.ChatDBError) and status >= 500:
-        log.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
+        logging.getLogger("uvicorn.error").error("%s: %s: %s", request.url.path, type(error).__name__, error)
     public = error.public if isinstance(error, chatdb.ChatDBError) else chatdb.ChatDBError.public
     return problem(status, public, {"Retry-After": "1"} if status == 503 else None)

@@ -26,11 +26,8 @@ from problems import ERRORS, on_error, problem, problems
 
 STATIC = FilePath(__file__).parent / "static"
 MAX_BODY = 1_000_000
-HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'self'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
+CSP = "default-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'self'"
+HEADERS = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
 @asynccontextmanager
