@@ -80,10 +80,10 @@ class Line:
             self.deltas += 1
         elif event.name == "message":
             seq, text = event.data["seq"], event.data["content"]
-            if self.states.get(seq) == "streaming" and event.data["state"] is not None:
-                assert text.startswith(self.texts[seq])
-            elif seq in self.states:
+            if seq in self.states:
                 assert self.states[seq] == "streaming", f"message {seq} came again after its end"
+                assert text.startswith(self.texts[seq])
+                assert not self.texts[seq] or event.data["state"] != "streaming", f"the text of {seq} came again"
             self.texts[seq], self.states[seq] = text, event.data["state"]
 
     def copy(self) -> Line:
