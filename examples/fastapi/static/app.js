@@ -34,6 +34,7 @@ async function fail(error, retry) {
     token.clear();
     goHome();
     await start().catch(() => {});
+    return showError(new Error("Your session has ended, and you are a new guest. Sign in to see your chats again."));
   }
   showError(error, error.status === 0 || error.status === 503 ? retry : undefined);
 }
@@ -510,6 +511,7 @@ function editMessage(node, body, message) {
   };
   body.replaceWith(form);
   node.querySelector(".actions").hidden = true;
+  fit(field);
   field.focus();
 }
 
@@ -608,11 +610,15 @@ function showStreaming() {
   if (hadFocus) focusComposer();
 }
 
-function fitComposer() {
-  const field = $("message");
+/** Make a field as high as its text, up to the limit of the style sheet. */
+function fit(field) {
   field.style.height = "auto";
-  field.style.height = `${field.scrollHeight}px`;
-  $("send").disabled = !field.value.trim();
+  field.style.height = `${field.scrollHeight + 2}px`; // with the border
+}
+
+function fitComposer() {
+  fit($("message"));
+  $("send").disabled = !$("message").value.trim();
 }
 
 function sendOnEnter(event, form) {
