@@ -45,7 +45,7 @@ if __name__ == "__main__":
             asyncio.run(check_database())
         except chatdb.ChatDBError as error:
             sys.exit(str(error))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the exit code of a single worker
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(0))  # the exit code of a single worker
     threading.Thread(target=announce, args=(f"http://{options.host}:{options.port}",), daemon=True).start()
     uvicorn.run(
         "service:app",

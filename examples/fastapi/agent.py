@@ -49,12 +49,11 @@ class ToyModel(agents.Model):
             text = HELP
         for word in re.findall(r"\s*\S+", text):
             await asyncio.sleep(DELAY)
-            event = {"delta": word, "item_id": "toy", "content_index": 0, "output_index": 0, "logprobs": []}
+            event: Any = {"delta": word, "item_id": "toy", "content_index": 0, "output_index": 0, "logprobs": []}
             event |= {"type": "response.output_text.delta", "sequence_number": 0}
             yield ResponseTextDeltaEvent.model_validate(event)
-        content = [{"type": "output_text", "text": text, "annotations": []}]
-        message = {"type": "message", "id": "toy", "role": "assistant", "status": "completed", "content": content}
-        yield completed(message)
+        message: dict[str, Any] = {"type": "message", "id": "toy", "role": "assistant", "status": "completed"}
+        yield completed(message | {"content": [{"type": "output_text", "text": text, "annotations": []}]})
 
 
 def completed(item: dict[str, Any]) -> TResponseStreamEvent:

@@ -96,7 +96,8 @@ async def finish_all() -> None:
 async def abort_lost(chat: Place) -> None:
     """Complete the answers that a crash has left, as aborted."""
     for lost in await chatdb.list_streaming(chat["db"], user_id=chat["user_id"], older_than=LOST_AFTER):
-        await chatdb.finish_message(**chat | {"conversation_id": lost.conversation_id}, seq=lost.seq, aborted=True)
+        place: Place = {**chat, "conversation_id": lost.conversation_id}
+        await chatdb.finish_message(**place, seq=lost.seq, aborted=True)
 
 
 async def follow(watcher: chatdb.Watcher, chat: Place, start: str) -> AsyncIterator[ServerSentEvent]:

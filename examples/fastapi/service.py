@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import uuid
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path as FilePath
 from types import FrameType
@@ -31,7 +31,7 @@ HEADERS = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff", 
 
 
 @asynccontextmanager
-async def lifespan(_app: FastAPI) -> AsyncIterator[Json]:
+async def lifespan(_app: FastAPI) -> AsyncGenerator[Json, None]:
     """Open the pool and the watcher; at the end, let the answers finish before the pool closes."""
     dsn = os.environ.get("DATABASE_URL")
     pool = chatdb.create_pool(dsn, notify=True) if dsn else chatdb.open_embedded()
