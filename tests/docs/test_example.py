@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import io
 import re
 import struct
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,8 @@ pytestmark = pytest.mark.server_independent
 FOLDER = ROOT / "examples" / "fastapi"
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
 CODE = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.py")}
+LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+"""The tokens that are no code."""
 IMAGES = ROOT / "docs" / "images"
 
 
@@ -29,6 +34,26 @@ def test_the_map() -> None:
     caches = re.compile(r"\.|__pycache__")
     files = {path.name + "/" * path.is_dir() for path in FOLDER.iterdir() if not caches.match(path.name)}
     assert sorted(listed) == sorted(files - {"README.md"})
+
+
+def lines_of_code(text: str) -> int:
+    """Count the lines of a module that are neither blank nor only a comment or a docstring."""
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in LAYOUT:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0]
+            if ast.get_docstring(node) is not None:
+                lines -= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    return len(lines)
+
+
+def test_the_length() -> None:
+    """The example has at most 500 lines of code."""
+    assert lines_of_code('"""A docstring."""\n\n# comment\nx = (\n    1\n)  # comment\n') == 3
+    assert sum(map(lines_of_code, CODE.values())) <= 500
 
 
 def test_the_variables() -> None:
