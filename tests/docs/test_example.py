@@ -36,6 +36,13 @@ def test_the_map() -> None:
     assert sorted(listed) == sorted(files - {"README.md"})
 
 
+def test_the_names() -> None:
+    """Each name that the page places in a file is there."""
+    placed = re.findall(r"`(\w+)`\s+in\s+`(\w+\.py)`", PAGE)
+    assert len(placed) >= 5
+    assert [(name, file) for name, file in placed if not re.search(rf"\b{name}\b", CODE[file])] == []
+
+
 def lines_of_code(text: str) -> int:
     """Count the lines of a module that are neither blank nor only a comment or a docstring."""
     lines: set[int] = set()
