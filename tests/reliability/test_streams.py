@@ -44,6 +44,8 @@ async def main(dsn, conversation, file, streams, tokens):
                     size = random.randrange(1, 20)
                     await stream.write(text[position:position + size])
                     position += size
+                    if random.random() < 0.1:
+                        await stream.flush()  # on a busy machine, or it would outrun what is acknowledged
                     if stream.offset > 0:
                         os.write(record, f"{number} {stream.offset}\\n".encode())
                     await asyncio.sleep(random.uniform(0, 0.05))

@@ -99,8 +99,12 @@ class Audience:
             for number, got in enumerate(self.got)
         )
 
-    async def judge(self, pool: Any, what: str, most: float) -> None:
-        """Wait until all has come, compare it with what is stored, and print the delays."""
+    async def judge(self, request: pytest.FixtureRequest, pool: Any, what: str, most: float) -> None:
+        """
+        Wait until all has come, compare it with what is stored, and print the delays.
+
+        Their median must be below `most` seconds, except with --quick, because other work may share the cores then.
+        """
         with contextlib.suppress(TimeoutError):
             await until(self._is_complete, HANG)
         await asyncio.sleep(0.5)  # for messages that come twice
@@ -126,7 +130,7 @@ class Audience:
         assert self.errors == []
         assert (lost, doubled, disordered) == (0, 0, 0)
         assert total > 0
-        assert delays[49] < most
+        assert request.config.getoption("--quick") or delays[49] < most
 
 
 async def write(pool: Any, audience: Audience, messages: int, writer: int, pause: float = 0.01) -> None:
@@ -209,7 +213,7 @@ async def test_hints_that_are_lost(request, dsn, share):
         async with audience, asyncio.timeout(300):
             expect_first(audience)
             await asyncio.gather(kill(), *(write(writing, audience, messages // 8, n, 0.05) for n in range(8)))
-            await audience.judge(writing, f"{writing.dropped:,} of {writing.sent:,} hints dropped", 0.1)
+            await audience.judge(request, writing, f"{writing.dropped:,} of {writing.sent:,} hints dropped", 0.1)
     assert (writing.dropped > 0) == (share > 0)
     assert kills == [1] * (3 if share else 0)
 
@@ -227,7 +231,7 @@ async def test_watchers_that_only_poll(request, dsn):
             expect_first(audience)
             share = sized(request, 4_000, 400) // 8
             await asyncio.gather(*(write(writing, audience, share, n, 0.05) for n in range(8)))
-            await audience.judge(writing, "polls every 2 s", 2.0)
+            await audience.judge(request, writing, "polls every 2 s", 2.0)
 
 
 async def test_many_watchers_of_few_conversations(request, dsn):
@@ -241,7 +245,7 @@ async def test_many_watchers_of_few_conversations(request, dsn):
         async with audience, asyncio.timeout(300):
             expect_first(audience)
             await asyncio.gather(*(write(writing, audience, sized(request, 100, 25), n, 0.2) for n in range(4)))
-            await audience.judge(writing, "many watchers of 5 conversations", 1.0)
+            await audience.judge(request, writing, "many watchers of 5 conversations", 1.0)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -263,8 +267,8 @@ async def test_through_pgbouncer(request, server, dsn, tmp_path: Path, version: 
                 await asyncio.gather(
                     *(write(writing, polls, sized(request, 250, 50), writer, 0.05) for writer in range(4))
                 )
-                await polls.judge(writing, f"PgBouncer {version}, polls every 0.5 s", 0.5)
-                await hears.judge(writing, f"PgBouncer {version}, a direct session listens", 0.4)
+                await polls.judge(request, writing, f"PgBouncer {version}, polls every 0.5 s", 0.5)
+                await hears.judge(request, writing, f"PgBouncer {version}, a direct session listens", 0.4)
 
 
 def database(dsn: str) -> str:
@@ -296,7 +300,10 @@ async def test_behind_row_level_security(request, protected, listens):
             expect_first(audience)
             await asyncio.gather(*(write(writing, audience, sized(request, 250, 50), n, 0.05) for n in range(4)))
             await audience.judge(
-                writing, f"row-level security, {'hints' if listens else 'polls every 1 s'}", 0.2 if listens else 1.0
+                request,
+                writing,
+                f"row-level security, {'hints' if listens else 'polls every 1 s'}",
+                0.2 if listens else 1.0,
             )
 
 
@@ -319,7 +326,7 @@ async def test_killed_sessions(request, dsn):
             await asyncio.gather(
                 kill(), *(write(writing, audience, sized(request, 500, 150), n, 0.03) for n in range(4))
             )
-            await audience.judge(writing, "all sessions killed", 1.0)
+            await audience.judge(request, writing, "all sessions killed", 1.0)
 
 
 async def test_a_restarted_server(request, durable, durable_dsn):
@@ -342,7 +349,7 @@ async def test_a_restarted_server(request, durable, durable_dsn):
             await asyncio.gather(
                 kill(), *(write(writing, audience, sized(request, 300, 100), n, 0.03) for n in range(4))
             )
-            await audience.judge(writing, f"server restarted {times} times", HANG)
+            await audience.judge(request, writing, f"server restarted {times} times", HANG)
 
 
 async def test_a_slow_caller(request, dsn):
