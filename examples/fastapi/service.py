@@ -306,8 +306,9 @@ async def get_start(
     chat: Chat, after: EventId | None = None, last_event_id: Annotated[EventId | None, Header()] = None
 ) -> str:
     """Return the event id from which to continue, by default after the newest finished message."""
-    loaded = await load(chat, 100, Response())
-    return last_event_id or after or str(loaded["events"]).partition(".")[0]
+    stored, messages = await chatdb.load_conversation(**chat)  # before the answer begins, so that errors have a status
+    seqs = [message.seq for message in messages if message.state == "streaming"]
+    return last_event_id or after or event_id(min(seqs, default=stored.last_seq + 1) - 1)
 
 
 Start = Annotated[str, Depends(get_start)]
