@@ -6,9 +6,9 @@
 -- $3 conversation_key text null
 -- $4 roles text[]
 -- $5 contents text[]
--- $6 payloads text[] null    null where a message has none
--- $7 metadatas text[] null    null where a message has none
--- $8 token_counts text[] null    null where a message has none
+-- $6 payloads text[] null    with null for each message without one
+-- $7 metadatas text[] null    with null for each message without one
+-- $8 token_counts text[] null    with null for each message without one
 --
 -- returns many Message without user_id, role, content, payload, token_count and key
 -- served by pk_conversations, uq_conversations_user_id_key

@@ -8,10 +8,10 @@
 -- $3 conversation_key text null
 -- $4 roles text[]
 -- $5 contents text[]
--- $6 payloads text[] null    null where a message has none
--- $7 metadatas text[] null    null where a message has none
--- $8 token_counts text[] null    null where a message has none
--- $9 keys text[] null    null where a message has none
+-- $6 payloads text[] null    with null for each message without one
+-- $7 metadatas text[] null    with null for each message without one
+-- $8 token_counts text[] null    with null for each message without one
+-- $9 keys text[] null    with null for each message without one
 -- $10 skip_stored bool
 -- $11 create_missing bool
 -- $12 expected_id int8 null    0 if the conversation must not exist

@@ -9,10 +9,10 @@
 -- $5 must_be_new bool    refuses a stored key
 -- $6 roles text[]
 -- $7 contents text[]
--- $8 payloads text[] null    null where a message has none
--- $9 metadatas text[] null    null where a message has none
--- $10 token_counts text[] null    null where a message has none
--- $11 keys text[] null    null where a message has none
+-- $8 payloads text[] null    with null for each message without one
+-- $9 metadatas text[] null    with null for each message without one
+-- $10 token_counts text[] null    with null for each message without one
+-- $11 keys text[] null    with null for each message without one
 --
 -- returns many Conversation
 -- refuses with stale

@@ -11,10 +11,10 @@
 -- $6 expected_revision int8
 -- $7 roles text[]
 -- $8 contents text[]
--- $9 payloads text[] null    null where a message has none
--- $10 metadatas text[] null    null where a message has none
--- $11 token_counts text[] null    null where a message has none
--- $12 keys text[] null    null where a message has none
+-- $9 payloads text[] null    with null for each message without one
+-- $10 metadatas text[] null    with null for each message without one
+-- $11 token_counts text[] null    with null for each message without one
+-- $12 keys text[] null    with null for each message without one
 --
 -- returns many Message without user_id, role, content and payload, or an existence row: if the batch is empty
 -- refuses with stale, again, suppressed

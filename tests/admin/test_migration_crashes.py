@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded.server import EmbeddedServer
 from tests.support.chaos import kill_server
 from tests.support.databases import database_of, execute, new_database, not_durable
+from tests.support.embedded import temporary_server
 from tests.support.migrating import NAMES, by_yoyo, down, over, processes, up
 from tests.support.migrations import objects
 from tests.support.paths import ROOT
@@ -64,11 +64,9 @@ def writes(statement: Statement) -> bool:
 @pytest.fixture(scope="module")
 def own_server() -> Iterator[EmbeddedServer]:
     """Yield a server that may be killed."""
-    with tempfile.TemporaryDirectory(prefix="chatdb-test-", ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o711)
-        with EmbeddedServer(Path(folder) / "server") as server:
-            not_durable(server.dsn)
-            yield server
+    with temporary_server() as server:
+        not_durable(server.dsn)
+        yield server
 
 
 WORK = (

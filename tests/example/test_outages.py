@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from pathlib import Path
 from uuid import uuid4
 
 import httpx
@@ -17,6 +15,7 @@ import pytest
 from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded import EmbeddedServer
 from tests.support.chaos import kill_server, query
+from tests.support.embedded import temporary_server
 from tests.support.service import (
     STORY,
     Line,
@@ -50,11 +49,9 @@ async def carol(own: Service) -> AsyncGenerator[httpx.AsyncClient]:
 @pytest.fixture
 def database() -> Iterator[EmbeddedServer]:
     """Yield a server of the test's own, with chatdb's tables."""
-    with tempfile.TemporaryDirectory(prefix="chatdb-test-", ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o711)
-        with EmbeddedServer(Path(folder) / "server") as server:
-            apply_migrations(server.dsn)
-            yield server
+    with temporary_server() as server:
+        apply_migrations(server.dsn)
+        yield server
 
 
 async def test_terminated_in_the_middle(own: Service, carol: httpx.AsyncClient) -> None:

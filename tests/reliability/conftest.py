@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator
 from itertools import count
-from pathlib import Path
 
 import pytest
 
 from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded.server import EmbeddedServer
 from tests.support.databases import database_of, execute
+from tests.support.embedded import temporary_server
 
 _serial = count()
 
@@ -20,11 +19,9 @@ _serial = count()
 @pytest.fixture(scope="module")
 def durable() -> Iterator[EmbeddedServer]:
     """Yield the module's own server, which flushes to disk as in production and can be killed."""
-    with tempfile.TemporaryDirectory(prefix="chatdb-chaos-", ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o711)  # without user namespaces, root's server runs as nobody
-        with EmbeddedServer(Path(folder) / "server") as server:
-            apply_migrations(server.dsn)
-            yield server
+    with temporary_server() as server:
+        apply_migrations(server.dsn)
+        yield server
 
 
 @pytest.fixture

@@ -35,17 +35,24 @@ def postmaster(folder: Path) -> int:
 
 
 @contextmanager
+def temporary_server() -> Iterator[EmbeddedServer]:
+    """Yield a started server, whose data is deleted after the block."""
+    with tempfile.TemporaryDirectory(prefix="chatdb-test-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o711)  # without user namespaces, root's server runs as nobody
+        with EmbeddedServer(Path(folder) / "server") as server:
+            yield server
+
+
+@contextmanager
 def standby(*statements: str) -> Iterator[str]:
     """Yield the DSN of a migrated server on which these statements ran and which is in recovery since."""
-    with tempfile.TemporaryDirectory(prefix="chatdb-test-", ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o711)
-        with EmbeddedServer(Path(folder) / "server") as server:
-            apply_migrations(server.dsn)
-            execute(server.dsn, *statements)
-            owner = (server.path / "data" / "PG_VERSION").stat()
-            server.stop()
-            signal_file = server.path / "data" / "standby.signal"
-            signal_file.touch()
-            os.chown(signal_file, owner.st_uid, owner.st_gid)
-            server.start()
-            yield server.dsn
+    with temporary_server() as server:
+        apply_migrations(server.dsn)
+        execute(server.dsn, *statements)
+        owner = (server.path / "data" / "PG_VERSION").stat()
+        server.stop()
+        signal_file = server.path / "data" / "standby.signal"
+        signal_file.touch()
+        os.chown(signal_file, owner.st_uid, owner.st_gid)
+        server.start()
+        yield server.dsn
