@@ -113,7 +113,6 @@ Title = Annotated[str | None, Field(max_length=1000)]
 NewTitle = Annotated[Title, Body(embed=True)]
 Name = Annotated[str, Body(embed=True, min_length=1, max_length=100, pattern=r"^[^\x00-\x1f]+$")]
 Content = Annotated[str, Body(min_length=1, max_length=100_000)]
-Parent = Annotated[int | None, Body(ge=0)]
 Text = Annotated[str, Query(min_length=1, max_length=1000)]
 
 
@@ -278,7 +277,7 @@ async def list_messages(chat: Chat, before: Annotated[int, Query(ge=1)], limit: 
 
 
 @api.post("/conversations/{id}/messages", status_code=202, responses=BODY | problems(404))
-async def ask(chat: Chat, key: Key, content: Content, parent_seq: Parent = None) -> Json:
+async def ask(chat: Chat, key: Key, content: Content, parent_seq: Annotated[int | None, Body(ge=0)] = None) -> Json:
     """Store a user's message, after the head or parent_seq (an edit), and begin to answer it."""
     metadata = None if parent_seq is None else {"parent_seq": parent_seq}  # compared if the key is repeated
     question = await chatdb.append_message(
