@@ -240,6 +240,13 @@ def schema_page(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation site in site/, and check its links and that it loads nothing from another host."""
+    session.install("-e", ".[cli,embedded,migrate]", *nox.project.dependency_groups(PROJECT, "docs"))
+    session.run("python", "-m", "tests.docs.site", *(session.posargs or ["site"]))
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Build the wheel, install it into a clean environment, and use it from another folder."""
     session.install("build>=1.2,<2")

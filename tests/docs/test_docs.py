@@ -199,10 +199,11 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_the_decisions() -> None:
-    """Each decision is listed, is linked from the code, and names existing files."""
+    """Each decision is listed, is linked from the code or its tools, and names existing files."""
     folder = ROOT / "docs" / "decisions"
     listed = (folder / "README.md").read_text(encoding="utf-8")
-    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "chatdb").rglob("*.py"))
+    sources = [*(ROOT / "chatdb").rglob("*.py"), *(ROOT / "tests" / "docs").glob("*.py")]
+    code = "".join(path.read_text(encoding="utf-8") for path in sources)
     files = sorted(folder.glob("0*.md"))
     assert len(files) >= 10
     for file in files:

@@ -1,0 +1,87 @@
+"""The pages of the documentation site run, and the reference has every public name."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+
+import chatdb
+from tests.docs import runner, site
+from tests.support.paths import ROOT
+
+pytestmark = [pytest.mark.server_independent, pytest.mark.owner]
+
+PAGES = {str(path.relative_to(ROOT / "docs").with_suffix("")): path for path in runner.new_pages()}
+REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+async def test_the_blocks_of_a_page_run(page: str, dsn: str, monkeypatch, tmp_path: Path) -> None:
+    """Each block runs and prints what the page shows, or is parsed, or the page says why not."""
+    monkeypatch.setenv("DATABASE_URL", dsn)
+    monkeypatch.chdir(tmp_path)
+    async with asyncio.timeout(60):
+        await runner.run_page(PAGES[page], dsn, tmp_path)
+
+
+def test_the_reference_is_complete() -> None:
+    """Each public name has one section, with an example that uses it."""
+    found: list[str] = []
+    for page in REFERENCE:
+        for heading, blocks in runner.examples(page):
+            if heading in chatdb.__all__:
+                found.append(heading)
+                python = "".join(block.code for block in blocks if block.language == "python")
+                assert re.search(rf"chatdb\.{heading}\b", python), f"{page.name}: {heading} has no example"
+    assert sorted(found) == sorted(chatdb.__all__), "add a section to a page in docs/reference/"
+
+
+def test_the_site_adds_signatures() -> None:
+    """The site has the signature and docstring of each public name."""
+    text = "".join(site.with_docstrings(page.read_text(encoding="utf-8")) for page in REFERENCE)
+    assert sorted(re.findall(r"^::: chatdb\.(\w+)$", text, re.MULTILINE)) == sorted(chatdb.__all__)
+
+
+def test_the_navigation_has_every_page() -> None:
+    """docs/README.md lists every page, or the page of its folder does."""
+    listed = [path for pages in site.sections().values() for _, path in pages]
+    assert [path for path in listed if not path.is_file()] == []
+    folders = {path.parent for path in listed if path.name == "README.md"}
+    missing = [
+        str(path.relative_to(ROOT))
+        for path in site.pages()
+        if path not in {*listed, site.INDEX, ROOT / "README.md"} and path.parent not in folders
+    ]
+    assert missing == [], "list the page in docs/README.md"
+
+
+def test_the_command_line_page() -> None:
+    """The generated page has each command with its options."""
+    text = site.command_line()
+    for command in ("migrate", "import", "export", "prune", "search-index"):
+        assert f"\n## chatdb {command}\n" in text
+    assert "| `-y, --yes` | " in text
+
+
+def test_a_dead_link_and_a_foreign_host_are_found(tmp_path: Path) -> None:
+    """The check of the built site reports dead links and anchors, and what would come from another host."""
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{site.POLICY}">'
+    good = f'{policy}<h1 id="a"></h1><a href="#a"></a><a href="https://example.com/"></a>'
+    (tmp_path / "index.html").write_text(good, encoding="utf-8")
+    (tmp_path / "search.json").touch()
+    (tmp_path / "objects.inv").touch()
+    assert list(site.problems(tmp_path)) == []
+    bad = '<a href="b.html"></a><a href="#b"></a><script src="https://example.com/a.js"></script>'
+    (tmp_path / "index.html").write_text(good + bad, encoding="utf-8")
+    (tmp_path / "bare.html").write_text("<p>", encoding="utf-8")
+    (tmp_path / "a.css").write_text("a { background: url(https://example.com/a.png) }", encoding="utf-8")
+    assert sorted(site.problems(tmp_path)) == [
+        "a.css: loads https://example.com/a.png",
+        "bare.html: no Content-Security-Policy",
+        "index.html: loads https://example.com/a.js",
+        "index.html: no anchor #b",
+        "index.html: no file b.html",
+    ]
