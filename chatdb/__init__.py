@@ -54,6 +54,7 @@ from chatdb.pool import Connection, Pool, create_pool, transaction
 from chatdb.records import (
     NEW,
     UNSET,
+    Call,
     Conversation,
     Deleted,
     JsonText,
@@ -106,15 +107,16 @@ else:
 
 
 __all__ = [
-    "NEW", "UNSET", "AcquireTimeoutError", "ChatDBError", "CommandTimeoutError", "ConfigurationError", "ConflictError",
-    "Connection", "Conversation", "ConversationNotFoundError", "Database", "Deleted", "InvalidInputError", "JsonText",
-    "Match", "Message", "MessageNotFoundError", "MessageStream", "MessageTail", "Moved", "NewMessage", "NotFoundError",
-    "Pool", "PoolClosedError", "Role", "SchemaError", "StaleError", "UnavailableError", "Unset", "Watcher",
-    "append_message", "append_messages", "check_schema", "create_conversation", "create_pool", "delete_branch",
-    "delete_conversation", "delete_message", "delete_messages_after", "delete_user", "export_user", "extend_message",
-    "finish_message", "fork_conversation", "get_branch", "get_context", "get_conversation", "get_history",
-    "get_message", "iter_messages", "list_conversations", "list_messages", "list_pinned", "list_previews",
-    "list_streaming", "list_versions", "load_conversation", "migrate", "move_user", "open_embedded", "pop_message",
-    "read_message", "replace_messages_after", "search_messages", "start_message", "stream_message", "switch_branch",
-    "transaction", "update_conversation", "update_message", "upsert_conversation", "upsert_message",
+    "NEW", "UNSET", "AcquireTimeoutError", "Call", "ChatDBError", "CommandTimeoutError", "ConfigurationError",
+    "ConflictError", "Connection", "Conversation", "ConversationNotFoundError", "Database", "Deleted",
+    "InvalidInputError", "JsonText", "Match", "Message", "MessageNotFoundError", "MessageStream", "MessageTail",
+    "Moved", "NewMessage", "NotFoundError", "Pool", "PoolClosedError", "Role", "SchemaError", "StaleError",
+    "UnavailableError", "Unset", "Watcher", "append_message", "append_messages", "check_schema",
+    "create_conversation", "create_pool", "delete_branch", "delete_conversation", "delete_message",
+    "delete_messages_after", "delete_user", "export_user", "extend_message", "finish_message", "fork_conversation",
+    "get_branch", "get_context", "get_conversation", "get_history", "get_message", "iter_messages",
+    "list_conversations", "list_messages", "list_pinned", "list_previews", "list_streaming", "list_versions",
+    "load_conversation", "migrate", "move_user", "open_embedded", "pop_message", "read_message",
+    "replace_messages_after", "search_messages", "start_message", "stream_message", "switch_branch", "transaction",
+    "update_conversation", "update_message", "upsert_conversation", "upsert_message",
 ]  # fmt: skip

@@ -20,14 +20,16 @@ from chatdb._core.asyncpg_private import (
     check_process_and_loop,
     commit,
     fetch_rows,
+    listeners_of,
     roll_back,
 )
+from chatdb._core.calls import CallListener, CallListeners, running_call
 from chatdb._core.driver_errors import mapped_driver_errors
 from chatdb._core.dsn import AnyDsn, ConnectionInfo, dsn_to_str, read_dsn
 from chatdb._core.handles import AsyncpgPool, Connection, Record
 from chatdb._core.hints import CHANNEL, Hints, gathered
 from chatdb._core.options import CONNECTION_OPTIONS, DriverOptions, PoolOptions, check_options
-from chatdb._core.query import Database, RunAgainError
+from chatdb._core.query import Database, Query, RunAgainError
 from chatdb._core.validate import check_handle, check_user_id
 from chatdb.errors import ChatDBError, ConfigurationError, UnavailableError
 
@@ -142,6 +144,23 @@ class Pool(PoolBase):
             check_process_and_loop(self._process, self._loop, "pool", may_be_stopped=True)
             super().terminate()
             self._state = "closed"
+
+    def get_waiting_count(self) -> int:
+        """Return the number of tasks that wait until a connection is free."""
+        return self._waiting
+
+    def add_call_listener(self, listener: CallListener) -> None:
+        """
+        Call a function with a `Call` after each call of chatdb on this pool or on a connection that it has lent.
+
+        The function runs in the event loop, in the context of the call, so it must not block: hand slow work to a queue
+        or a thread. What it raises is logged once per class and never reaches the caller.
+
+        Raises InvalidInputError if `listener` is not a plain function.
+        """
+        listeners = self.call_listeners or CallListeners()
+        listeners.add(listener)
+        self.call_listeners = listeners
 
     async def expire_connections(self) -> None:
         """Replace each connection the next time it is acquired."""
@@ -290,6 +309,11 @@ async def run_until_settled(
 
     Decision: docs/decisions/0013-run-again-after-a-concurrent-write.md
     """
+    listeners = listeners_of(db)
+    if listeners is not None and running_call() is None:
+        query: Query[Any] = cast("Any", call).__self__
+        running = run_until_settled(call, db, user, *args, **options)
+        return await listeners.tell(query.operation, query.name, running)
     for _ in range(2):
         with contextlib.suppress(RunAgainError):
             return await call(db, user, *args, **options)

@@ -10,6 +10,7 @@ import json
 import math
 from base64 import urlsafe_b64encode
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from struct import pack
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, cast
@@ -346,6 +347,30 @@ class Match(_Record):
     def cursor(self) -> str:
         """An opaque string; as `after` of `search_messages` it continues the search after this message."""
         return encode_token(MATCH_CURSOR, _microseconds(self.created_at), self.conversation_id, self.seq)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """
+    A call of chatdb that has ended: what `Pool.add_call_listener` reports, without any text, key or user.
+
+    - `operation` is the function, such as `get_history`, and `statement` the file in `sql/` and the name in
+      `pg_stat_statements`, such as `get_history_by_key`.
+    - `duration` is the time of the call in seconds: the wait for a connection, each attempt and the pauses between.
+      `wait` is the time until the pool had a connection for it, or 0 if one was idle.
+    - `rows` is the number of rows that the server returned, and `retries` how often the statement was sent again.
+    - `error` is the name of the error's class, and `sqlstate` the server's code for it; both are None if the call
+      succeeded, or found that what it looks for does not exist (NotFoundError).
+    """
+
+    operation: str
+    statement: str
+    duration: float
+    wait: float
+    rows: int
+    retries: int
+    error: str | None
+    sqlstate: str | None
 
 
 class FoundMessage(_Record):

@@ -16,6 +16,7 @@ the reset of session state. It never reuses a connection whose state is unknown.
   On a connection outside chatdb's pool, both apply whichever name is missing.
 - Without `_pool_release_ctr`, prepared statements and cursors do not check their process and event loop.
 - Without `_transport` and `_cancel_current_command`, a forked process can disturb its parent's connections.
+- Without `PoolConnectionProxy._holder`, listeners do not hear of calls on a connection of the pool.
 - Without `Pool._loop`, a pool must be created in a running event loop.
 
 Decision: docs/decisions/0007-the-pools-fast-path.md
@@ -41,6 +42,7 @@ from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 from asyncpg.protocol import Protocol
 from asyncpg.transaction import Transaction, TransactionState
 
+from chatdb._core.calls import CallListeners
 from chatdb._core.driver_errors import map_driver_error
 from chatdb._core.dsn import server_of
 from chatdb._core.handles import AcquireContext, AsyncpgPool, Connection
@@ -313,6 +315,12 @@ for _name in (
     setattr(PoolConnection, _name, _guarded(_name, runs=False))
 
 
+def listeners_of(db: object) -> CallListeners | None:
+    """Return the listeners of a pool, or of the pool that lent a connection."""
+    holder: Private = getattr(db, "_holder", None)
+    return getattr(db if holder is None else holder._pool, "call_listeners", None)
+
+
 async def fetch_rows(db: Any, sql: str, args: tuple[object, ...], timeout: float | None) -> list[Any]:  # noqa: ANN401
     """
     Run one of chatdb's statements on a handle other than chatdb's pool, and return its rows.
@@ -424,6 +432,7 @@ class PoolBase(AsyncpgPool):
     _loop: asyncio.AbstractEventLoop  # asyncpg uses it too
     _process: int
     _state: str
+    call_listeners: CallListeners | None = None
 
     def __init__(self, *, acquire_timeout: float, max_inactive_connection_lifetime: float, **options: Any) -> None:  # noqa: ANN401
         # asyncpg would set and cancel a timer on every call: see _close_idle
@@ -499,7 +508,12 @@ class PoolBase(AsyncpgPool):
         """Acquire a connection with `await` or `async with`; `timeout` in seconds overrides the pool's."""
         return _AcquireContext(self, timeout)
 
-    async def acquire_fifo(self, timeout: float | None) -> Connection:
+    def acquire_fifo(self, timeout: float | None) -> Coroutine[Any, Any, Connection]:
+        """Acquire a connection in FIFO order."""
+        acquiring = self._acquire_fifo(timeout)
+        return acquiring if self.call_listeners is None else self.call_listeners.measure_wait(acquiring)
+
+    async def _acquire_fifo(self, timeout: float | None) -> Connection:
         """Acquire a connection in FIFO order: a lock admits one task at a time to asyncpg's unfair queue."""
         self._check_process_and_loop()
         self._check_init()
@@ -509,6 +523,7 @@ class PoolBase(AsyncpgPool):
         deadline = self._loop.time() + timeout
         private: Private = self
         if not FAST:
+            self._waiting += 1
             try:
                 async with asyncio.timeout_at(deadline), self._fifo_lock:
                     return await super().acquire()
@@ -517,6 +532,8 @@ class PoolBase(AsyncpgPool):
                 self._raise_acquire_error(
                     error, timeout, is_exhausted=isinstance(error, TimeoutError) and are_all_in_use
                 )
+            finally:
+                self._waiting -= 1
         self._waiting += 1
         try:
             async with asyncio.timeout_at(deadline), self._fifo_lock:

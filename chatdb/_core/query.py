@@ -6,13 +6,15 @@ import asyncio
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel
 
-from chatdb._core.asyncpg_private import STATEMENTS, fetch_rows
+from chatdb._core.asyncpg_private import STATEMENTS, fetch_rows, listeners_of
+from chatdb._core.calls import running_call
 from chatdb._core.decode import conversations_of, decoder, messages_of
 from chatdb._core.driver_errors import ROW_SUPPRESSED, as_chatdb_error
 from chatdb._core.hints import add_hint
@@ -118,6 +120,13 @@ class Query(Generic[RecordT]):
             record, from_arguments=from_arguments, from_messages=from_messages, has_refusal=has_refusal
         )
 
+    @cached_property
+    def operation(self) -> str:
+        """The function that the statement belongs to: the shortest beginning of its name that is a file in `sql/`."""
+        words = self.name.split("_")
+        names = ("_".join(words[:count]) for count in range(1, len(words)))
+        return next((name for name in names if (data_folder("sql") / f"{name}.sql").is_file()), self.name)
+
     async def fetch_all(self, db: Database, *args: object, idempotent: bool = False) -> list[RecordT]:
         """Return one record per row; `idempotent` marks this call as safe to repeat."""
         return self._decode(await self._rows(db, args, None, idempotent), args, ())
@@ -153,9 +162,15 @@ class Query(Generic[RecordT]):
         self, db: Database, args: tuple[object, ...], timeout: float | None = None, idempotent: bool = False
     ) -> list[Any]:
         retries: int | None = getattr(db, "retries", None)  # only chatdb's pool has this attribute
+        listeners = listeners_of(db)
+        running = None if listeners is None else running_call()
+        if listeners is not None and running is None:
+            return await listeners.tell(self.operation, self.name, self._rows(db, args, timeout, idempotent))
         delays: Iterator[float] | None = None
         maybe_sent = False
         while True:
+            if running is not None:
+                running.attempts += 1
             try:
                 if retries is not None:
                     rows: list[Any] = await db.fetch(self.sql, *args, timeout=timeout)
@@ -183,6 +198,8 @@ class Query(Generic[RecordT]):
                     raise _refusal(rows[-1], self.name)
                 if self.hint is not None and rows:
                     add_hint(db, rows[0][self.hint])
+                if running is not None:
+                    running.rows = len(_without_existence_row(rows)) if rows else 0
                 return rows
             await asyncio.sleep(delay)
 

@@ -17,7 +17,18 @@ from tests.support.proxy import Proxy
 
 OTHERS = {
     *("NEW", "UNSET", "Connection", "Database", "JsonText", "Pool", "Role", "Unset"),
-    *("Conversation", "Deleted", "Match", "Message", "MessageStream", "MessageTail", "Moved", "NewMessage", "Watcher"),
+    *(
+        "Call",
+        "Conversation",
+        "Deleted",
+        "Match",
+        "Message",
+        "MessageStream",
+        "MessageTail",
+        "Moved",
+        "NewMessage",
+        "Watcher",
+    ),
     *("create_pool", "migrate", "open_embedded", "transaction", "check_schema"),
     *("ChatDBError", "NotFoundError", "ConversationNotFoundError", "MessageNotFoundError", "ConflictError"),
     "StaleError",

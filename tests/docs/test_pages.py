@@ -12,15 +12,10 @@ from typing import Any
 import pytest
 
 import chatdb
+from tests.support.pages import python_blocks
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.server_independent
-
-
-def python_blocks(page: str) -> list[str]:
-    """Return the Python blocks of a page."""
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 async def run(page: str, **names: Any) -> dict[str, Any]:

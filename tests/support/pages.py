@@ -1,4 +1,4 @@
-"""Runs the Python blocks of a page of docs/adapters."""
+"""Reads and runs the Python blocks of the pages in docs/."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from inspect import iscoroutine
 from tests.support.paths import ROOT
 
 
-async def run_blocks(page: str, names: dict[str, object]) -> None:
-    """Run the blocks in order, with `names` in scope."""
-    text = (ROOT / "docs" / "adapters" / f"{page}.md").read_text(encoding="utf-8")
+def python_blocks(page: str) -> list[str]:
+    """Return the Python blocks of a page."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert blocks
-    for block in blocks:
+    return blocks
+
+
+async def run_blocks(page: str, names: dict[str, object]) -> None:
+    """Run the blocks of a page of docs/adapters in order, with `names` in scope."""
+    for block in python_blocks(f"adapters/{page}.md"):
         made = eval(compile(block, page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), names)
         if iscoroutine(made):
             await made

@@ -254,7 +254,18 @@ async def statements(db: chatdb.Pool, connection: chatdb.Connection) -> None:
     await db.executemany("insert into notes values ($1)", [("a",)])
     await db.copy_records_to_table("notes", records=[("a",)])
     assert_type(db.get_size() + db.get_min_size() + db.get_max_size() + db.get_idle_size(), int)
+    assert_type(db.get_waiting_count(), int)
+    db.add_call_listener(listen)
     assert_type(db.is_closing(), bool)
+
+
+def listen(call: chatdb.Call) -> None:
+    """Hear of a call."""
+    assert_type(call.operation + call.statement, str)
+    assert_type(call.duration + call.wait, float)
+    assert_type(call.rows + call.retries, int)
+    assert_type(call.error, str | None)
+    assert_type(call.sqlstate, str | None)
 
 
 async def errors(db: chatdb.Database) -> str:
@@ -288,4 +299,5 @@ async def mistakes(db: chatdb.Pool) -> None:
     chatdb.Pool("postgresql://localhost/chat", maxsize=3)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
     chatdb.Watcher(db, listen_dsn=3)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     await chatdb.list_streaming(db, user_id="alice", older_than=60)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    db.add_call_listener(statements)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     await db.execute(3)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
