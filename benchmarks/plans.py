@@ -24,6 +24,7 @@ PLANS: list[tuple[Query[Any], str, set[str]]] = [
     (messages._get_message, "pk_messages", _SCANS),
     (messages._append_message, "pk_conversations", _WRITES),
     (messages._append_messages, "pk_conversations", _BATCH),
+    (messages._append_messages_two, "pk_conversations", _WRITES),
     (messages._append_message_conditional, "pk_conversations", _LOCKS),
     (messages._append_messages_conditional, "pk_conversations", _BATCH | _JOINS),
     (messages._upsert_message, "uq_messages_user_id_conversation_id_key", _LOCKS),

@@ -22,7 +22,7 @@ from benchmarks.plans import PLANS, nodes
 from benchmarks.server import BenchServer
 from benchmarks.workload import FLUSH, FLUSHES, START, STREAMED, YEAR, Size
 from chatdb._core.query import Query
-from chatdb.messages import _append_message, _append_messages
+from chatdb.messages import _append_message, _append_messages_two
 from tests.support.proxy import Proxy
 
 CALLS = 100
@@ -220,7 +220,9 @@ HOT_DAYS = 5
 HOT_CONVERSATIONS = 300
 
 
-@pytest.mark.parametrize(("kind", "query", "times"), [("single", _append_message, 10), ("turns", _append_messages, 5)])
+@pytest.mark.parametrize(
+    ("kind", "query", "times"), [("single", _append_message, 10), ("turns", _append_messages_two, 5)]
+)
 def test_hot(
     kind: str,
     query: Query,
@@ -240,8 +242,7 @@ def test_hot(
     first = 0 if kind == "single" else HOT_CONVERSATIONS
     places = [size.place(first + number) for number in range(HOT_CONVERSATIONS)]
     body = ["user", "A short message.", None, None, None]
-    if kind == "turns":
-        body = [[each, each] for each in body]
+    body = [None, *body] if kind == "single" else body + body
     # otherwise the server counts that connection's last updates up to ten seconds later
     plain.run(proxied[1].pool.execute("select pg_stat_force_next_flush()"))
     before = _updates(counter)
@@ -253,7 +254,7 @@ def test_hot(
                 now = START + 2 * YEAR + timedelta(days=day, hours=2 * at)
                 writer.execute("select set_config('bench.now', %s, false)", [now.isoformat()])
                 for place in chance.sample(places, len(places)):
-                    cursor.execute(text, [place.user_id, place.id, None, *body], prepare=True)
+                    cursor.execute(text, [place.user_id, place.id, *body], prepare=True)
         writer.execute("select pg_stat_force_next_flush()")
     updates, hot = (after - first for after, first in zip(_updates(counter), before, strict=True))
     assert updates == HOT_DAYS * times * HOT_CONVERSATIONS

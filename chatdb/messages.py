@@ -60,6 +60,9 @@ _append_message_conditional = Query(
 _append_messages = AppendQuery(
     "append_messages", Message, from_arguments=("user_id",), from_messages=_SENT, hint="conversation_id"
 )
+_append_messages_two = AppendQuery(
+    "append_messages_two", Message, from_arguments=("user_id",), from_messages=_SENT, hint="conversation_id"
+)
 _append_messages_conditional = AppendQuery(
     "append_messages_conditional",
     Message,
@@ -206,7 +209,8 @@ async def append_messages(
 
     Raises ConversationNotFoundError, ConflictError if only some keys are stored or a body differs, StaleError,
     MessageNotFoundError if no message has `parent_seq`, or InvalidInputError, which names the message. SQL:
-    `append_messages.sql`, or `append_messages_conditional.sql` with keys or any of the options.
+    `append_messages.sql`, `append_messages_two.sql` for two messages by conversation_id, or
+    `append_messages_conditional.sql` with keys or any of the options.
     """
     user = check_user_id(user_id)
     address = check_conversation(conversation_id, conversation_key)
@@ -217,11 +221,15 @@ async def append_messages(
     if is_plain and not batch:
         await get_conversation(db, user_id=user, conversation_id=conversation_id, conversation_key=conversation_key)
         return []
-    columns = as_columns(batch)
     if is_plain and not has_keys:
         for _ in range(3):
             with contextlib.suppress(ConversationNotFoundError):
-                stored = await _append_messages.fetch_appended(db, user, *address, *columns[:5], messages=batch)
+                if len(batch) == 2 and conversation_key is None:
+                    two = (*batch[0][:5], *batch[1][:5])
+                    stored = await _append_messages_two.fetch_appended(db, user, address[0], *two, messages=batch)
+                else:
+                    columns = as_columns(batch)[:5]
+                    stored = await _append_messages.fetch_appended(db, user, *address, *columns, messages=batch)
                 if len(stored) < len(batch):
                     break
                 return stored
@@ -234,7 +242,7 @@ async def append_messages(
         db,
         user,
         *address,
-        *columns,
+        *as_columns(batch),
         skip,
         *options,
         messages=batch,

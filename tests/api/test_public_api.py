@@ -12,7 +12,16 @@ import pytest
 import chatdb
 from chatdb import ConfigurationError, NotFoundError
 from chatdb._core.query import data_folder
-from tests.support.calls import CALLS, NOBODYS, SIGNATURES, Counting, call, conversation_with_a_message, required
+from tests.support.calls import (
+    CALLS,
+    NOBODYS,
+    SIGNATURES,
+    VARIANTS,
+    Counting,
+    call,
+    conversation_with_a_message,
+    required,
+)
 from tests.support.proxy import Proxy
 
 OTHERS = {
@@ -106,25 +115,6 @@ def test_import_leaves_the_extras_alone(module):
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert run.stdout.split() == []
-
-
-VARIANTS = (
-    "",
-    "_keyed",
-    "_messages",
-    "_conditional",
-    "_archived",
-    "_all",
-    "_created",
-    "_created_ascending",
-    "_after",
-    "_before_key",
-    "_by_key",
-    "_after_key",
-    "_top",
-    "_conversation",
-)
-"""How the files of a function's other statements end."""
 
 
 @pytest.mark.parametrize(("name", "arguments"), CALLS)

@@ -193,7 +193,19 @@ def check_parameters(live, file):
             known = {column, f"{column}s", column.removesuffix("_at"), *OTHER_NAMES.get(column, ())}
             known |= {
                 f"{prefix}_{column}"
-                for prefix in ("set", "before", "after", "expected", "parent", "top", "new", "min", "max", "to")
+                for prefix in (
+                    "set",
+                    "before",
+                    "after",
+                    "expected",
+                    "parent",
+                    "top",
+                    "new",
+                    "min",
+                    "max",
+                    "to",
+                    "second",
+                )
             }
             is_flag = column == "condition" and types[number - 1] == "bool"
             assert name in known or is_flag, f"${number} {name} meets {column}"

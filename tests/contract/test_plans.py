@@ -117,6 +117,7 @@ def calls(
         lambda: chatdb.append_message(db, **first, **text),
         lambda: chatdb.append_message(db, **first, **text, key=key),
         lambda: chatdb.append_messages(db, **first, messages=[text, text]),
+        lambda: chatdb.append_messages(db, **first, messages=[text, text, text]),
         lambda: chatdb.append_messages(db, **first, messages=[{**text, "key": f"{key} 2"}]),
         lambda: chatdb.upsert_message(db, **first, **text, key=f"{key} 3"),
         lambda: chatdb.update_message(db, **first, seq=2, content=f"changed {number}"),

@@ -18,24 +18,7 @@ from pglast import parse_sql
 import chatdb
 from chatdb._core.query import STATEMENTS
 from chatdb.transfer.exporter import export_conversations
-from tests.support.calls import CALLS, call, conversation_with_a_message
-
-VARIANTS = (
-    "",
-    "_keyed",
-    "_conditional",
-    "_messages",
-    "_archived",
-    "_all",
-    "_created",
-    "_created_ascending",
-    "_after",
-    "_before_key",
-    "_conversation",
-    "_by_key",
-    "_after_key",
-    "_top",
-)
+from tests.support.calls import CALLS, VARIANTS, call, conversation_with_a_message
 
 
 @pytest.fixture

@@ -151,6 +151,7 @@ def values(stem: str, number: int, whose: int) -> str:
     """Return a statement's arguments for a user's conversation, as SQL."""
     given = place(number, whose)
     known: dict[str, Any] = {"role": "user", "content": "x", "row_limit": 100, "after_seq": 0, "before_seq": 2**62}
+    known |= {"second_role": "user", "second_content": "x"}
     arrays = {"roles": "array['user']", "contents": "array['x']", "keys": "array['key 1']"}
     found: list[str] = []
     for parameter in file_of(stem).parameters:

@@ -131,6 +131,25 @@ _LISTS: list[dict[str, Any]] = [
     {"order_by": "created_at"},
     {"order_by": "created_at", "descending": False},
 ]
+VARIANTS = (
+    "",
+    "_keyed",
+    "_messages",
+    "_two",
+    "_conditional",
+    "_archived",
+    "_all",
+    "_created",
+    "_created_ascending",
+    "_after",
+    "_before_key",
+    "_by_key",
+    "_after_key",
+    "_top",
+    "_conversation",
+)
+"""How the files of a function's other statements end."""
+
 CALLS: list[tuple[str, dict[str, Any]]] = [
     ("create_conversation", {}),
     ("create_conversation", {"key": "new"}),
@@ -157,6 +176,7 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("append_message", _HELLO | {"expected": ..., "conversation_metadata_patch": {"a": 1}}),
     ("append_message", _HELLO | {"parent_seq": 1}),
     ("append_messages", {"messages": [_HELLO]}),
+    ("append_messages", {"messages": [_HELLO, _HELLO]}),
     ("append_messages", {"messages": [_HELLO | {"key": "newer"}]}),
     ("append_messages", {"messages": [_FIRST]}),
     ("append_messages", {"messages": [_FIRST, _HELLO], "on_existing": "skip"}),

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import chatdb
 from chatdb._core.decode import JOINED_FIELDS
 from chatdb.formats.items import Skipped, SourceConversation, SourceMessage
-from chatdb.records import NEW, UNSET, Conversation, Match, Message, SchemaPart
+from chatdb.records import NEW, UNSET, Conversation, Match, Message, NewMessage, SchemaPart
 from chatdb.schema import EXPECTED_SCHEMA
 from tests.support.package import given_of, query_of
 from tests.support.sqlfiles import file_of
@@ -58,6 +58,7 @@ TITLED = {"title": "T", "metadata": {"m": 2}}
 EMPTY = {"role": "user", "content": ""}
 FULL = {"role": "tool", "content": "hello", "payload": {"p": 1}, "metadata": {"m": 2}, "token_count": 5}
 BATCH = {"messages": [EMPTY, FULL]}
+LONGER = {"messages": [EMPTY, FULL, EMPTY]}
 KEYED = {"messages": [EMPTY, FULL | KEY, EMPTY | {"key": "l"}]}
 READ = Conversation(**{name: STORED[name] for name in Conversation.model_fields})
 FOUND = Match(**{name: STORED[name] for name in Match.model_fields})
@@ -152,7 +153,8 @@ CALLS = [
     *_calls("append_message", "append_message_conditional", *(option | EMPTY for option in OPTIONS)),
     *_calls("append_message", "append_message_conditional", *(option | FULL | KEY for option in OPTIONS)),
     *_calls("append_messages", "get_conversation", *(each | {"messages": []} for each in CONVERSATIONS)),
-    *_calls("append_messages", "append_messages", *(each | BATCH for each in CONVERSATIONS)),
+    *_calls("append_messages", "append_messages", NAMED | BATCH, *(each | LONGER for each in CONVERSATIONS)),
+    *_calls("append_messages", "append_messages_two", CHAT | BATCH, CHAT | {"messages": [FULL, EMPTY]}),
     *_calls("append_messages", "append_messages_conditional", *(each | KEYED for each in CONVERSATIONS)),
     *_calls("append_messages", "append_messages_conditional", CHAT | KEYED | {"on_existing": "skip"}),
     *_calls("append_messages", "append_messages_conditional", *(option | BATCH for option in OPTIONS)),
@@ -257,7 +259,11 @@ def expected(function, parameter, given):
             return STARTS[function][parameter] if given[parameter] is None else given[parameter]
         case [("before" | "after"), "key"]:
             return given.get(parameter)  # iter_messages has none
+        case ["second", name]:
+            return _as_sent(given["messages"][1].get(name))
     if "messages" in given and parameter not in given:
+        if parameter in NewMessage.model_fields:
+            return _as_sent(given["messages"][0].get(parameter))
         values = _texts(_as_sent(message.get(parameter[:-1])) for message in given["messages"])
         return values if parameter in {"roles", "contents"} or any(value is not None for value in values) else None
     return _as_sent(given[parameter])

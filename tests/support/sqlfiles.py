@@ -574,19 +574,24 @@ def _is_stored(file: SqlFile, query: ast.InsertStmt, name: str, *, is_new: bool)
         is_equal = name in [part.name for part in conflict.infer.indexElems]
         if not is_equal and (not replaced or names(replaced[0].val) != ["excluded", name]):
             return False
-    for branch in branches(query.selectStmt):
+    first, *second = branches(query.selectStmt)
+    for branch, parameter in [(first, name), *((each, f"second_{name}") for each in second)]:
         values = dict(zip(columns, [output.val for output in branch.targetList], strict=True))
-        if not _is_argument(file, values[name], Level(branch), name):
+        if not _is_argument(file, values[name], Level(branch), parameter):
             return False
-        if file.number == "many" and not _is_in_order(values["seq"]):
+        if file.number == "many" and not _is_in_order(values["seq"], later=len(second) * (branch is first)):
             return False
     return True
 
 
-def _is_in_order(seq: Any) -> bool:
-    """Return whether the seqs of a batch have the order of its arrays."""
-    is_sum = _is_operator(seq, "+") and isinstance(seq.rexpr, ast.ColumnRef)
-    return is_sum and names(seq.rexpr)[-1] in {"ordinality", "place"}
+def _is_in_order(seq: Any, *, later: int) -> bool:
+    """Return whether the seqs of a batch have the order of its arrays, or of the branches, of which some come later."""
+    match seq:
+        case ast.A_Expr(lexpr=ast.ColumnRef() as counter, rexpr=ast.A_Const(val=ast.Integer(ival=count))):
+            return _is_operator(seq, "-") and names(counter)[-1] == "last_seq" and count == later > 0
+        case ast.A_Expr(rexpr=ast.ColumnRef() as place):
+            return _is_operator(seq, "+") and names(place)[-1] in {"ordinality", "place"}
+    return isinstance(seq, ast.ColumnRef) and names(seq)[-1] == "last_seq" and not later
 
 
 def _is_argument(file: SqlFile, value: Any, level: Level, name: str, *, seen: tuple[str, ...] | None = None) -> bool:
