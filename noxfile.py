@@ -234,7 +234,7 @@ def mutation(session: nox.Session) -> None:
 
 @nox.session
 def schema_page(session: nox.Session) -> None:
-    """Generate docs/schema.md from a fully migrated database."""
+    """Generate docs/schema.md and its diagram from a fully migrated database."""
     install(session, "test")
     session.run("python", "-m", "tests.docs.schema_page")
 

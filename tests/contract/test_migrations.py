@@ -142,7 +142,9 @@ def test_the_documented_schema(dsn: str) -> None:
     """docs/schema.md shows the schema after all migrations."""
     with psycopg.connect(dsn) as connection:
         page = schema_page.page(connection)
+        diagram = schema_page.diagram(connection)
     assert (ROOT / "docs" / "schema.md").read_text(encoding="utf-8") == page, "run nox -s schema_page"
+    assert schema_page.DIAGRAM.read_text(encoding="utf-8") == diagram, "run nox -s schema_page"
 
 
 def test_names() -> None:

@@ -1,8 +1,11 @@
-"""Write docs/schema.md from a live database: `python -m tests.docs.schema_page` or `nox -s schema_page`."""
+"""
+Write docs/schema.md and its diagram from a live database: `python -m tests.docs.schema_page` or `nox -s schema_page`.
+"""
 
 from __future__ import annotations
 
 import tempfile
+from html import escape
 from pathlib import Path
 
 import psycopg
@@ -12,16 +15,18 @@ from chatdb.embedded.server import EmbeddedServer
 from tests.support.paths import ROOT
 
 PAGE = ROOT / "docs" / "schema.md"
+DIAGRAM = ROOT / "docs" / "images" / "schema.svg"
 
 HEAD = """# Schema
 
 `nox -s schema_page` generates this page from a fully migrated database; a test compares the two. All tables are in the
 PostgreSQL schema `chatdb`. Every key starts with `user_id`.
 
-```mermaid
-erDiagram
-    conversations ||--o{ messages : "ON DELETE CASCADE"
+![The tables with their columns and keys: conversations have messages, and messages that are streaming have
+parts](images/schema.svg)
 """
+ORDER = ("conversations", "messages", "message_parts")
+"""The tables of the diagram. Each has a foreign key to the one before it."""
 
 
 def page(connection: psycopg.Connection) -> str:
@@ -35,14 +40,6 @@ def page(connection: psycopg.Connection) -> str:
     )
     parts = [HEAD]
     columns = {table: _columns(connection, table) for table, _ in tables}
-    for table, _ in tables:
-        parts.append(f"    {table} {{\n")
-        parts += [
-            f"        {kind.split()[0]} {name}{' ' + ', '.join(keys) if keys else ''}\n"
-            for name, kind, _, _, keys, _ in columns[table]
-        ]
-        parts.append("    }\n")
-    parts.append("```\n")
     for table, comment in tables:
         parts.append(f"\n## {table}\n\n{comment}\n\n| column | type | null | default | |\n|---|---|---|---|---|\n")
         parts += [
@@ -55,12 +52,52 @@ def page(connection: psycopg.Connection) -> str:
     return "".join(parts)
 
 
+def diagram(connection: psycopg.Connection) -> str:
+    """Return an SVG with a box for each table, and an arrow for each foreign key."""
+    width, row, gap, top = 290, 20, 90, 34
+    parts: list[str] = []
+    height = 0
+    for number, table in enumerate(ORDER):
+        columns = _columns(connection, table)
+        left, box = 10 + number * (width + gap), top + row * len(columns) + 8
+        height = max(height, box)
+        parts.append(
+            f'<rect x="{left}" y="10" width="{width}" height="{box}" rx="4" fill="#fff" stroke="#57606a"/>\n'
+            f'<rect x="{left}" y="10" width="{width}" height="26" rx="4" fill="#dbe5ff" stroke="#57606a"/>\n'
+            f'<text x="{left + 10}" y="28" font-weight="bold">{table}</text>\n'
+        )
+        for line, (name, kind, _, _, keys, _) in enumerate(columns):
+            y = 10 + top + row * line + 12
+            short = kind.replace("timestamp with time zone", "timestamptz")
+            parts.append(
+                f'<text x="{left + 10}" y="{y}">{escape(name)}</text>\n'
+                f'<text x="{left + 140}" y="{y}" fill="#57606a">{escape(short)}</text>\n'
+                f'<text x="{left + 235}" y="{y}" fill="#0550ae">{" ".join(keys)}</text>\n'
+            )
+        if number:
+            parts.append(
+                f'<path d="M {left} 60 H {left - gap + 4}" fill="none" stroke="#24292f" marker-end="url(#end)"/>\n'
+                f'<text x="{left - gap / 2:g}" y="50" text-anchor="middle" font-size="11">cascade</text>\n'
+                f'<text x="{left - 8}" y="76" text-anchor="end" font-size="11">0..n</text>\n'
+                f'<text x="{left - gap + 8}" y="76" font-size="11">1</text>\n'
+            )
+    total = 20 + len(ORDER) * width + (len(ORDER) - 1) * gap
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {height + 20}" width="{total}" '
+        f'font-family="ui-monospace, monospace" font-size="13" fill="#24292f">\n'
+        '<defs><marker id="end" markerWidth="8" markerHeight="8" refX="6" refY="4" orient="auto">'
+        '<path d="M 0 0 L 8 4 L 0 8 z"/></marker></defs>\n'
+        f'<rect width="100%" height="100%" fill="#fff"/>\n{"".join(parts)}</svg>\n'
+    )
+
+
 def main() -> None:
     """Migrate a temporary database and write the page from it."""
     with tempfile.TemporaryDirectory() as folder, EmbeddedServer(Path(folder) / "server") as server:
         apply_migrations(server.dsn)
         with psycopg.connect(server.dsn) as connection:
             PAGE.write_text(page(connection), encoding="utf-8")
+            DIAGRAM.write_text(diagram(connection), encoding="utf-8")
 
 
 def _rows(connection: psycopg.Connection, statement: str, *arguments: str) -> list[tuple]:

@@ -26,6 +26,7 @@ from urllib.parse import unquote, urlsplit
 import psycopg
 import typer.main
 from psycopg import sql
+from pydantic import BaseModel
 
 import chatdb
 from chatdb._core.query import data_folder, statement_files
@@ -47,7 +48,7 @@ HEAD = f"""{{% extends "base.html" %}}
 {{% block extrahead %}}<meta http-equiv="Content-Security-Policy" content="{POLICY}">{{% endblock %}}
 """
 STYLE = """\
-.md-typeset h3.doc-heading { display: none; }
+.md-typeset h4.doc-heading { display: none; }
 .md-typeset .doc-signature { margin-top: 0; }
 .md-typeset table:not([class]) { font-size: .7rem; }
 """
@@ -79,7 +80,9 @@ SETTINGS: dict[str, Any] = {
                         "paths": [str(ROOT)],
                         "options": {
                             "docstring_style": None,
-                            "heading_level": 3,
+                            "formatter": "ruff",
+                            "heading_level": 4,
+                            "line_length": 88,
                             "separate_signature": True,
                             "show_bases": False,
                             "show_root_full_path": False,
@@ -124,11 +127,11 @@ def build(folder: Path) -> Path:
     source = folder / "pages"
     for path in pages():
         text = path.read_text(encoding="utf-8")
+        if path.is_relative_to(ROOT / "docs" / "reference"):
+            text = with_docstrings(text)
         for generated, write in GENERATED.items():
             if (marker := f"<!-- generated: {generated} -->") in text:
                 text = text.replace(marker, write())
-        if path.is_relative_to(ROOT / "docs" / "reference"):
-            text = with_docstrings(text)
         _write(source / path.relative_to(ROOT), text)
         for target in filter(None, LINK.findall(text)):
             linked = (path.parent / unquote(target)).resolve()
@@ -163,12 +166,22 @@ def _write(path: Path, text: str) -> None:
 
 
 def with_docstrings(text: str) -> str:
-    """Add signature and docstring below each heading that is a public name."""
+    """Add signature, docstring and fields below each heading that is a public name."""
 
     def add(heading: re.Match[str]) -> str:
-        return f"{heading[0]}\n\n::: chatdb.{heading[1]}" if heading[1] in chatdb.__all__ else heading[0]
+        name = heading[1]
+        if name not in chatdb.__all__:
+            return heading[0]
+        found = getattr(chatdb, name)
+        rows = ""
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            rows = "\n\n| field | type | |\n|---|---|---|"
+            for field, described in found.model_fields.items():
+                kind = re.sub(r"^SkipValidation\[(.*)\]$", r"\1", str(found.__annotations__[field]))
+                rows += f"\n| `{field}` | `{_cell(kind)}` | {_cell(described.description or '')} |"
+        return f"{heading[0]}\n\n::: chatdb.{name}{rows}"
 
-    return re.sub(r"^## `?(\w+)`?$", add, text, flags=re.MULTILINE)
+    return re.sub(r"^## (\w+)$", add, text, flags=re.MULTILINE)
 
 
 def command_line() -> str:
