@@ -1,26 +1,31 @@
 """
 Run the code blocks of a page one after another, as a reader would.
 
-Python blocks share their variables and may await; SQL blocks run in the same database, shell blocks in one folder. A
-block of text after a Python block is what it prints. A Python block that begins with a comment that names a file is
-saved there. YAML, JSON, TOML, INI and Dockerfile blocks are parsed. A paragraph that says "The tests do not run" or
-"The tests only parse", and why, is about the next block.
+Python blocks share their variables and may await, as in `python -m asyncio`. A block of text after one is what it
+prints. One that begins with a comment that names a file is saved there. SQL blocks run in the same database, shell
+blocks in one folder, and `uvicorn` until the end of the page. YAML, JSON, TOML, INI and Dockerfile blocks are parsed. A
+paragraph that says "The tests do not run" or "The tests only parse", and why, is about the next block.
 """
 
 from __future__ import annotations
 
+import ast
+import asyncio
 import configparser
 import contextlib
+import inspect
 import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from textwrap import dedent, indent
+from textwrap import dedent
 from typing import Any, NamedTuple
 
 import psycopg
@@ -30,6 +35,8 @@ import chatdb
 from tests.support.paths import ROOT
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\S*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"# (add to )?([\w/]+\.py)\n")
+ADDRESS = "http://127.0.0.1:8000"
 EXCUSE = re.compile(r"\bThe\s+tests\s+(?:do\s+not\s+run|only\s+(?:parse|compile))\b")
 DOCKERFILE = re.compile(
     r"(FROM|RUN|COPY|ADD|ENV|ARG|WORKDIR|USER|EXPOSE|ENTRYPOINT|CMD|HEALTHCHECK|VOLUME|LABEL) \S[\s\S]*", re.MULTILINE
@@ -55,53 +62,85 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-async def run_page(page: Path, dsn: str, folder: Path) -> dict[str, Any]:
-    """Run the blocks of a page, and return the variables of its Python blocks."""
-    os.chdir(folder)
-    scope: dict[str, Any] = {"chatdb": chatdb, "__name__": "page"}
-    async with contextlib.AsyncExitStack() as stack:
-        scope["db"] = await stack.enter_async_context(chatdb.create_pool())
-        printed: str | None = None
-        for block in blocks(page):
-            named = re.match(r"# ([\w/]+\.py)\n", block.code)
-            if block.language == "text":
-                assert printed in {None, block.code}, (page.name, printed)
-                printed = None
-            elif block.language == "python" and not named:
-                compile(f"async def block():\n{indent(block.code, '    ')}", page.name, "exec")
-                printed = None if block.is_excused else await _run_python(block.code, scope)
-            else:
-                printed = None
-                if named:
+class Runner:
+    """Runs the blocks of pages in one folder and one database."""
+
+    def __init__(self, dsn: str, folder: Path) -> None:
+        self.dsn = dsn
+        self.folder = folder
+        self.scope: dict[str, Any] = {}
+        self.address = ADDRESS
+
+    async def run(self, page: Path) -> None:
+        """Run the blocks of a page, whose first has an open pool `db`."""
+        async with contextlib.AsyncExitStack() as stack:
+            pool = await stack.enter_async_context(chatdb.create_pool())
+            self.scope |= {"__name__": "page", "asyncio": asyncio, "chatdb": chatdb, "db": pool}
+            printed: str | None = None
+            for block in blocks(page):
+                if block.language == "text":
+                    assert printed in {None, block.code}, (page.name, printed)
+                elif file := FILE.match(block.code):
                     compile(block.code, page.name, "exec")
-                    (folder / named[1]).parent.mkdir(parents=True, exist_ok=True)
-                    (folder / named[1]).write_text(block.code, encoding="utf-8")
-                elif block.language == "sql" and not block.is_excused:
-                    with psycopg.connect(dsn, autocommit=True) as connection:
-                        for statement in filter(str.strip, block.code.split(";\n")):
-                            connection.execute(statement.encode())
-                elif block.language == "sh" and not block.is_excused:
-                    printed = _run_shell(block.code, dsn, folder)
-                elif block.language not in {"sql", "sh"}:
+                    with (self.folder / file[2]).open("a" if file[1] else "w", encoding="utf-8") as written:
+                        written.write(block.code)
+                elif block.code.startswith("uvicorn "):
+                    stack.enter_context(self.service(block.code))
+                elif block.language == "python":
+                    printed = await self.python(block, page.name)
+                elif block.language not in {"sh", "sql"}:
                     parse(block)
-    return scope
+                elif not block.is_excused:
+                    {"sh": self.shell, "sql": self.sql}[block.language](block.code)
 
+    async def python(self, block: Block, name: str) -> str | None:
+        """Run a block as `python -m asyncio` would, and return what it prints."""
+        text = block.code.replace(ADDRESS, self.address)
+        code = compile(text, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        if block.is_excused:
+            return None
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            result = eval(code, self.scope)
+            if inspect.iscoroutine(result):
+                await result
+        return output.getvalue()
 
-async def _run_python(code: str, scope: dict[str, Any]) -> str:
-    # a function whose variables become those of the scope, so that the next block has them
-    wrapped = f"async def block():\n    try:\n{indent(code, '        ')}\n    finally:\n        keep(locals())"
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        exec(wrapped, scope | {"keep": scope.update}, made := {})
-        await made["block"]()
-    return output.getvalue()
+    def sql(self, script: str) -> None:
+        """Run statements, each in a transaction of its own."""
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            for statement in filter(str.strip, script.split(";\n")):
+                connection.execute(statement.encode())
 
+    def shell(self, script: str) -> None:
+        """Run a script with the environment's programs on the path."""
+        command = ["bash", "-euc", script]
+        done = subprocess.run(command, cwd=self.folder, env=self.environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
-def _run_shell(code: str, dsn: str, folder: Path) -> str:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "DATABASE_URL": dsn, "CHATDB_HOME": str(folder / "home")}
-    done = subprocess.run(["bash", "-euc", code], cwd=folder, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    @contextlib.contextmanager
+    def service(self, command: str) -> Generator[None]:
+        """Run a service on a free port, and stop it at the end of the page."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        arguments = [*command.split(), "--port", str(port), "--log-level", "warning"]
+        process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=self.folder, env=self.environment())
+        try:
+            for _ in range(600):
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                assert process.poll() is None, "the service has ended"
+                time.sleep(0.05)
+            yield
+        finally:
+            process.terminate()
+            process.wait()
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables for programs."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return os.environ | {"PATH": path, "DATABASE_URL": self.dsn, "CHATDB_HOME": str(self.folder / "home")}
 
 
 def parse(block: Block) -> None:
@@ -133,7 +172,7 @@ def examples(page: Path) -> Iterator[tuple[str, list[Block]]]:
         yield heading, [Block(f["language"], f["code"], False) for f in FENCE.finditer(body)]
 
 
-def new_pages() -> list[Path]:
-    """Return the pages whose blocks this module runs."""
-    folders = ("tutorial", "howto", "reference", "explanation")
+def single_pages() -> list[Path]:
+    """Return the pages that run alone."""
+    folders = ("howto", "reference", "explanation")
     return sorted(path for folder in folders for path in (ROOT / "docs" / folder).glob("*.md"))

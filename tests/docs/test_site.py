@@ -14,17 +14,23 @@ from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.server_independent, pytest.mark.owner]
 
-PAGES = {str(path.relative_to(ROOT / "docs").with_suffix("")): path for path in runner.new_pages()}
 REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
+PAGES = {
+    "tutorial": sorted((ROOT / "docs" / "tutorial").glob("*.md")),
+    **{str(path.relative_to(ROOT / "docs").with_suffix("")): [path] for path in runner.single_pages()},
+}
+"""The pages that run in one folder and one database: those of the tutorial build on each other."""
 
 
-@pytest.mark.parametrize("page", PAGES)
-async def test_the_blocks_of_a_page_run(page: str, dsn: str, monkeypatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PAGES)
+async def test_the_blocks_of_a_page_run(name: str, dsn: str, monkeypatch, tmp_path: Path) -> None:
     """Each block runs and prints what the page shows, or is parsed, or the page says why not."""
     monkeypatch.setenv("DATABASE_URL", dsn)
     monkeypatch.chdir(tmp_path)
-    async with asyncio.timeout(60):
-        await runner.run_page(PAGES[page], dsn, tmp_path)
+    run = runner.Runner(dsn, tmp_path)
+    for page in PAGES[name]:
+        async with asyncio.timeout(60):
+            await run.run(page)
 
 
 def test_the_reference_is_complete() -> None:
