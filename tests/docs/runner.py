@@ -28,6 +28,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any, NamedTuple
 
+import httpx
 import psycopg
 import yaml
 
@@ -74,6 +75,7 @@ class Runner:
     async def run(self, page: Path) -> None:
         """Run the blocks of a page, whose first has an open pool `db`."""
         async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self.close_clients)
             pool = await stack.enter_async_context(chatdb.create_pool())
             self.scope |= {"__name__": "page", "asyncio": asyncio, "chatdb": chatdb, "db": pool}
             printed: str | None = None
@@ -88,10 +90,11 @@ class Runner:
                     stack.enter_context(self.service(block.code))
                 elif block.language == "python":
                     printed = await self.python(block, page.name)
-                elif block.language not in {"sh", "sql"}:
+                elif block.language in {"sh", "sql"}:
+                    if not block.is_excused:
+                        {"sh": self.shell, "sql": self.sql}[block.language](block.code)
+                elif block.language != "powershell" or not block.is_excused:
                     parse(block)
-                elif not block.is_excused:
-                    {"sh": self.shell, "sql": self.sql}[block.language](block.code)
 
     async def python(self, block: Block, name: str) -> str | None:
         """Run a block as `python -m asyncio` would, and return what it prints."""
@@ -104,6 +107,12 @@ class Runner:
             if inspect.iscoroutine(result):
                 await result
         return output.getvalue()
+
+    async def close_clients(self) -> None:
+        """Close what a reader's interpreter closes at its end."""
+        for value in self.scope.values():
+            if isinstance(value, httpx.AsyncClient):
+                await value.aclose()
 
     def sql(self, script: str) -> None:
         """Run statements, each in a transaction of its own."""
