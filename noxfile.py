@@ -159,6 +159,13 @@ def chaos(session: nox.Session) -> None:
 
 
 @nox.session
+def repack(session: nox.Session) -> None:
+    """Run chatdb repack on an installed PostgreSQL that has pg_repack. Without one, the tests are skipped."""
+    install(session, "test")
+    run_tests(session, "-m", "repack", "-rPs", "--server", "local", *(session.posargs or ["tests/admin"]))
+
+
+@nox.session
 def frameworks(session: nox.Session) -> None:
     """Run each agent framework on its adapter. `-- --newest` installs the newest releases, whatever the ranges say."""
     run_frameworks(session)

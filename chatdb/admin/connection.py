@@ -1,8 +1,8 @@
 """
 Connections for the operator commands.
 
-The commands that change tables hold a session-level advisory lock, so that one of them runs at a time; search-index has
-a lock of its own. A transaction pooler would lose it.
+The commands that change tables hold a session-level advisory lock, so that one of them runs at a time; search-index and
+repack have locks of their own. A transaction pooler would lose it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ APPLICATION = "chatdb operator"
 WAIT = 60.0
 """Maximum wait, in seconds, for another operator command and for table locks."""
 _LOCK = 0x636861746462  # "chatdb"
+SEARCH_LOCK = 0x736561726368  # "search"
+"""The lock of search-index, which may take hours, so that a deployment does not wait for it."""
+REPACK_LOCK = 0x72657061636B  # "repack"
+"""The lock of repack, which may take hours too. A deployment waits for it only if it has a migration to apply."""
 _NO_ROUTE = "set CHATDB_MIGRATE_URL to a direct connection (on Neon, the host without -pooler)"
 
 _CONNECT_SECONDS = 10
@@ -240,17 +244,36 @@ def advisory_lock(dsn: str, *, wait: float, key: int = _LOCK) -> Generator[psyco
                 f"the connection goes through a transaction pooler, which cannot keep a session's lock: {_NO_ROUTE}"
             )
         prepare_session(connection)
-        deadline = time.monotonic() + wait
-        while not fetch_value(connection, "select pg_catalog.pg_try_advisory_lock(%s)", key):
-            if time.monotonic() > deadline:
-                holder = _holder(connection, key)
-                raise UnavailableError(
-                    f"another operator command is still running on this database after {wait:g} s{holder}: wait until "
-                    "it ends, then run this again",
-                    sent=False,
-                )
-            time.sleep(random.uniform(0.05, 0.15))  # noqa: S311 - keeps many waiters from polling in step
+        wait_for_lock(connection, key, wait=wait)
         yield connection
+
+
+def wait_for_lock(connection: psycopg.Connection, key: int, *, wait: float) -> None:
+    """Take another of the operator commands' locks until the session ends. Raises as `advisory_lock` does."""
+    deadline = time.monotonic() + wait
+    while not fetch_value(connection, "select pg_catalog.pg_try_advisory_lock(%s)", key):
+        if time.monotonic() > deadline:
+            holder = _holder(connection, key)
+            raise UnavailableError(
+                f"another operator command is still running on this database after {wait:g} s{holder}: wait until "
+                "it ends, then run this again",
+                sent=False,
+            )
+        time.sleep(random.uniform(0.05, 0.15))  # noqa: S311 - keeps many waiters from polling in step
+
+
+def libpq_variables(dsn: str, connection: psycopg.Connection) -> dict[str, str]:
+    """
+    Return the environment variables with which another program connects to the same server and database.
+
+    A password in them is visible to the user who runs the program, and one in its arguments to everybody.
+    """
+    options = psycopg.pq.Conninfo.parse(libpq_dsn(dsn, scheme="postgresql").encode())
+    named = {
+        option.envvar.decode(): option.val.decode() for option in options if option.envvar and option.val is not None
+    }
+    there = {"PGHOST": connection.info.host, "PGPORT": str(connection.info.port), "PGDATABASE": connection.info.dbname}
+    return named | there | {"PGUSER": connection.info.user, "PGHOSTADDR": connection.info.hostaddr}
 
 
 def is_pooled(dsn: str, connection: psycopg.Connection) -> bool:

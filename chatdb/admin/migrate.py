@@ -22,6 +22,7 @@ from typing import Final, NamedTuple, cast
 from chatdb._core.query import data_folder
 from chatdb._core.validate import type_name
 from chatdb.admin.connection import (
+    REPACK_LOCK,
     WAIT,
     advisory_lock,
     connected,
@@ -30,6 +31,7 @@ from chatdb.admin.connection import (
     prepare_session,
     psycopg,
     retry_on_lock_timeout,
+    wait_for_lock,
 )
 from chatdb.admin.ownership import foreign_objects, may_create_schemas
 from chatdb.admin.yoyo import applied_by_yoyo, remove_first_release, remove_yoyo_record, yoyo_lock
@@ -122,6 +124,7 @@ def apply_migrations(
             if not missing:
                 return []
             raise ConfigurationError("the database role may not create a schema: run this as the database's owner")
+        _wait_for_repack(connection, deadline)
         with _worker(dsn, connection, missing, deadline) as worker:
             retry_on_lock_timeout(lambda: _prepare_bookkeeping(worker, files), deadline)
             for file in missing:
@@ -159,6 +162,7 @@ def rollback_migrations(
         if not last:
             return []
         _refuse_foreign_objects(connection)
+        _wait_for_repack(connection, deadline)
         with _worker(dsn, connection, last, deadline) as worker:
             for file in last:
                 _run(worker, file, file.rollback, _remove_record, deadline, report)
@@ -419,13 +423,21 @@ def _rebuild_indexes(connection: psycopg.Connection, deadline: float) -> None:
 
     def rebuild() -> None:
         connection.execute("set lock_timeout = '2s'")  # not local: CONCURRENTLY cannot run in a transaction
-        for name, identifier in connection.execute(_INVALID).fetchall():
+        invalid = connection.execute(_INVALID).fetchall()
+        if invalid:
+            _wait_for_repack(connection, deadline)
+        for name, identifier in invalid:
             leftover = re.search(r"_cc(new|old)\d*$", name)  # from REINDEX CONCURRENTLY; the original exists
             action = "drop index concurrently if exists" if leftover else "reindex index concurrently"
             connection.execute(f"{action} {identifier}".encode())
 
     retry_on_lock_timeout(rebuild, deadline)
     connection.execute("reset lock_timeout")
+
+
+def _wait_for_repack(connection: psycopg.Connection, deadline: float) -> None:
+    """Keep chatdb repack from working at the same time: pg_repack would cancel statements that alter the table."""
+    wait_for_lock(connection, REPACK_LOCK, wait=max(0.0, deadline - time.monotonic()))
 
 
 # skips indexes that are being built; during another role's build, which hides its index, it skips all of them. It also

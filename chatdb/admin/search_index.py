@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 from chatdb._core.query import data_folder
 from chatdb.admin.all_users import STANDBY
 from chatdb.admin.connection import (
+    SEARCH_LOCK,
     WAIT,
     advisory_lock,
     fetch_value,
@@ -32,7 +33,6 @@ SEARCH_INDEX_DEFINITION: Final = (
 )
 """The index as the server prints it, without quotes and storage parameters."""
 
-_LOCK: Final = 0x736561726368  # "search"
 _EXTENSION: Final = "btree_gin"
 _POLL: Final = 0.5
 """Seconds between two reads of the progress."""
@@ -181,7 +181,7 @@ def _locked(dsn: str, wait: float) -> Generator[psycopg.Connection]:
     it, and the later ones, for open transactions, have no limit: they hold up nobody but VACUUM.
     """
     deadline = time.monotonic() + wait
-    with advisory_lock(dsn, wait=wait, key=_LOCK) as connection:
+    with advisory_lock(dsn, wait=wait, key=SEARCH_LOCK) as connection:
         if fetch_value(connection, "select pg_catalog.pg_is_in_recovery()"):
             raise ConfigurationError(STANDBY)
         read_search_index(connection)

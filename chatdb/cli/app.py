@@ -38,9 +38,9 @@ app = typer.Typer(
     data in CHATDB_HOME or your data folder, and stops it at the end. Each
     command prints which database it uses.
 
-    migrate, rollback, check, adopt, link-users, protect, abort-streams, prune
-    and search-index prefer CHATDB_MIGRATE_URL to DATABASE_URL: set it to a
-    direct connection if DATABASE_URL leads to a transaction pooler. demo uses
+    migrate, rollback, check, adopt, link-users, protect, abort-streams, prune,
+    search-index and repack prefer CHATDB_MIGRATE_URL to DATABASE_URL: set it to
+    a direct connection if DATABASE_URL leads to a transaction pooler. demo uses
     the embedded server unless you pass --database.
 
     An empty setting is an error. So is PGHOST or a similar libpq variable
@@ -56,7 +56,7 @@ app = typer.Typer(
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(data.demo, data.import_, data.export, data.list_, data.show, data.delete_user),
     *(admin.migrate, admin.rollback, admin.check, admin.link_users, admin.adopt, admin.protect),
-    *(maintenance.abort_streams, maintenance.prune, maintenance.search_index),
+    *(maintenance.abort_streams, maintenance.prune, maintenance.search_index, maintenance.repack),
 )
 for _command in _COMMANDS:
     app.command(_command.__name__.rstrip("_").replace("_", "-"))(on_a_database(_command))

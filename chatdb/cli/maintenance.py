@@ -1,4 +1,4 @@
-"""Operator commands on the stored data: abort-streams, prune and search-index."""
+"""Operator commands on the stored data: abort-streams, prune, search-index and repack."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress
 
+    from chatdb.admin.locality import RepackPlan
     from chatdb.admin.search_index import Cost, SearchIndex, Step
 
 
@@ -277,3 +278,82 @@ def prune(
 
 def _streams(messages: int, users: int) -> str:
     return f"{messages:,} streaming messages of {users:,} users"
+
+
+def repack(
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    wait: Wait = 60,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Bring the messages of each conversation together on disk.
+
+    Messages are stored in the order in which all users write them. This command
+    rewrites the table in the order of conversations, while readers and writers
+    go on: with pg_repack if the database has that extension, and with REPACK
+    (CONCURRENTLY) on PostgreSQL 19, which is not tested yet. Without either it
+    changes nothing, prints the CLUSTER statement that locks the table, and
+    exits with status 1. Shows how much it would rewrite and asks for
+    confirmation. Run it as a superuser, or as the owner of chatdb's tables.
+    """
+    from chatdb.admin.locality import Method, plan_repack, repack_messages
+
+    with operators_database() as (dsn, database):
+        plan = plan_repack(dsn)
+        is_possible = plan.method is not Method.CLUSTER
+        if dry_run or not is_possible:
+            result = plan._asdict() | {"blocks": plan.scatter.per_history}
+            del result["scatter"]
+            said = {"would_repack" if dry_run else "repacked": is_possible}
+            print_result(said | result, _repack_text(plan), as_json=as_json)
+            if dry_run:
+                return
+            raise typer.Exit(1)
+        confirm(f"Rewrite chatdb.messages of {database}? {_repack_cost(plan)}.", yes=yes)
+        done = repack_messages(dsn, wait=wait, on_wait=_say_once())
+    text = (
+        f"rewrote chatdb.messages in {done.seconds:.1f} s, from {_bytes(done.size_before)} to {_bytes(done.size)}\n"
+        f"before: {done.scatter_before}\nnow: {done.scatter}"
+    )
+    numbers = {
+        "repacked": True,
+        "method": done.method,
+        "seconds": done.seconds,
+        "size_before": done.size_before,
+        "size": done.size,
+        "blocks_before": done.scatter_before.per_history,
+        "blocks": done.scatter.per_history,
+    }
+    print_result(numbers, text, as_json=as_json)
+
+
+def _repack_cost(plan: RepackPlan) -> str:
+    return (
+        f"{plan.method} rewrites about {plan.messages:,} messages, needs up to {_bytes(2 * plan.size)} of free disk "
+        f"space, and takes {_seconds(plan.seconds)} or so. Now {plan.scatter}"
+    )
+
+
+def _repack_text(plan: RepackPlan) -> str:
+    from chatdb.admin.locality import CLUSTER, Method
+
+    if plan.method is not Method.CLUSTER:
+        return f"would rewrite chatdb.messages: {_repack_cost(plan)}"
+    return (
+        f"nothing was changed: {plan.reason}\n"
+        "Or run this as the owner of the table while nobody uses the service. It locks chatdb.messages against readers "
+        f"and writers until it ends:\n\n{CLUSTER};\n\n{_repack_cost(plan)}"
+    )
+
+
+def _say_once() -> Callable[[int], None]:
+    """Return a function that names each transaction that is waited for once."""
+    seen: set[int] = set()
+
+    def say(pid: int) -> None:
+        if pid not in seen:
+            seen.add(pid)
+            err.print(f"waiting for the transaction of server process {pid} to end", style="yellow")
+
+    return say

@@ -49,6 +49,8 @@ COMMANDS = {
     "search-index create --dry-run": ["search-index", "create", "--dry-run"],
     "search-index drop": ["search-index", "drop", "--yes", "--wait", "5"],
     "search-index status": ["search-index", "status"],
+    "repack": ["repack", "--yes", "--wait", "5"],
+    "repack --dry-run": ["repack", "--dry-run"],
     "prune": ["prune", "--older-than", "1d", "--yes"],
     "prune --dry-run": ["prune", "--older-than", "1d", "--dry-run"],
 }

@@ -25,6 +25,7 @@ from chatdb._core.query import Query
 from chatdb.admin.adopt import adopt, runner
 from chatdb.admin.check.findings import DIFFERENT
 from chatdb.admin.check.inspection import inspect
+from chatdb.admin.locality import plan_repack
 from chatdb.admin.migrate import (
     apply_migrations,
     last_migrations,
@@ -334,6 +335,7 @@ def operators_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch) -> 
     assert search_index_status(dsn).is_current
     inspect(dsn)
     drop_search_index(dsn)
+    plan_repack(dsn)
 
 
 async def services_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch) -> None:

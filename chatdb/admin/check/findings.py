@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from chatdb._core.driver_errors import LINK
+from chatdb.admin.locality import CLEAN_UP, Leftovers, Scatter
 from chatdb.admin.search_index import SEARCH_INDEX, SearchIndex
 from chatdb.records import SchemaPart
 from chatdb.schema import EXPECTED_SCHEMA, Difference, differences, kind_of
@@ -83,6 +84,22 @@ def check_search_index(index: SearchIndex) -> Iterator[Finding]:
         if index.has_row_security:
             detail = "row-level security keeps PostgreSQL from using it: mode words reads all messages of the user"
             yield Finding("search", NOTE, detail)
+
+
+def check_locality(scatter: Scatter | None, leftovers: Leftovers) -> Iterator[Finding]:
+    """Yield the findings on how scattered messages are, unless unknown, and on what a killed pg_repack left."""
+    if leftovers.is_running:
+        yield Finding("repack", NOTE, "pg_repack is running")
+    elif leftovers.objects:
+        detail = f"a pg_repack that was killed left {', '.join(leftovers.objects)}, and every write pays for it"
+        yield Finding("repack", DIFFERENT, detail, f"as a superuser: {CLEAN_UP}")
+    if scatter is None or not scatter.conversations:
+        return
+    if scatter.is_scattered and scatter.exceeds_buffers:
+        detail = f"{scatter}: reads that are not cached take longer"
+        yield Finding("locality", NOTE, detail, "chatdb repack, while few users write")
+    else:
+        yield Finding("locality", OK, str(scatter))
 
 
 def _difference(difference: Difference, *, unapplied: bool) -> Finding:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from chatdb.admin.check.findings import (
@@ -17,11 +18,13 @@ from chatdb.admin.check.findings import (
     NOTE,
     OK,
     Finding,
+    check_locality,
     check_schema_objects,
     check_search_index,
 )
 from chatdb.admin.check.plans import check_plans, statements_by_index
 from chatdb.admin.connection import connected, errors, fetch_value, is_pooled, pinned_transaction, psycopg
+from chatdb.admin.locality import Leftovers, read_leftovers, read_scatter
 from chatdb.admin.migrate import applied_migrations, migration_files
 from chatdb.admin.ownership import foreign_objects, host_objects, may_create_schemas, public_is_writable
 from chatdb.admin.row_security import missing_function, missing_statements, read_protection
@@ -64,6 +67,7 @@ def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) ->
             findings += _row_security(connection, roles)
             findings += _owners(connection)
             findings += _clock(connection)
+            findings += _locality(connection)
             findings += _statements(connection, suffer=any(map(is_wrong, of_catalog)))
         else:
             findings.append(Finding("schema chatdb", MISSING, "the database has no chatdb tables", "chatdb migrate"))
@@ -175,6 +179,27 @@ def _clock(connection: psycopg.Connection) -> list[Finding]:
         "update chatdb.conversations set updated_at = pg_catalog.now() where updated_at > pg_catalog.now()"
     )
     return [Finding("clock", NOTE, detail, hint)]
+
+
+def _locality(connection: psycopg.Connection) -> list[Finding]:
+    """Return how scattered the messages are, except where this role cannot know, and what a killed pg_repack left."""
+    unknown = (
+        *(errors.QueryCanceled, errors.InsufficientPrivilege, errors.FeatureNotSupported),
+        *(errors.UndefinedTable, errors.UndefinedColumn),
+    )
+    leftovers, scatter = Leftovers((), is_running=False), None
+    with suppress(*unknown), connection.transaction():
+        connection.execute("set local statement_timeout = '5s'")
+        leftovers = read_leftovers(connection)
+        if not fetch_value(connection, _ROW_SECURITY):
+            scatter = read_scatter(connection)
+    return [*check_locality(scatter, leftovers)]
+
+
+_ROW_SECURITY = """
+    select pg_catalog.row_security_active('chatdb.conversations')
+        or pg_catalog.row_security_active('chatdb.messages')
+"""
 
 
 def _pooler(dsn: str, connection: psycopg.Connection) -> Finding:
