@@ -52,6 +52,14 @@ STYLE = """\
 .md-typeset .doc-signature { margin-top: 0; }
 .md-typeset table:not([class]) { font-size: .7rem; }
 """
+STOP_WORDS = (
+    "a an and are be can could did do does for how i if in is it its me my of on or our should that the there this to "
+    "we what when where which who why will with would you your"
+)
+SEPARATOR = r"""[\s\-_,:!=\[\]()\\"`/?]+|\.(?!\d)|\b(?:{})\b""".format(
+    "|".join(f"[{word[0].upper()}{word[0]}]{word[1:]}" for word in STOP_WORDS.split())
+)
+"""The search finds sections with all words, so words that only make a question are separators, like spaces."""
 SETTINGS: dict[str, Any] = {
     "site_name": "chatdb",
     "site_description": "Stores chatbot conversations and messages in PostgreSQL for asyncio services.",
@@ -72,7 +80,7 @@ SETTINGS: dict[str, Any] = {
         ],
     },
     "plugins": [
-        "search",
+        {"search": {"separator": SEPARATOR}},
         {
             "mkdocstrings": {
                 "handlers": {
