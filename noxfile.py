@@ -105,7 +105,7 @@ def uvloop(session: nox.Session) -> None:
 
 @nox.session
 def least_privilege(session: nox.Session) -> None:
-    """Run the suite as the application role of docs/security.md, which cannot alter tables."""
+    """Run the suite as the application role of docs/security.md, except for the tests that need the owner."""
     install(session, "test")
     run_tests(session, *PARALLEL, "--role", "app", *session.posargs)
 

@@ -66,7 +66,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("chatdb")
     group.addoption("--server", choices=SERVERS, default="auto", help="where the PostgreSQL for the tests comes from")
     group.addoption(
-        "--role", choices=("owner", "app"), default="owner", help="as which role of docs/security.md the tests connect"
+        "--role",
+        choices=("owner", "app"),
+        default="owner",
+        help="as which role of docs/security.md the tests connect, except for those that need the owner",
     )
     group.addoption("--pooler", choices=VERSIONS, help="run what connects by arguments_of, through this PgBouncer")
     group.addoption("--quick", action="store_true", help="of what -m chaos runs, a sample")
@@ -78,21 +81,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m deselects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """
-    Mark the tests that do not use the session's server as independent of it.
-
-    Deselect tests that would bypass the pooler, and with --role app those that only the owner can run.
-    """
+    """Mark the tests that do not use the session's server as independent of it, and deselect what bypasses a pooler."""
     for item in items:
         if "server" not in getattr(item, "fixturenames", ()):
             item.add_marker("server_independent")
-    needed = {"--pooler": "arguments_of", "--role": "app_of"}
-    fixtures = {needed[option] for option in needed if config.getoption(option) not in (None, "owner")}
-    chosen = {item for item in items if fixtures <= set(getattr(item, "fixturenames", ()))}
-    if "app_of" in fixtures:
-        chosen = {item for item in chosen if not item.get_closest_marker("owner")}
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = [item for item in items if item in chosen]
+    if config.getoption("--pooler"):
+        direct = {item for item in items if "arguments_of" not in getattr(item, "fixturenames", ())}
+        config.hook.pytest_deselected(items=[item for item in items if item in direct])
+        items[:] = [item for item in items if item not in direct]
 
 
 def pytest_collection_finish() -> None:
@@ -255,7 +251,7 @@ def app_of(request: pytest.FixtureRequest) -> AppOf:
     """Return a function that turns the server's DSN into the test's DSN."""
 
     def of(dsn: str, test: pytest.FixtureRequest) -> str:
-        if request.config.getoption("--role") == "owner":
+        if request.config.getoption("--role") == "owner" or test.node.get_closest_marker("owner"):
             return dsn
         roles: Roles = request.getfixturevalue("roles")
         execute(dsn, *roles.on_database(urlsplit(dsn).path[1:]))
@@ -265,15 +261,22 @@ def app_of(request: pytest.FixtureRequest) -> AppOf:
 
 
 @pytest.fixture(scope="session")
-def template(server: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    """Yield the name of a migrated database that tests clone."""
-    if request.config.getoption("--role") == "app":
-        yield request.getfixturevalue("roles").database
-        return
-    name = f"chatdb_test_{os.getpid()}"
+def owners_template(server: str) -> Iterator[str]:
+    """Yield the name of a database that the server's superuser has migrated."""
+    name = f"chatdb_test_{os.getpid()}_template"
     with new_database(server, name) as dsn:
         apply_migrations(dsn)
         yield name
+
+
+@pytest.fixture(scope="session")
+def template(request: pytest.FixtureRequest) -> str:
+    """Return the name of a migrated database that tests clone."""
+    if request.config.getoption("--role") == "app":
+        roles: Roles = request.getfixturevalue("roles")
+        return roles.database
+    name: str = request.getfixturevalue("owners_template")
+    return name
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +299,8 @@ def empty_dsn(server: str) -> Iterator[str]:
 @pytest.fixture
 def dsn(server: str, template: str, app_of: AppOf, request: pytest.FixtureRequest) -> Iterator[str]:
     """Yield the DSN of the test's own migrated database, whose commits no other test sees."""
+    if request.node.get_closest_marker("owner"):
+        template = request.getfixturevalue("owners_template")
     with new_database(server, f"chatdb_test_{os.getpid()}_{next(_serial)}", template) as made:
         yield app_of(made, request)
 

@@ -45,10 +45,10 @@ Stored = dict[int, tuple[object, ...]]
 
 
 @pytest.fixture(scope="module")
-def older_template(server: str, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def older_template(server: str, owners_template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Yield the name of a migrated database that also has the older system's tables."""
-    name = f"{template}_older"
-    with new_database(server, name, template) as dsn:
+    name = f"{owners_template}_older"
+    with new_database(server, name, owners_template) as dsn:
         older_system.migrate(dsn, tmp_path_factory.mktemp("alembic"))
         yield name
 
