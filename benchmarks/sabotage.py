@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,6 +77,9 @@ TIMED_HINTS = ("test_operations.py", "-k", "test_hints")
 
 TIMED = ("test_operations.py", "-k", "test_operation and asyncio and last_20")
 """The run that times one small read with chatdb, a bare connection and SQLModel."""
+
+TIMED_TELEMETRY = ("test_operations.py", "-k", "test_telemetry and asyncio")
+"""The run that times a history with spans and metrics and without."""
 
 TIMED_BRANCH = ("test_operations.py", "-k", "test_branch and asyncio")
 """The run that times get_branch beside get_history."""
@@ -211,6 +215,21 @@ ALL = {
         target="chatdb.create_pool",
         replacement=_notifies_in_appends,
         run=TIMED_HINTS,
+    ),
+    "nothing_told": Sabotage("changes nothing and times a history with spans and metrics", (), run=TIMED_TELEMETRY),
+    "slow_listener": Sabotage(
+        "waits a tenth of a millisecond in the listener of each call",
+        ("telemetry.to_without",),
+        target="chatdb.telemetry.instrument",
+        replacement=lambda pool, **options: pool.add_call_listener(lambda call: time.sleep(1e-4)),
+        run=TIMED_TELEMETRY,
+    ),
+    "slow_lookup": Sabotage(
+        "takes 3 µs to find the listeners of a pool",
+        ("telemetry.unused",),
+        target="benchmarks.test_operations.listeners_of",
+        replacement=lambda db: sum(range(300)),
+        run=TIMED_TELEMETRY,
     ),
     "nothing_branched": Sabotage("changes nothing and times get_branch", (), run=TIMED_BRANCH),
     "branch_planned": Sabotage(

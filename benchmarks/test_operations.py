@@ -7,14 +7,20 @@ import re
 import statistics
 import subprocess
 import time
+import timeit
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 import chatdb
+import chatdb.telemetry
 from benchmarks.contenders import HISTORY, Chatdb, Contender, Keyed, Original, Psycopg, RawAsyncpg
 from benchmarks.figures import JUDGED, Figures
 from benchmarks.gates import OPERATIONS
@@ -23,6 +29,7 @@ from benchmarks.proxy import far
 from benchmarks.rounds import interleave
 from benchmarks.server import BenchServer
 from benchmarks.workload import Size
+from chatdb._core.asyncpg_private import listeners_of
 from chatdb._core.dsn import connect_arguments
 from chatdb._core.hints import CHANNEL
 
@@ -114,6 +121,35 @@ def test_branch(benchmark: Any, copy: str, size: Size, loop: str, runner: asynci
     if loop == JUDGED:
         figures.worst("branch_100.to_history", statistics.median(times["chatdb"]) / statistics.median(times["history"]))
     runner.run(client.close())
+
+
+def test_telemetry(benchmark: Any, copy: str, size: Size, loop: str, runner: asyncio.Runner, figures: Figures) -> None:
+    """Time a history with spans and metrics beside one without, and what a pool without listeners asks for them."""
+    client, plain = Chatdb(copy), Chatdb(copy)
+    for each in (client, plain):
+        runner.run(each.open())
+    tracers, meters = TracerProvider(), MeterProvider([InMemoryMetricReader()])
+    tracers.add_span_processor(BatchSpanProcessor(_Nowhere()))
+    chatdb.telemetry.instrument(client.pool, tracer_provider=tracers, meter_provider=meters)
+    calls = {"chatdb": call_of("history_100", client, size), "without": call_of("history_100", plain, size)}
+    times = interleave(benchmark, runner, calls, rounds=200, each=20)
+    lookup = min(timeit.repeat(lambda: listeners_of(plain.pool), number=10_000, repeat=9)) / 10_000
+    if loop == JUDGED:
+        without = statistics.median(times["without"])
+        figures.worst("telemetry.to_without", statistics.median(times["chatdb"]) / without)
+        figures.worst("telemetry.unused", 100 * lookup / without)
+    for each in (client, plain):
+        runner.run(each.close())
+    tracers.shutdown()
+    meters.shutdown()
+
+
+class _Nowhere(SpanExporter):
+    """An exporter that drops the spans, because a real one works in another thread or process."""
+
+    def export(self, spans: object) -> SpanExportResult:
+        """Drop the spans."""
+        return SpanExportResult.SUCCESS
 
 
 @pytest.mark.parametrize("tasks", [16, 64])

@@ -58,12 +58,15 @@ class Pool(PoolBase):
 
     `retries` is the maximum number of times that a read or a keyed write is sent again after a lost connection. With
     `row_level_security`, each function of chatdb runs in a transaction that names its user. With `notify`, the pool
-    tells each `Watcher` that listens which conversations got messages.
+    tells each `Watcher` that listens which conversations got messages. `hosts` are the servers of the DSN, each with
+    its port, and `database` is the database.
     """
 
     retries: int
     row_level_security: bool
     hints: Hints | None
+    hosts: tuple[tuple[str, int], ...]
+    database: str
 
     def __init__(self, dsn: AnyDsn | ConnectionInfo, **given_options: Unpack[PoolOptions]) -> None:
         options = check_options({**_DEFAULTS, **given_options})
@@ -76,7 +79,9 @@ class Pool(PoolBase):
             "max_queries": 50_000,
             "record_class": asyncpg.Record,
         }
-        super().__init__(**(defaults | read_dsn(dsn, given).asyncpg() | options))
+        info = read_dsn(dsn, given)
+        self.hosts, self.database = tuple(zip(info.hosts, info.ports, strict=True)), info.database
+        super().__init__(**(defaults | info.asyncpg("chatdb") | options))
 
     @overload  # type: ignore[override] # see handles.pyi
     async def fetch(

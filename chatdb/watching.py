@@ -92,7 +92,7 @@ class Watcher:
         if not hasattr(pool, "acquire"):
             raise InvalidInputError("pool", "must be a pool: a connection serves one statement at a time")
         self._pool = pool
-        self._listen_to = None if listen_dsn is None else read_dsn(dsn_to_str(listen_dsn)).asyncpg()
+        self._listen_to = None if listen_dsn is None else read_dsn(dsn_to_str(listen_dsn)).asyncpg("chatdb watcher")
         self._poll = check_seconds("poll", poll, least=0.05, most=3600)
         self._watches: defaultdict[int, set[_Watch]] = defaultdict(set)
         self._poll_now = asyncio.Event()

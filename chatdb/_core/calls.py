@@ -52,7 +52,7 @@ class CallListeners:
 
     def __init__(self) -> None:
         self._listeners: tuple[CallListener, ...] = ()
-        self._logged: set[str] = set()
+        self._guard = Guard()
 
     def add(self, listener: CallListener) -> None:
         """Add a listener. Raises InvalidInputError if it is not a plain function."""
@@ -88,7 +88,7 @@ class CallListeners:
                 sqlstate=_sqlstate(error),
             )
             for listener in self._listeners:
-                self._call(listener, ended)
+                self._guard.call(listener, ended)
 
     async def measure_wait(self, acquiring: Awaitable[ResultT]) -> ResultT:
         """Wait for a connection, and add the time to the call that needs it."""
@@ -100,10 +100,18 @@ class CallListeners:
             if running is not None:
                 running.wait += perf_counter() - begin
 
-    def _call(self, listener: CallListener, call: Call) -> None:
+
+class Guard:
+    """Calls functions of listeners: what they raise is logged once per class and not passed on, slowness once."""
+
+    def __init__(self) -> None:
+        self._logged: set[str] = set()
+
+    def call(self, function: Callable[..., object], *args: object) -> None:
+        """Call a function."""
         begin = perf_counter()
         try:
-            listener(call)
+            function(*args)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - it must not reach the caller
             self._log_once(type(error).__name__, "a listener of calls raised %s", type(error).__name__)
         if (seconds := perf_counter() - begin) > SLOW:

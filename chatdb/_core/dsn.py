@@ -124,8 +124,13 @@ class ConnectionInfo:
     libpq_extras: Mapping[str, str] = field(repr=False)
     """Options for libpq only: TLS, service, timeout, and options that asyncpg does not have."""
 
-    def asyncpg(self) -> dict[str, Any]:
-        """Return the arguments for `asyncpg.connect`, so that it reads nothing from the environment."""
+    def asyncpg(self, application: str | None = None) -> dict[str, Any]:
+        """
+        Return the arguments for `asyncpg.connect`, so that it reads nothing from the environment.
+
+        `application` is the `application_name` of the session unless the DSN or the environment sets one.
+        """
+        name = {} if application is None else {"application_name": application}
         arguments = {
             "host": list(self.hosts),
             "port": self.ports[0] if len(set(self.ports)) == 1 else list(self.ports),
@@ -137,7 +142,7 @@ class ConnectionInfo:
             "target_session_attrs": self.target_session_attrs,
             "direct_tls": self.direct_tls,
             "ssl": self.tls,
-            "server_settings": dict(self.server_settings) or None,
+            "server_settings": name | dict(self.server_settings) or None,
             "krbsrvname": self.krbsrvname,
             "gsslib": self.gsslib,
         }

@@ -146,3 +146,32 @@ def test_the_statistics_name_the_function() -> None:
         [statement] = parse_sql(sql)
         text = sql[statement.stmt_location :]
         assert f"/* {name} */" in text[:60] if is_named else "chatdb.user_id" in text
+
+
+async def test_the_sessions_have_a_name(dsn: str) -> None:
+    """The sessions of a pool and of a watcher say so in pg_stat_activity, unless the DSN or an option names them."""
+    others = (
+        "select application_name from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+    )
+    async with chatdb.create_pool(dsn) as db, chatdb.Watcher(db, listen_dsn=dsn):
+        assert await db.fetchval("select current_setting('application_name')") == "chatdb"
+        assert "chatdb watcher" in [row[0] for row in await db.fetch(others)]
+    for named in (
+        chatdb.create_pool(f"{dsn}&application_name=support"),
+        chatdb.create_pool(dsn, server_settings={"application_name": "support"}),
+    ):
+        async with named as db:
+            await db.execute("set application_name = other")
+            assert await db.fetchval("select current_setting('application_name')") == "support"  # after a reset
+
+
+@pytest.mark.owner
+async def test_the_names_in_the_servers_statistics(dsn: str) -> None:
+    """pg_stat_activity shows the name of a statement that runs, at the beginning."""
+    async with chatdb.create_pool(dsn, max_size=1) as db:
+        await chatdb.list_conversations(db, user_id="alice")
+        async with chatdb.create_pool(dsn) as other:
+            [row] = await other.fetch(
+                "select query from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+            )
+    assert row["query"].startswith("--chatdb.list_conversations\n")
