@@ -54,7 +54,7 @@ app = typer.Typer(
 )
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    *(data.demo, data.import_, data.export, data.list_, data.show, data.delete_user),
+    *(data.demo, data.import_, data.formats, data.export, data.list_, data.show, data.delete_user),
     *(admin.migrate, admin.rollback, admin.check, admin.link_users, admin.adopt, admin.protect),
     *(maintenance.abort_streams, maintenance.prune, maintenance.search_index, maintenance.repack),
 )

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator
-from contextlib import aclosing, asynccontextmanager, closing, contextmanager, nullcontext
+from contextlib import ExitStack, aclosing, asynccontextmanager, closing, contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, Annotated, Final, TypeAlias
@@ -41,7 +41,8 @@ from chatdb.cli.database import Target, drop_libpq_variables, resolve_database, 
 from chatdb.cli.follow import JsonPrinter, Printer, TextPrinter, follow, message_title, print_title
 from chatdb.cli.signals import raise_interrupts, run
 from chatdb.errors import InvalidInputError
-from chatdb.formats.items import Item
+from chatdb.formats import exports
+from chatdb.formats.items import Item, Opened, Skipped
 from chatdb.pool import Pool, set_rls_user
 from chatdb.records import Conversation, Deleted, Message
 from chatdb.transfer import files, jsonlines, tables
@@ -67,8 +68,15 @@ class Format(StrEnum):
     """The format of a file, or the framework of a database's tables."""
 
     auto = "auto"
-    sharegpt = "sharegpt"
     chatgpt = "chatgpt"
+    claude = "claude"
+    messages = "messages"
+    open_webui = "open-webui"
+    librechat = "librechat"
+    gemini = "gemini"
+    grok = "grok"
+    deepseek = "deepseek"
+    sharegpt = "sharegpt"
     chatdb = "chatdb"
     openai_agents = "openai-agents"
     langchain = "langchain"
@@ -95,7 +103,7 @@ def demo(
 
     async def work() -> bool:
         async with _database(chosen) as pool:
-            return await run_demo(pool, file, import_file)
+            return await run_demo(pool, file, import_files)
 
     is_met = run(work())
     where = "--embedded" if chosen.dsn is None else "--database DSN"
@@ -105,19 +113,19 @@ def demo(
 
 
 def import_(
-    source: Annotated[
-        str,
+    sources: Annotated[
+        list[str],
         typer.Argument(
-            metavar="SOURCE",
-            help="File (JSON, JSON lines, or a ChatGPT export as .zip), - for standard input, or the DSN of a "
-            "database with the tables of openai-agents' SQLAlchemySession, langchain-postgres' "
-            "PostgresChatMessageHistory, google-adk's DatabaseSessionService or Chainlit's official data layer.",
+            metavar="SOURCE...",
+            help="Files, folders, .zip or .gz archives, - for standard input, or the DSN of a database with the tables "
+            "of openai-agents' SQLAlchemySession, langchain-postgres' PostgresChatMessageHistory, google-adk's "
+            "DatabaseSessionService or Chainlit's official data layer.",
         ),
     ],
     user: User,
     format: Annotated[  # noqa: A002 - the option's name
         Format,
-        typer.Option(help="Format of the source. auto detects it from a file's first object or a database's tables."),
+        typer.Option(help="Format of the source. auto detects it from each file's start or a database's tables."),
     ] = Format.auto,
     table: Annotated[
         str | None,
@@ -133,34 +141,64 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """
-    Import conversations from a file or from another framework's tables.
+    Import conversations from exports of chat products or from another framework's tables.
 
-    Reads ShareGPT JSON, ChatGPT exports, the output of chatdb export, and the
-    tables of openai-agents, langchain-postgres, google-adk and Chainlit. Stores
-    everything or nothing. Repeating an import adds only what is new. A ChatGPT
+    Reads the exports of ChatGPT, Claude, Gemini, Grok, DeepSeek, Open WebUI and
+    LibreChat, data sets, and the output of chatdb export (chatdb formats lists
+    them), and the tables of openai-agents, langchain-postgres, google-adk and
+    Chainlit. Stores everything or nothing; of several files, one that cannot be
+    read is skipped and named. Importing a later export adds what is new. A
     conversation has all its branches. The tables of google-adk and Chainlit name
     the user of each session; the others record no user: without --session,
     imports all their sessions for this user. Exits with status 1 if it skips
     every conversation.
     """
+    is_dsn = "://" in sources[0]
+    _check_sources(sources)
 
-    async def work(file: Path) -> ImportReport:
+    async def work(*paths: Path) -> ImportReport:
         async with _database() as pool:
-            if "://" in source:
-                items = tables.read(source, str(format), table=table, sessions=session or (), user=user)
+            if is_dsn:
+                items = tables.read(sources[0], str(format), table=table, sessions=session or (), user=user)
                 return await _import_tables(pool, user, items)
-            return await import_file(pool, user, file, str(format))
+            return await import_files(pool, user, *paths, format=str(format))
 
-    if "://" not in source:
+    if not is_dsn:
         for name, is_given in (("table", table), ("session", session), ("format", str(format) in tables.FORMATS)):
             if is_given:
                 raise InvalidInputError(name, "applies only to a database: pass a DSN (postgresql://...), not a file")
     start = time.monotonic()
-    with _saved_input() if source == "-" else nullcontext(Path(source)) as file:
-        report = run(work(file))
+    with _saved_input() if "-" in sources else nullcontext(Path("-")) as standard_input:
+        report = run(work(*(standard_input if source == "-" else Path(source) for source in sources)))
     print_result(report.as_dict(), report.described(time.monotonic() - start), as_json=as_json)
     if report.took_nothing:
         raise typer.Exit(1)
+
+
+def _check_sources(sources: list[str]) -> None:
+    """Raise InvalidInputError for a URL that is no DSN, and for a DSN beside other sources."""
+    for source in sources:
+        scheme = source.partition("://")[0].lower() if "://" in source else ""
+        if scheme == "file":
+            raise InvalidInputError("source", "is a URL: pass the file's path, without file://")
+        if scheme in {"http", "https", "ftp", "s3", "gs"}:
+            raise InvalidInputError("source", "is a URL: download the file, and pass its path")
+        if scheme and len(sources) > 1:
+            raise InvalidInputError("source", "can be several files, but only one DSN, alone")
+    if sources.count("-") > 1:
+        raise InvalidInputError("source", "can be standard input (-) only once")
+
+
+def formats(as_json: AsJson = False) -> None:
+    """List the formats that chatdb import reads, and how to get each export."""
+    known = {name: (each.product, each.how) for name, each in exports.FORMATS.items()}
+    known["chatdb"] = ("chatdb's own JSON lines", "chatdb export")
+    if as_json:
+        print_json([{"format": name, "product": product, "how": how} for name, (product, how) in known.items()])
+        return
+    for name, (product, how) in known.items():
+        out.print(f"{name}: {product}\n    {how}")
+    out.print(f"\nFrom the DSN of a database: {', '.join(tables.FORMATS)}")
 
 
 def export(
@@ -369,16 +407,40 @@ def _numbers(counts: Deleted) -> str:
     return f"{counts.conversations:,} conversations, {counts.messages:,} messages"
 
 
-async def import_file(pool: Pool, user: str, path: Path, format: str = "auto") -> ImportReport:  # noqa: A002
-    """Import a file, with a progress bar on a terminal."""
-    with progress("importing") as bar, files.opened(path) as parts:
+async def import_files(pool: Pool, user: str, *paths: Path, format: str = "auto") -> ImportReport:  # noqa: A002
+    """Import files, folders and archives, with a progress bar for each file on a terminal."""
+    with progress("importing") as bar, ExitStack() as stack:
+        parts: list[files.Part] = []
+        for path in paths:
+            found = stack.enter_context(files.opened(path))
+            is_named = len(found) == 1 and found[0].name == path.name
+            parts += (
+                found
+                if len(paths) == 1 or is_named
+                else [part._replace(name=f"{path.name}/{part.name}") for part in found]
+            )
+        return await import_conversations(pool, user_id=user, items=_items(bar, parts, format))
 
-        def items() -> Iterator[Item]:
-            for part in parts:
-                read = files.read(part.file, files.detect(part.file) if format == "auto" else format)
-                yield from _shown(bar, printable_line(part.name), read, part.size, part.file)
 
-        return await import_conversations(pool, user_id=user, items=items())
+def _items(bar: Progress, parts: list[files.Part], format: str) -> Iterator[Item]:  # noqa: A002
+    """Yield the items of all files. One of several that cannot be read is skipped, from the fault on."""
+    faults: list[InvalidInputError] = []
+    for part in parts:
+        name = printable_line(part.name)
+        try:
+            yield Opened(name, "")
+            with part.opened() as file:
+                found = files.detect(file) if format == "auto" else format
+                yield Opened(name, found)
+                yield from _shown(bar, name, files.read(file, found), part.size, file)
+        except InvalidInputError as error:
+            faults.append(error)
+            problem = str(error).removeprefix("file: ")
+            if len(parts) == 1:
+                raise
+            if len(faults) == len(parts):
+                raise InvalidInputError(name, problem) from error
+            yield Skipped(problem)
 
 
 async def _import_tables(pool: Pool, user: str, source: Generator[Item, None, None]) -> ImportReport:

@@ -25,7 +25,7 @@ CALLS = 1_000
 
 
 async def run_demo(
-    pool: Pool, file: Path | None, import_file: Callable[[Pool, str, Path], Awaitable[ImportReport]]
+    pool: Pool, file: Path | None, import_files: Callable[[Pool, str, Path], Awaitable[ImportReport]]
 ) -> bool:
     """Run the demo as the user `chatdb-demo` and return whether history reads met their target."""
     await chatdb.check_schema(pool)
@@ -36,7 +36,7 @@ async def run_demo(
     _head("Import real conversations")
     with _real_conversations(file) as path:
         start = time.perf_counter()
-        report = await import_file(pool, USER, path)
+        report = await import_files(pool, USER, path)
     out.print(report.described(time.perf_counter() - start))
 
     await _five_things(pool)

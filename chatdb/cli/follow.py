@@ -9,6 +9,7 @@ import chatdb
 from chatdb._core.driver_errors import mapped_driver_errors
 from chatdb.cli.console import out, printable
 from chatdb.errors import MessageNotFoundError
+from chatdb.formats.items import REASONING, TOOL_CALL, TOOL_RESULT
 from chatdb.pool import Pool
 from chatdb.records import Message
 from chatdb.transfer import jsonlines
@@ -120,6 +121,11 @@ def message_title(message: Message, previous: int | None, *, is_line: bool = Fal
     title = f"{message.created_at:%Y-%m-%d %H:%M:%S}"
     if message.state is not None:
         title += f" {message.state}"
+    about = message.metadata or {}
+    if about.get("type") in {REASONING, TOOL_CALL, TOOL_RESULT}:
+        title += f" {str(about['type']).replace('_', ' ')}" + (f": {about['name']}" if about.get("name") else "")
+    if about.get("hidden") is True:
+        title += " hidden"
     if not is_line and message.parent_seq not in {None, previous}:
         title += f" after #{message.parent_seq}" if message.parent_seq else " first message"
     return title

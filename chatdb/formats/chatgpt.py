@@ -2,257 +2,225 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import defaultdict
-from datetime import UTC, datetime
-from heapq import heappop, heappush
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterator
+from typing import Any, Final, TypeAlias
 
-from chatdb._core.validate import MAX_TITLE
-from chatdb.formats import items
+from chatdb.formats import items, trees
 
 _Object: TypeAlias = dict[str, Any]
 
+_CONTEXTS = {"user_editable_context", "model_editable_context"}
+_REASONING = {"thoughts", "reasoning_recap"}
+_RESULTS = {"execution_output", "tether_browsing_display", "tether_quote", "sonic_webpage", "system_error"}
 _TEXTS = ("text", "result", "content", "user_profile", "user_instructions", "model_set_context")
 """The fields that hold the text of a content without parts: code, output, web pages, reasoning, instructions."""
 
-_NEVER = datetime.min.replace(tzinfo=UTC)
+_MARK = re.compile("\ue200[^\ue200\ue201]*\ue201|\u3010\\d+(?::\\d+)?\u2020[^\u3011]*\u3011")
+"""A citation: ChatGPT's private characters around its ids, or the older brackets."""
+_STRAY = re.compile("[\ue200-\ue204]")
+_KEPT: Final = ("gizmo_id", "voice", "conversation_template_id", "conversation_origin", "workspace_id")
 
 
-class _Tree(NamedTuple):
-    """The nodes of a conversation."""
-
-    nodes: dict[str, _Object]
-    parents: dict[str, str | None]
-    """The parent of each node, or None for a root; parents come first."""
-    messages: dict[str, _Object]
-    """The messages of the nodes that have one, parents first."""
-    line: dict[str, None]
-    """The nodes with a message from a root to the head, oldest first. The last one is the head."""
-
-
-class _Turn(NamedTuple):
-    """A message that can be stored; its `seq` and `parent_seq` are not known yet."""
-
-    follows: str | None
-    """The node of the message that it follows."""
-    sent_at: datetime
-    """Its time for the order: never before that of a message above it."""
-    message: items.SourceMessage
-    text: str
-
-
-def conversation(source: _Object) -> list[items.Item]:
+def conversation(source: _Object) -> Iterator[items.Item]:
     """
     Return a conversation, the messages of all its branches, and what was changed or skipped.
 
-    Messages come in order of time, each after the one that it follows. So a later export of a conversation begins with
-    the messages of the earlier one. The head is the message that the user last saw. A message with more than text keeps
-    its original in `payload`. A message without a time gets the time of the message that it follows, or of the
-    conversation. A message on another branch than the head's that chatdb cannot store is skipped; those after it follow
-    the message before it.
+    A message that the user did not see is a hidden one of the system; reasoning and calls of tools say so in their
+    metadata. The payload is the message as it was exported.
 
-    Raises UnsupportedItemError if there are no messages, or if the line of the head has a message that chatdb cannot
-    store.
+    Raises UnsupportedItemError if there are no messages.
     """
     mapping = items.as_object(source.get("mapping"))
     if mapping is None:
         raise items.UnsupportedItemError("no message tree")
-    tree = _tree({name: node for name, value in mapping.items() if (node := items.as_object(value))}, source)
-    if not tree.line:
-        raise items.UnsupportedItemError("no messages")
-    turns, skipped = _turns(tree)
-    seqs = _seqs(tree, turns)
-
-    updated_at = _time(source.get("update_time"))
-    times = (_time(tree.messages[name].get("create_time")) for name in seqs)
-    created_at = _time(source.get("create_time")) or next((time for time in times if time), updated_at)
-    messages: list[items.SourceMessage] = []
-    keys: set[str | None] = set()
-    for name, seq in seqs.items():
-        follows, _, message, _ = turns[name]
-        parent_seq = 0 if follows is None else seqs[follows]
-        key = None if message.key in keys else message.key
-        keys.add(key)
-        messages.append(
-            message._replace(
-                seq=seq,
-                key=key,
-                created_at=message.created_at or created_at,
-                parent_seq=None if parent_seq == seq - 1 else parent_seq,
-            )
-        )
-
-    said = [(turns[name].message.role, turns[name].text) for name in tree.line]
-    name = items.name_of(source.get("conversation_id")) or items.name_of(source.get("id"))
-    key = f"chatgpt:{name}" if name else f"chatgpt::{items.fingerprint(said)}"
-    title, is_cut = _title(source.get("title"))
-    last_at = updated_at or messages[-1].created_at
-    head_seq = seqs[next(reversed(tree.line))]
-    stream: list[items.Item] = [
-        items.SourceConversation(
-            key,
-            title,
-            None,
-            len(messages),
-            created_at,
-            last_at,
-            *_archived_and_pinned(source, last_at),
-            None if head_seq == len(messages) else head_seq,
-        ),
-        *messages,
-    ]
-    if is_cut:
-        stream.append(items.Changed("title truncated to 1,000 characters", conversations=1))
-    replaced = sum(turn.message.content != turn.text for turn in turns.values())
-    if replaced:
-        stream.append(items.Changed(items.REPLACED, messages=replaced))
-    return [*stream, *skipped]
-
-
-def _tree(nodes: dict[str, _Object], source: _Object) -> _Tree:
-    """Return the tree; its head is at or above the current node or, if that is unknown, the newest leaf."""
-    current = source.get("current_node")
-    parents = _parents(nodes, current)
-    messages = {name: one for name in parents if (one := items.as_object(nodes[name].get("message"))) is not None}
-    nearest: dict[str | None, str | None] = {None: None}
-    for name, parent in parents.items():
-        nearest[name] = name if name in messages else nearest[parent]
-    head = nearest.get(current) if isinstance(current, str) else None
-    if head is None:
-        inner = {*parents.values()}
-        leaves = [name for name in nodes if name not in inner and nearest[name] is not None]
-        head = nearest[max(reversed(leaves), key=lambda name: _written(nodes[name]), default=None)]
-    line: list[str] = []
-    while head is not None:
-        line.append(head)
-        head = nearest[parents[head]]
-    return _Tree(nodes, parents, messages, dict.fromkeys(reversed(line)))
-
-
-def _parents(nodes: dict[str, _Object], current: object) -> dict[str, str | None]:
-    """Return the parent of each node, parents first. A cycle is cut where the walk up from the current node ends."""
-    parents: dict[str, str | None] = {}
-    for start in (current, *nodes):
-        path: dict[str, None] = {}
-        name: object = start
-        while isinstance(name, str) and name in nodes and name not in parents and name not in path:
-            path[name] = None
-            name = nodes[name].get("parent")
-        parent = name if isinstance(name, str) and name in parents else None
-        for child in reversed(path):
-            parents[child] = parent
-            parent = child
-    return parents
-
-
-def _turns(tree: _Tree) -> tuple[dict[str, _Turn], list[items.Skipped]]:
-    """Return the messages that can be stored, parents first, and those that were skipped."""
-    turns: dict[str, _Turn] = {}
+    nodes: dict[str, trees.Node] = {}
     skipped: list[items.Skipped] = []
-    times = _times(tree)
-    stored: dict[str | None, str | None] = {None: None}
-    """For each node, the node of the stored message at or above it."""
-    for name, parent in tree.parents.items():
-        stored[name] = follows = stored[parent]
-        message = tree.messages.get(name)
-        if message is None:
-            continue
-        before = None if follows is None else turns[follows]
+    for name, value in mapping.items():
+        node = items.as_object(value) or {}
+        message = node.get("message")
+        pieces: tuple[trees.Piece, ...] = ()
+        fields = items.as_object(message) or {}
         try:
-            turns[name] = _turn(message, times.get(name, _NEVER), follows, before)
+            pieces = () if message is None else (piece(message),)
         except items.UnsupportedItemError as error:
-            if name in tree.line:
-                raise
-            skipped.append(items.Skipped(str(error), messages=1))
-        else:
-            stored[name] = name
-    return turns, skipped
+            skipped.append(trees.skipped(error, name))
+        sent_at = items.time_of(fields.get("create_time"))
+        nodes[name] = trees.Node(node.get("parent"), sent_at, items.short(fields.get("id")), pieces)
+    pinned_at = items.time_of(source.get("pinned_time"))
+    kept = {name: source.get(name) for name in _KEPT}
+    return trees.stream(
+        trees.Conversation(
+            "chatgpt:",
+            items.name_of(source.get("conversation_id")) or items.name_of(source.get("id")),
+            nodes,
+            source.get("current_node"),
+            source.get("title"),
+            {"model": source.get("default_model_slug")} | kept,
+            items.time_of(source.get("create_time")),
+            items.time_of(source.get("update_time")),
+            source.get("is_archived") is True,
+            pinned_at or source.get("is_starred") is True,
+            tuple(skipped),
+        )
+    )
 
 
-def _times(tree: _Tree) -> dict[str, datetime]:
-    """
-    Return the time of each node: that of its message or, if it has none, the earliest time below it.
-
-    ChatGPT's hidden messages have no time. With that of a new answer below it, such a message comes after everything
-    that an earlier export had.
-    """
-    times: dict[str, datetime] = {}
-    for name, parent in reversed(tree.parents.items()):
-        time = _time(tree.messages.get(name, {}).get("create_time")) or times.get(name)
-        if time is not None:
-            times[name] = time
-            if parent is not None:
-                times[parent] = min(times.get(parent, time), time)
-    return times
-
-
-def _turn(message: _Object, sent_at: datetime, follows: str | None, before: _Turn | None) -> _Turn:
+def piece(value: object) -> trees.Piece:
+    """Return the message for one of the export, or raise UnsupportedItemError."""
+    message = items.as_object(value)
+    if message is None:
+        raise items.UnsupportedItemError("message is not an object")
     author = items.as_object(message.get("author")) or {}
     role = items.role(author.get("role"))
-    text, is_all = _text(items.as_object(message.get("content")) or {})
-    content, payload = items.body(text, None if is_all else message)
-    model = items.short((items.as_object(message.get("metadata")) or {}).get("model_slug"))
-    metadata = items.metadata_of(model=model, name=items.short(author.get("name")))
-    key = items.short(message.get("id"))
-    created_at = _time(message.get("create_time")) or (before and before.message.created_at)
-    stored = items.SourceMessage(0, role, content, payload, metadata, None, key, created_at)
-    return _Turn(follows, max(sent_at, before.sent_at) if before else sent_at, stored, text)
+    content = items.as_object(message.get("content")) or {}
+    about = items.as_object(message.get("metadata")) or {}
+    kind, recipient = content.get("content_type"), message.get("recipient")
+    text = _text(content, about)
+    named = items.short(author.get("name"))
+    label = None
+    if role == "assistant" and isinstance(recipient, str) and recipient not in {"all", ""}:
+        label, named, text = items.TOOL_CALL, items.short(recipient), _canvas(text)
+    elif kind in _REASONING:
+        label = items.REASONING
+    elif role == "tool" or kind in _RESULTS:
+        label = items.TOOL_RESULT
+    elif role == "assistant":
+        text = _cited(text, about)
+    is_hidden = (
+        about.get("is_visually_hidden_from_conversation") is True
+        or about.get("is_user_system_message") is True
+        or kind in _CONTEXTS
+        or (role == "system" and not text)
+    )
+    is_empty = role == "assistant" and not text.strip() and message.get("status") != "in_progress"
+    metadata = items.metadata_of(
+        model=items.short(about.get("model_slug")),
+        name=named,
+        type=label,
+        hidden=is_hidden or is_empty,
+    )
+    state = "aborted" if message.get("status") == "in_progress" else None
+    return trees.Piece("system" if is_hidden else role, text, metadata, message, label is None, state)
 
 
-def _seqs(tree: _Tree, turns: dict[str, _Turn]) -> dict[str, int]:
-    """Return the seq of each message, in order: by time, those of the same time in the order of the file."""
-    ordinality = {name: index for index, name in enumerate(tree.nodes)}
-    children: defaultdict[str | None, list[str]] = defaultdict(list)
-    for name, turn in turns.items():
-        children[turn.follows].append(name)
-    seqs: dict[str, int] = {}
-    queue: list[tuple[datetime, int, str]] = []
-    following = children[None]
-    while following or queue:
-        for name in following:
-            heappush(queue, (turns[name].sent_at, ordinality[name], name))
-        _, _, first = heappop(queue)
-        seqs[first] = len(seqs) + 1
-        following = children[first]
-    return seqs
-
-
-def _archived_and_pinned(source: _Object, last_at: datetime | None) -> tuple[datetime | None, datetime | None]:
-    """Return the times of archiving and pinning, or of the last change if the export has only a flag."""
-    flagged_at = last_at or items.UNKNOWN_TIME
-    archived_at = flagged_at if source.get("is_archived") is True else None
-    pinned_at = _time(source.get("pinned_time")) or (flagged_at if source.get("is_starred") is True else None)
-    return archived_at, pinned_at
-
-
-def _written(node: _Object) -> datetime:
-    return _time((items.as_object(node.get("message")) or {}).get("create_time")) or _NEVER
-
-
-def _time(seconds: object) -> datetime | None:
-    """Return the time for a Unix timestamp in seconds, or None if it is out of range."""
-    if not isinstance(seconds, int | float) or seconds <= 0:
-        return None
-    try:
-        return datetime.fromtimestamp(seconds, UTC)
-    except (ValueError, OverflowError, OSError):  # milliseconds, NaN or infinity
-        return None
-
-
-def _text(content: _Object) -> tuple[str, bool]:
-    """Return the readable text of a content, and whether the content has nothing else."""
+def _text(content: _Object, about: _Object) -> str:
+    """Return the readable text of a content, with a line for each attachment."""
+    attachments = [fields for one in items.as_list(about.get("attachments")) or () if (fields := items.as_object(one))]
     parts = items.as_list(content.get("parts"))
+    texts: list[str] = []
+    named: set[object] = set()
     if parts is not None:
-        texts = [part if isinstance(part, str) else (items.as_object(part) or {}).get("text") for part in parts]
-        is_all = content.get("content_type") == "text" and all(isinstance(part, str) for part in parts)
-        return "\n".join(text for text in texts if isinstance(text, str)), is_all
-    texts = [content.get(name) for name in _TEXTS]
-    thoughts = items.as_list(content.get("thoughts")) or ()
-    texts += [(items.as_object(thought) or {}).get("content") for thought in thoughts]
-    return "\n".join(text for text in texts if text and isinstance(text, str)), False
+        for part in parts:
+            fields = items.as_object(part)
+            texts.append(part if isinstance(part, str) else _part(fields, attachments, named) if fields else "")
+    else:
+        texts += [content[name] for name in ("name", "title", "url") if content.get("content_type") in _RESULTS
+                  and isinstance(content.get(name), str)]  # fmt: skip
+        texts += [text for name in _TEXTS if isinstance(text := content.get(name), str)]
+        texts += _thoughts(content)
+    texts += [
+        items.attached(one.get("name"), one.get("mime_type", one.get("mimeType")))
+        for one in attachments
+        if one.get("id") not in named
+    ]
+    if parts is not None and len(texts) == len(parts) and all(isinstance(part, str) for part in parts):
+        return "\n".join(texts)
+    return items.lines(*texts)
 
 
-def _title(value: object) -> tuple[str | None, bool]:
-    if not isinstance(value, str):
-        return None, False
-    return items.replace_unstorable(value[:MAX_TITLE]), len(value) > MAX_TITLE
+def _part(part: _Object, attachments: list[_Object], named: set[object]) -> str:
+    """Return the text of a part that is no string, and note the attachment that it names."""
+    kind, pointer = part.get("content_type", part.get("type")), part.get("asset_pointer")
+    if isinstance(pointer, str):
+        file_id = pointer.rpartition("/")[2]
+        name: object = file_id
+        for attachment in attachments:
+            if attachment.get("id") == file_id:
+                name = attachment.get("name") or file_id
+                named.add(file_id)
+        made = items.as_object((items.as_object(part.get("metadata")) or {}).get("dalle")) or {}
+        if name == file_id and isinstance(made.get("prompt"), str) and made["prompt"]:
+            name = made["prompt"]
+        return items.attached(name, "image" if kind == "image_asset_pointer" else kind)
+    if kind == "search_result_group":
+        entries = map(items.as_object, items.as_list(part.get("entries")) or ())
+        found = [(items.link(one.get("title"), one.get("url")), one.get("snippet")) for one in entries if one]
+        return items.lines(*(text for pair in found for text in pair if isinstance(text, str)))
+    if (audio := items.as_object(part.get("audio_asset_pointer"))) is not None:
+        return _part(audio, attachments, named)
+    text = part.get("text")
+    if isinstance(text, str) or not isinstance(kind, str):
+        return text if isinstance(text, str) else ""
+    return items.attached(None, kind)
+
+
+def _thoughts(content: _Object) -> list[str]:
+    thoughts = content.get("thoughts")
+    texts = [thoughts] if isinstance(thoughts, str) else []
+    for thought in items.as_list(thoughts) or ():
+        fields = items.as_object(thought) or {"content": thought}
+        texts += [text for name in ("summary", "content") if isinstance(text := fields.get(name), str)]
+    if not texts or content.get("content_type") != "thoughts":
+        texts += [text for text in [content.get("summary")] if isinstance(text, str)]
+    return texts
+
+
+def _canvas(text: str) -> str:
+    """Return the document of a call that creates one in the canvas, or the text of any other call."""
+    if not text.startswith("{"):
+        return text
+    try:
+        fields = items.as_object(json.loads(text)) or {}
+    except (ValueError, RecursionError):
+        return text
+    document = fields.get("content")
+    if not isinstance(document, str) or not isinstance(fields.get("name"), str):
+        return text
+    return f"{fields['name']}\n{document}"
+
+
+def _cited(text: str, about: _Object) -> str:
+    """Return the text with titles and links instead of the marks of citations."""
+    references: defaultdict[str, list[str]] = defaultdict(list)
+    for one in items.as_list(about.get("content_references")) or ():
+        reference = items.as_object(one) or {}
+        matched = reference.get("matched_text")
+        if isinstance(matched, str) and matched.strip():
+            references[matched].append(_reference(reference))
+    for one in items.as_list(about.get("citations")) or ():
+        reference = items.as_object(one) or {}
+        start, end = reference.get("start_ix"), reference.get("end_ix")
+        if type(start) is int and type(end) is int and 0 <= start < end <= len(text) and text[start] == "\u3010":
+            matched = text[start:end]
+            if not references[matched]:
+                references[matched].append(_reference(items.as_object(reference.get("metadata")) or {}))
+    for matched, found in references.items():
+        if matched not in text or (not any(found) and not _MARK.fullmatch(matched)):
+            continue
+        first, *others = text.split(matched)
+        texts = [first]
+        for place, other in enumerate(others):
+            texts += [found[min(place, len(found) - 1)], other]
+        text = "".join(texts)
+    if "\u3010" in text:
+        text = _MARK.sub(_bracketed, text)
+    return _STRAY.sub("", _MARK.sub("", text)) if _STRAY.search(text) else text
+
+
+def _bracketed(mark: re.Match[str]) -> str:
+    """Return the file's name of an old mark that no citation explains; the mark of a web page says only `source`."""
+    name = mark[0].rpartition("\u2020")[2][:-1]
+    return "" if mark[0][0] == "\ue200" or name in {"", "source"} else f"[{name}]"
+
+
+def _reference(reference: _Object) -> str:
+    alt = reference.get("alt")
+    if isinstance(alt, str) and alt.strip():
+        return alt
+    listed = [one for one in map(items.as_object, items.as_list(reference.get("items")) or ()) if one]
+    links = [items.link(one.get("title"), one.get("url")) for one in listed]
+    found = ", ".join(link for link in links if link)
+    return found or items.link(reference.get("title") or reference.get("name"), reference.get("url"))

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
-from chatdb._core.validate import MAX_CONTENT, MAX_NAME, check_content, check_metadata, check_payload, utf8_length
+from chatdb._core.validate import (
+    MAX_CONTENT,
+    MAX_DEPTH,
+    MAX_NAME,
+    MAX_PAYLOAD,
+    check_metadata,
+    check_payload,
+    utf8_length,
+)
 from chatdb.errors import InvalidInputError
 from chatdb.records import JsonText, Message, NewMessage
 
@@ -64,6 +73,8 @@ class Skipped(NamedTuple):
     messages: int = 0
     seq: int = 0
     """The `seq` of a skipped message, which stays unused in its conversation; 0 for anything else."""
+    place: str = ""
+    """Where it is: the conversation in the file, and the message in it."""
 
 
 class Changed(NamedTuple):
@@ -72,22 +83,42 @@ class Changed(NamedTuple):
     reason: str
     conversations: int = 0
     messages: int = 0
+    place: str = ""
+
+
+class Opened(NamedTuple):
+    """The start of a file, and its format, or '' if it is unknown yet. What follows comes from it."""
+
+    name: str
+    format: str
 
 
 ParsedMessage: TypeAlias = tuple[str, str, str | None, object]
 """Role, text, the framework's message type if it is more specific, and the author's name."""
 
-Item: TypeAlias = SourceConversation | SourceMessage | Skipped | Changed
+Item: TypeAlias = SourceConversation | SourceMessage | Skipped | Changed | Opened
 
 UNKNOWN_TIME: Final = datetime.max.replace(tzinfo=UTC)
 """Stands for a time that the source does not have; the import then uses its own time."""
 
 REPLACED = "NUL or lone surrogate replaced with U+FFFD, original kept in the payload"
 
+CUT = "text longer than 4 MiB: the rest is only in the payload"
+NOT_FINITE = "NaN or Infinity, which JSON does not have, replaced with null in the original"
+ORIGINAL_TOO_LARGE = "original larger than 16 MiB or nested deeper than 200 levels: only its text is stored"
+
+REASONING: Final = "reasoning"
+"""The `type` in the metadata of reasoning; the next two are those of a tool's call and its result."""
+
+TOOL_CALL: Final = "tool_call"
+TOOL_RESULT: Final = "tool_result"
+
+_ASSISTANTS = ("assistant", "gpt", "chatgpt", "gpt4", "gpt-4", "bing", "bard", "claude", "gemini", "model", "bot", "ai")
 ROLES = {
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "claude", "gemini", "model", "bot"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys((*_ASSISTANTS, "llama", "mistral", "copilot", "grok", "deepseek", "qwen"), "assistant"),
+    **dict.fromkeys(("thinking", REASONING, TOOL_CALL, "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response", TOOL_RESULT), "tool"),
     "system": "system",
     "developer": "developer",
 }
@@ -97,6 +128,12 @@ UNKNOWN_TYPE = "unknown type"
 
 _MAX_KEPT_ID: Final = 10_000
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ISO = re.compile(r"\d{4}-\d\d-\d\d")
+_IMAGE = re.compile(r"image|\.(?:png|jpe?g|gif|webp|heic|svg|bmp|tiff?)$")
+_MILLISECONDS: Final = 100_000_000_000
+"""Above this, a number is a time in milliseconds: as seconds it would be after the year 5000."""
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 class UnsupportedItemError(Exception):
@@ -105,9 +142,10 @@ class UnsupportedItemError(Exception):
 
 def role(word: object) -> str:
     """Return the role for a source's role name."""
-    known = ROLES.get(word.lower()) if isinstance(word, str) else None
+    known = ROLES.get(word.strip().lower()) if isinstance(word, str) else None
     if known is None:
-        raise UnsupportedItemError("unknown role")
+        named = json.dumps(word[:40]) if isinstance(word, str) else "none" if word is None else type(word).__name__
+        raise UnsupportedItemError(f"unknown role: {named}")
     return known
 
 
@@ -135,22 +173,73 @@ def short(value: object) -> str | None:
     return replace_unstorable(value) if isinstance(value, str) and 1 <= len(value) <= MAX_NAME else None
 
 
-def body(text: str, original: object = None) -> tuple[str, str | None]:
-    """Return the content for a text and, if that is not the whole message, the original as payload."""
-    content = replace_unstorable(text)
-    if original is None and content != text:
-        original = {"content": text}
+def original(value: object) -> tuple[str | None, str | None]:
+    """Return a foreign item as payload, and what was changed to make it one; no payload if it is too large."""
+    changed = None
     try:
-        return check_content("content", content), check_payload("payload", original)
-    except InvalidInputError as error:
-        parameter = error.parameter
-    if parameter == "content":
-        raise UnsupportedItemError("text longer than 4 MiB")
-    raise UnsupportedItemError("original message larger than 16 MiB or nested deeper than 200 levels")
+        try:
+            text = _encode(value)
+        except ValueError:
+            text, changed = _encode(_finite(value)), NOT_FINITE
+        if not text.isascii() and _SURROGATE.search(text):
+            text = json.dumps(json.loads(text))
+        if text.count("[") + text.count("{") > MAX_DEPTH or len(text) * 4 > MAX_PAYLOAD:
+            check_payload("payload", JsonText(text))
+    except (InvalidInputError, RecursionError):
+        return None, ORIGINAL_TOO_LARGE
+    return text, changed
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if (fields := as_object(value)) is not None:
+        return {name: _finite(each) for name, each in fields.items()}
+    return value if (listed := as_list(value)) is None else [_finite(each) for each in listed]
+
+
+def time_of(value: object) -> datetime | None:
+    """Return a time from Unix seconds or milliseconds, ISO 8601 (UTC unless it says otherwise) or MongoDB's `$date`."""
+    if isinstance(value, bool):
+        return None
+    try:
+        if isinstance(value, int | float):
+            seconds = value / 1000 if value > _MILLISECONDS else value
+            return datetime.fromtimestamp(seconds, UTC) if seconds > 0 else None
+        if isinstance(value, str) and _ISO.match(value):
+            time = datetime.fromisoformat(value)
+            return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC)
+        if (date := as_object(value)) is not None:
+            inner = date.get("$date", date.get("$numberLong"))
+            return time_of(int(inner) if isinstance(inner, str) and inner.isdecimal() else inner)
+    except (ValueError, OverflowError, OSError, RecursionError):
+        pass
+    return None
+
+
+def attached(name: object, kind: object = None) -> str:
+    """Return the line that names an attachment. `kind` is its media type or says `image` or `audio`."""
+    text = name if isinstance(name, str) and name else "unnamed"
+    lower = f"{kind} {text}".lower()
+    what = "image" if _IMAGE.search(lower) else "audio" if "audio" in lower else "file"
+    return f"[{what}: {text}]"
+
+
+def link(title: object, url: object) -> str:
+    """Return a link in Markdown, or the part of it that there is."""
+    named = " ".join(title.split()) if isinstance(title, str) else ""
+    if isinstance(url, str) and url:
+        return f"[{named or url}]({url})"
+    return f"[{named}]" if named else ""
+
+
+def lines(*texts: str) -> str:
+    """Return the texts that are not empty, one below the other."""
+    return "\n".join(text for text in texts if text)
 
 
 @lru_cache
-def metadata_of(**named: str | None) -> str | None:
+def metadata_of(**named: str | bool | None) -> str | None:
     """Return the non-empty arguments as metadata, or None if all are empty."""
     return check_metadata("metadata", {name: text for name, text in named.items() if text} or None)
 
@@ -203,8 +292,10 @@ def own_item(message: Message, framework: str) -> dict[str, Any] | None:
 
 
 def has_text(message: Message) -> bool:
-    """Tell whether a framework shows a message of others, as text: not a tool's, and not an empty one."""
-    return message.role != "tool" and message.content != ""
+    """Tell whether a framework shows a message of others as text: one that a person read, and not an empty one."""
+    about = message.metadata or {}
+    is_said = about.get("hidden") is not True and about.get("type") not in {REASONING, TOOL_CALL}
+    return message.role != "tool" and message.content != "" and is_said
 
 
 def fingerprint(messages: Iterable[tuple[str, str]]) -> str:

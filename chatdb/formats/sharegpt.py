@@ -2,44 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Final
 
 from chatdb._core.validate import check_metadata
-from chatdb.formats import items
+from chatdb.formats import items, messages, trees
 
 _USUAL = frozenset({"human", "gpt", "system"})
+_PLAIN: Final = {"from", "value"}
+_KINDS: Final = {
+    **dict.fromkeys(("function_call", items.TOOL_CALL), items.TOOL_CALL),
+    **dict.fromkeys(("observation", "tool_response", items.TOOL_RESULT), items.TOOL_RESULT),
+    **dict.fromkeys(("thinking", items.REASONING), items.REASONING),
+}
 
 
-def conversation(source: dict[str, Any]) -> list[items.Item]:
+def conversation(source: dict[str, Any]) -> Iterator[items.Item]:
     """
     Return a conversation and its messages; an unusual role name is kept in the metadata as `{"from": name}`.
 
     Different conversations can share an id, so the key also contains a hash of the roles and texts. A conversation gets
-    the same key in every import.
+    the same key in every import. A message with other fields is kept as payload.
 
-    Raises UnsupportedItemError if the conversation has no messages, or one that chatdb cannot store.
+    Raises UnsupportedItemError if the conversation has no messages.
     """
     listed = items.as_list(source["conversations"] if "conversations" in source else source.get("items"))
     if listed is None:
         raise items.UnsupportedItemError("no list of messages")
-    if not listed:
-        raise items.UnsupportedItemError("no messages")
     said: list[tuple[str, str]] = []
-    messages: list[items.Item] = []
-    replaced = 0
-    for seq, entry in enumerate(listed, 1):
+    found: list[tuple[trees.Piece, ...]] = []
+    times: list[Any] = []
+    skipped: list[items.Skipped] = []
+    if isinstance(system := source.get("system"), str) and system:
+        found.append((trees.Piece("system", system),))
+        said.append(("system", system))
+        times.append(None)
+    for place, entry in enumerate(listed, 1):
         fields = items.as_object(entry) or {}
-        word, text = fields.get("from", fields.get("role")), fields.get("value", fields.get("content"))
-        known = items.role(word)
-        if not isinstance(text, str):
-            raise items.UnsupportedItemError("message without text")
-        content, payload = items.body(text)
-        replaced += content != text
-        metadata = None if word in _USUAL else check_metadata("metadata", {"from": word})
-        messages.append(items.SourceMessage(seq, known, content, payload, metadata, None, None, None))
-        said.append((str(word), text))
-    key = f"sharegpt:{items.name_of(source.get('id'))}:{items.fingerprint(said)}"
-    messages.insert(0, items.SourceConversation(key, None, None, len(said), None, None))
-    if replaced:
-        messages.append(items.Changed(items.REPLACED, messages=replaced))
-    return messages
+        try:
+            if items.as_list(fields.get("tool_calls")):
+                pieces, word = messages.pieces_of(fields), str(fields.get("from"))
+            else:
+                piece, word = _piece(fields)
+                pieces = (piece,)
+        except items.UnsupportedItemError as error:
+            skipped.append(trees.skipped(error, place))
+            continue
+        found.append(pieces)
+        said += [(word, piece.text) for piece in pieces]
+        times.append(fields.get("timestamp"))
+    if not found and not skipped:
+        raise items.UnsupportedItemError("no messages")
+    kept = {"model": source.get("model"), "tools": source.get("tools")}
+    nodes = trees.chain(found, map(items.time_of, times))
+    return trees.stream(
+        trees.Conversation(
+            "sharegpt:",
+            f"{items.name_of(source.get('id'))}:{items.fingerprint(said)}",
+            nodes,
+            str(len(nodes)),
+            source.get("title"),
+            kept,
+            items.time_of(source.get("created_at")),
+            skipped=tuple(skipped),
+        )
+    )
+
+
+def _piece(fields: dict[str, Any]) -> tuple[trees.Piece, str]:
+    """Return the message for an entry, and its role in the file's words."""
+    word, text = fields.get("from", fields.get("role")), fields.get("value", fields.get("content"))
+    known = items.role(word)
+    if not isinstance(text, str):
+        raise items.UnsupportedItemError("message without text")
+    kind = _KINDS.get(str(word).strip().lower())
+    metadata: str | None = None
+    if word not in _USUAL:
+        metadata = check_metadata("metadata", {"from": word} | ({"type": kind} if kind else {}))
+    original = None if fields.keys() <= _PLAIN else fields
+    return trees.Piece(known, text, metadata, original, kind is None), str(word)

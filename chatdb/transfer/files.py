@@ -3,30 +3,35 @@ Read files of conversations as flat, lazy streams of items, in bounded memory an
 
     with opened(path) as parts:
         for part in parts:
-            for item in read(part.file, detect(part.file)): ...
+            with part.opened() as file:
+                for item in read(file, detect(file)): ...
 """
 
 from __future__ import annotations
 
+import gzip
+import json
+import os
 import re
 import struct
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from os import SEEK_END
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 from chatdb.errors import InvalidInputError
-from chatdb.formats import chatgpt, sharegpt
-from chatdb.formats.items import Item, Skipped, UnsupportedItemError
-from chatdb.transfer import jsonlines
-from chatdb.transfer.json_objects import objects
+from chatdb.formats import exports, gemini
+from chatdb.formats.items import Changed, Item, Skipped, UnsupportedItemError, as_list, as_object
+from chatdb.transfer import json_objects, jsonlines
 
-FORMATS: Final = ("sharegpt", "chatgpt", "chatdb")
+FORMATS: Final = (*exports.FORMATS, "chatdb")
 
-MAX_MEMBERS: Final = 1_000
+MAX_MEMBERS: Final = 10_000
 MAX_RATIO: Final = 100
 """Maximum expansion ratio. Conversations compress to a fifth or a tenth; a higher ratio means a zip bomb."""
 
@@ -35,84 +40,292 @@ MAX_EXPANDED: Final = 16 * 1024**3
 
 _RATIO_FROM: Final = 16 * 1024 * 1024
 
-_MEMBER = re.compile(r"(?:.*/)?conversations(-\d+)?\.json")
+_NUMBERED = re.compile(r"conversations[-_ ]?\d*\.jsonl?(?:\.gz)?", re.IGNORECASE)
+_READABLE = re.compile(r".*\.(?:json|jsonl|ndjson)(?:\.gz)?", re.IGNORECASE)
+_IN_FOLDERS = re.compile(r".*\.(?:(?:json|jsonl|ndjson)(?:\.gz)?|zip)", re.IGNORECASE)
+_GZIP: Final = b"\x1f\x8b"
+_LOOKS: Final = {
+    b"<": "a web page: import conversations.json of the same export",
+    b"%PDF": "a PDF",
+    b"SQLite format 3": "an SQLite database",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"PK": "a zip archive",
+    b"Rar!": "a RAR archive: unpack it first",
+    b"7z\xbc\xaf": "a 7-Zip archive: unpack it first",
+}
 
 
 class Part(NamedTuple):
-    """A file to read, and its size in bytes as `file.tell()` counts them."""
+    """A file to read, and its size in bytes as `file.tell()` counts them, or None if that is not known."""
 
     name: str
-    file: BinaryIO
-    size: int
+    size: int | None
+    open: Callable[[], BinaryIO]
+
+    @contextmanager
+    def opened(self) -> Generator[BinaryIO]:
+        """Open the file, and close it at the end."""
+        with _damage_named(), self.open() as file:
+            yield file
 
 
 def read(file: BinaryIO, format: str) -> Iterator[Item]:  # noqa: A002 - the option's name
     """
     Yield each conversation, its messages, and then what was changed or left out.
 
-    Skips a whole conversation if any of it, except other branches than the current one, cannot be imported. Yields
-    everything before a fault in the file, then raises; before an invalid byte, the items in the same megabyte are lost.
+    Skips what cannot be imported, and says where it is. Yields everything before a fault in the file, then raises;
+    before an invalid byte, the items in the same megabyte are lost.
 
     Raises InvalidInputError, with the position but no text, if the file does not have the format.
     """
     with _damage_named():
-        match format:
-            case "sharegpt":
-                yield from _converted(file, sharegpt.conversation)
-            case "chatgpt":
-                yield from _converted(file, chatgpt.conversation)
-            case "chatdb":
-                yield from jsonlines.read(file)
-            case _:
-                raise InvalidInputError("format", f"must be one of {', '.join(FORMATS)}")
+        if format == "chatdb":
+            yield from jsonlines.read(file)
+            return
+        if format not in exports.FORMATS:
+            raise InvalidInputError("format", f"must be one of {', '.join(FORMATS)}")
+        values = _conversations(file, format)
+        if format == "gemini":
+            yield from _activities(values)
+        else:
+            yield from _converted(values, exports.FORMATS[format].conversation)
 
 
 def detect(file: BinaryIO) -> str:
     """
-    Return the format of a seekable file from its first object, and restore the position.
+    Return the format of a seekable file from its first mebibyte, and restore the position.
 
-    Raises InvalidInputError if the format is unknown.
+    Raises InvalidInputError, which says what the file looks like, if the format is unknown.
     """
     start = file.tell()
     with _damage_named():
-        first = next(objects(file), None)
+        head = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
         file.seek(start)
-    if not isinstance(first, dict):
-        raise InvalidInputError("file", "has no complete conversation")
-    if first.get("type") == "chatdb":
+        for magic, looks in _LOOKS.items():
+            if head.startswith(magic):
+                raise InvalidInputError("file", f"is not JSON, it looks like {looks}")
+        if head[257:262] == b"ustar":
+            raise InvalidInputError("file", "is a tar archive: unpack it first")
+        shown = json_objects.sketch(file)
+        if shown is None:
+            try:
+                next(json_objects.objects(file), None)
+            finally:
+                file.seek(start)
+            raise InvalidInputError("file", "has no conversations")
+    fields = as_object(shown)
+    if fields is not None and fields.get("type") == "chatdb":
         return "chatdb"
-    if "mapping" in first:
-        return "chatgpt"
-    if "conversations" in first or "items" in first:
-        return "sharegpt"
-    raise InvalidInputError("file", "does not begin with a conversation in a known format: pass --format")
+    if shown in ([], {}):
+        raise InvalidInputError("file", "has no conversations")
+    name = _name_of(shown)
+    if name is None:
+        known = ", ".join(FORMATS)
+        raise InvalidInputError(
+            "file",
+            f"is no export that chatdb knows: it has {exports.described(shown)}. chatdb reads {known}; "
+            "`chatdb formats` explains them",
+        )
+    return name
+
+
+def _name_of(shown: object) -> str | None:
+    """Return the format's name for what a file begins with: a conversation, a list of them, or an object around one."""
+    if (name := exports.name_of(shown)) is not None:
+        return name
+    fields = as_object(shown)
+    if fields is None:
+        return next((name for one in (as_list(shown) or ())[:100] if (name := exports.name_of(one))), None)
+    if exports.is_message(fields):
+        return "messages"
+    return next((name for value in fields.values() if as_list(value) and (name := _name_of(value))), None)
+
+
+def _conversations(file: BinaryIO, format: str) -> Iterator[Any]:  # noqa: A002
+    """Yield the objects of a file's conversations, wherever they stand."""
+    shown = json_objects.sketch(file)
+    fields = as_object(shown)
+    if format == "messages" and fields is None and exports.name_of(shown) == format:
+        return ({"messages": value} if as_list(value) else value for value in json_objects.wholes(file))
+    if fields is None or exports.name_of(fields) is not None:
+        return json_objects.objects(file)
+    if format == "messages" and exports.is_message(fields):
+        return _lines_of_messages(file)
+    for name, value in fields.items():
+        if any(exports.name_of(one) == format for one in (as_list(value) or ())[:100]):
+            return json_objects.objects(file, name)
+    return json_objects.objects(file)
+
+
+def _lines_of_messages(file: BinaryIO) -> Iterator[Any]:
+    """Yield the only conversation of a file that has a message on each line."""
+    messages: list[Any] = []
+    for value in json_objects.objects(file):
+        if isinstance(value, Skipped):
+            yield value
+            break
+        if file.tell() > json_objects.MAX_OBJECT:
+            yield Skipped(f"conversation larger than {json_objects.MAX_OBJECT // 1024**2} MiB", conversations=1)
+            return
+        messages.append(value)
+    yield {"messages": messages}
+
+
+def _converted(values: Iterable[Any], convert: Callable[[dict[str, Any]], Iterable[Item]]) -> Iterator[Item]:
+    for number, value in enumerate(values, 1):
+        if isinstance(value, Skipped):
+            yield value._replace(place=_at(number, value.place) if value.conversations else "")
+            continue
+        fields = as_object(value)
+        try:
+            if fields is None:
+                fields = {"messages": value}
+            for item in convert(fields):
+                if isinstance(item, Skipped | Changed):
+                    title = json_objects.title_of(fields)
+                    yield item._replace(place=", ".join(filter(None, (_at(number, title), item.place))))
+                else:
+                    yield item
+        except UnsupportedItemError as error:
+            yield Skipped(str(error), 1, place=_at(number, json_objects.title_of(fields)))
+        del value, fields  # free the memory before reading the next
+
+
+def _at(number: int, title: str) -> str:
+    return f"conversation {number} {title}".rstrip()
+
+
+def _activities(values: Iterable[Any]) -> Iterator[Item]:
+    """
+    Put the conversations of an activity's entries together, which are listed newest first.
+
+    The entries wait in a temporary file, so that memory does not grow with them.
+    """
+    threads: defaultdict[str, list[tuple[str, int, int]]] = defaultdict(list)
+    titles: list[str] = []
+    with tempfile.TemporaryFile(prefix="chatdb-") as spool:
+        for number, value in enumerate(values, 1):
+            if isinstance(value, Skipped):
+                yield value._replace(place=_at(number, value.place))
+                continue
+            fields = as_object(value) or {}
+            if not exports.is_activity(fields):
+                yield from _converted([fields], exports.FORMATS["gemini"].conversation)
+                continue
+            try:
+                entry = gemini.entry(fields)
+            except UnsupportedItemError as error:
+                yield Skipped(str(error), messages=1, place=f"entry {number}")
+                continue
+            if entry.is_answered and len(titles) < 1_000:
+                titles.append(entry.title)
+            start = spool.tell()
+            spool.write(json.dumps(fields).encode())
+            threads[entry.thread or f" {number:09}"].append((entry.time, start, spool.tell()))
+        prefix = gemini.Prefix.of(titles)
+        for thread in sorted(threads.values(), key=min):
+            prompts: list[dict[str, Any]] = []
+            for _, start, end in sorted(thread):
+                spool.seek(start)
+                prompts.append(json.loads(spool.read(end - start)))
+            yield from gemini.conversation(prompts, prefix)
 
 
 @contextmanager
 def opened(path: Path) -> Generator[list[Part]]:
     """
-    Open a file, or the numbered conversation files in a zip archive such as a ChatGPT export.
+    Open a file, those in a zip archive such as a ChatGPT export, or those in a folder and the archives in it.
 
-    Raises InvalidInputError for a pipe, and for an archive that cannot be read or has no conversations.
+    Raises InvalidInputError for a pipe, and for an archive or a folder that cannot be read or has no conversations.
     """
     with ExitStack() as stack:
-        if path.exists() and not path.is_file():  # opening a named pipe would block
-            raise InvalidInputError(
-                "file", "must be a regular file, not a folder, pipe or device: save the data to a file"
-            )
-        file = stack.enter_context(path.open("rb"))
+        if not path.is_dir():
+            yield _parts(path, path.name, stack)
+            return
+        parts: list[Part] = []
+        for name in _selected([each.relative_to(path).as_posix() for each in _files_in(path)], _IN_FOLDERS):
+            found = _parts(path / name, name, stack)
+            is_archive = name.lower().endswith(".zip")
+            parts += [part._replace(name=f"{name}/{part.name}") for part in found] if is_archive else found
+        if not parts:
+            raise InvalidInputError("file", "is a folder without .json, .jsonl or .zip files")
+        yield parts
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            if (path := Path(parent, name)).is_file():
+                yield path
+
+
+def _parts(path: Path, name: str, stack: ExitStack) -> list[Part]:
+    if path.exists() and not path.is_file():  # opening a named pipe would block
+        raise InvalidInputError(
+            "file", "must be a regular file or a folder, not a pipe or device: save the data to a file"
+        )
+    with path.open("rb") as file:
         if not file.seekable():
             raise InvalidInputError("file", "must be a file, not a pipe: save the data to a file")
-        is_archive = file.peek(2).startswith(b"PK")
-        yield _members(file, stack) if is_archive else [Part(path.name, file, path.stat().st_size)]
+        start = file.peek(2)[:2]
+    if start == b"PK":
+        return _members(stack.enter_context(path.open("rb")), stack)
+    size = path.stat().st_size
+    if start == _GZIP:
+        return [Part(name, None, lambda: cast("BinaryIO", _Gunzip(path.open("rb"), size)))]
+    return [Part(name, size, lambda: path.open("rb"))]
+
+
+def _selected(names: Iterable[str], readable: re.Pattern[str]) -> list[str]:
+    """Return the names of the files to read: beside and below a conversations.json, only such files."""
+    listed = [each.split("/") for each in names]
+    listed = [each for each in listed if "__MACOSX" not in each and not any(one.startswith(".") for one in each)]
+    homes = {tuple(folders) for *folders, name in listed if _NUMBERED.fullmatch(name)}
+    found = [
+        "/".join((*folders, name))
+        for *folders, name in listed
+        if _NUMBERED.fullmatch(name)
+        or (readable.fullmatch(name) and not any(tuple(folders[:depth]) in homes for depth in range(len(folders) + 1)))
+    ]
+    return sorted(
+        found, key=lambda name: [(int(each) if each.isdigit() else 0, each) for each in re.split(r"(\d+)", name)]
+    )
+
+
+class _Gunzip(gzip.GzipFile):
+    """A compressed file that may not expand too far."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        super().__init__(fileobj=file)
+        self._most = max(_RATIO_FROM, MAX_RATIO * size)
+        self._source = file
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._checked(super().read(size))
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._checked(super().readline(-1 if size is None else size))
+
+    def close(self) -> None:
+        super().close()
+        self._source.close()
+
+    def _checked(self, data: bytes) -> bytes:
+        if self.tell() > self._most:
+            problem = f"expands to over {MAX_RATIO} times its size: if you trust it, unpack it and import the file"
+            raise InvalidInputError("file", problem)
+        return data
 
 
 def _members(file: BinaryIO, stack: ExitStack) -> list[Part]:
     with _damage_named():
         archive = stack.enter_context(_directory(file))
-        members = [member for member in archive.infolist() if _MEMBER.fullmatch(member.filename)]
+        by_name = {member.filename: member for member in archive.infolist() if not member.is_dir()}
+        members = [by_name[name] for name in _selected(by_name, _READABLE)]
         if not members:
-            is_nested = any(name.lower().endswith(".zip") for name in archive.namelist())
+            is_nested = any(name.lower().endswith(".zip") for name in by_name)
             problem = "; chatdb does not read archives inside it: unpack them first" if is_nested else ""
             raise InvalidInputError("file", f"is a zip archive without a conversations.json{problem}")
         if any(member.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED} for member in members):
@@ -133,15 +346,20 @@ def _members(file: BinaryIO, stack: ExitStack) -> list[Part]:
         if expanded > min(MAX_EXPANDED, max(_RATIO_FROM, MAX_RATIO * size)):
             problem = f"expands to {expanded:,} bytes of conversations, over {MAX_RATIO} times its size or 16 GiB"
             raise InvalidInputError("file", f"is a zip archive that {problem}: if you trust it, unpack it first")
-        members.sort(key=lambda member: (len(member.filename), member.filename))
-        parts: list[Part] = []
-        for member in members:
-            try:
-                opened_member = stack.enter_context(archive.open(member))
-            except (OSError, ValueError) as error:  # an offset before the archive, or a name that is not UTF-8
-                raise zipfile.BadZipFile from error
-            parts.append(Part(member.filename, cast("BinaryIO", opened_member), member.file_size))
-        return parts
+        return [_member(archive, member) for member in members]
+
+
+def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Part:
+    def open_member() -> BinaryIO:
+        try:
+            file = cast("BinaryIO", archive.open(member))
+        except (OSError, ValueError) as error:  # an offset before the archive, or a name that is not UTF-8
+            raise zipfile.BadZipFile from error
+        if not member.filename.lower().endswith(".gz"):
+            return file
+        return cast("BinaryIO", _Gunzip(file, member.file_size))
+
+    return Part(member.filename, None if member.filename.lower().endswith(".gz") else member.file_size, open_member)
 
 
 def _directory(file: BinaryIO) -> zipfile.ZipFile:
@@ -155,18 +373,5 @@ def _directory(file: BinaryIO) -> zipfile.ZipFile:
 def _damage_named() -> Generator[None]:
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise InvalidInputError("file", "is a damaged, truncated or unsupported zip archive") from error
-
-
-def _converted(file: BinaryIO, convert: Callable[[dict[str, Any]], list[Item]]) -> Iterator[Item]:
-    for value in objects(file):
-        if isinstance(value, Skipped):
-            yield value
-            return
-        try:
-            items = convert(value)
-        except UnsupportedItemError as error:
-            items = [Skipped(str(error), conversations=1)]
-        yield from items
-        del value, items  # free the memory before reading the next
+    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise InvalidInputError("file", "is a damaged, truncated or unsupported zip archive or .gz file") from error

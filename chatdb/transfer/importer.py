@@ -19,7 +19,7 @@ from chatdb._core.driver_errors import mapped_driver_errors
 from chatdb._core.query import Query
 from chatdb._core.validate import as_text_array, check_user_id
 from chatdb.errors import ConfigurationError, ConflictError
-from chatdb.formats.items import UNKNOWN_TIME, Changed, Item, Skipped, SourceConversation, SourceMessage
+from chatdb.formats.items import UNKNOWN_TIME, Changed, Item, Opened, Skipped, SourceConversation, SourceMessage
 from chatdb.pool import Pool, transaction
 from chatdb.records import ImportedConversation, ImportedMessages, ImportedParent, StoredConversation
 
@@ -40,6 +40,9 @@ CHANGED_SINCE = "the stored conversation differs from the start of the imported 
 _BATCH_MESSAGES = 5_000
 _BATCH_CONVERSATIONS = 1_000
 _BATCH_CHARACTERS = 8 * 1024 * 1024
+_MAX_REASONS = 100
+_MAX_PLACES = 100
+_SHOWN_PLACES = 5
 CLOCKS_DIFFER = timedelta(minutes=5)
 """How far ahead of the server's clock a time in the file may be."""
 
@@ -53,7 +56,8 @@ class ImportReport:
     Number of conversations and messages by outcome.
 
     `conversations` and `messages` are new, `extended_conversations` got new messages, `stored_...` existed before.
-    `skipped` and `changed` map each reason to its numbers of conversations and messages.
+    `skipped` and `changed` map each reason to its numbers of conversations and messages, and `places` to where the
+    first 100 of them are: file, conversation and message. `files` maps the name of each file to its format.
     """
 
     conversations: int = 0
@@ -63,14 +67,27 @@ class ImportReport:
     stored_messages: int = 0
     skipped: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     changed: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    places: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    files: dict[str, str] = field(default_factory=dict[str, str])
 
-    def skip(self, reason: str, *, conversations: int = 0, messages: int = 0) -> None:
+    def skip(self, reason: str, *, conversations: int = 0, messages: int = 0, place: str = "") -> None:
         """Count skipped items by reason."""
-        _count(self.skipped, reason, conversations, messages)
+        self._count(self.skipped, reason, conversations, messages, place)
 
-    def change(self, reason: str, *, conversations: int = 0, messages: int = 0) -> None:
+    def change(self, reason: str, *, conversations: int = 0, messages: int = 0, place: str = "") -> None:
         """Count changed items by reason."""
-        _count(self.changed, reason, conversations, messages)
+        self._count(self.changed, reason, conversations, messages, place)
+
+    def _count(
+        self, reasons: dict[str, tuple[int, int]], reason: str, conversations: int, messages: int, place: str
+    ) -> None:
+        if reason not in reasons and len(reasons) >= _MAX_REASONS:
+            place, reason = ", ".join(filter(None, (place, reason))), "other reasons"
+        before = reasons.get(reason, (0, 0))
+        reasons[reason] = (before[0] + conversations, before[1] + messages)
+        places = self.places.setdefault(reason, [])
+        if place and len(places) < _MAX_PLACES and place not in places[-1:]:
+            places.append(place)
 
     @property
     def took_nothing(self) -> bool:
@@ -80,13 +97,25 @@ class ImportReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers and reasons as a JSON object."""
-        return asdict(self) | {"skipped": _listed(self.skipped), "changed": _listed(self.changed)}
+        listed = {
+            name: self._listed(reasons) for name, reasons in (("skipped", self.skipped), ("changed", self.changed))
+        }
+        files = [{"name": name, "format": taken_for} for name, taken_for in self.files.items()]
+        fields = asdict(self) | listed | {"files": files}
+        del fields["places"]
+        return fields
+
+    def _listed(self, reasons: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
+        return [
+            {"reason": reason, "conversations": some, "messages": few, "places": self.places.get(reason, [])}
+            for reason, (some, few) in reasons.items()
+        ]
 
     def described(self, seconds: float) -> str:
         """Return the numbers and reasons as lines of text."""
-        lines = [f"imported {self.conversations:,} conversations, {self.messages:,} messages"]
+        lines = [*self._taken_for(), f"imported {self.conversations:,} conversations, {self.messages:,} messages"]
         if self.messages:
-            lines[0] += f" in {seconds:.1f} s ({self.messages / seconds:,.0f} messages/s)"
+            lines[-1] += f" in {seconds:.1f} s ({self.messages / seconds:,.0f} messages/s)"
         if self.extended_conversations:
             lines.append(f"extended {self.extended_conversations:,} conversations with new messages")
         if self.stored_conversations or self.stored_messages:
@@ -96,16 +125,21 @@ class ImportReport:
         for verb, reasons in (("skipped", self.skipped), ("changed", self.changed)):
             for reason, (conversations, messages) in reasons.items():
                 lines.append(f"{verb} {conversations:,} conversations, {messages:,} messages: {reason}")
+                places = self.places.get(reason, [])
+                lines += [f"  in {place}" for place in places[:_SHOWN_PLACES]]
+                if len(places) > _SHOWN_PLACES:
+                    lines.append("  and more: --json lists the first 100")
         return "\n".join(lines)
 
-
-def _count(reasons: dict[str, tuple[int, int]], reason: str, conversations: int, messages: int) -> None:
-    before = reasons.get(reason, (0, 0))
-    reasons[reason] = (before[0] + conversations, before[1] + messages)
-
-
-def _listed(reasons: dict[str, tuple[int, int]]) -> list[dict[str, str | int]]:
-    return [{"reason": reason, "conversations": some, "messages": few} for reason, (some, few) in reasons.items()]
+    def _taken_for(self) -> list[str]:
+        """Return what each format was read from."""
+        names: defaultdict[str, list[str]] = defaultdict(list)
+        for name, taken_for in self.files.items():
+            names[taken_for].append(name)
+        return [
+            f"read {found[0] if len(found) == 1 else f'{len(found):,} files'} as {taken_for}"
+            for taken_for, found in names.items()
+        ]
 
 
 @dataclass(slots=True)
@@ -190,6 +224,7 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
     size = characters = seq = 0
     keys: set[str] = set()
     occurrences: defaultdict[datetime | None, Iterator[int]] = defaultdict(count)
+    file = ""
     for item in items:
         match item:
             case SourceMessage():
@@ -214,10 +249,20 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
                     seq = item.seq
                 elif batch and seq < batch[-1][0].source.last_seq:
                     batch[-1][0].ends_at = seq
-                report.skip(item.reason, conversations=item.conversations, messages=item.messages)
+                place = _within(file, item.place)
+                report.skip(item.reason, conversations=item.conversations, messages=item.messages, place=place)
             case Changed():
-                report.change(item.reason, conversations=item.conversations, messages=item.messages)
+                place = _within(file, item.place)
+                report.change(item.reason, conversations=item.conversations, messages=item.messages, place=place)
+            case Opened():
+                file = item.name
+                if item.format:
+                    report.files[file] = item.format
     yield batch
+
+
+def _within(file: str, place: str) -> str:
+    return ", ".join(filter(None, (file, place)))
 
 
 def _drop_future_times(batch: _Batch, started_at: datetime, report: ImportReport) -> _Batch:

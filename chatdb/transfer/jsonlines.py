@@ -122,7 +122,7 @@ def read(file: BinaryIO) -> Iterator[Item]:
                 missing = (said["conversations"] - conversations, said["messages"] - messages)
                 if missing != (0, 0):
                     reason = "the counts in the file's end line do not match its contents"
-                    yield Skipped(reason, *(max(0, number) for number in missing))
+                    yield Skipped(reason, max(0, missing[0]), max(0, missing[1]))
                 return
             case _:
                 raise InvalidInputError(f"{line}, type", "must be conversation, message or end")
@@ -176,7 +176,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
         if len(line) > MAX_LINE:
             raise InvalidInputError(f"line {number}", f"must have at most {MAX_LINE:,} bytes")
         try:
-            fields = as_object(json.loads(line.decode()))
+            fields = as_object(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
         except (ValueError, RecursionError):
             fields = None
         if fields is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from tests.support.samples import SAMPLES
+
 SECRET = "s3cr3t-word"
 
 DSNS = (
@@ -62,6 +64,7 @@ FILES = (
     '{"type": "message", "seq": 2, "role": "user", "content": "y", "payload": null, "metadata": null, '
     '"token_count": null, "key": null, "created_at": "2026-01-01T00:00:00Z", "parent_seq": 0}\n'
     '{"type": "end", "conversations": 1, "messages": 2}\n',
+    *(json.dumps(value) for _, value in SAMPLES.values()),
 )
 WORDS = {
     "dsn": ("%zz", "%00", "%ff", "#", "@", "[", "]", ",", "port=", "sslmode=verify-full", "connect_timeout="),

@@ -451,7 +451,7 @@ def test_langchains_strange_messages(empty_dsn: str) -> None:
     assert items[0].last_seq == 9
     assert [(s.reason, s.seq) for s in items if isinstance(s, Skipped)] == [
         ("instruction to remove a message", 2),
-        ("unknown role", 3),
+        ('unknown role: "wizard"', 3),
         ("unknown type", 5),
         ("unknown type", 6),
         ("not a JSON object", 7),

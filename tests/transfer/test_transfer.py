@@ -624,12 +624,12 @@ def test_memory_does_not_grow_with_the_file(request: pytest.FixtureRequest, dsn:
         import asyncio, sys
         from pathlib import Path
         import chatdb
-        from chatdb.cli.data import import_file
+        from chatdb.cli.data import import_files
         from chatdb.transfer.exporter import export_conversations
 
         async def main():
             async with chatdb.create_pool(sys.argv[1]) as db:
-                report = await import_file(db, "alice", Path(sys.argv[2]))
+                report = await import_files(db, "alice", Path(sys.argv[2]))
                 count = 0
                 async for _ in export_conversations(db, user_id="alice"):
                     count += 1

@@ -1,0 +1,70 @@
+"""Reads conversations of Claude.ai's export, conversations.json, and of browser extensions that save one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+from chatdb.formats import blocks, items, trees
+
+_Object: TypeAlias = dict[str, Any]
+
+
+def conversation(source: _Object) -> Iterator[items.Item]:
+    """
+    Return a conversation, the messages of all its branches, and what was changed or skipped.
+
+    Reasoning, calls of tools and their results are messages of their own. Raises UnsupportedItemError if there are no
+    messages.
+    """
+    listed = items.as_list(source.get("chat_messages"))
+    if listed is None:
+        raise items.UnsupportedItemError("no list of messages")
+    nodes: dict[str, trees.Node] = {}
+    skipped: list[items.Skipped] = []
+    before: str | None = None
+    for place, value in enumerate(listed, 1):
+        message = items.as_object(value) or {}
+        key = items.short(message.get("uuid"))
+        name = key if key and key not in nodes else f"#{place}"
+        try:
+            pieces = _pieces(message)
+        except items.UnsupportedItemError as error:
+            skipped.append(trees.skipped(error, name))
+            pieces = ()
+        parent = message.get("parent_message_uuid", before)
+        nodes[name] = trees.Node(parent, items.time_of(message.get("created_at")), key, pieces)
+        before = name
+    is_tree = any("parent_message_uuid" in (items.as_object(message) or {}) for message in listed)
+    current = source.get("current_leaf_message_uuid")
+    project = items.as_object(source.get("project")) or {}
+    kept = {name: source.get(name) for name in ("model", "summary")} | {"project": project.get("name")}
+    return trees.stream(
+        trees.Conversation(
+            "claude:",
+            items.name_of(source.get("uuid")),
+            nodes,
+            current if current in nodes or is_tree else before,
+            source.get("name") or None,
+            kept,
+            items.time_of(source.get("created_at")),
+            items.time_of(source.get("updated_at")),
+            source.get("is_archived") is True,
+            source.get("is_starred") is True,
+            tuple(skipped),
+        )
+    )
+
+
+def _pieces(message: _Object) -> tuple[trees.Piece, ...]:
+    role = items.role(message.get("sender", message.get("role")))
+    found = list(blocks.parts(items.as_list(message.get("content")) or ()))
+    if not any(part.text for part, _ in found) and isinstance(text := message.get("text"), str):
+        found.append((blocks.Part(text), None))
+    named: dict[str, None] = {}
+    for field in ("attachments", "files", "files_v2"):
+        for one in items.as_list(message.get(field)) or ():
+            fields = items.as_object(one) or {}
+            name = fields.get("file_name") or ("pasted text" if fields.get("extracted_content") else None)
+            named[items.attached(name, fields.get("file_type", fields.get("file_kind")))] = None
+    return blocks.pieces(role, found, message, model=message.get("model"), attachments="\n".join(named))

@@ -1,0 +1,256 @@
+"""Turns the nodes of a foreign conversation, a tree or a list, into a flat list of messages in order of time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from heapq import heappop, heappush
+from typing import Any, Final, NamedTuple
+
+from chatdb._core.validate import MAX_TITLE, check_conversation_metadata
+from chatdb.formats import items
+
+_NEVER: Final = datetime.min.replace(tzinfo=UTC)
+
+
+class Piece(NamedTuple):
+    """A message to store. A foreign message with reasoning or tool calls has several."""
+
+    role: str
+    text: str
+    metadata: str | None = None
+    original: object = None
+    """The foreign item, which becomes the payload; None if role and text are all of it."""
+    is_answer: bool = True
+    """Whether it is what somebody said, not reasoning or a tool's. The first one has the key of the node."""
+    state: str | None = None
+
+
+class Node(NamedTuple):
+    """A foreign message: what it follows, its time, its id, and the messages to store for it."""
+
+    parent: object
+    """The name of the node that it follows; anything else begins a line."""
+    sent_at: datetime | None
+    key: str | None
+    pieces: tuple[Piece, ...]
+
+
+EMPTY: Final = Node(None, None, None, ())
+
+
+class Conversation(NamedTuple):
+    """A foreign conversation. Its nodes are in the order of the file, by name."""
+
+    key: str
+    """The prefix of its key, such as `chatgpt:`."""
+    name: str
+    """Its id for the key, or '' to identify it by its messages."""
+    nodes: Mapping[str, Node]
+    current: object = None
+    """The name of the node that the user last saw; None to take the newest."""
+    title: object = None
+    metadata: Mapping[str, object] = {}
+    """What the metadata keeps of it; anything but short strings and booleans is left out."""
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+    archived: datetime | bool = False
+    """The time if it is known, or whether."""
+    pinned: datetime | bool = False
+    skipped: tuple[items.Skipped, ...] = ()
+
+
+def chain(pieces: Iterable[tuple[Piece, ...]], sent_at: Iterable[datetime | None] = ()) -> dict[str, Node]:
+    """Return the nodes of a list of messages without ids, each with its pieces."""
+    times = iter(sent_at)
+    return {str(place): Node(str(place - 1), next(times, None), None, each) for place, each in enumerate(pieces, 1)}
+
+
+def skipped(error: items.UnsupportedItemError, message: object) -> items.Skipped:
+    """Return the report of a message that cannot be stored; `message` is its id or its place in the conversation."""
+    return items.Skipped(str(error), messages=1, place=f"message {str(message)[:80]}")
+
+
+def stream(source: Conversation) -> Iterator[items.Item]:
+    """
+    Return the conversation, its messages of all branches, and what was changed or skipped.
+
+    Messages come in order of time, each after the one that it follows. So a later export of a conversation begins with
+    the messages of the earlier one. The head is the message that the user last saw: the nearest at or above the current
+    node or, if that is unknown, the newest leaf. A message without a time gets that of the message that it follows, or
+    of the conversation.
+
+    Raises UnsupportedItemError if there are no messages.
+    """
+    nodes = source.nodes
+    parents = _parents(nodes, source.current)
+    line = _line(nodes, parents, source.current)
+    if not line:
+        if not source.skipped:
+            raise items.UnsupportedItemError("no messages")
+        return iter([*source.skipped, items.Skipped("no messages that can be stored", conversations=1)])
+    return _stream(source, _in_order(nodes, parents), line)
+
+
+def _stream(source: Conversation, order: dict[str, str | None], line: list[str]) -> Iterator[items.Item]:
+    nodes = source.nodes
+    times = [time for name in order if (time := nodes[name].sent_at)]
+    created_at = source.created_at or (times[0] if times else source.updated_at)
+    last: dict[str | None, int] = {None: 0}
+    """The seq of each node's last message."""
+    sent: dict[str | None, datetime | None] = {None: created_at}
+    seq = 0
+    for name, follows in order.items():
+        seq += len(nodes[name].pieces)
+        last[name] = seq
+        sent[name] = nodes[name].sent_at or sent[follows]
+    updated_at = source.updated_at or sent[next(reversed(order))]
+    if source.name:
+        key = source.key + source.name
+    else:
+        key = f"{source.key}:{items.fingerprint((p.role, p.text) for name in line for p in nodes[name].pieces)}"
+    title = items.replace_unstorable(source.title[:MAX_TITLE]) if isinstance(source.title, str) else None
+    yield items.SourceConversation(
+        key,
+        title,
+        _metadata(source.metadata, title),
+        seq,
+        created_at,
+        updated_at,
+        _flagged_at(source.archived, updated_at),
+        _flagged_at(source.pinned, updated_at),
+        None if last[line[-1]] == seq else last[line[-1]],
+    )
+    changes: defaultdict[str, int] = defaultdict(int)
+    keys: set[str] = set()
+    seq = 0
+    for name, follows in order.items():
+        node = nodes[name]
+        main = next((place for place, piece in enumerate(node.pieces) if piece.is_answer), 0)
+        parent_seq = last[follows]
+        for place, piece in enumerate(node.pieces):
+            seq += 1
+            own = node.key and (node.key if place == main else items.short(f"{node.key}#{place}"))
+            if own in keys:
+                own = None
+            elif own:
+                keys.add(own)
+            text = items.replace_unstorable(piece.text)
+            content = items.cut(text)
+            item = piece.original if piece.original is not None or content is piece.text else {"content": piece.text}
+            payload, problem = (None, None) if item is None else items.original(item)
+            for reason, is_so in (
+                (items.REPLACED, text != piece.text),
+                (items.CUT, len(content) != len(text)),
+                (problem or "", problem is not None),
+            ):
+                if is_so:
+                    changes[reason] += 1
+            follows_previous = parent_seq == seq - 1
+            yield items.SourceMessage(
+                seq, piece.role, content, payload, piece.metadata, None, own, sent[name],
+                None if follows_previous else parent_seq, piece.state,
+            )  # fmt: skip
+            parent_seq = seq
+    if isinstance(source.title, str) and len(source.title) > MAX_TITLE:
+        yield items.Changed("title truncated to 1,000 characters", conversations=1)
+    for reason, count in changes.items():
+        yield items.Changed(reason, messages=count)
+    yield from source.skipped
+
+
+def _metadata(kept: Mapping[str, object], title: str | None) -> str | None:
+    """Return a conversation's metadata; with the imported title, a later import sees whether it was changed here."""
+    metadata: dict[str, Any] = {
+        name: value if isinstance(value, bool) else items.short(value)
+        for name, value in kept.items()
+        if value is True or items.short(value)
+    }
+    if title:
+        metadata["imported_title"] = title
+    return check_conversation_metadata("metadata", metadata or None)
+
+
+def _flagged_at(flag: datetime | bool, last_at: datetime | None) -> datetime | None:
+    if isinstance(flag, datetime):
+        return flag
+    return (last_at or items.UNKNOWN_TIME) if flag else None
+
+
+def _parents(nodes: Mapping[str, Node], current: object) -> dict[str, str | None]:
+    """Return the parent of each node, parents first. A cycle is cut where the walk up from the current node ends."""
+    parents: dict[str, str | None] = {}
+    for start in (current, *nodes):
+        path: dict[str, None] = {}
+        name: object = start
+        while isinstance(name, str) and name in nodes and name not in parents and name not in path:
+            path[name] = None
+            name = nodes[name].parent
+        parent = name if isinstance(name, str) and name in parents else None
+        for child in reversed(path):
+            parents[child] = parent
+            parent = child
+    return parents
+
+
+def _line(nodes: Mapping[str, Node], parents: dict[str, str | None], current: object) -> list[str]:
+    """Return the nodes with messages from a root to the head, oldest first."""
+    nearest: dict[str | None, str | None] = {None: None}
+    for name, parent in parents.items():
+        nearest[name] = name if nodes[name].pieces else nearest[parent]
+    head = nearest.get(current) if isinstance(current, str) else None
+    if head is None:
+        inner = {*parents.values()}
+        leaves = [name for name in nodes if name not in inner and nearest[name] is not None]
+        head = nearest[max(reversed(leaves), key=lambda name: nodes[name].sent_at or _NEVER, default=None)]
+    line: list[str] = []
+    while head is not None:
+        line.append(head)
+        head = nearest[parents[head]]
+    return line[::-1]
+
+
+def _in_order(nodes: Mapping[str, Node], parents: dict[str, str | None]) -> dict[str, str | None]:
+    """Return the nodes with messages in order of time, and which of them each follows."""
+    times = _times(nodes, parents)
+    follows: dict[str, str | None] = {}
+    stored: dict[str | None, str | None] = {None: None}
+    sent: dict[str | None, datetime] = {None: _NEVER}
+    children: defaultdict[str | None, list[str]] = defaultdict(list)
+    for name, parent in parents.items():
+        before = stored[parent]
+        if not nodes[name].pieces:
+            stored[name] = before
+            continue
+        stored[name], follows[name] = name, before
+        sent[name] = max(times.get(name, _NEVER), sent[before])
+        children[before].append(name)
+    ordinality = {name: index for index, name in enumerate(nodes)}
+    order: dict[str, str | None] = {}
+    queue: list[tuple[datetime, int, str]] = []
+    following = children[None]
+    while following or queue:
+        for name in following:
+            heappush(queue, (sent[name], ordinality[name], name))
+        _, _, first = heappop(queue)
+        order[first] = follows[first]
+        following = children[first]
+    return order
+
+
+def _times(nodes: Mapping[str, Node], parents: dict[str, str | None]) -> dict[str, datetime]:
+    """
+    Return the time of each node: its own or, if it has none, the earliest time below it.
+
+    ChatGPT's hidden messages have no time. With that of a new answer below it, such a message comes after everything
+    that an earlier export had.
+    """
+    times: dict[str, datetime] = {}
+    for name, parent in reversed(parents.items()):
+        time = nodes[name].sent_at or times.get(name)
+        if time is not None:
+            times[name] = time
+            if parent is not None:
+                times[parent] = min(times.get(parent, time), time)
+    return times

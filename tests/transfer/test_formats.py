@@ -1,0 +1,365 @@
+"""The exports of each product: told apart, and shown as their user saw them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatdb.errors import InvalidInputError
+from chatdb.formats import exports, gemini, html, items
+from chatdb.formats.items import Changed, Skipped, SourceConversation, SourceMessage
+from chatdb.transfer import files
+from tests.support.samples import (
+    AI_STUDIO,
+    CHATGPT,
+    CLAUDE,
+    DEEPSEEK,
+    GEMINI,
+    GROK,
+    LIBRECHAT,
+    MESSAGES,
+    OPEN_WEBUI,
+    SAMPLES,
+    UI_MESSAGES,
+)
+
+pytestmark = pytest.mark.server_independent
+
+
+def read(value: Any, name: str | None = None) -> list[Any]:
+    """Return the items of a file with this JSON value."""
+    file = io.BytesIO(value if isinstance(value, bytes) else json.dumps(value).encode())
+    return list(files.read(file, name or files.detect(file)))
+
+
+def shown(found: list[Any]) -> list[str]:
+    """Return a line for each message: its role, whatever marks it, and its text."""
+    lines: list[str] = []
+    for message in found:
+        if isinstance(message, SourceMessage):
+            about = json.loads(message.metadata or "{}")
+            marks = [about.get("type"), "hidden" if about.get("hidden") else None, message.state]
+            lines.append(" ".join([message.role, *filter(None, marks)]) + f": {message.content}")
+    return lines
+
+
+SEEN = {
+    "chatgpt": [
+        "system hidden: A baker",
+        "user: [image: loaf.png]\nWhich flour?\n[file: recipe.pdf]",
+        'assistant tool_call: {"q": "flour"}',
+        "tool tool_result: Two pages",
+        "assistant reasoning: Weighing\nRye?",
+        "assistant: Rye [Flours](https://example.invalid/flours), or spelt. Page 3[recipe.pdf] agrees.",
+        "assistant aborted: Wheat",
+    ],
+    "claude": [
+        "user: Why two tides?\n[file: pasted text]\n[image: moon.jpg]",
+        "assistant: Spoken answer",
+        "assistant reasoning: Gravity gradient.",
+        'assistant tool_call: {"query": "tides"}',
+        "tool tool_result: A page",
+        "assistant: Both sides are stretched ([Tides](https://example.invalid/tides)).",
+    ],
+    "open-webui": [
+        "user: 2+2?",
+        "assistant reasoning: Add them.",
+        'assistant tool_call: {"a": 2}',
+        "tool tool_result: 4",
+        "assistant: 4",
+        "assistant reasoning: Hm.",
+        "assistant aborted: Four",
+    ],
+    "librechat": [
+        "user: Hi\n[file: a.txt]",
+        "assistant reasoning: A greeting.",
+        "assistant: Hello ",
+        "assistant tool_call: {}",
+        "tool tool_result: noon",
+        "assistant reasoning: Hm.",
+        "assistant aborted: Hey",
+    ],
+    "gemini": [
+        "user: How do I boil an egg?",
+        "assistant: Seven minutes.\n\nIn water.",
+        "user: And a duck egg?",
+        "assistant: - Nine minutes",
+        "user: Which tea?\n[image: pot.png]",
+        "assistant: Green & [white](https://example.invalid/tea)",
+    ],
+    "ai-studio": ["system: Be brief.", "user: Egg?", "assistant reasoning: Hm.", "assistant: Seven."],
+    "grok": [
+        "user: Rain?",
+        "assistant reasoning: Clouds.",
+        "assistant: Yes ([Sky](https://example.invalid/sky)).",
+    ],
+    "deepseek": [
+        "user: Why?\n[file: a.csv]",
+        "tool tool_result: [News](https://example.invalid/n)",
+        "assistant reasoning: Hm.",
+        "assistant: Fear ([News](https://example.invalid/n)).",
+    ],
+    "messages": [
+        "system: Be brief.",
+        "user: Time?\n[image]",
+        'assistant tool_call: {"zone": "UTC"}',
+        "tool tool_result: noon",
+        "assistant: Noon.",
+    ],
+    "ui-messages": [
+        "user: Egg?",
+        "assistant reasoning: Hm",
+        'assistant tool_call: {"minutes": 7}',
+        "tool tool_result: set",
+        "assistant: Seven.\n[Eggs](https://example.invalid/egg)\n[image: egg.png]",
+    ],
+}
+HEADS = {
+    "chatgpt": ("chatgpt:g-1", "Bread", {"model": "gpt-x", "gizmo_id": "g-baker"}, (True, False)),
+    "claude": ("claude:c-1", "Tides", {"model": "claude-x"}, (False, True)),
+    "open-webui": ("open-webui:w-1", "Sums", {"model": "llama"}, (False, True)),
+    "librechat": ("librechat:l-1", "Hello", {"model": "gpt-z"}, (False, False)),
+    "gemini": ("gemini:abc123", "How do I boil an egg?", {}, (False, False)),
+    "ai-studio": ("gemini:ai-studio:", None, {"model": "models/gemini-x"}, (False, False)),
+    "grok": ("grok:x-1", "Rain", {}, (False, True)),
+    "deepseek": ("deepseek:d-1", "Stocks", {}, (False, False)),
+    "messages": ("messages:z-1:", None, {"model": "gpt-x"}, (False, False)),
+    "ui-messages": ("messages:first:msg-aaaaaaaa:", None, {}, (False, False)),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_conversation_is_shown_as_its_user_saw_it(name: str) -> None:
+    """Hidden context, reasoning and tools are marked; answers are texts with names and links, and nothing else."""
+    kind, value = SAMPLES[name]
+    found = read(value)
+    assert files.detect(io.BytesIO(json.dumps(value).encode())) == kind
+    assert shown(found) == SEEN[name]
+    head = next(item for item in found if isinstance(item, SourceConversation))
+    key, title, metadata, flags = HEADS[name]
+    assert head.key is not None
+    assert head.key.startswith(key)
+    assert (head.title, (head.archived_at is not None, head.pinned_at is not None)) == (title, flags)
+    assert json.loads(head.metadata or "{}") == metadata | ({"imported_title": title} if title else {})
+
+
+def _in_tree(value: Any) -> list[Any]:
+    return [node["message"] for node in value[0]["mapping"].values() if node["message"]]
+
+
+@pytest.mark.parametrize(
+    ("value", "originals"),
+    [
+        (CHATGPT, _in_tree(CHATGPT)),
+        (CLAUDE, CLAUDE[0]["chat_messages"]),
+        (OPEN_WEBUI, [*OPEN_WEBUI[0]["chat"]["history"]["messages"].values()]),
+        (DEEPSEEK, _in_tree(DEEPSEEK)),
+        (GROK, [each["response"] for each in GROK["conversations"][0]["responses"]]),
+        (GEMINI, [GEMINI[0], GEMINI[1], GEMINI[3]]),
+        (UI_MESSAGES, UI_MESSAGES),
+        (MESSAGES, [each for each in MESSAGES[0]["messages"] if not isinstance(each["content"], str)]),
+    ],
+)  # fmt: skip
+def test_the_foreign_message_is_kept(value: Any, originals: list[Any]) -> None:
+    """It is the payload of its first text, with its fields in order, unless role and text are all of it."""
+    payloads = [item.payload for item in read(value) if isinstance(item, SourceMessage)]
+    assert {json.dumps(each, ensure_ascii=False) for each in originals} <= {*payloads}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_keys_are_distinct_and_the_same_each_time(name: str) -> None:
+    """A second import finds what the first one stored."""
+    once, again = read(SAMPLES[name][1]), read(SAMPLES[name][1])
+    assert once == again
+    keys = [item.key for item in once if isinstance(item, SourceMessage) and item.key]
+    assert len(keys) == len({*keys})
+
+
+def test_branches_and_the_line_that_the_user_saw() -> None:
+    """The head is the current node, or else the newest leaf."""
+    for value, texts in ((CHATGPT, "Rye"), (CLAUDE, "Both sides"), (OPEN_WEBUI, "4"), (LIBRECHAT, "Hey")):
+        found = read(value)
+        (head,) = [item for item in found if isinstance(item, SourceConversation)]
+        (last,) = [
+            item for item in found if isinstance(item, SourceMessage) and item.seq == (head.head_seq or head.last_seq)
+        ]
+        assert last.content.startswith(texts)
+    leaf = [CLAUDE[0] | {"current_leaf_message_uuid": "m3"}]
+    (head,) = [item for item in read(leaf) if isinstance(item, SourceConversation)]
+    assert head.head_seq == 2
+
+
+def test_gemini_says_what_it_could_not_place() -> None:
+    """An entry without a thread is a conversation of its own, and another activity is skipped."""
+    found = read(GEMINI)
+    assert [item for item in found if isinstance(item, Skipped | Changed)] == [
+        Skipped(gemini.NOT_A_PROMPT, messages=1, place="entry of 2025-06-01T10:00:20Z"),
+        Changed(gemini.NO_THREAD, conversations=1, place="entry of 2025-06-01 10:00:30+00:00"),
+    ]
+    others = read([GEMINI[0] | {"header": "Search", "products": ["Search"]}, GEMINI[0]], "gemini")
+    assert others[0] == Skipped(gemini.OTHER_PRODUCT, messages=1, place="entry 1")
+
+
+@pytest.mark.parametrize(
+    ("titles", "prompt"),
+    [
+        (["Du hast gefragt: Ei?", "Du hast gefragt: Tee und Ei?", "Du hast gefragt: Brot"], "Tee und Ei?"),
+        (["「Ei?」と入力しました", "「Tee?」と入力しました", "「Brot」と入力しました"], "Tee?"),
+        (["Prompted a", "Prompted Why?", "Prompted c"], "Why?"),
+    ],
+)
+def test_the_words_before_a_prompt_are_learned(titles: list[str], prompt: str) -> None:
+    """Takeout writes them in the account's language; without three different prompts, they are kept."""
+    assert gemini.Prefix.of(titles).prompt_of(titles[1]) == prompt
+    assert gemini.Prefix.of(["Ei a", "Ei b"]).prompt_of("Ei a") is None
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("<p>a</p><p>b<br>c</p>", "a\n\nb\nc"),
+        ("a &amp; b&nbsp;c", "a & b\xa0c"),
+        ("<ol><li>x<ul><li>y</li></ul></li><li>z</li></ol>", "1. x\n  - y\n2. z"),
+        ("<h2>T</h2><pre>if a:\n    b\n</pre>", "T\n\nif a:\n    b"),
+        ('<a href="https://a.invalid">A</a> <a href="https://b.invalid">https://b.invalid</a>',
+         "[A](https://a.invalid) https://b.invalid"),
+        ("<table><tr><td>a</td><td>b</td></tr><tr><td>c</td><td>d</td></tr></table>", "a | b\nc | d"),
+        ("<script>x</script><style>y</style>z", "z"),
+        ('<img src="https://a.invalid/p.png" alt="A plan">', "[image: A plan]"),
+        ("<p>cut <b>off", "cut off"),
+    ],
+)  # fmt: skip
+def test_html_becomes_text(source: str, text: str) -> None:
+    """Blocks are lines, lists have marks, and links are kept."""
+    assert html.text_of(source) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1_700_000_000.25, "2023-11-14T22:13:20.250000+00:00"),
+        (1_700_000_000_250, "2023-11-14T22:13:20.250000+00:00"),
+        ("2023-11-14T22:13:20Z", "2023-11-14T22:13:20+00:00"),
+        ("2023-11-14T22:13:20.5+08:00", "2023-11-14T14:13:20.500000+00:00"),
+        ("2023-11-14T22:13:20", "2023-11-14T22:13:20+00:00"),
+        ({"$date": {"$numberLong": "1700000000250"}}, "2023-11-14T22:13:20.250000+00:00"),
+        ({"$date": "2023-11-14T22:13:20Z"}, "2023-11-14T22:13:20+00:00"),
+    ],
+)
+def test_times(value: object, expected: str) -> None:
+    """Each way of writing a time is read."""
+    time = items.time_of(value)
+    assert time is not None
+    assert time.isoformat() == expected
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 0, -1, "", "soon", "2023-13-45T00:00:00", {}, {"$date": []}, float("nan")]
+)
+def test_what_is_no_time(value: object) -> None:
+    """Anything else is no time."""
+    assert items.time_of(value) is None
+
+
+def test_every_format_says_how_to_get_it() -> None:
+    """A sample of each is read above."""
+    assert {kind for kind, _ in SAMPLES.values()} | {"sharegpt"} == {*exports.FORMATS}
+    assert all(each.product and each.how for each in exports.FORMATS.values())
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (CHATGPT[0], "chatgpt"),
+        ({"conversations": CHATGPT}, "chatgpt"),
+        ([{"title": "no tree"}, *CHATGPT], "chatgpt"),
+        (CLAUDE[0], "claude"),
+        ({"data": CLAUDE}, "claude"),
+        (OPEN_WEBUI[0]["chat"], "open-webui"),
+        (GROK["conversations"], "grok"),
+        (AI_STUDIO, "gemini"),
+        ([UI_MESSAGES], "messages"),
+        ({"messages": UI_MESSAGES}, "messages"),
+    ],
+)  # fmt: skip
+def test_the_same_export_in_another_wrapping(value: Any, kind: str) -> None:
+    """One conversation, or an object around all, is recognized, and gives the same messages."""
+    found = read(value)
+    name = next(name for name, (each, _) in SAMPLES.items() if each == kind)
+    name = {"gemini": "ai-studio", "messages": "ui-messages"}.get(kind, name)
+    assert files.detect(io.BytesIO(json.dumps(value).encode())) == kind
+    assert shown(found) == SEEN[name]
+
+
+def test_lines_of_messages_are_one_conversation() -> None:
+    """JSON lines with a message each."""
+    lines = "\n".join(map(json.dumps, UI_MESSAGES)).encode()
+    assert shown(read(lines)) == SEEN["ui-messages"]
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"<!DOCTYPE html><html>", "looks like a web page"),
+        (b"%PDF-1.7", "looks like a PDF"),
+        (b"SQLite format 3\0", "looks like an SQLite database"),
+        (b"a" * 257 + b"ustar", "tar archive: unpack it first"),
+        (b'[{"name": "x", "size": 1}]', 'a list of objects with the fields "name", "size". chatdb reads chatgpt, '),
+        (b"[1, 2]", "a list of text or numbers"),
+    ],
+)
+def test_an_unknown_file_is_described(data: bytes, problem: str) -> None:
+    """The error says what the file looks like, without its texts."""
+    with pytest.raises(InvalidInputError, match=problem):
+        files.detect(io.BytesIO(data))
+
+
+def test_a_compressed_file(tmp_path: Path) -> None:
+    """A .gz file is read without unpacking it, but not one that expands too far or is cut off."""
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(json.dumps(CLAUDE).encode()))
+    with files.opened(path) as (part,), part.opened() as file:
+        assert shown(list(files.read(file, files.detect(file)))) == SEEN["claude"]
+    path.write_bytes(gzip.compress(b"[" + b" " * 17 * 2**20 + b"]"))
+    with (
+        files.opened(path) as (part,),
+        part.opened() as file,
+        pytest.raises(InvalidInputError, match="expands to over"),
+    ):
+        list(files.read(file, "claude"))
+    path.write_bytes(gzip.compress(json.dumps(CLAUDE).encode())[:-30])
+    with files.opened(path) as (part,), part.opened() as file, pytest.raises(InvalidInputError, match="truncated"):
+        list(files.read(file, "claude"))
+
+
+def test_a_folder_is_read_like_an_archive(tmp_path: Path) -> None:
+    """Beside a conversations.json, other files of its export are left alone; elsewhere, each JSON file is read."""
+    texts = {
+        "a/conversations.json": CLAUDE,
+        "a/users.json": [{"x": 1}],
+        "a/deep/data.json": [{"x": 1}],
+        "b/one.json": LIBRECHAT,
+        "b/10.jsonl": LIBRECHAT,
+        "b/9.json": LIBRECHAT,
+        "b/.hidden.json": LIBRECHAT,
+        "b/notes.txt": LIBRECHAT,
+        "__MACOSX/x.json": LIBRECHAT,
+    }
+    for name, value in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(value))
+    with zipfile.ZipFile(tmp_path / "b" / "z.zip", "w") as archive:
+        for name, value in texts.items():
+            archive.writestr(name, json.dumps(value))
+    expected = ["a/conversations.json", "b/9.json", "b/10.jsonl", "b/one.json"]
+    with files.opened(tmp_path) as parts:
+        assert [part.name for part in parts] == [*expected, *(f"b/z.zip/{name}" for name in expected)]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidInputError, match="is a folder without"):
+        files.opened(tmp_path / "empty").__enter__()
