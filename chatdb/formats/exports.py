@@ -103,7 +103,7 @@ def name_of(value: object) -> str | None:
     for name in messages.LISTS:
         listed = items.as_list(fields.get(name))
         if listed is not None:
-            first = next((fields for one in listed if (fields := items.as_object(one))), None) or {}
+            first = next((each for one in listed if (each := items.as_object(one))), None) or {}
             if "from" in first or (not listed and name in {"conversations", "items"}):
                 return "sharegpt"
             if _is_message(first) or (not listed and name == "messages"):

@@ -120,7 +120,7 @@ SEEN = {
         "assistant: Seven.\n[Eggs](https://example.invalid/egg)\n[image: egg.png]",
     ],
 }
-HEADS = {
+HEADS: dict[str, tuple[str, str | None, dict[str, str], tuple[bool, bool]]] = {
     "chatgpt": ("chatgpt:g-1", "Bread", {"model": "gpt-x", "gizmo_id": "g-baker"}, (True, False)),
     "claude": ("claude:c-1", "Tides", {"model": "claude-x"}, (False, True)),
     "open-webui": ("open-webui:w-1", "Sums", {"model": "llama"}, (False, True)),
