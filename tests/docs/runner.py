@@ -4,7 +4,7 @@ Run the code blocks of a page one after another, as a reader would.
 Python blocks share their variables and may await, as in `python -m asyncio`. A block of text after one is what it
 prints. One that begins with a comment that names a file is saved there. SQL blocks run in the same database, shell
 blocks in one folder, and `uvicorn` until the end of the page. YAML, JSON, TOML, INI and Dockerfile blocks are parsed. A
-paragraph that says "The tests do not run" or "The tests only parse", and why, is about the next block.
+paragraph that says "The tests do not run this block, because", or "only parse", is about the next block.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tests.support.paths import ROOT
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\S*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# (add to )?([\w/]+\.py)\n")
 ADDRESS = "http://127.0.0.1:8000"
-EXCUSE = re.compile(r"\bThe\s+tests\s+(?:do\s+not\s+run|only\s+(?:parse|compile))\b")
+EXCUSE = re.compile(r"\bThe\s+tests\s+(?:do\s+not\s+run|only\s+parse)\s+this\s+block,\s+because\b")
 DOCKERFILE = re.compile(
     r"(FROM|RUN|COPY|ADD|ENV|ARG|WORKDIR|USER|EXPOSE|ENTRYPOINT|CMD|HEALTHCHECK|VOLUME|LABEL) \S[\s\S]*", re.MULTILINE
 )

@@ -51,6 +51,7 @@ STYLE = """\
 .md-typeset h4.doc-heading { display: none; }
 .md-typeset .doc-signature { margin-top: 0; }
 .md-typeset table:not([class]) { font-size: .7rem; }
+.md-typeset :is(td, th) code { white-space: nowrap; }
 """
 STOP_WORDS = (
     "a an and are be can could did do does for how i if in is it its me my of on or our should that the there this to "

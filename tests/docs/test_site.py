@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shlex
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 
 import chatdb
+from chatdb.cli.app import app
 from tests.docs import runner, site
 from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.server_independent, pytest.mark.owner]
 
+EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"])
 REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
 PAGES = {
     "tutorial": sorted((ROOT / "docs" / "tutorial").glob("*.md")),
@@ -62,6 +68,22 @@ def test_the_navigation_has_every_page() -> None:
         if path not in {*listed, site.INDEX, ROOT / "README.md"} and path.parent not in folders
     ]
     assert missing == [], "list the page in docs/README.md"
+
+
+def test_every_command_in_the_pages_parses() -> None:
+    """Each command in a shell block, also of pages that others test, has a name and options that exist."""
+    group: Any = typer.main.get_command(app)
+    found = 0
+    for page in site.pages():
+        scripts = [block.code for block in runner.blocks(page) if block.language == "sh"]
+        for line in "".join(scripts).replace("\\\n", " ").splitlines():
+            for extras in re.findall(r"chatdb\[([\w,-]+)\]", line):
+                assert set(extras.split(",")) <= EXTRAS, (page.name, line)
+            if line.startswith("chatdb "):
+                name, *arguments = shlex.split(line, comments=True)[1:]
+                group.commands[name].make_context(name, arguments)  # exits if an option is unknown
+                found += 1
+    assert found > 25
 
 
 def test_the_command_line_page() -> None:
