@@ -307,6 +307,9 @@ def types(session: nox.Session) -> None:
     )
     session.run("mypy", "--strict", "tests/docs/typing_example.py")
     session.run("mypy", "--strict", "examples/fastapi")
+    with tempfile.TemporaryDirectory(prefix="chatdb-pages-") as folder:
+        session.run("python", "tests/docs/typed_project.py", "--pages", folder)
+        session.run("mypy", "--strict", folder)
     session.run("pyright")
     session.run("pyright", "tests/docs/typing_example.py", "examples/fastapi")
 

@@ -1,8 +1,9 @@
 """
 Writes a project that uses chatdb the documented ways, for type checkers to read: `python typed_project.py FOLDER`.
 
-It is the files in `typed/` and the Python blocks of the documents. Nothing but chatdb and the checkers is installed
-beside it, so that a type which depends on asyncpg-stubs is found.
+With `--pages FOLDER`, it writes the pages of the tutorial, the how-to and the reference instead. Otherwise it is
+the files in `typed/` and the Python blocks of the documents. Nothing but chatdb and the checkers is installed beside
+it, so that a type which depends on asyncpg-stubs is found.
 """
 
 import re
@@ -10,6 +11,8 @@ import shutil
 import sys
 from pathlib import Path
 
+PAGES = ("tutorial", "howto", "reference")
+"""The folders of pages that are checked as a whole, in `nox -s types`: they use more packages than chatdb."""
 HERE = Path(__file__).resolve().parent
 DOCUMENTS = ("README.md", "docs/guide.md", "docs/security.md")
 WRAPPER = '''"""A part of a document, in a function that has what it uses."""
@@ -44,6 +47,22 @@ def blocks() -> dict[str, str]:
     return modules
 
 
+def pages() -> dict[str, str]:
+    """Return the Python blocks of each page as one module, and the files that the pages tell to write."""
+    modules: dict[str, str] = {}
+    for path in sorted(path for name in PAGES for path in (HERE.parent.parent / "docs" / name).glob("*.md")):
+        lines = ["import asyncio", "import chatdb", "async def page(db: chatdb.Pool) -> None:"]
+        for block in re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            file = re.match(r"# (?:add to )?(\w+)\.py\n", block)
+            if file:
+                modules[file[1]] = modules.get(file[1], "") + block
+            else:
+                lines += [f"    {line}" for line in block.splitlines()]
+        if len(lines) > 3:
+            modules[f"{path.parent.name}_{re.sub(r'[^a-z]', '_', path.stem)}"] = "\n".join(lines) + "\n"
+    return modules
+
+
 def write(folder: Path) -> None:
     """Write the project into a folder."""
     shutil.copytree(HERE / "typed", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -53,4 +72,8 @@ def write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    if sys.argv[1] == "--pages":
+        for name, text in pages().items():
+            (Path(sys.argv[2]) / f"{name}.py").write_text(text, encoding="utf-8")
+    else:
+        write(Path(sys.argv[1]))
