@@ -66,6 +66,7 @@ from chatdb.records import (
     Role,
     Unset,
 )
+from chatdb.replicas import Reader, ReplicaState
 from chatdb.schema import check_schema
 from chatdb.search import search_messages
 from chatdb.streaming import (
@@ -110,8 +111,8 @@ __all__ = [
     "NEW", "UNSET", "AcquireTimeoutError", "Call", "ChatDBError", "CommandTimeoutError", "ConfigurationError",
     "ConflictError", "Connection", "Conversation", "ConversationNotFoundError", "Database", "Deleted",
     "InvalidInputError", "JsonText", "Match", "Message", "MessageNotFoundError", "MessageStream", "MessageTail",
-    "Moved", "NewMessage", "NotFoundError", "Pool", "PoolClosedError", "Role", "SchemaError", "StaleError",
-    "UnavailableError", "Unset", "Watcher", "append_message", "append_messages", "check_schema",
+    "Moved", "NewMessage", "NotFoundError", "Pool", "PoolClosedError", "Reader", "ReplicaState", "Role", "SchemaError",
+    "StaleError", "UnavailableError", "Unset", "Watcher", "append_message", "append_messages", "check_schema",
     "create_conversation", "create_pool", "delete_branch", "delete_conversation", "delete_message",
     "delete_messages_after", "delete_user", "export_user", "extend_message", "finish_message", "fork_conversation",
     "get_branch", "get_context", "get_conversation", "get_history", "get_message", "iter_messages",

@@ -34,6 +34,7 @@ from chatdb._core.validate import (
 from chatdb.errors import ConfigurationError, ConversationNotFoundError, InvalidInputError, UnavailableError
 from chatdb.pool import run_until_settled
 from chatdb.records import NEW, UNSET, Conversation, Deleted, Message, New, NewMessage, Unset
+from chatdb.replicas import reader_at_least, refuse_reader
 
 _create_conversation = Query("create_conversation", Conversation)
 _create_conversation_keyed = Query("create_conversation_keyed", Conversation, idempotent=True)
@@ -154,15 +155,24 @@ async def upsert_conversation(
 
 
 async def get_conversation(
-    db: Database, *, user_id: str, conversation_id: int | None = None, conversation_key: str | None = None
+    db: Database,
+    *,
+    user_id: str,
+    conversation_id: int | None = None,
+    conversation_key: str | None = None,
+    at_least: int | None = None,
 ) -> Conversation:
     """
     Return one conversation by its id or its key.
+
+    `at_least` is for a reader: a replica answers only if its `last_seq` is at least this; otherwise the primary does.
 
     Raises ConversationNotFoundError if the user has no such conversation, even if another user has one with this id, or
     InvalidInputError unless exactly one of `conversation_id` and `conversation_key` is given. SQL:
     `get_conversation.sql`.
     """
+    if at_least is not None:
+        db = reader_at_least(db, at_least, _has_last_seq)
     return await _get_conversation.fetch_one(
         db, check_user_id(user_id), *check_conversation(conversation_id, conversation_key)
     )
@@ -175,14 +185,17 @@ async def load_conversation(
     conversation_id: int | None = None,
     conversation_key: str | None = None,
     limit: int = 100,
+    at_least: int | None = None,
 ) -> tuple[Conversation, list[Message]]:
     """
     Return a conversation and the newest messages of its current line, oldest first, in one round trip.
 
-    `limit` is 1 to 10,000 messages.
+    `limit` is 1 to 10,000 messages. `at_least` is that of `get_conversation`.
 
     Raises ConversationNotFoundError or InvalidInputError. SQL: `load_conversation.sql`.
     """
+    if at_least is not None:
+        db = reader_at_least(db, at_least, _has_last_seq)
     conversation, newest_first = await _load_conversation.fetch_with_messages(
         db,
         check_user_id(user_id),
@@ -191,6 +204,10 @@ async def load_conversation(
     )
     newest_first.reverse()
     return conversation, newest_first
+
+
+def _has_last_seq(rows: list[Any], at_least: int) -> bool:
+    return bool(rows[0]["last_seq"] >= at_least)
 
 
 OrderBy = Literal["updated_at", "created_at"]
@@ -345,6 +362,7 @@ async def update_conversation(
     )
     state = check_expected(expected)
     if values == _NO_VALUES and expected is None:
+        refuse_reader(db, "update_conversation")
         return await _get_conversation.fetch_one(db, user, *address)
     return await run_until_settled(_update_conversation.fetch_one, db, user, *address, *values, *state)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from chatdb._core.driver_errors import ROW_SUPPRESSED
 from chatdb._core.query import AppendQuery, Database, HistoryQuery, Query
@@ -43,6 +43,7 @@ from chatdb.conversations import get_conversation
 from chatdb.errors import ConfigurationError, ConversationNotFoundError, InvalidInputError
 from chatdb.pool import run_until_settled
 from chatdb.records import UNSET, Conversation, Deleted, Message, New, NewMessage, Role, Unset
+from chatdb.replicas import primary_of, reader_at_least, refuse_reader
 
 _SENT: Final = ("role", "content", "payload", "token_count", "key")
 
@@ -219,6 +220,7 @@ async def append_messages(
     has_keys = any(message[-1] is not None for message in batch)
     is_plain = create is False and parent_seq is None and expected is None and conversation_metadata_patch is None
     if is_plain and not batch:
+        refuse_reader(db, "append_messages")
         await get_conversation(db, user_id=user, conversation_id=conversation_id, conversation_key=conversation_key)
         return []
     if is_plain and not has_keys:
@@ -362,6 +364,7 @@ async def get_history(
     limit: int = 100,
     before_seq: int | None = None,
     before_key: str | None = None,
+    at_least: int | None = None,
 ) -> list[Message]:
     """
     Return the newest messages of a conversation, of all branches, oldest first.
@@ -370,6 +373,9 @@ async def get_history(
     newest messages before that message: to page back, pass the `seq` of the first message of this page. The list is
     empty if no messages are left.
 
+    `at_least` is for a reader: a replica answers only if it returns a message with this `seq` or a later one, or the
+    message before `before_seq` if that is earlier. Otherwise the primary does.
+
     Raises ConversationNotFoundError, MessageNotFoundError if no message has `before_key`, or InvalidInputError. SQL:
     `get_history.sql`, `get_history_by_key.sql`, or `get_history_before_key.sql` with `before_key`.
     """
@@ -377,6 +383,9 @@ async def get_history(
     address = check_conversation(conversation_id, conversation_key)
     seq, key = check_position("before", before_seq, before_key, start=MAX_BIGINT)
     rows = check_limit("limit", limit)
+    if at_least is not None:
+        last = MAX_BIGINT if seq is None else seq - 1
+        db = reader_at_least(db, at_least, lambda found, least: bool(found[0]["seq"] >= min(least, last)))
     if key is not None:
         newest_first = await _get_history_before_key.fetch_history(db, user, *address, key, rows)
     elif address[0] is not None:
@@ -396,6 +405,7 @@ async def list_messages(
     after_seq: int = 0,
     after_key: str | None = None,
     limit: int = 100,
+    at_least: int | None = None,
 ) -> list[Message]:
     """
     Return the messages of a conversation after a position, oldest first.
@@ -404,6 +414,9 @@ async def list_messages(
     commit order, a reader that continues from there misses no message. `after_key` starts after the message with this
     key instead. The list is empty at the end.
 
+    `at_least` is for a reader: a replica answers only if it returns `limit` messages, or one with this `seq` or a later
+    one. Otherwise the primary does.
+
     Raises ConversationNotFoundError, MessageNotFoundError if no message has `after_key`, or InvalidInputError. SQL:
     `list_messages.sql`, or `list_messages_after_key.sql` with `after_key`.
     """
@@ -411,9 +424,17 @@ async def list_messages(
     address = check_conversation(conversation_id, conversation_key)
     seq, key = check_position("after", after_seq, after_key)
     rows = check_limit("limit", limit)
+    if at_least is not None:
+        db = reader_at_least(db, at_least, lambda found, least: _reaches(found, rows, least))
     if key is None:
         return await _list_messages.fetch_history(db, user, *address, seq, rows)
     return await _list_messages_after_key.fetch_history(db, user, *address, key, rows)
+
+
+def _reaches(rows: list[Any], limit: int, seq: int) -> bool:
+    """Return whether a page of a replica is full or has a message with this `seq` or a later one."""
+    page = rows if rows[-1]["id"] is not None else rows[:-1]
+    return len(page) >= limit or bool(page[-1]["seq"] >= seq)
 
 
 async def iter_messages(
@@ -435,9 +456,10 @@ async def iter_messages(
     SQL: `list_messages.sql`, once per page.
     """
     limit = check_limit("batch", batch)
+    primary = primary_of(db)
     while True:
         page = await list_messages(
-            db,
+            primary,
             user_id=user_id,
             conversation_id=conversation_id,
             conversation_key=conversation_key,
@@ -514,6 +536,7 @@ async def update_message(
     )
     state = check_expected(expected)
     if values == _NO_VALUES and expected is None:
+        refuse_reader(db, "update_message")
         return await _get_message.fetch_message(db, user, *address)
     return await run_until_settled(_update_message.fetch_one, db, user, *address, *values, *state)
 

@@ -7,8 +7,8 @@ import contextlib
 import inspect
 import logging
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final, TypeVar, Unpack, cast, overload
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, Unpack, cast, overload
 
 import asyncpg
 
@@ -32,6 +32,7 @@ from chatdb._core.options import CONNECTION_OPTIONS, DriverOptions, PoolOptions,
 from chatdb._core.query import Database, Query, RunAgainError
 from chatdb._core.validate import check_handle, check_user_id
 from chatdb.errors import ChatDBError, ConfigurationError, UnavailableError
+from chatdb.replicas import CONNECT_TIMEOUT, Reader, Replicas, ReplicaState
 
 if TYPE_CHECKING:
     from chatdb._core.handles import Transaction
@@ -58,8 +59,8 @@ class Pool(PoolBase):
 
     `retries` is the maximum number of times that a read or a keyed write is sent again after a lost connection. With
     `row_level_security`, each function of chatdb runs in a transaction that names its user. With `notify`, the pool
-    tells each `Watcher` that listens which conversations got messages. `hosts` are the servers of the DSN, each with
-    its port, and `database` is the database.
+    tells each `Watcher` that listens which conversations got messages. With `replicas`, `reader()` reads on them.
+    `hosts` are the servers of the DSN, each with its port, and `database` is the database.
     """
 
     retries: int
@@ -71,9 +72,11 @@ class Pool(PoolBase):
     def __init__(self, dsn: AnyDsn | ConnectionInfo, **given_options: Unpack[PoolOptions]) -> None:
         options = check_options({**_DEFAULTS, **given_options})
         given = {name: options.pop(name) for name in CONNECTION_OPTIONS & options.keys()}
+        replicas = options.pop("replicas")
         self.retries = options.pop("retries")
         self.row_level_security = options.pop("row_level_security")
         self.hints = Hints(self._notify) if options.pop("notify") else None
+        self._replicas = _replicas(self, replicas, given, options) if replicas else None
         defaults: dict[str, Any] = {
             "init_size": max(options["min_size"], 1),
             "max_queries": 50_000,
@@ -116,6 +119,25 @@ class Pool(PoolBase):
         async with transaction(self, user_id=user) as connection:
             return await fetch_rows(connection, query, args, timeout)
 
+    def reader(self) -> Reader:
+        """
+        Return a handle whose reads may be answered by a replica, and may then be old.
+
+        `at_least` asks for an answer that is new enough. Without replicas, the primary answers.
+        """
+        return Reader(self, self._replicas, self.retries)
+
+    def replica_states(self) -> list[ReplicaState]:
+        """Return what the last checks found out about the replicas, in the order in which they were given."""
+        return [] if self._replicas is None else self._replicas.states()
+
+    async def _open(self) -> Self:
+        is_first = self._state == "new"
+        await super()._open()
+        if is_first and self._replicas is not None:
+            await self._replicas.start()
+        return self
+
     async def _notify(self, payloads: list[str]) -> None:
         await self._run(_NOTIFY, (CHANNEL, payloads), None, None)
 
@@ -132,6 +154,8 @@ class Pool(PoolBase):
             async with asyncio.timeout(self._acquire_timeout):
                 if self.hints is not None:
                     await self.hints.close(min(1.0, self._acquire_timeout / 2))
+                if self._replicas is not None:
+                    await self._replicas.close()
                 await super().close()
         except TimeoutError:
             _log.warning(
@@ -141,12 +165,16 @@ class Pool(PoolBase):
             super().terminate()
             raise
         finally:
+            if self._replicas is not None:
+                self._replicas.terminate()
             self._state = "closed"
 
     def terminate(self) -> None:
         """Terminate all connections immediately."""
         if self._state == "open":
             check_process_and_loop(self._process, self._loop, "pool", may_be_stopped=True)
+            if self._replicas is not None:
+                self._replicas.terminate()
             super().terminate()
             self._state = "closed"
 
@@ -176,6 +204,7 @@ class Pool(PoolBase):
 def create_pool(
     dsn: AnyDsn | None = None,
     *,
+    replicas: Sequence[AnyDsn] = (),
     min_size: int = 0,
     max_size: int = 10,
     acquire_timeout: float = 10.0,
@@ -194,6 +223,8 @@ def create_pool(
       SQLAlchemy's `URL`). It defaults to the environment variable `DATABASE_URL`. The schemes
       `postgresql+psycopg://` and `postgresql+asyncpg://` work too. libpq's variables and files supply what is not in
       the DSN. Connections to remote hosts use verified TLS unless the DSN says `sslmode=disable`.
+    - `replicas` are the DSNs of physical replicas of this database, for `pool.reader()`. Each has a pool with the same
+      options, and one more connection that checks it every second. The pool opens even if none can be reached.
     - The pool keeps `min_size` to `max_size` connections. It opens one at the start, to check that the server answers,
       and more on demand. It closes connections that are idle for `max_inactive_connection_lifetime` seconds (0: never).
     - `acquire_timeout` limits the wait for a connection and `command_timeout` limits each statement, in seconds.
@@ -212,6 +243,7 @@ def create_pool(
         raise ConfigurationError("no database is configured: pass dsn, or set DATABASE_URL=postgresql://...")
     return Pool(
         text,
+        replicas=replicas,
         min_size=min_size,
         max_size=max_size,
         acquire_timeout=acquire_timeout,
@@ -230,6 +262,33 @@ _DEFAULTS: Final = {
     if parameter.kind is parameter.KEYWORD_ONLY
 }
 """Defaults of a `Pool` that is created without `create_pool`, as on the embedded server."""
+
+
+def _replicas(pool: Pool, dsns: Sequence[AnyDsn], given: dict[str, Any], options: dict[str, Any]) -> Replicas:
+    """Return the replicas of a pool, whose connections and pools have the same options."""
+    credentials = {name: value for name, value in given.items() if name not in _OF_ONE_SERVER}
+    infos = [read_dsn(dsn, credentials) for dsn in dsns]
+    init = options.get("init")
+
+    def new_pool(info: ConnectionInfo, check: Callable[[Connection], Awaitable[None]]) -> Pool:
+        async def check_and_init(connection: Connection) -> None:
+            await check(connection)
+            if init is not None:
+                await init(connection)
+
+        of_replica: dict[str, Any] = {
+            "acquire_timeout": min(options["acquire_timeout"], CONNECT_TIMEOUT),
+            "retries": 0,  # the primary is next
+            "row_level_security": pool.row_level_security,
+            "init": check_and_init,
+        }
+        return Pool(info, **options | of_replica)
+
+    return Replicas(pool, infos, new_pool)
+
+
+_OF_ONE_SERVER: Final = frozenset({"host", "port", "service", "servicefile", "target_session_attrs"})
+"""Options that say where the primary is, and not how to connect to a replica."""
 
 
 @contextlib.asynccontextmanager

@@ -197,8 +197,8 @@ def database_of(dsn: AnyDsn | ConnectionInfo) -> str:
     return f"{info.database} at {server_of(info.asyncpg())}"
 
 
-def dsn_to_str(dsn: object) -> str:
-    """Return a DSN as a str, from a str or an object that holds one."""
+def dsn_to_str(dsn: object, name: str = "dsn") -> str:
+    """Return a DSN as a str, from a str or an object that holds one. Errors call it by `name`."""
     held = dsn
     for _ in range(3):
         if issubclass(type(held), str):
@@ -215,7 +215,7 @@ def dsn_to_str(dsn: object) -> str:
         except Exception:  # noqa: BLE001 - its message may quote the DSN
             break
     raise ConfigurationError(
-        "dsn must be a str or an object that holds one (PostgresDsn, SecretStr, SQLAlchemy's URL), not "
+        f"{name} must be a str or an object that holds one (PostgresDsn, SecretStr, SQLAlchemy's URL), not "
         f"{type(held).__name__}"
     )
 

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, TypedDict, cast
 
 import asyncpg
 
-from chatdb._core.dsn import ATTRIBUTES, SSLMODES
+from chatdb._core.dsn import ATTRIBUTES, SSLMODES, AnyDsn, dsn_to_str
 from chatdb._core.handles import Connection
 from chatdb._core.validate import MAX_INT, number_of, type_name
 from chatdb.errors import ConfigurationError
@@ -58,6 +58,7 @@ class DriverOptions(TypedDict, total=False):
 class PoolOptions(DriverOptions, total=False):
     """Options of `Pool`: those that `create_pool` documents, and the driver's."""
 
+    replicas: Sequence[AnyDsn]
     min_size: int
     max_size: int
     acquire_timeout: float
@@ -182,6 +183,12 @@ def _tls(name: str, value: object) -> object:
     return _one_of(SSLMODES, before="an SSLContext, True, False, or ")(name, value)
 
 
+def _dsns(name: str, value: object) -> list[str]:
+    if type(value) is not list and type(value) is not tuple:
+        raise ConfigurationError(f"{name} must be a list of DSNs, not {_shown(value)}")
+    return [dsn_to_str(each, f"{name}[{index}]") for index, each in enumerate(cast("Sequence[object]", value))]
+
+
 def _settings(name: str, value: object) -> dict[str, str]:
     if not issubclass(type(value), dict):
         raise ConfigurationError(f"{name} must be a dict of str, not {_shown(value)}")
@@ -192,6 +199,7 @@ def _settings(name: str, value: object) -> dict[str, str]:
 
 _CHECKS: Final[dict[str, _Check]] = {
     **dict.fromkeys(("min_size", "init_size"), _integer(0, _MOST_CONNECTIONS)),
+    "replicas": _dsns,
     "max_size": _integer(1, _MOST_CONNECTIONS),
     "max_queries": _integer(1),
     "port": _one_or_more(_integer(1, 65_535)),

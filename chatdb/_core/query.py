@@ -70,6 +70,13 @@ def statement_files() -> list[Path]:
     return sorted([*folder.glob("*.sql"), *folder.glob("transfer/*.sql")], key=lambda path: path.name)
 
 
+def operation_of(statement: str) -> str:
+    """Return the function of a statement: the shortest beginning of its name that is a file in `sql/`."""
+    words = statement.split("_")
+    names = ("_".join(words[:count]) for count in range(1, len(words)))
+    return next((name for name in names if (data_folder("sql") / f"{name}.sql").is_file()), statement)
+
+
 class RunAgainError(UnavailableError):
     """Another write to the conversation committed while the statement waited for the lock. It wrote nothing."""
 
@@ -122,10 +129,8 @@ class Query(Generic[RecordT]):
 
     @cached_property
     def operation(self) -> str:
-        """The function that the statement belongs to: the shortest beginning of its name that is a file in `sql/`."""
-        words = self.name.split("_")
-        names = ("_".join(words[:count]) for count in range(1, len(words)))
-        return next((name for name in names if (data_folder("sql") / f"{name}.sql").is_file()), self.name)
+        """The function that the statement belongs to."""
+        return operation_of(self.name)
 
     async def fetch_all(self, db: Database, *args: object, idempotent: bool = False) -> list[RecordT]:
         """Return one record per row; `idempotent` marks this call as safe to repeat."""

@@ -196,6 +196,7 @@ WRONG = {
     "after_seq": WRONG_PLACE,
     "parent_seq": WRONG_PLACE,
     "top_seq": WRONG_PLACE,
+    "at_least": WRONG_PLACE,
     "max_tokens": WRONG_INT | {"0": 0, "negative": -1},
     "limit": WRONG_LIMIT,
     "batch": WRONG_LIMIT,

@@ -25,7 +25,7 @@ from tests.support.calls import (
 from tests.support.proxy import Proxy
 
 OTHERS = {
-    *("NEW", "UNSET", "Connection", "Database", "JsonText", "Pool", "Role", "Unset"),
+    *("NEW", "UNSET", "Connection", "Database", "JsonText", "Pool", "Reader", "ReplicaState", "Role", "Unset"),
     *(
         "Call",
         "Conversation",

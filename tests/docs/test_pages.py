@@ -1,4 +1,4 @@
-"""Run the Python code blocks of docs/guide.md and docs/security.md."""
+"""Run the Python code blocks of docs/guide.md, docs/security.md and docs/replicas.md."""
 
 from __future__ import annotations
 
@@ -65,6 +65,16 @@ def test_the_guides_program(dsn: str) -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == output
+
+
+async def test_the_page_on_replicas(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The blocks on replicas run, here with the primary in place of a replica."""
+    monkeypatch.setenv("DATABASE_URL", dsn)
+    monkeypatch.setenv("REPLICA_URL", dsn)
+    await run("replicas.md")
+    assert " primary False None is not in recovery" in capsys.readouterr().out
 
 
 async def test_the_security_pages_code(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:

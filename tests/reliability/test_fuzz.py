@@ -153,7 +153,7 @@ HOSTILE = {
     **dict.fromkeys(("query", "to_user_id"), text),
     **dict.fromkeys(("payload", "metadata", "metadata_patch", "conversation_metadata_patch"), value),
     **dict.fromkeys(("conversation_id", "seq", "limit", "batch", "after_seq", "before_seq", "token_count"), number),
-    **dict.fromkeys(("parent_seq", "top_seq", "max_tokens", "offset", "flush_every"), number),
+    **dict.fromkeys(("parent_seq", "top_seq", "at_least", "max_tokens", "offset", "flush_every"), number),
     **dict.fromkeys(("archived", "pinned", "create", "descending", "aborted"), flag),
     **dict.fromkeys(("order_by", "on_existing", "mode"), word),
     **dict.fromkeys(("expected", "after"), token),

@@ -134,8 +134,9 @@ CALLS = [
         "upsert_conversation", "upsert_conversation", *(USER | KEY | {"metadata_patch": each} for each in (PATCH, {}))
     ),
     *_calls("upsert_conversation", "upsert_conversation", *(USER | KEY | {"archived": flag} for flag in (True, False))),
-    *_calls("get_conversation", "get_conversation", *CONVERSATIONS),
+    *_calls("get_conversation", "get_conversation", *CONVERSATIONS, CHAT | {"at_least": 6}),
     *_calls("load_conversation", "load_conversation", *(each | {"limit": 7} for each in CONVERSATIONS)),
+    *_calls("load_conversation", "load_conversation", CHAT | {"at_least": 6}),
     *_lists("list_conversations"),
     *_lists("list_previews"),
     *_calls("list_pinned", "list_pinned", USER | {"limit": 7}),
@@ -173,7 +174,9 @@ CALLS = [
     *_calls(
         "get_history", "get_history_before_key", *(each | {"limit": 7, "before_key": "k"} for each in CONVERSATIONS)
     ),
+    *_calls("get_history", "get_history", CHAT | {"at_least": 6}),
     *_calls("list_messages", "list_messages", *(each | {"limit": 7, "after_seq": 9} for each in CONVERSATIONS)),
+    *_calls("list_messages", "list_messages", NAMED | {"at_least": 6}),
     *_calls(
         "list_messages", "list_messages_after_key", *(each | {"limit": 7, "after_key": "k"} for each in CONVERSATIONS)
     ),

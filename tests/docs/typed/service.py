@@ -223,6 +223,21 @@ async def watch(user: str) -> None:
             assert_type(message, chatdb.Message)
 
 
+async def replicas(user: str) -> None:
+    """Read on replicas."""
+    async with chatdb.create_pool(replicas=["postgresql://replica/chat", SecretStr("postgresql://b/chat")]) as db:
+        reader = db.reader()
+        assert_type(reader, chatdb.Reader)
+        for state in db.replica_states():
+            assert_type(state, chatdb.ReplicaState)
+            assert_type(state.role, Literal["replica", "primary"] | None)
+            assert_type(state.lag, float | None)
+        await chatdb.get_history(reader, user_id=user, conversation_id=1, at_least=3)
+        await chatdb.get_history(db, user_id=user, conversation_id=1, at_least=3)
+        chat, _ = await chatdb.load_conversation(reader, user_id=user, conversation_key="one", at_least=3)
+        assert_type(chat, chatdb.Conversation)
+
+
 async def transactions(db: chatdb.Pool, user: str) -> None:
     """Group calls, with chatdb's transaction and with asyncpg's."""
     async with chatdb.transaction(db, user_id=user) as connection:
