@@ -32,7 +32,7 @@ from chatdb._core.options import CONNECTION_OPTIONS, DriverOptions, PoolOptions,
 from chatdb._core.query import Database, Query, RunAgainError
 from chatdb._core.validate import check_handle, check_user_id
 from chatdb.errors import ChatDBError, ConfigurationError, UnavailableError
-from chatdb.replicas import CONNECT_TIMEOUT, Reader, Replicas, ReplicaState
+from chatdb.replicas import ANSWER_TIMEOUT, Reader, Replicas, ReplicaState
 
 if TYPE_CHECKING:
     from chatdb._core.handles import Transaction
@@ -277,7 +277,7 @@ def _replicas(pool: Pool, dsns: Sequence[AnyDsn], given: dict[str, Any], options
                 await init(connection)
 
         of_replica: dict[str, Any] = {
-            "acquire_timeout": min(options["acquire_timeout"], CONNECT_TIMEOUT),
+            "acquire_timeout": min(options["acquire_timeout"], ANSWER_TIMEOUT),
             "retries": 0,  # the primary is next
             "row_level_security": pool.row_level_security,
             "init": check_and_init,

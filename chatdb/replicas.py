@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from chatdb._core.handles import Connection
 
 __all__ = [
-    "CONNECT_TIMEOUT", "MAX_LAG", "SERVER_STATE", "Reader", "ReplicaState", "Replicas", "ServerState", "primary_of",
+    "ANSWER_TIMEOUT", "MAX_LAG", "SERVER_STATE", "Reader", "ReplicaState", "Replicas", "ServerState", "primary_of",
     "reader_at_least", "refuse_reader",
 ]  # fmt: skip
 
@@ -42,7 +42,7 @@ CHECK_EVERY: Final = 1.0
 """Seconds between two checks of a replica."""
 
 ANSWER_TIMEOUT: Final = 2.0
-"""Seconds within which a replica must answer a check. If it does not, the calls that wait for it go to the primary."""
+"""Seconds within which a replica must answer a check, or connect for a call. Otherwise, the primary answers."""
 
 CONNECT_TIMEOUT: Final = 5.0
 """Seconds within which a replica must accept a connection for the checks."""

@@ -109,6 +109,10 @@ def check(
     role: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also check the privileges of this role, such as the service's.")
     ] = None,
+    replica: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DSN", help="Also check the role and lag of this replica. Can be repeated."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """
@@ -120,7 +124,7 @@ def check(
     from chatdb.admin.check.inspection import inspect, is_wrong
 
     with operators_database() as (dsn, _):
-        found = inspect(dsn, role=role)
+        found = inspect(dsn, role=role, replicas=replica or ())
     wrong = sum(map(is_wrong, found))
     verdict = "ok: the database has what this release needs"
     if wrong:

@@ -21,10 +21,14 @@ from chatdb import (
     UnavailableError,
 )
 from chatdb import replicas as replicas_module
+from chatdb.admin.check import replicas as check_module
+from chatdb.admin.check.inspection import inspect
+from chatdb.admin.check.replicas import check_replicas
 from chatdb.admin.migrate import apply_migrations
 from chatdb.admin.row_security import protect_tables
 from chatdb.embedded.server import EmbeddedServer
 from tests.support.calls import CALLS, SIGNATURES, Counting, call, conversation_with_a_message
+from tests.support.command import chatdb as command
 from tests.support.databases import as_role, database_of, execute, not_durable
 from tests.support.embedded import temporary_server
 from tests.support.proxy import Proxy
@@ -448,6 +452,29 @@ async def test_two_replicas(pool: Pool, servers: Servers) -> None:
                 after = [state.answered for state in both.replica_states()]
                 assert sorted(now - then for now, then in zip(after, before, strict=True)) == [0, 5]
             assert min(state.answered for state in both.replica_states()) > 10
+
+
+def test_the_command(servers: Servers, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`chatdb check --replica` tells each replica's role and lag, and what is none or too far behind is a problem."""
+    monkeypatch.setattr(check_module, "MAX_LAG", 0.2)
+    dsns = [servers.replica.dsn, servers.dsn, server, "postgresql://127.0.0.1:1/chatdb?user=postgres&sslmode=disable"]
+    found = [each for each in inspect(servers.dsn, replicas=dsns) if each.what.startswith("replica ")]
+    assert [(each.state, each.detail.partition(", ")[0]) for each in found] == [
+        ("ok", "a replica"),
+        ("different", "is not in recovery: it was promoted"),
+        ("different", "is not a copy of the primary's database"),
+        ("missing", found[-1].detail),
+    ]
+    assert "127.0.0.1:1 cannot be reached" in found[-1].detail
+    servers.replica.pause()
+    execute(servers.dsn, "create table public.behind ()", "drop table public.behind")
+    [(_, state, detail, _)] = check_replicas(servers.dsn, dsns[:1])
+    servers.replica.resume()
+    assert state == "different"
+    assert detail.startswith("a replica, more than 0.2 s behind (")
+    environment = {"DATABASE_URL": servers.dsn}
+    assert "s behind at most" in command("check", "--replica", servers.replica.dsn, env=environment)
+    command("check", "--replica", servers.dsn, env=environment, code=1)
 
 
 # options and connections

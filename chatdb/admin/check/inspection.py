@@ -8,7 +8,7 @@ indexes that the planner uses for the statements under `sql/`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from chatdb.admin.check.findings import (
     check_search_index,
 )
 from chatdb.admin.check.plans import check_plans, statements_by_index
+from chatdb.admin.check.replicas import check_replicas
 from chatdb.admin.connection import connected, errors, fetch_value, is_pooled, pinned_transaction, psycopg
 from chatdb.admin.locality import Leftovers, read_leftovers, read_scatter
 from chatdb.admin.migrate import applied_migrations, migration_files
@@ -39,11 +40,14 @@ OLDEST, NEWEST = 14, 18
 PRIVILEGES = ["select", "insert", "update", "delete"]
 
 
-def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) -> list[Finding]:
+def inspect(
+    dsn: str, *, role: str | None = None, replicas: Sequence[str] = (), folder: Path | None = None
+) -> list[Finding]:
     """
     Return the findings, problems last. Blocks; in a coroutine, call it with `asyncio.to_thread`.
 
-    `role` names a second role whose privileges are checked, such as the service's. Writes nothing: statements are
+    `role` names a second role whose privileges are checked, such as the service's. `replicas` are the DSNs of replicas
+    whose role and lag are checked. Writes nothing: statements are
     planned, not run, in transactions that are rolled back.
 
     Raises ConfigurationError or UnavailableError if no connection can be made.
@@ -71,6 +75,7 @@ def inspect(dsn: str, *, role: str | None = None, folder: Path | None = None) ->
             findings += _statements(connection, suffer=any(map(is_wrong, of_catalog)))
         else:
             findings.append(Finding("schema chatdb", MISSING, "the database has no chatdb tables", "chatdb migrate"))
+    findings += check_replicas(dsn, replicas)
     return sorted(findings, key=is_wrong)
 
 
