@@ -229,7 +229,7 @@ class _Replica:
         connection = self._connection
         if connection is None or connection.is_closed():
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                connection = await asyncpg.connect(connection_class=PoolConnection, **self._info.asyncpg())
+                connection = await asyncpg.connect(connection_class=PoolConnection, **self._info.asyncpg("chatdb"))
             self._connection = connection
         async with asyncio.timeout(ANSWER_TIMEOUT):
             [row] = await connection.fetch(SERVER_STATE)
