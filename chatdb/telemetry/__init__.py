@@ -16,6 +16,7 @@ from chatdb._core.calls import Guard
 from chatdb.errors import ConfigurationError, InvalidInputError
 from chatdb.pool import Pool
 from chatdb.records import Call
+from chatdb.replicas import ReplicaState
 
 try:
     from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation, get_meter
@@ -158,6 +159,15 @@ class _Metrics:
             "{request}",
             "The number of current pending requests for an open connection.",
         )
+        meter.create_observable_gauge(
+            "chatdb.replica.lag", [self._lags], "s", "How far a replica is behind the primary, if that is known."
+        )
+        meter.create_observable_gauge(
+            "chatdb.replica.in_use", [self._in_use], "1", "Whether a replica answers calls: 1 or 0."
+        )
+        meter.create_observable_counter(
+            "chatdb.replica.calls", [self._replica_calls], "{call}", "The number of calls that were sent to a replica."
+        )
 
     def _open_pools(self) -> list[tuple[Pool, _Attributes]]:
         return [(pool, named) for pool, named in list(self.pools.items()) if not pool.is_closing()]
@@ -167,6 +177,23 @@ class _Metrics:
             idle = pool.get_idle_size()
             yield Observation(idle, {**named, "db.client.connection.state": "idle"})
             yield Observation(pool.get_size() - idle, {**named, "db.client.connection.state": "used"})
+
+    def _replicas(self) -> Iterable[tuple[ReplicaState, _Attributes]]:
+        for pool, named in self._open_pools():
+            for state in pool.replica_states():
+                yield state, {**named, "chatdb.replica.server": state.server}
+
+    def _lags(self, _options: CallbackOptions) -> Iterable[Observation]:
+        return [Observation(state.lag, named) for state, named in self._replicas() if state.lag is not None]
+
+    def _in_use(self, _options: CallbackOptions) -> Iterable[Observation]:
+        for state, named in self._replicas():
+            yield Observation(int(state.in_use), {**named, "chatdb.replica.role": state.role or "unknown"})
+
+    def _replica_calls(self, _options: CallbackOptions) -> Iterable[Observation]:
+        for state, named in self._replicas():
+            yield Observation(state.answered, {**named, "chatdb.replica.outcome": "answered"})
+            yield Observation(state.passed_on, {**named, "chatdb.replica.outcome": "passed on"})
 
     def _observing(self, measure: Callable[[Pool], int]) -> Callable[[CallbackOptions], Iterable[Observation]]:
         return lambda _options: [Observation(measure(pool), named) for pool, named in self._open_pools()]

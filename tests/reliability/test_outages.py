@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import quote
 
@@ -17,8 +14,6 @@ import pytest
 
 import chatdb
 from chatdb import UnavailableError
-from chatdb.embedded.process import Launcher
-from chatdb.embedded.server import EmbeddedServer
 from tests.support.chaos import (
     assert_whole,
     figure,
@@ -30,6 +25,7 @@ from tests.support.chaos import (
 )
 from tests.support.databases import execute
 from tests.support.proxy import Proxy
+from tests.support.replication import replica_of
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600), pytest.mark.usefixtures("repetitions")]
 
@@ -160,40 +156,12 @@ async def test_a_restarted_server(request, durable, durable_dsn):
 # --- failover --------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def standby(primary: EmbeddedServer) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Run a synchronous replica of the server; yield its socket folder and a function that promotes it."""
-    with tempfile.TemporaryDirectory(prefix="chatdb-chaos-", ignore_cleanup_errors=True) as name:
-        folder, data = Path(name), Path(name) / "data"
-        with primary._folder.opened("server.lock") as lock:
-
-            def launcher() -> Launcher:
-                return Launcher(primary._folder, primary._package, primary._version, lock, time.monotonic() + 60)
-
-            run_as = launcher()._choose_run_as()
-            programs = launcher()._find_programs(run_as)
-
-            def run(program: str, *arguments: str | Path) -> None:
-                assert launcher()._run(run_as, programs / program, "-D", data, *arguments), f"{program} failed"
-
-            os.chown(folder, run_as.uid, run_as.gid)
-            upstream = f"host={primary._folder.socket} port=5432 user=postgres application_name=standby"
-            run("pg_basebackup", "-d", upstream, "-R", "-X", "stream", "-c", "fast")
-            options = f"-k {folder} -c listen_addresses='' -c port=5432 -c hot_standby=on"
-            run("pg_ctl", "start", "-w", "-o", options, "-l", folder / "log")
-            execute(primary.dsn, "alter system set synchronous_standby_names = 'standby'", "select pg_reload_conf()")
-            try:
-                yield str(folder), lambda: run("pg_ctl", "promote", "-w")
-            finally:
-                with contextlib.suppress(OSError):
-                    kill_server(data)
-
-
 async def test_a_fail_over(durable):
     """A pool with a multi-host DSN finds the promoted replica, which has every acknowledged message."""
     hosts: list[str] = []
-    with standby(durable) as (folder, promote):
-        hosts = [quote(host, safe="") for host in (str(durable._folder.socket), folder)]
+    with replica_of(durable, name="standby") as standby:
+        execute(durable.dsn, "alter system set synchronous_standby_names = 'standby'", "select pg_reload_conf()")
+        hosts = [quote(str(host), safe="") for host in (durable._folder.socket, standby.folder)]
         dsn = f"postgresql://postgres@/chatdb?host={','.join(hosts)}&port=5432&target_session_attrs=read-write"
         replica = f"postgresql://postgres@/chatdb?host={hosts[1]}&port=5432"
         async with pool_on(dsn) as pool:
@@ -202,7 +170,7 @@ async def test_a_fail_over(durable):
                 kill_server(durable.path / "data")
                 before = dict(traffic.stored)
                 await asyncio.sleep(0.5)
-                await asyncio.to_thread(promote)
+                await asyncio.to_thread(standby.promote)
                 promoted = time.monotonic()
                 await asyncio.to_thread(
                     execute, replica, "alter system set synchronous_standby_names = ''", "select pg_reload_conf()"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -46,6 +47,13 @@ class Replica:
             leftover.unlink(missing_ok=True)  # from a killed server
         options = f"-k {self.folder} -c listen_addresses='' -c port=5432 -c wal_retrieve_retry_interval=100ms"
         self._run("pg_ctl", "start", "-w", "-o", options, "-l", self.folder / "log")
+
+    def copy_again(self, upstream: Path) -> None:
+        """Replace the data by a copy of the server whose socket is in a folder, and follow it."""
+        self.kill()
+        shutil.rmtree(self.data)
+        self.copy(upstream)
+        self.start()
 
     def promote(self) -> None:
         """Make the replica a primary of its own, and wait until it is one."""

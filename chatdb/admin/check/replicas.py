@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from chatdb._core.dsn import connect_arguments, server_of
 from chatdb.admin.check.findings import DIFFERENT, MISSING, OK, Finding
-from chatdb.admin.connection import connected, psycopg
+from chatdb.admin.connection import pinned_transaction, psycopg
 from chatdb.errors import ConfigurationError, UnavailableError
 from chatdb.replicas import MAX_LAG, SERVER_STATE, ServerState
 
@@ -20,11 +20,11 @@ def check_replicas(dsn: str, replicas: Sequence[str]) -> Iterator[Finding]:
     """
     for replica in replicas:
         what = f"replica {server_of(connect_arguments(replica))}"
-        with connected(dsn) as connection:
+        with pinned_transaction(dsn) as connection:
             primary = _state(connection)
         begin = time.monotonic()
         try:
-            with connected(replica) as connection:
+            with pinned_transaction(replica) as connection:
                 yield _finding(what, connection, primary, begin)
         except (ConfigurationError, UnavailableError) as error:
             yield Finding(what, MISSING, str(error), "until then, the primary answers a reader's calls")
