@@ -196,9 +196,9 @@ def run_frameworks(session: nox.Session) -> None:
 
 @nox.session
 def example(session: nox.Session) -> None:
-    """Call examples/fastapi over HTTP, with generated requests, through outages, and in chromium."""
+    """Call examples/fastapi over HTTP, through outages and in chromium, and run docs/recipes.md and the dashboard."""
     session.install(
-        *("-e", ".[embedded,migrate,openai-agents]", "-r", "examples/fastapi/requirements.txt"),
+        *("-e", ".[embedded,migrate,openai-agents,telemetry]", "-r", "examples/fastapi/requirements.txt"),
         *nox.project.dependency_groups(PROJECT, "example"),
     )
     arguments = session.posargs or ["tests/example"]
@@ -299,7 +299,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types with mypy and pyright, as users with asyncpg-stubs see them too."""
-    install(session, "lint", *FRAMEWORKS)
+    install(session, "lint", "telemetry", *FRAMEWORKS)
     session.install("-r", "examples/fastapi/requirements.txt")
     session.run("mypy")
     session.run(
