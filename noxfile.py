@@ -299,7 +299,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types with mypy and pyright, as users with asyncpg-stubs see them too."""
-    install(session, "lint", "telemetry", *FRAMEWORKS)
+    install(session, "lint", "telemetry", "testing", *FRAMEWORKS)
     session.install("-r", "examples/fastapi/requirements.txt")
     session.run("mypy")
     session.run(

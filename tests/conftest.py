@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import itertools
 import os
 import shutil
 import signal
@@ -25,6 +24,8 @@ import chatdb
 from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded import EmbeddedServer
 from chatdb.embedded.process import RunAs
+from chatdb.testing.databases import Databases
+from chatdb.testing.servers import named_server, start_container, turn_off_durability
 from tests.support.databases import (
     administrator,
     administrators,
@@ -32,8 +33,6 @@ from tests.support.databases import (
     database_of,
     execute,
     in_memory,
-    new_database,
-    not_durable,
 )
 from tests.support.leaks import leaks
 from tests.support.pgbouncer import OPTIONS, VERSIONS, pgbouncer, program
@@ -41,7 +40,6 @@ from tests.support.roles import Roles
 
 SERVERS = ("auto", "dsn", "container", "embedded", "local")
 AppOf = Callable[[str, pytest.FixtureRequest], str]
-_serial = itertools.count()
 
 
 def pytest_configure() -> None:
@@ -139,7 +137,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
     PostgreSQL.
     """
     wanted = request.config.getoption("--server")
-    starts = {"dsn": _named, "container": _container, "embedded": _embedded, "local": _local}
+    starts = {"dsn": _named, "container": start_container, "embedded": _embedded, "local": _local}
     with ExitStack() as stack:
         for name, start in starts.items():
             if wanted not in ("auto", name):
@@ -147,7 +145,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
             dsn = start(stack)
             if dsn:
                 if name != "dsn":
-                    not_durable(dsn)
+                    turn_off_durability(dsn)
                 version = administrator(dsn).info.server_version
                 _say(request.config, f"chatdb: {name} PostgreSQL {version // 10000}.{version % 100}")
                 yield dsn
@@ -165,24 +163,7 @@ def _say(config: pytest.Config, line: str) -> None:
 
 
 def _named(stack: ExitStack) -> str | None:
-    return os.environ.get("CHATDB_TEST_DSN")
-
-
-def _container(stack: ExitStack) -> str | None:
-    if "DOCKER_HOST" not in os.environ and not Path("/var/run/docker.sock").exists():
-        return None  # without Docker, its client would leak a socket
-    import docker
-    from testcontainers.community.postgres import PostgresContainer
-
-    try:
-        client = docker.from_env()
-        client.ping()
-        client.close()
-    except docker.errors.DockerException:
-        return None
-    image = os.environ.get("CHATDB_TEST_IMAGE", "postgres:18")
-    container = stack.enter_context(PostgresContainer(image, driver=None))
-    return f"{container.get_connection_url()}?sslmode=disable"
+    return named_server()
 
 
 def _embedded(stack: ExitStack) -> str:
@@ -261,12 +242,16 @@ def app_of(request: pytest.FixtureRequest) -> AppOf:
 
 
 @pytest.fixture(scope="session")
-def owners_template(server: str) -> Iterator[str]:
-    """Yield the name of a database that the server's superuser has migrated."""
-    name = f"chatdb_test_{os.getpid()}_template"
-    with new_database(server, name) as dsn:
-        apply_migrations(dsn)
-        yield name
+def databases(server: str) -> Iterator[Databases]:
+    """Yield what creates and drops the databases of the tests."""
+    with Databases(server) as databases:
+        yield databases
+
+
+@pytest.fixture(scope="session")
+def owners_template(databases: Databases) -> str:
+    """Return the name of a database that the server's superuser has migrated."""
+    return databases.template()
 
 
 @pytest.fixture(scope="session")
@@ -290,18 +275,18 @@ def one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def empty_dsn(server: str) -> Iterator[str]:
+def empty_dsn(databases: Databases) -> Iterator[str]:
     """Yield the DSN of the test's own empty database."""
-    with new_database(server, f"chatdb_test_{os.getpid()}_{next(_serial)}") as dsn:
+    with databases.new() as dsn:
         yield dsn
 
 
 @pytest.fixture
-def dsn(server: str, template: str, app_of: AppOf, request: pytest.FixtureRequest) -> Iterator[str]:
+def dsn(databases: Databases, template: str, app_of: AppOf, request: pytest.FixtureRequest) -> Iterator[str]:
     """Yield the DSN of the test's own migrated database, whose commits no other test sees."""
     if request.node.get_closest_marker("owner"):
         template = request.getfixturevalue("owners_template")
-    with new_database(server, f"chatdb_test_{os.getpid()}_{next(_serial)}", template) as made:
+    with databases.new(template) as made:
         yield app_of(made, request)
 
 
@@ -334,9 +319,9 @@ async def db(dsn: str, arguments_of: Callable[[str], dict[str, object]]) -> Asyn
 
 
 @pytest.fixture(scope="session")
-def shared_dsn(server: str, template: str) -> Iterator[str]:
+def shared_dsn(databases: Databases, template: str) -> Iterator[str]:
     """Yield the DSN of a migrated database that stays empty, because no test commits to it."""
-    with new_database(server, f"{template}_shared", template) as dsn:
+    with databases.new(template) as dsn:
         yield dsn
 
 

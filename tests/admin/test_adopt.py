@@ -26,7 +26,7 @@ from chatdb.admin.search_index import create_search_index, search_index_status
 from chatdb.errors import ConfigurationError, SchemaError, UnavailableError
 from tests.support import older as older_system
 from tests.support.command import chatdb as command
-from tests.support.databases import as_role, execute, new_database
+from tests.support.databases import as_role, execute, new_database, own_name
 from tests.support.older import START, Writers, add, fill, rows, untouched
 from tests.support.paths import ROOT
 
@@ -47,7 +47,7 @@ Stored = dict[int, tuple[object, ...]]
 @pytest.fixture(scope="module")
 def older_template(server: str, owners_template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Yield the name of a migrated database that also has the older system's tables."""
-    name = f"{owners_template}_older"
+    name = own_name("older")
     with new_database(server, name, owners_template) as dsn:
         older_system.migrate(dsn, tmp_path_factory.mktemp("alembic"))
         yield name

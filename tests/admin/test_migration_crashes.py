@@ -17,8 +17,9 @@ import pytest
 
 from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded.server import EmbeddedServer
+from chatdb.testing.servers import turn_off_durability
 from tests.support.chaos import kill_server
-from tests.support.databases import database_of, execute, new_database, not_durable
+from tests.support.databases import database_of, execute, new_database
 from tests.support.embedded import temporary_server
 from tests.support.migrating import NAMES, by_yoyo, down, over, processes, up
 from tests.support.migrations import objects
@@ -65,7 +66,7 @@ def writes(statement: Statement) -> bool:
 def own_server() -> Iterator[EmbeddedServer]:
     """Yield a server that may be killed."""
     with temporary_server() as server:
-        not_durable(server.dsn)
+        turn_off_durability(server.dsn)
         yield server
 
 

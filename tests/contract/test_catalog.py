@@ -25,7 +25,7 @@ from chatdb.schema import CHECK_SCHEMA_SQL, EXPECTED_SCHEMA, differences
 from chatdb.transfer import importer, jsonlines
 from tests.docs import schema_page
 from tests.support.catalog import Live
-from tests.support.databases import new_database
+from tests.support.databases import new_database, own_name
 from tests.support.paths import ROOT
 from tests.support.recorder import stored
 from tests.support.sqlfiles import TEXTS, file_of
@@ -55,7 +55,7 @@ GRANT = re.compile(r"^grant (?P<privileges>[\w, ]+) on (?P<tables>chatdb\.\w+(?:
 def live(server: Any, template: str) -> Iterator[Live]:
     """Yield a migrated database."""
     with (
-        new_database(server, f"{template}_catalog", template) as dsn,
+        new_database(server, own_name("catalog"), template) as dsn,
         psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as connection,
     ):
         yield Live(connection)

@@ -43,7 +43,7 @@ from chatdb.records import Conversation, Message, Role, State
 from chatdb.schema import EXPECTED_SCHEMA
 from chatdb.transfer import exporter, importer
 from tests.support.catalog import DATA, SEARCH_INDEX, Live
-from tests.support.databases import new_database
+from tests.support.databases import new_database, own_name
 from tests.support.mutants import less, misfilled, swaps, without_user
 from tests.support.package import bindings, fields_of, given_of, query_of, record_of
 from tests.support.plans import check_addressing, check_plan
@@ -97,7 +97,7 @@ every_file = pytest.mark.parametrize("stem", TEXTS)
 def live(server, template):
     """Yield a database with enough rows for realistic plans."""
     with (
-        new_database(server, f"{template}_drift", template) as dsn,
+        new_database(server, own_name("drift"), template) as dsn,
         psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as connection,
     ):
         connection.execute(DATA)
@@ -108,7 +108,7 @@ def live(server, template):
 def indexed(server, template):
     """Yield such a database with the index for a search by words."""
     with (
-        new_database(server, f"{template}_search", template) as dsn,
+        new_database(server, own_name("search"), template) as dsn,
         psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as connection,
     ):
         connection.execute(DATA)

@@ -22,6 +22,7 @@ BREACHES = {
         "def f():\n    import chatdb.transfer.files",
         "The core imports no",
     ),
+    "the testing kit": ("admin/migrate.py", "def f():\n    import chatdb.testing.servers", "Each layer imports only"),
     "an extra": ("users.py", "def f():\n    import psycopg", "The core imports no"),
     "at once": ("__init__.py", "import chatdb.transfer.files", "chatdb itself imports"),
     "a driver": ("formats/items.py", "import asyncpg", "The formats use no"),

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.support.databases import new_database
+from tests.support.databases import new_database, own_name
 
 if TYPE_CHECKING:
     import httpx
@@ -41,7 +41,7 @@ def start_service(
     with ExitStack() as stack:
 
         def start(dsn: str | None = None, **environment: str) -> Service:
-            name = f"{template}_example_{uuid4().hex}"
+            name = own_name(f"example_{uuid4().hex}")
             there = dsn or stack.enter_context(new_database(server, name, template))
             folder = tmp_path_factory.mktemp("service")
             return stack.enter_context(Service(there, folder, **environment))

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chatdb.embedded.server import EmbeddedServer
-from tests.support.databases import in_memory, not_durable
+from chatdb.testing.servers import turn_off_durability
+from tests.support.databases import in_memory
 from tests.support.paths import ROOT
 
 API = ("tests/api/test_public_api.py", "tests/api/test_messages.py", "tests/api/test_conversations.py")
@@ -286,7 +287,7 @@ def main() -> int:
             folder = Path(name)
             folder.chmod(0o711)  # without user namespaces, a server started by root runs as nobody
             with EmbeddedServer(folder / "server") as server:
-                not_durable(server.dsn)
+                turn_off_durability(server.dsn)
                 (folder / "checkout").mkdir()
                 checkout = Checkout(folder / "checkout", server)
                 while True:
