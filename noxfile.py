@@ -255,16 +255,18 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Build the wheel, install it into a clean environment, and use it from another folder."""
+    """Build the wheel, install it into a clean environment, and use it and chatdb.testing from another folder."""
     session.install("build>=1.2,<2")
     dist = Path(session.create_tmp()) / "dist"
     session.run("python", "-m", "build", "--outdir", str(dist), silent=True)
     newest = max(dist.glob("*.whl"), key=lambda path: path.stat().st_mtime)
     session.run("python", "-m", "pip", "uninstall", "-q", "-y", "build")
     session.install(f"{newest}[cli,embedded,migrate]")
-    check = Path("tests/support/use_installed.py").resolve()
+    checks = [Path(f"tests/support/use_{name}.py").resolve() for name in ("installed", "testing")]
     with session.chdir(session.create_tmp()):
-        session.run("python", "-I", str(check))
+        session.run("python", "-I", str(checks[0]))
+        session.install(f"{newest}[testing]", "anyio", "pytest-asyncio", "pytest-xdist")
+        session.run("python", "-I", str(checks[1]))
 
 
 @nox.session

@@ -5,7 +5,7 @@ Each process holds an advisory lock whose key is in the names of its databases. 
 process ends, on whichever host, so a database without its lock is left over. A template is made under such a name and
 then renamed, so a template that exists is complete.
 
-Decision: docs/decisions/0026-test-databases-carry-the-key-of-a-lock.md
+Decision: docs/decisions/0026-databases-of-tests-are-named-after-a-lock.md
 """
 
 from __future__ import annotations

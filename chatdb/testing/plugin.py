@@ -159,11 +159,10 @@ for _name, _make in (("chatdb_pool", _open_pool), ("chatdb_transaction", _open_t
 def _on_the_tests_loop(request: pytest.FixtureRequest, name: str) -> Any:  # noqa: ANN401 - a fixture's value
     """Return the value of the async fixture for the loop on which the test will run."""
     item = request.node
-    if _asyncio is not None and request.config.pluginmanager.has_plugin("asyncio"):
-        marker = item.get_closest_marker("asyncio") if _asyncio.is_async_test(item) else None
-        if marker is not None:
-            scope = marker.kwargs.get("loop_scope") or request.config.getini("asyncio_default_test_loop_scope")
-            return request.getfixturevalue(f"_{name}_{scope}")
+    if _asyncio is not None and _asyncio.is_async_test(item):
+        marker: Any = item.get_closest_marker("asyncio")
+        scope = marker.kwargs.get("loop_scope") or request.config.getini("asyncio_default_test_loop_scope")
+        return request.getfixturevalue(f"_{name}_{scope}")
     if "anyio_backend" in request.fixturenames:
         backend = request.getfixturevalue("anyio_backend")
         if backend != "asyncio" and backend[0] != "asyncio":
