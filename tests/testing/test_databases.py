@@ -113,10 +113,10 @@ def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
         time.sleep(0.005)
 
 
-def test_a_clone_is_one_statement(databases: Databases, template: str) -> None:
+def test_a_clone_is_one_statement(databases: Databases, owners_template: str) -> None:
     """A database costs one CREATE DATABASE from the template and one DROP, and no migration runs."""
     with Proxy(databases.server) as proxy, Databases(proxy.dsn) as counted:
-        assert counted.template() == template
+        assert counted.template() == owners_template
         proxy.clear()
         with counted.new(counted.template()) as dsn, psycopg.connect(database_of(databases.server, name_of(dsn))) as db:
             assert db.execute("select count(*) from chatdb.messages").fetchone() == (0,)
@@ -125,7 +125,7 @@ def test_a_clone_is_one_statement(databases: Databases, template: str) -> None:
         f"create database {name_of(dsn)} template",
         "drop database if exists",
     ]
-    assert f"template {template} " in f"{sent[0]} "
+    assert f"template {owners_template} " in f"{sent[0]} "
     assert name_of(dsn) not in names(databases.server)
 
 

@@ -57,7 +57,7 @@ def left(server: str) -> list[str]:
         return sorted(name for (name,) in found)
 
 
-def test_the_tests_of_a_service(server: str, template: str, tmp_path: Path) -> None:
+def test_the_tests_of_a_service(server: str, owners_template: str, tmp_path: Path) -> None:
     """They pass under pytest-asyncio, anyio and pytest-xdist, share the template, and leave no database."""
     before = left(server)
     use_testing.write(tmp_path)
@@ -68,7 +68,7 @@ def test_the_tests_of_a_service(server: str, template: str, tmp_path: Path) -> N
     output = use_testing.run(tmp_path, *PLUGINS, *ANYIO, *XDIST, CHATDB_TEST_DSN=server)
     assert "19 passed" in output, output
     assert left(server) == before
-    assert template in before
+    assert owners_template in before
     assert sum(name.startswith(TEMPLATE) for name in before) == 1
 
 
