@@ -262,11 +262,15 @@ def wheel(session: nox.Session) -> None:
     newest = max(dist.glob("*.whl"), key=lambda path: path.stat().st_mtime)
     session.run("python", "-m", "pip", "uninstall", "-q", "-y", "build")
     session.install(f"{newest}[cli,embedded,migrate]")
-    checks = [Path(f"tests/support/use_{name}.py").resolve() for name in ("installed", "testing")]
-    with session.chdir(session.create_tmp()):
-        session.run("python", "-I", str(checks[0]))
-        session.install(f"{newest}[testing]", "anyio", "pytest-asyncio", "pytest-xdist")
-        session.run("python", "-I", str(checks[1]))
+    for name, needs in (
+        ("installed", ()),
+        ("testing", (f"{newest}[testing]", "anyio", "pytest-asyncio", "pytest-xdist")),
+    ):
+        if needs:
+            session.install(*needs)
+        check = Path(f"tests/support/use_{name}.py").resolve()
+        with session.chdir(session.create_tmp()):
+            session.run("python", "-I", str(check))
 
 
 @nox.session

@@ -159,7 +159,8 @@ def main() -> None:
         assert "16 passed" in output
         assert not [name for name in databases_left() if "template" not in name]
     with tempfile.TemporaryDirectory() as place:
-        (Path(place) / "test_without.py").write_text(NOT_OPTED_IN, encoding="utf-8")
+        for name, text in {"pytest.ini": FILES["pytest.ini"], "test_without.py": NOT_OPTED_IN}.items():
+            (Path(place) / name).write_text(text, encoding="utf-8")
         output = run(Path(place))
         print(output)
         assert "fixture 'chatdb_dsn' not found" in output
