@@ -76,9 +76,9 @@ _TOPICS: Final = (
             "```sql\ncreate index concurrently on orders (customer_id, id);\n```\nIt serves the filter and the order.",
             "Yes: `concurrently` does not block writes. It only takes longer.",
         ),
-        "run_sql",
-        {"query": "select count(*) from orders where customer_id = 7"},
-        {"rows": [[12]], "duration_ms": 4012.5},
+        "count_rows",
+        {"table": "orders", "customer_id": 7},
+        {"rows": 12, "duration_ms": 4012.5},
     ),
     _Topic(
         "会議の要約",

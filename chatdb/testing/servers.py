@@ -14,7 +14,7 @@ from typing import Any
 from chatdb.admin.connection import connected, fetch_value
 from chatdb.errors import ChatDBError, ConfigurationError
 
-_NO_SERVER = "set CHATDB_TEST_DSN to a server on which the tests may create databases"
+_NO_SERVER = "name a server in CHATDB_TEST_DSN on which the tests may create databases"
 _MEMORY_NEEDED = 1024**3
 
 

@@ -142,10 +142,16 @@ def test_the_connections_of_modules() -> None:
                     makers[maker].add(str(path.relative_to(PACKAGE)))
     assert makers == {
         "_Connection.connect": {"admin/connection.py"},  # also, to query pg_stat_activity about a silent server
-        # tables sets it for its transaction
-        "open_connection": {"admin/connection.py", "transfer/tables/__init__.py"},
-        # to detect a pooler; to prepare the session
-        "connected": {"admin/connection.py", "admin/check/inspection.py", "admin/migrate.py", "admin/retention.py"},
+        # tables sets it for its transaction, testing prepares the session
+        "open_connection": {"admin/connection.py", "testing/databases.py", "transfer/tables/__init__.py"},
+        # to detect a pooler; to prepare the session; testing only reads and sets settings
+        "connected": {
+            "admin/connection.py",
+            "admin/check/inspection.py",
+            "admin/migrate.py",
+            "admin/retention.py",
+            "testing/servers.py",
+        },
     }
 
 
