@@ -17,7 +17,16 @@ from benchmarks.report import write
 from benchmarks.server import LARGE_BUFFERS, BenchServer, folder
 from benchmarks.workload import SIZES, Size
 
-ORDER = ("test_load", "test_counts", "test_search", "test_operations", "test_bulk", "test_target", "test_growth")
+ORDER = (
+    "test_load",
+    "test_counts",
+    "test_search",
+    "test_operations",
+    "test_bulk",
+    "test_locality",
+    "test_target",
+    "test_growth",
+)
 """The suites in run order. Suites that restart the server are last."""
 
 SUITES = {
@@ -25,6 +34,7 @@ SUITES = {
     "ratios": "test_operations",
     "bulk": "test_bulk",
     "search": "test_search",
+    "locality": "test_locality",
     "target": "test_target",
     "growth": "test_growth",
 }

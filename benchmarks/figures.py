@@ -46,6 +46,7 @@ class Figures:
             "throughput": [],
             "counts": [],
             "growth": [],
+            "locality": [],
             "places": [],
             "floor": None,
             "gates": [],
@@ -157,6 +158,10 @@ class Figures:
             })  # fmt: skip
         self.worst("bulk.rate", rate)
         self.worst("bulk.of_copy", rate / copy)
+
+    def local(self, title: str, value: float, unit: str) -> None:
+        """Record a figure on where messages are, or how large they are, for the report."""
+        self.run["locality"].append({"title": title[0].upper() + title[1:], "value": value, "unit": unit})
 
     def grown(self, found: dict[Size, tuple[list[float], float]]) -> None:
         """Record the times, in seconds, and the buffers of the history by size, smallest first."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Group = Literal["target", "counts", "ratios", "growth", "bulk", "search"]
+Group = Literal["target", "counts", "ratios", "growth", "bulk", "search", "locality"]
 
 
 @dataclass(frozen=True)
@@ -360,6 +360,12 @@ GATES = [
     # the write path of imports, rows in memory
     _at_least("bulk.rate", "bulk import, rows in memory", 40_000, "messages/s", "bulk"),
     _at_least("bulk.of_copy", "bulk import: rate relative to \\copy", 0.5, "x", "bulk"),
+    # the place of messages on disk, on real texts that were written in turn
+    _at_most("message.bytes", "a message with its indexes and TOAST", 980, "bytes", "locality", quick=True),
+    _at_most("locality.blocks", "history of 100 after a rewrite: different blocks", 20, "", "locality", quick=True),
+    _at_most("locality.sample_buffers", "chatdb check: buffers of its sample", 4_000, "", "locality", quick=True),
+    _at_most("locality.sample_error", "chatdb check: error of its sample", 0.2, "", "locality", quick=True),
+    _at_most("locality.time", "cold history of 100 after a rewrite: relative to before", 0.6, "x", "locality"),
     # search, people and export, on real messages of 98 users
     *(
         _at_most(f"{name}.{count}", f"{title}: {count.replace('_', ' ')}", limit, "", "search", quick=True)

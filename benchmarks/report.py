@@ -398,6 +398,13 @@ def growth(run: Run) -> list[Block]:
     ]
 
 
+def locality(run: Run) -> list[Block]:
+    """Return how large messages are, and on how many blocks a history is."""
+    rows = [(row["title"], f"{row['value']:,.1f} {row['unit']}".strip()) for row in run.get("locality", [])]
+    text = "What is stored for a message, and on how many blocks a history is before and after `chatdb repack`."
+    return [Heading("Storage and locality"), Paragraph(text), Table(("Figure", "Value"), rows)] if rows else []
+
+
 def cold(run: Run) -> list[Block]:
     """Return the plot of the distribution of times of a history of 100 in each case."""
     places = sorted((place for place in run["places"] if place["times_ms"]), key=lambda place: place["median_ms"])
@@ -511,7 +518,7 @@ def to_html(block: Block) -> str:
 
 def write(run: Run, folder: Path) -> None:
     """Write benchmarks.md, benchmarks.html and benchmarks/*.svg into a folder, and delete older plots there."""
-    parts = (summary, target, operations, throughput, growth, cold, counts, gates, surroundings)
+    parts = (summary, target, operations, throughput, growth, locality, cold, counts, gates, surroundings)
     blocks = [block for part in parts for block in part(run)]
     plots = folder / "benchmarks"
     plots.mkdir(parents=True, exist_ok=True)

@@ -100,6 +100,9 @@ TIMED_BRANCH = ("test_operations.py", "-k", "test_branch and asyncio")
 SEARCHED = ("test_search.py", "--quick", "--benchmark-disable")
 """The run that counts searches, moves and exports."""
 
+LOCAL = ("test_locality.py", "--quick", "--benchmark-disable")
+"""The run that counts the blocks and bytes of messages."""
+
 ALL = {
     "nothing": Sabotage("changes nothing", ()),
     "drop_index": Sabotage(
@@ -216,6 +219,20 @@ ALL = {
         target="chatdb.users._MESSAGES_PAGE",
         replacement=100,
         run=SEARCHED,
+    ),
+    "nothing_rewritten": Sabotage("changes nothing and counts the blocks of messages", (), run=LOCAL),
+    "another_order": Sabotage(
+        "rewrites the table without changing the order of messages",
+        ("locality.blocks",),
+        target="chatdb.admin.locality.CLUSTER",
+        replacement="vacuum (full, analyze) chatdb.messages",
+        run=LOCAL,
+    ),
+    "larger_messages": Sabotage(
+        "adds an index to the messages",
+        ("message.bytes",),
+        sql="create index on chatdb.messages (user_id, created_at)",
+        run=LOCAL,
     ),
     "nothing_hinted": Sabotage("changes nothing and appends with hints", (), run=TIMED_HINTS),
     "notify_in_append": Sabotage(

@@ -3,7 +3,8 @@ Brings the messages of each conversation together in the table's file, for `chat
 
 Messages are stored in the order in which all users write them, so a history of 100 is on about 100 blocks. pg_repack,
 or REPACK (CONCURRENTLY) of PostgreSQL 19, rewrites the table in the order of the primary key while readers and writers
-go on. CLUSTER would lock it, so chatdb only prints that statement.
+go on. CLUSTER would lock it, so chatdb only prints that statement. For the table's storage parameters, see
+docs/decisions/0020-messages-are-frozen-early.md.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ class RepackReport(NamedTuple):
 
 
 def read_scatter(connection: psycopg.Connection) -> Scatter:
-    """Return how scattered the messages of a sample of conversations are. Reads at most some 1,200 blocks."""
+    """Return how scattered the messages of a sample of conversations are. Reads at most some 1,600 blocks."""
     [row] = connection.execute(statement("sample_locality").encode()).fetchall()
     return Scatter(*row)
 

@@ -261,7 +261,7 @@ def _pending(connection: psycopg.Connection, files: list[MigrationFile], to: str
     if to is not None and any(file.name in applied for file in files[len(wanted) :]):
         raise InvalidInputError("to", "is older than the applied migrations: roll back with chatdb rollback --to")
     # yoyo rollback drops columns and indexes, and a killed rollback some of them, but chatdb's record stays
-    existing = _columns_and_indexes(connection)
+    existing = _columns_indexes_and_parameters(connection)
     not_valid = _constraints_not_valid(connection)
     pending: list[MigrationFile] = []
     for file in wanted:
@@ -469,16 +469,24 @@ def _alters(file: MigrationFile) -> set[str]:
 
 
 def _drops_from_tables(file: MigrationFile) -> set[str]:
-    """Return the columns, as table.column, and the indexes that a migration's rollback drops."""
+    """Return the columns and storage parameters, after their table's name, and the indexes that a rollback drops."""
     statements = re.findall(r"^alter table chatdb\.([a-z]\w*)([^;]*);", file.rollback, re.MULTILINE)
     columns = {
         f"{table}.{column}"
         for table, actions in statements
         for column in re.findall(r"\bdrop column if exists ([a-z]\w*)", actions)
     }
-    return columns | {
-        *re.findall(r"^drop index concurrently if exists chatdb\.([a-z]\w*)", file.rollback, re.MULTILINE)
+    parameters = {
+        f"{table}.{parameter.strip()}"
+        for table, actions in statements
+        for reset in re.findall(r"\breset \(([^)]*)\)", actions)
+        for parameter in reset.split(",")
     }
+    return (
+        columns
+        | parameters
+        | {*re.findall(r"^drop index concurrently if exists chatdb\.([a-z]\w*)", file.rollback, re.MULTILINE)}
+    )
 
 
 def _validates(file: MigrationFile) -> set[str]:
@@ -496,13 +504,19 @@ def _constraints_not_valid(connection: psycopg.Connection) -> set[str]:
     return {name for (name,) in connection.execute(statement)}
 
 
-def _columns_and_indexes(connection: psycopg.Connection) -> set[str]:
+def _columns_indexes_and_parameters(connection: psycopg.Connection) -> set[str]:
     statement = """
         select c.relname::text || coalesce('.' || a.attname::text, '')
         from pg_catalog.pg_class as c
         inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
         left join pg_catalog.pg_attribute as a on a.attrelid = c.oid and c.relkind in ('r', 'p')
         where n.nspname = 'chatdb' and not coalesce(a.attisdropped, false)
+        union
+        select pg_catalog.concat(c.relname, '.', pg_catalog.split_part(o.option, '=', 1))
+        from pg_catalog.pg_class as c
+        inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
+        cross join pg_catalog.unnest(c.reloptions) as o (option)
+        where n.nspname = 'chatdb'
         """
     return {name for (name,) in connection.execute(statement)}
 

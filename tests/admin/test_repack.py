@@ -53,8 +53,8 @@ def test_without_pg_repack(dsn: str) -> None:
     fill(dsn, 20)
     env = {"CHATDB_MIGRATE_URL": dsn}
     before = scatter(dsn)
-    assert before.conversations == 12
-    assert before.messages == 1200
+    assert 5 < before.conversations <= 16
+    assert before.messages == 100 * before.conversations
     assert before.per_history > 60
     said = run_chatdb("repack", "--dry-run", env=env)
     assert said.startswith("nothing was changed: the database lacks the extension pg_repack: install it on the server")
