@@ -12,8 +12,7 @@ from unittest.mock import patch
 
 import chatdb
 from benchmarks.server import BenchServer
-from chatdb import branches, replicas, search, streaming
-from chatdb._core.asyncpg_private import STATEMENTS
+from chatdb import branches, search, streaming
 from chatdb._core.query import Query
 
 
@@ -65,16 +64,7 @@ def _notifies_in_appends(dsn: Any, **options: Any) -> Any:
     return _create_pool(dsn, server_settings={"application_name": name}, **options)
 
 
-def _asks_in_a_condition(query: str) -> str:
-    """Return the statement for a replica with a condition in place of the limit."""
-    statement, _, _ = _statement_on_replica(query).rpartition("limit case")
-    statement += "where pg_catalog.pg_is_in_recovery()"
-    STATEMENTS.add(statement)
-    return statement
-
-
 _get_history = chatdb.get_history
-_statement_on_replica = replicas._statement_on_replica
 _create_pool = chatdb.create_pool
 
 _CUSTOM_PLANS = (
@@ -262,11 +252,11 @@ ALL = {
         run=TIMED_TELEMETRY,
     ),
     "nothing_replicated": Sabotage("changes nothing and times a history of a replica", (), run=TIMED_READER),
-    "replica_asked_in_a_condition": Sabotage(
-        "asks whether the replica is in recovery for each row of its answer",
+    "slow_choice": Sabotage(
+        "sleeps before it chooses a replica",
         ("reader.to_history",),
-        target="chatdb.replicas._statement_on_replica",
-        replacement=_asks_in_a_condition,
+        target="chatdb.replicas.Replicas.choose",
+        replacement=lambda replicas, user: time.sleep(1e-5) or replicas._replicas[0],
         run=TIMED_READER,
     ),
     "nothing_branched": Sabotage("changes nothing and times get_branch", (), run=TIMED_BRANCH),
