@@ -433,6 +433,29 @@ class ImportedParent(_Record):
     seq: int
 
 
+class ImportedMessage(_Record):
+    """A message of a conversation that a later export may extend, with the conversation; all None without messages."""
+
+    id: int
+    last_seq: int
+    edits: int
+    title: str | None = Field(repr=False)
+    imported_title: str | None = Field(repr=False)
+    head_seq: int
+    seq: int | None
+    key: str | None = Field(repr=False)
+    state: str | None
+    digest: str | None = Field(repr=False)
+
+
+class ImportedContent(_Record):
+    """The text and payload of the stored message for array element `ordinality`."""
+
+    ordinality: int
+    content: str = Field(repr=False)
+    payload: str | None = Field(repr=False)
+
+
 class StoredConversation(_Record):
     """The stored conversation for array element `ordinality`, with its last message in the file's range."""
 

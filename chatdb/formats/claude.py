@@ -28,12 +28,12 @@ def conversation(source: _Object) -> Iterator[items.Item]:
         key = items.short(message.get("uuid"))
         name = key if key and key not in nodes else f"#{place}"
         try:
-            pieces = _pieces(message)
+            each = pieces(message)
         except items.UnsupportedItemError as error:
             skipped.append(trees.skipped(error, name))
-            pieces = ()
+            each = ()
         parent = message.get("parent_message_uuid", before)
-        nodes[name] = trees.Node(parent, items.time_of(message.get("created_at")), key, pieces)
+        nodes[name] = trees.Node(parent, items.time_of(message.get("created_at")), key, each)
         before = name
     is_tree = any("parent_message_uuid" in (items.as_object(message) or {}) for message in listed)
     current = source.get("current_leaf_message_uuid")
@@ -56,7 +56,8 @@ def conversation(source: _Object) -> Iterator[items.Item]:
     )
 
 
-def _pieces(message: _Object) -> tuple[trees.Piece, ...]:
+def pieces(message: _Object) -> tuple[trees.Piece, ...]:
+    """Return the messages for one of the export, or raise UnsupportedItemError."""
     role = items.role(message.get("sender", message.get("role")))
     found = list(blocks.parts(items.as_list(message.get("content")) or ()))
     if not any(part.text for part, _ in found) and isinstance(text := message.get("text"), str):

@@ -27,13 +27,13 @@ def conversation(source: _Object) -> Iterator[items.Item]:
     for name, value in mapping.items():
         node = items.as_object(value) or {}
         message = items.as_object(node.get("message"))
-        pieces: tuple[trees.Piece, ...] = ()
+        each: tuple[trees.Piece, ...] = ()
         try:
-            pieces = () if node.get("message") is None else _pieces(message)
+            each = () if node.get("message") is None else pieces(message)
         except items.UnsupportedItemError as error:
             skipped.append(trees.skipped(error, name))
         sent_at = items.time_of((message or {}).get("inserted_at"))
-        nodes[name] = trees.Node(node.get("parent"), sent_at, items.short(node.get("id")) or items.short(name), pieces)
+        nodes[name] = trees.Node(node.get("parent"), sent_at, items.short(node.get("id")) or items.short(name), each)
     return trees.stream(
         trees.Conversation(
             "deepseek:",
@@ -51,7 +51,8 @@ def conversation(source: _Object) -> Iterator[items.Item]:
     )
 
 
-def _pieces(message: _Object | None) -> tuple[trees.Piece, ...]:
+def pieces(message: _Object | None) -> tuple[trees.Piece, ...]:
+    """Return the messages for one of the export, or raise UnsupportedItemError."""
     if message is None:
         raise items.UnsupportedItemError("message is not an object")
     listed = items.as_list(message.get("fragments"))

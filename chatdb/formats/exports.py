@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -17,6 +17,7 @@ from chatdb.formats import (
     messages,
     open_webui,
     sharegpt,
+    trees,
 )
 
 _Object: TypeAlias = dict[str, Any]
@@ -28,6 +29,8 @@ class Format(NamedTuple):
     product: str
     how: str
     conversation: Callable[[_Object], Iterator[items.Item]]
+    message: Callable[[_Object], tuple[trees.Piece, ...]] | None = None
+    """Reads one message again, which an import kept as payload."""
 
 
 def _activity(source: _Object) -> Iterator[items.Item]:
@@ -40,23 +43,32 @@ FORMATS: Final = {
         "ChatGPT",
         "Settings > Data controls > Export data; the link to the .zip comes by e-mail",
         chatgpt.conversation,
+        lambda message: (chatgpt.piece(message),),
     ),
     "claude": Format(
-        "Claude.ai", "Settings > Privacy > Export data; the link to the .zip comes by e-mail", claude.conversation
+        "Claude.ai",
+        "Settings > Privacy > Export data; the link to the .zip comes by e-mail",
+        claude.conversation,
+        claude.pieces,
     ),
     "messages": Format(
         "lists of messages with role and content: OpenAI fine-tuning files, Hugging Face data sets, UI messages of the "
         "AI SDK",
         "a .json or .jsonl file of the data set",
         messages.conversation,
+        messages.pieces_of,
     ),
     "open-webui": Format(
         "Open WebUI",
         "Settings > Data controls > Export chats, or a chat's menu > Download > JSON",
         open_webui.conversation,
+        open_webui.pieces,
     ),
     "librechat": Format(
-        "LibreChat", "a conversation's menu > Export > JSON, once for each conversation", librechat.conversation
+        "LibreChat",
+        "a conversation's menu > Export > JSON, once for each conversation",
+        librechat.conversation,
+        librechat.pieces,
     ),
     "gemini": Format(
         "Gemini",
@@ -64,8 +76,8 @@ FORMATS: Final = {
         "from Google Drive",
         _activity,
     ),
-    "grok": Format("Grok", "accounts.x.ai > Data > Download account data", grok.conversation),
-    "deepseek": Format("DeepSeek", "Settings > Data > Export all data", deepseek.conversation),
+    "grok": Format("Grok", "accounts.x.ai > Data > Download account data", grok.conversation, grok.pieces),
+    "deepseek": Format("DeepSeek", "Settings > Data > Export all data", deepseek.conversation, deepseek.pieces),
     "sharegpt": Format(
         "ShareGPT and its cousins, such as LLaMA-Factory",
         "a .json or .jsonl file of the data set",
@@ -73,6 +85,9 @@ FORMATS: Final = {
     ),
 }
 """By name, as in --format."""
+
+_NAME: Final = re.compile("[a-z][A-Za-z_]{0,29}")
+"""A field that a program names; anything else may be a text."""
 
 
 def name_of(value: object) -> str | None:
@@ -129,9 +144,9 @@ def described(value: object) -> str:
     fields = items.as_object(value)
     if fields is None:
         return "text or numbers"
-    names = [json.dumps(name[:30], ensure_ascii=False) for name in list(fields)[:8]]
-    more = ", ..." if len(fields) > 8 else ""
-    return f"objects with the fields {', '.join(names)}{more}" if names else "empty objects"
+    names = [f'"{name}"' for name in fields if _NAME.fullmatch(name)][:8]
+    more = ", ..." if len(fields) > len(names) else ""
+    return f"objects with the fields {', '.join(names)}{more}" if fields else "empty objects"
 
 
 def _is_message(value: object) -> bool:

@@ -34,13 +34,13 @@ def conversation(source: _Object) -> Iterator[items.Item]:
         key = items.short(response.get("_id") or response.get("response_id"))
         name = key if key and key not in nodes else f"#{place}"
         try:
-            pieces = _pieces(response)
+            each = pieces(response)
         except items.UnsupportedItemError as error:
             skipped.append(trees.skipped(error, name))
-            pieces = ()
+            each = ()
         parent = response.get("parent_response_id", before)
         has_parents = has_parents or isinstance(response.get("parent_response_id"), str)
-        nodes[name] = trees.Node(parent, items.time_of(response.get("create_time")), key, pieces)
+        nodes[name] = trees.Node(parent, items.time_of(response.get("create_time")), key, each)
         before = name
     if not has_parents:  # an export without them lists one line
         names = [None, *nodes]
@@ -64,7 +64,8 @@ def conversation(source: _Object) -> Iterator[items.Item]:
     )
 
 
-def _pieces(response: _Object) -> tuple[trees.Piece, ...]:
+def pieces(response: _Object) -> tuple[trees.Piece, ...]:
+    """Return the messages for one of the export, or raise UnsupportedItemError."""
     role = items.role(response.get("sender"))
     found: list[tuple[blocks.Part, object]] = [
         (blocks.Part(text, items.REASONING), {name: text})

@@ -60,6 +60,8 @@ class SourceConversation(NamedTuple):
     """The same for pinned."""
     head_seq: int | None = None
     """The seq of the newest message of the current line, or None for `last_seq`."""
+    has_ids: bool = False
+    """Whether its messages have the ids of an export as keys, by which a later export of it is merged."""
 
     def __repr__(self) -> str:
         return f"SourceConversation(last_seq={self.last_seq})"
@@ -76,6 +78,9 @@ class Skipped(NamedTuple):
     place: str = ""
     """Where it is: the conversation in the file, and the message in it."""
 
+    def __repr__(self) -> str:  # without titles
+        return f"Skipped({self.reason!r}, {self.conversations}, {self.messages})"
+
 
 class Changed(NamedTuple):
     """A change to the preceding conversation, which chatdb could not store as it was."""
@@ -84,6 +89,9 @@ class Changed(NamedTuple):
     conversations: int = 0
     messages: int = 0
     place: str = ""
+
+    def __repr__(self) -> str:
+        return f"Changed({self.reason!r}, {self.conversations}, {self.messages})"
 
 
 class Opened(NamedTuple):

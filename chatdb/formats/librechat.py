@@ -34,12 +34,12 @@ def conversation(source: _Object) -> Iterator[items.Item]:
         key = items.short(message.get("messageId"))
         name = key if key and key not in nodes else f"#{place}"
         try:
-            pieces = _pieces(message)
+            each = pieces(message)
         except items.UnsupportedItemError as error:
             skipped.append(trees.skipped(error, name))
-            pieces = ()
+            each = ()
         parent = message.get("parentMessageId", above or before)
-        nodes[name] = trees.Node(parent, items.time_of(message.get("createdAt")), key, pieces)
+        nodes[name] = trees.Node(parent, items.time_of(message.get("createdAt")), key, each)
         before = name
         if isinstance(model := message.get("model"), str) and model:
             models[model] = None
@@ -75,7 +75,8 @@ def _walk(listed: list[Any]) -> Iterator[tuple[_Object, object]]:
         yield message, above
 
 
-def _pieces(message: _Object) -> tuple[trees.Piece, ...]:
+def pieces(message: _Object) -> tuple[trees.Piece, ...]:
+    """Return the messages for one of the export, or raise UnsupportedItemError."""
     is_users = message.get("isCreatedByUser")
     if isinstance(is_users, bool):
         role = "user" if is_users else "assistant"

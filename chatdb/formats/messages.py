@@ -33,7 +33,7 @@ def conversation(source: _Object) -> Iterator[items.Item]:
     for place, value in enumerate(listed, 1):
         message = items.as_object(value) or {}
         try:
-            pieces = pieces_of(message)
+            pieces = pieces_of(message, has_id=bool(identifier))
         except items.UnsupportedItemError as error:
             skipped.append(trees.skipped(error, place))
             continue
@@ -62,8 +62,12 @@ def _first_id(listed: list[Any]) -> str:
     return f"first:{name}" if len(name) >= _RANDOM else ""
 
 
-def pieces_of(message: _Object) -> tuple[trees.Piece, ...]:
-    """Return the messages for one of a list; the message itself is the payload unless role and text are all of it."""
+def pieces_of(message: _Object, *, has_id: bool = True) -> tuple[trees.Piece, ...]:
+    """
+    Return the messages for one of a list, with the message itself as payload.
+
+    Without an id, which a later export needs the payload for, not if role and text are all of it.
+    """
     role = items.role(message.get("role", message.get("from")))
     found: list[tuple[blocks.Part, object]] = []
     for name in ("reasoning_content", "reasoning", "thinking"):
@@ -92,7 +96,7 @@ def pieces_of(message: _Object) -> tuple[trees.Piece, ...]:
         role == "assistant" and not calls and message.get("role", message.get("from")) in {items.REASONING, "thinking"}
     ):
         found = [(part._replace(kind=items.REASONING), block) for part, block in found]
-    is_plain = message.keys() <= {"role", "content"} and isinstance(content, str)
+    is_plain = not has_id and message.keys() <= {"role", "content"} and isinstance(content, str)
     return blocks.pieces(
         role,
         found,

@@ -34,13 +34,13 @@ def conversation(source: _Object) -> Iterator[items.Item]:
     for name, value in named.items():
         message = items.as_object(value) or {}
         try:
-            pieces = _pieces(message)
+            each = pieces(message)
         except items.UnsupportedItemError as error:
             skipped.append(trees.skipped(error, name))
-            pieces = ()
+            each = ()
         parent = message.get("parentId") if tree else before
         key = items.short(message.get("id")) or (items.short(name) if tree else None)
-        nodes[name] = trees.Node(parent, items.time_of(message.get("timestamp")), key, pieces)
+        nodes[name] = trees.Node(parent, items.time_of(message.get("timestamp")), key, each)
         before = name
     models = [one for one in items.as_list(chat.get("models")) or () if isinstance(one, str)]
     about = items.as_object(source.get("meta")) or {}
@@ -62,7 +62,8 @@ def conversation(source: _Object) -> Iterator[items.Item]:
     )
 
 
-def _pieces(message: _Object) -> tuple[trees.Piece, ...]:
+def pieces(message: _Object) -> tuple[trees.Piece, ...]:
+    """Return the messages for one of the export, or raise UnsupportedItemError."""
     role = items.role(message.get("role"))
     output = items.as_list(message.get("output"))
     content = message.get("content")

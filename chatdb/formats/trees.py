@@ -121,6 +121,7 @@ def _stream(source: Conversation, order: dict[str, str | None], line: list[str])
         _flagged_at(source.archived, updated_at),
         _flagged_at(source.pinned, updated_at),
         None if last[line[-1]] == seq else last[line[-1]],
+        all(nodes[name].key for name in order),
     )
     changes: defaultdict[str, int] = defaultdict(int)
     keys: set[str] = set()

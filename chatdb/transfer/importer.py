@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from array import array
 from bisect import bisect_right
 from collections import defaultdict
@@ -13,7 +14,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from itertools import count
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatdb._core.driver_errors import mapped_driver_errors
 from chatdb._core.query import Query
@@ -21,7 +22,23 @@ from chatdb._core.validate import as_text_array, check_user_id
 from chatdb.errors import ConfigurationError, ConflictError
 from chatdb.formats.items import UNKNOWN_TIME, Changed, Item, Opened, Skipped, SourceConversation, SourceMessage
 from chatdb.pool import Pool, transaction
-from chatdb.records import ImportedConversation, ImportedMessages, ImportedParent, StoredConversation
+from chatdb.records import (
+    ImportedContent,
+    ImportedConversation,
+    ImportedMessage,
+    ImportedMessages,
+    ImportedParent,
+    StoredConversation,
+)
+from chatdb.transfer.merging import (
+    CHANGED,
+    EDITED_IN_BOTH,
+    RENAMED,
+    RENAMED_IN_BOTH,
+    Merge,
+    differs,
+    is_imported,
+)
 
 if TYPE_CHECKING:
     from chatdb.pool import Connection
@@ -30,6 +47,10 @@ _import_conversations = Query("transfer/import_conversations", ImportedConversat
 _import_conversations_find = Query("transfer/import_conversations_find", StoredConversation)
 _import_conversations_extend = Query("transfer/import_conversations_extend", ImportedConversation)
 _import_conversations_parents = Query("transfer/import_conversations_parents", ImportedParent)
+_import_conversations_stored = Query("transfer/import_conversations_stored", ImportedMessage)
+_import_conversations_contents = Query("transfer/import_conversations_contents", ImportedContent)
+_import_conversations_change = Query("transfer/import_conversations_change", ImportedConversation)
+_import_conversations_update = Query("transfer/import_conversations_update", ImportedParent)
 _import_conversations_messages = Query("transfer/import_conversations_messages", ImportedMessages)
 
 OTHER_OF_KEY = "the user has a different conversation with this key"
@@ -67,7 +88,7 @@ class ImportReport:
     stored_messages: int = 0
     skipped: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     changed: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
-    places: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    places: dict[str, list[str]] = field(default_factory=dict[str, list[str]], repr=False)
     files: dict[str, str] = field(default_factory=dict[str, str])
 
     def skip(self, reason: str, *, conversations: int = 0, messages: int = 0, place: str = "") -> None:
@@ -162,6 +183,10 @@ class _Target:
     old_parents: array[int] = field(default_factory=partial(array, "q"))
     """For each of them, the seq that it follows in the file."""
     first_new_seq: int | None = None
+    place: str = ""
+    """The file, and the conversation in it, for the report."""
+    merge: Merge | None = None
+    """What is stored, if its messages have the ids of an export."""
 
     def add_old(self, message: SourceMessage) -> None:
         """Keep where a message is in the file's tree, in case that new messages follow it and it is deleted."""
@@ -242,7 +267,8 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
                     batch, size, characters, keys = [], 0, 0, set[str]()
                 if key is not None:
                     keys.add(key)
-                batch.append((_Target(item, next(occurrences[item.created_at]) if key is None else 0), []))
+                occurrence = next(occurrences[item.created_at]) if key is None else 0
+                batch.append((_Target(item, occurrence, place=_within(file, _named(item))), []))
                 seq = 0
             case Skipped():
                 if item.seq:
@@ -259,6 +285,10 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
                 if item.format:
                     report.files[file] = item.format
     yield batch
+
+
+def _named(source: SourceConversation) -> str:
+    return f"conversation {json.dumps((source.title or source.key or '')[:80], ensure_ascii=False)}"
 
 
 def _within(file: str, place: str) -> str:
@@ -318,9 +348,12 @@ async def _store(
 ) -> None:
     await _find_or_create(connection, user, [target for target, _ in batch if not target.matched], started_at, report)
     grown: list[_LastSeq] = []
-    rows: list[_Row] = []
     files: dict[int, _Target] = {}
+    merged = [(target, messages) for target, messages in batch if target.stored and target.source.has_ids]
+    rows = await _merge(connection, user, merged, started_at, report)
     for target, messages in batch:
+        if target.stored is not None and target.source.has_ids:
+            continue
         new = messages if target.stored is None else _new_messages(target, target.stored, messages, grown, report)
         if target.stored is not None:
             files[target.stored.id] = target
@@ -361,7 +394,9 @@ async def _find_or_create(
     for stored in matches:
         target = targets[stored.ordinality - 1]
         target.stored = stored
-        if target.source.created_at not in (None, stored.created_at):
+        if target.source.has_ids:
+            report.stored_conversations += 1
+        elif target.source.created_at not in (None, stored.created_at):
             target.refused = OTHER_OF_KEY
             report.skip(OTHER_OF_KEY, conversations=1)
         elif target.source.last_seq <= stored.last_seq:
@@ -388,6 +423,148 @@ async def _find_or_create(
     for target in targets:
         target.matched = True
     report.conversations += len(new)
+
+
+async def _merge(
+    connection: Connection,
+    user: str,
+    merged: list[tuple[_Target, list[SourceMessage]]],
+    started_at: datetime,
+    report: ImportReport,
+) -> list[_Row]:
+    """Update the stored conversations of a later export, and return the messages to add."""
+    await _read_stored(connection, user, merged, report)
+    rows: list[_Row] = []
+    found: list[_Found] = []
+    changes: dict[int, _Change] = {}
+    for target, messages in merged:
+        merge = target.merge
+        if merge is None:
+            report.skip(OTHER_OF_KEY, messages=len(messages), place=target.place)
+            continue
+        last_seq, edits = merge.last_seq, merge.edits
+        head_seq = merge.head_seq
+        for message in messages:
+            place = merge.place(message)
+            if isinstance(place, SourceMessage):
+                rows.append((user, merge.id, *place._replace(created_at=place.created_at or started_at)))
+                continue
+            report.stored_messages += 1
+            if place is not None and differs(message, place):
+                found.append((target, merge, message, place))
+        if merge.last_seq > last_seq and not merge.grew:
+            merge.grew = True
+            report.extended_conversations += 1
+            report.stored_conversations -= 1
+        title = None
+        if not messages or messages[-1].seq == target.source.last_seq:
+            merge.set_head(target.source)
+            title, is_conflict = merge.new_title(target.source)
+            if title is not None or is_conflict:
+                report.change(RENAMED if title else RENAMED_IN_BOTH, conversations=1, place=target.place)
+        if title is not None or merge.last_seq != last_seq or merge.head_seq != head_seq:
+            merge.edits += title is not None
+            changes[merge.id] = _Change(target.source, merge, last_seq, edits, title)
+    updates = await _choose_updates(connection, user, found, report)
+    for target, merge, *_ in updates:
+        changes.setdefault(merge.id, _Change(target.source, merge, merge.last_seq, merge.edits, None))
+        merge.edits += 1
+    await _change(connection, user, [*changes.values()], started_at)
+    if updates:
+        _, merges, seqs, changed = zip(*updates, strict=True)
+        await _import_conversations_update.fetch_all(
+            connection,
+            user,
+            as_text_array(merge.id for merge in merges),
+            as_text_array(seqs),
+            [message.content for message in changed],
+            [message.payload for message in changed],
+            [message.metadata for message in changed],
+            [message.state for message in changed],
+        )
+    return rows
+
+
+class _Change(NamedTuple):
+    """A stored conversation to update, with what it was before."""
+
+    source: SourceConversation
+    merge: Merge
+    last_seq: int
+    edits: int
+    title: str | None
+
+
+_Found = tuple[_Target, Merge, SourceMessage, ImportedMessage]
+"""A message of the file that differs from the stored one."""
+
+_Update = tuple[_Target, Merge, int, SourceMessage]
+"""The stored seq of a message, and the message of the file that replaces it."""
+
+
+async def _read_stored(
+    connection: Connection, user: str, merged: list[tuple[_Target, list[SourceMessage]]], report: ImportReport
+) -> None:
+    """Read what is stored of the conversations that the file begins, unless it only shares their key."""
+    new = {t.stored.id: (t, messages) for t, messages in merged if t.stored and t.merge is None and not t.refused}
+    if not new:
+        return
+    rows: defaultdict[int, list[ImportedMessage]] = defaultdict(list)
+    for row in await _import_conversations_stored.fetch_all(connection, user, as_text_array(new)):
+        rows[row.id].append(row)
+    for number, (target, messages) in new.items():
+        merge = Merge(rows[number])
+        is_same_time = target.stored is not None and target.source.created_at in (None, target.stored.created_at)
+        if merge.has_any(messages) or is_same_time:
+            target.merge = merge
+        else:
+            target.refused = OTHER_OF_KEY
+            report.stored_conversations -= 1
+            report.skip(OTHER_OF_KEY, conversations=1, place=target.place)
+
+
+async def _choose_updates(
+    connection: Connection, user: str, found: list[_Found], report: ImportReport
+) -> list[_Update]:
+    """Return the messages to update: those that the export has changed and the user has not."""
+    if not found:
+        return []
+    contents = await _import_conversations_contents.fetch_all(
+        connection,
+        user,
+        as_text_array(stored.id for *_, stored in found),
+        as_text_array(stored.seq for *_, stored in found),
+    )
+    updates: list[_Update] = []
+    for each in contents:
+        target, merge, message, stored = found[each.ordinality - 1]
+        is_ours = is_imported(message, each, key=target.source.key or "", state=stored.state)
+        if is_ours is None or stored.seq is None:
+            continue
+        place = f"{target.place}, message #{stored.seq}"
+        report.change(CHANGED if is_ours else EDITED_IN_BOTH, messages=1, place=place)
+        if is_ours:
+            updates.append((target, merge, stored.seq, message))
+    return updates
+
+
+async def _change(connection: Connection, user: str, changes: list[_Change], started_at: datetime) -> None:
+    if not changes:
+        return
+    changed = await _import_conversations_change.fetch_all(
+        connection,
+        user,
+        as_text_array(each.merge.id for each in changes),
+        as_text_array(each.last_seq for each in changes),
+        as_text_array(each.edits for each in changes),
+        as_text_array(each.merge.last_seq for each in changes),
+        as_text_array(each.merge.edits for each in changes),
+        as_text_array(each.source.updated_at or started_at for each in changes),
+        as_text_array(each.merge.head_seq for each in changes),
+        [each.title for each in changes],
+    )
+    if len(changed) < len(changes):
+        raise ConflictError("another client wrote to one of the conversations during the import: import again")
 
 
 def _new_messages(

@@ -36,6 +36,7 @@ from chatdb.admin.migrate import (
 from chatdb.admin.row_security import protect_tables, protection_statements
 from chatdb.admin.search_index import create_search_index, drop_search_index, estimate_search_index, search_index_status
 from chatdb.admin.users_link import link_users, unlink_users
+from chatdb.formats.items import SourceConversation, SourceMessage
 from chatdb.transfer import tables
 from chatdb.transfer.exporter import count_user, export_conversations
 from chatdb.transfer.importer import (
@@ -395,6 +396,11 @@ async def services_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch
             "aborted",
         )  # as with row-level security
         columns = [validate.as_text_array([value]) for value in row]
+        for text in ("a", "b"):  # a later export
+            message = SourceMessage(1, "user", text, None, None, None, "k", made.created_at, None, "aborted")
+            head = SourceConversation("chatgpt:x", text, None, 1, made.created_at, made.created_at, has_ids=True)
+            await import_conversations(db, user_id="v", items=[head, message._replace(content="a")])
+            await import_conversations(db, user_id="v", items=[head, message._replace(content="ab")])
         await _import_conversations_messages.fetch_one(db, "u", *columns)
         await _import_conversations_parents.fetch_all(db, "u", columns[0], columns[1])
         await chatdb.Watcher(db)._look(db, [watching._Watch("u", made.id, 0)])

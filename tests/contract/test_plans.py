@@ -24,7 +24,8 @@ EXCEPTIONS = {
     "check_schema",  # once per start
     "count_user", "delete_user", "move_user",  # once per user
     "import_conversations", "import_conversations_extend", "import_conversations_find", "import_conversations_messages",
-    "import_conversations_parents",
+    "import_conversations_parents", "import_conversations_stored", "import_conversations_contents",
+    "import_conversations_change", "import_conversations_update",
 }  # fmt: skip
 DATA = """
     insert into chatdb.conversations (user_id, key, last_seq, created_at)

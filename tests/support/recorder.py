@@ -462,17 +462,32 @@ IMPORT = [
     SourceConversation(None, "C", None, 3, _days(2), _days(4), head_seq=2),
     _message(2, "c2"),
     _message(3, "c3"),
+    SourceConversation("d", "D", None, 2, _days(2), _days(7), has_ids=True),
+    _message(1, "d1"),
+    _message(2, "d2"),
+    SourceConversation("e", "E", None, 1, _days(2), _days(8), has_ids=True),
+    _message(1, "e1")._replace(payload=None, metadata=None, state=None),
 ]
 """
 A file: its second conversation ends early. Of the third, all but the last message were stored, and the user has deleted
-the first since, which the last one follows.
+the first since, which the last one follows. Of the last two, an earlier export is stored, the first one's with another
+title and without its last message.
 """
 
 TRANSFERRED = {
     "import_conversations_find": [
-        {"ordinality": 3, "id": 53, "last_seq": 2, "created_at": _days(2), "final_seq": 2}
-        | {"final_key": "c2", "final_created_at": _days(12)}
+        {"ordinality": place, "id": 50 + place, "last_seq": last_seq, "created_at": _days(2), "final_seq": last_seq}
+        | {"final_key": key, "final_created_at": _days(10 + last_seq)}
+        for place, last_seq, key in ((3, 2, "c2"), (4, 1, "d1"), (5, 1, "e1"))
     ],
+    "import_conversations_stored": [
+        {"id": number, "last_seq": 1, "edits": 7, "title": title, "imported_title": title, "head_seq": 1}
+        | {"seq": 1, "key": key, "state": "aborted", "digest": "another"}
+        for number, key, title in ((54, "d1", "before"), (55, "e1", "E"))
+    ],
+    "import_conversations_contents": [{"ordinality": place, "content": "content", "payload": None} for place in (1, 2)],
+    "import_conversations_change": [{"id": 54}, {"id": 55}],
+    "import_conversations_update": [{"ordinality": 1, "seq": 1}, {"ordinality": 2, "seq": 1}],
     "import_conversations": [{"id": 51}, {"id": 52}],
     "import_conversations_extend": [{"id": 53}],
     "import_conversations_parents": [{"ordinality": 2, "seq": 2}],
@@ -493,10 +508,10 @@ IMPORTED = [
         "import_conversations_find",
         USER
         | {
-            "keys": ["a", None, None],
-            "created_ats": _texts([None, _days(2), _days(2)]),
-            "occurrences": _texts([0, 0, 1]),
-            "last_seqs": _texts([1, 4, 3]),
+            "keys": ["a", None, None, "d", "e"],
+            "created_ats": _texts([None, *[_days(2)] * 4]),
+            "occurrences": _texts([0, 0, 1, 0, 0]),
+            "last_seqs": _texts([1, 4, 3, 2, 1]),
         },
     ),
     (
@@ -506,6 +521,21 @@ IMPORTED = [
         | {"created_ats": _texts([NOW, _days(2)]), "updated_ats": _texts([_days(1), _days(3)])}
         | {"archived_ats": _texts([None, _days(5)]), "pinned_ats": _texts([None, _days(6)])}
         | {"head_seqs": _texts([1, 2])},
+    ),
+    ("import_conversations_stored", USER | {"ids": _texts([54, 55])}),
+    ("import_conversations_contents", USER | {"conversation_ids": _texts([54, 55]), "seqs": _texts([1, 1])}),
+    (
+        "import_conversations_change",
+        USER
+        | {"ids": _texts([54, 55]), "old_last_seqs": _texts([1, 1]), "old_edits": _texts([7, 7])}
+        | {"new_last_seqs": _texts([2, 1]), "new_edits": _texts([9, 8]), "updated_ats": _texts([_days(7), _days(8)])}
+        | {"head_seqs": _texts([2, 1]), "titles": ["D", None]},
+    ),
+    (
+        "import_conversations_update",
+        USER
+        | {"conversation_ids": _texts([54, 55]), "seqs": _texts([1, 1]), "contents": ["content d1", "content e1"]}
+        | {"payloads": ['{"p": 1}', None], "metadatas": ['{"m": 2}', None], "states": ["aborted", None]},
     ),
     (
         "import_conversations_extend",
@@ -528,16 +558,21 @@ IMPORTED = [
 
 COPIED = [
     USER | {"conversation_id": conversation} | _message(seq, key)._asdict() | {"parent_seq": parent}
-    for conversation, seq, key, parent in [(51, 1, "a1", None), (52, 1, "b1", None), (53, 3, "c3", 0)]
+    for conversation, seq, key, parent in [
+        (54, 2, "d2", None),
+        (51, 1, "a1", None),
+        (52, 1, "b1", None),
+        (53, 3, "c3", 0),
+    ]
 ]
 """What it copies, by column."""
 
 INSERTED = [
-    *IMPORTED[:5],
+    *IMPORTED[:9],
     (
         "import_conversations_messages",
         USER | {f"{name}s": _texts(row[name] for row in COPIED) for name in COPIED[0] if name != "user_id"},
     ),
-    *IMPORTED[5:],
+    *IMPORTED[9:],
 ]
 """What it sends instead of IMPORTED and COPIED with row-level security on."""

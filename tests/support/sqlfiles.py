@@ -37,11 +37,31 @@ NEVER_NULL = {"count", "row_number", "concat_ws"}  # concat_ws with a separator 
 STRICT = {"char_length", "substr"}
 """Functions that return null only for a null."""
 HARMLESS = {
-    *("array_agg", "cardinality", "char_length", "chr", "clock_timestamp", "coalesce", "concat"),
-    *("concat_ws", "count", "current_setting", "format_type", "getdatabaseencoding", "left", "lower", "max", "min"),
-    *("numnode", "octet_length", "pg_column_compression", "pg_column_size", "pg_get_constraintdef", "pg_get_expr"),
+    *("array_agg", "cardinality", "char_length", "chr", "clock_timestamp", "coalesce", "concat", "convert_to"),
+    *(
+        "concat_ws",
+        "count",
+        "current_setting",
+        "encode",
+        "format_type",
+        "getdatabaseencoding",
+        "jsonb_build_object",
+        "jsonb_extract_path_text",
+        "left",
+    ),
+    *(
+        "lower",
+        "max",
+        "min",
+        "numnode",
+        "octet_length",
+        "pg_column_compression",
+        "pg_column_size",
+        "pg_get_constraintdef",
+        "pg_get_expr",
+    ),
     *("pg_get_indexdef", "quote_ident", "repeat", "replace", "row_number"),
-    *("row_security_active", "statement_timestamp", "string_agg", "strpos", "substr", "sum", "timezone"),
+    *("row_security_active", "sha256", "statement_timestamp", "string_agg", "strpos", "substr", "sum", "timezone"),
     *("to_regclass", "to_tsvector", "translate", "unnest", "websearch_to_tsquery"),
 }
 """The functions allowed in statements. Others, such as query_to_xml, could read tables named in a text."""

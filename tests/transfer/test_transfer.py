@@ -193,22 +193,29 @@ async def test_a_conversation_that_has_grown_behind_a_hole(db: Pool) -> None:
 
 
 async def test_a_conversation_that_went_another_way(db: Pool) -> None:
-    """If the stored messages differ from the start of the file's, nothing is added."""
-    await import_text(db, chatgpt("n1", "n2"), kind="chatgpt")
-    before = await exported(db)
-    report = await import_text(db, chatgpt("n1", "x2", "x3"), kind="chatgpt")
+    """If the stored messages differ from the start of the file's, nothing is added to a conversation without ids."""
+    for text in ("one", "two"):
+        made = await chatdb.create_conversation(db, user_id=text, key="k")
+        await chatdb.append_message(db, user_id=text, conversation_id=made.id, role="user", content=text, key=text)
+    lines = (await exported(db, "two")).replace(b'"created_at"', b'"ignored":1,"created_at"')
+    created_at = portable(await exported(db, "one"))[1]["created_at"]
+    lines = lines.replace(portable(lines)[1]["created_at"].encode(), created_at.encode(), 1)
+    before = await exported(db, "one")
+    report = await import_text(db, lines, user="one", kind="chatdb")
     assert report.messages == report.extended_conversations == 0
-    assert report.skipped == {CHANGED_SINCE: (1, 2)}
-    assert await exported(db) == before
+    assert report.skipped == {CHANGED_SINCE: (1, 1)}
+    assert await exported(db, "one") == before
 
 
 @pytest.mark.parametrize("nodes", [["n1", "n2", "x3"], ["n1", "x2"]])
 async def test_an_edited_conversation(db: Pool, nodes: list[str]) -> None:
-    """A different branch that is no longer than the stored one is not reported as stored."""
+    """A different branch that is no longer than the stored one is added; the line that the file lacks stays."""
     await import_text(db, chatgpt("n1", "n2", "n3"), kind="chatgpt")
     report = await import_text(db, chatgpt(*nodes), kind="chatgpt")
-    assert report.stored_conversations == report.messages == 0
-    assert report.skipped == {CHANGED_SINCE: (1, 1)}
+    assert (report.extended_conversations, report.stored_conversations, report.messages) == (1, 0, 1)
+    conversation, line, lines = await lines_of(db)
+    assert line == ["text of n1", "text of n2", "text of n3"]
+    assert lines[conversation.last_seq] == " ".join(f"text of {node}" for node in nodes)
     shorter = await import_text(db, chatgpt("n1", "n2"), kind="chatgpt")
     assert (shorter.stored_conversations, shorter.stored_messages) == (1, 2)
 
@@ -542,21 +549,16 @@ async def test_a_chatgpt_conversation_that_was_regenerated(db: Pool) -> None:
     assert (await lines_of(db))[1] == ["q", "h", "a2", "go on"]
 
 
-@pytest.mark.parametrize(("current", "is_extended"), [("t", True), ("a2", False)])
-async def test_a_chatgpt_conversation_of_which_an_older_release_stored_the_current_branch(
-    db: Pool, current: str, *, is_extended: bool
-) -> None:
-    """The other branches are added if they are newer than what is stored; otherwise it is skipped and reported."""
+@pytest.mark.parametrize("current", ["t", "a2"])
+async def test_a_chatgpt_conversation_of_which_only_the_current_branch_is_stored(db: Pool, current: str) -> None:
+    """The other branches are added, older ones too."""
     names = {"t": ["q", "a1", "t"], "a2": ["q", "h", "a2"]}[current]
     await import_text(db, tree(current, **{name: LATER[name] for name in names}), kind="chatgpt")
-    before = await exported(db)
     report = await import_text(db, tree(current, **LATER), kind="chatgpt")
-    if is_extended:
-        assert (report.extended_conversations, report.messages) == (1, 3)
-        assert (await lines_of(db))[1] == names
-    else:
-        assert report.skipped == {CHANGED_SINCE: (1, 4)}
-        assert await exported(db) == before
+    assert (report.extended_conversations, report.messages, report.skipped) == (1, 3, {})
+    _, line, lines = await lines_of(db)
+    assert line == names
+    assert sorted(lines.values()) == ["q", "q a1", "q a1 t", "q h", "q h a2", "q2"]
 
 
 async def test_a_service_that_writes_meanwhile(db: Pool, dsn: str) -> None:
@@ -564,21 +566,21 @@ async def test_a_service_that_writes_meanwhile(db: Pool, dsn: str) -> None:
     await import_text(db, chatgpt("n1"), kind="chatgpt")
     (conversation,) = await chatdb.list_conversations(db, user_id="alice")
 
-    real_find = chatdb.transfer.importer._import_conversations_find.fetch_all
+    real_read = chatdb.transfer.importer._import_conversations_stored.fetch_all
 
-    async def find(*args: Any) -> Any:
-        found = await real_find(*args)
+    async def read(*args: Any) -> Any:
+        found = await real_read(*args)
         await chatdb.append_message(
             db, user_id="alice", conversation_id=conversation.id, role="user", content="meanwhile"
         )
         return found
 
-    chatdb.transfer.importer._import_conversations_find.fetch_all = find
+    chatdb.transfer.importer._import_conversations_stored.fetch_all = read
     try:
         with pytest.raises(chatdb.ConflictError, match="during the import"):
             await import_text(db, chatgpt("n1", "n2"), kind="chatgpt")
     finally:
-        del chatdb.transfer.importer._import_conversations_find.fetch_all
+        del chatdb.transfer.importer._import_conversations_stored.fetch_all
     history = await chatdb.get_history(db, user_id="alice", conversation_id=conversation.id)
     assert [m.content for m in history] == ["text of n1", "meanwhile"]
 
