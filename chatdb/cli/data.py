@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, aclosing, asynccontextmanager, closing, contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -45,7 +45,7 @@ from chatdb.formats import exports
 from chatdb.formats.items import Item, Opened, Skipped
 from chatdb.pool import Pool, set_rls_user
 from chatdb.records import Conversation, Deleted, Message
-from chatdb.transfer import files, jsonlines, tables
+from chatdb.transfer import files, jsonlines, tables, writers
 from chatdb.transfer.exporter import count_user, export_conversations
 from chatdb.transfer.importer import ImportReport, import_conversations
 
@@ -82,6 +82,15 @@ class Format(StrEnum):
     langchain = "langchain"
     google_adk = "google-adk"
     chainlit = "chainlit"
+
+
+class ExportFormat(StrEnum):
+    """The format of an export."""
+
+    jsonl = "jsonl"
+    chatgpt = "chatgpt"
+    messages = "messages"
+    markdown = "markdown"
 
 
 def demo(
@@ -209,13 +218,27 @@ def export(
             "--output", "-o", help="File to write; replaced only by a complete export. Default: standard output."
         ),
     ] = None,
+    format: Annotated[  # noqa: A002 - the option's name
+        ExportFormat,
+        typer.Option(help="jsonl loses nothing; messages and markdown have only the current line's texts."),
+    ] = ExportFormat.jsonl,
+    conversation: Annotated[
+        int | None, typer.Option(metavar="ID", help="Export only this conversation. Default: all of the user's.")
+    ] = None,
 ) -> None:
-    """Export a user's conversations as JSON lines. chatdb import restores everything but row ids."""
+    """
+    Export a user's conversations, as JSON lines or for other programs.
+
+    From jsonl, chatdb import restores everything but row ids. chatgpt is a
+    conversations.json with all branches, for programs that read ChatGPT's export.
+    messages has a line for each conversation, in OpenAI's fine-tuning format,
+    without tools and reasoning. markdown is for people.
+    """
     if output is None or str(output) == "-":
-        conversations, messages = run(_export(user, json_lines()))
+        conversations, messages = run(_export(user, json_lines(), format, conversation))
     else:
         with _replacing(output) as file:
-            conversations, messages = run(_export(user, file))
+            conversations, messages = run(_export(user, file, format, conversation))
             if not conversations and output.is_file() and output.stat().st_size:
                 fail(f"the user has no conversations: {output} is unchanged")
     err.print(f"exported {conversations:,} conversations, {messages:,} messages")
@@ -460,22 +483,81 @@ def _shown(
     bar.update(task, completed=size)
 
 
-async def _export(user: str, file: IO[bytes]) -> tuple[int, int]:
-    conversations = messages = 0
-    async with _database() as pool, aclosing(export_conversations(pool, user_id=user)) as records:
+async def _export(
+    user: str,
+    file: IO[bytes],
+    format: str,  # noqa: A002 - the option's name
+    conversation: int | None,
+) -> tuple[int, int]:
+    async with (
+        _database() as pool,
+        aclosing(export_conversations(pool, user_id=user, conversation_id=conversation)) as records,
+    ):
         with progress("exporting") as bar:
             task = bar.add_task("conversations", total=None)
-            file.write(jsonlines.header())
-            async for record in records:
-                if isinstance(record, Conversation):
-                    conversations += 1
-                    file.write(jsonlines.conversation_line(record))
-                    bar.update(task, completed=conversations)
-                else:
-                    messages += 1
-                    file.write(jsonlines.message_line(record))
-            file.write(jsonlines.end_line(conversations, messages))
-            file.flush()
+            counted = _counted(records, lambda number: bar.update(task, completed=number))
+            if format == ExportFormat.jsonl:
+                return await _export_lines(counted, file)
+            return await _export_texts(counted, file, writers.WRITERS[format])
+
+
+async def _counted(
+    records: AsyncIterable[Conversation | Message], update: Callable[[int], None]
+) -> AsyncIterator[Conversation | Message]:
+    """Yield the records, and tell the progress bar how many conversations there were."""
+    conversations = 0
+    async for record in records:
+        if isinstance(record, Conversation):
+            conversations += 1
+            update(conversations)
+        yield record
+
+
+async def _export_lines(records: AsyncIterable[Conversation | Message], file: IO[bytes]) -> tuple[int, int]:
+    conversations = messages = 0
+    file.write(jsonlines.header())
+    async for record in records:
+        if isinstance(record, Conversation):
+            conversations += 1
+            file.write(jsonlines.conversation_line(record))
+        else:
+            messages += 1
+            file.write(jsonlines.message_line(record))
+    file.write(jsonlines.end_line(conversations, messages))
+    file.flush()
+    return conversations, messages
+
+
+async def _export_texts(
+    records: AsyncIterable[Conversation | Message], file: IO[bytes], writer: writers.Writer
+) -> tuple[int, int]:
+    """Write conversations one by one, and say how many messages the format leaves out."""
+    conversations = messages = left_out = 0
+    current: tuple[Conversation, list[Message]] | None = None
+    file.write(writer.start.encode())
+
+    def write() -> None:
+        nonlocal conversations, messages, left_out
+        if current is None:
+            return
+        text, count = writer.write(*current)
+        left_out += len(current[1]) - count
+        if text:
+            file.write(((writer.between if conversations else "") + text).encode(errors="surrogatepass"))
+            conversations += 1
+            messages += count
+
+    async for record in records:
+        if isinstance(record, Conversation):
+            write()
+            current = record, []
+        elif current is not None:
+            current[1].append(record)
+    write()
+    file.write(writer.end.encode() if conversations or writer.start else b"")
+    file.flush()
+    if left_out:
+        err.print(f"left out {left_out:,} messages: other branches, and what this format does not show")
     return conversations, messages
 
 
