@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, Final
 
 from chatdb._core.validate import check_metadata
@@ -29,6 +30,8 @@ def conversation(source: dict[str, Any]) -> Iterator[items.Item]:
     listed = items.as_list(source["conversations"] if "conversations" in source else source.get("items"))
     if listed is None:
         raise items.UnsupportedItemError("no list of messages")
+    if (plain := _plain(source, listed)) is not None:
+        return iter(plain)
     said: list[tuple[str, str]] = []
     found: list[tuple[trees.Piece, ...]] = []
     times: list[Any] = []
@@ -67,6 +70,38 @@ def conversation(source: dict[str, Any]) -> Iterator[items.Item]:
             skipped=tuple(skipped),
         )
     )
+
+
+def _plain(source: dict[str, Any], listed: list[Any]) -> list[items.Item] | None:
+    """Return a conversation that has only roles and texts, as the millions of a data set have; None for any other."""
+    if not source.keys() <= {"id", "conversations", "items"} or not listed:
+        return None
+    said: list[tuple[str, str]] = []
+    messages: list[items.Item] = []
+    for seq, entry in enumerate(listed, 1):
+        fields = items.as_object(entry)
+        if fields is None or fields.keys() != _PLAIN:
+            return None
+        word, text = fields["from"], fields["value"]
+        if not isinstance(word, str) or not isinstance(text, str) or (known := _known(word)) is None:
+            return None
+        if items.readable(text) is not text:
+            return None
+        role, metadata = known
+        messages.append(items.SourceMessage(seq, role, text, None, metadata, None, None, None))
+        said.append((word, text))
+    key = f"sharegpt:{items.name_of(source.get('id'))}:{items.fingerprint(said)}"
+    return [items.SourceConversation(key, None, None, len(said), None, None), *messages]
+
+
+@lru_cache
+def _known(word: str) -> tuple[str, str | None] | None:
+    """Return the role and the metadata for a role's word, or None if it is unknown."""
+    try:
+        piece, _ = _piece({"from": word, "value": ""})
+    except items.UnsupportedItemError:
+        return None
+    return piece.role, piece.metadata
 
 
 def _piece(fields: dict[str, Any]) -> tuple[trees.Piece, str]:

@@ -141,13 +141,14 @@ def _stream(source: Conversation, order: dict[str, str | None], line: list[str])
             content = items.cut(text)
             item = piece.original if piece.original is not None or content is piece.text else {"content": piece.text}
             payload, problem = (None, None) if item is None else items.original(item)
-            for reason, is_so in (
-                (items.REPLACED, text != piece.text),
-                (items.CUT, len(content) != len(text)),
-                (problem or "", problem is not None),
-            ):
-                if is_so:
-                    changes[reason] += 1
+            if content is not piece.text or problem is not None:
+                for reason in (
+                    items.REPLACED if text != piece.text else None,
+                    items.CUT if len(content) != len(text) else None,
+                    problem,
+                ):
+                    if reason is not None:
+                        changes[reason] += 1
             follows_previous = parent_seq == seq - 1
             yield items.SourceMessage(
                 seq, piece.role, content, payload, piece.metadata, None, own, sent[name],

@@ -677,7 +677,13 @@ def test_all_branches_of_a_tree_arrive():
     items = [item._replace(payload=None) if isinstance(item, SourceMessage) else item for item in items]
     assert items == [
         SourceConversation(
-            "chatgpt:c-1", "A title", '{"imported_title": "A title"}', 6, moment(7, 123456), moment(40, 500000)
+            "chatgpt:c-1",
+            "A title",
+            '{"imported_title": "A title"}',
+            6,
+            moment(7, 123456),
+            moment(40, 500000),
+            has_ids=True,
         ),
         SourceMessage(1, "system", "", None, '{"hidden": true}', None, "id-", moment(7, 123456)),
         SourceMessage(2, "user", "Why?", None, None, None, "id-Why?", moment(8, 250000)),
@@ -985,10 +991,10 @@ def test_a_conversation_without_times_has_those_of_its_messages():
     """A conversation without times gets those of its messages, or none if they have none."""
     chain = [turn("user", "a"), turn("user", "b", create_time=1681234568)]
     items = read([chatgpt(*chain, create_time=None, update_time=None)], "chatgpt")
-    assert heads(items)[0][4:] == (moment(8), moment(8), None, None, None)
+    assert heads(items)[0][4:9] == (moment(8), moment(8), None, None, None)
     assert [message.created_at for message in messages(items)] == [moment(8), moment(8)]
     items = read([chatgpt(turn("user", "a"), create_time=None, update_time=1681234569)], "chatgpt")
-    assert heads(items)[0][4:] == (moment(9), moment(9), None, None, None)
+    assert heads(items)[0][4:9] == (moment(9), moment(9), None, None, None)
     items = read([chatgpt(turn("user", "a"), create_time=None, update_time=None)], "chatgpt")
     assert (items[0].created_at, items[0].updated_at, items[1].created_at) == (None, None, None)
 
@@ -1205,7 +1211,7 @@ def lines_of(export):
 
 def fields_of(record, item_type):
     """Return a record's fields as an item has them, with metadata as canonical JSON."""
-    fields = {name: getattr(record, name) for name in item_type._fields}
+    fields = {name: getattr(record, name) for name in item_type._fields if name != "has_ids"}
     if isinstance(fields["metadata"], str):
         fields["metadata"] = json.loads(fields["metadata"])
     return fields | {"metadata": json.dumps(fields["metadata"], sort_keys=True)}
