@@ -67,8 +67,8 @@ _ON_PRIMARY: Final = re.compile(
 )
 """The other reads. All other statements write."""
 
-SERVER_STATE: Final = """
-    select
+SERVER_STATE: Final = """--chatdb.server_state
+    select /* chatdb.server_state */
         system.system_identifier::text as cluster,
         pg_catalog.current_database()::text as database,
         server.is_replica,

@@ -14,7 +14,7 @@ import pytest
 
 import chatdb
 from chatdb import Call, branches, conversations, messages, schema, search, streaming, users, watching
-from chatdb._core.query import Query, statement_files
+from chatdb._core.query import Query, RunAgainError, statement_files
 from chatdb.transfer.exporter import export_conversations
 from tests.support.calls import CALLS, SIGNATURES, call, conversation_with_a_message
 from tests.support.pools import kill_sessions
@@ -129,6 +129,28 @@ async def test_an_error_has_the_servers_code(db: chatdb.Pool) -> None:
         ("create_conversation", None, None),
         ("create_conversation", "CommandTimeoutError", "57014"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (RunAgainError("try again", sent=True), "UnavailableError"),  # a class of chatdb's own
+        (chatdb.StaleError(), "StaleError"),
+        (asyncio.CancelledError(), "CancelledError"),
+        (chatdb.MessageNotFoundError(), None),
+    ],
+)
+async def test_the_name_of_an_error(db: chatdb.Pool, error: BaseException, name: str | None) -> None:
+    """An error is told by the class that a caller can name; what is not found is none."""
+    heard = listening(db)
+
+    async def fail() -> None:
+        raise error
+
+    assert db.call_listeners is not None
+    with pytest.raises(type(error)):
+        await db.call_listeners.tell("get_message", "get_message", fail())
+    assert [call.error for call in heard] == [name]
 
 
 async def test_a_repetition_is_one_call(dsn: str) -> None:
