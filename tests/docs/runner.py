@@ -136,11 +136,13 @@ class Runner:
         arguments = [*command.split(), "--port", str(port), "--log-level", "warning"]
         process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=self.folder, env=self.environment())
         try:
-            for _ in range(600):
+            for _ in range(1200):
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                     break
                 assert process.poll() is None, "the service has ended"
                 time.sleep(0.05)
+            else:
+                raise AssertionError("the service does not start")
             yield
         finally:
             process.terminate()

@@ -35,7 +35,7 @@ async def test_the_blocks_of_a_page_run(name: str, dsn: str, monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     run = runner.Runner(dsn, tmp_path)
     for page in PAGES[name]:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             await run.run(page)
 
 

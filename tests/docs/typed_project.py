@@ -51,6 +51,8 @@ def pages() -> dict[str, str]:
     """Return the Python blocks of each page as one module, and the files that the pages tell to write."""
     modules: dict[str, str] = {}
     for path in sorted(path for name in PAGES for path in (HERE.parent.parent / "docs" / name).glob("*.md")):
+        if path.stem == "testing":
+            continue  # tests of pytest without annotations, as most are
         lines = ["import asyncio", "import chatdb", "async def page(db: chatdb.Pool) -> None:"]
         for block in re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
             file = re.match(r"# (?:add to )?(\w+)\.py\n", block)
