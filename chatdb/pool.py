@@ -135,7 +135,11 @@ class Pool(PoolBase):
         is_first = self._state == "new"
         await super()._open()
         if is_first and self._replicas is not None:
-            await self._replicas.start()
+            try:
+                await self._replicas.start()
+            except BaseException:  # cancelled: the caller has no pool to close
+                self.terminate()
+                raise
         return self
 
     async def _notify(self, payloads: list[str]) -> None:

@@ -32,7 +32,7 @@ from chatdb.admin.row_security import protect_tables
 from chatdb.embedded.server import EmbeddedServer
 from tests.support.calls import CALLS, SIGNATURES, STREAM, Counting, call, conversation_with_a_message
 from tests.support.command import chatdb as command
-from tests.support.databases import as_role, database_of, execute, not_durable
+from tests.support.databases import as_role, database_of, execute
 from tests.support.embedded import temporary_server
 from tests.support.proxy import Proxy
 from tests.support.replication import Replica, dsn_of, replica_of
@@ -57,7 +57,7 @@ class Servers(NamedTuple):
 def servers() -> Iterator[Servers]:
     """Yield a migrated primary and a replica that replays at once."""
     with temporary_server() as server:
-        not_durable(server.dsn)
+        execute(server.dsn, "alter system set fsync = off", "select pg_reload_conf()")
         apply_migrations(server.dsn)
         with replica_of(server) as replica:
             yield Servers(server, server.dsn, replica)
@@ -428,6 +428,27 @@ async def test_replicas_that_are_none(pool: Pool, servers: Servers, server: str)
         assert states[0].server == "127.0.0.1:1"
         assert len(await chatdb.get_history(other.reader(), **at, at_least=3)) == 3
     execute(servers.dsn, "drop database another")
+
+
+async def test_a_silent_replica(pool: Pool, servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that accepts connections and never answers delays neither calls nor, for long, the opening."""
+    monkeypatch.setattr(replicas_module, "ANSWER_TIMEOUT", 0.3)
+    monkeypatch.setattr(replicas_module, "CONNECT_TIMEOUT", 0.5)
+    at = await with_messages(pool)
+    tasks = asyncio.all_tasks()
+    with Proxy(servers.replica.dsn) as silent:
+        silent.pause()
+        opening = asyncio.create_task(chatdb.create_pool(servers.dsn, replicas=[silent.dsn])._open())
+        await asyncio.sleep(0.1)
+        opening.cancel()
+        await asyncio.wait([opening])
+        async with asyncio.timeout(5):
+            while asyncio.all_tasks() != tasks:  # noqa: ASYNC110 - connections are closed meanwhile
+                await asyncio.sleep(0.02)
+        async with chatdb.create_pool(servers.dsn, replicas=[silent.dsn]) as other:
+            assert len(await chatdb.get_history(other.reader(), **at, at_least=3)) == 3
+            state = await state_of(other, problem="cannot be reached (TimeoutError)")
+            assert (state.role, state.in_use, state.answered) == (None, False, 0)
 
 
 async def test_a_dead_replica(pool: Pool, servers: Servers) -> None:
