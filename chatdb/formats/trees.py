@@ -84,13 +84,18 @@ def stream(source: Conversation) -> Iterator[items.Item]:
     Raises UnsupportedItemError if there are no messages.
     """
     nodes = source.nodes
-    parents = _parents(nodes, source.current)
-    line = _line(nodes, parents, source.current)
+    order = _as_chain(nodes, source.current)
+    if order is not None:
+        line = [*order]
+    else:
+        parents = _parents(nodes, source.current)
+        line = _line(nodes, parents, source.current)
+        order = _in_order(nodes, parents)
     if not line:
         if not source.skipped:
             raise items.UnsupportedItemError("no messages")
         return iter([*source.skipped, items.Skipped("no messages that can be stored", conversations=1)])
-    return _stream(source, _in_order(nodes, parents), line)
+    return _stream(source, order, line)
 
 
 def _stream(source: Conversation, order: dict[str, str | None], line: list[str]) -> Iterator[items.Item]:
@@ -178,6 +183,26 @@ def _flagged_at(flag: datetime | bool, last_at: datetime | None) -> datetime | N
     if isinstance(flag, datetime):
         return flag
     return (last_at or items.UNKNOWN_TIME) if flag else None
+
+
+def _as_chain(nodes: Mapping[str, Node], current: object) -> dict[str, str | None] | None:
+    """Return the order if the nodes are one line without branches, as most are, and in order of time; else None."""
+    order: dict[str, str | None] = {}
+    before: str | None = None
+    previous: str | None = None
+    latest = _NEVER
+    for name, node in nodes.items():
+        is_next = (
+            node.parent == before if before is not None else not (isinstance(node.parent, str) and node.parent in nodes)
+        )
+        if not is_next or (node.sent_at is not None and node.sent_at < latest):
+            return None
+        latest = node.sent_at or latest
+        if node.pieces:
+            order[name] = previous
+            previous = name
+        before = name
+    return order if current is None or current == before else None
 
 
 def _parents(nodes: Mapping[str, Node], current: object) -> dict[str, str | None]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Final, cast
 
 from chatdb.errors import InvalidInputError
@@ -27,6 +28,14 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _BEGUN = re.compile(r"[-+.0-9A-Za-z]{0,8}")  # the start of a word, a number or an escape, up to "-Infinit"
 _REST_OF_STRING = re.compile(r'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _decode = json.JSONDecoder().raw_decode
+
+
+def _with_shared_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return an object whose fields' names are those of all others: they would take most of a large one's memory."""
+    return {sys.intern(name): value for name, value in fields.items()}
+
+
+_decode_member = json.JSONDecoder(object_hook=_with_shared_names).raw_decode
 
 
 def objects(file: BinaryIO, inside: str | None = None) -> Iterator[Any]:
@@ -188,7 +197,7 @@ class _Reader:
         """Return the value at the offset and go behind it; raise _CutError if the file ends inside it."""
         while True:
             start = self._offset
-            decoded = self._decoded_value()
+            decoded = self._decoded_value(_decode_member if depth else _decode)
             left = len(self._text) - start
             if decoded is not None:
                 value, end = decoded
@@ -307,11 +316,11 @@ class _Reader:
         if self._offset == len(self._text):
             raise _CutError
 
-    def _decoded_value(self) -> tuple[Any, int] | None:
+    def _decoded_value(self, decode: Callable[[str, int], tuple[Any, int]]) -> tuple[Any, int] | None:
         """Return the value at the offset and its end, or None if the text ends before it."""
         text = self._text
         try:
-            return _decode(text, self._offset)
+            return decode(text, self._offset)
         except json.JSONDecodeError as error:
             unfinished = error.msg.startswith("Unterminated string") or bool(_BEGUN.fullmatch(text, error.pos))
             problem, position = "is invalid JSON", error.pos
