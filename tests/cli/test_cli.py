@@ -349,9 +349,9 @@ def test_refused(env: dict[str, str], tmp_path: Path, arguments: list[str], sent
     ("content", "sentence"),
     [
         (b"", "empty"),
-        (b"[1]", "something other than objects"),
+        (b"[1]", "a list of text or numbers"),
         (b'[{"id": "a", "conversations": [}]', "invalid JSON"),
-        (b'{"some": "thing"}', "--format"),
+        (b'{"some": "thing"}', "chatdb formats"),
         (b'[{"conversations": [{"from": "human", "value": "\xff"}]}]', "not UTF-8"),
     ],
 )
