@@ -29,6 +29,14 @@ LINTERS = [
     ["python", "-m", "tests.support.lint_migrations"],
 ]
 """The commands of `nox -s lint`. The hooks of .pre-commit-config.yaml run the same ones, and a test compares them."""
+ON_CITUS = tuple(
+    f"tests/api/test_{name}.py"
+    for name in (
+        *("messages", "batches", "upserts", "streaming", "replace_and_pop", "branches", "first_messages"),
+        *("compare_and_set", "users", "conversations"),
+    )
+)
+"""The tests of the functions in migration 0013."""
 FRAMEWORKS = ("openai-agents", "chatkit", "agent-framework", "pydantic-ai", "google-adk")
 """The extras of the adapters in chatdb/adapters."""
 SDIST_TESTS = {
@@ -163,6 +171,16 @@ def repack(session: nox.Session) -> None:
     """Run chatdb repack on an installed PostgreSQL that has pg_repack. Without one, the tests are skipped."""
     install(session, "test")
     run_tests(session, "-m", "repack", "-rPs", "--server", "local", *(session.posargs or ["tests/admin"]))
+
+
+@nox.session
+def distributed(session: nox.Session) -> None:
+    """Run what calls the functions for Citus, and its proofs, on the cluster that CHATDB_TEST_CITUS_DSN names."""
+    if "CHATDB_TEST_CITUS_DSN" not in os.environ:
+        session.skip("CHATDB_TEST_CITUS_DSN names no coordinator of a Citus cluster")
+    install(session, "test")
+    run_tests(session, "-n", "0", "--server", "citus", *(session.posargs or ON_CITUS))
+    run_tests(session, "-n", "0", "--server", "citus", "-m", "chaos", "-rP", "tests/reliability/test_citus.py")
 
 
 @nox.session

@@ -20,7 +20,12 @@
 -- refuses with stale, again
 -- served by pk_conversations, uq_conversations_user_id_key
 
-with changed as (
+-- in a WITH query, because Citus calls no function of the time in an update's CASE
+with clock as (
+    select pg_catalog.statement_timestamp() as now
+),
+
+changed as (
     update chatdb.conversations as c
     set title = case when $4::bool then $5 else title end,
         metadata = case
@@ -30,11 +35,11 @@ with changed as (
             else metadata
         end,
         archived_at = case
-            when $10::bool then coalesce(archived_at, pg_catalog.statement_timestamp())
+            when $10::bool then coalesce(archived_at, (select now from clock))
             when $10::bool is null then archived_at
         end,
         pinned_at = case
-            when $11::bool then coalesce(pinned_at, pg_catalog.statement_timestamp())
+            when $11::bool then coalesce(pinned_at, (select now from clock))
             when $11::bool is null then pinned_at
         end,
         edits = edits + (

@@ -34,11 +34,12 @@ from tests.support.databases import (
     execute,
     in_memory,
 )
+from tests.support.distributed import ClusterDatabases, distributed_template
 from tests.support.leaks import leaks
 from tests.support.pgbouncer import OPTIONS, VERSIONS, pgbouncer, program
 from tests.support.roles import Roles
 
-SERVERS = ("auto", "dsn", "container", "embedded", "local")
+SERVERS = ("auto", "dsn", "citus", "container", "embedded", "local")
 AppOf = Callable[[str, pytest.FixtureRequest], str]
 
 
@@ -70,6 +71,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="as which role of docs/security.md the tests connect, except for those that need the owner",
     )
     group.addoption("--pooler", choices=VERSIONS, help="run what connects by arguments_of, through this PgBouncer")
+    group.addoption("--distributed", action="store_true", help="run the statements for Citus, on any PostgreSQL")
     group.addoption("--quick", action="store_true", help="of what -m chaos runs, a sample")
     group.addoption("--frameworks", action="store_true", help="collect tests/adapters, which need every framework")
     group.addoption("--example", action="store_true", help="collect tests/example, which need examples/fastapi")
@@ -128,6 +130,11 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"chatdb: server {config.getoption('--server')}, {'uvloop' if config.getoption('--uvloop') else 'asyncio'}"
 
 
+def has_functions(config: pytest.Config) -> bool:
+    """Return whether the tests' databases have the functions for Citus."""
+    return config.getoption("--distributed") or config.getoption("--server") == "citus"
+
+
 @pytest.fixture(scope="session")
 def server(request: pytest.FixtureRequest) -> Iterator[str]:
     """
@@ -137,14 +144,14 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
     PostgreSQL.
     """
     wanted = request.config.getoption("--server")
-    starts = {"dsn": _named, "container": start_container, "embedded": _embedded, "local": _local}
+    starts = {"dsn": _named, "citus": _citus, "container": start_container, "embedded": _embedded, "local": _local}
     with ExitStack() as stack:
         for name, start in starts.items():
-            if wanted not in ("auto", name):
+            if wanted not in ("auto", name) or (name == "citus" != wanted):
                 continue
             dsn = start(stack)
             if dsn:
-                if name != "dsn":
+                if name not in ("dsn", "citus"):
                     turn_off_durability(dsn)
                 version = administrator(dsn).info.server_version
                 _say(request.config, f"chatdb: {name} PostgreSQL {version // 10000}.{version % 100}")
@@ -160,6 +167,10 @@ def _say(config: pytest.Config, line: str) -> None:
         with capture.global_and_fixture_disabled():  # otherwise it becomes part of the first test's output
             reporter.ensure_newline()
             reporter.write_line(line)
+
+
+def _citus(stack: ExitStack) -> str | None:
+    return os.environ.get("CHATDB_TEST_CITUS_DSN")
 
 
 def _named(stack: ExitStack) -> str | None:
@@ -242,16 +253,21 @@ def app_of(request: pytest.FixtureRequest) -> AppOf:
 
 
 @pytest.fixture(scope="session")
-def databases(server: str) -> Iterator[Databases]:
+def databases(server: str, request: pytest.FixtureRequest) -> Iterator[Databases]:
     """Yield what creates and drops the databases of the tests."""
-    with Databases(server) as databases:
+    is_cluster = request.config.getoption("--server") == "citus"
+    with ClusterDatabases(server) if is_cluster else Databases(server) as databases:
         yield databases
 
 
 @pytest.fixture(scope="session")
-def owners_template(databases: Databases) -> str:
-    """Return the name of a database that the server's superuser has migrated."""
-    return databases.template()
+def owners_template(databases: Databases, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Yield the name of a database that the server's superuser has migrated."""
+    if has_functions(request.config):
+        with distributed_template(databases) as name:
+            yield name
+    else:
+        yield databases.template()
 
 
 @pytest.fixture(scope="session")
@@ -334,6 +350,13 @@ async def tx(
 ) -> AsyncIterator[asyncpg.Connection]:
     """Yield a connection in a transaction that is rolled back after the test: the fastest fixture."""
     arguments = arguments_of(app_of(shared_dsn, request))
+    if has_functions(request.config):  # the pool's connections know which functions exist
+        async with chatdb.create_pool(**arguments) as pool, pool.acquire() as connection:
+            block = connection.transaction()
+            await block.start()
+            yield connection
+            await block.rollback()
+        return
     connection = await asyncpg.connect(**chatdb._core.dsn.connect_arguments(arguments.pop("dsn")), **arguments)
     block = connection.transaction()
     await block.start()

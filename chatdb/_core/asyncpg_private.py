@@ -17,6 +17,7 @@ the reset of session state. It never reuses a connection whose state is unknown.
 - Without `_pool_release_ctr`, prepared statements and cursors do not check their process and event loop.
 - Without `_transport` and `_cancel_current_command`, a forked process can disturb its parent's connections.
 - Without `PoolConnectionProxy._holder`, listeners do not hear of calls on a connection of the pool.
+- Without `Pool._get_new_connection`, on Citus a pool runs the statements that it splits.
 - Without `Pool._loop`, a pool must be created in a running event loop.
 
 Decision: docs/decisions/0007-the-pools-fast-path.md
@@ -63,12 +64,14 @@ NEEDED: Final[dict[type, tuple[str, ...]]] = {
         "_pool_release_ctr", "_protocol", "_query_loggers", "_stmt_cache", "_top_xact", "_transport",
     ),
     asyncpg.Pool: (
-        "_connect_kwargs", "_drop_statement_cache", "_drop_type_cache", "_generation", "_holders", "_loop", "_queue",
-        "_reset", "_schedule_min_size_maintenance", "_setup",
+        "_connect_kwargs", "_drop_statement_cache", "_drop_type_cache", "_generation", "_get_new_connection",
+        "_holders", "_loop", "_queue", "_reset", "_schedule_min_size_maintenance", "_setup",
     ),
     PoolConnectionHolder: ("_con", "_generation", "_in_use", "_max_queries", "_pool", "_proxy", "_release", "_timeout"),
     PoolConnectionProxy: ("_con", "_holder"),
-    Protocol: ("_is_cancelling", "_wait_for_cancellation", "bind_execute", "is_in_transaction", "queries_count"),
+    Protocol: (
+        "_is_cancelling", "_wait_for_cancellation", "bind_execute", "is_in_transaction", "queries_count", "query",
+    ),
     Transaction: ("_connection", "_state"),
 }  # fmt: skip
 """The private names that the fast path uses, by class."""
@@ -101,6 +104,14 @@ _EXECUTE: Final[Any] = inspect.unwrap(getattr(asyncpg.Connection, "_execute", _F
 """The same; a tool that wraps it without naming what it wraps is found by its module."""
 
 _PID: Final = "select pg_catalog.pg_backend_pid()"
+
+FUNCTIONS: Final[set[str]] = set()
+"""The database functions that chatdb's statements for Citus call."""
+
+_FIND_FUNCTIONS: Final = (
+    "select from pg_catalog.pg_proc as p where p.proname in ({}) "
+    "and p.pronamespace = (select n.oid from pg_catalog.pg_namespace as n where n.nspname = 'chatdb')"
+)
 
 _RESET: Final = (
     "set session authorization default; reset all; close all; unlisten *; "
@@ -178,13 +189,17 @@ class PoolConnection(AsyncpgConnection):
     the connection's proxy, which `Pool.fetch` does not use; the overrides below use the holder instead.
     """
 
-    __slots__ = ("_home", "_name", "_needs_reset", "_process")
+    __slots__ = ("_home", "_name", "_needs_reset", "_process", "functions")
+
+    functions: set[str]
+    """The pool's set of the functions in the database's schema chatdb."""
 
     def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - asyncpg's own
         super().__init__(*args, **options)
         self._process = os.getpid()
         self._home = asyncio.get_running_loop()
         self._needs_reset = False
+        self.functions = set()
         self._name = str(getattr(self.get_settings(), "application_name", ""))
         _connections.add(self)
 
@@ -429,6 +444,9 @@ class _AcquireContext(AcquireContext):
 class PoolBase(AsyncpgPool):
     """An asyncpg pool with FIFO order, an acquire timeout, and process and event loop checks."""
 
+    functions: set[str]
+    """The functions in the database's schema chatdb, which a database with Citus has."""
+
     _loop: asyncio.AbstractEventLoop  # asyncpg uses it too
     _process: int
     _state: str
@@ -438,6 +456,8 @@ class PoolBase(AsyncpgPool):
         # asyncpg would set and cancel a timer on every call: see _close_idle
         options["max_inactive_connection_lifetime"] = 0 if FAST else max_inactive_connection_lifetime
         super().__init__(loop=_NO_LOOP, connection_class=PoolConnection, **options)
+        self.functions = set()
+        self._has_looked = False
         self._state = "new"  # then "opening", "open", "closed"
         self._acquire_timeout = acquire_timeout
         self._max_idle = max_inactive_connection_lifetime if FAST else 0
@@ -470,6 +490,39 @@ class PoolBase(AsyncpgPool):
         self._state = "open"
         self._schedule_idle_check()
         return self
+
+    async def _get_new_connection(self) -> Any:  # noqa: ANN401 - asyncpg's own
+        private: Private = super()
+        connection: Private = await private._get_new_connection()
+        if connection.__class__ is not PoolConnection:  # from a connect= hook
+            return connection
+        if not self._has_looked:  # once per pool, on its first connection
+            try:
+                await self._look_for_functions(connection)
+            except BaseException:
+                connection.terminate()
+                raise
+            self._has_looked = True
+        connection.functions = self.functions
+        return connection
+
+    async def look_for_functions(self) -> set[str]:
+        """Look again for the functions for Citus, and return their names."""
+        connection = await self.acquire_fifo(None)
+        try:
+            if FAST:
+                await self._look_for_functions(getattr(connection, "_con", None))
+        finally:
+            await self.release(connection)
+        return self.functions
+
+    async def _look_for_functions(self, connection: Private) -> None:
+        """Find out in one round trip, which no tracing tool sees, whether the database has the functions for Citus."""
+        # not to_regproc(), which fails without a privilege on the schema
+        names = ", ".join(f"'{name}'" for name in sorted(FUNCTIONS))
+        answer = await connection._protocol.query(_FIND_FUNCTIONS.format(names), None)
+        if answer == f"SELECT {len(FUNCTIONS)}":
+            self.functions.update(FUNCTIONS)
 
     def _check_process_and_loop(self) -> None:
         if self._state == "new":

@@ -65,6 +65,11 @@ STALE_COUNTERS: dict[str, str] = {
 LINK = "fk_conversations_user"
 """The foreign key to the host's users table, created by `chatdb link-users`."""
 
+_REFERENCES = frozenset({"fk_messages_conversation", "fk_message_parts_message", LINK})
+_KNOWN = _REFERENCES | CONSTRAINTS.keys() | CONFLICTS.keys() | STALE_COUNTERS.keys()
+_QUOTED = re.compile(r'(?<=")\w+(?=")')
+_SHARD = re.compile(r"_\d+$")
+
 _EXHAUSTED = (
     f"an id sequence of chatdb has reached its maximum (SQLSTATE {sqlstate.SEQUENCE_GENERATOR_LIMIT_EXCEEDED}): as the "
     "owner, run alter sequence chatdb.conversations_id_seq no maxvalue, and the same for chatdb.messages_id_seq"
@@ -113,6 +118,7 @@ _FULL_HINT = "the server is not accepting connections at the moment: try again l
 _REFUSED = re.compile("auth[a-z]* failed|password|no such (user|database)|login rejected|database .*(exist|disabled)")
 _FULL = re.compile("connections|connection slots|too many clients")
 _FUNCTION = re.compile(r"PL/[^\n]*?([A-Za-z_][\w.$]*\([^()\n]*\))")
+_OWN_FUNCTION = re.compile(r"chatdb\.\w+_v\d+\(")
 _ATTRIBUTE = re.compile("(?<=')[a-z-]+(?=')")
 _ENCODING = re.compile(
     r"\b(?:SQL_ASCII|LATIN\d+|WIN\d+|EUC_\w+|ISO_8859_\d+|KOI8[RU]|MULE_INTERNAL|BIG5|GBK|GB18030|JOHAB|SJIS|UHC)\b"
@@ -205,12 +211,13 @@ def _reason(error: OSError) -> str:
 
 def _function_of(error: asyncpg.PostgresError) -> str | None:
     """
-    Return the outermost procedural function in the error's context, in any language of the server.
+    Return the outermost procedural function in the error's context that is not chatdb's, in any language of the server.
 
     The lines before it may quote a statement with the caller's values.
     """
     context = getattr(error, "context", None)
-    found = _FUNCTION.findall(context) if isinstance(context, str) else None
+    names: list[str] = _FUNCTION.findall(context) if isinstance(context, str) else []
+    found = [name for name in names if not _OWN_FUNCTION.match(name)]
     return found[-1] if found else None
 
 
@@ -280,8 +287,20 @@ def _of_server(error: asyncpg.PostgresError, code: str | None, at: str) -> ChatD
             return None
 
 
+def _constraint_of(error: asyncpg.PostgresError) -> str | None:
+    """
+    Return the name of the violated constraint.
+
+    Citus sends it only in the message, where it can end in the number of a shard: "pk_messages_102008".
+    """
+    if error.constraint_name or classify(error) is not Kind.CONSTRAINT:
+        return error.constraint_name
+    names = (_SHARD.sub("", name) for name in _QUOTED.findall(str(error)))
+    return next((name for name in names if name in _KNOWN), None)
+
+
 def _of_constraint(error: asyncpg.PostgresError) -> ChatDBError | None:
-    name, column = error.constraint_name, error.column_name
+    name, column = _constraint_of(error), error.column_name
     if error.schema_name in {None, "chatdb"}:
         if name in CONSTRAINTS:
             return InvalidInputError(*CONSTRAINTS[name])
@@ -290,7 +309,8 @@ def _of_constraint(error: asyncpg.PostgresError) -> ChatDBError | None:
         if name in STALE_COUNTERS:
             return ConfigurationError(STALE_COUNTERS[name])
         is_reference = error.sqlstate == sqlstate.FOREIGN_KEY_VIOLATION
-        if is_reference and name in {None, "fk_messages_conversation"}:  # Citus names no constraint
+        is_unnamed = name is None and not _QUOTED.search(str(error))
+        if is_reference and (is_unnamed or name == "fk_messages_conversation"):
             return ConversationNotFoundError("the user has no such conversation: it was deleted during the call")
         if is_reference and name == "fk_message_parts_message":
             return MessageNotFoundError("the message was deleted during the call")

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar, cast
 
+import asyncpg
 from pydantic import BaseModel
 
-from chatdb._core.asyncpg_private import STATEMENTS, fetch_rows, listeners_of
+from chatdb._core.asyncpg_private import FUNCTIONS, STATEMENTS, fetch_rows, listeners_of
 from chatdb._core.calls import running_call
 from chatdb._core.decode import conversations_of, decoder, messages_of
 from chatdb._core.driver_errors import ROW_SUPPRESSED, as_chatdb_error
@@ -34,6 +35,7 @@ from chatdb.errors import (
 from chatdb.records import Conversation, Message
 
 if TYPE_CHECKING:
+    from chatdb._core.asyncpg_private import PoolBase
     from chatdb._core.validate import MessageRow
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
@@ -41,6 +43,14 @@ RecordT = TypeVar("RecordT", bound=BaseModel)
 
 _FIRST_WORD: Final = re.compile(r"\A(?:--.*\n)*(?:\w+|\()")
 """The statement's first word, with any comments before it."""
+
+_FUNCTION: Final = re.compile(r"\bfrom chatdb\.(\w+)\(")
+"""The function that a statement in `sql/distributed/` calls."""
+
+_NO_FUNCTIONS: Final[set[str]] = set()
+
+_UNPLANNED: Final = (asyncpg.FeatureNotSupportedError, asyncpg.PostgresSyntaxError)
+"""What Citus raises for a statement that it cannot plan."""
 
 _SEQ: Final = itemgetter("seq")
 
@@ -118,11 +128,14 @@ class Query(Generic[RecordT]):
         self.has_refusal = has_refusal
         self.idempotent = idempotent
         self.hint = hint
-        _, _, body = (data_folder("sql") / f"{name}.sql").read_text(encoding="utf-8").partition("\n\n")
-        # OpenTelemetry names a span after the first word, without a leading /* comment */, hence no space after "--".
-        # pg_stat_statements drops everything before the statement's first word, hence the second comment.
-        self.sql = f"--chatdb.{self.name}\n" + _FIRST_WORD.sub(rf"\g<0> /* chatdb.{self.name} */", body.strip())
-        STATEMENTS.add(self.sql)
+        self.sql = self._read(data_folder("sql") / f"{name}.sql")
+        # replaces a statement that Citus would split, where the database has the functions for it
+        distributed = data_folder("sql") / "distributed" / f"{name}.sql"
+        self.distributed_sql = self._read(distributed) if distributed.exists() else None
+        called = _FUNCTION.search(self.distributed_sql or "")
+        self.function = called[1] if called else None
+        if self.function is not None:
+            FUNCTIONS.add(self.function)
         self._decode = decoder(
             record, from_arguments=from_arguments, from_messages=from_messages, has_refusal=has_refusal
         )
@@ -131,6 +144,14 @@ class Query(Generic[RecordT]):
     def operation(self) -> str:
         """The function that the statement belongs to."""
         return operation_of(self.name)
+
+    def _read(self, file: Path) -> str:
+        _, _, body = file.read_text(encoding="utf-8").partition("\n\n")
+        # OpenTelemetry names a span after the first word, without a leading /* comment */, hence no space after "--".
+        # pg_stat_statements drops everything before the statement's first word, hence the second comment.
+        sql = f"--chatdb.{self.name}\n" + _FIRST_WORD.sub(rf"\g<0> /* chatdb.{self.name} */", body.strip())
+        STATEMENTS.add(sql)
+        return sql
 
     async def fetch_all(self, db: Database, *args: object, idempotent: bool = False) -> list[RecordT]:
         """Return one record per row; `idempotent` marks this call as safe to repeat."""
@@ -171,6 +192,11 @@ class Query(Generic[RecordT]):
         running = None if listeners is None else running_call()
         if listeners is not None and running is None:
             return await listeners.tell(self.operation, self.name, self._rows(db, args, timeout, idempotent))
+        sql, functions = self.sql, _NO_FUNCTIONS
+        if self.distributed_sql is not None:
+            functions = getattr(db, "functions", functions)  # the pool's connections have it too
+            if functions and (self.function is None or self.function in functions):
+                sql = self.distributed_sql
         delays: Iterator[float] | None = None
         maybe_sent = False
         while True:
@@ -178,10 +204,22 @@ class Query(Generic[RecordT]):
                 running.attempts += 1
             try:
                 if retries is not None:
-                    rows: list[Any] = await db.fetch(self.sql, *args, timeout=timeout)
+                    rows: list[Any] = await db.fetch(sql, *args, timeout=timeout)
                 else:
-                    rows = await fetch_rows(db, self.sql, args, timeout)
+                    rows = await fetch_rows(db, sql, args, timeout)
             except Exception as error:
+                if sql is not self.sql and isinstance(error, asyncpg.UndefinedFunctionError):
+                    # rolled back with its migration
+                    functions.discard(str(self.function))
+                    sql = self.sql
+                    if retries is not None:
+                        continue
+                elif self.distributed_sql is not None and retries is not None and isinstance(error, _UNPLANNED):
+                    # Citus planned nothing, so nothing was written: distributed since the pool was opened
+                    functions = await cast("PoolBase", db).look_for_functions()
+                    if sql is self.sql and self.function in functions:
+                        sql = self.distributed_sql
+                        continue
                 ours = as_chatdb_error(error)
                 if ours is None:
                     raise

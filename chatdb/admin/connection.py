@@ -355,3 +355,23 @@ def _holder(connection: psycopg.Connection, key: int) -> str:
         key,
     )
     return f" (server process {found})" if found else ""
+
+
+def has_citus(connection: psycopg.Connection) -> bool:
+    """Return whether the database has the extension citus."""
+    return bool(fetch_value(connection, "select true from pg_catalog.pg_extension where extname = 'citus'"))
+
+
+def is_distributed(connection: psycopg.Connection) -> bool:
+    """Return whether Citus distributes chatdb's tables."""
+    statement = (
+        "select true from pg_catalog.pg_dist_partition "
+        "where logicalrelid::oid = pg_catalog.to_regclass('chatdb.conversations')::oid and partmethod = 'h'"
+    )
+    return has_citus(connection) and bool(fetch_value(connection, statement))
+
+
+def refuse_distributed(connection: psycopg.Connection, command: str, instead: str) -> None:
+    """Raise ConfigurationError if Citus distributes chatdb's tables: `command` does not work on them."""
+    if is_distributed(connection):
+        raise ConfigurationError(f"{command} does not work on tables that Citus distributes: {instead}")

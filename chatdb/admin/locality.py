@@ -34,6 +34,7 @@ from chatdb.admin.connection import (
     libpq_variables,
     pinned_transaction,
     psycopg,
+    refuse_distributed,
     retry_on_lock_timeout,
     wait_for_lock,
 )
@@ -187,6 +188,7 @@ def plan_repack(dsn: str) -> RepackPlan:
     chatdb's tables.
     """
     with pinned_transaction(dsn) as connection:
+        refuse_distributed(connection, "chatdb repack", "run pg_repack or CLUSTER on the shards, on each node")
         return _plan(connection)
 
 
@@ -202,6 +204,7 @@ def repack_messages(dsn: str, *, wait: float = WAIT, on_wait: Callable[[int], ob
     table; UnavailableError.
     """
     with advisory_lock(dsn, wait=wait, key=REPACK_LOCK) as connection:
+        refuse_distributed(connection, "chatdb repack", "run pg_repack or CLUSTER on the shards, on each node")
         plan = _plan(connection)
         if plan.method is Method.CLUSTER:
             raise ConfigurationError(plan.reason)

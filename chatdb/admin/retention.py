@@ -15,7 +15,14 @@ from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
 from chatdb.admin.all_users import check_server, statement
-from chatdb.admin.connection import connected, dict_row, errors, prepare_session, psycopg
+from chatdb.admin.connection import (
+    connected,
+    dict_row,
+    errors,
+    prepare_session,
+    psycopg,
+    refuse_distributed,
+)
 from chatdb.errors import SchemaError
 
 BATCH_SIZE: Final = 1_000
@@ -64,6 +71,9 @@ def count_old_conversations(dsn: str, *, older_than: timedelta, dry_run: bool = 
     a standby, and SchemaError if the tables are missing.
     """
     with connected(dsn) as connection, _transaction(connection):
+        refuse_distributed(
+            connection, "chatdb prune", "delete old conversations user by user, with chatdb.delete_conversation"
+        )
         try:
             [server] = _fetch(connection, "check_operator")
         except (errors.UndefinedTable, errors.InvalidSchemaName):

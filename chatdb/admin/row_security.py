@@ -12,7 +12,15 @@ import time
 from typing import NamedTuple
 
 from chatdb._core.driver_errors import RLS_USER_ID
-from chatdb.admin.connection import WAIT, advisory_lock, fetch_value, pinned_transaction, psycopg, retry_on_lock_timeout
+from chatdb.admin.connection import (
+    WAIT,
+    advisory_lock,
+    fetch_value,
+    pinned_transaction,
+    psycopg,
+    refuse_distributed,
+    retry_on_lock_timeout,
+)
 from chatdb.errors import ConfigurationError, SchemaError
 from chatdb.schema import without_quotes
 
@@ -64,6 +72,11 @@ def protect_tables(dsn: str, *, off: bool = False, wait: float = WAIT) -> list[s
     """
     deadline = time.monotonic() + wait
     with advisory_lock(dsn, wait=wait) as connection:
+        refuse_distributed(
+            connection,
+            "chatdb protect",
+            "the setting that names the user does not reach the nodes, so keep the users apart in the service",
+        )
         statements = _statements(connection, off=off)
 
         def run_statements() -> None:
@@ -80,6 +93,11 @@ def protect_tables(dsn: str, *, off: bool = False, wait: float = WAIT) -> list[s
 def protection_statements(dsn: str, *, off: bool = False) -> list[str]:
     """Return the statements that `protect_tables` would run. Changes nothing."""
     with pinned_transaction(dsn) as connection:
+        refuse_distributed(
+            connection,
+            "chatdb protect",
+            "the setting that names the user does not reach the nodes, so keep the users apart in the service",
+        )
         return _statements(connection, off=off)
 
 

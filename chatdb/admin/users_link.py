@@ -15,7 +15,15 @@ from typing import NamedTuple
 
 from chatdb._core.driver_errors import LINK
 from chatdb._core.validate import utf8_length
-from chatdb.admin.connection import WAIT, advisory_lock, fetch_value, pinned_transaction, psycopg, retry_on_lock_timeout
+from chatdb.admin.connection import (
+    WAIT,
+    advisory_lock,
+    fetch_value,
+    pinned_transaction,
+    psycopg,
+    refuse_distributed,
+    retry_on_lock_timeout,
+)
 from chatdb.errors import InvalidInputError, SchemaError
 
 SHOWN = 20
@@ -68,6 +76,7 @@ def link_users(dsn: str, *, table: str, column: str = "id", wait: float = WAIT, 
     """
     deadline = time.monotonic() + wait
     with pinned_transaction(dsn) if dry_run else advisory_lock(dsn, wait=wait) as connection:
+        refuse_distributed(connection, "chatdb link-users", "link a reference table of Citus before chatdb distribute")
         target = _target(connection, table, column)
         steps = _steps(connection, target)
         if "add" in steps:
@@ -88,6 +97,7 @@ def unlink_users(dsn: str, *, wait: float = WAIT, dry_run: bool = False) -> bool
     """Drop the foreign key to the host's users and return whether it existed. Raises as `link_users` does."""
     deadline = time.monotonic() + wait
     with pinned_transaction(dsn) if dry_run else advisory_lock(dsn, wait=wait) as connection:
+        refuse_distributed(connection, "chatdb link-users", "link a reference table of Citus before chatdb distribute")
         link = _link(connection)
         if link is not None and not dry_run:
             _drop(connection, link[0], deadline)

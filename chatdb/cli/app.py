@@ -39,9 +39,10 @@ app = typer.Typer(
     command prints which database it uses.
 
     migrate, rollback, check, adopt, link-users, protect, abort-streams, prune,
-    search-index and repack prefer CHATDB_MIGRATE_URL to DATABASE_URL: set it to
-    a direct connection if DATABASE_URL leads to a transaction pooler. demo uses
-    the embedded server unless you pass --database.
+    search-index, repack and distribute prefer CHATDB_MIGRATE_URL to
+    DATABASE_URL: set it to a direct connection if DATABASE_URL leads to a
+    transaction pooler. demo uses the embedded server unless you pass
+    --database.
 
     An empty setting is an error. So is PGHOST or a similar libpq variable
     without DATABASE_URL. From .env, chatdb reads only DATABASE_URL,
@@ -56,7 +57,13 @@ app = typer.Typer(
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(data.demo, data.import_, data.formats, data.export, data.list_, data.show, data.delete_user),
     *(admin.migrate, admin.rollback, admin.check, admin.link_users, admin.adopt, admin.protect),
-    *(maintenance.abort_streams, maintenance.prune, maintenance.search_index, maintenance.repack),
+    *(
+        maintenance.abort_streams,
+        maintenance.prune,
+        maintenance.search_index,
+        maintenance.repack,
+        maintenance.distribute,
+    ),
 )
 for _command in _COMMANDS:
     app.command(_command.__name__.rstrip("_").replace("_", "-"))(on_a_database(_command))

@@ -1,4 +1,4 @@
-"""Operator commands on the stored data: abort-streams, prune, search-index and repack."""
+"""Operator commands on the stored data: abort-streams, prune, search-index, repack and distribute."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from chatdb.cli.console import AsJson, DryRun, Wait, Yes, confirm, err, print_result, progress
+from chatdb.cli.console import AsJson, DryRun, Wait, Yes, confirm, err, out, print_result, progress
 from chatdb.cli.database import operators_database
 from chatdb.cli.durations import parse_duration
 from chatdb.cli.signals import run
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress
 
+    from chatdb.admin.citus import DistributionPlan
     from chatdb.admin.locality import RepackPlan
     from chatdb.admin.search_index import Cost, SearchIndex, Step
 
@@ -357,3 +358,63 @@ def _say_once() -> Callable[[int], None]:
             err.print(f"waiting for the transaction of server process {pid} to end", style="yellow")
 
     return say
+
+
+def distribute(
+    shards: Annotated[
+        int, typer.Option(min=1, max=1024, help="Shards of each table. To change it later, undo and run again.")
+    ] = 32,
+    undo: Annotated[bool, typer.Option("--undo", help="Bring the rows back to the coordinator.")] = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    wait: Wait = 60,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Distribute the tables by user over the nodes of a Citus cluster.
+
+    Run it on the coordinator, with any number of rows. One transaction copies
+    them: appends wait meanwhile, readers do not, and after an error the tables
+    are as before. Shows what it would do and for how long appends wait, and
+    asks for confirmation. Does nothing if the tables are distributed.
+    """
+    from chatdb.admin.citus import distribute_tables, gather_tables, plan_distribution
+
+    with operators_database() as (dsn, database):
+        plan = plan_distribution(dsn, shards=shards, undo=undo)
+        done = "gathered" if undo else "distributed"
+        result: dict[str, object] = plan._asdict()
+        if plan.is_done:
+            text = f"nothing to do: the tables are {'not ' if undo else ''}distributed"
+            print_result({done: False} | result, text, as_json=as_json)
+            return
+        if dry_run:
+            text = f"would {_distribution_text(plan, undo=undo)}"
+            print_result({f"would_have_{done}": True} | result, text, as_json=as_json)
+            return
+        confirm(f"{_distribution_text(plan, undo=undo).capitalize()}. Start on {database}?", yes=yes)
+
+        def say(step: str, seconds: float) -> None:
+            if not as_json:
+                out.print(f"{step}: {seconds:.1f} s")
+
+        if undo:
+            plan = gather_tables(dsn, wait=wait, report=say)
+        else:
+            plan = distribute_tables(dsn, shards=shards, wait=wait, report=say)
+    text = "done: restart services whose pools were opened before chatdb's functions existed" if not undo else "done"
+    print_result({done: True} | plan._asdict(), text, as_json=as_json)
+
+
+def _distribution_text(plan: DistributionPlan, *, undo: bool) -> str:
+    if not plan.moves_rows:
+        return "send chatdb's functions to the nodes: the tables are distributed, and no rows are copied"
+    where = (
+        "bring the tables back to the coordinator"
+        if undo
+        else f"distribute the tables by user, in {plan.shards} shards on {plan.nodes} nodes"
+    )
+    return (
+        f"{where}, and copy about {plan.messages:,} messages; appends wait meanwhile, for about {plan.seconds:.0f} s, "
+        "and readers go on"
+    )

@@ -289,6 +289,7 @@ def test_a_migration_not_applied(empty_dsn: str) -> None:
         "migration 0010.chatdb-create-message-parts",
         "migration 0011.chatdb-validate-state",
         "migration 0012.chatdb-set-autovacuum",
+        "migration 0013.chatdb-create-functions",
         "table messages",
         "table message_parts",
         "column conversations.archived_at",

@@ -51,6 +51,8 @@ COMMANDS = {
     "search-index status": ["search-index", "status"],
     "repack": ["repack", "--yes", "--wait", "5"],
     "repack --dry-run": ["repack", "--dry-run"],
+    "distribute": ["distribute", "--yes", "--wait", "5"],
+    "distribute --dry-run": ["distribute", "--dry-run"],
     "prune": ["prune", "--older-than", "1d", "--yes"],
     "prune --dry-run": ["prune", "--older-than", "1d", "--dry-run"],
 }

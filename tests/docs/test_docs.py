@@ -138,10 +138,10 @@ def test_the_migrations(empty_dsn: str) -> None:
     shell(script.replace("postgresql://localhost/chat", f"'{empty_dsn}'"), empty_dsn, ROOT)
     with psycopg.connect(empty_dsn) as connection:
         assert connection.execute("select count(*) from chatdb.messages").fetchone() == (0,)
-        assert connection.execute(newest).fetchone() == ("0012.chatdb-set-autovacuum",)
+        assert connection.execute(newest).fetchone() == ("0013.chatdb-create-functions",)
     shell("yoyo rollback", empty_dsn, ROOT)
     with psycopg.connect(empty_dsn) as connection:
-        assert connection.execute(newest).fetchone() == ("0011.chatdb-validate-state",)
+        assert connection.execute(newest).fetchone() == ("0012.chatdb-set-autovacuum",)
         assert connection.execute("select count(*) from chatdb.message_parts").fetchone() == (0,)
 
 
@@ -288,7 +288,7 @@ def test_the_operators_page(empty_dsn: str, tmp_path: Path) -> None:
         execute(empty_dsn, "delete from public.users")
         with psycopg.connect(empty_dsn) as connection:
             assert connection.execute("select count(*) from chatdb.messages").fetchone() == (0,)
-        assert "0012" in shell(rollback, empty_dsn, tmp_path)
+        assert "0013" in shell(rollback, empty_dsn, tmp_path)
     finally:
         execute(empty_dsn, "drop owned by app", "drop role app")
 

@@ -9,7 +9,13 @@ from contextlib import nullcontext
 from chatdb.admin.adopt import steps
 from chatdb.admin.adopt.report import NONE, AdoptReport, Counts
 from chatdb.admin.adopt.runner import Runner
-from chatdb.admin.connection import WAIT, advisory_lock, fetch_value, psycopg
+from chatdb.admin.connection import (
+    WAIT,
+    advisory_lock,
+    fetch_value,
+    psycopg,
+    refuse_distributed,
+)
 from chatdb.errors import ChatDBError, SchemaError
 
 BATCH_SIZE = 20_000
@@ -68,6 +74,7 @@ def adopt(
     start = time.monotonic()
     report = AdoptReport(dry_run=dry_run)
     with advisory_lock(dsn, wait=wait) as connection:
+        refuse_distributed(connection, "chatdb adopt", "adopt first, then run chatdb distribute")
         for setting in _SETTINGS:
             connection.execute(setting.encode())
         connection.execute(f"set lock_timeout to {round(wait * 1000) or 1}".encode())

@@ -24,7 +24,15 @@ from chatdb.admin.check.findings import (
 )
 from chatdb.admin.check.plans import check_plans, statements_by_index
 from chatdb.admin.check.replicas import check_replicas
-from chatdb.admin.connection import connected, errors, fetch_value, is_pooled, pinned_transaction, psycopg
+from chatdb.admin.connection import (
+    connected,
+    errors,
+    fetch_value,
+    is_distributed,
+    is_pooled,
+    pinned_transaction,
+    psycopg,
+)
 from chatdb.admin.locality import Leftovers, read_leftovers, read_scatter
 from chatdb.admin.migrate import applied_migrations, migration_files
 from chatdb.admin.ownership import foreign_objects, host_objects, may_create_schemas, public_is_writable
@@ -71,8 +79,12 @@ def inspect(
             findings += _row_security(connection, roles)
             findings += _owners(connection)
             findings += _clock(connection)
-            findings += _locality(connection)
-            findings += _statements(connection, suffer=any(map(is_wrong, of_catalog)))
+            if is_distributed(connection):
+                detail = "the tables are distributed: how scattered messages are and the plans were not checked"
+                findings.append(Finding("Citus", NOTE, detail))
+            else:
+                findings += _locality(connection)
+                findings += _statements(connection, suffer=any(map(is_wrong, of_catalog)))
         else:
             findings.append(Finding("schema chatdb", MISSING, "the database has no chatdb tables", "chatdb migrate"))
     findings += check_replicas(dsn, replicas)

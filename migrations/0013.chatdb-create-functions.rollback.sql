@@ -1,0 +1,12 @@
+-- The pools that use the functions go on with the statements that they replace.
+
+set local lock_timeout = '2s';
+
+drop function if exists chatdb.append_messages_v1;
+drop function if exists chatdb.create_conversation_v1;
+drop function if exists chatdb.upsert_message_v1;
+drop function if exists chatdb.start_message_v1;
+drop function if exists chatdb.extend_message_v1;
+drop function if exists chatdb.replace_messages_after_v1;
+drop function if exists chatdb.fork_conversation_v1;
+drop function if exists chatdb.move_user_v1;

@@ -1,0 +1,271 @@
+"""The statements for Citus: which ones need a function, and that these do what the others do."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import asyncpg
+import pglast
+import pytest
+from pglast import ast, parse_sql
+from pglast.enums import JoinType
+
+import chatdb
+from chatdb._core.asyncpg_private import FUNCTIONS
+from chatdb._core.driver_errors import CONFLICTS, CONSTRAINTS, STALE_COUNTERS, map_driver_error
+from chatdb._core.dsn import connect_arguments
+from chatdb._core.query import data_folder
+from chatdb.conversations import _create_conversation_keyed
+from chatdb.messages import _append_message
+from tests.support.databases import execute
+from tests.support.distributed import MIGRATION, install_functions
+from tests.support.sqlfiles import TEXTS, _walk, file_of
+
+DISTRIBUTED = {path.stem: path.read_text(encoding="utf-8") for path in data_folder("sql").glob("distributed/*.sql")}
+BULK = {"import_conversations", "import_conversations_messages"}
+"""Imports in batches: on Citus an INSERT ... SELECT of five commands for some hundred rows."""
+MUTABLE = {"statement_timestamp", "clock_timestamp", "transaction_timestamp", "now", "random", "nextval"}
+BODIES = {
+    body.partition("function chatdb.")[2].partition("(")[0]: body
+    for body in re.findall(r"execute \$function\$(.*?)\$function\$;", MIGRATION.read_text(encoding="utf-8"), re.DOTALL)
+}
+
+
+def splits(statement: Any) -> set[str]:
+    """Return why Citus would not send the statement to one node as it is, or would refuse it."""
+    found: set[str] = set()
+    inserts = [node for node in _walk(statement) if isinstance(node, ast.InsertStmt)]
+    if any(node is not statement for node in inserts):
+        found.add("an INSERT in a WITH query")
+    if isinstance(statement, ast.InsertStmt):
+        if statement.withClause:
+            found.add("an INSERT under a WITH query")
+        if statement.selectStmt and not statement.selectStmt.valuesLists:
+            found.add("an INSERT of selected rows")
+    for node in _walk(statement):
+        if isinstance(node, ast.UpdateStmt):
+            targets = node.targetList
+        elif isinstance(node, ast.OnConflictClause):
+            targets = node.targetList or ()
+        else:
+            targets = ()
+            if isinstance(node, ast.JoinExpr) and node.jointype == JoinType.JOIN_LEFT and _is_tables(node):
+                found.add("a table on the inner side of an outer join with no table")
+        for target in targets:
+            if target.name == "user_id":
+                found.add("an update of the user")
+            cases = [each for each in _walk(target) if isinstance(each, ast.CaseExpr | ast.CoalesceExpr)]
+            if any(_calls(each) & MUTABLE for each in cases):
+                found.add("a function of the time in an update's CASE")
+    return found
+
+
+def _calls(node: Any) -> set[str]:
+    """Return the functions that an expression calls, without those in its subqueries."""
+    if isinstance(node, ast.SubLink):
+        return set()
+    names = {node.funcname[-1].sval} if isinstance(node, ast.FuncCall) else set[str]()
+    parts = node if isinstance(node, tuple) else [getattr(node, name) for name in node]
+    return names.union(*(_calls(part) for part in parts if isinstance(part, tuple | ast.Node)))
+
+
+def _is_tables(join: ast.JoinExpr) -> bool:
+    """Return whether a join keeps each row of a function and adds those of a table."""
+    return isinstance(join.larg, ast.RangeFunction) and getattr(join.rarg, "schemaname", None) == "chatdb"
+
+
+@pytest.mark.parametrize("stem", sorted(TEXTS))
+def test_what_citus_would_split_has_a_file(stem: str) -> None:
+    """Each statement that Citus splits has a file in sql/distributed/, and no other statement has one."""
+    reasons = splits(file_of(stem).statement)
+    assert bool(reasons) == (stem in DISTRIBUTED or stem in BULK), reasons
+
+
+@pytest.mark.parametrize("stem", sorted(DISTRIBUTED))
+def test_the_file_itself_is_not_split(stem: str) -> None:
+    """The files in sql/distributed/ keep the rules, and call at most one function, with the user first."""
+    statement = parse_sql(DISTRIBUTED[stem])[0].stmt
+    assert splits(statement) == set()
+    called = re.findall(r"\bfrom chatdb\.(\w+)\(\s*\$1::text,", DISTRIBUTED[stem])
+    assert len(called) == (stem != "poll_conversations")
+    assert {*called} <= {*BODIES}
+
+
+@pytest.mark.parametrize(
+    ("sql", "reason"),
+    [
+        ("with c as (select 1) insert into t values (1)", "under a WITH"),
+        ("with c as (insert into t values (1) returning a) select a from c", "in a WITH"),
+        ("insert into t select a from unnest($1) as a", "of selected rows"),
+        ("update t set user_id = $2 where user_id = $1", "update of the user"),
+        ("update t set a = case when $1 then now() end", "function of the time"),
+        ("update t set a = coalesce(a, pg_catalog.statement_timestamp())", "function of the time"),
+        ("insert into t values (1) on conflict (a) do update set a = coalesce(t.a, now())", "function of the time"),
+        ("select 1 from unnest($1) as u (a) left join chatdb.t on t.a = u.a", "outer join"),
+    ],
+)
+def test_the_rules_can_fail(sql: str, reason: str) -> None:
+    """Each broken rule is found."""
+    assert any(reason in each for each in splits(parse_sql(sql)[0].stmt))
+
+
+def test_the_rules_let_pass() -> None:
+    """What Citus sends to one node has no reason."""
+    for sql in (
+        "insert into t (a) values ($1) on conflict (a) do update set b = excluded.b",
+        "with c as (update t set a = greatest(a, now()) returning a) select a from c",
+        "with clock as (select now() as now) update t set a = coalesce(a, (select now from clock))",
+        "with c as (delete from t where a = $1 returning a) select a from c left join u on u.a = c.a",
+    ):
+        assert splits(parse_sql(sql)[0].stmt) == set(), sql
+
+
+def _queries(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if "PLpgSQL_expr" in node:
+            yield node["PLpgSQL_expr"]["query"]
+        for value in node.values():
+            yield from _queries(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _queries(value)
+
+
+@pytest.mark.parametrize("name", sorted(BODIES))
+def test_the_functions(name: str) -> None:
+    """
+    Each function resolves names in pg_catalog only, and each of its statements reaches the rows of one user.
+
+    On the user's node, the statements keep the same rules; move_user_v1 runs on the coordinator.
+    """
+    assert "set search_path to pg_catalog, pg_temp" in BODIES[name]
+    assert re.search(rf"function chatdb\.{name}\(\s*p_user_id text,", BODIES[name])
+    tree = json.loads(json.dumps(pglast.parse_plpgsql(BODIES[name])))
+    statements = [
+        sql for sql in _queries(tree) if "chatdb." in sql and re.match(r"\s*(?:select|with|insert|up|del)", sql, re.I)
+    ]
+    assert statements
+    for sql in statements:
+        assert re.search(r"\buser_id = p_(?:to_)?user_id\b|values \(\s*p_user_id,|select\s+p_to_user_id,", sql), sql
+        [parsed] = parse_sql(re.sub(r"\bp_user_id\b", "$1", sql))
+        if name != "move_user_v1":
+            assert splits(parsed.stmt) == set(), sql
+
+
+def test_the_names() -> None:
+    """The migration makes the functions that the files call, and its rollback drops them."""
+    assert set(BODIES) == FUNCTIONS
+    rollback = MIGRATION.with_name(f"{MIGRATION.stem}.rollback.sql").read_text(encoding="utf-8")
+    assert {*re.findall(r"drop function if exists chatdb\.(\w+);", rollback)} == FUNCTIONS
+
+
+async def test_the_same_parameters_and_columns(dsn: str) -> None:
+    """A file in sql/distributed/ has the parameters and result columns of the statement that it replaces."""
+    install_functions(dsn)
+    connection = await asyncpg.connect(**connect_arguments(dsn))
+
+    async def shape(text: str) -> tuple[list[str], list[tuple[str, str]]]:
+        prepared = await connection.prepare(text.partition("\n\n")[2])
+        columns = [(column.name, column.type.name) for column in prepared.get_attributes()]
+        return [parameter.name for parameter in prepared.get_parameters()], columns
+
+    for stem, text in DISTRIBUTED.items():
+        assert await shape(text) == await shape(TEXTS[stem]), stem
+    await connection.close()
+
+
+_MARK = "null::text;\n            get diagnostics v_rows"
+MARKED = BODIES["append_messages_v1"].replace(
+    "m.state,\n                m.created_at, " + _MARK, "'aborted',\n                m.created_at, " + _MARK
+)
+"""The function, which returns another state than it stores."""
+
+
+async def test_the_pool_finds_the_functions(dsn: str) -> None:
+    """A pool, its connections and its transactions use the functions if the database has all of them."""
+    async with chatdb.create_pool(dsn) as db:
+        assert db.functions == set()
+        await chatdb.create_conversation(db, user_id="ann", key="k")
+    install_functions(dsn)
+    # the function shows itself by a value that the statement would not return
+    execute(dsn, MARKED)
+    async with chatdb.create_pool(dsn) as db:
+        assert db.functions == FUNCTIONS
+        new = {"user_id": "ann", "conversation_key": "k", "role": "user", "content": ""}
+        first = await chatdb.append_message(db, **new)
+        async with chatdb.transaction(db) as connection:
+            second = await chatdb.append_message(connection, **new)
+        async with db.acquire() as connection:
+            third = await chatdb.append_message(connection, **new)
+        assert [each.state for each in (first, second, third)] == ["aborted"] * 3
+        # rolled back under a running service
+        execute(dsn, "drop function chatdb.append_messages_v1")
+        with pytest.raises(chatdb.SchemaError, match="run yoyo apply"):
+            async with chatdb.transaction(db) as connection:
+                await chatdb.append_message(connection, **new)
+        last = await chatdb.append_message(db, **new)
+        assert (last.seq, last.state) == (4, None)
+        assert db.functions == FUNCTIONS - {"append_messages_v1"}
+    async with chatdb.create_pool(dsn) as db:
+        assert db.functions == set()
+
+
+def test_the_pool_chooses_the_statement() -> None:
+    """A query knows its function, and so which statement it sends."""
+    assert _append_message.function == "append_messages_v1"
+    assert _create_conversation_keyed.function == "create_conversation_v1"
+
+
+def violation(state: str, message: str) -> asyncpg.PostgresError:
+    """Return the error that asyncpg raises for a constraint on Citus, which sends no field but the message."""
+    error: asyncpg.PostgresError = asyncpg.PostgresError.new({"S": "ERROR", "C": state, "M": message})
+    assert error.constraint_name is None
+    return error
+
+
+@pytest.mark.parametrize("name", sorted(CONSTRAINTS | CONFLICTS | STALE_COUNTERS))
+@pytest.mark.parametrize("shard", ["", "_102008"])
+def test_a_constraint_in_the_message(name: str, shard: str) -> None:
+    """An error of Citus maps to the same error as one with the constraint's name, whichever shard it comes from."""
+    if name.startswith("ck_"):
+        said = f'new row for relation "messages_102066" violates check constraint "{name}{shard}"'
+        found = map_driver_error(violation("23514", said))
+    else:
+        found = map_driver_error(violation("23505", f'duplicate key value violates unique constraint "{name}{shard}"'))
+    if name in CONSTRAINTS:
+        assert isinstance(found, chatdb.InvalidInputError)
+        assert found.parameter == CONSTRAINTS[name][0]
+    else:
+        kind = chatdb.ConflictError if name in CONFLICTS else chatdb.ConfigurationError
+        assert (type(found), str(found)) == (kind, (CONFLICTS | STALE_COUNTERS)[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("fk_messages_conversation_102066", chatdb.ConversationNotFoundError),
+        ("fk_message_parts_message_102074", chatdb.MessageNotFoundError),
+        ("fk_conversations_user_102058", chatdb.InvalidInputError),
+        ("fk_of_the_host_102058", chatdb.InvalidInputError),
+    ],
+)
+def test_a_reference_in_the_message(name: str, kind: type[Exception]) -> None:
+    """The same holds for foreign keys; a constraint that is not chatdb's is not taken for one of chatdb's."""
+    said = f'insert or update on table "messages_102066" violates foreign key constraint "{name}"'
+    found = map_driver_error(violation("23503", said))
+    assert type(found) is kind
+    assert ("users table" in str(found)) == name.startswith("fk_conversations_user")
+
+
+def test_a_function_of_chatdb_is_not_the_hosts() -> None:
+    """An error inside one of chatdb's functions is not blamed on a function of the host."""
+    own = "PL/pgSQL function chatdb.append_messages_v1(text,bigint,text) line 128 at SQL statement"
+    hosts = "PL/pgSQL function public.audit() line 3 at RAISE"
+    for context, is_the_hosts in ((own, False), (f"{hosts}\nSQL statement ...\n{own}", True)):
+        fields = {"S": "ERROR", "C": "23514", "M": 'violates check constraint "ck_messages_role"', "W": context}
+        found = map_driver_error(asyncpg.PostgresError.new(fields))
+        assert ("public.audit()" in str(found)) == is_the_hosts
+        assert isinstance(found, chatdb.ConfigurationError if is_the_hosts else chatdb.InvalidInputError)
