@@ -312,7 +312,7 @@ def test_an_object_far_above_the_limit_is_passed_over(monkeypatch, step):
     whole = f"[{GOOD}, {large}, {GOOD}]".encode()
     items = list(files.read(Drip(whole, step), "sharegpt"))
     assert [type(item) for item in items].count(SourceMessage) == 2
-    assert items[2].place == 'conversation 2 "T"'
+    assert (items[2].reason, items[2].place) == ("conversation larger than 0 MiB", 'conversation 2 "T"')
     broken = f'[{GOOD}, {large[:-1]} "x"}}, {GOOD}]'
     assert "invalid JSON" in str(refusal(broken.encode(), step=step)[1])
     assert read(whole[: len(GOOD) + 300], step=step)[-1] == CUT_INSIDE
