@@ -435,7 +435,12 @@ async def import_files(pool: Pool, user: str, *paths: Path, format: str = "auto"
     with progress("importing") as bar, ExitStack() as stack:
         parts: list[files.Part] = []
         for path in paths:
-            found = stack.enter_context(files.opened(path))
+            try:
+                found = stack.enter_context(files.opened(path))
+            except InvalidInputError as error:
+                if len(paths) == 1:
+                    raise
+                found = [files.unreadable(path.name, error)]
             is_named = len(found) == 1 and found[0].name == path.name
             parts += (
                 found

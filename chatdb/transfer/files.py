@@ -245,12 +245,25 @@ def opened(path: Path) -> Generator[list[Part]]:
             return
         parts: list[Part] = []
         for name in _selected([each.relative_to(path).as_posix() for each in _files_in(path)], _IN_FOLDERS):
-            found = _parts(path / name, name, stack)
+            try:
+                found = _parts(path / name, name, stack)
+            except InvalidInputError as error:
+                parts.append(unreadable(name, error))
+                continue
             is_archive = name.lower().endswith(".zip")
             parts += [part._replace(name=f"{name}/{part.name}") for part in found] if is_archive else found
         if not parts:
             raise InvalidInputError("file", "is a folder without .json, .jsonl or .zip files")
         yield parts
+
+
+def unreadable(name: str, error: InvalidInputError) -> Part:
+    """Return a part that raises the error when it is opened, so that the others are read."""
+
+    def refuse() -> BinaryIO:
+        raise error
+
+    return Part(name, None, refuse)
 
 
 def _files_in(folder: Path) -> Iterator[Path]:

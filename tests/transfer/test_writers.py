@@ -112,6 +112,7 @@ def test_the_command(dsn: str, tmp_path: Path, arguments_of: Callable[[str], dic
     for name in ("claude", "librechat"):
         (tmp_path / f"{name}.json").write_text(json.dumps(SAMPLES[name][1]))
     (tmp_path / "notes.json").write_text('[{"a": 1}]')
+    (tmp_path / "a.zip").write_bytes(b"PK\x05\x06" + bytes(18))
     sources = [str(tmp_path / "claude.json"), str(tmp_path)]
     done = runner.invoke(app, ["import", *sources, "--json", *options])
     assert done.exit_code == 0, done.output
@@ -121,7 +122,8 @@ def test_the_command(dsn: str, tmp_path: Path, arguments_of: Callable[[str], dic
         "claude.json": "claude",
         "librechat.json": "librechat",
     }
-    (skipped,) = report["skipped"]
+    damaged, skipped = report["skipped"]
+    assert damaged["places"] == [f"{tmp_path.name}/a.zip"]
     assert skipped["places"] == [f"{tmp_path.name}/notes.json"]
     assert 'a list of objects with the fields "a"' in skipped["reason"]
     for name, part in (
