@@ -38,12 +38,16 @@ def _activity(source: _Object) -> Iterator[items.Item]:
     return gemini.ai_studio(source)
 
 
+def _chatgpt_pieces(message: object) -> tuple[trees.Piece, ...]:
+    return (chatgpt.piece(message),)
+
+
 FORMATS: Final = {
     "chatgpt": Format(
         "ChatGPT",
         "Settings > Data controls > Export data; the link to the .zip comes by e-mail",
         chatgpt.conversation,
-        lambda message: (chatgpt.piece(message),),
+        _chatgpt_pieces,
     ),
     "claude": Format(
         "Claude.ai",

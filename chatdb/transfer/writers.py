@@ -57,7 +57,12 @@ def chatgpt_conversation(conversation: Conversation, messages: list[Message]) ->
         name = message.key or f"{identifier}-{message.seq}"
         parent = names.get(before if message.parent_seq is None else message.parent_seq, _ROOT)
         mapping[parent]["children"].append(name)
-        node = {"id": name, "message": _chatgpt_message(message, name), "parent": parent, "children": []}
+        node: dict[str, Any] = {
+            "id": name,
+            "message": _chatgpt_message(message, name),
+            "parent": parent,
+            "children": [],
+        }
         mapping[name] = node
         names[message.seq] = name
         before = message.seq

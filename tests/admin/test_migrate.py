@@ -65,6 +65,10 @@ def test_one_that_waits(empty_dsn: str) -> None:
         timer.join()
 
 
+SEEN = [name for name in NAMES if name != "0013.chatdb-create-functions"]
+"""The migrations that leave something in a database without Citus, by which a lost one is noticed."""
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_through_poolers(empty_dsn: str, tmp_path: Path, version: str) -> None:
     """A transaction pooler is refused with a fix; a session pooler works."""
@@ -115,7 +119,7 @@ def test_another_content_was_applied(empty_dsn: str, folder: Path) -> None:
             call(empty_dsn, folder=folder)
     yoyo(empty_dsn, "apply", "--batch")
     yoyo(empty_dsn, "rollback", "--batch", "--revision", NAMES[2])
-    assert apply_migrations(empty_dsn, folder=folder) == NAMES[2:]
+    assert apply_migrations(empty_dsn, folder=folder) == SEEN[2:]
     with pytest.raises(chatdb.SchemaError, match=NAMES[2]):
         apply_migrations(empty_dsn)
 
@@ -128,7 +132,7 @@ def test_yoyos_own_are_remembered(empty_dsn: str) -> None:
     assert migrate.applied_migrations(empty_dsn) == {file.name: file.checksum for file in migration_files()}
     yoyo(empty_dsn, "rollback", "--batch", "--revision", NAMES[2])
     assert NAMES[2] not in migrate.applied_migrations(empty_dsn)
-    assert apply_migrations(empty_dsn) == NAMES[2:]
+    assert apply_migrations(empty_dsn) == SEEN[2:]
     assert rollback_migrations(empty_dsn, to="0") == NAMES[::-1]
     assert value(empty_dsn, "select count(*) from _yoyo_migration") == 0
     yoyo(empty_dsn, "apply", "--batch")
@@ -299,7 +303,7 @@ def test_yoyo_has_rolled_back(dsn: str, place: int) -> None:
     assert apply_migrations(dsn) == []
     yoyo(dsn, "rollback", "--batch", "--revision", NAMES[place])
     # the rollback of 0011 keeps what it validated, unless the constraint goes as well
-    missing = [name for name in NAMES[place:] if place < 9 or name != NAMES[10]]
+    missing = [name for name in SEEN[place:] if place < 9 or name != NAMES[10]]
     assert [file.name for file in missing_migrations(dsn)] == missing
     assert apply_migrations(dsn) == missing
     assert objects(dsn) == whole
@@ -316,7 +320,7 @@ def test_an_index_that_was_dropped(dsn: str) -> None:
 
 def test_invalid_indexes(dsn: str, folder: Path) -> None:
     """An invalid index from CREATE INDEX CONCURRENTLY is rebuilt, and the leftover of a REINDEX is dropped."""
-    add(folder, "0012.index-created-at", CONCURRENTLY, "drop index if exists chatdb.ix_messages_created_at;")
+    add(folder, "0099.index-created-at", CONCURRENTLY, "drop index if exists chatdb.ix_messages_created_at;")
     with (
         transaction(dsn, "lock chatdb.messages in share update exclusive mode"),
         pytest.raises(chatdb.UnavailableError, match="55P03"),
@@ -334,7 +338,7 @@ def test_invalid_indexes(dsn: str, folder: Path) -> None:
     execute(dsn, "create index ix_messages_created_at on chatdb.messages (created_at)")
     make_invalid(dsn, "ix_messages_created_at")
     assert value(dsn, "select count(*) from pg_index where not indisvalid") == 3
-    assert apply_migrations(dsn, folder=folder) == ["0012.index-created-at"]
+    assert apply_migrations(dsn, folder=folder) == ["0099.index-created-at"]
     assert value(dsn, "select count(*) from pg_index where not indisvalid") == 0
     assert value(dsn, "select to_regclass('chatdb.ix_messages_created_at_ccnew')") is None
     make_invalid(dsn, "uq_messages_user_id_conversation_id_key")
@@ -349,12 +353,12 @@ def make_invalid(dsn: str, index: str) -> None:
 
 def test_a_newer_releases_migrations(dsn: str, folder: Path) -> None:
     """An older release refuses to roll back below a newer release's migrations."""
-    add(folder, "0012.later", "create table if not exists chatdb.later (id int);", "drop table if exists chatdb.later;")
-    assert apply_migrations(dsn, folder=folder) == ["0012.later"]
+    add(folder, "0099.later", "create table if not exists chatdb.later (id int);", "drop table if exists chatdb.later;")
+    assert apply_migrations(dsn, folder=folder) == ["0099.later"]
     for call in (rollback_migrations, last_migrations):
-        with pytest.raises(chatdb.SchemaError, match=r"a newer release has applied 0012\.later"):
+        with pytest.raises(chatdb.SchemaError, match=r"a newer release has applied 0099\.later"):
             call(dsn)
-    assert rollback_migrations(dsn, folder=folder) == ["0012.later"]
+    assert rollback_migrations(dsn, folder=folder) == ["0099.later"]
     assert rollback_migrations(dsn) == [NAMES[-1]]
 
 
@@ -447,7 +451,7 @@ def test_tables_that_are_not_there(dsn: str) -> None:
     """Migrations whose tables were dropped are applied again, even if yoyo has recorded them."""
     yoyo(dsn, "apply", "--batch")
     execute(dsn, "drop table chatdb.message_parts, chatdb.messages")
-    assert apply_migrations(dsn) == [NAMES[2], *NAMES[6:]]
+    assert apply_migrations(dsn) == [NAMES[2], *SEEN[6:]]
     execute(dsn, "drop schema chatdb cascade")
     assert apply_migrations(dsn) == NAMES
 

@@ -47,12 +47,12 @@ async def test_nobody_notices(request: pytest.FixtureRequest, dsn: str, folder: 
     execute(dsn, *(statement.format(conversations=conversations) for statement in FILL))
     add(
         folder,
-        "0012.add-messages-model",
+        "0098.add-messages-model",
         "set local lock_timeout = '2s';\nalter table chatdb.messages add column if not exists model text;",
         "alter table chatdb.messages drop column if exists model;",
     )
-    add(folder, "0013.index-created-at", CONCURRENTLY, "drop index if exists chatdb.ix_messages_created_at;")
-    names = [*NAMES, "0012.add-messages-model", "0013.index-created-at"]
+    add(folder, "0099.index-created-at", CONCURRENTLY, "drop index if exists chatdb.ix_messages_created_at;")
+    names = [*NAMES, "0098.add-messages-model", "0099.index-created-at"]
     execute(dsn, "delete from chatdb._chatdb_migration")
     longest: dict[str, float] = {}
     async with chatdb.create_pool(dsn, min_size=8, max_size=8) as db:

@@ -412,7 +412,7 @@ def test_an_option_comes_before_the_dsn() -> None:
     told = pool._connect_kwargs
     assert (told["host"], told["user"], told["port"], told["database"]) == (["db.example.com"], "eve", 7, "none")
     assert isinstance(told["ssl"], ssl.SSLContext)
-    assert told["server_settings"] == {"geqo": "off"}
+    assert told["server_settings"] == {"application_name": "chatdb", "geqo": "off"}
     for weak in ("prefer", "allow"):
         assert isinstance(chatdb.create_pool(DSN, host="10.0.0.7", ssl=weak)._connect_kwargs["ssl"], ssl.SSLContext)
 
