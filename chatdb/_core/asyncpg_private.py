@@ -16,7 +16,8 @@ the reset of session state. It never reuses a connection whose state is unknown.
   On a connection outside chatdb's pool, both apply whichever name is missing.
 - Without `_pool_release_ctr`, prepared statements and cursors do not check their process and event loop.
 - Without `_transport` and `_cancel_current_command`, a forked process can disturb its parent's connections.
-- Without `PoolConnectionProxy._holder`, listeners do not hear of calls on a connection of the pool.
+- Without `PoolConnectionProxy._holder` or `PoolConnectionHolder._pool`, listeners do not hear of calls on a connection
+  of the pool.
 - Without `Pool._get_new_connection`, on Citus a pool runs the statements that it splits.
 - Without `Pool._loop`, a pool must be created in a running event loop.
 
@@ -333,7 +334,7 @@ for _name in (
 def listeners_of(db: object) -> CallListeners | None:
     """Return the listeners of a pool, or of the pool that lent a connection."""
     holder: Private = getattr(db, "_holder", None)
-    return getattr(db if holder is None else holder._pool, "call_listeners", None)
+    return getattr(db if holder is None else getattr(holder, "_pool", None), "call_listeners", None)
 
 
 async def fetch_rows(db: Any, sql: str, args: tuple[object, ...], timeout: float | None) -> list[Any]:  # noqa: ANN401
@@ -517,10 +518,11 @@ class PoolBase(AsyncpgPool):
         return self.functions
 
     async def _look_for_functions(self, connection: Private) -> None:
-        """Find out in one round trip, which no tracing tool sees, whether the database has the functions for Citus."""
+        """Find out in one round trip whether the database has the functions for Citus. Tracing tools do not see it."""
         # not to_regproc(), which fails without a privilege on the schema
         names = ", ".join(f"'{name}'" for name in sorted(FUNCTIONS))
-        answer = await connection._protocol.query(_FIND_FUNCTIONS.format(names), None)
+        query = _FIND_FUNCTIONS.format(names)
+        answer = await (connection._protocol.query(query, None) if FAST else connection.execute(query))
         if answer == f"SELECT {len(FUNCTIONS)}":
             self.functions.update(FUNCTIONS)
 

@@ -145,7 +145,9 @@ async def standing(pool: chatdb.pool.Pool, dsn: str) -> Standing:
         sessions=query(dsn, f"select count(*) {OTHERS}")[0][0],
         statements=max(statements),
         backend=max(memory),
-        locks=query(dsn, "select count(*) from pg_locks where pid <> pg_backend_pid() and database is not null")[0][0],
+        locks=query(dsn, f"select count(*) from pg_locks where database is not null and pid in (select pid {OTHERS})")[
+            0
+        ][0],
         in_transaction=query(dsn, f"select count(*) {OTHERS} and xact_start is not null")[0][0],
     )
 
