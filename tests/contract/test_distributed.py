@@ -162,6 +162,7 @@ def test_the_names() -> None:
     assert {*re.findall(r"drop function if exists chatdb\.(\w+);", rollback)} == FUNCTIONS
 
 
+@pytest.mark.owner
 async def test_the_same_parameters_and_columns(dsn: str) -> None:
     """A file in sql/distributed/ has the parameters and result columns of the statement that it replaces."""
     install_functions(dsn)
@@ -184,6 +185,7 @@ MARKED = BODIES["append_messages_v1"].replace(
 """The function, which returns another state than it stores."""
 
 
+@pytest.mark.owner
 async def test_the_pool_finds_the_functions(dsn: str) -> None:
     """A pool, its connections and its transactions use the functions if the database has all of them."""
     async with chatdb.create_pool(dsn) as db:
