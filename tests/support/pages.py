@@ -23,3 +23,8 @@ async def run_blocks(page: str, names: dict[str, object]) -> None:
         made = eval(compile(block, page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), names)
         if iscoroutine(made):
             await made
+
+
+def without_delays(stderr: str) -> list[str]:
+    """Return the lines that a program printed, without those on steps that a busy machine delayed by over 0.1 s."""
+    return [line for line in stderr.splitlines() if not re.match(r"Executing <.* took [\d.]+ seconds", line)]
