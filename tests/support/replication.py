@@ -46,6 +46,7 @@ class Replica:
         for leftover in (self.data / "postmaster.pid", *self.folder.glob(".s.PGSQL.*")):
             leftover.unlink(missing_ok=True)  # from a killed server
         options = f"-k {self.folder} -c listen_addresses='' -c port=5432 -c wal_retrieve_retry_interval=100ms"
+        options += " -c max_standby_streaming_delay=1s"  # or a read of a test before could delay a TRUNCATE by 30 s
         self._run("pg_ctl", "start", "-w", "-o", options, "-l", self.folder / "log")
 
     def copy_again(self, upstream: Path) -> None:
