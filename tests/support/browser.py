@@ -210,7 +210,8 @@ class Tab:
 
     async def api(self, path: str, method: str = "GET", **options: Any) -> Any:
         """Call the service as this visitor, and return its JSON."""
-        token = await self.page.evaluate("localStorage.getItem('token')")
+        stored = await self.page.wait_for_function("localStorage.getItem('token')")  # the page may still be loading
+        token = await stored.json_value()
         response = await self.visitor.context.request.fetch(
             self.visitor.url + path, method=method, headers={"Authorization": f"Bearer {token}"}, **options
         )
