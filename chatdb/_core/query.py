@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 import asyncpg
 from pydantic import BaseModel
 
-from chatdb._core.asyncpg_private import FUNCTIONS, STATEMENTS, fetch_rows, listeners_of
+from chatdb._core.asyncpg_private import FUNCTIONS, STATEMENTS, PoolBase, fetch_rows, listeners_of
 from chatdb._core.calls import running_call
 from chatdb._core.decode import conversations_of, decoder, messages_of
 from chatdb._core.driver_errors import ROW_SUPPRESSED, as_chatdb_error
@@ -35,7 +35,6 @@ from chatdb.errors import (
 from chatdb.records import Conversation, Message
 
 if TYPE_CHECKING:
-    from chatdb._core.asyncpg_private import PoolBase
     from chatdb._core.validate import MessageRow
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
@@ -214,9 +213,9 @@ class Query(Generic[RecordT]):
                     sql = self.sql
                     if retries is not None:
                         continue
-                elif self.distributed_sql is not None and retries is not None and isinstance(error, _UNPLANNED):
+                elif self.distributed_sql is not None and isinstance(error, _UNPLANNED) and isinstance(db, PoolBase):
                     # Citus planned nothing, so nothing was written: distributed since the pool was opened
-                    functions = await cast("PoolBase", db).look_for_functions()
+                    functions = await db.look_for_functions()
                     if sql is self.sql and self.function in functions:
                         sql = self.distributed_sql
                         continue
