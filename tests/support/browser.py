@@ -237,6 +237,7 @@ class Tab:
         What a message showed before, while it streamed, must be the beginning of its text.
         """
         stored = {message["seq"]: message["content"] for message in await self.stored()}
+        await expect(self.articles).to_have_count(len(stored))  # the page may still be loading
         assert await self.texts() == list(stored.values())
         shown = await self.page.evaluate("chat => window.shown.filter((each) => each.chat === chat)", self.chat_id)
         wrong = [each for each in shown if not stored.get(each["seq"], each["text"]).startswith(each["text"])]
