@@ -113,7 +113,7 @@ def uvloop(session: nox.Session) -> None:
 
 @nox.session
 def least_privilege(session: nox.Session) -> None:
-    """Run the suite as the application role of docs/security.md, except for the tests that need the owner."""
+    """Run the suite as the application role of docs/explanation/security.md, but for tests that need the owner."""
     install(session, "test")
     run_tests(session, *PARALLEL, "--role", "app", *session.posargs)
 
@@ -161,7 +161,7 @@ def pooler(session: nox.Session, version: str) -> None:
 
 @nox.session
 def chaos(session: nox.Session) -> None:
-    """Kill migrations at every statement, and prove what docs/reliability.md promises. `-- --quick` runs a sample."""
+    """Kill migrations at every statement, and prove docs/explanation/reliability.md. `-- --quick` runs a sample."""
     install(session, "test")
     run_tests(session, "-m", "chaos", "-rP", *session.posargs)
 
@@ -259,7 +259,7 @@ def mutation(session: nox.Session) -> None:
 
 @nox.session
 def schema_page(session: nox.Session) -> None:
-    """Generate docs/schema.md and its diagram from a fully migrated database."""
+    """Generate docs/reference/schema.md and its diagram from a fully migrated database."""
     install(session, "test")
     session.run("python", "-m", "tests.docs.schema_page")
 

@@ -466,7 +466,7 @@ def surroundings(run: Run) -> list[Block]:
         rows = [(key.replace("_gib", ", GiB"), str(value)) for key, value in run[field].items()]
         blocks += [Heading(title), Table(("What", "Value"), rows, left=2)] if rows else []
     how = (
-        "`nox -s bench -- --report docs` repeats the run and writes this report; `nox -s bench -- --quick` "
+        "`nox -s bench -- --report docs/explanation` repeats the run and writes this report; `nox -s bench -- --quick` "
         "takes under 4 minutes and judges counts, plans and the target. Ratios come from one run in which the "
         "contenders take turns in rounds, so they apply to other machines; absolute times do not. A p99 compared with "
         "the target comes from the best of five rounds: chatdb's own cost is part of every round, other load on a "

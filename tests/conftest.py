@@ -68,7 +68,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--role",
         choices=("owner", "app"),
         default="owner",
-        help="as which role of docs/security.md the tests connect, except for those that need the owner",
+        help="as which role of docs/explanation/security.md the tests connect, except for those that need the owner",
     )
     group.addoption("--pooler", choices=VERSIONS, help="run what connects by arguments_of, through this PgBouncer")
     group.addoption("--distributed", action="store_true", help="run the statements for Citus, on any PostgreSQL")
@@ -224,7 +224,7 @@ def _local(stack: ExitStack) -> str | None:
 
 @pytest.fixture(scope="session")
 def roles(server: str) -> Iterator[Roles]:
-    """Yield the roles of docs/security.md, whose passwords are their names, and the owner's migrated database."""
+    """Yield the roles of docs/explanation/security.md, whose passwords are their names, and the migrated database."""
     name = f"chatdb_test_{os.getpid()}"
     made = Roles(f"{name}_owner", f"{name}_app", f"{name}_reader", f"{name}_chat")
     as_superuser, there, as_owner = made.blocks()

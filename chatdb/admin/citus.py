@@ -40,7 +40,7 @@ _FUNCTIONS: Final = "0013.chatdb-create-functions"
 _LOCK_SECONDS: Final = 0.3
 """Maximum wait for each of three locks: together less than deadlock_timeout, so that this command gives up first."""
 _MESSAGES_PER_SECOND: Final = 40_000
-"""For the estimate; see docs/citus.md."""
+"""For the estimate; see docs/operations/citus.md."""
 # a single statement locks its tables in the order of its plan, and a function in the order of its statements
 _ORDERS: Final = (
     ("conversations", "messages", "message_parts"),

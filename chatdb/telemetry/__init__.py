@@ -1,7 +1,7 @@
 """
 Spans and metrics of chatdb's calls for OpenTelemetry, by the semantic conventions for database clients.
 
-Docs: docs/telemetry.md
+Docs: docs/operations/telemetry.md
 """
 
 from __future__ import annotations

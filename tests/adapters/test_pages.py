@@ -286,7 +286,7 @@ async def test_the_index(db: chatdb.Pool, capsys: pytest.CaptureFixture[str]) ->
 def test_the_versions() -> None:
     """The table of the frameworks' versions has those of the extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "compatibility.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\S+)` \| (\S+) \| (?:from )?([\d.]+)(?:, below ([\d.]+))? \|$", page, re.MULTILINE)
     assert len(rows) == 5
     for extra, package, least, below in rows:

@@ -30,7 +30,7 @@ from tests.support.databases import as_role, execute, new_database, own_name
 from tests.support.older import START, Writers, add, fill, rows, untouched
 from tests.support.paths import ROOT
 
-DOCUMENT = (ROOT / "docs" / "adoption.md").read_text(encoding="utf-8")
+DOCUMENT = (ROOT / "docs" / "operations" / "adoption.md").read_text(encoding="utf-8")
 REASONS = {
     reason.replace("''", "'")
     for name in ("300_take_batch", "320_take_messages", "520_take_orphans")

@@ -140,7 +140,7 @@ def check_protect(live: Live) -> None:
 def check_grants(live: Live) -> None:
     """Raise unless the documented grants are on all tables."""
     tables = {f"chatdb.{table}" for table in columns_of(live)}
-    for page in ("security", "operations"):
+    for page in ("explanation/security", "operations"):
         found = [*GRANT.finditer((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"))]
         assert "select, insert, update, delete" in [grant["privileges"] for grant in found]
         for grant in found:
@@ -192,7 +192,7 @@ def check_page(live: Live) -> None:
     with live.connection.transaction(force_rollback=True):
         live.connection.execute("set local search_path = ''")
         page = schema_page.page(live.connection)
-    assert (ROOT / "docs" / "schema.md").read_text(encoding="utf-8") == page
+    assert (ROOT / "docs" / "reference" / "schema.md").read_text(encoding="utf-8") == page
     for name in [*columns_of(live), *live.indexes, *live.constraints]:
         assert name in page
 

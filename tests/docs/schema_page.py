@@ -1,5 +1,5 @@
 """
-Write docs/schema.md and its diagram from a live database: `python -m tests.docs.schema_page` or `nox -s schema_page`.
+Write docs/reference/schema.md and its diagram from a live database: `nox -s schema_page`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded.server import EmbeddedServer
 from tests.support.paths import ROOT
 
-PAGE = ROOT / "docs" / "schema.md"
+PAGE = ROOT / "docs" / "reference" / "schema.md"
 DIAGRAM = ROOT / "docs" / "images" / "schema.svg"
 
 HEAD = """# Schema
@@ -23,7 +23,7 @@ HEAD = """# Schema
 PostgreSQL schema `chatdb`. Every key starts with `user_id`.
 
 ![The tables with their columns and keys: conversations have messages, and messages that are streaming have
-parts](images/schema.svg)
+parts](../images/schema.svg)
 """
 ORDER = ("conversations", "messages", "message_parts")
 """The tables of the diagram. Each has a foreign key to the one before it."""

@@ -228,7 +228,7 @@ def test_the_typed_project_uses_everything_public() -> None:
 def test_every_session_exists() -> None:
     """Each `nox -s` in the pages names a session, and CI runs the quick benchmarks."""
     sessions = set(re.findall(r"^def (\w+)\(session: nox", NOXFILE, re.MULTILINE))
-    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
     documents = [path.read_text(encoding="utf-8") for path in paths]
     named = {name for text in documents for name in re.findall(r"nox -s \"?(\w+)", text)}
     assert {"bench", "bench_selftest", "postgres", "tests"} <= named <= sessions
@@ -238,7 +238,10 @@ def test_every_session_exists() -> None:
 
 def promised(pattern: str) -> tuple[str, ...]:
     """Return the versions that README, the changelog, and the page on compatibility all name."""
-    pages = (README, *((ROOT / name).read_text(encoding="utf-8") for name in ("CHANGELOG.md", "docs/compatibility.md")))
+    pages = (
+        README,
+        *((ROOT / name).read_text(encoding="utf-8") for name in ("CHANGELOG.md", "docs/reference/compatibility.md")),
+    )
     matches = [re.search(pattern, page) for page in pages]
     assert all(matches)
     (versions,) = {match.groups() for match in matches if match}
@@ -310,7 +313,7 @@ async def serve(dsn: str) -> None:
 @pytest.mark.owner
 def test_the_cascade_mended(dsn: str) -> None:
     """The troubleshooting page's statements restore a missing cascade."""
-    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "operations" / "troubleshooting.md").read_text(encoding="utf-8")
     (mending,) = re.findall(r"^```sql\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     execute(
         dsn,
@@ -336,7 +339,7 @@ def test_the_errors_are_chatdbs() -> None:
                 texts += "".join(parts) + "\n"
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts += node.value + "\n"
-    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "operations" / "troubleshooting.md").read_text(encoding="utf-8")
     quoted = [
         words for row in re.findall(r'^\| (".*?) \|', page, re.MULTILINE) for words in re.findall(r'"([^"]+)"', row)
     ]

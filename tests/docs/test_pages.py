@@ -1,4 +1,4 @@
-"""Run the Python code blocks of docs/guide.md, docs/security.md and docs/replicas.md."""
+"""Run the Python code blocks of docs/guide.md, docs/explanation/security.md and docs/operations/replicas.md."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def test_the_page_on_replicas(
     """The blocks on replicas run, here with the primary in place of a replica."""
     monkeypatch.setenv("DATABASE_URL", dsn)
     monkeypatch.setenv("REPLICA_URL", dsn)
-    await run("replicas.md")
+    await run("operations/replicas.md")
     assert " primary False None is not in recovery" in capsys.readouterr().out
 
 
@@ -82,5 +82,5 @@ async def test_the_security_pages_code(dsn: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("DATABASE_URL", dsn)
     async with chatdb.create_pool() as db:
         made = await chatdb.create_conversation(db, user_id="alice")
-        await run("security.md", user="alice", number=made.id)
+        await run("explanation/security.md", user="alice", number=made.id)
         assert (await chatdb.get_conversation(db, user_id="alice", conversation_id=made.id)).last_seq == 1

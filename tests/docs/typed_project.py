@@ -14,7 +14,7 @@ from pathlib import Path
 PAGES = ("tutorial", "howto", "reference")
 """The folders of pages that are checked as a whole, in `nox -s types`: they use more packages than chatdb."""
 HERE = Path(__file__).resolve().parent
-DOCUMENTS = ("README.md", "docs/guide.md", "docs/security.md", "docs/replicas.md")
+DOCUMENTS = ("README.md", "docs/guide.md", "docs/explanation/security.md", "docs/operations/replicas.md")
 WRAPPER = '''"""A part of a document, in a function that has what it uses."""
 # pyright: reportUnusedVariable=false
 import chatdb

@@ -52,8 +52,8 @@ async def use(pool: chatdb.Pool, dsn: str) -> None:
 
 
 def by_recipe(pool: chatdb.Pool, registry: CollectorRegistry) -> Callable[[], object]:
-    """Measure a pool as docs/telemetry.md says."""
-    [block] = (block for block in python_blocks("telemetry.md") if "class PoolMetrics" in block)
+    """Measure a pool as docs/operations/telemetry.md says."""
+    [block] = (block for block in python_blocks("operations/telemetry.md") if "class PoolMetrics" in block)
     scope: dict[str, Any] = {"chatdb": chatdb}
     exec(block, scope)
     scope["PoolMetrics"](pool, "main", registry)

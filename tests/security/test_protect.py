@@ -43,7 +43,7 @@ _serial = itertools.count()
 
 
 class Place(NamedTuple):
-    """The DSNs of one database for each role of docs/security.md."""
+    """The DSNs of one database for each role of docs/explanation/security.md."""
 
     superuser: str
     owner: str

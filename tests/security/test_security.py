@@ -1,4 +1,4 @@
-"""The roles of docs/security.md, and the cost of another user's id compared with a missing id."""
+"""The roles of docs/explanation/security.md, and the cost of another user's id compared with a missing id."""
 
 from __future__ import annotations
 

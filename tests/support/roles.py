@@ -1,4 +1,4 @@
-"""The roles of docs/security.md, created by the SQL on that page, with names for this test run."""
+"""The roles of docs/explanation/security.md, created by the SQL on that page, with names for this test run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tests.support.paths import ROOT
 
-GUIDE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "explanation" / "security.md").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
