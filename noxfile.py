@@ -214,7 +214,7 @@ def run_frameworks(session: nox.Session) -> None:
 
 @nox.session
 def example(session: nox.Session) -> None:
-    """Call examples/fastapi over HTTP, through outages and in chromium, and run docs/recipes.md and the dashboard."""
+    """Call examples/fastapi over HTTP, through outages and in chromium, and run docs/howto and the dashboard."""
     session.install(
         *("-e", ".[embedded,migrate,openai-agents,telemetry]", "-r", "examples/fastapi/requirements.txt"),
         *nox.project.dependency_groups(PROJECT, "example"),

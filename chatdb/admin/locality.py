@@ -50,7 +50,7 @@ _ORDER: Final = "user_id, conversation_id, seq"
 _OWNER_VERSION: Final = (1, 5)
 """The first version of pg_repack that the owner of a table can use."""
 _SECONDS: Final = 40 / 2**30
-"""Estimated seconds for each byte of the table and its indexes; see docs/operations.md."""
+"""Estimated seconds for each byte of the table and its indexes; see docs/operations/repack.md."""
 _GRACE: Final = 60.0
 """Seconds that an interrupted pg_repack has to remove its trigger and its tables."""
 _POLL: Final = 0.5

@@ -37,7 +37,7 @@ _EXTENSION: Final = "btree_gin"
 _POLL: Final = 0.5
 """Seconds between two reads of the progress."""
 
-# measured on 129,132 messages; see docs/operations.md
+# measured on 129,132 messages; see docs/operations/search-index.md
 _INDEX_BYTES: Final = 0.37
 _BUILD_SECONDS: Final = 0.5 / 2**20
 """Bytes of the index, and seconds of the build, for each byte of the table."""

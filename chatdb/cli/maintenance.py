@@ -18,7 +18,7 @@ from chatdb.errors import InvalidInputError
 from chatdb.pool import create_pool
 
 _RATE: Final = 5_000
-"""Messages a second; docs/operations.md has the measurements."""
+"""Messages a second; docs/operations/prune.md has the measurements."""
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -270,8 +270,8 @@ def test_a_schema_of_another_role(owner: str, empty_dsn: str, planted: str) -> N
 
 
 def include_name() -> Any:
-    """Return the filter of docs/operations.md."""
-    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    """Return the filter of docs/howto/alembic.md."""
+    page = (ROOT / "docs" / "howto" / "alembic.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(YOYO.*?)```", page, re.DOTALL)
     names: dict[str, Any] = {}
     exec(code, names)

@@ -289,8 +289,8 @@ def test_a_database_without_the_tables(empty_dsn: str) -> None:
 
 
 async def test_the_recipe_for_other_rules(db: Pool, dsn: str) -> None:
-    """The statements of the operations page delete what is not pinned of the users with that plan, and vacuum."""
-    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    """The statements of docs/operations/prune.md delete what is not pinned of the users with that plan, and vacuum."""
+    page = (ROOT / "docs" / "operations" / "prune.md").read_text(encoding="utf-8")
     recipe, vacuum = re.findall(r"^```sql\n(with old .*?|vacuum .*?)^```", page, re.MULTILINE | re.DOTALL)
     execute(
         dsn,

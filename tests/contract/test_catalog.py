@@ -140,11 +140,10 @@ def check_protect(live: Live) -> None:
 def check_grants(live: Live) -> None:
     """Raise unless the documented grants are on all tables."""
     tables = {f"chatdb.{table}" for table in columns_of(live)}
-    for page in ("explanation/security", "operations"):
-        found = [*GRANT.finditer((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"))]
-        assert "select, insert, update, delete" in [grant["privileges"] for grant in found]
-        for grant in found:
-            assert {*grant["tables"].split(", ")} == tables
+    found = [*GRANT.finditer((ROOT / "docs" / "explanation" / "security.md").read_text(encoding="utf-8"))]
+    assert "select, insert, update, delete" in [grant["privileges"] for grant in found]
+    for grant in found:
+        assert {*grant["tables"].split(", ")} == tables
 
 
 def check_adopt(live: Live) -> None:

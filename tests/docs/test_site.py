@@ -59,7 +59,7 @@ def test_the_site_adds_signatures() -> None:
 
 def test_the_navigation_has_every_page() -> None:
     """docs/README.md lists every page, or the page of its folder does."""
-    listed = [path for pages in site.sections().values() for _, path in pages]
+    listed = [path for pages in site.sections().values() for *_, path in pages]
     assert [path for path in listed if not path.is_file()] == []
     folders = {path.parent for path in listed if path.name == "README.md"}
     missing = [

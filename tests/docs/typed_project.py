@@ -2,8 +2,8 @@
 Writes a project that uses chatdb the documented ways, for type checkers to read: `python typed_project.py FOLDER`.
 
 With `--pages FOLDER`, it writes the pages of the tutorial, the how-to and the reference instead. Otherwise it is
-the files in `typed/` and the Python blocks of the documents. Nothing but chatdb and the checkers is installed beside
-it, so that a type which depends on asyncpg-stubs is found.
+the files in `typed/`, the Python blocks of the documents, and the pages that use only chatdb. Nothing but chatdb and
+the checkers is installed beside it, so that a type which depends on asyncpg-stubs is found.
 """
 
 import re
@@ -14,7 +14,13 @@ from pathlib import Path
 PAGES = ("tutorial", "howto", "reference")
 """The folders of pages that are checked as a whole, in `nox -s types`: they use more packages than chatdb."""
 HERE = Path(__file__).resolve().parent
-DOCUMENTS = ("README.md", "docs/guide.md", "docs/explanation/security.md", "docs/operations/replicas.md")
+DOCUMENTS = ("README.md", "docs/explanation/security.md", "docs/operations/replicas.md")
+ALONE = {
+    *(f"howto_{name}" for name in ("concurrent_writes", "context", "conversations", "late_answers", "messages")),
+    *(f"howto_{name}" for name in ("move_user", "retries", "search", "streaming_worker", "transactions", "watch")),
+    *(f"reference_{name}" for name in ("branches", "conversations", "errors", "messages", "streaming", "users")),
+}
+"""The pages that use only chatdb, and nothing that is Any."""
 WRAPPER = '''"""A part of a document, in a function that has what it uses."""
 # pyright: reportUnusedVariable=false
 import chatdb
@@ -51,16 +57,20 @@ def pages() -> dict[str, str]:
     """Return the Python blocks of each page as one module, and the files that the pages tell to write."""
     modules: dict[str, str] = {}
     for path in sorted(path for name in PAGES for path in (HERE.parent.parent / "docs" / name).glob("*.md")):
-        if path.stem == "testing":
-            continue  # tests of pytest without annotations, as most are
-        lines = ["import asyncio", "import chatdb", "async def page(db: chatdb.Pool) -> None:"]
-        for block in re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        if path.stem in {"testing", "celery", "django", "scripts", "starlette", "structlog"}:
+            continue  # tests of pytest without annotations, as most are; and frameworks, which nox -s example runs
+        found = re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        lines = ["# pyright: reportUnusedVariable=false"]
+        lines += ["import asyncio"] if "asyncio." in "".join(found) else []
+        lines += ["import chatdb", "async def page(db: chatdb.Pool) -> None:"]
+        head = len(lines)
+        for block in found:
             file = re.match(r"# (?:add to )?(\w+)\.py\n", block)
             if file:
                 modules[file[1]] = modules.get(file[1], "") + block
             else:
                 lines += [f"    {line}" for line in block.splitlines()]
-        if len(lines) > 3:
+        if len(lines) > head:
             modules[f"{path.parent.name}_{re.sub(r'[^a-z]', '_', path.stem)}"] = "\n".join(lines) + "\n"
     return modules
 
@@ -68,7 +78,8 @@ def pages() -> dict[str, str]:
 def write(folder: Path) -> None:
     """Write the project into a folder."""
     shutil.copytree(HERE / "typed", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name, text in blocks().items():
+    alone = {name: text for name, text in pages().items() if name in ALONE}
+    for name, text in (blocks() | alone).items():
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
     (folder / "pyproject.toml").write_text(SETTINGS, encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The blocks of docs/recipes.md, each in its framework."""
+"""The pages of docs/howto/ for frameworks, each in its framework."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ ALICE: dict[str, Any] = {"user_id": "alice", "conversation_key": "trip"}
 
 
 @pytest.fixture
-def recipe(dsn: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Yield a function that imports a named block as a module; its pool is that of the test's own database."""
+def load_page(dsn: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Yield a function that imports the block of a page as a module; its pool is that of the test's own database."""
     monkeypatch.setenv("DATABASE_URL", dsn)
     made: list[str] = []
 
-    def load(name: str) -> ModuleType:
-        [code] = (block for block in python_blocks("recipes.md") if block.startswith(f"# {name}.py\n"))
+    def load(page: str) -> ModuleType:
+        [code] = python_blocks(f"howto/{page}.md")
+        name = code.splitlines()[0].removeprefix("# ").removesuffix(".py")
         module = ModuleType(name)
         sys.modules[name] = module
         made.append(name)
@@ -44,9 +45,9 @@ def recipe(dsn: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         del sys.modules[name]
 
 
-async def test_starlette(recipe: Any) -> None:
+async def test_starlette(load_page: Any) -> None:
     """The token decides who the user is; without one, and for another user, nothing is served."""
-    app = recipe("starlette_service").app
+    app = load_page("starlette").app
     async with app.router.lifespan_context(app) as state:
 
         async def with_state(scope: Any, receive: Any, send: Any) -> None:
@@ -72,17 +73,17 @@ async def test_starlette(recipe: Any) -> None:
 def test_a_script(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script stores and prints a message, and leaves nothing behind."""
     monkeypatch.setenv("DATABASE_URL", dsn)
-    [code] = (block for block in python_blocks("recipes.md") if block.startswith("# script.py\n"))
+    [code] = python_blocks("howto/scripts.md")
     command = [sys.executable, "-W", "error", "-X", "dev", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.stdout, without_delays(done.stderr)) == ("1 Hi\n", [])
 
 
-async def test_celery(recipe: Any, dsn: str) -> None:
+async def test_celery(load_page: Any, dsn: str) -> None:
     """A real worker runs the tasks, twice the same one once, after a lost connection too, and another user's apart."""
     from celery.contrib.testing.worker import start_worker
 
-    tasks = recipe("tasks")
+    tasks = load_page("celery")
 
     def run() -> list[int]:
         with start_worker(tasks.app, pool="solo", perform_ping_check=False, loglevel="WARNING"):
@@ -110,7 +111,7 @@ async def test_celery(recipe: Any, dsn: str) -> None:
 def test_a_process_that_used_the_pool_ends(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker process closes its pool and its portal when it ends."""
     monkeypatch.setenv("DATABASE_URL", dsn)
-    [code] = (block for block in python_blocks("recipes.md") if block.startswith("# tasks.py\n"))
+    [code] = python_blocks("howto/celery.md")
     program = f"{code}\nprint(call(chatdb.list_conversations, user_id='alice'))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("[]\n", "")
@@ -128,7 +129,7 @@ application = get_asgi_application()
 
 async def test_django(dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An ASGI server serves the views: many first requests open one pool, and each user sees only their own."""
-    [code] = (block for block in python_blocks("recipes.md") if block.startswith("# views.py\n"))
+    [code] = python_blocks("howto/django.md")
     (tmp_path / "views.py").write_text(code, encoding="utf-8")
     (tmp_path / "project.py").write_text(SETTINGS, encoding="utf-8")
     monkeypatch.setenv("DATABASE_URL", dsn)
@@ -155,7 +156,7 @@ async def test_a_notebook(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from IPython.core.interactiveshell import InteractiveShell
 
     monkeypatch.setenv("DATABASE_URL", dsn)
-    cells = [block for block in python_blocks("recipes.md") if not block.startswith("# ")]
+    cells = python_blocks("howto/notebooks.md")
     assert len(cells) == 3
     shell = InteractiveShell.instance()
     results = [await shell.run_cell_async(cell, transformed_cell=shell.transform_cell(cell)) for cell in cells]
@@ -165,11 +166,11 @@ async def test_a_notebook(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     InteractiveShell.clear_instance()
 
 
-async def test_structlog(recipe: Any, dsn: str) -> None:
+async def test_structlog(load_page: Any, dsn: str) -> None:
     """Calls and chatdb's own warnings are JSON lines with the request's fields, without anything of the user."""
     import structlog
 
-    logs = recipe("logs")
+    logs = load_page("structlog")
     written, root = io.StringIO(), logging.getLogger()
     handler, level = logging.StreamHandler(written), root.level
     logs.configure(handler)
