@@ -32,7 +32,10 @@ def pytest_configure_node(node: Any) -> None:  # noqa: ANN401 - xdist's WorkerCo
     stash = node.config.stash
     if _CONTAINER not in stash:
         stack = ExitStack()
-        stash[_CONTAINER] = stack, None if os.environ.get("CHATDB_TEST_DSN") else start_container(stack)
+        try:
+            stash[_CONTAINER] = stack, None if os.environ.get("CHATDB_TEST_DSN") else start_container(stack)
+        except ConfigurationError as error:
+            raise pytest.UsageError(str(error)) from None  # otherwise pytest prints a traceback of its own code
     node.workerinput["chatdb_server"] = stash[_CONTAINER][1]
 
 

@@ -6,8 +6,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import socket
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +44,40 @@ def named_server() -> str | None:
 
 
 def start_container(stack: ExitStack) -> str | None:
-    """Start a container if testcontainers is installed and a Docker engine answers, and return its DSN."""
-    if "DOCKER_HOST" not in os.environ and not Path("/var/run/docker.sock").exists():
-        return None  # without Docker, its client would leak a socket
-    if importlib.util.find_spec("testcontainers") is None:
+    """
+    Start a container if testcontainers is installed and a Docker engine answers, and return its DSN.
+
+    Raises ConfigurationError if the container does not start.
+    """
+    if not _can_reach_docker() or importlib.util.find_spec("testcontainers") is None:
         return None
     docker: Any = importlib.import_module("docker")  # neither has complete types
     postgres: Any = importlib.import_module("testcontainers.community.postgres")
     try:
-        client = docker.from_env()
-        client.ping()
-        client.close()
+        with closing(docker.from_env()) as client:
+            client.ping()
     except docker.errors.DockerException:
         return None
     image = os.environ.get("CHATDB_TEST_IMAGE", "postgres:18")
-    container = stack.enter_context(postgres.PostgresContainer(image, driver=None))
-    dsn = f"{container.get_connection_url()}?sslmode=disable"
-    turn_off_durability(dsn)
+    try:
+        container = stack.enter_context(postgres.PostgresContainer(image, driver=None))
+        dsn = f"{container.get_connection_url()}?sslmode=disable"
+        turn_off_durability(dsn)
+    except Exception as error:  # of the client, of testcontainers or of the server in it
+        raise ConfigurationError(
+            f"the container {image} for the tests does not start: {error}; name another image in CHATDB_TEST_IMAGE, or "
+            "a server in CHATDB_TEST_DSN"
+        ) from error
     return dsn
+
+
+def _can_reach_docker() -> bool:
+    """Return whether the engine's socket accepts connections, or is none: Docker's client leaks a socket otherwise."""
+    scheme, _, path = (os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock").partition("://")
+    if scheme != "unix" or not hasattr(socket, "AF_UNIX"):
+        return True
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0
 
 
 def start_embedded(stack: ExitStack) -> str:
