@@ -160,7 +160,7 @@ def import_(
     conversation has all its branches. The tables of google-adk and Chainlit name
     the user of each session; the others record no user: without --session,
     imports all their sessions for this user. Exits with status 1 if it skips
-    every conversation.
+    every conversation, and with 3 if it did not read a file to its end.
     """
     is_dsn = "://" in sources[0]
     _check_sources(sources)
@@ -182,6 +182,8 @@ def import_(
     print_result(report.as_dict(), report.described(time.monotonic() - start), as_json=as_json)
     if report.took_nothing:
         raise typer.Exit(1)
+    if any(reason not in files.NOTHING_IN_IT for reason in report.unread):
+        raise typer.Exit(3)
 
 
 def _check_sources(sources: list[str]) -> None:
@@ -468,7 +470,7 @@ def _items(bar: Progress, parts: list[files.Part], format: str) -> Iterator[Item
                 raise
             if len(faults) == len(parts):
                 raise InvalidInputError(name, problem) from error
-            yield Skipped(problem)
+            yield Skipped(problem, files=1)
 
 
 async def _import_tables(pool: Pool, user: str, source: Generator[Item, None, None]) -> ImportReport:

@@ -148,9 +148,12 @@ def described(value: object) -> str:
     fields = items.as_object(value)
     if fields is None:
         return "text or numbers"
+    if not fields:
+        return "empty objects"
     names = [f'"{name}"' for name in fields if _NAME.fullmatch(name)][:8]
-    more = ", ..." if len(fields) > len(names) else ""
-    return f"objects with the fields {', '.join(names)}{more}" if fields else "empty objects"
+    if len(fields) > len(names):
+        names.append("others" if names else "other names")
+    return f"objects with the fields {', '.join(names)}"
 
 
 def _is_message(value: object) -> bool:

@@ -77,6 +77,8 @@ class Skipped(NamedTuple):
     """The `seq` of a skipped message, which stays unused in its conversation; 0 for anything else."""
     place: str = ""
     """Where it is: the conversation in the file, and the message in it."""
+    files: int = 0
+    """1 if a file was not read to its end."""
 
     def __repr__(self) -> str:  # without titles
         return f"Skipped({self.reason!r}, {self.conversations}, {self.messages})"
@@ -112,7 +114,7 @@ UNKNOWN_TIME: Final = datetime.max.replace(tzinfo=UTC)
 REPLACED = "NUL or lone surrogate replaced with U+FFFD, original kept in the payload"
 
 CUT = "text longer than 4 MiB: the rest is only in the payload"
-NOT_FINITE = "NaN or Infinity, which JSON does not have, replaced with null in the original"
+NOT_FINITE = "NaN, Infinity or a number too large to be read replaced with null in the original"
 ORIGINAL_TOO_LARGE = "original larger than 16 MiB or nested deeper than 200 levels: only its text is stored"
 
 REASONING: Final = "reasoning"

@@ -49,7 +49,8 @@ def conversation(source: _Object) -> Iterator[items.Item]:
             nodes,
             next(reversed(nodes), None),
             source.get("title"),
-            {name: source.get(name) for name in ("model", "language", "source")},
+            {name: source.get(name) for name in ("model", "language", "source")}
+            | {name: blocks.as_text(source.get(name)) for name in ("tools", "functions")},
             items.time_of(next((source[name] for name in _TIMES if source.get(name)), None)),
             skipped=tuple(skipped),
         )
@@ -81,8 +82,12 @@ def pieces_of(message: _Object, *, has_id: bool = True) -> tuple[trees.Piece, ..
         found.append((blocks.Part(content), None))
     elif content is not None:
         found.append((blocks.Part(blocks.as_text(content)), None))
-    if isinstance(refusal := message.get("refusal"), str) and refusal:
-        found.append((blocks.Part(refusal), None))
+    audio = items.as_object(message.get("audio")) or {}
+    found += [
+        (blocks.Part(text), None)
+        for text in (message.get("refusal"), audio.get("transcript"))
+        if isinstance(text, str) and text
+    ]
     calls = [items.as_object(one) or {} for one in items.as_list(message.get("tool_calls")) or ()]
     calls += [call for name in ("function_call",) if (call := items.as_object(message.get(name)))]
     for call in calls:
@@ -90,6 +95,8 @@ def pieces_of(message: _Object, *, has_id: bool = True) -> tuple[trees.Piece, ..
         arguments = function.get("arguments", function.get("args"))
         found.append((blocks.Part(blocks.as_text(arguments), items.TOOL_CALL, items.short(function.get("name"))), call))
     files = [items.as_object(one) or {} for one in items.as_list(message.get("experimental_attachments")) or ()]
+    attachments = [items.attached(one.get("name"), one.get("contentType")) for one in files]
+    attachments += [items.attached(items.short(one), "image") for one in items.as_list(message.get("images")) or ()]
     if role == "tool":
         found = [(part._replace(kind=items.TOOL_RESULT), block) for part, block in found]
     elif (
@@ -103,5 +110,5 @@ def pieces_of(message: _Object, *, has_id: bool = True) -> tuple[trees.Piece, ..
         None if is_plain else message,
         model=message.get("model"),
         name=message.get("name"),
-        attachments="\n".join(items.attached(one.get("name"), one.get("contentType")) for one in files),
+        attachments="\n".join(attachments),
     )

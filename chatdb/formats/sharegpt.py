@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Final
 
 from chatdb._core.validate import check_metadata
-from chatdb.formats import items, messages, trees
+from chatdb.formats import blocks, items, messages, trees
 
 _USUAL = frozenset({"human", "gpt", "system"})
 _PLAIN: Final = {"from", "value"}
+_FILE: Final = re.compile("<(?:image|video|audio)>")
 _KINDS: Final = {
     **dict.fromkeys(("function_call", items.TOOL_CALL), items.TOOL_CALL),
     **dict.fromkeys(("observation", "tool_response", items.TOOL_RESULT), items.TOOL_RESULT),
@@ -56,7 +58,10 @@ def conversation(source: dict[str, Any]) -> Iterator[items.Item]:
         times.append(fields.get("timestamp"))
     if not found and not skipped:
         raise items.UnsupportedItemError("no messages")
-    kept = {"model": source.get("model"), "tools": source.get("tools")}
+    if found and (files := _files_of(source)):
+        found = _with_files(found, files)
+        said.append(("files", "\n".join(text for _, text in files)))
+    kept = {"model": source.get("model"), "tools": blocks.as_text(source.get("tools"))}
     nodes = trees.chain(found, map(items.time_of, times))
     return trees.stream(
         trees.Conversation(
@@ -70,6 +75,45 @@ def conversation(source: dict[str, Any]) -> Iterator[items.Item]:
             skipped=tuple(skipped),
         )
     )
+
+
+def _files_of(source: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the mark in the texts, and the line, of each image, video and audio of a conversation."""
+    return [
+        (f"<{kind}>", items.attached(_file_name(one), kind))
+        for kind in ("image", "video", "audio")
+        for one in items.as_list(source.get(f"{kind}s")) or ()
+    ]
+
+
+def _file_name(value: object) -> str | None:
+    fields = items.as_object(value)
+    return items.short(fields.get("path") or fields.get("url")) if fields else items.short(value)
+
+
+def _with_files(found: list[tuple[trees.Piece, ...]], files: list[tuple[str, str]]) -> list[tuple[trees.Piece, ...]]:
+    """Return the messages with the lines of the files where their marks are, and the others at the first question."""
+
+    def named(match: re.Match[str]) -> str:
+        file = next((file for file in files if file[0] == match[0]), None)
+        if file is None:
+            return match[0]
+        files.remove(file)
+        return file[1]
+
+    files = [*files]
+    named_in = [[_retold(piece, _FILE.sub(named, piece.text)) for piece in pieces] for pieces in found]
+    if files:
+        first = next((pieces for pieces in named_in if pieces[0].role == "user"), named_in[0])
+        first[0] = _retold(first[0], items.lines(first[0].text, *(text for _, text in files)))
+    return [tuple(pieces) for pieces in named_in]
+
+
+def _retold(piece: trees.Piece, text: str) -> trees.Piece:
+    """Return a message with another text, and with its own as payload."""
+    if text == piece.text:
+        return piece
+    return piece._replace(text=text, original=piece.original or {"value": piece.text})
 
 
 def _plain(source: dict[str, Any], listed: list[Any]) -> list[items.Item] | None:

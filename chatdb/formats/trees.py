@@ -11,6 +11,11 @@ from typing import Any, Final, NamedTuple
 from chatdb._core.validate import MAX_TITLE, check_conversation_metadata
 from chatdb.formats import items
 
+RING: Final = "messages follow each other in a circle: cut where it begins"
+LONG_DETAIL: Final = "details of the conversation of over 20,000 characters left out"
+_MAX_DETAIL: Final = 20_000
+"""Maximum characters of a string in a conversation's metadata."""
+
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
 
 
@@ -52,7 +57,7 @@ class Conversation(NamedTuple):
     """The name of the node that the user last saw; None to take the newest."""
     title: object = None
     metadata: Mapping[str, object] = {}
-    """What the metadata keeps of it; anything but short strings and booleans is left out."""
+    """What the metadata keeps of it; anything but strings and true is left out."""
     created_at: datetime | None = None
     updated_at: datetime | None = None
     archived: datetime | bool = False
@@ -86,19 +91,21 @@ def stream(source: Conversation) -> Iterator[items.Item]:
     nodes = source.nodes
     order = _as_chain(nodes, source.current)
     if order is not None:
-        line = [*order]
+        line, is_ring = [*order], False
     else:
-        parents = _parents(nodes, source.current)
+        parents, is_ring = _parents(nodes, source.current)
         line = _line(nodes, parents, source.current)
         order = _in_order(nodes, parents)
     if not line:
         if not source.skipped:
             raise items.UnsupportedItemError("no messages")
         return iter([*source.skipped, items.Skipped("no messages that can be stored", conversations=1)])
-    return _stream(source, order, line)
+    return _stream(source, order, line, is_ring=is_ring)
 
 
-def _stream(source: Conversation, order: dict[str, str | None], line: list[str]) -> Iterator[items.Item]:
+def _stream(
+    source: Conversation, order: dict[str, str | None], line: list[str], *, is_ring: bool
+) -> Iterator[items.Item]:
     nodes = source.nodes
     times = [time for name in order if (time := nodes[name].sent_at)]
     created_at = source.created_at or (times[0] if times else source.updated_at)
@@ -162,6 +169,10 @@ def _stream(source: Conversation, order: dict[str, str | None], line: list[str])
             parent_seq = seq
     if isinstance(source.title, str) and len(source.title) > MAX_TITLE:
         yield items.Changed("title truncated to 1,000 characters", conversations=1)
+    if any(isinstance(value, str) and len(value) > _MAX_DETAIL for value in source.metadata.values()):
+        yield items.Changed(LONG_DETAIL, conversations=1)
+    if is_ring:
+        yield items.Changed(RING, conversations=1)
     for reason, count in changes.items():
         yield items.Changed(reason, messages=count)
     yield from source.skipped
@@ -170,9 +181,9 @@ def _stream(source: Conversation, order: dict[str, str | None], line: list[str])
 def _metadata(kept: Mapping[str, object], title: str | None) -> str | None:
     """Return a conversation's metadata; with the imported title, a later import sees whether it was changed here."""
     metadata: dict[str, Any] = {
-        name: value if isinstance(value, bool) else items.short(value)
+        name: items.replace_unstorable(value) if isinstance(value, str) else value
         for name, value in kept.items()
-        if value is True or items.short(value)
+        if value is True or (isinstance(value, str) and 0 < len(value) <= _MAX_DETAIL)
     }
     if title:
         metadata["imported_title"] = title
@@ -205,20 +216,26 @@ def _as_chain(nodes: Mapping[str, Node], current: object) -> dict[str, str | Non
     return order if current is None or current == before else None
 
 
-def _parents(nodes: Mapping[str, Node], current: object) -> dict[str, str | None]:
-    """Return the parent of each node, parents first. A cycle is cut where the walk up from the current node ends."""
+def _parents(nodes: Mapping[str, Node], current: object) -> tuple[dict[str, str | None], bool]:
+    """
+    Return the parent of each node, parents first, and whether there was a cycle.
+
+    A cycle is cut where the walk up from the current node ends.
+    """
     parents: dict[str, str | None] = {}
+    is_ring = False
     for start in (current, *nodes):
         path: dict[str, None] = {}
         name: object = start
         while isinstance(name, str) and name in nodes and name not in parents and name not in path:
             path[name] = None
             name = nodes[name].parent
+        is_ring = is_ring or (isinstance(name, str) and name in path)
         parent = name if isinstance(name, str) and name in parents else None
         for child in reversed(path):
             parents[child] = parent
             parent = child
-    return parents
+    return parents, is_ring
 
 
 def _line(nodes: Mapping[str, Node], parents: dict[str, str | None], current: object) -> list[str]:

@@ -31,6 +31,12 @@ from chatdb.transfer import json_objects, jsonlines
 
 FORMATS: Final = (*exports.FORMATS, "chatdb")
 
+NOTHING_IN_IT: Final = frozenset(("is empty", "has no conversations"))
+"""The errors of a file without conversations, such as the last one of an export; nothing is lost with it."""
+
+_WRAPPERS: Final = 2
+"""Objects that may be around the conversations."""
+
 MAX_MEMBERS: Final = 10_000
 MAX_RATIO: Final = 100
 """Maximum expansion ratio. Conversations compress to a fifth or a tenth; a higher ratio means a zip bomb."""
@@ -100,62 +106,80 @@ def detect(file: BinaryIO) -> str:
     """
     start = file.tell()
     with _damage_named():
-        head = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
+        head = file.read(512)
         file.seek(start)
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
+            raise InvalidInputError("file", "is not UTF-8, it looks like UTF-16: save it as UTF-8")
+        head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
         for magic, looks in _LOOKS.items():
             if head.startswith(magic):
                 raise InvalidInputError("file", f"is not JSON, it looks like {looks}")
         if head[257:262] == b"ustar":
             raise InvalidInputError("file", "is a tar archive: unpack it first")
         shown = json_objects.sketch(file)
-        if shown is None:
-            try:
-                next(json_objects.objects(file), None)
-            finally:
-                file.seek(start)
-            raise InvalidInputError("file", "has no conversations")
-    fields = as_object(shown)
-    if fields is not None and fields.get("type") == "chatdb":
-        return "chatdb"
-    if shown in ([], {}):
+        fields = as_object(shown)
+        if fields is not None and fields.get("type") == "chatdb":
+            return "chatdb"
+        if (found := _found(shown)) is not None:
+            return found.format
+        try:
+            next(json_objects.objects(file), None)  # tell a fault in the file from an unknown format
+        finally:
+            file.seek(start)
+    if shown in (None, [], {}):
         raise InvalidInputError("file", "has no conversations")
-    name = _name_of(shown)
-    if name is None:
-        known = ", ".join(FORMATS)
-        raise InvalidInputError(
-            "file",
-            f"is no export that chatdb knows: it has {exports.described(shown)}. chatdb reads {known}; "
-            "`chatdb formats` explains them",
-        )
-    return name
+    known = ", ".join(FORMATS)
+    raise InvalidInputError(
+        "file",
+        f"is no export that chatdb knows: it has {exports.described(shown)}. chatdb reads {known}; "
+        "`chatdb formats` explains them",
+    )
 
 
-def _name_of(shown: object) -> str | None:
-    """Return the format's name for what a file begins with: a conversation, a list of them, or an object around one."""
-    if (name := exports.name_of(shown)) is not None:
-        return name
-    fields = as_object(shown)
-    if fields is None:
-        return next((name for one in (as_list(shown) or ())[:100] if (name := exports.name_of(one))), None)
-    if exports.is_message(fields):
-        return "messages"
-    return next((name for value in fields.values() if as_list(value) and (name := _name_of(value))), None)
+class _Found(NamedTuple):
+    """The format of a file, and the names of the members that lead to its conversations, as in `objects`."""
+
+    format: str
+    inside: tuple[str | None, ...]
+
+
+def _found(shown: object) -> _Found | None:
+    """Find what a file begins with: a conversation, a list of them, or one or two objects around these."""
+    wrapped: list[tuple[tuple[str | None, ...], Any]] = [((), shown)]
+    while wrapped:
+        for inside, value in wrapped:
+            if (name := exports.name_of(value)) is not None:
+                return _Found(name, inside if as_list(value) or not inside else (*inside[:-1], None))
+            if not inside and exports.is_message(value):
+                return _Found("messages", inside)
+            listed = as_list(value) or ()
+            if name := next((name for one in listed[:100] if (name := exports.name_of(one))), None):
+                return _Found(name, inside)
+        wrapped = [
+            ((*inside, name), value)
+            for inside, outer in wrapped
+            if len(inside) < _WRAPPERS and (fields := as_object(outer))
+            for name, value in fields.items()
+            if isinstance(value, dict | list)
+        ]
+    return None
 
 
 def _conversations(file: BinaryIO, format: str) -> Iterator[Any]:  # noqa: A002
     """Yield the objects of a file's conversations, wherever they stand."""
     shown = json_objects.sketch(file)
-    fields = as_object(shown)
-    if format == "messages" and fields is None and exports.name_of(shown) == format:
-        return ({"messages": value} if as_list(value) else value for value in json_objects.wholes(file))
-    if fields is None or exports.name_of(fields) is not None:
+    found = _found(shown)
+    if format == "messages" and found is not None and not found.inside:
+        if exports.is_message(shown):
+            return _lines_of_messages(file)
+        if exports.name_of(shown) == format and as_list(shown):
+            return ({"messages": value} if as_list(value) else value for value in json_objects.wholes(file))
+    if found is None or found.format != format:
         return json_objects.objects(file)
-    if format == "messages" and exports.is_message(fields):
-        return _lines_of_messages(file)
-    for name, value in fields.items():
-        if any(exports.name_of(one) == format for one in (as_list(value) or ())[:100]):
-            return json_objects.objects(file, name)
-    return json_objects.objects(file)
+    values = json_objects.objects(file, found.inside)
+    if None not in found.inside:
+        return values
+    return (value for value in values if isinstance(value, Skipped) or exports.name_of(value) == format)
 
 
 def _lines_of_messages(file: BinaryIO) -> Iterator[Any]:
@@ -163,8 +187,8 @@ def _lines_of_messages(file: BinaryIO) -> Iterator[Any]:
     messages: list[Any] = []
     for value in json_objects.objects(file):
         if isinstance(value, Skipped):
-            yield value
-            break
+            yield value._replace(conversations=0, messages=value.conversations)
+            continue
         if file.tell() > json_objects.MAX_OBJECT:
             yield Skipped(f"conversation larger than {json_objects.MAX_OBJECT // 1024**2} MiB", conversations=1)
             return
@@ -207,7 +231,7 @@ def _activities(values: Iterable[Any]) -> Iterator[Item]:
     with tempfile.TemporaryFile(prefix="chatdb-") as spool:
         for number, value in enumerate(values, 1):
             if isinstance(value, Skipped):
-                yield value._replace(place=_at(number, value.place))
+                yield value._replace(place=f"entry {number} {value.place}".rstrip() if value.conversations else "")
                 continue
             fields = as_object(value) or {}
             if not exports.is_activity(fields):
@@ -294,7 +318,7 @@ def _parts(path: Path, name: str, stack: ExitStack) -> list[Part]:
 def _selected(names: Iterable[str], readable: re.Pattern[str]) -> list[str]:
     """Return the names of the files to read: beside and below a conversations.json, only such files."""
     listed = [each.split("/") for each in names]
-    listed = [each for each in listed if "__MACOSX" not in each and not any(one.startswith(".") for one in each)]
+    listed = [each for each in listed if "__MACOSX" not in each and not any(map(_is_hidden, each))]
     homes = {tuple(folders) for *folders, name in listed if _NUMBERED.fullmatch(name)}
     found = [
         "/".join((*folders, name))
@@ -305,6 +329,10 @@ def _selected(names: Iterable[str], readable: re.Pattern[str]) -> list[str]:
     return sorted(
         found, key=lambda name: [(int(each) if each.isdigit() else 0, each) for each in re.split(r"(\d+)", name)]
     )
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") and name != ".."
 
 
 class _Gunzip(gzip.GzipFile):
@@ -335,8 +363,11 @@ class _Gunzip(gzip.GzipFile):
 def _members(file: BinaryIO, stack: ExitStack) -> list[Part]:
     with _damage_named():
         archive = stack.enter_context(_directory(file))
-        by_name = {member.filename: member for member in archive.infolist() if not member.is_dir()}
-        members = [by_name[name] for name in _selected(by_name, _READABLE)]
+        by_name: defaultdict[str, list[zipfile.ZipInfo]] = defaultdict(list)
+        for member in archive.infolist():
+            if not member.is_dir():
+                by_name[member.filename].append(member)
+        members = [member for name in _selected(by_name, _READABLE) for member in by_name[name]]
         if not members:
             is_nested = any(name.lower().endswith(".zip") for name in by_name)
             problem = "; chatdb does not read archives inside it: unpack them first" if is_nested else ""

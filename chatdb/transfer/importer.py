@@ -55,6 +55,7 @@ _import_conversations_messages = Query("transfer/import_conversations_messages",
 
 OTHER_OF_KEY = "the user has a different conversation with this key"
 FUTURE = "a time in the future was replaced by the time of the import"
+SAME_ID = "the export has several conversations with this id: merged into one"
 CHANGED_SINCE = "the stored conversation differs from the start of the imported one"
 
 # the server stores one batch while the next is read: large enough to be worth three statements
@@ -78,7 +79,8 @@ class ImportReport:
 
     `conversations` and `messages` are new, `extended_conversations` got new messages, `stored_...` existed before.
     `skipped` and `changed` map each reason to its numbers of conversations and messages, and `places` to where the
-    first 100 of them are: file, conversation and message. `files` maps the name of each file to its format.
+    first 100 of them are: file, conversation and message. `files` maps the name of each file to its format, and
+    `unread` each reason to the number of files that were not read to their end.
     """
 
     conversations: int = 0
@@ -90,10 +92,13 @@ class ImportReport:
     changed: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     places: dict[str, list[str]] = field(default_factory=dict[str, list[str]], repr=False)
     files: dict[str, str] = field(default_factory=dict[str, str])
+    unread: dict[str, int] = field(default_factory=dict[str, int])
 
-    def skip(self, reason: str, *, conversations: int = 0, messages: int = 0, place: str = "") -> None:
+    def skip(self, reason: str, *, conversations: int = 0, messages: int = 0, files: int = 0, place: str = "") -> None:
         """Count skipped items by reason."""
-        self._count(self.skipped, reason, conversations, messages, place)
+        reason = self._count(self.skipped, reason, conversations, messages, place)
+        if files:
+            self.unread[reason] = self.unread.get(reason, 0) + files
 
     def change(self, reason: str, *, conversations: int = 0, messages: int = 0, place: str = "") -> None:
         """Count changed items by reason."""
@@ -101,7 +106,7 @@ class ImportReport:
 
     def _count(
         self, reasons: dict[str, tuple[int, int]], reason: str, conversations: int, messages: int, place: str
-    ) -> None:
+    ) -> str:
         if reason not in reasons and len(reasons) >= _MAX_REASONS:
             place, reason = ", ".join(filter(None, (place, reason))), "other reasons"
         before = reasons.get(reason, (0, 0))
@@ -109,6 +114,7 @@ class ImportReport:
         places = self.places.setdefault(reason, [])
         if place and len(places) < _MAX_PLACES and place not in places[-1:]:
             places.append(place)
+        return reason
 
     @property
     def took_nothing(self) -> bool:
@@ -123,12 +129,14 @@ class ImportReport:
         }
         files = [{"name": name, "format": taken_for} for name, taken_for in self.files.items()]
         fields = asdict(self) | listed | {"files": files}
-        del fields["places"]
+        del fields["places"], fields["unread"]
         return fields
 
     def _listed(self, reasons: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
         return [
-            {"reason": reason, "conversations": some, "messages": few, "places": self.places.get(reason, [])}
+            {"reason": reason, "conversations": some, "messages": few}
+            | ({"files": self.unread.get(reason, 0)} if reasons is self.skipped else {})
+            | {"places": self.places.get(reason, [])}
             for reason, (some, few) in reasons.items()
         ]
 
@@ -145,7 +153,11 @@ class ImportReport:
             )
         for verb, reasons in (("skipped", self.skipped), ("changed", self.changed)):
             for reason, (conversations, messages) in reasons.items():
-                lines.append(f"{verb} {conversations:,} conversations, {messages:,} messages: {reason}")
+                unread = self.unread.get(reason, 0) if reasons is self.skipped else 0
+                counts = [f"{unread:,} files" if unread > 1 else "1 file"] if unread else []
+                if conversations or messages or not unread:
+                    counts.append(f"{conversations:,} conversations, {messages:,} messages")
+                lines.append(f"{verb} {', '.join(counts)}: {reason}")
                 places = self.places.get(reason, [])
                 lines += [f"  in {place}" for place in places[:_SHOWN_PLACES]]
                 if len(places) > _SHOWN_PLACES:
@@ -185,6 +197,8 @@ class _Target:
     first_new_seq: int | None = None
     place: str = ""
     """The file, and the conversation in it, for the report."""
+    is_repeated: bool = False
+    """Whether the import had another conversation with its id."""
     merge: Merge | None = None
     """What is stored, if its messages have the ids of an export."""
 
@@ -248,6 +262,7 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
     batch: _Batch = []
     size = characters = seq = 0
     keys: set[str] = set()
+    hashes: set[int] = set()
     occurrences: defaultdict[datetime | None, Iterator[int]] = defaultdict(count)
     file = ""
     for item in items:
@@ -268,7 +283,11 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
                 if key is not None:
                     keys.add(key)
                 occurrence = next(occurrences[item.created_at]) if key is None else 0
-                batch.append((_Target(item, occurrence, place=_within(file, _named(item))), []))
+                target = _Target(item, occurrence, place=_within(file, _named(item)))
+                if item.has_ids:
+                    target.is_repeated = hash(key) in hashes
+                    hashes.add(hash(key))
+                batch.append((target, []))
                 seq = 0
             case Skipped():
                 if item.seq:
@@ -276,7 +295,8 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
                 elif batch and seq < batch[-1][0].source.last_seq:
                     batch[-1][0].ends_at = seq
                 place = _within(file, item.place)
-                report.skip(item.reason, conversations=item.conversations, messages=item.messages, place=place)
+                numbers = {"conversations": item.conversations, "messages": item.messages, "files": item.files}
+                report.skip(item.reason, **numbers, place=place)
             case Changed():
                 place = _within(file, item.place)
                 report.change(item.reason, conversations=item.conversations, messages=item.messages, place=place)
@@ -517,6 +537,8 @@ async def _read_stored(
         is_same_time = target.stored is not None and target.source.created_at in (None, target.stored.created_at)
         if merge.has_any(messages) or is_same_time:
             target.merge = merge
+            if target.is_repeated:
+                report.change(SAME_ID, conversations=1, place=target.place)
         else:
             target.refused = OTHER_OF_KEY
             report.stored_conversations -= 1

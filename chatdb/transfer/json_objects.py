@@ -6,7 +6,7 @@ import codecs
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO, Final, cast
 
 from chatdb.errors import InvalidInputError
@@ -24,8 +24,15 @@ _WINDOW = 2 * _CHUNK
 """Characters of an object that are parsed at once. A larger one is parsed member by member, without its whole text."""
 
 _SHORT = 1_000
+_MAX_DEPTH = 200
+"""Levels down to which an object above the window is read; a payload has no more."""
 _SPACE = re.compile(r"[ \t\n\r]*")
 _BEGUN = re.compile(r"[-+.0-9A-Za-z]{0,8}")  # the start of a word, a number or an escape, up to "-Infinit"
+_NO_BRACKETS = re.compile(r'[^"\[\]{}]*+')
+_STARTS: Final = frozenset('{["-0123456789tfnNI')
+"""What a value begins with."""
+
+_NUMBER_GOES_ON = re.compile(r"[eE.]?[-+]?")
 _REST_OF_STRING = re.compile(r'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _decode = json.JSONDecoder().raw_decode
 
@@ -35,15 +42,25 @@ def _with_shared_names(fields: dict[str, Any]) -> dict[str, Any]:
     return {sys.intern(name): value for name, value in fields.items()}
 
 
+def _int_of(digits: str) -> float:
+    """Return a number, or infinity for one that Python refuses to read, which an import stores as null."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
+
+
 _decode_member = json.JSONDecoder(object_hook=_with_shared_names).raw_decode
+_decode_long_numbers = json.JSONDecoder(object_hook=_with_shared_names, parse_int=_int_of).raw_decode
 
 
-def objects(file: BinaryIO, inside: str | None = None) -> Iterator[Any]:
+def objects(file: BinaryIO, inside: tuple[str | None, ...] = ()) -> Iterator[Any]:
     """
-    Yield the objects of an array or a sequence, and a Skipped for each that is too large or truncated.
+    Yield the objects of an array or a sequence, and a Skipped for each that cannot be read.
 
-    An array inside the outer array is yielded like an object. With `inside`, yields the elements of the array in this
-    member of the only object.
+    That is one that is too large, nested too deeply or truncated, what is no object in an array, and a line that is
+    invalid JSON. An array inside the outer array is yielded like an object. With `inside`, yields the elements of the
+    array to which these names of members lead, or with None for the last name, all objects there.
 
     Raises InvalidInputError, with the position, if the file is not UTF-8 or JSON, or contains anything but objects.
     """
@@ -87,6 +104,14 @@ class _CutError(Exception):
     """The file ends inside a value."""
 
 
+class _TooDeepError(Exception):
+    """A value is nested too deeply to be read; `depth` is the number of brackets that are open before it."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.depth = depth
+
+
 class _Reader:
     def __init__(self, chunks: Iterator[str], *, is_sketch: bool = False) -> None:
         self._chunks = chunks
@@ -94,90 +119,144 @@ class _Reader:
         self._text = ""
         self._offset = 0
         self._start = 0
-        self._dropped = 0
+        self._dropped = self._dropped_lines = 0
         self._size = 0
         """Bytes of the current object before the window."""
         self._is_over = False
         """Whether the object is too large, so that its values are not kept."""
+        self._broken_at = 0
+        """Where the last error is in the text."""
+        self._has_read = False
+        """Whether a whole object was read."""
         self._is_cut = False
         """Whether the file ended inside an object."""
 
-    def objects(self, inside: str | None) -> Iterator[Any]:
-        expected, in_array = "[{", False
-        if inside is not None:
-            yield from self._inside(inside)
-            return
-        while True:
-            mark = self.mark()
-            if not mark:
-                break
-            if mark not in expected:
-                raise self._broken("is invalid JSON, or contains something other than objects,", self._offset)
-            if mark != "{" and not (mark == "[" and in_array):
-                in_array = mark != "]"
-                expected = {"[": "{[]", ",": "{[", "]": ""}[mark]
-                self._offset += 1
-                continue
-            value = self._element()
-            yield value
-            if self._is_cut:
-                return
-            del value  # free the memory before reading the next
-            expected = ",]" if in_array else "{"
-        if expected == "[{":
+    def objects(self, inside: tuple[str | None, ...]) -> Iterator[Any]:
+        first = mark = self.mark()
+        if not first:
             raise InvalidInputError("file", "is empty")
-        if in_array:
-            yield Skipped("the file is truncated: its closing bracket is missing")
+        if first == "[" and not inside:
+            self._offset += 1
+            yield from self._elements()
+            mark = "" if self._is_cut else self.mark()
+        elif first == "{":
+            while mark == "{":
+                yield from self._inside(inside) if inside else self._line()
+                mark = "" if self._is_cut else self.mark()
+        if mark:
+            raise self._broken("is invalid JSON, or contains something other than objects,", self._offset)
 
     def wholes(self) -> Iterator[Any]:
-        while (mark := self.mark()) in {"[", "{"} and mark:
-            value = self._element()
-            yield value
+        while (mark := self.mark()) and mark in "[{":
+            yield from self._line()
             if self._is_cut:
                 return
-            del value
         if self.mark():
             raise self._broken("is invalid JSON, or contains something other than objects,", self._offset)
 
-    def _inside(self, name: str) -> Iterator[Any]:
-        self.mark()
-        self._offset += 1
+    def _line(self) -> Iterator[Any]:
+        """Yield the next object or array of a sequence, or a Skipped for a line that is invalid JSON."""
+        start = self._dropped + self._offset
         try:
+            value = self._element()
+        except InvalidInputError:
+            start -= self._dropped
+            line = self._line_number(start)
+            if not self._has_read or start < 0 or not self._skip_line(start):
+                raise
+            value = Skipped("line of invalid JSON", conversations=1, place=f"line {line:,}")
+        self._has_read = True
+        yield value
+
+    def _skip_line(self, start: int) -> bool:
+        """
+        Go behind the line with the last error, and tell whether the file can be read on from there.
+
+        It cannot if the object that begins at `start` has several lines, because then no line stands alone.
+        """
+        if "\n" in self._text[start : self._broken_at].rstrip():
+            return False
+        self._offset = start
+        while (end := self._text.find("\n", self._offset)) < 0:
+            self._offset = len(self._text)
+            if not self._more():
+                return True
+        self._offset = end
+        return self.mark() in {"{", "[", ""}
+
+    def _elements(self) -> Iterator[Any]:
+        """Yield the elements of an array, and go behind its closing bracket."""
+        mark = self.mark()
+        if mark == "]":
+            self._offset += 1
+            return
+        while mark:
+            if mark not in _STARTS:
+                raise self._broken("is invalid JSON, or contains something other than objects,", self._offset)
+            value = self._element()
+            yield value if mark in {"{", "["} or self._is_cut else Skipped("not a JSON object", conversations=1)
+            if self._is_cut:
+                return
+            del value  # free the memory before reading the next
+            mark = self.mark()
+            if mark == "]":
+                self._offset += 1
+                return
+            if mark:
+                self._take(",")
+                mark = self.mark()
+        self._is_cut = True
+        yield Skipped("the file is truncated: its closing bracket is missing", files=1)
+
+    def _inside(self, names: tuple[str | None, ...]) -> Iterator[Any]:
+        """Yield what these names lead to in the object at the offset, and go behind the object."""
+        name, *rest = names
+        try:
+            self._take("{")
             while self.mark() == '"':
                 key = self.value()
                 self._take(":")
-                if self.mark() != "[" or key != name:
-                    self._begin()
-                    self._is_over = True  # nothing of it is needed
-                    self.value()
+                mark = self.mark()
+                if name is None and mark == "{":
+                    yield self._element()
+                elif key == name and rest and mark == "{":
+                    yield from self._inside((*rest,))
+                elif key == name and not rest and mark == "[":
+                    self._offset += 1
+                    yield from self._elements()
                 else:
-                    self._offset += 1
-                    while self.mark() in {"{", "["}:
-                        value = self._element()
-                        yield value
-                        if self._is_cut:
-                            return
-                        del value
-                        if self.mark() == "]":
-                            break
-                        self._take(",")
-                    self._take("]")
-                if self.mark() == "}":
-                    self._offset += 1
+                    self._pass_over()
+                if self._is_cut:
                     return
+                if self.mark() == "}":
+                    break
                 self._take(",")
             self._take("}")
         except _CutError:
-            yield Skipped("the file is truncated: its closing bracket is missing")
+            self._is_cut = True
+            yield Skipped("the file is truncated: its closing bracket is missing", files=1)
+
+    def _pass_over(self) -> None:
+        """Go behind a value of which nothing is needed."""
+        self._begin()
+        self._is_over = True
+        try:
+            self.value()
+        except _TooDeepError as error:
+            self._skip_rest(error.depth)
 
     def _element(self) -> Any:  # noqa: ANN401 - any JSON value
         """Return the next object or array, or a Skipped if it is too large or cut off."""
         self._begin()
         try:
-            value = self.value()
+            try:
+                value = self.value()
+            except _TooDeepError as error:
+                self._skip_rest(error.depth)
+                return Skipped("conversation nested too deeply", conversations=1)
         except _CutError:
             self._is_cut = True
-            return Skipped("the file is truncated inside its last conversation", conversations=1)
+            return Skipped("the file is truncated inside its last conversation", conversations=1, files=1)
         if self._is_over:
             return Skipped(f"conversation larger than {MAX_OBJECT // 1024**2} MiB", 1, place=title_of(value))
         if self._offset > _CHUNK:
@@ -197,12 +276,12 @@ class _Reader:
         """Return the value at the offset and go behind it; raise _CutError if the file ends inside it."""
         while True:
             start = self._offset
-            decoded = self._decoded_value(_decode_member if depth else _decode)
+            decoded = self._decoded_value(depth)
             left = len(self._text) - start
             if decoded is not None:
                 value, end = decoded
-                # more digits can follow a number at the end of the window
-                if end < len(self._text) or self._text[start] in '{["' or not self._more():
+                # a number can go on behind the window
+                if self._text[start] in '{["' or not _NUMBER_GOES_ON.fullmatch(self._text, end) or not self._more():
                     self._check_size(end - self._offset)
                     self._offset = end - start + self._offset
                     return value
@@ -220,7 +299,10 @@ class _Reader:
     def _members(self, depth: int) -> Any:  # noqa: ANN401 - any JSON value
         """Return an object or array that is larger than the window, or what the sketch has of it."""
         if self._is_sketch and depth > _SKETCH_DEPTH:
-            raise _CutError
+            self._skip_rest(0)
+            return None
+        if depth > _MAX_DEPTH:
+            raise _TooDeepError(depth)
         is_object = self._text[self._offset] == "{"
         end = "}" if is_object else "]"
         found: dict[str, Any] = {}
@@ -277,6 +359,22 @@ class _Reader:
             if not self._more(len(self._text) - self._offset):
                 raise _CutError
 
+    def _skip_rest(self, depth: int) -> None:
+        """Go behind a value and as many closing brackets as are open before it, without nested calls."""
+        is_begun = False
+        while depth or not is_begun:
+            self._offset = cast("re.Match[str]", _NO_BRACKETS.match(self._text, self._offset)).end()
+            mark = self._text[self._offset : self._offset + 1]
+            if not mark:
+                if not self._more():
+                    raise _CutError
+            elif mark == '"':
+                self._skip_string()
+            else:
+                is_begun = True
+                depth += 1 if mark in "[{" else -1
+                self._offset += 1
+
     def _begin(self) -> None:
         self._size, self._is_over, self._start = 0, False, self._offset
 
@@ -291,6 +389,7 @@ class _Reader:
         if self._size or self._start < self._offset:
             self._size += len(self._text[self._start : self._offset].encode(errors="surrogatepass"))
         self._dropped += self._offset
+        self._dropped_lines += self._text.count("\n", 0, self._offset)
         self._text, self._offset, self._start = self._text[self._offset :], 0, 0
 
     def _more(self, least: int = 0) -> bool:
@@ -316,24 +415,35 @@ class _Reader:
         if self._offset == len(self._text):
             raise _CutError
 
-    def _decoded_value(self, decode: Callable[[str, int], tuple[Any, int]]) -> tuple[Any, int] | None:
+    def _decoded_value(self, depth: int) -> tuple[Any, int] | None:
         """Return the value at the offset and its end, or None if the text ends before it."""
-        text = self._text
+        text, decode = self._text, _decode_member if depth else _decode
         try:
-            return decode(text, self._offset)
+            try:
+                return decode(text, self._offset)
+            except json.JSONDecodeError:
+                raise
+            except ValueError:  # a number of more digits than Python reads
+                return _decode_long_numbers(text, self._offset)
         except json.JSONDecodeError as error:
             unfinished = error.msg.startswith("Unterminated string") or bool(_BEGUN.fullmatch(text, error.pos))
-            problem, position = "is invalid JSON", error.pos
+            position = error.pos
         except RecursionError:
-            unfinished, problem, position = False, "is nested too deeply in the object", self._offset
-        except ValueError:
-            unfinished, problem, position = False, "has a number of over 4,300 digits in the object", self._offset
+            if self._is_sketch:
+                return None
+            raise _TooDeepError(depth) from None
         if unfinished or self._is_sketch:
             return None
-        raise self._broken(problem, position)
+        raise self._broken("is invalid JSON", position)
 
     def _broken(self, problem: str, position: int) -> InvalidInputError:
-        return InvalidInputError("file", f"{problem} at character {self._dropped + position:,}")
+        self._broken_at = position
+        line = self._line_number(position)
+        where = f" in line {line:,}" if line > 1 else ""
+        return InvalidInputError("file", f"{problem}{where} at character {self._dropped + position:,}")
+
+    def _line_number(self, position: int) -> int:
+        return 1 + self._dropped_lines + self._text.count("\n", 0, position)
 
 
 def _decoded(file: BinaryIO) -> Iterator[str]:

@@ -129,7 +129,7 @@ def read(file: BinaryIO) -> Iterator[Item]:
     if seqs.are_complete:
         seqs.check_head()
     # the import drops the head of a conversation that is not complete, because it lowers the conversation's last_seq
-    yield Skipped("the file is truncated: its end line is missing")
+    yield Skipped("the file is truncated: its end line is missing", files=1)
 
 
 class _Seqs:

@@ -363,6 +363,31 @@ def test_broken_files(env: dict[str, str], tmp_path: Path, content: bytes, sente
     assert chatdb("list", "--user", "alice", "--json", env=env) == "[]\n"
 
 
+def test_one_of_several_files_is_broken(env: dict[str, str], file: Path, tmp_path: Path) -> None:
+    """It is skipped and named with its fault, the others are imported, and the status is 3, except for an empty one."""
+    broken, empty = tmp_path / "broken.json", tmp_path / "empty.json"
+    broken.write_text('[{"id": "x",\n"conversations": oops}]')
+    empty.write_text("[]")
+    chatdb("import", file, empty, "--user", "alice", env=env)
+    sources = [broken, file, empty]
+    done = subprocess.run(
+        [PROGRAM, "import", *sources, "--user", "alice"],
+        env=environment(env),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert "skipped 1 file: is invalid JSON in line 2 at character 30\n  in broken.json\n" in done.stdout
+    assert "skipped 1 file: has no conversations\n  in empty.json\n" in done.stdout
+    assert "already stored: 1 conversations" in done.stdout
+    said = chatdb("import", file, empty, "--user", "alice", "--json", env=env)
+    assert {each["reason"]: (each["files"], each["places"]) for each in json.loads(said)["skipped"]} == {
+        "no messages": (0, ['sharegpt.json, conversation 2 "b"']),
+        "has no conversations": (1, ["empty.json"]),
+    }
+
+
 def test_import_of_tables(env: dict[str, str], empty_dsn: str) -> None:
     """The source can be a DSN; --format, --table and --session select what to import."""
     execute(

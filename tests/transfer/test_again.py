@@ -12,7 +12,7 @@ import pytest
 import chatdb
 from chatdb.pool import Pool
 from chatdb.transfer import files
-from chatdb.transfer.importer import ImportReport, import_conversations
+from chatdb.transfer.importer import SAME_ID, ImportReport, import_conversations
 from chatdb.transfer.merging import CHANGED, EDITED_IN_BOTH, RENAMED, RENAMED_IN_BOTH
 from tests.support.samples import CHATGPT, SAMPLES
 
@@ -173,7 +173,9 @@ async def test_a_renamed_conversation(db: Pool, ours: str | None, theirs: str, t
 async def test_two_conversations_of_one_id_in_a_file(db: Pool) -> None:
     """The second one becomes another line of the first, whose own line stays selected."""
     other = export("b", (None, said("p", "user", "Second", 3)), ("p", said("b", "assistant", "Two", 4)))
-    await load(db, [*FIRST, *other])
+    report = await load(db, [*FIRST, *other])
+    assert report.changed == {SAME_ID: (1, 0)}
+    assert report.places[SAME_ID] == ['conversation "A title"']
     assert await line(db) == ["Why?", "So."]
     conversation, messages = await stored(db)
     at: dict[str, Any] = {"user_id": "alice", "conversation_id": conversation.id, "top_seq": messages["b"].seq}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import io
 import json
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from chatdb.errors import InvalidInputError
-from chatdb.formats import exports, gemini, html, items
+from chatdb.formats import exports, gemini, html, items, trees
 from chatdb.formats.items import Changed, Skipped, SourceConversation, SourceMessage
 from chatdb.transfer import files
 from tests.support.samples import (
@@ -298,9 +299,100 @@ def test_the_same_export_in_another_wrapping(value: Any, kind: str) -> None:
 
 
 def test_lines_of_messages_are_one_conversation() -> None:
-    """JSON lines with a message each."""
-    lines = "\n".join(map(json.dumps, UI_MESSAGES)).encode()
-    assert shown(read(lines)) == SEEN["ui-messages"]
+    """JSON lines with a message each; one that is broken is skipped alone."""
+    first, second = map(json.dumps, UI_MESSAGES)
+    assert shown(read(f"{first}\n{second}".encode())) == SEEN["ui-messages"]
+    found = read(f"{first}\n{{broken}}\n{second}".encode())
+    assert shown(found) == SEEN["ui-messages"]
+    assert found[0] == Skipped("line of invalid JSON", messages=1)
+
+
+@pytest.mark.parametrize(
+    ("value", "described"),
+    [
+        ({f"{number}": {"x": 1} for number in range(9)}, "objects with the fields other names"),
+        ({"a": 1, "A text": 2}, 'objects with the fields "a", others'),
+        ({"message": {"role": "user", "content": "x"}}, 'objects with the fields "message"'),
+    ],
+)  # fmt: skip
+def test_an_unknown_object_is_described(value: Any, described: str) -> None:
+    """The error lists names of fields, but nothing that could be a text."""
+    with pytest.raises(InvalidInputError) as caught:
+        files.detect(io.BytesIO(json.dumps(value).encode()))
+    assert f"it has {described}. chatdb reads" in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_another_encoding_is_named(encoding: str) -> None:
+    """The error says what to do."""
+    with pytest.raises(InvalidInputError, match="looks like UTF-16: save it as UTF-8"):
+        files.detect(io.BytesIO(json.dumps(CLAUDE).encode(encoding)))
+
+
+def test_a_fault_is_told_from_an_unknown_format() -> None:
+    """The error of broken JSON has its position, even if nothing before it shows the format."""
+    with pytest.raises(InvalidInputError, match="invalid JSON at character 14"):
+        files.detect(io.BytesIO(b'[{"title": 1, oops}]'))
+
+
+def test_messages_in_a_circle() -> None:
+    """The circle is cut, and counted."""
+    circle = copy.deepcopy(CHATGPT)
+    circle[0]["mapping"]["n1"]["parent"] = "n7"
+    found = read(circle)
+    assert len(shown(found)) == len(SEEN["chatgpt"])
+    assert found[-1] == Changed(trees.RING, conversations=1, place='conversation 1 "Bread"')
+    assert trees.RING not in {item.reason for item in read(CHATGPT) if isinstance(item, Changed)}
+
+
+def test_details_of_a_conversation() -> None:
+    """Long ones are kept, such as a summary or the tools of a data set; what is longer still is counted."""
+    (head,) = [one for one in read([CLAUDE[0] | {"summary": "s" * 20_000}]) if isinstance(one, SourceConversation)]
+    assert json.loads(head.metadata or "")["summary"] == "s" * 20_000
+    found = read([CLAUDE[0] | {"summary": "s" * 20_001}])
+    assert "summary" not in json.loads(found[0].metadata)
+    assert found[-1] == Changed(trees.LONG_DETAIL, conversations=1, place='conversation 1 "Tides"')
+    for name in ("conversations", "messages"):
+        tools = [{"name": "clock", "description": "d" * 300}]
+        said = {"from": "human", "value": "a"} if name == "conversations" else {"role": "user", "content": "a"}
+        assert json.loads(json.loads(read([{name: [said], "tools": tools}])[0].metadata)["tools"]) == tools
+
+
+def test_files_of_a_data_set() -> None:
+    """Images are named where the texts have their marks, and the others at the first question."""
+    turns = [
+        {"from": "human", "value": "<image> or <image>?<video>"},
+        {"from": "gpt", "value": "<image>"},
+        {"from": "human", "value": "<image>"},
+    ]
+    images = ["a/1.png", {"path": "2.png", "bytes": None}]
+    found = read([{"conversations": turns, "images": images, "audios": ["x" * 256]}])
+    assert shown(found) == [
+        "user: [image: a/1.png] or [image: 2.png]?<video>\n[audio: unnamed]",
+        "assistant: <image>",
+        "user: <image>",
+    ]
+    assert json.loads(found[1].payload) == {"value": "<image> or <image>?<video>"}
+    assert found[0].key != read([{"conversations": turns}])[0].key
+    ollama = {"messages": [{"role": "user", "content": "What?", "images": ["iVBORw0K" * 99]}]}
+    assert shown(read([ollama])) == ["user: What?\n[image: unnamed]"]
+    spoken = {"messages": [{"role": "assistant", "content": None, "audio": {"id": "a", "transcript": "Hello."}}]}
+    assert shown(read([spoken])) == ["assistant: Hello."]
+
+
+def test_every_member_of_an_archive_is_read(tmp_path: Path) -> None:
+    """Also those whose names repeat, or say that they belong elsewhere: names are only shown."""
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("conversations.json", "../../conversations.json", "/etc/conversations.json"):
+            archive.writestr(name, json.dumps(CLAUDE))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("conversations.json", json.dumps(CLAUDE))
+    with files.opened(path) as parts:
+        assert len(parts) == 4
+        for part in parts:
+            with part.opened() as file:
+                assert shown(list(files.read(file, "claude"))) == SEEN["claude"]
 
 
 @pytest.mark.parametrize(

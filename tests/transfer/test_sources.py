@@ -37,9 +37,9 @@ from chatdb.transfer import files, json_objects, jsonlines
 
 pytestmark = pytest.mark.server_independent
 
-CUT_INSIDE = Skipped("the file is truncated inside its last conversation", conversations=1)
-CUT_BETWEEN = Skipped("the file is truncated: its closing bracket is missing")
-NO_END = Skipped("the file is truncated: its end line is missing")
+CUT_INSIDE = Skipped("the file is truncated inside its last conversation", conversations=1, files=1)
+CUT_BETWEEN = Skipped("the file is truncated: its closing bracket is missing", files=1)
+NO_END = Skipped("the file is truncated: its end line is missing", files=1)
 REPLACED = "NUL or lone surrogate replaced with U+FFFD, original kept in the payload"
 
 SECRET = "Ich heiße Ute"
@@ -202,9 +202,9 @@ GOOD = json.dumps(said("kept"))
         ',{"value": "%s^\n"}]',
         ',{"value": "%s\\x"}]',
         ',{"value": "%s", "a": ^trux, "and": "so on"}]',
-        ", ^5, {}]",
-        ', ^"%s"]',
-        ", ^null]",
+        ", 5 ^x, {}]",
+        ', "%s" ^5]',
+        ", ^nulx]",
         ",^, {}]",
         " ^{}]",
         "^}]",
@@ -226,22 +226,80 @@ def test_broken_json_is_refused_by_its_position(rest, step):
     assert place == marked.index("^") if "^" in marked else place > len(GOOD)
 
 
-@pytest.mark.parametrize("data", [b"5", b'"x"', b"null", b"]", b"x", b'["x"]', b"{} 5", b"{},{}"])
+@pytest.mark.parametrize("data", [b"5", b'"x"', b"null", b"]", b"x", b"[x]", b"{} 5", b"{},{}"])
 def test_a_file_of_something_else_than_objects_is_refused(data):
     """Only objects are conversations."""
     assert "invalid JSON, or contains something other than objects" in str(refusal(data)[1])
 
 
+@pytest.mark.parametrize("element", ["5", "-1.5e3", '"x"', "null", "true", "NaN"])
+@pytest.mark.parametrize("step", [1, 2**20])
+def test_what_is_no_object_in_an_array_is_skipped(element, step):
+    """It is counted, and the objects around it are read."""
+    items = read(f"[{element}, {GOOD}, {element}, {GOOD}]", step=step)
+    assert [message.content for message in messages(items)] == ["kept", "kept"]
+    assert items.count(Skipped("not a JSON object", conversations=1)) == 2
+
+
+@pytest.mark.parametrize("step", [1000, 2**20])
+@pytest.mark.parametrize("window", [64, 2**21])
+def test_a_conversation_that_is_nested_too_deeply_is_skipped(monkeypatch, step, window):
+    """Whatever its texts have, the reader finds its end; without one, the file is truncated."""
+    monkeypatch.setattr(json_objects, "_WINDOW", window)
+    deep = ('{"a":[' + json.dumps('}]\\"') + ",") * 5_000 + "1" + "]}" * 5_000
+    for data in (f"[{GOOD}, {deep}, {GOOD}]", f'{GOOD}\n{{"a": "\\"]}}", "b": [{deep}]}}\n{GOOD}'):
+        items = read(data, step=step)
+        assert [message.content for message in messages(items)] == ["kept", "kept"]
+        assert Skipped("conversation nested too deeply", conversations=1) in items
+    assert read(f"[{GOOD}, {deep[:-1]}", step=step)[-1] == CUT_INSIDE
+    wrapped = json.dumps({"before": 0, "data": {"conversations": [said("kept")]}})
+    items = read(wrapped.replace("0", deep), step=step)
+    assert [message.content for message in messages(items)] == ["kept"]
+
+
+def test_a_number_beyond_what_python_reads_is_null_in_the_payload():
+    """The message is kept, and the change is counted."""
+    long = json.dumps(said("kept")).replace('"value"', f'"n": {"9" * 5_000}, "m": -1e999, "value"')
+    _, message, changed = read(f"[{long}]")
+    assert message.payload == '{"from": "human", "n": null, "m": null, "value": "kept"}'
+    assert changed == Changed(NOT_FINITE, messages=1)
+
+
+@pytest.mark.parametrize("fault", ["{bad json}", '{"a": 1,}', '{"a" 1}', '{"a": [1 2]}', "{", '{"a": "\t"}'])
+@pytest.mark.parametrize("step", [1, 2**20])
+def test_a_line_that_is_invalid_json_is_skipped(fault, step):
+    """The lines around it are read, and the report has its number."""
+    data = f"{GOOD}\n{fault}\n{GOOD}\n".encode()
+    items = list(files.read(Drip(data, step), "sharegpt"))
+    assert [message.content for message in messages(items)] == ["kept", "kept"]
+    assert items[2] == Skipped("line of invalid JSON", conversations=1, place="conversation 2 line 2")
+
+
 @pytest.mark.parametrize(
-    ("value", "problem"),
-    [("[" * 100_000, "nested too deeply"), ("1" * 5000, "number of over 4,300 digits")],
+    "data", ['{"a": 1,}\n' + GOOD, GOOD + '\n{"a":\n1 2\n}\n' + GOOD, GOOD + "\n{'a'\n: 1}\n" + GOOD]
 )
-def test_json_beyond_what_python_reads_is_refused(value, problem):
-    """Deep nesting and long numbers are errors with the position of their object."""
-    items, error = refusal(f'[{GOOD}, {{"a": {value}, "b": 1}}]'.encode())
-    assert problem in str(error)
-    assert str(error).endswith(f"at character {len(GOOD) + 3:,}")
-    assert len(messages(items)) == 1
+def test_a_fault_that_no_line_ends_is_refused(data):
+    """If it is in the first object or in one of several lines, the reader cannot tell where the next one begins."""
+    assert "invalid JSON" in str(refusal(data.encode())[1])
+
+
+def test_the_line_of_a_fault():
+    """An error of a file with several lines has the line too."""
+    assert str(refusal(f"[\n{GOOD},\n{{'a'}}]".encode())[1]).endswith(f" in line 3 at character {len(GOOD) + 5}")
+
+
+def test_objects_in_objects(monkeypatch):
+    """Conversations are found in an array in two objects, in objects by name, and in several such lines."""
+    for value in (
+        {"data": {"more": 1, "conversations": TWO}},
+        {"a": TWO[0], "note": "x", "settings": {"b": 1}, "c": TWO[1]},
+        {"data": {"a": TWO[0], "b": TWO[1]}, "v": [1]},
+    ):
+        file = io.BytesIO(json.dumps(value).encode())
+        assert files.detect(file) == "sharegpt"
+        assert [message.content for message in messages(list(files.read(file, "sharegpt")))] == ["a", "ä\n", "🙂", "\\"]
+    lines = "\n".join(json.dumps({"request": one}) for one in TWO).encode()
+    assert len(heads(list(files.read(io.BytesIO(lines), "sharegpt")))) == 2
 
 
 @pytest.mark.parametrize(
@@ -297,9 +355,9 @@ def test_an_object_above_the_window_is_read_member_by_member(monkeypatch, step, 
     for indent in (None, 1):
         data = json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode()
         file = Drip(data, step)
-        assert list(json_objects.objects(file, "all" if inside else None)) == [LARGE, {}, LARGE]
+        assert list(json_objects.objects(file, ("all",) if inside else ())) == [LARGE, {}, LARGE]
         for cut in range(1, len(data) - 1, 31):
-            found = [*json_objects.objects(Drip(data[:cut], step), "all" if inside else None)]
+            found = [*json_objects.objects(Drip(data[:cut], step), ("all",) if inside else ())]
             assert [one for one in found if not isinstance(one, Skipped)] == [LARGE, {}, LARGE][: len(found) - 1]
 
 
@@ -321,7 +379,7 @@ def test_an_object_far_above_the_limit_is_passed_over(monkeypatch, step):
 def test_positions_are_right_behind_large_objects():
     """Positions are exact after objects of several megabytes."""
     large = json.dumps(said("a" * 3_000_000))
-    for text in (f"[{large},\n{large}, ^5]", f"[{large}, {large}] ^{large}"):
+    for text in (f"[{large},\n{large}, ^x]", f"[{large}, {large}] ^{large}"):
         items, error = refusal(text.replace("^", "").encode())
         assert len(messages(items)) == 2
         assert str(error).endswith(f" at character {text.index('^'):,}")
@@ -356,7 +414,7 @@ def test_a_conversation_is_followed_by_its_messages():
 
 def test_what_is_not_counted_is_none():
     """The counts of Skipped and Changed default to 0."""
-    assert (Skipped("a"), Changed("a")) == (("a", 0, 0, 0, ""), ("a", 0, 0, ""))
+    assert (Skipped("a"), Changed("a")) == (("a", 0, 0, 0, "", 0), ("a", 0, 0, ""))
 
 
 def test_the_fields_stand_in_the_order_of_the_copy():
