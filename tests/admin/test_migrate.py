@@ -32,7 +32,8 @@ from chatdb.admin.migrate import (
 from tests.support.command import PROGRAM
 from tests.support.command import chatdb as command
 from tests.support.databases import as_role, execute
-from tests.support.migrating import migrate_at, processes
+from tests.support.forked import processes
+from tests.support.migrating import migrate_at
 from tests.support.migrations import CONCURRENTLY, NAMES, add, objects, release, transaction, value, yoyo
 from tests.support.paths import ROOT
 from tests.support.pgbouncer import VERSIONS, pgbouncer

@@ -21,7 +21,8 @@ from chatdb.testing.servers import turn_off_durability
 from tests.support.chaos import kill_server
 from tests.support.databases import database_of, execute, new_database
 from tests.support.embedded import temporary_server
-from tests.support.migrating import NAMES, by_yoyo, down, over, processes, up
+from tests.support.forked import processes
+from tests.support.migrating import NAMES, by_yoyo, down, over, up
 from tests.support.migrations import objects
 from tests.support.paths import ROOT
 from tests.support.proxy import Proxy, Statement

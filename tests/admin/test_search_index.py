@@ -167,6 +167,7 @@ def test_the_index_serves_words(dsn: str) -> None:
         assert value(dsn, QUERY.format(user="user 2", words=words)) == 0, words
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("phase", ["building index%", "waiting for writers before validation"])
 def test_killed(dsn: str, phase: str) -> None:
     """After a kill -9 during the build the server stops, and the next run drops what is left and builds it again."""
@@ -211,6 +212,7 @@ def test_what_a_killed_run_leaves(dsn: str) -> None:
     assert states(dsn) == {}
 
 
+@pytest.mark.chaos
 def test_two_at_once(dsn: str) -> None:
     """Of two runs one builds; the other waits for it and finds nothing to do, or gives up after --wait."""
     fill(dsn)
@@ -320,6 +322,7 @@ def test_progress(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(0 < step.done <= step.total for step in blocks), steps
 
 
+@pytest.mark.chaos
 async def test_under_writers(db: Pool, dsn: str) -> None:
     """While the index is built, dropped and built, writers get no error, and all that they stored is found."""
     await asyncio.to_thread(fill, dsn)

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from chatdb.admin.connection import connected, pinned_transaction
-from tests.support.command import PROGRAM, environment
+from tests.support.command import PROGRAM, chatdb_process, environment
 from tests.support.proxy import Proxy
 
 pytestmark = [pytest.mark.owner, pytest.mark.server_independent]
@@ -104,10 +104,8 @@ def file(tmp_path: Path) -> Path:
 
 
 # the server sends some 400 bytes to open the connection, and 900 bytes for the first statements
-@pytest.mark.parametrize(
-    "silent",
-    ["at once", *(pytest.param(each, marks=pytest.mark.chaos) for each in ("black hole", 350, 500, 900, 2_000))],
-)
+@pytest.mark.chaos
+@pytest.mark.parametrize("silent", ["at once", "black hole", 350, 500, 900, 2_000])
 def test_no_command_hangs(dsn: str, file: Path, silent: str | int, request: pytest.FixtureRequest) -> None:
     """Each command exits with status 1 and one sentence that names the silent server."""
     if isinstance(silent, int) and request.config.getoption("--quick"):
@@ -154,10 +152,9 @@ def test_each_cause_has_its_words(dsn: str, file: Path) -> None:
     commands = [["migrate"], ["check"], ["rollback", "--dry-run"], ["list", "--user", "alice"]]
     for place, words in causes.items():
         for command in commands:
-            _, done = ended(command, place, file)
-            assert done.returncode == 1
-            assert words in done.stderr.splitlines()[-1], command
-            assert "geheim" not in done.stderr
+            said = chatdb_process(*command, env={"DATABASE_URL": place}, cwd=file.parent, code=1)
+            assert words in said.splitlines()[-1], command
+            assert "geheim" not in said
 
 
 def test_work_is_not_cut(dsn: str) -> None:

@@ -483,9 +483,9 @@ def test_an_output_that_has_few_characters(env: dict[str, str], file: Path) -> N
     """A character that the output's encoding lacks is escaped."""
     chatdb("import", file, "--user", "alice", env=env)
     made = json.loads(chatdb("list", "--user", "alice", "--json", env=env))[0]["id"]
-    assert "\\U0001f44b" in chatdb_process(
-        "show", str(made), "--user", "alice", env=env | {"PYTHONIOENCODING": "ascii"}
-    )
+    command = [PROGRAM, "show", str(made), "--user", "alice"]
+    done = subprocess.run(command, env=environment(env | {"PYTHONIOENCODING": "ascii"}), capture_output=True, text=True)
+    assert "\\U0001f44b" in done.stdout
 
 
 def test_wrong_usage(env: dict[str, str]) -> None:

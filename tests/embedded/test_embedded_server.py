@@ -308,7 +308,11 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("names", [HOSTILE, *[{name} for name in HOSTILE]], ids=lambda names: "+".join(names)[:20])
+@pytest.mark.parametrize(
+    "names",
+    [HOSTILE, *[pytest.param({name}, marks=pytest.mark.chaos) for name in HOSTILE]],
+    ids=lambda names: "+".join(names)[:20],
+)
 async def test_no_variable_of_libpq_reaches_open_embedded(
     names: set[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

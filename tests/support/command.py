@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import pty
 import signal
-import subprocess
 import sys
 from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
+from tempfile import TemporaryFile
+from threading import Thread
 from unittest import mock
 
 import pytest
 
 from chatdb.cli import app as cli
+from tests.support.forked import run
 
 PROGRAM = Path(sys.executable).with_name("chatdb")
 SETTINGS = ("DATABASE_URL", "CHATDB_MIGRATE_URL", "CHATDB_HOME")
@@ -50,26 +52,37 @@ def chatdb(*arguments: str | Path, env: dict[str, str], code: int = 0, cwd: Path
 
 def chatdb_process(*arguments: str | Path, env: dict[str, str], code: int = 0, cwd: Path | None = None) -> str:
     """Run `chatdb` as a process. Return the same as `chatdb()`."""
-    command = [PROGRAM, *arguments]
-    done = subprocess.run(
-        command, env=environment(env), cwd=cwd, capture_output=True, text=True, encoding="utf-8", check=False
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr if code else done.stdout
+    said, failed = both(*arguments, env=env, code=code, cwd=cwd)
+    return failed if code else said
+
+
+def both(*arguments: str | Path, env: dict[str, str], code: int = 0, cwd: Path | None = None) -> tuple[str, str]:
+    """Run `chatdb` as a process, and return its standard output and standard error."""
+    with TemporaryFile() as output, TemporaryFile() as errors:
+        files = {"output": output.fileno(), "errors": errors.fileno()}
+        status = run(PROGRAM, *map(str, arguments), env=environment(env), cwd=cwd, **files)
+        said, failed = (file.seek(0) or file.read().decode() for file in (output, errors))
+    assert status == code, failed
+    assert "Traceback" not in failed
+    return said, failed
 
 
 def on_a_terminal(*arguments: str, env: dict[str, str], code: int = 0, errors: bool = False) -> str:
     """Run `chatdb` with its output, and with `errors` its errors, on a terminal. Return what the terminal shows."""
     ours, theirs = pty.openpty()
-    stderr = theirs if errors else None
-    terminal = os.environ | {"COLUMNS": "200"} | env
-    with subprocess.Popen([PROGRAM, *arguments], env=terminal, stdout=theirs, stderr=stderr) as process:
-        os.close(theirs)
-        shown = b""
+    shown = bytearray()
+
+    def read() -> None:
         with suppress(OSError):  # Linux reports the end of a terminal as an error
             while more := os.read(ours, 1024):
-                shown += more
+                shown.extend(more)
+
+    reader = Thread(target=read)
+    reader.start()
+    terminal = os.environ | {"COLUMNS": "200"} | env
+    status = run(PROGRAM, *arguments, env=terminal, cwd=None, output=theirs, errors=theirs if errors else None)
+    os.close(theirs)
+    reader.join()
     os.close(ours)
-    assert process.returncode == code, shown
+    assert status == code, shown
     return shown.decode()

@@ -1,19 +1,19 @@
-"""Migrations in other processes. A separate module, so that the fork server can preload it."""
+"""Migrations in other processes."""
 
 from __future__ import annotations
 
-import multiprocessing
-import threading
+from typing import TYPE_CHECKING
 
 import yoyo
 
 from chatdb._core.dsn import libpq_dsn
 from chatdb.admin.migrate import apply_migrations, migration_files, rollback_migrations
 
-NAMES = [file.name for file in migration_files()]
+if TYPE_CHECKING:
+    import multiprocessing
+    import threading
 
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload([__name__])
+NAMES = [file.name for file in migration_files()]
 
 
 def migrate_at(barrier: threading.Barrier, queue: multiprocessing.Queue[list[str]], dsn: str) -> None:
