@@ -10,7 +10,7 @@ Errors that chatdb raises.
         AcquireTimeoutError       no connection became free in time
         CommandTimeoutError       the server did not answer in time
         PoolClosedError           the pool is closed, or not open yet
-      SchemaError                 migrations are missing: run yoyo apply
+      SchemaError                 migrations are missing: run chatdb migrate or yoyo apply
       ConfigurationError          DSN, TLS, pooler, privileges, row-level security without a user, a pool used in
                                   another process or event loop
 
@@ -114,7 +114,7 @@ class PoolClosedError(UnavailableError):
 
 
 class SchemaError(ChatDBError):
-    """chatdb's tables are missing or older than this release needs: run `yoyo apply`."""
+    """chatdb's tables are missing or older than this release needs: run `chatdb migrate` or `yoyo apply`."""
 
     public = "The service is not available at the moment. Please try again later."
 

@@ -180,11 +180,11 @@ async def check_schema(db: Database) -> None:
     """
     parts = await _check_schema.fetch_all(db)
     if not parts:
-        raise SchemaError("the database has no chatdb tables: run yoyo apply or chatdb migrate")
+        raise SchemaError("the database has no chatdb tables: run chatdb migrate or yoyo apply")
     all_differences = differences(parts)
     missing = [str(difference) for difference in all_differences if difference.actual is None]
     other = [str(difference) for difference in all_differences if difference.actual is not None]
-    problems = [f"lacks {', '.join(missing)}: run yoyo apply or chatdb migrate"] if missing else []
+    problems = [f"lacks {', '.join(missing)}: run chatdb migrate or yoyo apply"] if missing else []
     if other:
         problems.append(f"differs from what this release needs, {', '.join(other)}: chatdb check shows how to fix it")
     if problems:

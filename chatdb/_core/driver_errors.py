@@ -75,7 +75,7 @@ _EXHAUSTED = (
     "owner, run alter sequence chatdb.conversations_id_seq no maxvalue, and the same for chatdb.messages_id_seq"
 )
 
-_SCHEMA_HINT = "chatdb's tables are missing or older than this release needs: run yoyo apply or chatdb migrate"
+_SCHEMA_HINT = "chatdb's tables are missing or older than this release needs: run chatdb migrate or yoyo apply"
 RLS_USER_ID = "rls_user_id"
 """The constraint name in the error that row-level security's function, chatdb.rls_user_id(), raises without a user."""
 

@@ -250,7 +250,7 @@ def find_program() -> str | None:
 
 def _plan(connection: psycopg.Connection) -> RepackPlan:
     if fetch_value(connection, "select pg_catalog.to_regclass('chatdb.messages')") is None:
-        raise SchemaError("the database has no chatdb tables: run yoyo apply or chatdb migrate")
+        raise SchemaError("the database has no chatdb tables: run chatdb migrate or yoyo apply")
     # behind row-level security, pg_repack could copy a part of the rows
     [(has_row_security, is_standby)] = connection.execute(statement("check_operator").encode()).fetchall()
     check_server({"has_row_security": has_row_security, "is_standby": is_standby}, dry_run=False)

@@ -78,7 +78,7 @@ def count_old_conversations(dsn: str, *, older_than: timedelta, dry_run: bool = 
             [server] = _fetch(connection, "check_operator")
         except (errors.UndefinedTable, errors.InvalidSchemaName):
             raise SchemaError(
-                "chatdb's tables are missing or older than this release needs: run yoyo apply or chatdb migrate"
+                "chatdb's tables are missing or older than this release needs: run chatdb migrate or yoyo apply"
             ) from None
         check_server(server, dry_run=dry_run)
         [row] = _fetch(connection, "count_old_conversations", older_than)

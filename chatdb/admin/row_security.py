@@ -182,7 +182,7 @@ def _read_table(connection: psycopg.Connection, table: str) -> TableProtection:
         [table],
     ).fetchone()
     if row is None:
-        raise SchemaError(f"the database has no table chatdb.{table}: run yoyo apply or chatdb migrate")
+        raise SchemaError(f"the database has no table chatdb.{table}: run chatdb migrate or yoyo apply")
     policies = connection.execute(
         """
         select polname, polpermissive, polcmd, polroles = '{0}',

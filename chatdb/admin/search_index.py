@@ -207,7 +207,7 @@ def read_search_index(connection: psycopg.Connection) -> SearchIndex:
     """Return the state of the index. Raises SchemaError without chatdb's tables."""
     row = connection.execute(_STATE).fetchone()
     if row is None:
-        raise SchemaError("the database has no chatdb tables: run yoyo apply or chatdb migrate")
+        raise SchemaError("the database has no chatdb tables: run chatdb migrate or yoyo apply")
     return SearchIndex(*row)
 
 

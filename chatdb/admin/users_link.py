@@ -193,7 +193,7 @@ def _quoted(name: str) -> str:
 
 def _link(connection: psycopg.Connection) -> tuple[int, list[int], str, bool, str] | None:
     if fetch_value(connection, "select pg_catalog.to_regclass('chatdb.conversations')") is None:
-        raise SchemaError("the database has no chatdb tables: run yoyo apply or chatdb migrate")
+        raise SchemaError("the database has no chatdb tables: run chatdb migrate or yoyo apply")
     return connection.execute(
         "select confrelid, confkey, confdeltype::text, convalidated, pg_catalog.pg_get_constraintdef(oid) "
         "from pg_catalog.pg_constraint where conrelid = 'chatdb.conversations'::regclass and conname = %s",

@@ -435,7 +435,7 @@ def test_other_tables_of_the_names(older: str) -> None:
 
 def test_what_is_missing(dsn: str, empty_dsn: str) -> None:
     """If chatdb's or the older tables are missing, the error says so."""
-    with pytest.raises(SchemaError, match=r"has no table chatdb\.conversations: run yoyo apply or chatdb migrate"):
+    with pytest.raises(SchemaError, match=r"has no table chatdb\.conversations: run chatdb migrate or yoyo apply"):
         adopt(empty_dsn)
     with pytest.raises(SchemaError, match=r"tables public\.conversations and public\.messages do not exist"):
         adopt(dsn)

@@ -268,7 +268,7 @@ def test_no_schema_at_all(empty_dsn: str) -> None:
     bad = wrong(empty_dsn)
     assert set(bad) == {"schema chatdb", *(f"migration {file.name}" for file in migration_files())}
     assert set(bad.values()) == {("missing", "chatdb migrate")}
-    assert "run yoyo apply" in checked(empty_dsn)
+    assert "run chatdb migrate" in checked(empty_dsn)
     fix(empty_dsn, "chatdb migrate")
     run(empty_dsn, code=0)
 

@@ -475,7 +475,7 @@ def test_on_a_standby() -> None:
 def test_without_tables(empty_dsn: str) -> None:
     """Without chatdb's tables every action says what to run."""
     for call in (create_search_index, drop_search_index, estimate_search_index, search_index_status):
-        with pytest.raises(chatdb.SchemaError, match="run yoyo apply or chatdb migrate"):
+        with pytest.raises(chatdb.SchemaError, match="run chatdb migrate or yoyo apply"):
             call(empty_dsn)
 
 

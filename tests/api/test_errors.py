@@ -411,15 +411,15 @@ async def test_a_transaction_that_lost_a_race(db):
 
 
 async def test_a_database_without_migrations(empty_dsn):
-    """Without chatdb's tables every function says to run yoyo apply."""
+    """Without chatdb's tables every function says to run chatdb migrate."""
     said = {}
     async with chatdb.create_pool(empty_dsn) as db:
         for name, arguments in CALLS:
             try:
                 said[name] = await call(db, name, arguments, NOBODYS)
             except SchemaError as error:
-                said[name] = "run yoyo apply" in str(error)
-        with raises(SchemaError, match="run yoyo apply"):
+                said[name] = "run chatdb migrate" in str(error)
+        with raises(SchemaError, match="run chatdb migrate"):
             await chatdb.check_schema(db)
 
     assert said == dict.fromkeys(said, True)
@@ -455,7 +455,7 @@ async def test_a_database_with_older_migrations(tx, older, missing, name, argume
 
     with raises(SchemaError, match=re.escape(missing)):
         await chatdb.check_schema(tx)
-    with raises(SchemaError, match="run yoyo apply"):
+    with raises(SchemaError, match="run chatdb migrate"):
         await call(tx, name, arguments, conversation)
 
 
@@ -474,7 +474,7 @@ async def test_check_schema_misses_every_part(tx, table):
         block = tx.transaction()
         await block.start()
         await tx.execute(statement)
-        with raises(SchemaError, match=rf"\b{table}\.{part} \({shown}\).*: run yoyo apply"):
+        with raises(SchemaError, match=rf"\b{table}\.{part} \({shown}\).*: run chatdb migrate"):
             await chatdb.check_schema(tx)
         await block.rollback()
     await chatdb.check_schema(tx)

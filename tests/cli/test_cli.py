@@ -442,11 +442,11 @@ def test_a_database_without_the_tables(empty_dsn: str, file: Path) -> None:
     """Missing or outdated tables are an error that says what to run."""
     env = {"DATABASE_URL": empty_dsn}
     for arguments in (["list"], ["import", str(file)], ["export"]):
-        assert "run yoyo apply" in chatdb(*arguments, "--user", "alice", env=env, code=1)
-    assert "run yoyo apply" in chatdb("demo", "--file", file, "--database", empty_dsn, env=env, code=1)
+        assert "run chatdb migrate" in chatdb(*arguments, "--user", "alice", env=env, code=1)
+    assert "run chatdb migrate" in chatdb("demo", "--file", file, "--database", empty_dsn, env=env, code=1)
     chatdb("migrate", env=env)
     execute(empty_dsn, "alter table chatdb.messages drop column token_count")
-    assert "run yoyo apply" in chatdb("import", file, "--user", "alice", env=env, code=1)
+    assert "run chatdb migrate" in chatdb("import", file, "--user", "alice", env=env, code=1)
     assert json.loads(chatdb("list", "--user", "alice", "--json", env=env)) == []
 
 

@@ -205,7 +205,7 @@ async def test_the_pool_finds_the_functions(dsn: str) -> None:
         assert [each.state for each in (first, second, third)] == ["aborted"] * 3
         # rolled back under a running service
         execute(dsn, "drop function chatdb.append_messages_v1")
-        with pytest.raises(chatdb.SchemaError, match="run yoyo apply"):
+        with pytest.raises(chatdb.SchemaError, match="run chatdb migrate"):
             async with chatdb.transaction(db) as connection:
                 await chatdb.append_message(connection, **new)
         last = await chatdb.append_message(db, **new)

@@ -119,6 +119,7 @@ async def test_the_fastapi_service(dsn: str, monkeypatch: pytest.MonkeyPatch) ->
             await app.state.db.close()
             closed = await client.get("/chats/one")
             assert (closed.status_code, closed.json()) == (503, {"detail": chatdb.PoolClosedError.public})
+            assert closed.headers["Retry-After"] == "1"
 
 
 def test_the_table_of_functions() -> None:

@@ -103,7 +103,7 @@ def _check_originals(connection: psycopg.Connection, runner: Runner, report: Ado
     """
     for table in ("chatdb.conversations", "chatdb.messages"):
         if not fetch_value(connection, "select pg_catalog.to_regclass(%s) is not null", table):
-            raise SchemaError(f"the database has no table {table}: run yoyo apply or chatdb migrate")
+            raise SchemaError(f"the database has no table {table}: run chatdb migrate or yoyo apply")
     differences: list[str] = []
     extra_columns: dict[str, dict[str, str]] = {}
     for name, expected in _TABLES.items():
