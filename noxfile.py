@@ -266,9 +266,11 @@ def schema_page(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation site in site/, and check its links and that it loads nothing from another host."""
+    """Build the documentation site in site/, check its links, that it loads nothing from elsewhere, and its search."""
     session.install("-e", ".[cli,embedded,migrate]", *nox.project.dependency_groups(PROJECT, "docs"))
-    session.run("python", "-m", "tests.docs.site", *(session.posargs or ["site"]))
+    folder = session.posargs or ["site"]
+    session.run("python", "-m", "tests.docs.site", *folder)
+    session.run("python", "-m", "tests.docs.search", *folder)
 
 
 @nox.session

@@ -38,6 +38,8 @@ from tests.support.paths import ROOT
 
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**/*.md", "examples/*/README.md")
 INDEX = ROOT / "docs" / "README.md"
+UNSEARCHED = (ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md")
+"""Pages that name everything, and answer no question of a user."""
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
@@ -54,10 +56,10 @@ STYLE = """\
 .md-typeset :is(td, th) code { white-space: nowrap; }
 """
 STOP_WORDS = (
-    "a an and are be can could did do does for how i if in is it its me my of on or our should that the there this to "
-    "we what when where which who why will with would you your"
+    "a an and are be can could did do does for from how i if in is it its me mean my of on or our s should that the "
+    "there this to we what when where which who why will with would you your"
 )
-SEPARATOR = r"""[\s\-_,:!=\[\]()\\"`/?]+|\.(?!\d)|\b(?:{})\b""".format(
+SEPARATOR = r"""[\s\-_,:!=\[\]()\\"'`/?]+|\.(?!\d)|\b(?:{})\b""".format(
     "|".join(f"[{word[0].upper()}{word[0]}]{word[1:]}" for word in STOP_WORDS.split())
 )
 """The search finds sections with all words, so words that only make a question are separators, like spaces."""
@@ -159,6 +161,8 @@ def build(folder: Path) -> Path:
         for generated, write in GENERATED.items():
             if (marker := f"<!-- generated: {generated} -->") in text:
                 text = text.replace(marker, write())
+        if path in UNSEARCHED:
+            text = f"---\nsearch:\n  exclude: true\n---\n\n{text}"
         _write(source / path.relative_to(ROOT), text)
         for target in filter(None, LINK.findall(text)):
             linked = (path.parent / unquote(target)).resolve()

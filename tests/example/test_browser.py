@@ -15,7 +15,8 @@ import pytest_asyncio
 from playwright.async_api import Browser, expect
 
 import chatdb
-from tests.support.browser import Size, Tab, Theme, Visitor, launch, visitor
+from tests.support.browser import Size, Tab, Theme, Visitor, visitor
+from tests.support.chromium import launch
 from tests.support.service import Service
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
