@@ -41,14 +41,13 @@ def page(connection: psycopg.Connection) -> str:
     parts = [HEAD]
     columns = {table: _columns(connection, table) for table, _ in tables}
     for table, comment in tables:
-        parts.append(f"\n## {table}\n\n{comment}\n\n| column | type | null | default | |\n|---|---|---|---|---|\n")
-        parts += [
-            f"| `{name}` | {kind} | {'' if not_null else 'null'} | {default or ''} | {text or ''} |\n"
-            for name, kind, not_null, default, _, text in columns[table]
-        ]
-        parts.append("\n| constraint or index | |\n|---|---|\n")
-        parts += [f"| `{name}` | {text} |\n" for name, text in _constraints(connection, table)]
-        parts += [f"| `{name}` | {text} |\n" for name, text in _indexes(connection, table)]
+        parts.append(f"\n## {table}\n\n{comment}\n\n| column | type | meaning |\n|---|---|---|\n")
+        for name, kind, not_null, default, _, text in columns[table]:
+            described = ", ".join([kind, *["null"] * (not not_null), *filter(None, [default])])
+            parts.append(f"| `{name}` | {described} | {text or ''} |\n")
+        parts.append("\nConstraints and indexes:\n\n")
+        parts += [f"- `{name}`: {text}\n" for name, text in _constraints(connection, table)]
+        parts += [f"- `{name}`: {text}\n" for name, text in _indexes(connection, table)]
     return "".join(parts)
 
 
@@ -111,7 +110,7 @@ def _columns(connection: psycopg.Connection, table: str) -> list[tuple]:
         select a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
             case when a.attidentity <> '' then 'identity'
                 when a.attgenerated <> '' then 'generated: `' || pg_get_expr(d.adbin, d.adrelid) || '`'
-                else '`' || pg_get_expr(d.adbin, d.adrelid) || '`' end,
+                else 'default `' || pg_get_expr(d.adbin, d.adrelid) || '`' end,
             array(select distinct case c.contype when 'p' then 'PK' else 'FK' end from pg_catalog.pg_constraint as c
                 where c.conrelid = a.attrelid and a.attnum = any(c.conkey) and c.contype in ('p', 'f') order by 1 desc),
             col_description(a.attrelid, a.attnum)

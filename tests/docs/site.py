@@ -38,7 +38,7 @@ from tests.support.paths import ROOT
 
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**/*.md", "examples/*/README.md")
 INDEX = ROOT / "docs" / "README.md"
-UNSEARCHED = (ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md")
+UNSEARCHED = (ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "reference" / "statements.md")
 """Pages that name everything, and answer no question of a user."""
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")
 POLICY = (
@@ -53,7 +53,8 @@ STYLE = """\
 .md-typeset h4.doc-heading { display: none; }
 .md-typeset .doc-signature { margin-top: 0; }
 .md-typeset table:not([class]) { font-size: .7rem; }
-.md-typeset :is(td, th) code { white-space: nowrap; }
+.md-typeset table:not([class]) :is(td, th) { min-width: 0; padding: .5em .8em; }
+.md-typeset :is(td, th):first-child code { white-space: nowrap; }
 """
 STOP_WORDS = (
     "a an and are be can could did do does for from how i if in is it its me mean my of on or our s should that the "
@@ -199,7 +200,7 @@ def with_docstrings(text: str) -> str:
             rows = "\n\n| field | type | |\n|---|---|---|"
             for field, described in found.model_fields.items():
                 kind = re.sub(r"^SkipValidation\[(.*)\]$", r"\1", str(found.__annotations__[field]))
-                rows += f"\n| `{field}` | `{_cell(kind)}` | {_cell(described.description or '')} |"
+                rows += f"\n| `{field}` | `{kind}` | {_cell(described.description or '')} |"
         return f"{heading[0]}\n\n::: chatdb.{name}{rows}"
 
     return re.sub(r"^## (\w+)$", add, text, flags=re.MULTILINE)
@@ -221,7 +222,10 @@ def _command_section(command: Any, name: str) -> str:
         record = parameter.get_help_record(context)
         words, text = record or (parameter.make_metavar(context), getattr(parameter, "help", None) or "")
         if words != "--help" and text != "Show this message and exit.":
-            rows.append(f"| `{_cell(words)}` | {_cell(text)} |\n")
+            option, _, kind = " ".join(words.split()).removesuffix(">").partition(" <")
+            choices = ", ".join(f"`{each}`" for each in kind.split("|")) if "|" in kind else ""
+            one_of = f" One of {choices}." if choices else ""
+            rows.append(f"| `{option}` | {_cell(text)}{one_of} |\n")
     usage = " ".join(command.collect_usage_pieces(context))
     table = "| argument or option | meaning |\n|---|---|\n" + "".join(rows) if rows else ""
     return f"## {name}\n\n```text\n{name} {usage}\n```\n\n{help_}\n\n{table}"
