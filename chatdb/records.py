@@ -420,6 +420,15 @@ class ImportedConversation(_Record):
     id: int
 
 
+class BegunConversation(_Record):
+    """The stored conversation with the key that is array element `ordinality`."""
+
+    ordinality: int
+    id: int
+    last_seq: int
+    created_at: datetime
+
+
 class ImportedMessages(_Record):
     """The number of messages that an import stored."""
 
@@ -441,6 +450,10 @@ class ImportedMessage(_Record):
     edits: int
     title: str | None = Field(repr=False)
     imported_title: str | None = Field(repr=False)
+    archived_at: datetime | None
+    pinned_at: datetime | None
+    imported_archived: str | None
+    imported_pinned: str | None
     head_seq: int
     seq: int | None
     key: str | None = Field(repr=False)

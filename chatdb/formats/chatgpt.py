@@ -61,8 +61,8 @@ def conversation(source: _Object) -> Iterator[items.Item]:
             {"model": source.get("default_model_slug")} | kept,
             items.time_of(source.get("create_time")),
             items.time_of(source.get("update_time")),
-            source.get("is_archived") is True,
-            pinned_at or source.get("is_starred") is True,
+            items.flag(source, "is_archived"),
+            pinned_at or items.flag(source, "is_starred", "pinned_time"),
             tuple(skipped),
         )
     )

@@ -49,8 +49,8 @@ def conversation(source: _Object) -> Iterator[items.Item]:
             kept,
             items.time_of(source.get("created_at")),
             items.time_of(source.get("updated_at")),
-            source.get("is_archived") is True,
-            source.get("is_starred") is True,
+            items.flag(source, "is_archived"),
+            items.flag(source, "is_starred"),
             tuple(skipped),
         )
     )

@@ -44,8 +44,8 @@ def conversation(source: _Object) -> Iterator[items.Item]:
             {},
             items.time_of(source.get("inserted_at")),
             items.time_of(source.get("updated_at")),
-            source.get("archived") is True,
-            source.get("pinned") is True,
+            items.flag(source, "archived"),
+            items.flag(source, "pinned"),
             tuple(skipped),
         )
     )

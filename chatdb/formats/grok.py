@@ -57,8 +57,8 @@ def conversation(source: _Object) -> Iterator[items.Item]:
             {"summary": about.get("summary")},
             items.time_of(about.get("create_time")),
             items.time_of(about.get("modify_time")),
-            about.get("archived") is True,
-            about.get("starred") is True,
+            items.flag(about, "archived"),
+            items.flag(about, "starred"),
             tuple(skipped),
         )
     )

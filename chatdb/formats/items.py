@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias, cast
@@ -62,6 +62,14 @@ class SourceConversation(NamedTuple):
     """The seq of the newest message of the current line, or None for `last_seq`."""
     has_ids: bool = False
     """Whether its messages have the ids of an export as keys, by which a later export of it is merged."""
+    is_archived: bool | None = None
+    """Whether the source says that it is archived; None if it says neither."""
+    is_pinned: bool | None = None
+    beginnings: tuple[str, ...] = ()
+    """
+    If the end of its key is a hash of its messages, the hashes of its first 2, 3 and more messages. They find the
+    stored one that an earlier, shorter export had.
+    """
 
     def __repr__(self) -> str:
         return f"SourceConversation(last_seq={self.last_seq})"
@@ -136,6 +144,10 @@ ROLES = {
 
 UNKNOWN_TYPE = "unknown type"
 
+FINGERPRINT: Final = 16
+"""Characters of a hash of messages, with which the key of a conversation without an id ends."""
+
+_MAX_BEGINNINGS: Final = 10_000
 _MAX_KEPT_ID: Final = 10_000
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -310,12 +322,33 @@ def has_text(message: Message) -> bool:
 
 def fingerprint(messages: Iterable[tuple[str, str]]) -> str:
     """Return a hash of the roles and texts, which identifies a conversation."""
+    found = hashlib.sha256().hexdigest()[:FINGERPRINT]
+    for found in _fingerprints(messages):  # noqa: B007 - the last one
+        pass
+    return found
+
+
+def fingerprints(messages: Sequence[tuple[str, str]]) -> tuple[str, tuple[str, ...]]:
+    """Return the hash of all messages, and those of the first 2, 3 and so on, unless there are too many."""
+    if not 2 < len(messages) <= _MAX_BEGINNINGS:
+        return fingerprint(messages), ()
+    _, *beginnings, whole = _fingerprints(messages)
+    return whole, tuple(beginnings)
+
+
+def _fingerprints(messages: Iterable[tuple[str, str]]) -> Iterator[str]:
     digest = hashlib.sha256()
     for word, text in messages:
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(f"{word} {len(encoded)} ".encode())
         digest.update(encoded)
-    return digest.hexdigest()[:16]
+        yield digest.hexdigest()[:FINGERPRINT]
+
+
+def flag(source: dict[str, Any], *names: str) -> bool | None:
+    """Return whether one of these fields is true, or None if the source has none of them."""
+    values = [source[name] for name in names if name in source]
+    return any(value is True for value in values) if values else None
 
 
 def as_object(value: object) -> dict[str, Any] | None:

@@ -56,7 +56,7 @@ def conversation(source: _Object) -> Iterator[items.Item]:
             },
             items.time_of(source.get("createdAt")),
             items.time_of(source.get("updatedAt")),
-            source.get("isArchived") is True,
+            items.flag(source, "isArchived"),
             skipped=tuple(skipped),
         )
     )

@@ -42,10 +42,11 @@ def conversation(source: _Object) -> Iterator[items.Item]:
         nodes[str(place)] = trees.Node(next(reversed(nodes), None), sent_at, key, pieces)
     # different conversations of a data set can share an id
     said = [(piece.role, piece.text) for node in nodes.values() for piece in node.pieces]
+    whole, beginnings = items.fingerprints(said[:1] if identifier else said)
     return trees.stream(
         trees.Conversation(
             "messages:",
-            f"{identifier}:{items.fingerprint(said[:1] if identifier else said)}",
+            f"{identifier}:{whole}",
             nodes,
             next(reversed(nodes), None),
             source.get("title"),
@@ -53,6 +54,7 @@ def conversation(source: _Object) -> Iterator[items.Item]:
             | {name: blocks.as_text(source.get(name)) for name in ("tools", "functions")},
             items.time_of(next((source[name] for name in _TIMES if source.get(name)), None)),
             skipped=tuple(skipped),
+            beginnings=beginnings,
         )
     )
 

@@ -55,8 +55,8 @@ def conversation(source: _Object) -> Iterator[items.Item]:
             {"model": ", ".join(models), "tags": ", ".join(tag for tag in tags if isinstance(tag, str))},
             items.time_of(source.get("created_at")) or items.time_of(chat.get("timestamp")),
             items.time_of(source.get("updated_at")),
-            source.get("archived") is True,
-            source.get("pinned") is True,
+            items.flag(source, "archived"),
+            items.flag(source, "pinned"),
             tuple(skipped),
         )
     )

@@ -60,19 +60,21 @@ def conversation(source: dict[str, Any]) -> Iterator[items.Item]:
         raise items.UnsupportedItemError("no messages")
     if found and (files := _files_of(source)):
         found = _with_files(found, files)
-        said.append(("files", "\n".join(text for _, text in files)))
+        said.insert(0, ("files", "\n".join(text for _, text in files)))
     kept = {"model": source.get("model"), "tools": blocks.as_text(source.get("tools"))}
     nodes = trees.chain(found, map(items.time_of, times))
+    whole, beginnings = items.fingerprints(said)
     return trees.stream(
         trees.Conversation(
             "sharegpt:",
-            f"{items.name_of(source.get('id'))}:{items.fingerprint(said)}",
+            f"{items.name_of(source.get('id'))}:{whole}",
             nodes,
             str(len(nodes)),
             source.get("title"),
             kept,
             items.time_of(source.get("created_at")),
             skipped=tuple(skipped),
+            beginnings=beginnings[len(said) - sum(map(len, found)) :],
         )
     )
 
@@ -134,8 +136,10 @@ def _plain(source: dict[str, Any], listed: list[Any]) -> list[items.Item] | None
         role, metadata = known
         messages.append(items.SourceMessage(seq, role, text, None, metadata, None, None, None))
         said.append((word, text))
-    key = f"sharegpt:{items.name_of(source.get('id'))}:{items.fingerprint(said)}"
-    return [items.SourceConversation(key, None, None, len(said), None, None), *messages]
+    whole, beginnings = items.fingerprints(said)
+    key = f"sharegpt:{items.name_of(source.get('id'))}:{whole}"
+    head = items.SourceConversation(key, None, None, len(said), None, None, beginnings=beginnings)
+    return [head, *messages]
 
 
 @lru_cache

@@ -60,10 +60,12 @@ class Conversation(NamedTuple):
     """What the metadata keeps of it; anything but strings and true is left out."""
     created_at: datetime | None = None
     updated_at: datetime | None = None
-    archived: datetime | bool = False
-    """The time if it is known, or whether."""
-    pinned: datetime | bool = False
+    archived: datetime | bool | None = None
+    """The time if it is known, or whether, or None if the export does not say."""
+    pinned: datetime | bool | None = None
     skipped: tuple[items.Skipped, ...] = ()
+    beginnings: tuple[str, ...] = ()
+    """With a name that ends with a hash of the messages, as in `SourceConversation`."""
 
 
 def chain(pieces: Iterable[tuple[Piece, ...]], sent_at: Iterable[datetime | None] = ()) -> dict[str, Node]:
@@ -118,15 +120,15 @@ def _stream(
         last[name] = seq
         sent[name] = nodes[name].sent_at or sent[follows]
     updated_at = source.updated_at or sent[next(reversed(order))]
-    if source.name:
-        key = source.key + source.name
-    else:
-        key = f"{source.key}:{items.fingerprint((p.role, p.text) for name in line for p in nodes[name].pieces)}"
+    key, beginnings = source.key + source.name, source.beginnings
+    if not source.name:
+        whole, beginnings = items.fingerprints([(p.role, p.text) for name in line for p in nodes[name].pieces])
+        key = f"{source.key}:{whole}"
     title = items.replace_unstorable(source.title[:MAX_TITLE]) if isinstance(source.title, str) else None
     yield items.SourceConversation(
         key,
         title,
-        _metadata(source.metadata, title),
+        _metadata(source, title),
         seq,
         created_at,
         updated_at,
@@ -134,6 +136,9 @@ def _stream(
         _flagged_at(source.pinned, updated_at),
         None if last[line[-1]] == seq else last[line[-1]],
         all(nodes[name].key for name in order),
+        None if source.archived is None else bool(source.archived),
+        None if source.pinned is None else bool(source.pinned),
+        beginnings,
     )
     changes: defaultdict[str, int] = defaultdict(int)
     keys: set[str] = set()
@@ -178,19 +183,23 @@ def _stream(
     yield from source.skipped
 
 
-def _metadata(kept: Mapping[str, object], title: str | None) -> str | None:
-    """Return a conversation's metadata; with the imported title, a later import sees whether it was changed here."""
+def _metadata(source: Conversation, title: str | None) -> str | None:
+    """Return a conversation's metadata; with what was imported, a later import sees whether it was changed here."""
     metadata: dict[str, Any] = {
         name: items.replace_unstorable(value) if isinstance(value, str) else value
-        for name, value in kept.items()
+        for name, value in source.metadata.items()
         if value is True or (isinstance(value, str) and 0 < len(value) <= _MAX_DETAIL)
     }
     if title:
         metadata["imported_title"] = title
+    if source.archived:
+        metadata["imported_archived"] = True
+    if source.pinned:
+        metadata["imported_pinned"] = True
     return check_conversation_metadata("metadata", metadata or None)
 
 
-def _flagged_at(flag: datetime | bool, last_at: datetime | None) -> datetime | None:
+def _flagged_at(flag: datetime | bool | None, last_at: datetime | None) -> datetime | None:
     if isinstance(flag, datetime):
         return flag
     return (last_at or items.UNKNOWN_TIME) if flag else None

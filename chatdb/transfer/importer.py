@@ -8,21 +8,32 @@ import json
 from array import array
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import count
 from operator import attrgetter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatdb._core.driver_errors import mapped_driver_errors
 from chatdb._core.query import Query
 from chatdb._core.validate import as_text_array, check_user_id
 from chatdb.errors import ConfigurationError, ConflictError
-from chatdb.formats.items import UNKNOWN_TIME, Changed, Item, Opened, Skipped, SourceConversation, SourceMessage
+from chatdb.formats.items import (
+    FINGERPRINT,
+    UNKNOWN_TIME,
+    Changed,
+    Item,
+    Opened,
+    Skipped,
+    SourceConversation,
+    SourceMessage,
+)
 from chatdb.pool import Pool, transaction
 from chatdb.records import (
+    BegunConversation,
     ImportedContent,
     ImportedConversation,
     ImportedMessage,
@@ -33,6 +44,7 @@ from chatdb.records import (
 from chatdb.transfer.merging import (
     CHANGED,
     EDITED_IN_BOTH,
+    FLAGGED,
     RENAMED,
     RENAMED_IN_BOTH,
     Merge,
@@ -45,6 +57,7 @@ if TYPE_CHECKING:
 
 _import_conversations = Query("transfer/import_conversations", ImportedConversation)
 _import_conversations_find = Query("transfer/import_conversations_find", StoredConversation)
+_import_conversations_begun = Query("transfer/import_conversations_begun", BegunConversation)
 _import_conversations_extend = Query("transfer/import_conversations_extend", ImportedConversation)
 _import_conversations_parents = Query("transfer/import_conversations_parents", ImportedParent)
 _import_conversations_stored = Query("transfer/import_conversations_stored", ImportedMessage)
@@ -199,8 +212,10 @@ class _Target:
     """The file, and the conversation in it, for the report."""
     is_repeated: bool = False
     """Whether the import had another conversation with its id."""
+    begun: int = 0
+    """The number of its messages that an earlier export had, if the conversation was found by their texts."""
     merge: Merge | None = None
-    """What is stored, if its messages have the ids of an export."""
+    """What is stored, if its messages have the ids of an export, or if it was found by its beginning."""
 
     def add_old(self, message: SourceMessage) -> None:
         """Keep where a message is in the file's tree, in case that new messages follow it and it is deleted."""
@@ -214,6 +229,11 @@ class _Target:
         if place < 0:
             return 0
         return self.old_parents[place] if self.old_seqs[place] == seq else self.old_seqs[place]
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether its messages are merged into a stored conversation, rather than appended."""
+        return self.stored is not None and (self.source.has_ids or self.begun > 0)
 
     @property
     def head_seq(self) -> int:
@@ -243,6 +263,7 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
     user = check_user_id(user_id)
     report = ImportReport()
     batches = _batches(items, report)
+    of_file: set[int] = set()
     ahead = asyncio.create_task(asyncio.to_thread(next, batches, None))
     try:
         async with transaction(pool, user_id=user) as connection:
@@ -250,6 +271,8 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
             while (batch := await asyncio.shield(ahead)) is not None:
                 ahead = asyncio.create_task(asyncio.to_thread(next, batches, None))
                 batch = _drop_future_times(batch, started_at, report)
+                targets = [target for target, _ in batch if not target.matched]
+                await _find_or_create(connection, user, targets, started_at, report, of_file)
                 await _store(connection, user, batch, started_at, report, has_row_security=has_row_security)
     finally:
         with contextlib.suppress(Exception):  # raise the first error, not this one
@@ -366,13 +389,12 @@ async def _store(
     *,
     has_row_security: bool,
 ) -> None:
-    await _find_or_create(connection, user, [target for target, _ in batch if not target.matched], started_at, report)
     grown: list[_LastSeq] = []
     files: dict[int, _Target] = {}
-    merged = [(target, messages) for target, messages in batch if target.stored and target.source.has_ids]
+    merged = [(target, messages) for target, messages in batch if target.is_merged]
     rows = await _merge(connection, user, merged, started_at, report)
     for target, messages in batch:
-        if target.stored is not None and target.source.has_ids:
+        if target.is_merged:
             continue
         new = messages if target.stored is None else _new_messages(target, target.stored, messages, grown, report)
         if target.stored is not None:
@@ -400,8 +422,18 @@ async def _store(
 
 
 async def _find_or_create(
-    connection: Connection, user: str, targets: list[_Target], started_at: datetime, report: ImportReport
+    connection: Connection,
+    user: str,
+    targets: list[_Target],
+    started_at: datetime,
+    report: ImportReport,
+    of_file: set[int],
 ) -> None:
+    """
+    Find the stored conversations, and store the others.
+
+    `of_file` gets the ids of those that the file has: they are not the beginning of another conversation in it.
+    """
     sources = [target.source for target in targets]
     matches = await _import_conversations_find.fetch_all(
         connection,
@@ -421,6 +453,9 @@ async def _find_or_create(
             report.skip(OTHER_OF_KEY, conversations=1)
         elif target.source.last_seq <= stored.last_seq:
             report.stored_conversations += 1
+    of_file.update(target.stored.id for target in targets if target.stored)
+    await _find_beginnings(connection, user, [each for each in targets if each.stored is None], of_file)
+    report.stored_conversations += sum(target.begun > 0 for target in targets)
     new = [target for target in targets if target.stored is None]
     try:
         ids = await _import_conversations.fetch_all(
@@ -440,9 +475,32 @@ async def _find_or_create(
         raise ConflictError("another client is storing the same conversations: import again") from error
     for target, imported in zip(new, sorted(ids, key=attrgetter("id")), strict=True):
         target.id = imported.id
+        of_file.add(imported.id)
     for target in targets:
         target.matched = True
     report.conversations += len(new)
+
+
+async def _find_beginnings(connection: Connection, user: str, targets: list[_Target], of_file: set[int]) -> None:
+    """Find the stored conversations of which the file has more, by the texts of all their messages."""
+    keys: list[str] = []
+    wanted: list[tuple[_Target, int]] = []
+    for target in targets:
+        for length, beginning in enumerate(target.source.beginnings, 2):
+            keys.append((target.source.key or "")[:-FINGERPRINT] + beginning)
+            wanted.append((target, length))
+    if not keys:
+        return
+    matches = await _import_conversations_begun.fetch_all(connection, user, keys)
+    for found in sorted(matches, key=attrgetter("ordinality"), reverse=True):  # the longest beginning first
+        target, length = wanted[found.ordinality - 1]
+        if target.stored is None and found.id not in of_file:
+            of_file.add(found.id)
+            target.begun = length
+            target.stored = StoredConversation(
+                ordinality=found.ordinality, id=found.id, last_seq=found.last_seq, created_at=found.created_at,
+                final_seq=None, final_key=None, final_created_at=None,
+            )  # fmt: skip
 
 
 async def _merge(
@@ -470,24 +528,32 @@ async def _merge(
                 rows.append((user, merge.id, *place._replace(created_at=place.created_at or started_at)))
                 continue
             report.stored_messages += 1
-            if place is not None and differs(message, place):
+            if place is not None and message.seq > merge.begun and differs(message, place):
                 found.append((target, merge, message, place))
         if merge.last_seq > last_seq and not merge.grew:
             merge.grew = True
             report.extended_conversations += 1
             report.stored_conversations -= 1
-        title = None
+        title: str | None = None
+        flags: dict[str, bool] = {}
+        patch: dict[str, object] = {}
         if not messages or messages[-1].seq == target.source.last_seq:
             merge.set_head(target.source)
             title, is_conflict = merge.new_title(target.source)
             if title is not None or is_conflict:
                 report.change(RENAMED if title else RENAMED_IN_BOTH, conversations=1, place=target.place)
-        if title is not None or merge.last_seq != last_seq or merge.head_seq != head_seq:
-            merge.edits += title is not None
-            changes[merge.id] = _Change(target.source, merge, last_seq, edits, title)
+            imported, flags = merge.new_flags(target.source)
+            if flags:
+                report.change(FLAGGED, conversations=1, place=target.place)
+            patch |= {f"imported_{name}": flag for name, flag in imported.items()}
+            if title is not None:
+                patch["imported_title"] = title
+        if patch or merge.last_seq != last_seq or merge.head_seq != head_seq:
+            merge.edits += bool(title is not None or flags)
+            changes[merge.id] = _Change(target.source, merge, last_seq, edits, title, flags, patch)
     updates = await _choose_updates(connection, user, found, report)
     for target, merge, *_ in updates:
-        changes.setdefault(merge.id, _Change(target.source, merge, merge.last_seq, merge.edits, None))
+        changes.setdefault(merge.id, _Change(target.source, merge, merge.last_seq, merge.edits))
         merge.edits += 1
     await _change(connection, user, [*changes.values()], started_at)
     if updates:
@@ -512,7 +578,17 @@ class _Change(NamedTuple):
     merge: Merge
     last_seq: int
     edits: int
-    title: str | None
+    title: str | None = None
+    flags: Mapping[str, bool] = MappingProxyType({})
+    """Those of `archived` and `pinned` to set or unset."""
+    metadata_patch: Mapping[str, object] = MappingProxyType({})
+
+    def flagged_at(self, name: str, started_at: datetime) -> datetime | str | None:
+        """Return since when it is archived or pinned, `infinity` if it is no longer, or None if that stays."""
+        if name not in self.flags:
+            return None
+        at = self.source.archived_at if name == "archived" else self.source.pinned_at
+        return (at or started_at) if self.flags[name] else "infinity"
 
 
 _Found = tuple[_Target, Merge, SourceMessage, ImportedMessage]
@@ -533,8 +609,10 @@ async def _read_stored(
     for row in await _import_conversations_stored.fetch_all(connection, user, as_text_array(new)):
         rows[row.id].append(row)
     for number, (target, messages) in new.items():
-        merge = Merge(rows[number])
-        is_same_time = target.stored is not None and target.source.created_at in (None, target.stored.created_at)
+        merge = Merge(rows[number], begun=target.begun)
+        is_same_time = target.begun > 0 or (
+            target.stored is not None and target.source.created_at in (None, target.stored.created_at)
+        )
         if merge.has_any(messages) or is_same_time:
             target.merge = merge
             if target.is_repeated:
@@ -584,6 +662,9 @@ async def _change(connection: Connection, user: str, changes: list[_Change], sta
         as_text_array(each.source.updated_at or started_at for each in changes),
         as_text_array(each.merge.head_seq for each in changes),
         [each.title for each in changes],
+        as_text_array(each.flagged_at("archived", started_at) for each in changes),
+        as_text_array(each.flagged_at("pinned", started_at) for each in changes),
+        [json.dumps(each.metadata_patch) if each.metadata_patch else None for each in changes],
     )
     if len(changed) < len(changes):
         raise ConflictError("another client wrote to one of the conversations during the import: import again")

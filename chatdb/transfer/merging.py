@@ -15,6 +15,7 @@ from chatdb.records import ImportedContent, ImportedMessage
 CHANGED: Final = "the export has another text: updated"
 RENAMED: Final = "the export has another title: updated"
 EDITED_IN_BOTH: Final = "edited both here and in the export: the text here stays"
+FLAGGED: Final = "the export has it archived or pinned, or no longer: updated"
 RENAMED_IN_BOTH: Final = "renamed both here and in the export: the title here stays"
 
 
@@ -26,8 +27,16 @@ class Merge:
     its place: then the user has deleted it since an earlier import.
     """
 
-    def __init__(self, rows: Iterable[ImportedMessage]) -> None:
-        """Take what `import_conversations_stored` returned for it."""
+    def __init__(self, rows: Iterable[ImportedMessage], *, begun: int = 0) -> None:
+        """
+        Take what `import_conversations_stored` returned for it.
+
+        `begun` is the number of messages of the file with which the conversation began when it was stored, if it is
+        known by their texts.
+        """
+        self.begun = begun
+        self._has_parted = False
+        """Whether the file went on with other messages than the stored conversation."""
         self.head_in_file = False
         self.grew = False
         self._known: dict[str, ImportedMessage] = {}
@@ -37,6 +46,8 @@ class Merge:
         for row in rows:
             self.id, self.last_seq, self.edits = row.id, row.last_seq, row.edits
             self.title, self.imported_title, self.head_seq = row.title, row.imported_title, row.head_seq
+            self._archived = row.archived_at is not None, row.imported_archived == "true"
+            self._pinned = row.pinned_at is not None, row.imported_pinned == "true"
             if row.seq is not None:
                 self._by_seq[row.seq] = row
                 if row.key is not None:
@@ -51,12 +62,12 @@ class Merge:
     def place(self, message: SourceMessage) -> SourceMessage | ImportedMessage | None:
         """Return a message to add, or the stored one, or None if it was deleted."""
         before = self._places.get(message.seq - 1 if message.parent_seq is None else message.parent_seq, 0)
-        stored = self._known.get(message.key) if message.key else self._by_seq.get(message.seq)
+        stored = self._stored(message)
         if stored is not None and stored.seq is not None:
             self._places[message.seq] = stored.seq
             self.head_in_file = self.head_in_file or stored.seq == self.head_seq
             return stored
-        if message.seq <= self._first_last_seq and message.seq not in self._by_seq:
+        if not self._has_parted and message.seq <= self._first_last_seq and message.seq not in self._by_seq:
             self._places[message.seq] = before
             return None
         self.last_seq += 1
@@ -64,6 +75,15 @@ class Merge:
         follows = None if before == self._newest else before
         self._newest = self.last_seq
         return message._replace(seq=self.last_seq, parent_seq=follows)
+
+    def _stored(self, message: SourceMessage) -> ImportedMessage | None:
+        if message.key:
+            return self._known.get(message.key)
+        stored = None if self._has_parted else self._by_seq.get(message.seq)
+        if stored is not None and 0 < self.begun < message.seq and differs(message, stored):
+            self._has_parted = True
+            return None
+        return stored
 
     def set_head(self, source: SourceConversation) -> None:
         """Select the line of the file if the conversation grew, unless the user's own messages are selected."""
@@ -76,6 +96,20 @@ class Merge:
             return None, False
         is_ours = self.title != self.imported_title
         return (None, True) if is_ours else (source.title, False)
+
+    def new_flags(self, source: SourceConversation) -> tuple[dict[str, bool], dict[str, bool]]:
+        """Return which flags the export has changed since it was imported, and which of them the user has not."""
+        changed: dict[str, bool] = {}
+        to_set: dict[str, bool] = {}
+        for name, theirs, (ours, imported) in (
+            ("archived", source.is_archived, self._archived),
+            ("pinned", source.is_pinned, self._pinned),
+        ):
+            if theirs is not None and theirs != imported:
+                changed[name] = theirs
+                if ours != theirs:
+                    to_set[name] = theirs
+        return changed, to_set
 
 
 def differs(message: SourceMessage, stored: ImportedMessage) -> bool:

@@ -11,6 +11,9 @@
 select
     c.id, c.last_seq, c.edits, c.title,
     pg_catalog.jsonb_extract_path_text(c.metadata, 'imported_title'::text) as imported_title,
+    c.archived_at, c.pinned_at,
+    pg_catalog.jsonb_extract_path_text(c.metadata, 'imported_archived'::text) as imported_archived,
+    pg_catalog.jsonb_extract_path_text(c.metadata, 'imported_pinned'::text) as imported_pinned,
     case when c.head_last_seq = c.last_seq then c.head_seq else c.last_seq end as head_seq,
     m.seq, m.key, m.state,
     pg_catalog.encode(pg_catalog.sha256(pg_catalog.convert_to(m.content, 'UTF8'::name)), 'hex'::text) as digest

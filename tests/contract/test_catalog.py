@@ -126,7 +126,7 @@ def check_import(live: Live) -> None:
     statements = {"conversations": "import_conversations", "messages": "import_conversations_messages"}
     for table, columns in tables.items():
         needed = columns - DERIVED[table] - OMITTED
-        assert {*SOURCES[table]._fields} - {"has_ids"} == needed
+        assert {*SOURCES[table]._fields} - {"has_ids", "is_archived", "is_pinned", "beginnings"} == needed
         assert {*taken[table]} == needed
         assert inserted(statements[table]) - DERIVED[table] - {"conversation_id", "user_id"} == needed
     assert {*importer._COLUMNS} == tables["messages"] - {"id"}

@@ -401,6 +401,8 @@ async def services_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch
             head = SourceConversation("chatgpt:x", text, None, 1, made.created_at, made.created_at, has_ids=True)
             await import_conversations(db, user_id="v", items=[head, message._replace(content="a")])
             await import_conversations(db, user_id="v", items=[head, message._replace(content="ab")])
+        listed = head._replace(key="messages::x", has_ids=False, beginnings=("y",))
+        await import_conversations(db, user_id="v", items=[listed, message])
         await _import_conversations_messages.fetch_one(db, "u", *columns)
         await _import_conversations_parents.fetch_all(db, "u", columns[0], columns[1])
         await chatdb.Watcher(db)._look(db, [watching._Watch("u", made.id, 0)])

@@ -25,7 +25,7 @@ EXCEPTIONS = {
     "count_user", "delete_user", "move_user",  # once per user
     "import_conversations", "import_conversations_extend", "import_conversations_find", "import_conversations_messages",
     "import_conversations_parents", "import_conversations_stored", "import_conversations_contents",
-    "import_conversations_change", "import_conversations_update",
+    "import_conversations_change", "import_conversations_update", "import_conversations_begun",
 }  # fmt: skip
 DATA = """
     insert into chatdb.conversations (user_id, key, last_seq, created_at)

@@ -454,7 +454,7 @@ def _message(seq, key):
 
 
 IMPORT = [
-    SourceConversation("a", "A", '{"m": 1}', 1, None, _days(1)),
+    SourceConversation("a", "A", '{"m": 1}', 1, None, _days(1), beginnings=("b",)),
     _message(1, "a1"),
     SourceConversation(None, None, None, 4, _days(2), _days(3), _days(5), _days(6), 2),
     _message(1, "b1"),
@@ -462,7 +462,7 @@ IMPORT = [
     SourceConversation(None, "C", None, 3, _days(2), _days(4), head_seq=2),
     _message(2, "c2"),
     _message(3, "c3"),
-    SourceConversation("d", "D", None, 2, _days(2), _days(7), has_ids=True),
+    SourceConversation("d", "D", None, 2, _days(2), _days(7), _days(9), has_ids=True, is_archived=True),
     _message(1, "d1"),
     _message(2, "d2"),
     SourceConversation("e", "E", None, 1, _days(2), _days(8), has_ids=True),
@@ -471,7 +471,7 @@ IMPORT = [
 """
 A file: its second conversation ends early. Of the third, all but the last message were stored, and the user has deleted
 the first since, which the last one follows. Of the last two, an earlier export is stored, the first one's with another
-title and without its last message.
+title, without its last message, and not archived.
 """
 
 TRANSFERRED = {
@@ -480,8 +480,10 @@ TRANSFERRED = {
         | {"final_key": key, "final_created_at": _days(10 + last_seq)}
         for place, last_seq, key in ((3, 2, "c2"), (4, 1, "d1"), (5, 1, "e1"))
     ],
+    "import_conversations_begun": [],
     "import_conversations_stored": [
         {"id": number, "last_seq": 1, "edits": 7, "title": title, "imported_title": title, "head_seq": 1}
+        | dict.fromkeys(("archived_at", "pinned_at", "imported_archived", "imported_pinned"))
         | {"seq": 1, "key": key, "state": "aborted", "digest": "another"}
         for number, key, title in ((54, "d1", "before"), (55, "e1", "E"))
     ],
@@ -514,6 +516,7 @@ IMPORTED = [
             "last_seqs": _texts([1, 4, 3, 2, 1]),
         },
     ),
+    ("import_conversations_begun", USER | {"keys": ["b"]}),
     (
         "import_conversations",
         USER
@@ -529,7 +532,8 @@ IMPORTED = [
         USER
         | {"ids": _texts([54, 55]), "old_last_seqs": _texts([1, 1]), "old_edits": _texts([7, 7])}
         | {"new_last_seqs": _texts([2, 1]), "new_edits": _texts([9, 8]), "updated_ats": _texts([_days(7), _days(8)])}
-        | {"head_seqs": _texts([2, 1]), "titles": ["D", None]},
+        | {"head_seqs": _texts([2, 1]), "titles": ["D", None], "archived_ats": _texts([_days(9), None])}
+        | {"pinned_ats": [None, None], "metadatas": ['{"imported_archived": true, "imported_title": "D"}', None]},
     ),
     (
         "import_conversations_update",
@@ -568,11 +572,11 @@ COPIED = [
 """What it copies, by column."""
 
 INSERTED = [
-    *IMPORTED[:9],
+    *IMPORTED[:10],
     (
         "import_conversations_messages",
         USER | {f"{name}s": _texts(row[name] for row in COPIED) for name in COPIED[0] if name != "user_id"},
     ),
-    *IMPORTED[9:],
+    *IMPORTED[10:],
 ]
 """What it sends instead of IMPORTED and COPIED with row-level security on."""

@@ -13,8 +13,8 @@ import chatdb
 from chatdb.pool import Pool
 from chatdb.transfer import files
 from chatdb.transfer.importer import SAME_ID, ImportReport, import_conversations
-from chatdb.transfer.merging import CHANGED, EDITED_IN_BOTH, RENAMED, RENAMED_IN_BOTH
-from tests.support.samples import CHATGPT, SAMPLES
+from chatdb.transfer.merging import CHANGED, EDITED_IN_BOTH, FLAGGED, RENAMED, RENAMED_IN_BOTH
+from tests.support.samples import AI_STUDIO, CHATGPT, SAMPLES
 
 
 async def load(db: Pool, value: Any) -> ImportReport:
@@ -67,7 +67,7 @@ async def test_the_same_export_again_changes_nothing(db: Pool, name: str) -> Non
     again = await load(db, SAMPLES[name][1])
     assert (again.conversations, again.messages, again.extended_conversations) == (0, 0, 0)
     assert (again.stored_conversations, again.stored_messages) == (first.conversations, first.messages)
-    assert {CHANGED, EDITED_IN_BOTH, RENAMED, RENAMED_IN_BOTH} & {*again.changed} == set()
+    assert {CHANGED, EDITED_IN_BOTH, FLAGGED, RENAMED, RENAMED_IN_BOTH} & {*again.changed} == set()
     assert [record async for record in chatdb.export_user(db, user_id="alice")] == before
 
 
@@ -180,6 +180,124 @@ async def test_two_conversations_of_one_id_in_a_file(db: Pool) -> None:
     conversation, messages = await stored(db)
     at: dict[str, Any] = {"user_id": "alice", "conversation_id": conversation.id, "top_seq": messages["b"].seq}
     assert [each.content for each in await chatdb.get_branch(db, **at)] == ["Second", "Two"]
+
+
+@pytest.mark.parametrize("name", ["is_archived", "is_starred"])
+@pytest.mark.parametrize(
+    ("before", "ours", "theirs", "after", "is_reported"),
+    [
+        (False, None, True, True, True),
+        (True, None, False, False, True),
+        (True, None, None, True, False),
+        (False, True, False, True, False),
+        (True, False, True, False, False),
+        (False, True, True, True, False),
+        (True, False, False, False, False),
+    ],
+)
+async def test_a_flag(
+    db: Pool, name: str, before: bool, ours: bool | None, theirs: bool | None, after: bool, is_reported: bool
+) -> None:
+    """A flag that the export has changed since is set, unless the user changed it here and the export did not."""
+    await load(db, [FIRST[0] | {name: before}])
+    conversation, _ = await stored(db)
+    field = {"is_archived": "archived", "is_starred": "pinned"}[name]
+    if ours is not None:
+        change: dict[str, Any] = {field: ours}
+        await chatdb.update_conversation(db, user_id="alice", conversation_id=conversation.id, **change)
+    later = [FIRST[0] | ({} if theirs is None else {name: theirs})]
+    report = await load(db, later)
+    conversation, _ = await stored(db)
+    assert (getattr(conversation, f"{field}_at") is not None) == after
+    assert report.changed == ({FLAGGED: (1, 0)} if is_reported else {})
+    assert (await load(db, later)).changed == {}
+    if theirs is not None:  # the import knows what this export had
+        changed = await load(db, [FIRST[0] | {name: not theirs}])
+        assert changed.changed == ({FLAGGED: (1, 0)} if after == theirs else {})
+
+
+def talk(*texts: str, style: str = "messages", **fields: Any) -> dict[str, Any]:
+    """Return a conversation of a data set, without ids."""
+    names = {"messages": ("role", "content", "user", "assistant"), "conversations": ("from", "value", "human", "gpt")}
+    who, what, *roles = names[style]
+    return {style: [{who: roles[place % 2], what: text} for place, text in enumerate(texts)]} | fields
+
+
+async def texts(db: Pool) -> list[list[str]]:
+    """Return the texts of the line of each conversation, in order of storage."""
+    conversations = await chatdb.list_conversations(db, user_id="alice", archived=None)
+    at: list[dict[str, Any]] = [
+        {"user_id": "alice", "conversation_id": number} for number in sorted(c.id for c in conversations)
+    ]
+    return [[message.content for message in await chatdb.get_branch(db, **each)] for each in at]
+
+
+@pytest.mark.parametrize("style", ["messages", "conversations"])
+async def test_a_list_without_ids_that_grew(db: Pool, style: str) -> None:
+    """It is found by the texts of all that is stored of it, extended again and again, and never doubled."""
+    await load(db, [talk("a", "b", style=style)])
+    for length in (3, 4, 6):
+        grown = [talk(*"abcdef"[:length], style=style)]
+        report = await load(db, grown)
+        assert (report.conversations, report.extended_conversations, report.stored_conversations) == (0, 1, 0)
+        again = await load(db, grown)
+        assert (again.conversations, again.messages, again.stored_conversations) == (0, 0, 1)
+        assert await texts(db) == [[*"abcdef"[:length]]]
+    assert (await load(db, [talk("a", "b", style=style)])).stored_conversations == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "expected"),
+    [
+        ([talk("a", "b")], [talk("a", "x", "c")], [["a", "b"], ["a", "x", "c"]]),
+        ([talk("a")], [talk("a", "b")], [["a"], ["a", "b"]]),  # a question alone is too little
+        ([talk("a", "b")], [talk("a", "b"), talk("a", "b", "c")], [["a", "b"], ["a", "b", "c"]]),
+        ([talk("a", "b"), talk("a", "b", "c")], [], [["a", "b"], ["a", "b", "c"]]),
+        ([talk("a", "b"), talk("a", "b", "c")], [talk(*"abcd")], [["a", "b"], [*"abcd"]]),
+        ([talk("a", "b")], [talk(*"abcd"), talk(*"abxy")], [[*"abcd"], [*"abxy"]]),
+        ([talk("a", "b", style="conversations", id="1")], [talk(*"abc", style="conversations", id="2")],
+         [["a", "b"], [*"abc"]]),
+    ],
+)  # fmt: skip
+async def test_which_list_is_which(db: Pool, first: list[Any], later: list[Any], expected: list[list[str]]) -> None:
+    """Another conversation of the same file, or one that a file has as it was, is not the beginning of one."""
+    await load(db, first)
+    if later:
+        await load(db, later)
+        assert (await load(db, later)).messages == 0
+    assert sorted(await texts(db)) == sorted(expected)
+
+
+async def test_a_list_without_ids_that_went_on_here_too(db: Pool) -> None:
+    """What the export has else becomes another line, and the user's own stays selected."""
+    await load(db, [talk("a", "b")])
+    (conversation,) = await chatdb.list_conversations(db, user_id="alice")
+    at: dict[str, Any] = {"user_id": "alice", "conversation_id": conversation.id}
+    await chatdb.append_message(db, **at, role="user", content="Mine")
+    await chatdb.update_message(db, **at, seq=1, content="Edited")
+    report = await load(db, [talk("a", "b", "c", "d")])
+    assert (report.messages, report.changed) == (2, {})
+    assert await texts(db) == [["Edited", "b", "Mine"]]
+    assert [each.content for each in await chatdb.get_branch(db, **at, top_seq=5)] == ["Edited", "b", "c", "d"]
+
+
+async def test_a_prompt_of_ai_studio_that_grew(db: Pool) -> None:
+    """It has no id either."""
+    chunks = AI_STUDIO["chunkedPrompt"]["chunks"]
+    await load(db, AI_STUDIO)
+    more = [*chunks, {"role": "user", "text": "And a duck's?"}]
+    report = await load(db, AI_STUDIO | {"chunkedPrompt": {"chunks": more}})
+    assert (report.conversations, report.messages, report.extended_conversations) == (0, 1, 1)
+
+
+async def test_a_long_list_without_ids_grows_across_batches(db: Pool) -> None:
+    """It is extended, and compared, whatever a batch has of it."""
+    names = [f"n{number}" for number in range(9_000)]
+    await load(db, [talk(*names[:100])])
+    await load(db, [talk(*names[:6_000])])
+    report = await load(db, [talk(*names)])
+    assert (report.messages, report.stored_messages, report.conversations) == (3_000, 6_000, 0)
+    assert await texts(db) == [names[-50:]] or (await texts(db))[0][-1] == names[-1]
 
 
 async def test_a_long_conversation_grows_across_batches(db: Pool) -> None:

@@ -147,7 +147,8 @@ def test_a_conversation_is_shown_as_its_user_saw_it(name: str) -> None:
     assert head.key is not None
     assert head.key.startswith(key)
     assert (head.title, (head.archived_at is not None, head.pinned_at is not None)) == (title, flags)
-    assert json.loads(head.metadata or "{}") == metadata | ({"imported_title": title} if title else {})
+    imported = {"imported_title": title, "imported_archived": flags[0], "imported_pinned": flags[1]}
+    assert json.loads(head.metadata or "{}") == metadata | {name: value for name, value in imported.items() if value}
 
 
 def _in_tree(value: Any) -> list[Any]:

@@ -742,6 +742,7 @@ def test_all_branches_of_a_tree_arrive():
             moment(7, 123456),
             moment(40, 500000),
             has_ids=True,
+            is_archived=False,
         ),
         SourceMessage(1, "system", "", None, '{"hidden": true}', None, "id-", moment(7, 123456)),
         SourceMessage(2, "user", "Why?", None, None, None, "id-Why?", moment(8, 250000)),
@@ -1267,9 +1268,13 @@ def lines_of(export):
     return [*lines, jsonlines.end_line(len(export), sum(len(in_it) for _, in_it in export))]
 
 
+OF_EXPORTS = {"has_ids", "is_archived", "is_pinned", "beginnings"}
+"""What only the exports of other products say."""
+
+
 def fields_of(record, item_type):
     """Return a record's fields as an item has them, with metadata as canonical JSON."""
-    fields = {name: getattr(record, name) for name in item_type._fields if name != "has_ids"}
+    fields = {name: getattr(record, name) for name in item_type._fields if name not in OF_EXPORTS}
     if isinstance(fields["metadata"], str):
         fields["metadata"] = json.loads(fields["metadata"])
     return fields | {"metadata": json.dumps(fields["metadata"], sort_keys=True)}

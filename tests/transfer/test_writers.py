@@ -115,7 +115,7 @@ def test_the_command(dsn: str, tmp_path: Path, arguments_of: Callable[[str], dic
     (tmp_path / "a.zip").write_bytes(b"PK\x05\x06" + bytes(18))
     sources = [str(tmp_path / "claude.json"), str(tmp_path)]
     done = runner.invoke(app, ["import", *sources, "--json", *options])
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 3, done.output
     report = json.loads(done.stdout.splitlines()[-1])
     assert (report["conversations"], report["stored_conversations"]) == (2, 1)
     assert {each["name"].rpartition("/")[2]: each["format"] for each in report["files"]} == {
