@@ -222,10 +222,11 @@ def _command_section(command: Any, name: str) -> str:
         record = parameter.get_help_record(context)
         words, text = record or (parameter.make_metavar(context), getattr(parameter, "help", None) or "")
         if words != "--help" and text != "Show this message and exit.":
-            option, _, kind = " ".join(words.split()).removesuffix(">").partition(" <")
+            words = " ".join(words.split())
+            option, _, kind = words.removesuffix(">").partition(" <")
             choices = ", ".join(f"`{each}`" for each in kind.split("|")) if "|" in kind else ""
             one_of = f" One of {choices}." if choices else ""
-            rows.append(f"| `{option}` | {_cell(text)}{one_of} |\n")
+            rows.append(f"| `{option if choices else words}` | {_cell(text)}{one_of} |\n")
     usage = " ".join(command.collect_usage_pieces(context))
     table = "| argument or option | meaning |\n|---|---|\n" + "".join(rows) if rows else ""
     return f"## {name}\n\n```text\n{name} {usage}\n```\n\n{help_}\n\n{table}"

@@ -86,6 +86,18 @@ def test_every_command_in_the_pages_parses() -> None:
     assert found > 25
 
 
+def test_every_block_that_is_not_run_parses() -> None:
+    """Each block of YAML, JSON, TOML, INI or a Dockerfile is valid, also on pages that others test."""
+    run = {"python", "sh", "sql", "powershell", "text", ""}
+    found = [(page, block) for page in site.pages() for block in runner.blocks(page) if block.language not in run]
+    for page, block in found:
+        try:
+            runner.parse(block)
+        except Exception as error:
+            raise AssertionError(f"{page.name}: {error}") from error
+    assert {block.language for _, block in found} >= {"yaml", "ini", "dockerfile"}
+
+
 def test_the_command_line_page() -> None:
     """The generated page has each command with its options."""
     text = site.command_line()
