@@ -93,18 +93,18 @@ class Figures:
         self.worst(f"{operation}.of_raw", medians["chatdb"] / medians["raw asyncpg"])
         self.worst(f"{operation}.faster", medians["chatdb"] / medians["SQLModel"])
 
-    def hinted(self, rates: dict[str, list[float]]) -> None:
-        """Record the appends per second of writers with hints and without, as medians of their rounds."""
+    def beside(self, operation: str, title: str, rates: dict[str, list[float]]) -> None:
+        """Record chatdb's operations per second with something and without, as medians of their rounds."""
         medians = {name: statistics.median(series) for name, series in rates.items()}
         for name, rate in medians.items():
             self.run["throughput"].append({
-                "operation": "hints",
-                "title": "16 writers, appends, with and without hints",
+                "operation": operation,
+                "title": title,
                 "loop": JUDGED,
                 "contender": name,
                 "per_second": rate,
             })  # fmt: skip
-        self.worst("hints.of_without", medians["chatdb"] / medians["without"])
+        self.worst(f"{operation}.of_without", medians["chatdb"] / medians["without"])
 
     def counted(self, operation: str, statements: float, round_trips: float, buffers: float, wal: float | None) -> None:
         """Record the counts for one chatdb call of an operation. One that writes nothing has no WAL."""

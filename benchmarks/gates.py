@@ -341,6 +341,8 @@ GATES = [
     _at_most("branch_100.to_history", "get_branch of 100: time relative to get_history", 1.1, "x", "ratios"),
     _at_least("mixed_16.of_raw", "16 tasks, 80/20: operations/s relative to raw asyncpg", 0.9, "x", "ratios"),
     _at_most("telemetry.to_without", "history of 100 with spans and metrics, relative to without", 1.05, "x", "ratios"),
+    _at_most("telemetry.late", "spans of 20 histories that are not made when the last one returns", 0, "", "ratios"),
+    _at_least("telemetry.of_without", "16 tasks with spans and metrics: calls/s of those without", 0.7, "x", "ratios"),
     _at_most("reader.to_history", "history of 100 from a replica, relative to a pool on it", 1.02, "x", "ratios"),
     _at_most("telemetry.unused", "share of a history of 100 that a pool without listeners takes", 0.2, "%", "ratios"),
     _at_least("hints.of_without", "16 writers with hints: appends/s relative to those without", 0.9, "x", "ratios"),

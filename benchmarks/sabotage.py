@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import chatdb
+import chatdb.telemetry
 from benchmarks.server import BenchServer
 from chatdb import branches, search, streaming
 from chatdb._core.query import Query
@@ -64,7 +68,21 @@ def _notifies_in_appends(dsn: Any, **options: Any) -> Any:
     return _create_pool(dsn, server_settings={"application_name": name}, **options)
 
 
+def _works_on_ten_calls(pool: chatdb.Pool, **options: Any) -> None:
+    """Instrument a pool, and work on every tenth call for as long as on ten."""
+    number = count(1)
+    _instrument(pool, **options)
+    pool.add_call_listener(lambda call: time.sleep(1e-3) if next(number) % 10 == 0 else None)
+
+
+def _later() -> Any:
+    """Return what calls functions a second later."""
+    loop = asyncio.get_running_loop()
+    return SimpleNamespace(call_soon=lambda *arguments: loop.call_later(1, *arguments))
+
+
 _get_history = chatdb.get_history
+_instrument = chatdb.telemetry.instrument
 _create_pool = chatdb.create_pool
 
 _CUSTOM_PLANS = (
@@ -79,7 +97,7 @@ TIMED = ("test_operations.py", "-k", "test_operation and asyncio and last_20")
 """The run that times one small read with chatdb, a bare connection and SQLModel."""
 
 TIMED_TELEMETRY = ("test_operations.py", "-k", "test_telemetry and asyncio")
-"""The run that times a history with spans and metrics and without."""
+"""The runs that time histories with spans and metrics and without."""
 
 TIMED_READER = ("test_operations.py", "-k", "test_reader and asyncio")
 """The run that times a history of a replica through a reader and without."""
@@ -239,15 +257,36 @@ ALL = {
     "nothing_told": Sabotage("changes nothing and times a history with spans and metrics", (), run=TIMED_TELEMETRY),
     "slow_listener": Sabotage(
         "waits a tenth of a millisecond in the listener of each call",
-        ("telemetry.to_without",),
+        ("telemetry.to_without", "telemetry.late"),
         target="chatdb.telemetry.instrument",
         replacement=lambda pool, **options: pool.add_call_listener(lambda call: time.sleep(1e-4)),
+        run=TIMED_TELEMETRY,
+    ),
+    "slow_now_and_then": Sabotage(
+        "works for a millisecond after every tenth call, which the median call does not see",
+        ("telemetry.to_without",),
+        target="chatdb.telemetry.instrument",
+        replacement=_works_on_ten_calls,
+        run=TIMED_TELEMETRY,
+    ),
+    "late_spans": Sabotage(
+        "makes the spans a second later, when nobody measures",
+        ("telemetry.late",),
+        target="chatdb.telemetry.get_running_loop",
+        replacement=_later,
+        run=TIMED_TELEMETRY,
+    ),
+    "slow_span": Sabotage(
+        "takes half a millisecond more to make each span",
+        ("telemetry.to_without", "telemetry.of_without"),
+        target="chatdb.telemetry.time_ns",
+        replacement=lambda: time.sleep(5e-4) or time.time_ns(),
         run=TIMED_TELEMETRY,
     ),
     "slow_lookup": Sabotage(
         "takes 3 µs to find the listeners of a pool",
         ("telemetry.unused",),
-        target="benchmarks.test_operations.listeners_of",
+        target="chatdb._core.asyncpg_private.listeners_of",
         replacement=lambda db: sum(range(300)),
         run=TIMED_TELEMETRY,
     ),

@@ -9,6 +9,7 @@ import subprocess
 import time
 import timeit
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import asyncpg
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 import chatdb
@@ -29,7 +30,7 @@ from benchmarks.proxy import far
 from benchmarks.rounds import interleave
 from benchmarks.server import BenchServer
 from benchmarks.workload import Size
-from chatdb._core.asyncpg_private import listeners_of
+from chatdb._core import asyncpg_private
 from chatdb._core.dsn import connect_arguments
 from chatdb._core.hints import CHANNEL
 from chatdb.admin.migrate import apply_migrations
@@ -127,25 +128,63 @@ def test_branch(benchmark: Any, copy: str, size: Size, loop: str, runner: asynci
 
 
 def test_telemetry(benchmark: Any, copy: str, size: Size, loop: str, runner: asyncio.Runner, figures: Figures) -> None:
-    """Time a history with spans and metrics beside one without, and what a pool without listeners asks for them."""
-    client, plain = Chatdb(copy), Chatdb(copy)
-    for each in (client, plain):
-        runner.run(each.open())
-    tracers, meters = TracerProvider(), MeterProvider([InMemoryMetricReader()])
-    tracers.add_span_processor(BatchSpanProcessor(_Nowhere()))
-    chatdb.telemetry.instrument(client.pool, tracer_provider=tracers, meter_provider=meters)
-    # of random conversations, the second client would find in the cache what the first one has just read
-    calls = {"chatdb": call_of("history_100_hot", client, size), "without": call_of("history_100_hot", plain, size)}
-    times = interleave(benchmark, runner, calls, rounds=200, each=20)
-    lookup = min(timeit.repeat(lambda: listeners_of(plain.pool), number=10_000, repeat=9)) / 10_000
-    if loop == JUDGED:
-        without = statistics.median(times["without"])
-        figures.worst("telemetry.to_without", statistics.median(times["chatdb"]) / without)
-        figures.worst("telemetry.unused", 100 * lookup / without)
-    for each in (client, plain):
-        runner.run(each.close())
-    tracers.shutdown()
-    meters.shutdown()
+    """Time histories with spans and metrics beside some without, and what a pool without listeners asks for them."""
+    with _instrumented(copy, 1, runner) as (client, spans):
+        history = call_of("history_100_hot", client, size)
+        listeners = client.pool.call_listeners
+        late: list[int] = []
+
+        async def several() -> None:
+            for _ in range(20):
+                await history()
+            await asyncio.sleep(0)  # the spans are made when the loop has nothing to resume
+
+        async def with_spans() -> None:
+            before, client.pool.call_listeners = spans.ended, listeners
+            await several()
+            late.append(before + 20 - spans.ended)
+
+        async def without_spans() -> None:
+            client.pool.call_listeners = None
+            await several()
+
+        times = interleave(benchmark, runner, {"chatdb": with_spans, "without": without_spans}, rounds=300, each=1)
+        lookup = min(timeit.repeat(lambda: asyncpg_private.listeners_of(client.pool), number=10_000, repeat=9)) / 10_000
+        if loop == JUDGED:
+            without = statistics.median(times["without"])
+            figures.worst("telemetry.to_without", statistics.median(times["chatdb"]) / without)
+            figures.worst("telemetry.late", max(late))
+            figures.worst("telemetry.unused", 100 * lookup / (without / 20))
+
+
+def test_telemetry_load(
+    benchmark: Any, copy: str, size: Size, loop: str, runner: asyncio.Runner, figures: Figures
+) -> None:
+    """Run 16 tasks, which leave the event loop no time to spare, with spans and metrics and without."""
+    with _instrumented(copy, 16, runner) as (client, _):
+        history = call_of("history_100_hot", client, size)
+        rates: dict[str, list[float]] = {"chatdb": [], "without": []}
+        listeners = {"chatdb": client.pool.call_listeners, "without": None}
+
+        async def work() -> None:
+            for _ in range(30):
+                await history()
+
+        async def together(name: str) -> None:
+            client.pool.call_listeners = listeners[name]
+            start = time.perf_counter()
+            await asyncio.gather(*(work() for _ in range(16)))
+            rates[name].append(16 * 30 / (time.perf_counter() - start))
+
+        benchmark.pedantic(
+            lambda: runner.run(together("chatdb")),
+            setup=lambda: runner.run(together("without")),
+            rounds=20,
+            warmup_rounds=2,
+        )
+        if loop == JUDGED:
+            title = "16 tasks, history of 100, with and without spans and metrics"
+            figures.beside("telemetry", title, {name: series[2:] for name, series in rates.items()})
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +235,38 @@ class _Nowhere(SpanExporter):
     def export(self, spans: object) -> SpanExportResult:
         """Drop the spans."""
         return SpanExportResult.SUCCESS
+
+
+class _Counting(BatchSpanProcessor):
+    """A processor that counts the spans."""
+
+    def __init__(self) -> None:
+        super().__init__(_Nowhere())
+        self.ended = 0
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Count a span."""
+        self.ended += 1
+        super().on_end(span)
+
+
+@contextmanager
+def _instrumented(dsn: str, connections: int, runner: asyncio.Runner) -> Iterator[tuple[Chatdb, _Counting]]:
+    """
+    Yield a client that OpenTelemetry's SDK hears of, and the processor that counts its spans.
+
+    Without its listeners, the same client shows the time without them, on the same connections: two processes of the
+    server differ by as much as the spans take.
+    """
+    tracers, meters, spans = TracerProvider(), MeterProvider([InMemoryMetricReader()]), _Counting()
+    tracers.add_span_processor(spans)
+    client = Chatdb(dsn, connections)
+    runner.run(client.open())
+    chatdb.telemetry.instrument(client.pool, tracer_provider=tracers, meter_provider=meters)
+    yield client, spans
+    runner.run(client.close())
+    tracers.shutdown()
+    meters.shutdown()
 
 
 @pytest.mark.parametrize("tasks", [16, 64])
@@ -271,7 +342,8 @@ def test_hints(benchmark: Any, server: BenchServer, copy: str, size: Size, figur
         runner.run(listener.close())
         for pool in pools.values():
             runner.run(pool.close())
-    figures.hinted({name: series[2:] for name, series in rates.items()})
+    title = "16 writers, appends, with and without hints"
+    figures.beside("hints", title, {name: series[2:] for name, series in rates.items()})
 
 
 async def _opened(dsn: str, **options: Any) -> chatdb.Pool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -18,9 +20,14 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.semconv._incubating.attributes import db_attributes as all_db_attributes
+from opentelemetry.semconv._incubating.metrics import db_metrics as all_db_metrics
+from opentelemetry.semconv.attributes import db_attributes, error_attributes, server_attributes
+from opentelemetry.semconv.metrics import db_metrics
 from opentelemetry.trace import SpanKind, StatusCode
 
 import chatdb
+from chatdb import telemetry
 from chatdb._core.asyncpg_private import listeners_of
 from chatdb.telemetry import instrument
 from tests.support.calls import CALLS, call, conversation_with_a_message
@@ -122,6 +129,60 @@ async def test_the_attributes(dsn: str, told: Told) -> None:
             **({} if port == 5432 else {"server.port": port}),
         }
         assert host in dsn.replace("%2F", "/")
+
+
+def test_the_names_are_those_of_the_conventions() -> None:
+    """Each name is one of OpenTelemetry's conventions, in the spelling of its newest release, or chatdb's own."""
+    modules = (db_attributes, all_db_attributes, error_attributes, server_attributes, db_metrics, all_db_metrics)
+    known = {value for module in modules for value in vars(module).values() if isinstance(value, str)}
+    used = set(re.findall(r'"((?:db|server|error)\.[a-z_.]+)"', inspect.getsource(telemetry)))
+    assert len(used) > 15
+    assert used - known == set()
+    stable = {
+        value
+        for module in (db_attributes, error_attributes, server_attributes, db_metrics)
+        for value in vars(module).values()
+        if isinstance(value, str)
+    }
+    assert {name for name in used - stable if not name.startswith("db.client.connection.")} == {
+        "db.client.response.returned_rows",
+        "db.response.returned_rows",
+    }
+
+
+async def test_concurrent_calls(db: chatdb.Pool, told: Told) -> None:
+    """Each span and each exemplar belongs to the request whose call it measures."""
+    instrumented(db, told)
+    tracer = told.tracers.get_tracer("service")
+
+    async def request(number: int) -> None:
+        with tracer.start_as_current_span(f"request {number}"):
+            await (chatdb.list_pinned if number % 2 else chatdb.list_conversations)(db, user_id="alice")
+
+    await asyncio.gather(*map(request, range(6)))
+    spans = await told.spans()
+    parents = {span.context.span_id: span.name for span in spans if span.context and span.name.startswith("request")}
+    calls = [span for span in spans if span.name.startswith("chatdb.")]
+    found = sorted((parents[span.parent.span_id], span.name) for span in calls if span.parent)
+    assert found == [
+        (f"request {number}", f"chatdb.{'list_pinned' if number % 2 else 'list_conversations'}") for number in range(6)
+    ]
+    points = (await told.metrics())["db.client.operation.duration"]
+    measured = {exemplar.span_id for point in points.values() for exemplar in point.exemplars}
+    assert measured
+    assert measured <= parents.keys()
+
+
+def test_the_last_call_of_a_loop(dsn: str, told: Told) -> None:
+    """The last call that a loop runs has its span too."""
+
+    async def main() -> None:
+        db = await instrumented(chatdb.create_pool(dsn), told)
+        await chatdb.list_pinned(db, user_id="alice")
+        db.terminate()  # without waiting for anything, unlike close()
+
+    asyncio.run(main())
+    assert [span.name for span in told.exporter.get_finished_spans()] == ["chatdb.list_pinned"]
 
 
 async def test_an_error(dsn: str, told: Told) -> None:
@@ -267,6 +328,26 @@ class BrokenProcessor(SpanProcessor):
     def on_end(self, span: ReadableSpan) -> None:
         """Raise an error."""
         raise RuntimeError("hello")
+
+
+class SlowProcessor(SpanProcessor):
+    """A span processor that exports in the event loop."""
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Block the event loop."""
+        time.sleep(0.02)
+
+
+async def test_a_span_processor_that_blocks(db: chatdb.Pool, told: Told, caplog: pytest.LogCaptureFixture) -> None:
+    """A processor that exports in the event loop is reported once, and the calls succeed."""
+    told.tracers.add_span_processor(SlowProcessor())
+    instrumented(db, told)
+    with caplog.at_level(logging.WARNING, "chatdb"):
+        for _ in range(3):
+            assert await chatdb.list_pinned(db, user_id="alice") == []
+        assert len(await told.spans()) == 3
+    [record] = caplog.records
+    assert "runs in the event loop" in record.getMessage()
 
 
 async def test_a_span_processor_that_raises(dsn: str, told: Told, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
+from chatdb.admin.migrate import apply_migrations
 from chatdb.errors import ConfigurationError
 from chatdb.testing import databases as module
 from chatdb.testing.databases import PREFIX, Databases, database_of
@@ -129,9 +130,16 @@ def test_a_clone_is_one_statement(databases: Databases, owners_template: str) ->
     assert name_of(dsn) not in names(databases.server)
 
 
-def test_parallel_runs_make_one_template(creator: str) -> None:
+def test_parallel_runs_make_one_template(creator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several runs on a server, one makes the template, and the others wait for it and clone it."""
     role = urlsplit(creator).username or ""
+    migrated: list[str] = []
+
+    def apply(dsn: str) -> None:
+        migrated.append(dsn)
+        apply_migrations(dsn)
+
+    monkeypatch.setattr(module, "apply_migrations", apply)
 
     def run() -> tuple[str, int]:
         with Databases(creator) as each, each.new(each.template()) as dsn, psycopg.connect(dsn) as db:
@@ -142,6 +150,7 @@ def test_parallel_runs_make_one_template(creator: str) -> None:
     with ThreadPoolExecutor(3) as executor:
         made = [future.result() for future in [executor.submit(run) for _ in range(3)]]
     assert len(set(made)) == 1
+    assert len(migrated) == 1
     assert names(creator, role) == [made[0][0]]
     with pytest.raises(psycopg.OperationalError, match="not currently accepting connections"):
         psycopg.connect(database_of(creator, made[0][0]))
