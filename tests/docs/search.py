@@ -32,6 +32,13 @@ ANSWERS = {
     "How do I store images?": ("docs/howto/tool-calls/", "docs/howto/tool-calls/#images-and-files"),
     "How does it run behind PgBouncer?": ("docs/howto/hosts/#pgbouncer", "docs/howto/hosts/"),
     "How do I move from ChatGPT's export?": ("docs/howto/import/",),
+    "What happens if the server crashes?": (
+        "docs/howto/questions/#is-a-message-lost-if-the-process-or-the-server-crashes",
+    ),
+    "Can several tabs see the answer?": ("docs/howto/watch/",),
+    "How do I write tests?": ("docs/howto/testing/",),
+    "How do I rename a conversation?": ("docs/howto/conversations/#rename-pin-archive-or-tag",),
+    "How do I use get_history?": ("docs/reference/messages/#get_history",),
 }
 """Questions, and the pages or sections of which one must be among the first results."""
 

@@ -57,8 +57,9 @@ STYLE = """\
 .md-typeset :is(td, th):first-child code { white-space: nowrap; }
 """
 STOP_WORDS = (
-    "a an and are be can could did do does for from how i if in is it its me mean my of on or our s should that the "
-    "there this to we what when where which who why will with would you your"
+    "a an and are be between can could did difference do does for from happen happens how i if in is it its me mean my "
+    "of on or our s see several should that the there this to use we what when where which who why will with would you "
+    "your"
 )
 SEPARATOR = r"""[\s\-_,:!=\[\]()\\"'`/?]+|\.(?!\d)|\b(?:{})\b""".format(
     "|".join(f"[{word[0].upper()}{word[0]}]{word[1:]}" for word in STOP_WORDS.split())
