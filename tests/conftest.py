@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import asyncpg
+import psycopg
 import pytest
 import trustme
 import uvloop
@@ -27,8 +28,6 @@ from chatdb.embedded.process import RunAs
 from chatdb.testing.databases import Databases
 from chatdb.testing.servers import named_server, start_container, turn_off_durability
 from tests.support.databases import (
-    administrator,
-    administrators,
     as_role,
     database_of,
     execute,
@@ -98,9 +97,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Close the shared connections, and report to xdist's controller how much was searched."""
-    while administrators:
-        administrators.popitem()[1].close()
+    """Report to xdist's controller how much was searched."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["searched"] = leaks.errors, leaks.records
 
@@ -153,7 +150,8 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
             if dsn:
                 if name not in ("dsn", "citus"):
                     turn_off_durability(dsn)
-                version = administrator(dsn).info.server_version
+                with psycopg.connect(dsn) as connection:
+                    version = connection.info.server_version
                 _say(request.config, f"chatdb: {name} PostgreSQL {version // 10000}.{version % 100}")
                 yield dsn
                 return

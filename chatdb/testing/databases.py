@@ -66,12 +66,6 @@ def database_of(server: str, name: str) -> str:
     return made if netloc else made.replace(f"{parts.scheme}:/{name}", f"{parts.scheme}:///{name}", 1)
 
 
-def create_statement(name: str, template: str, server_version: int, options: str = "") -> str:
-    """Return the statement that copies a database. Copying its files takes a third of the default's time."""
-    strategy = "strategy file_copy" if server_version >= 150_000 else ""  # older servers always copy files
-    return " ".join((f"create database {name} template {template}", options, strategy))
-
-
 class Databases:
     """
     Creates databases on a server, and drops them.
@@ -119,10 +113,14 @@ class Databases:
         return self._template
 
     @contextmanager
-    def new(self, template: str = "template0") -> Generator[str]:
-        """Create a copy of a database, yield its DSN, and drop it, even if connections to it are still open."""
+    def new(self, template: str = "template0", options: str = "") -> Generator[str]:
+        """
+        Create a copy of a database, yield its DSN, and drop it, even if connections to it are still open.
+
+        `options` are those of CREATE DATABASE, such as `owner somebody`.
+        """
         name = self._next_name()
-        self._create(name, template)
+        self._create(name, template, options)
         try:
             yield database_of(self.server, name)
         finally:
@@ -160,9 +158,11 @@ class Databases:
         statement = "select true from pg_catalog.pg_database where datname operator(pg_catalog.=) %s"
         return fetch_value(self._open(), statement, name) is not None
 
-    def _create(self, name: str, template: str) -> None:
+    def _create(self, name: str, template: str, options: str) -> None:
+        # copying the files takes a third of the default's time; older servers always copy them
+        strategy = "strategy file_copy" if self._open().info.server_version >= 150_000 else ""
         try:
-            self._execute(create_statement(name, template, self._open().info.server_version))
+            self._execute(" ".join((f"create database {name} template {template}", options, strategy)))
         except errors.InsufficientPrivilege:
             role = self._open().info.user
             raise ConfigurationError(

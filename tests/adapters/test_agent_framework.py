@@ -25,6 +25,7 @@ from agent_framework import (
 import chatdb
 from chatdb.adapters.agent_framework import ChatDBHistoryProvider
 from chatdb.admin.row_security import protect_tables
+from chatdb.testing.databases import Databases
 from tests.support.databases import as_role, cloned
 from tests.support.pages import run_blocks
 from tests.support.proxy import Proxy, Statement
@@ -307,9 +308,9 @@ async def test_the_page(db: chatdb.Pool) -> None:
     assert await stored(db, "agent-framework:t2") == [("user", "Hi"), ("assistant", "Hello!")]
 
 
-async def test_behind_row_level_security(server: str, roles: Roles) -> None:
+async def test_behind_row_level_security(databases: Databases, roles: Roles) -> None:
     """An agent continues its session, and another user sees nothing."""
-    with cloned(server, roles, f"{roles.database}_agent_framework") as dsn:
+    with cloned(databases, roles) as dsn:
         protect_tables(as_role(dsn, roles.owner))
         async with chatdb.create_pool(as_role(dsn, roles.app), row_level_security=True, max_size=2) as pool:
             agent = Agent(client=Model(), context_providers=[ChatDBHistoryProvider(pool, user_id="alice")])

@@ -65,6 +65,7 @@ from chatdb.adapters.chatkit import ChatDBStore
 from chatdb.admin.row_security import protect_tables
 from chatdb.formats.chatkit import parse_item, title_of
 from chatdb.formats.items import readable
+from chatdb.testing.databases import Databases
 from tests.support.databases import as_role, cloned
 from tests.support.paths import ROOT
 from tests.support.pools import until
@@ -851,9 +852,9 @@ async def test_attachments(db: chatdb.Pool, store: ChatDBStore[str]) -> None:
 
 
 @pytest.fixture
-def protected(server: str, roles: Roles) -> Iterator[str]:
+def protected(databases: Databases, roles: Roles) -> Iterator[str]:
     """Yield the service's DSN of a database with row-level security."""
-    with cloned(server, roles, f"{roles.database}_chatkit_{next(_serial)}") as dsn:
+    with cloned(databases, roles) as dsn:
         protect_tables(as_role(dsn, roles.owner))
         yield as_role(dsn, roles.app)
 

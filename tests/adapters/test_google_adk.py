@@ -36,6 +36,7 @@ from chatdb.adapters.google_adk import ChatDBSessionService
 from chatdb.admin.row_security import protect_tables
 from chatdb.formats import google_adk
 from chatdb.pool import Pool
+from chatdb.testing.databases import Databases
 from chatdb.transfer import tables
 from chatdb.transfer.importer import ImportReport, import_conversations
 from tests.support.command import PROGRAM
@@ -801,9 +802,9 @@ async def test_cancellation(dsn: str) -> None:
 
 
 @pytest.fixture
-async def protected(server: str, roles: Roles) -> AsyncIterator[Pool]:
+async def protected(databases: Databases, roles: Roles) -> AsyncIterator[Pool]:
     """Yield a service's pool behind `chatdb protect`."""
-    with cloned(server, roles, f"{roles.database}_adk") as dsn:
+    with cloned(databases, roles) as dsn:
         protect_tables(as_role(dsn, roles.owner))
         async with chatdb.create_pool(as_role(dsn, roles.app), row_level_security=True) as db:
             yield db

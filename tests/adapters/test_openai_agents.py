@@ -38,6 +38,7 @@ import chatdb
 from chatdb.adapters.openai_agents import ChatDBSession
 from chatdb.admin.row_security import protect_tables
 from chatdb.pool import Pool
+from chatdb.testing.databases import Databases
 from chatdb.transfer import tables
 from chatdb.transfer.importer import import_conversations
 from tests.support.command import chatdb_process
@@ -741,9 +742,9 @@ async def test_round_trips(dsn: str) -> None:
     assert counts == {"get_items": 1, "add_items3": 1, "pop_item": 1, "clear_session": 1, "add_items0": 0}
 
 
-async def test_behind_row_level_security(server: str, roles: Roles) -> None:
+async def test_behind_row_level_security(databases: Databases, roles: Roles) -> None:
     """Behind row-level security each method is three round trips, and another user sees nothing."""
-    with cloned(server, roles, f"{roles.database}_agents") as dsn:
+    with cloned(databases, roles) as dsn:
         protect_tables(as_role(dsn, roles.owner))
         with Proxy(as_role(dsn, roles.app)) as proxy:
             async with chatdb.create_pool(proxy.dsn, max_size=1, row_level_security=True) as db:

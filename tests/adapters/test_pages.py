@@ -31,6 +31,7 @@ import chatdb
 from chatdb._core.dsn import connect_arguments
 from chatdb.adapters.openai_agents import ChatDBSession
 from chatdb.admin.row_security import protect_tables
+from chatdb.testing.databases import Databases
 from tests.support.command import chatdb_process
 from tests.support.databases import as_role, cloned, execute
 from tests.support.frameworks import CHAT, PostgresChatMessageHistory, chat
@@ -138,10 +139,10 @@ async def test_a_call_on_sqlalchemys_connection_is_one_round_trip(dsn: str) -> N
         await engine.dispose()
 
 
-async def test_sqlalchemy_behind_row_level_security(server: str, roles: Roles) -> None:
+async def test_sqlalchemy_behind_row_level_security(databases: Databases, roles: Roles) -> None:
     """A transaction of chatdb that names the user is a savepoint in that of SQLAlchemy."""
     page = await sqlalchemy_page()
-    with cloned(server, roles, f"{roles.database}_sqlalchemy") as dsn:
+    with cloned(databases, roles) as dsn:
         protect_tables(as_role(dsn, roles.owner))
         engine = engine_of(as_role(dsn, roles.app))
         async with engine.begin() as connection:

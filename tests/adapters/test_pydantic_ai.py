@@ -33,6 +33,7 @@ from pydantic_ai.models.test import TestModel
 import chatdb
 from chatdb.adapters.pydantic_ai import ChatDBConversationStore, load, save
 from chatdb.admin.row_security import protect_tables
+from chatdb.testing.databases import Databases
 from tests.support.databases import as_role, cloned, execute
 from tests.support.pages import run_blocks
 from tests.support.proxy import Proxy, Statement
@@ -657,9 +658,9 @@ async def test_the_page(db: chatdb.Pool) -> None:
 
 
 @pytest.fixture
-def protected(server: str, roles: Roles) -> Iterator[str]:
+def protected(databases: Databases, roles: Roles) -> Iterator[str]:
     """Yield the application's DSN of a database with row-level security."""
-    with cloned(server, roles, f"{roles.database}_pydantic_ai") as dsn:
+    with cloned(databases, roles) as dsn:
         protect_tables(as_role(dsn, roles.owner))
         yield as_role(dsn, roles.app)
 

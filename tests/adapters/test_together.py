@@ -35,6 +35,7 @@ from chatdb.adapters.chatkit import ChatDBStore
 from chatdb.adapters.google_adk import ChatDBSessionService
 from chatdb.adapters.openai_agents import ChatDBSession
 from chatdb.admin.row_security import protect_tables
+from chatdb.testing.databases import Databases
 from tests.support.command import chatdb_process as command
 from tests.support.databases import as_role, cloned
 from tests.support.pgbouncer import OPTIONS, VERSIONS, pgbouncer
@@ -431,9 +432,9 @@ async def test_the_prefixes_keep_the_frameworks_apart(db: chatdb.Pool) -> None:
     }
 
 
-async def test_behind_row_level_security(server: str, roles: Roles) -> None:
+async def test_behind_row_level_security(databases: Databases, roles: Roles) -> None:
     """All frameworks read all texts, and another user reads none."""
-    with cloned(server, roles, f"{roles.database}_together") as dsn:
+    with cloned(databases, roles) as dsn:
         protect_tables(as_role(dsn, roles.owner))
         async with chatdb.create_pool(as_role(dsn, roles.app), row_level_security=True, max_size=2) as db:
             await write_all(db)

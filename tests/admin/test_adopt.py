@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import signal
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, timedelta
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -24,9 +24,10 @@ from chatdb.admin.adopt import AdoptReport, Counts, adopt, steps
 from chatdb.admin.migrate import apply_migrations, rollback_migrations
 from chatdb.admin.search_index import create_search_index, search_index_status
 from chatdb.errors import ConfigurationError, SchemaError, UnavailableError
+from chatdb.testing.databases import Databases
 from tests.support import older as older_system
 from tests.support.command import chatdb as command
-from tests.support.databases import as_role, execute, new_database, own_name
+from tests.support.databases import as_role, execute
 from tests.support.older import START, Writers, add, fill, rows, untouched
 from tests.support.paths import ROOT
 
@@ -38,25 +39,25 @@ REASONS = {
         r"(?:then |^    )'(.+?)'(?: as reason)?$", (ROOT / "sql" / "adopt" / f"{name}.sql").read_text(), re.MULTILINE
     )
 }
-_serial = itertools.count()
 
 Stored = dict[int, tuple[object, ...]]
 """Conversations by id: user, times, last_seq, and the messages in order."""
 
 
 @pytest.fixture(scope="module")
-def older_template(server: str, owners_template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def older_template(
+    databases: Databases, owners_template: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """Yield the name of a migrated database that also has the older system's tables."""
-    name = own_name("older")
-    with new_database(server, name, owners_template) as dsn:
+    with databases.new(owners_template) as dsn:
         older_system.migrate(dsn, tmp_path_factory.mktemp("alembic"))
-        yield name
+        yield urlsplit(dsn).path[1:]
 
 
 @pytest.fixture
-def older(server: str, older_template: str) -> Iterator[str]:
+def older(databases: Databases, older_template: str) -> Iterator[str]:
     """Yield the DSN of a database with chatdb's tables and the older system's empty tables."""
-    with new_database(server, f"{older_template}_{next(_serial)}", older_template) as dsn:
+    with databases.new(older_template) as dsn:
         yield dsn
 
 

@@ -25,9 +25,10 @@ from chatdb.admin.connection import connected
 from chatdb.admin.migrate import apply_migrations, migration_files
 from chatdb.admin.search_index import create_search_index
 from chatdb.cli.app import app
+from chatdb.testing.databases import Databases
 from tests.support.catalog import DATA
 from tests.support.command import PROGRAM, on_a_terminal
-from tests.support.databases import as_role, execute, new_database
+from tests.support.databases import as_role, execute
 from tests.support.migrations import yoyo
 from tests.support.paths import ROOT
 from tests.support.pgbouncer import VERSIONS, pgbouncer
@@ -386,12 +387,11 @@ def test_a_role_with_few_rights(server: str, dsn: str) -> None:
         execute(dsn, f"drop owned by {name}", f"drop role {name}")
 
 
-def test_an_encoding_that_lacks_characters(server: str) -> None:
+def test_an_encoding_that_lacks_characters(server: str, databases: Databases) -> None:
     """The check reports a database that is not in UTF-8, and reads it without a failure."""
-    name = f"chatdb_test_{os.getpid()}_latin1"
     with psycopg.connect(server) as connection:
         provider = "locale_provider libc" if connection.info.server_version >= 150_000 else ""
-    with new_database(server, name, options=f"encoding 'LATIN1' {provider} locale 'C'") as dsn:
+    with databases.new(options=f"encoding 'LATIN1' {provider} locale 'C'") as dsn:
         apply_migrations(dsn)
         assert [*wrong(dsn)] == ["encoding"]
 

@@ -11,15 +11,17 @@ from functools import partial
 from itertools import count
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 
 from chatdb.admin.migrate import apply_migrations
 from chatdb.embedded.server import EmbeddedServer
+from chatdb.testing.databases import Databases
 from chatdb.testing.servers import turn_off_durability
 from tests.support.chaos import kill_server
-from tests.support.databases import database_of, execute, new_database
+from tests.support.databases import execute
 from tests.support.embedded import temporary_server
 from tests.support.forked import processes
 from tests.support.migrating import NAMES, by_yoyo, down, over, up
@@ -28,8 +30,6 @@ from tests.support.paths import ROOT
 from tests.support.proxy import Proxy, Statement
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
-
-_serial = count()
 
 
 def state(dsn: str) -> list[object]:
@@ -47,15 +47,14 @@ def state(dsn: str) -> list[object]:
 
 
 @contextmanager
-def prepared(server: str, applied: int, dump: Path | None = None) -> Iterator[str]:
-    """Yield the name of a new database, loaded with a dump or with the first `applied` migrations."""
-    name = f"chatdb_crash_{os.getpid()}_{next(_serial)}"
-    with new_database(server, name) as dsn:
+def prepared(databases: Databases, applied: int, dump: Path | None = None) -> Iterator[str]:
+    """Yield the DSN of a new database, loaded with a dump or with the first `applied` migrations."""
+    with databases.new() as dsn:
         if dump:
             execute(dsn, dump.read_text(encoding="utf-8"))
         if applied:
             apply_migrations(dsn, to=NAMES[applied - 1])
-        yield name
+        yield dsn
 
 
 def writes(statement: Statement) -> bool:
@@ -69,6 +68,13 @@ def own_server() -> Iterator[EmbeddedServer]:
     with temporary_server() as server:
         turn_off_durability(server.dsn)
         yield server
+
+
+@pytest.fixture(scope="module")
+def own_databases(own_server: EmbeddedServer) -> Iterator[Databases]:
+    """Yield what creates databases on that server."""
+    with Databases(own_server.dsn) as databases:
+        yield databases
 
 
 WORK = (
@@ -86,20 +92,20 @@ def test_killed(request: pytest.FixtureRequest, victim: str, work: Callable[[str
     if quick and work in {up, down} and place % 3 != (len(NAMES) - 1) % 3:
         pytest.skip("the sample has the newest migration and every third one before it")
     own = request.getfixturevalue("own_server") if victim == "server" else None
-    server = own.dsn if own else request.getfixturevalue("server")
+    databases: Databases = request.getfixturevalue("own_databases" if own else "databases")
     step = (21 if work in {by_yoyo, over} else 7) if quick else 1
     before, after = {up: (place, place + 1), down: (place + 1, place), by_yoyo: (0, len(NAMES)), over: (0, len(NAMES))}[
         work
     ]
     again = partial(up, place=len(NAMES) - 1) if work is by_yoyo else partial(work, place=place)
-    with prepared(server, after) as name:
-        expected = state(database_of(server, name)) if after else None
+    with prepared(databases, after) as dsn:
+        expected = state(dsn) if after else None
     points = 0
     dump = ROOT / "tests" / "support" / "data" / "07b569c-chatdb-migrate.sql" if work is over else None
-    with prepared(server, before, dump) as template:
+    with prepared(databases, before, dump) as template:
         for answered in (bool(place % 2),) if quick else (False, True):
             for number in count(step // 2, step):
-                with new_database(server, f"{template}_now", template) as dsn:
+                with databases.new(urlsplit(template).path[1:]) as dsn:
                     process, struck = _run_until(dsn, work, place, number, answered=answered, own=own)
                     if not struck:
                         assert process.exitcode == 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import psycopg
 import pytest
@@ -22,10 +21,10 @@ from chatdb.admin.row_security import TABLES
 from chatdb.formats.items import SourceConversation, SourceMessage
 from chatdb.records import Conversation, Message, SchemaPart
 from chatdb.schema import CHECK_SCHEMA_SQL, EXPECTED_SCHEMA, differences
+from chatdb.testing.databases import Databases
 from chatdb.transfer import importer, jsonlines
 from tests.docs import schema_page
 from tests.support.catalog import Live
-from tests.support.databases import new_database, own_name
 from tests.support.paths import ROOT
 from tests.support.recorder import stored
 from tests.support.sqlfiles import TEXTS, file_of
@@ -52,10 +51,10 @@ GRANT = re.compile(r"^grant (?P<privileges>[\w, ]+) on (?P<tables>chatdb\.\w+(?:
 
 
 @pytest.fixture(scope="module")
-def live(server: Any, template: str) -> Iterator[Live]:
+def live(databases: Databases, template: str) -> Iterator[Live]:
     """Yield a migrated database."""
     with (
-        new_database(server, own_name("catalog"), template) as dsn,
+        databases.new(template) as dsn,
         psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as connection,
     ):
         yield Live(connection)

@@ -41,9 +41,9 @@ from chatdb._core.driver_errors import CONFLICTS, CONSTRAINTS, STALE_COUNTERS, m
 from chatdb._core.query import AppendQuery, HistoryQuery, JoinedQuery, RunAgainError, _refusal
 from chatdb.records import Conversation, Message, Role, State
 from chatdb.schema import EXPECTED_SCHEMA
+from chatdb.testing.databases import Databases
 from chatdb.transfer import exporter, importer
 from tests.support.catalog import DATA, SEARCH_INDEX, Live
-from tests.support.databases import new_database, own_name
 from tests.support.mutants import less, misfilled, swaps, without_user
 from tests.support.package import bindings, fields_of, given_of, query_of, record_of
 from tests.support.plans import check_addressing, check_plan
@@ -94,10 +94,10 @@ every_file = pytest.mark.parametrize("stem", TEXTS)
 
 
 @pytest.fixture(scope="module")
-def live(server, template):
+def live(databases: Databases, template):
     """Yield a database with enough rows for realistic plans."""
     with (
-        new_database(server, own_name("drift"), template) as dsn,
+        databases.new(template) as dsn,
         psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as connection,
     ):
         connection.execute(DATA)
@@ -105,10 +105,10 @@ def live(server, template):
 
 
 @pytest.fixture(scope="module")
-def indexed(server, template):
+def indexed(databases: Databases, template):
     """Yield such a database with the index for a search by words."""
     with (
-        new_database(server, own_name("search"), template) as dsn,
+        databases.new(template) as dsn,
         psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as connection,
     ):
         connection.execute(DATA)

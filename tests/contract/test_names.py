@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast as python
-import itertools
-import os
 import re
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -37,6 +35,7 @@ from chatdb.admin.row_security import protect_tables, protection_statements
 from chatdb.admin.search_index import create_search_index, drop_search_index, estimate_search_index, search_index_status
 from chatdb.admin.users_link import link_users, unlink_users
 from chatdb.formats.items import SourceConversation, SourceMessage
+from chatdb.testing.databases import Databases
 from chatdb.transfer import tables
 from chatdb.transfer.exporter import count_user, export_conversations
 from chatdb.transfer.importer import (
@@ -45,7 +44,7 @@ from chatdb.transfer.importer import (
     import_conversations,
 )
 from tests.support import recorder
-from tests.support.databases import execute, new_database
+from tests.support.databases import execute
 from tests.support.names import (
     FILES,
     MODULES,
@@ -64,7 +63,6 @@ from tests.support.sqlfiles import TEXTS, file_of
 DEFAULT, PG_CATALOG_LAST = '"$user", public', "public, pg_catalog"
 ASYNCPGS = {"array_agg", "current_setting", "set_config"}
 """The functions asyncpg calls to look up a type. No chatdb statement may trigger this lookup."""
-_serial = itertools.count()
 
 # --- the names in the sources --------------------------------------------------------------------------------------
 
@@ -160,24 +158,23 @@ def test_the_connections_of_modules() -> None:
 
 
 @pytest.fixture(scope="module")
-def planted_template(server: str) -> Iterator[str]:
+def planted_template(server: str, databases: Databases) -> Iterator[str]:
     """Yield the name of an empty database in which an unprivileged role planted objects in `public`."""
     texts = [path.read_text(encoding="utf-8") for path in FILES] + [text for path in MODULES for text in strings(path)]
-    name = f"chatdb_test_{os.getpid()}_planted"
-    with planter(server) as role, new_database(server, name) as dsn:
+    with planter(server) as role, databases.new() as dsn:
         plant(
             dsn,
             role,
             functions={found for text in texts for found in called(text)} | ASYNCPGS,
             operators={found for text in texts for found in operators(text)},
         )
-        yield name
+        yield urlsplit(dsn).path[1:]
 
 
 @pytest.fixture
-def planted(server: str, planted_template: str) -> Iterator[str]:
+def planted(server: str, databases: Databases, planted_template: str) -> Iterator[str]:
     """Yield the DSN of such a database for one test."""
-    with new_database(server, f"{planted_template}_{next(_serial)}", planted_template) as dsn:
+    with databases.new(planted_template) as dsn:
         execute(server, f"alter database {urlsplit(dsn).path[1:]} set track_functions = 'pl'")
         yield dsn
 

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.support.databases import new_database, own_name
+from chatdb.testing.databases import Databases
 
 if TYPE_CHECKING:
     import httpx
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def start_service(
-    server: str, template: str, tmp_path_factory: pytest.TempPathFactory
+    databases: Databases, template: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Service]]:
     """Yield a function that returns a started service, by default on a database of its own."""
     from contextlib import ExitStack
@@ -41,8 +41,7 @@ def start_service(
     with ExitStack() as stack:
 
         def start(dsn: str | None = None, **environment: str) -> Service:
-            name = own_name(f"example_{uuid4().hex}")
-            there = dsn or stack.enter_context(new_database(server, name, template))
+            there = dsn or stack.enter_context(databases.new(template))
             folder = tmp_path_factory.mktemp("service")
             return stack.enter_context(Service(there, folder, **environment))
 

@@ -18,6 +18,7 @@ import pytest
 import chatdb
 from chatdb import Message, UnavailableError, Watcher
 from chatdb.admin.row_security import protect_tables
+from chatdb.testing.databases import Databases
 from tests.support.chaos import figure, query, restart, sized, until
 from tests.support.databases import as_role, cloned
 from tests.support.pgbouncer import OPTIONS, VERSIONS, pgbouncer
@@ -277,9 +278,9 @@ def database(dsn: str) -> str:
 
 
 @pytest.fixture
-def protected(server: str, roles: Roles) -> Iterator[str]:
+def protected(databases: Databases, roles: Roles) -> Iterator[str]:
     """Yield the application's DSN of a database with row-level security."""
-    with cloned(server, roles, f"{roles.database}_watchers") as dsn:
+    with cloned(databases, roles) as dsn:
         protect_tables(as_role(dsn, roles.owner))
         yield as_role(dsn, roles.app)
 

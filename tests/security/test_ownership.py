@@ -12,7 +12,7 @@ from chatdb.admin.check.inspection import inspect
 from chatdb.admin.connection import connected, fetch_value
 from chatdb.admin.migrate import apply_migrations, rollback_migrations
 from chatdb.admin.ownership import foreign_objects, host_objects
-from tests.support.databases import administrator, execute
+from tests.support.databases import execute
 from tests.support.migrations import NAMES
 
 pytestmark = pytest.mark.owner
@@ -22,11 +22,9 @@ pytestmark = pytest.mark.owner
 def mallory(server: str) -> Iterator[str]:
     """Yield an unrelated role; drop it after the databases in which it owns objects."""
     name = "chatdb_test_mallory"
-    with administrator(server) as connection:
-        connection.execute(f"create role {name}".encode())
+    execute(server, f"create role {name}")
     yield name
-    with administrator(server) as connection:
-        connection.execute(f"drop role {name}".encode())
+    execute(server, f"drop role {name}")
 
 
 def foreign(dsn: str) -> list[str]:

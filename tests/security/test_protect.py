@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import re
 import threading
@@ -14,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import asyncpg
 import psycopg
@@ -26,6 +26,7 @@ from chatdb.admin.migrate import apply_migrations, last_migrations, migration_fi
 from chatdb.admin.row_security import TABLES, protect_tables, protection_statements
 from chatdb.admin.users_link import link_users
 from chatdb.formats.items import Item, SourceConversation, SourceMessage
+from chatdb.testing.databases import Databases
 from chatdb.transfer.exporter import export_conversations
 from chatdb.transfer.importer import import_conversations
 from tests.support.calls import CALLS, call, conversation_with_a_message
@@ -39,8 +40,6 @@ from tests.support.proxy import Proxy, Statement
 from tests.support.roles import Roles
 from tests.support.sqlfiles import TEXTS, SqlFile, file_of, is_table
 
-_serial = itertools.count()
-
 
 class Place(NamedTuple):
     """The DSNs of one database for each role of docs/explanation/security.md."""
@@ -52,9 +51,9 @@ class Place(NamedTuple):
 
 
 @pytest.fixture
-def place(server: str, roles: Roles) -> Iterator[Place]:
+def place(databases: Databases, roles: Roles) -> Iterator[Place]:
     """Yield a new database without row-level security."""
-    with cloned(server, roles, f"{roles.database}_{next(_serial)}") as dsn:
+    with cloned(databases, roles) as dsn:
         yield Place(dsn, *(as_role(dsn, role) for role in (roles.owner, roles.app, roles.reader)))
 
 
@@ -307,9 +306,9 @@ WITHIN_A_USER = [(name, arguments) for name, arguments in CALLS if name != "move
 
 
 @pytest.mark.parametrize("role", ["app", "owner"])
-async def test_every_function_works_inside(server: str, roles: Roles, walled: Place, role: str) -> None:
+async def test_every_function_works_inside(databases: Databases, roles: Roles, walled: Place, role: str) -> None:
     """In its user's transaction, every function answers as without row-level security, for the owner too."""
-    with cloned(server, roles, f"{roles.database}_{next(_serial)}") as plain:
+    with cloned(databases, roles) as plain:
         answers: list[list[Any]] = []
         for dsn in (as_role(plain, roles.app), getattr(walled, role)):
             found: list[Any] = []
@@ -512,9 +511,9 @@ async def test_it_costs_two_round_trips(walled: Place) -> None:
 
 
 @pytest.mark.parametrize("role", ["app", "owner"])
-async def test_every_function_works_on_the_pool(server: str, roles: Roles, walled: Place, role: str) -> None:
+async def test_every_function_works_on_the_pool(databases: Databases, roles: Roles, walled: Place, role: str) -> None:
     """With `row_level_security`, every function of one user answers as without it and reaches no other user."""
-    with cloned(server, roles, f"{roles.database}_{next(_serial)}") as plain:
+    with cloned(databases, roles) as plain:
         answers: list[list[Any]] = []
         for dsn in (as_role(plain, roles.app), getattr(walled, role)):
             found: list[Any] = []
@@ -940,10 +939,10 @@ def file(length: int) -> Iterator[Item]:
             )
 
 
-async def test_import_and_export(server: str, roles: Roles, walled: Place) -> None:
+async def test_import_and_export(databases: Databases, roles: Roles, walled: Place) -> None:
     """A restricted role imports, repeats, extends and exports with the same results as an unrestricted one."""
     exported = []
-    with cloned(server, roles, f"{roles.database}_{next(_serial)}") as plain:
+    with cloned(databases, roles) as plain:
         for dsn in (as_role(plain, roles.app), walled.app):
             async with chatdb.create_pool(dsn) as db:
                 for length in (2_600, 2_600, 2_603):
@@ -979,10 +978,10 @@ def test_the_command_line(walled: Place, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def planned(server: str, roles: Roles) -> Iterator[Live]:
+def planned(databases: Databases, roles: Roles) -> Iterator[Live]:
     """Yield a restricted connection to tables large enough for realistic plans."""
-    with cloned(server, roles, f"{roles.database}_plans") as dsn:
-        execute(dsn, DATA, f"alter role {roles.app} in database {roles.database}_plans set track_functions = 'pl'")
+    with cloned(databases, roles) as dsn:
+        execute(dsn, DATA, f"alter role {roles.app} in database {urlsplit(dsn).path[1:]} set track_functions = 'pl'")
         protect_tables(as_role(dsn, roles.owner))
         with psycopg.connect(as_role(dsn, roles.app), autocommit=True, prepare_threshold=None) as connection:
             connection.execute("set random_page_cost = 1.1; set chatdb.user_id = 'user 1'")
@@ -995,9 +994,9 @@ def test_the_plans_are_the_same(planned: Live, stem: str) -> None:
     check_plan(planned, file_of(stem))
 
 
-def test_a_search_by_words_works_without_its_index(server: str, roles: Roles) -> None:
+def test_a_search_by_words_works_without_its_index(databases: Databases, roles: Roles) -> None:
     """With row-level security a search by words answers, but no index condition has its words."""
-    with cloned(server, roles, f"{roles.database}_search") as dsn:
+    with cloned(databases, roles) as dsn:
         execute(dsn, DATA, "create extension btree_gin", SEARCH_INDEX.replace("concurrently ", ""))
         protect_tables(as_role(dsn, roles.owner))
         with psycopg.connect(as_role(dsn, roles.app), autocommit=True, prepare_threshold=None) as connection:

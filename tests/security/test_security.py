@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator
 from statistics import quantiles
@@ -13,6 +12,7 @@ import pytest
 
 import chatdb
 from chatdb.admin.migrate import apply_migrations
+from chatdb.testing.databases import Databases
 from tests.support.calls import CALLS as EVERY_CALL
 from tests.support.calls import CONVERSATION_CALLS, MISSING, call, conversation_with_a_message, iterated
 from tests.support.catalog import DATA
@@ -20,13 +20,11 @@ from tests.support.databases import as_role, cloned, execute
 from tests.support.roles import Roles
 from tests.support.sqlfiles import TEXTS, file_of
 
-_serial = itertools.count()
-
 
 @pytest.fixture
-def database(server: str, roles: Roles) -> Iterator[str]:
+def database(databases: Databases, roles: Roles) -> Iterator[str]:
     """Yield the superuser's DSN of a database with these roles."""
-    with cloned(server, roles, f"{roles.database}_security_{next(_serial)}") as dsn:
+    with cloned(databases, roles) as dsn:
         yield dsn
 
 
@@ -171,9 +169,9 @@ ON_CONVERSATIONS = [stem for stem in TEXTS if "conversation_id" in {p.name for p
 
 
 @pytest.fixture(scope="module")
-def filled(server: str, roles: Roles) -> Iterator[str]:
+def filled(databases: Databases, roles: Roles) -> Iterator[str]:
     """Yield the application's DSN of a database with conversations of twenty users."""
-    with cloned(server, roles, f"{roles.database}_filled") as dsn:
+    with cloned(databases, roles) as dsn:
         execute(dsn, DATA)
         yield as_role(dsn, roles.app)
 

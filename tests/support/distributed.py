@@ -41,7 +41,7 @@ class ClusterDatabases(Databases):
     """Creates each database on all nodes of a Citus cluster."""
 
     @contextmanager
-    def new(self, template: str = "template0") -> Generator[str]:
+    def new(self, template: str = "template0", options: str = "") -> Generator[str]:
         """Create a copy of a database, or an empty one, yield the coordinator's DSN and drop it."""
         name = self._next_name()
         is_empty = template == "template0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from chatdb.errors import ConfigurationError
 from chatdb.testing import databases as module
 from chatdb.testing.databases import PREFIX, Databases, database_of
 from chatdb.testing.servers import named_server, start_server
-from tests.support.databases import as_role, execute, own_name
+from tests.support.databases import as_role, execute
 from tests.support.pgbouncer import pgbouncer
 from tests.support.proxy import Proxy, Statement
 
@@ -40,7 +41,7 @@ with databases.new(databases.template() if sys.argv[2] == "migrated" else "templ
 @pytest.fixture
 def creator(server: str) -> Iterator[str]:
     """Yield the DSN of a new role that may create databases. Its template is another than this suite's."""
-    role = own_name("creator")
+    role = f"chatdb_test_{os.getpid()}_creator"
     execute(server, f"create role {role} login createdb password '{role}'")
     dsn = as_role(server, role)
     yield dsn
