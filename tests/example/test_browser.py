@@ -272,7 +272,7 @@ async def test_organize(tab: Tab) -> None:
 
 
 async def test_a_guest_signs_in(tab: Tab, visit: Visit) -> None:
-    """The guest's chats become the user's, on every device, and stay with the user after signing out."""
+    """The guest's chats become the user's, on every device; after signing out, nothing of them is on the page."""
     name = f"Zoe {id(tab)}"
     await tab.chat("hello")
     await tab.sign_in(name)
@@ -281,10 +281,17 @@ async def test_a_guest_signs_in(tab: Tab, visit: Visit) -> None:
     other = await (await visit()).tab()
     await other.sign_in(name)
     await expect(other.chat_link("hello")).to_be_visible()
+    await other.box.fill("a draft")
+    await other.page.get_by_role("searchbox").fill("hello")
+    await expect(other.page.get_by_role("list", name="Search results")).to_contain_text("hello")
     await other.button("Account").click()
     await other.button("Sign out").click()
+    await expect(other.page.get_by_text("Signed out.")).to_be_visible()
     await expect(other.who).to_contain_text("Guest")
     await expect(other.chat_list.get_by_role("link")).to_have_count(0)
+    await expect(other.page.get_by_text("hello")).to_have_count(0)
+    for field in (other.box, other.page.get_by_role("searchbox")):
+        await expect(field).to_have_value("")
 
 
 async def test_export_and_delete_the_account(tab: Tab, tmp_path: Path) -> None:

@@ -29,12 +29,9 @@ async function start() {
 }
 
 /** Show an error of a request. If the session has ended, continue as a new guest. */
-async function fail(error, retry) {
-  if (error.status === 401) {
-    token.clear();
-    goHome();
-    await start().catch(() => {});
-    return showError(new Error("Your session has ended, and you are a new guest. Sign in to see your chats again."));
+function fail(error, retry) {
+  if (error.status === 401 && !farewell.get()) {
+    return becomeGuest("error", "Your session has ended, and you are a new guest. Sign in to see your chats again.");
   }
   showError(error, error.status === 0 || error.status === 503 ? retry : undefined);
 }
@@ -44,7 +41,7 @@ async function attempt(action) {
   try {
     await action();
   } catch (error) {
-    if (error instanceof ApiError) await fail(error, () => attempt(action));
+    if (error instanceof ApiError) fail(error, () => attempt(action));
     else {
       console.error(error);
       showError(new Error("Something went wrong on this page. Please reload it."));
@@ -61,14 +58,25 @@ async function signIn() {
   say(`Signed in as ${$("who").textContent}.${kept}`);
 }
 
-async function becomeGuest(notice) {
-  $("account-dialog").close();
+/** Load the page anew, so that nothing of the user stays on it, and then say why. */
+function becomeGuest(kind, text) {
   token.clear();
-  goHome();
-  closeChat();
-  await start();
-  say(notice);
+  farewell.set(kind, text);
+  history.replaceState(null, "", location.pathname);
+  location.reload();
 }
+
+/** What the page says after it was loaded anew. */
+const farewell = {
+  get: () => sessionStorage.getItem("farewell"),
+  set: (kind, text) => sessionStorage.setItem("farewell", JSON.stringify({ kind, text })),
+  show() {
+    const { kind, text } = JSON.parse(farewell.get() ?? "{}");
+    sessionStorage.removeItem("farewell");
+    if (kind === "error") showError(new Error(text));
+    else if (text) say(text);
+  },
+};
 
 async function exportData() {
   const answer = await request("/me/export");
@@ -83,7 +91,7 @@ async function deleteAccount() {
   if (!(await confirm("Delete your account?", text, "Delete account"))) return;
   const deleted = await api("/me", { method: "DELETE" });
   const counts = `${count(deleted.conversations, "chat")} and ${count(deleted.messages, "message")}`;
-  await becomeGuest(`Your account was deleted, with ${counts}.`);
+  becomeGuest("notice", `Your account was deleted, with ${counts}.`);
 }
 
 /* ---------- List of chats ---------- */
@@ -732,7 +740,7 @@ function setUpControls() {
   on("close-list", async () => closeDrawer());
   on("backdrop", async () => closeDrawer());
   on("account", async () => $("account-dialog").showModal());
-  on("sign-out", () => becomeGuest("Signed out."));
+  on("sign-out", async () => becomeGuest("notice", "Signed out."));
   on("export", exportData);
   on("delete-account", deleteAccount);
   on("earlier", loadEarlier);
@@ -784,4 +792,4 @@ setUpDialogs();
 setUpControls();
 setUpComposer();
 setUpPage();
-attempt(start);
+attempt(async () => (await start(), farewell.show()));
