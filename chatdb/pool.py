@@ -151,6 +151,8 @@ class Pool(PoolBase):
 
         Connections still in use after the acquire timeout are terminated, with a warning in the log.
         """
+        if self._state == "opening":
+            self._state = "closed"
         if self._state != "open":
             return
         self._check_process_and_loop()
@@ -175,6 +177,8 @@ class Pool(PoolBase):
 
     def terminate(self) -> None:
         """Terminate all connections immediately."""
+        if self._state == "opening":
+            self._state = "closed"
         if self._state == "open":
             check_process_and_loop(self._process, self._loop, "pool", may_be_stopped=True)
             if self._replicas is not None:
@@ -305,11 +309,11 @@ async def transaction(db: Database, *, user_id: str | None = None) -> AsyncGener
 
     With `user_id`, the block can access only the rows of this user, whatever its statements say, provided that
     `chatdb protect` has enabled row-level security. The setting is sent with BEGIN and ends with the transaction, so it
-    is safe behind a pooler. In a savepoint it costs two round trips, and the outer transaction's user is restored at
-    the end.
+    is safe behind a pooler. In a savepoint it costs two round trips.
 
-    Raises ChatDBError if the server answers COMMIT with ROLLBACK, as it does if a statement failed and the block
-    suppressed the error. asyncpg's `connection.transaction()` loses the writes silently in this case.
+    Raises ConfigurationError inside a transaction of another user. Raises ChatDBError if the server answers COMMIT with
+    ROLLBACK, as it does if a statement failed and the block suppressed the error. asyncpg's `connection.transaction()`
+    loses the writes silently in this case.
     """
     user = None if user_id is None else check_user_id(user_id)
     if isinstance(db, AsyncpgPool):
@@ -320,7 +324,8 @@ async def transaction(db: Database, *, user_id: str | None = None) -> AsyncGener
                 async with _transaction_block(connection, user):
                     yield connection
         finally:
-            await db.release(connection)
+            with contextlib.suppress(OSError, asyncpg.PostgresError):  # the pool has terminated the connection
+                await db.release(connection)
     else:
         check_handle(db, "is_in_transaction")
         connection = cast("Connection", db)
@@ -335,8 +340,8 @@ async def _transaction_block(connection: Connection, user: str | None) -> AsyncG
     try:
         before = await _begin(connection, block, user, is_savepoint)
         yield
-        if is_savepoint and user is not None:  # RELEASE SAVEPOINT would keep the setting
-            await set_rls_user(connection, before or "")
+        if is_savepoint and user is not None and before != user:  # RELEASE SAVEPOINT would keep the setting
+            await set_rls_user(connection, "")
     except BaseException:
         await roll_back(connection, block, is_savepoint=is_savepoint)
         raise
@@ -397,7 +402,12 @@ _SET_USER: Final = """
     select before.user_id, pg_catalog.set_config('chatdb.user_id', $1, true)
     from (select pg_catalog.current_setting('chatdb.user_id', true) as user_id offset 0) as before
 """
-STATEMENTS.add(_SET_USER)
+STATEMENTS.update((_NOTIFY, _SET_USER))
+
+_OF_ANOTHER_USER: Final = (
+    "the transaction around this one names another user: end it first, or begin it without user_id and name each user "
+    "in a nested transaction"
+)
 
 
 async def _begin(connection: Connection, block: Transaction, user: str | None, is_savepoint: bool) -> str | None:
@@ -406,7 +416,10 @@ async def _begin(connection: Connection, block: Transaction, user: str | None, i
         with mapped_driver_errors():
             if user is None or is_savepoint or not asyncpg_private.FAST:
                 await block.start()
-                return None if user is None else await set_rls_user(connection, user)
+                before = None if user is None else await set_rls_user(connection, user)
+                if is_savepoint and before and before != user:
+                    raise ConfigurationError(_OF_ANOTHER_USER)
+                return before
             await begin_for_user(connection, block, user)
             return None
     except UnavailableError as error:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pydantic_core import to_jsonable_python
 
@@ -21,7 +22,7 @@ from chatdb.formats import google_adk as formats
 from chatdb.pool import transaction
 
 if TYPE_CHECKING:
-    from chatdb import Database
+    from chatdb import Connection, Database
 
 ResultT = TypeVar("ResultT")
 
@@ -71,7 +72,8 @@ class SharedStates:
         """Return a shared state."""
         try:
             owner, key = self._address(app, user, name)
-            stored = await get_conversation(self._db, user_id=owner, conversation_key=key)
+            async with self.as_user(self._db, owner, (name,)) as db:
+                stored = await get_conversation(db, user_id=owner, conversation_key=key)
         except ConversationNotFoundError:
             return {}
         return formats.state_of(stored.metadata)
@@ -88,7 +90,7 @@ class SharedStates:
             return await change(self._db)
 
         async def run_once() -> ResultT:
-            async with transaction(self._db, user_id=user) as connection:
+            async with transaction(self._db, user_id=None if self.names_users(parts) else user) as connection:
                 return await change(connection)
 
         try:
@@ -108,13 +110,24 @@ class SharedStates:
             owner, key = self._address(app, user, name)
             address: dict[str, Any] = {"user_id": owner, "key": key}
             change: dict[str, Any] = {"metadata_patch": formats.state_patch(parts[name]), "archived": True}
-            if name == formats.APP and self._is_protected:
-                async with transaction(db, user_id=self._app_owner) as connection:
-                    stored = await upsert_conversation(connection, **address, **change)
-            else:
-                stored = await upsert_conversation(db, **address, **change)
+            async with self.as_user(db, owner, parts) as connection:
+                stored = await upsert_conversation(connection, **address, **change)
             written[name] = formats.state_of(stored.metadata)
         return written
+
+    def names_users(self, parts: Iterable[str]) -> bool:
+        """Return whether a transaction that changes these states must name several users for row-level security."""
+        return self._is_protected and formats.APP in parts
+
+    @asynccontextmanager
+    async def as_user(self, db: Database, user: str, parts: Iterable[str]) -> AsyncGenerator[Database]:
+        """Yield `db` or, in a transaction that changes these states of several users, a savepoint of this user."""
+        is_inside = not hasattr(db, "acquire") and cast("Connection", db).is_in_transaction()
+        if is_inside and self.names_users(parts):
+            async with transaction(db, user_id=user) as connection:
+                yield connection
+        else:
+            yield db
 
     def _address(self, app: str, user: str, name: str) -> tuple[str, str]:
         """Return the user and the key of a shared state's conversation."""

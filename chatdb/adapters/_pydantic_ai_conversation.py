@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from pydantic_ai.conversation_store import ConversationEntry, ConversationRecord
 from pydantic_ai.messages import ModelMessage, ModelMessagesTypeAdapter
 
+from chatdb.adapters._unreadable import texts_hidden
 from chatdb.branches import get_branch
 from chatdb.conversations import list_conversations
 from chatdb.formats import pydantic_ai as mapping
@@ -51,7 +52,8 @@ class StoredConversation:
         name, revision, time = mapping.id_of(conversation, prefix), str(conversation.id), conversation.updated_at
         self.record = ConversationRecord(conversation_id=name, head_id=None, revision=revision, updated_at=time)
         if written:
-            self.record = mapping.parse_json(_RECORDS, written["record"])
+            with texts_hidden("pydantic-ai", "a stored conversation"):
+                self.record = mapping.parse_json(_RECORDS, written["record"])
         if self.position != written.get("position", [0, 0]):
             last_seq, head_seq = self.position
             self.record.head_id = mapping.foreign_id(conversation.id, head_seq) if head_seq else None
@@ -80,7 +82,8 @@ class StoredConversation:
             readable[:0] = filter(item_of, page)
         entries: list[ConversationEntry] = []
         for stored in readable:
-            (message,) = mapping.parse_json(ModelMessagesTypeAdapter, f"[{item_of(stored)}]")
+            with texts_hidden("pydantic-ai", "a stored message"):
+                (message,) = mapping.parse_json(ModelMessagesTypeAdapter, f"[{item_of(stored)}]")
             parent_id = entries[-1].id if entries else None
             entries.append(ConversationEntry(id=mapping.entry_id_of(stored), parent_id=parent_id, message=message))
             self.seqs[entries[-1].id] = stored.seq

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from chatdb.adapters._pages import load_newest
 from chatdb.adapters._settled import settled
+from chatdb.adapters._unreadable import texts_hidden
 from chatdb.errors import ConfigurationError, ConversationNotFoundError, InvalidInputError
 from chatdb.formats.agent_framework import FRAMEWORK, KEY_PREFIX, item_of, key_after, new_message
 from chatdb.formats.items import conversation_of
@@ -100,7 +101,8 @@ class ChatDBHistoryProvider(HistoryProvider):
             state[_LAST_KEY] = (stored[-1].key or f"seq:{stored[-1].seq}") if stored else ""
         if self._limit == 0:
             return []
-        return [Message.from_dict(item) for message in stored if (item := item_of(message)) is not None]
+        with texts_hidden("Agent Framework", "a stored message"):
+            return [Message.from_dict(item) for message in stored if (item := item_of(message)) is not None]
 
     async def save_messages(
         self,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from chatdb.adapters._settled import settled
+from chatdb.adapters._unreadable import texts_hidden
 from chatdb.conversations import delete_conversation, get_conversation, list_conversations, upsert_conversation
 from chatdb.errors import ConfigurationError, ConversationNotFoundError, InvalidInputError
 from chatdb.errors import NotFoundError as MissingError
@@ -176,7 +177,8 @@ class ChatDBStore(Store[TContext]):
         """Return an attachment's description."""
         with _not_found(f"Attachment {attachment_id} not found"):
             message = await get_message(self._db, **self._attachment(attachment_id, context))
-        return _ATTACHMENT.validate_python(json.loads(message.payload or "null"))
+        with texts_hidden("ChatKit", "a stored attachment"):
+            return _ATTACHMENT.validate_python(json.loads(message.payload or "null"))
 
     async def delete_attachment(self, attachment_id: str, context: TContext) -> None:
         """Delete an attachment's description."""

@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 from chatdb.adapters._google_adk_states import SharedStates
 from chatdb.adapters._pages import list_all_previews, load_newest
 from chatdb.adapters._settled import settled
+from chatdb.adapters._unreadable import texts_hidden
 from chatdb.conversations import create_conversation, delete_conversation
 from chatdb.errors import ConfigurationError, ConversationNotFoundError, InvalidInputError
 from chatdb.formats import google_adk as formats
@@ -86,7 +87,8 @@ class ChatDBSessionService(BaseSessionService):
 
         async def create(db: Database) -> tuple[Conversation, dict[str, dict[str, Any]]]:
             key = address["conversation_key"]
-            stored = await create_conversation(db, user_id=user_id, key=key, metadata=metadata)
+            async with self._states.as_user(db, user_id, parts) as own:
+                stored = await create_conversation(own, user_id=user_id, key=key, metadata=metadata)
             if (stored.metadata or {}).get("created_by") != created_by:
                 raise AlreadyExistsError(f"Session with id {session_id} already exists.")
             return stored, await self._states.write(db, app_name, user_id, parts)
@@ -182,7 +184,8 @@ class ChatDBSessionService(BaseSessionService):
                 before = known or await find_marker(self._db, session, address)
 
                 async def store(db: Database) -> str | None:
-                    after = await append_expecting(db, before, address, fields)
+                    async with self._states.as_user(db, user, parts) as own:
+                        after = await append_expecting(own, before, address, fields)
                     if after is not None:  # an event that was stored before has changed the shared states with it
                         await self._states.write(db, app, user, parts)
                     return after
@@ -210,6 +213,7 @@ class ChatDBSessionService(BaseSessionService):
 def _session(
     app: str, session_id: str, conversation: Conversation, messages: list[Message], shared: Mapping[str, Any]
 ) -> Session:
-    session = Session.model_validate(formats.session_of(app, session_id, conversation, messages, shared))
+    with texts_hidden("ADK", "a stored session"):
+        session = Session.model_validate(formats.session_of(app, session_id, conversation, messages, shared))
     session._storage_update_marker = marker_of(conversation)  # pyright: ignore[reportPrivateUsage]
     return session

@@ -9,7 +9,7 @@ import copy
 import json
 import random
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
 from typing import Any
 
@@ -802,12 +802,18 @@ async def test_cancellation(dsn: str) -> None:
 
 
 @pytest.fixture
-async def protected(databases: Databases, roles: Roles) -> AsyncIterator[Pool]:
-    """Yield a service's pool behind `chatdb protect`."""
+def protected_dsn(databases: Databases, roles: Roles) -> Iterator[str]:
+    """Yield a service's DSN behind `chatdb protect`."""
     with cloned(databases, roles) as dsn:
         protect_tables(as_role(dsn, roles.owner))
-        async with chatdb.create_pool(as_role(dsn, roles.app), row_level_security=True) as db:
-            yield db
+        yield as_role(dsn, roles.app)
+
+
+@pytest.fixture
+async def protected(protected_dsn: str) -> AsyncIterator[Pool]:
+    """Yield a service's pool behind `chatdb protect`."""
+    async with chatdb.create_pool(protected_dsn, row_level_security=True) as db:
+        yield db
 
 
 async def test_behind_row_level_security(protected: Pool) -> None:
@@ -816,6 +822,32 @@ async def test_behind_row_level_security(protected: Pool) -> None:
     for _ in range(60):
         await twins.step()
     await check_large_shared_states(ChatDBSessionService(protected))
+
+
+async def test_on_a_connection_of_the_user(protected: Pool) -> None:
+    """In a transaction of the user, the app: state is refused, and not missing."""
+    await ChatDBSessionService(protected).create_session(app_name="app", user_id="alice", state={"app:x": 1})
+    async with chatdb.transaction(protected, user_id="alice") as connection:
+        service = ChatDBSessionService(connection)
+        with pytest.raises(chatdb.ConfigurationError, match="names another user"):
+            await service.create_session(app_name="app", user_id="alice")
+    async with chatdb.transaction(protected, user_id="alice") as connection:
+        await ChatDBSessionService(connection, shared_states=()).create_session(app_name="app", user_id="alice")
+
+
+async def test_round_trips_behind_row_level_security(protected_dsn: str) -> None:
+    """A change of the app: state names each user in a savepoint."""
+    with Proxy(protected_dsn) as proxy:
+        async with chatdb.create_pool(proxy.dsn, max_size=1, row_level_security=True) as db:
+            service = ChatDBSessionService(db)
+            session = await service.create_session(app_name="app", user_id="alice")
+            counts: list[int] = []
+            states: tuple[dict[str, int], ...] = ({}, {"user:x": 1}, {"user:x": 1, "app:x": 1})
+            for state in states * 3:
+                before = proxy.round_trips
+                await service.append_event(session, changed(**state))
+                counts.append(proxy.round_trips - before)
+            assert counts[-3:] == [3, 4, 17]
 
 
 # import of google-adk's own tables
@@ -904,6 +936,14 @@ async def test_moving_over(db: Pool, dsn: str, empty_dsn: str, service: ChatDBSe
         report = await import_all(db, empty_dsn, user)
         assert (report.conversations, report.messages, report.skipped) == (0, 0, {})
     assert await read_session(service) == session
+
+
+async def test_a_user_of_the_owners_name(db: Pool, empty_dsn: str) -> None:
+    """The state of a user who has the name of the app: state's owner does not become that of all users."""
+    async with database_service(empty_dsn) as before:
+        await before.create_session(app_name="app", user_id=google_adk.APP_OWNER, state={"user:x": "mine"})
+    with pytest.raises(chatdb.InvalidInputError, match="rename that user"):
+        await import_all(db, empty_dsn, google_adk.APP_OWNER)
 
 
 async def test_an_imported_event_equals_a_stored_one(
@@ -1018,7 +1058,7 @@ async def test_the_page(
     assert capsys.readouterr().out.splitlines()[-2:] == ["rain in Ulm", "assistant It rains."]
     async with database_service(empty_dsn) as before:
         await fill(before)
-    _, commands = re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    *_, commands = re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     for line in commands.splitlines():
         arguments = line.replace("postgresql://localhost/adk", empty_dsn).split()[1:]
         done = await asyncio.create_subprocess_exec(PROGRAM, *arguments, stdout=asyncio.subprocess.PIPE)

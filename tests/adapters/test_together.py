@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from itertools import permutations
@@ -456,3 +457,34 @@ async def test_through_poolers(dsn: str, tmp_path: Path, version: str) -> None:
                 assert kept(written[name], await framework.read(db, "alice"))
                 assert await said(db, name) == [text for each in FRAMEWORKS for text in turn(each)]
                 assert not await framework.read(db, "bob")
+
+
+def damaged(framework: str, key: str) -> dict[str, Any]:
+    """Return a message with an item that the framework cannot read, and with a secret in it."""
+    secret = "secret words"
+    items: dict[str, Any] = {
+        "google-adk": {"author": "user", "id": 5, "timestamp": secret},
+        "pydantic-ai": {"kind": "request", "parts": [{"part_kind": secret, "content": secret}]},
+        "agent-framework": {"type": secret, "role": "user", "contents": []},
+        "chatkit": {"id": "a", "name": secret, "mime_type": {"x": secret}, "type": "file"},
+    }
+    metadata = {"framework": framework}
+    return {"role": "user", "content": "x", "payload": items[framework], "metadata": metadata, "key": key}
+
+
+@pytest.mark.parametrize("framework", ["google-adk", "pydantic-ai", "agent-framework", "chatkit"])
+async def test_an_unreadable_item_is_not_quoted(db: chatdb.Pool, framework: str) -> None:
+    """An item that the installed release cannot read is an error of chatdb's, without the item's texts."""
+    at: dict[str, Any] = {"user_id": "alice", "conversation_key": f"{framework}:app:t1", "create": True}
+    if framework == "chatkit":
+        at["conversation_key"] = "chatkit::attachments"
+    await chatdb.append_message(db, **at, **damaged(framework, "a"))
+    reads: dict[str, Callable[[], Awaitable[Any]]] = {
+        "google-adk": lambda: ChatDBSessionService(db).get_session(app_name="app", user_id="alice", session_id="t1"),
+        "pydantic-ai": lambda: pydantic_ai.load(db, user_id="alice", conversation_key="app:t1"),
+        "agent-framework": lambda: ChatDBHistoryProvider(db, user_id="alice").get_messages("app:t1"),
+        "chatkit": lambda: ChatDBStore[None](db, user_id="alice").load_attachment("a", None),
+    }
+    with pytest.raises(chatdb.ChatDBError, match=r"cannot read a stored \w+ \(") as raised:
+        await reads[framework]()
+    assert "secret" not in "".join(traceback.format_exception(raised.value))

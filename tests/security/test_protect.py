@@ -451,29 +451,34 @@ async def test_a_user_ends_with_his_transaction(users: Any) -> None:
 
 
 async def test_a_savepoints_user_ends_with_it(users: Any) -> None:
-    """However a savepoint of another user ends, the outer user applies again."""
-    async with chatdb.transaction(users, user_id="ada") as connection:
-        async with chatdb.transaction(connection):
-            assert await seen(connection) == ["ada"]
-        async with chatdb.transaction(connection, user_id="bob"):
-            assert await seen(connection) == ["bob"]
-        assert await seen(connection) == ["ada"]
+    """However a savepoint of a user ends, the outer transaction has none again."""
+    async with chatdb.transaction(users) as connection:
+        for user in ("ada", "bob"):
+            async with chatdb.transaction(connection, user_id=user):
+                assert await seen(connection) == [user]
         for error in (ZeroDivisionError, asyncio.CancelledError):
             with pytest.raises(error):
                 async with chatdb.transaction(connection, user_id="bob"):
                     raise error
-            assert await seen(connection) == ["ada"]
         with pytest.raises(asyncpg.InFailedSQLTransactionError):  # noqa: PT012
             async with chatdb.transaction(connection, user_id="bob"):
                 with pytest.raises(asyncpg.DivisionByZeroError):
                     await connection.execute("select 1 / 0")
-        assert await seen(connection) == ["ada"]
-    async with chatdb.transaction(users) as connection:
-        async with chatdb.transaction(connection, user_id="bob"):
-            assert await seen(connection) == ["bob"]
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             async with chatdb.transaction(connection):
                 await seen(connection)
+
+
+async def test_no_other_user_in_a_users_transaction(users: Any) -> None:
+    """A transaction of another user inside a user's is refused, and the outer one goes on."""
+    async with chatdb.transaction(users, user_id="ada") as connection:
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match="names another user"):
+                async with chatdb.transaction(connection, user_id="bob"):
+                    await seen(connection)
+            async with chatdb.transaction(connection), chatdb.transaction(connection, user_id="ada"):
+                assert await seen(connection) == ["ada"]
+            assert await seen(connection) == ["ada"]
 
 
 async def test_a_user_that_cannot_be(users: Any) -> None:

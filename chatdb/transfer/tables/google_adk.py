@@ -51,6 +51,15 @@ union all
 select app_name, state::text from {app_states} where %(user)s = %(app_owner)s
 order by 1
 """
+_IS_A_USER: Final = """
+select pg_catalog.count(*) > 0
+from (
+    select user_id from {sessions}
+    union all
+    select user_id from {user_states}
+) as users
+where user_id = %(user)s
+"""
 _VERSION: Final = "select value from {adk_internal_metadata} where key = 'schema_version'"
 
 
@@ -59,6 +68,10 @@ def _shared_states(execute: Execute, user: str | None, has_sessions: bool) -> It
     if [*execute(_VERSION, {})] != [("1",)]:
         problem = "does not have google-adk's schema 1: run `adk migrate session` of google-adk first"
         raise InvalidInputError("table", problem)
+    # its sessions would be of no user, and its state would become that of all
+    if user == google_adk.APP_OWNER and [*execute(_IS_A_USER, {"user": user})] == [(True,)]:
+        problem = f"is the owner of the app: state, but ADK's tables have a user {user}: rename that user there first"
+        raise InvalidInputError("user_id", problem)
     if has_sessions:
         return
     for app, state in execute(_STATES, {"user": user, "app_owner": google_adk.APP_OWNER}):
