@@ -106,7 +106,7 @@ class AcquireTimeoutError(UnavailableError):
 
 
 class CommandTimeoutError(UnavailableError):
-    """The server did not answer within the command timeout. The statement was sent and may have taken effect."""
+    """The server did not answer within the command timeout. It may have run unless `sent` is False."""
 
 
 class PoolClosedError(UnavailableError):

@@ -309,12 +309,12 @@ def _guarded(name: str, *, runs: bool) -> Any:  # noqa: ANN401 - a method of any
     """
     Wrap asyncpg's method with a check of the process and event loop.
 
-    If it `runs` its first argument as a statement, the connection may need a reset.
+    If it `runs` a statement, its first argument or the table that it copies, the connection may need a reset.
     """
 
     @functools.wraps(getattr(AsyncpgConnection, name))
     async def call(self: PoolConnection, *args: Any, **options: object) -> object:  # noqa: ANN401
-        if _begin_call(self, (args[0] if args else options.get("query", "")) if runs else None):
+        if _begin_call(self, (args[0] if args else options.get("query", name)) if runs else None):
             await _forget_statements(self)
         # looked up on each call because a tracing tool may wrap it later
         return await getattr(AsyncpgConnection, name)(self, *args, **options)
@@ -322,12 +322,12 @@ def _guarded(name: str, *, runs: bool) -> Any:  # noqa: ANN401 - a method of any
     return call
 
 
-for _name in ("add_listener", "execute", "executemany", "fetch", "fetchmany", "fetchrow", "fetchval", "prepare"):
-    setattr(PoolConnection, _name, _guarded(_name, runs=True))
 for _name in (
-    "close", "copy_from_query", "copy_from_table", "copy_records_to_table", "copy_to_table", "reset_type_codec",
-    "set_builtin_type_codec", "set_type_codec",
+    "add_listener", "copy_from_query", "copy_from_table", "copy_records_to_table", "copy_to_table", "execute",
+    "executemany", "fetch", "fetchmany", "fetchrow", "fetchval", "prepare",
 ):  # fmt: skip
+    setattr(PoolConnection, _name, _guarded(_name, runs=True))
+for _name in ("close", "reset_type_codec", "set_builtin_type_codec", "set_type_codec"):
     setattr(PoolConnection, _name, _guarded(_name, runs=False))
 
 
@@ -488,7 +488,11 @@ class PoolBase(AsyncpgPool):
             if isinstance(error, Exception):
                 self._raise_acquire_error(error, self._acquire_timeout)
             raise
+        was_closed = self._state == "closed"
         self._state = "open"
+        if was_closed:
+            self.terminate()
+            raise PoolClosedError("the pool was closed while it opened", sent=False)
         self._schedule_idle_check()
         return self
 
@@ -566,7 +570,9 @@ class PoolBase(AsyncpgPool):
     def acquire_fifo(self, timeout: float | None) -> Coroutine[Any, Any, Connection]:
         """Acquire a connection in FIFO order."""
         acquiring = self._acquire_fifo(timeout)
-        return acquiring if self.call_listeners is None else self.call_listeners.measure_wait(acquiring)
+        if self.call_listeners is None or (self._waiting == 0 and self.get_idle_size() > 0):
+            return acquiring
+        return self.call_listeners.measure_wait(acquiring)
 
     async def _acquire_fifo(self, timeout: float | None) -> Connection:
         """Acquire a connection in FIFO order: a lock admits one task at a time to asyncpg's unfair queue."""
@@ -613,12 +619,19 @@ class PoolBase(AsyncpgPool):
         return connection
 
     async def release(self, connection: Any, *, timeout: float | None = None) -> None:  # noqa: ANN401 - asyncpg's proxy
-        """Reset a connection and return it to the pool; a pending cancellation finishes in the background."""
+        """
+        Reset a connection and return it to the pool; a pending cancellation finishes in the background.
+
+        A connection that cannot be reset is terminated, with a warning in the log.
+        """
         self._check_process_and_loop()
         inner = getattr(connection, "_con", None)
         releasing = super().release(connection, timeout=timeout)
         may_take_long = not FAST or (inner is not None and inner._protocol._is_cancelling())
-        await (_release_with_timeout(releasing) if may_take_long else releasing)
+        try:
+            await (_release_with_timeout(releasing) if may_take_long else releasing)
+        except (OSError, asyncpg.PostgresError) as error:  # TimeoutError is an OSError
+            _log.warning("a connection was terminated because it could not be reset: %s", type(error).__name__)
 
     async def _run(
         self, query: str, args: tuple[Any, ...], timeout: float | None, record_class: type[Any] | None
@@ -659,7 +672,8 @@ class PoolBase(AsyncpgPool):
             if not FAST:
                 await self.release(lent)
             elif not self._give_back(holder, connection):
-                await _release_with_timeout(holder.release(self._acquire_timeout))
+                with contextlib.suppress(Exception):  # the holder has terminated the connection
+                    await _release_with_timeout(holder.release(self._acquire_timeout))
         return rows
 
     def _take_idle(self: Private) -> Private | None:

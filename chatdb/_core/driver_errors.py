@@ -237,8 +237,12 @@ def _of_server(error: asyncpg.PostgresError, code: str | None, at: str) -> ChatD
     if found := _of_constraint(error):
         return found
     match kind, state:
-        case _, sqlstate.CANNOT_CONNECT_NOW | sqlstate.TOO_MANY_CONNECTIONS | sqlstate.OBJECT_NOT_IN_PREREQUISITE_STATE:
+        case _, sqlstate.CANNOT_CONNECT_NOW | sqlstate.TOO_MANY_CONNECTIONS:
             return UnavailableError(_FULL_HINT, sent=False)
+        case _, sqlstate.OBJECT_NOT_IN_PREREQUISITE_STATE if at:  # while connecting
+            return UnavailableError(_FULL_HINT, sent=False)
+        case _, sqlstate.OBJECT_NOT_IN_PREREQUISITE_STATE:
+            return ConfigurationError(f"the server refused the statement (SQLSTATE {state}): check the server log")
         case _, sqlstate.SEQUENCE_GENERATOR_LIMIT_EXCEEDED:
             return ConfigurationError(_EXHAUSTED)
         case _, sqlstate.UNTRANSLATABLE_CHARACTER | sqlstate.CHARACTER_NOT_IN_REPERTOIRE if (

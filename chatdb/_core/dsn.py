@@ -62,8 +62,8 @@ _REFUSED: Final = {
 
 _SOCKET_FOLDERS: tuple[str, ...] = ("/run/postgresql", "/var/run/postgresql", "/tmp")  # noqa: S108 - where servers listen
 _UNENCODED: Final = (
-    "the DSN cannot be parsed: percent-encode special characters in the user and password (# is %23, / is %2F, ? is "
-    "%3F)"
+    "the DSN cannot be parsed: percent-encode special characters in the user and password (# is %23, & is %26, / "
+    "is %2F, ? is %3F)"
 )
 _PLAIN: Final = re.compile("[A-Za-z_]+")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
@@ -296,7 +296,7 @@ def read_dsn(
         gsslib=given.get("gsslib") or gsslib,
         libpq_extras=libpq_extras | options.ignored,
     )
-    options.refuse_rest()
+    options.refuse_rest(after_password="password=" in dsn_to_str(dsn).partition("?")[2])
     return info
 
 
@@ -327,10 +327,12 @@ class _Options:
         """Return whether the DSN or the service sets an option; the environment does not count."""
         return any(name in source for source in self._sources[:-1])
 
-    def refuse_rest(self) -> None:
+    def refuse_rest(self, *, after_password: bool) -> None:
+        """Raise ConfigurationError, which names the options only if they do not follow a password in a query string."""
         for source, where in zip(self._sources, ("DSN", "service"), strict=False):
             left = {name: value for name, value in source.items() if name not in _IGNORED}
-            if any("@" in value for value in left.values()) or not all(map(_PLAIN.fullmatch, left)):
+            is_astray = any("@" in value for value in left.values()) or not all(map(_PLAIN.fullmatch, left))
+            if left and (is_astray or after_password):
                 raise ConfigurationError(_UNENCODED)  # part of a password can look like an option
             if left:
                 raise ConfigurationError(f"the {where} has unknown options: {', '.join(sorted(left))}")

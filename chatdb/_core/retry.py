@@ -21,7 +21,6 @@ class RetryPolicy:
     """Allows up to `retries` retries, with random delays so that callers do not retry in step."""
 
     retries: int
-    backoff: tuple[float, float] = BACKOFF
     window: float = RETRY_WINDOW
 
     def may_retry(self, error: ChatDBError, *, idempotent: bool) -> bool:
@@ -39,4 +38,4 @@ class RetryPolicy:
         for _ in range(self.retries):
             if time.monotonic() > end:
                 return
-            yield random.uniform(*self.backoff)  # noqa: S311 - not for cryptography
+            yield random.uniform(*BACKOFF)  # noqa: S311 - not for cryptography

@@ -197,6 +197,8 @@ def check_position(
     if key is None:
         if seq is None and start is not None:
             return start, None
+        if seq is None:
+            raise InvalidInputError(f"{direction}_seq", f"is required unless {direction}_key is given")
         return check_int(f"{direction}_seq", seq, least=0), None
     is_default = direction == "after" and type(seq) is int and seq == 0
     refuse_both(f"{direction}_key", f"{direction}_seq", None if is_default else seq)

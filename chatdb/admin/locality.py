@@ -244,8 +244,9 @@ def choose_method(*, server: int, extension: str | None, program: str | None) ->
 
 def find_program() -> str | None:
     """Return the path of pg_repack: on the PATH, or in Debian's folder for the newest PostgreSQL."""
-    found = map(str, Path("/usr/lib/postgresql").glob("*/bin/pg_repack"))
-    return shutil.which("pg_repack") or max(found, default=None)
+    found = Path("/usr/lib/postgresql").glob("*/bin/pg_repack")
+    newest = max(found, key=lambda path: float(path.parts[-3]), default=None)
+    return shutil.which("pg_repack") or (None if newest is None else str(newest))
 
 
 def _plan(connection: psycopg.Connection) -> RepackPlan:

@@ -63,7 +63,7 @@ def test_no_sqlstate_is_of_two_kinds() -> None:
         ("53300", Kind.RESOURCES, UnavailableError, ChatDBError, UnavailableError),
         ("58030", Kind.RESOURCES, UnavailableError, ChatDBError, UnavailableError),
         ("XX000", Kind.INTERNAL, UnavailableError, ChatDBError, ChatDBError),
-        ("55000", Kind.INVALID_STATE, UnavailableError, ChatDBError, ChatDBError),
+        ("55000", Kind.INVALID_STATE, ConfigurationError, ChatDBError, ChatDBError),
         ("25P02", Kind.INVALID_STATE, None, ChatDBError, ChatDBError),
         ("25006", Kind.READ_ONLY, UnavailableError, ConfigurationError, ChatDBError),
         ("40001", Kind.SERIALIZATION, UnavailableError, ChatDBError, ChatDBError),

@@ -367,7 +367,7 @@ def test_for_libpq(dsn, scheme, root):
 
 
 def test_a_part_of_a_password_that_looks_like_an_option():
-    """If a password contains an unencoded ? and &, no part of it is quoted as an unknown option."""
+    """If a password contains an unencoded ? or &, no part of it is quoted as an unknown option."""
     with pytest.raises(ConfigurationError, match="percent-encode") as caught:
         connect_arguments("postgresql://alice@localhost/chat?password=p&s3cr3t-rest=1")
     assert "s3cr3t" not in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import logging
 import math
 import multiprocessing
@@ -373,3 +374,33 @@ async def test_a_reset_gives_back_the_role_of_the_session(dsn):
     finally:
         await admin.execute(f"drop role {name}")
         await admin.close()
+
+
+async def test_a_copy_leaves_no_session_state(dsn):
+    """What a copied query sets for the session does not reach the next user of the connection."""
+    query = "select pg_catalog.pg_advisory_lock(42), pg_catalog.set_config('search_path', 'other', false)"
+    async with chatdb.create_pool(dsn, max_size=1) as pool:
+        before = await pool.fetchval("show search_path")
+        async with pool.acquire() as connection:
+            await connection.copy_from_query(query, output=io.BytesIO())
+        async with pool.acquire() as connection:
+            locks = "select pg_catalog.count(*) from pg_catalog.pg_locks where locktype = 'advisory' and objid = 42"
+            assert (await connection.fetchval("show search_path"), await connection.fetchval(locks)) == (before, 0)
+
+
+async def test_closed_while_it_opens(dsn):
+    """A pool that is closed or terminated while it opens does not open, and has no connection."""
+
+    async def end(pool: chatdb.Pool, name: str) -> None:
+        await pool.close() if name == "close" else pool.terminate()
+
+    for name in ("close", "terminate"):
+        pool = chatdb.create_pool(dsn)
+        opening = asyncio.ensure_future(pool._open())
+        await asyncio.sleep(0)
+        await end(pool, name)
+        with pytest.raises(chatdb.PoolClosedError, match="closed while it opened"):
+            await opening
+        assert pool.get_size() == 0
+        with pytest.raises(chatdb.PoolClosedError):
+            await pool.fetch("select 1")

@@ -1082,3 +1082,25 @@ async def test_terminating_ends_running_calls(dsn, conversation):
             with pytest.raises(UnavailableError) as caught:
                 await call
     assert caught.value.sent is None
+
+
+async def test_a_release_that_fails_hides_nothing(dsn, proxy, conversation, caplog):
+    """An error of the reset after a block, or of a cancellation that waits for the server, is not the caller's."""
+    async with chatdb.create_pool(dsn, max_size=1) as pool:
+        async with pool.acquire() as connection:
+            await connection.execute("set statement_timeout = '9s'")
+            kill_sessions(dsn)
+        assert "a connection was terminated because it could not be reset" in caplog.text
+        await assert_whole(pool)
+    async with chatdb.create_pool(proxy.dsn, max_size=1, acquire_timeout=0.5) as pool:
+        await append(pool, conversation, "one")
+        proxy.pause()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await append(pool, conversation, "two")
+        task = asyncio.create_task(chatdb.get_history(pool, user_id=USER, conversation_id=conversation.id))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        proxy.resume()

@@ -23,7 +23,7 @@ _CASCADES = {
 
 
 class Finding(NamedTuple):
-    """The result of one check. `state` is ok, note, missing or different; `hint` says how to fix the last two."""
+    """The result of one check. `state` is ok, note, missing or different; `hint` says what to do, if anything."""
 
     what: str
     state: str
