@@ -550,7 +550,7 @@ async def _export_texts(
         text, count = writer.write(*current)
         left_out += len(current[1]) - count
         if text:
-            file.write(((writer.between if conversations else "") + text).encode(errors="surrogatepass"))
+            file.write(((writer.between if conversations else "") + text).encode())
             conversations += 1
             messages += count
 

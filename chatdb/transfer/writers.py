@@ -44,7 +44,12 @@ def _is_said(message: Message) -> bool:
 
 
 def _dumped(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, which only an escape can hold in a file
+        return json.dumps(value)
+    return text
 
 
 def chatgpt_conversation(conversation: Conversation, messages: list[Message]) -> tuple[str, int]:

@@ -141,3 +141,14 @@ def test_the_command(dsn: str, tmp_path: Path, arguments_of: Callable[[str], dic
         done = runner.invoke(app, ["import", url, *options])
         assert hint in str(done.exception)
     assert "Settings > Data controls > Export data" in runner.invoke(app, ["formats"]).stdout
+
+
+async def test_a_lone_surrogate_is_written_as_an_escape(db: Pool) -> None:
+    """A kept item with a lone surrogate makes a file in UTF-8, which is read back."""
+    sample = json.loads(json.dumps(CHATGPT))
+    sample[0]["mapping"]["n4"]["message"]["author"]["name"] = "bad \ud800"
+    await load(db, json.dumps(sample).encode())
+    text = await written(db, "chatgpt")
+    text.encode()
+    await load(db, text.encode(), "bob")
+    assert await tree(db, "bob") == await tree(db, "alice")
