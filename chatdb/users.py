@@ -6,6 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Final
 
+from asyncpg import PostgresError
+
+from chatdb._core.driver_errors import constraint_of
 from chatdb._core.query import Database, Query, RunAgainError
 from chatdb._core.retry import RetryPolicy
 from chatdb._core.validate import MAX_BIGINT, MAX_NAME, check_text, check_timeout, check_user_id
@@ -69,7 +72,7 @@ async def move_user(db: Database, *, user_id: str, to_user_id: str, timeout: flo
                 raise InvalidInputError("to_user_id", str(error).removeprefix("user_id: ")) from error.__cause__
             raise
         except ConfigurationError as error:
-            if getattr(error.__cause__, "constraint_name", None) == "pk_conversations":
+            if isinstance(error.__cause__, PostgresError) and constraint_of(error.__cause__) == "pk_conversations":
                 raise ConflictError(
                     "both users have a conversation with the same id, probably after a restore, so nothing was moved: "
                     "delete one of the two, after fork_conversation if both must stay"

@@ -80,10 +80,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m deselects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the tests that do not use the session's server as independent of it, and deselect what bypasses a pooler."""
+    """Mark what does not use the session's server, skip what a cluster lacks, and deselect what bypasses a pooler."""
     for item in items:
         if "server" not in getattr(item, "fixturenames", ()):
             item.add_marker("server_independent")
+        if config.getoption("--server") == "citus" and (mark := item.get_closest_marker("not_on_citus")):
+            item.add_marker(pytest.mark.skip(reason=f"on Citus: {mark.args[0]}"))
     if config.getoption("--pooler"):
         direct = {item for item in items if "arguments_of" not in getattr(item, "fixturenames", ())}
         config.hook.pytest_deselected(items=[item for item in items if item in direct])

@@ -68,7 +68,8 @@ LINK = "fk_conversations_user"
 _REFERENCES = frozenset({"fk_messages_conversation", "fk_message_parts_message", LINK})
 _KNOWN = _REFERENCES | CONSTRAINTS.keys() | CONFLICTS.keys() | STALE_COUNTERS.keys()
 _QUOTED = re.compile(r'(?<=")\w+(?=")')
-_SHARD = re.compile(r"_\d+$")
+_SHARD = re.compile(r"_\d{6,}$")
+_COLUMN = re.compile(r'column "(\w+)" of relation')
 
 _EXHAUSTED = (
     f"an id sequence of chatdb has reached its maximum (SQLSTATE {sqlstate.SEQUENCE_GENERATOR_LIMIT_EXCEEDED}): as the "
@@ -291,20 +292,35 @@ def _of_server(error: asyncpg.PostgresError, code: str | None, at: str) -> ChatD
             return None
 
 
-def _constraint_of(error: asyncpg.PostgresError) -> str | None:
+def constraint_of(error: asyncpg.PostgresError) -> str | None:
     """
     Return the name of the violated constraint.
 
-    Citus sends it only in the message, where it can end in the number of a shard: "pk_messages_102008".
+    Citus sends it only in the message, where it can end in the number of a shard: "pk_messages_102008". If it copies
+    rows to a node, as an INSERT of selected rows does, the SQLSTATE is that of an internal error.
     """
-    if error.constraint_name or classify(error) is not Kind.CONSTRAINT:
+    if error.constraint_name or not _is_violation(error):
         return error.constraint_name
-    names = (_SHARD.sub("", name) for name in _QUOTED.findall(str(error)))
-    return next((name for name in names if name in _KNOWN), None)
+    names = [_SHARD.sub("", name) for name in _QUOTED.findall(str(error))]
+    known = next((name for name in names if name in _KNOWN), None)
+    # of the host's, whose name comes last
+    return known or (names[-1] if names and not _COLUMN.search(str(error)) else None)
+
+
+def _is_violation(error: asyncpg.PostgresError) -> bool:
+    is_copy = classify(error) is Kind.INTERNAL and " constraint " in str(error)
+    return is_copy or classify(error) is Kind.CONSTRAINT
+
+
+def _column_of(error: asyncpg.PostgresError) -> str | None:
+    if error.column_name or error.sqlstate != sqlstate.NOT_NULL_VIOLATION:
+        return error.column_name
+    found = _COLUMN.search(str(error))
+    return found[1] if found else None
 
 
 def _of_constraint(error: asyncpg.PostgresError) -> ChatDBError | None:
-    name, column = _constraint_of(error), error.column_name
+    name, column = constraint_of(error), _column_of(error)
     if error.schema_name in {None, "chatdb"}:
         if name in CONSTRAINTS:
             return InvalidInputError(*CONSTRAINTS[name])
@@ -313,19 +329,19 @@ def _of_constraint(error: asyncpg.PostgresError) -> ChatDBError | None:
         if name in STALE_COUNTERS:
             return ConfigurationError(STALE_COUNTERS[name])
         is_reference = error.sqlstate == sqlstate.FOREIGN_KEY_VIOLATION
-        is_unnamed = name is None and not _QUOTED.search(str(error))
-        if is_reference and (is_unnamed or name == "fk_messages_conversation"):
+        if (is_reference and name is None) or name == "fk_messages_conversation":
             return ConversationNotFoundError("the user has no such conversation: it was deleted during the call")
-        if is_reference and name == "fk_message_parts_message":
+        if name == "fk_message_parts_message":
             return MessageNotFoundError("the message was deleted during the call")
-        if is_reference and name == LINK:
+        if name == LINK:
             return InvalidInputError("user_id", "is not in the users table that chatdb link-users references")
         if error.sqlstate == sqlstate.NOT_NULL_VIOLATION and column in _NOT_NULL:
             return InvalidInputError(str(column), "is required")
-    if not error.table_name or classify(error) is not Kind.CONSTRAINT:
+    if not _is_violation(error) or not (error.table_name or name or column):
         return None
     part = f"constraint {name}" if name else f"NOT NULL constraint for column {column}"
-    return _refused(f"{part} on table {error.schema_name}.{error.table_name}", error.sqlstate)
+    table = f" on table {error.schema_name}.{error.table_name}" if error.table_name else ""
+    return _refused(part + table, error.sqlstate)
 
 
 def _refused(what: str, state: str) -> ConfigurationError:

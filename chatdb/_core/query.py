@@ -220,6 +220,8 @@ class Query(Generic[RecordT]):
                         sql = self.distributed_sql
                         continue
                 ours = as_chatdb_error(error)
+                if ours is None and self.distributed_sql is not None and sql is self.sql:
+                    ours = _unplanned(error)
                 if ours is None:
                     raise
                 if isinstance(ours, CommandTimeoutError) and retries is None and hasattr(db, "acquire"):
@@ -311,6 +313,18 @@ class JoinedQuery(Query[Conversation]):
         messages = iter(messages_of([row for row in rows if row["message_id"] is not None], user_id))
         pairs = zip(conversations_of(rows), rows, strict=True)
         return [(each, None if row["message_id"] is None else next(messages)) for each, row in pairs]
+
+
+def _unplanned(error: Exception) -> ChatDBError | None:
+    """Return the error for a statement that Citus cannot plan, on a handle that does not know chatdb's functions."""
+    if not isinstance(error, _UNPLANNED):
+        return None
+    ours = ConfigurationError(
+        f"the server cannot plan this statement (SQLSTATE {error.sqlstate}), probably because Citus distributes "
+        "chatdb's tables: use a pool of chatdb.create_pool, and run chatdb distribute again if it did not finish"
+    )
+    ours.__cause__ = error
+    return ours
 
 
 def _refusal(row: Any, name: str) -> ChatDBError:  # noqa: ANN401 - asyncpg's record

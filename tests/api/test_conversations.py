@@ -474,7 +474,7 @@ async def test_delete_user_takes_a_timeout(db, dsn):
     await create(db)
     async with chatdb.create_pool(dsn, command_timeout=0.5) as hurried:
         async with chatdb.transaction(db) as other:
-            await other.execute("select from chatdb.conversations for update")
+            await other.execute("select from chatdb.conversations where user_id = 'alice' for update")
             with pytest.raises(chatdb.CommandTimeoutError):
                 await asyncio.wait_for(chatdb.delete_user(db, user_id="alice", timeout=0.01), 10)
             patient = asyncio.create_task(chatdb.delete_user(hurried, user_id="alice", timeout=30))

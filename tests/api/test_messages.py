@@ -512,6 +512,7 @@ async def test_pages_of_no_conversation(talk, limit):
                 await call(talk.db, **place, limit=limit)
 
 
+@pytest.mark.not_on_citus("the coordinator's plan does not show the node's scans")
 @pytest.mark.parametrize(
     ("name", "args", "read"),
     [
@@ -953,7 +954,19 @@ HANDLES = {
 }
 
 
-@pytest.mark.parametrize("handle", HANDLES)
+BARE = pytest.mark.not_on_citus("only chatdb's pool calls the functions")
+
+
+@pytest.mark.parametrize(
+    "handle",
+    [
+        *("chatdb's pool", "a pool's connection"),
+        pytest.param("asyncpg's pool", marks=BARE),
+        pytest.param("a connection", marks=BARE),
+        pytest.param("a transaction", marks=BARE),
+        pytest.param("a connection with codecs", marks=BARE),
+    ],
+)
 async def test_every_handle_gives_the_same(dsn, arguments_of, handle):
     """Pools, connections, transactions and connections with codecs give the same results and errors."""
     metadata = {"a": [1, None], "b": "text"}

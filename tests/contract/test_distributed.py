@@ -215,6 +215,59 @@ async def test_the_pool_finds_the_functions(dsn: str) -> None:
         assert db.functions == set()
 
 
+@pytest.mark.owner
+@pytest.mark.parametrize("state", ["0A000", "42601"])
+async def test_the_pool_looks_again(dsn: str, state: str) -> None:
+    """
+    A pool that was opened before the functions existed finds them when a statement cannot be planned, in one call.
+
+    A trigger refuses, as Citus does, messages that do not come from the function.
+    """
+    async with chatdb.create_pool(dsn) as db:
+        at = {"user_id": "ann", "conversation_key": "k"}
+        await chatdb.create_conversation(db, user_id="ann", key="k")
+        execute(
+            dsn,
+            f"""
+            create function public.refuse() returns trigger language plpgsql as $$
+            declare v_context text;
+            begin
+                get diagnostics v_context = pg_context;
+                if v_context not like '%append_messages_v1%' then
+                    raise exception 'cannot be planned' using errcode = '{state}';
+                end if;
+                return new;
+            end $$
+            """,
+            "create trigger refuse before insert on chatdb.messages for each row execute function public.refuse()",
+        )
+        with pytest.raises(chatdb.ChatDBError):
+            await chatdb.append_message(db, **at, role="user", content="")
+        assert db.functions == set()
+        install_functions(dsn)
+        message = await chatdb.append_message(db, **at, role="user", content="", key="m")
+        assert message.seq == 1
+        assert db.functions == FUNCTIONS
+        async with chatdb.transaction(db) as connection:
+            assert (await chatdb.append_message(connection, **at, role="user", content="")).seq == 2
+
+
+async def test_a_connection_that_does_not_know_the_functions(dsn: str) -> None:
+    """
+    On a bare connection, a statement that cannot be planned raises what to do instead.
+
+    A rule makes PostgreSQL refuse, as Citus does, an INSERT in a WITH query.
+    """
+    execute(dsn, "create rule refuse as on insert to chatdb.messages where new.seq < 0 do instead nothing")
+    connection = await asyncpg.connect(**connect_arguments(dsn))
+    at = {"user_id": "ann", "conversation_key": "k"}
+    await chatdb.create_conversation(connection, user_id="ann", key="k")
+    with pytest.raises(chatdb.ConfigurationError, match=r"0A000.*chatdb\.create_pool") as caught:
+        await chatdb.append_message(connection, **at, role="user", content="")
+    assert isinstance(caught.value.__cause__, asyncpg.FeatureNotSupportedError)
+    await connection.close()
+
+
 def test_the_pool_chooses_the_statement() -> None:
     """A query knows its function, and so which statement it sends."""
     assert _append_message.function == "append_messages_v1"
@@ -230,13 +283,13 @@ def violation(state: str, message: str) -> asyncpg.PostgresError:
 
 @pytest.mark.parametrize("name", sorted(CONSTRAINTS | CONFLICTS | STALE_COUNTERS))
 @pytest.mark.parametrize("shard", ["", "_102008"])
-def test_a_constraint_in_the_message(name: str, shard: str) -> None:
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_a_constraint_in_the_message(name: str, shard: str, is_copy: bool) -> None:
     """An error of Citus maps to the same error as one with the constraint's name, whichever shard it comes from."""
+    said, state = f'duplicate key value violates unique constraint "{name}{shard}"', "23505"
     if name.startswith("ck_"):
-        said = f'new row for relation "messages_102066" violates check constraint "{name}{shard}"'
-        found = map_driver_error(violation("23514", said))
-    else:
-        found = map_driver_error(violation("23505", f'duplicate key value violates unique constraint "{name}{shard}"'))
+        said, state = f'new row for relation "messages_102066" violates check constraint "{name}{shard}"', "23514"
+    found = map_driver_error(violation("XX000" if is_copy else state, said))
     if name in CONSTRAINTS:
         assert isinstance(found, chatdb.InvalidInputError)
         assert found.parameter == CONSTRAINTS[name][0]
@@ -251,15 +304,51 @@ def test_a_constraint_in_the_message(name: str, shard: str) -> None:
         ("fk_messages_conversation_102066", chatdb.ConversationNotFoundError),
         ("fk_message_parts_message_102074", chatdb.MessageNotFoundError),
         ("fk_conversations_user_102058", chatdb.InvalidInputError),
-        ("fk_of_the_host_102058", chatdb.InvalidInputError),
+        ("fk_of_the_host_102058", chatdb.ConfigurationError),
     ],
 )
 def test_a_reference_in_the_message(name: str, kind: type[Exception]) -> None:
     """The same holds for foreign keys; a constraint that is not chatdb's is not taken for one of chatdb's."""
     said = f'insert or update on table "messages_102066" violates foreign key constraint "{name}"'
-    found = map_driver_error(violation("23503", said))
-    assert type(found) is kind
-    assert ("users table" in str(found)) == name.startswith("fk_conversations_user")
+    for state in ("23503", "XX000"):
+        found = map_driver_error(violation(state, said))
+        assert type(found) is kind
+        assert ("users table" in str(found)) == name.startswith("fk_conversations_user")
+        assert ("constraint fk_of_the_host, which is not part of chatdb" in str(found)) == ("host" in name)
+
+
+@pytest.mark.parametrize(
+    ("state", "said", "expected"),
+    [
+        ("23514", 'new row for relation "messages_102014" violates check constraint "mine_102014"', "constraint mine,"),
+        ("23514", 'new row for relation "messages_102014" violates check constraint "of_2024"', "constraint of_2024,"),
+        ("23505", 'duplicate key value violates unique constraint "mine_102014"', "constraint mine,"),
+        (
+            "23502",
+            'null value in column "note" of relation "messages_102014" violates not-null constraint',
+            "NOT NULL constraint for column note,",
+        ),
+    ],
+)
+def test_a_constraint_of_the_host(state: str, said: str, expected: str) -> None:
+    """A constraint that is not chatdb's is named, without the shard."""
+    found = map_driver_error(violation(state, said))
+    assert type(found) is chatdb.ConfigurationError
+    assert f"own {expected} which is not part of chatdb" in str(found)
+
+
+def test_a_missing_value() -> None:
+    """A required column is named as the parameter."""
+    said = 'null value in column "content" of relation "messages_102014" violates not-null constraint'
+    found = map_driver_error(violation("23502", said))
+    assert isinstance(found, chatdb.InvalidInputError)
+    assert found.parameter == "content"
+
+
+def test_a_damaged_index_is_not_a_constraint() -> None:
+    """An internal error that names an index of chatdb's stays one."""
+    found = map_driver_error(violation("XX000", 'failed to re-find tuple within index "pk_messages"'))
+    assert type(found) is chatdb.UnavailableError
 
 
 def test_a_function_of_chatdb_is_not_the_hosts() -> None:
