@@ -29,14 +29,17 @@ LINTERS = [
     ["python", "-m", "tests.support.lint_migrations"],
 ]
 """The commands of `nox -s lint`. The hooks of .pre-commit-config.yaml run the same ones, and a test compares them."""
-ON_CITUS = tuple(
-    f"tests/api/test_{name}.py"
-    for name in (
-        *("messages", "batches", "upserts", "streaming", "replace_and_pop", "branches", "first_messages"),
-        *("compare_and_set", "users", "conversations"),
-    )
+ON_CITUS = (
+    *(
+        f"tests/api/test_{name}.py"
+        for name in (
+            *("messages", "batches", "upserts", "streaming", "replace_and_pop", "branches", "first_messages"),
+            *("compare_and_set", "users", "conversations"),
+        )
+    ),
+    "tests/admin/test_on_citus.py",
 )
-"""The tests of the functions in migration 0013."""
+"""The tests of the functions in migration 0013, and of the operators' commands on distributed tables."""
 FRAMEWORKS = ("openai-agents", "chatkit", "agent-framework", "pydantic-ai", "google-adk")
 """The extras of the adapters in chatdb/adapters."""
 SDIST_TESTS = {

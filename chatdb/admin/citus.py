@@ -1,8 +1,8 @@
 """
 Distributes chatdb's tables over the nodes of a Citus cluster by user, and brings them back, for `chatdb distribute`.
 
-Each direction is one transaction, which blocks writers and not readers. So a killed command, node or coordinator, or a
-full disk, leaves the tables as they were.
+Each direction copies the rows in one transaction, so a killed command, node or coordinator, or a full disk, leaves the
+tables as they were. Distributing blocks writers and not readers; bringing the rows back blocks both.
 
 Decision: docs/decisions/0027-functions-for-citus.md
 """
@@ -13,10 +13,12 @@ import itertools
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 import sqlparse
 
+from chatdb._core.driver_errors import LINK
 from chatdb.admin.connection import (
     WAIT,
     advisory_lock,
@@ -38,7 +40,9 @@ _AWAY: Final = "chatdb_distributed"
 """The schema that holds the distributed tables while their rows are copied back."""
 _FUNCTIONS: Final = "0013.chatdb-create-functions"
 _LOCK_SECONDS: Final = 0.3
-"""Maximum wait for each of three locks: together less than deadlock_timeout, so that this command gives up first."""
+"""Maximum wait for each of three locks: together less than deadlock_timeout, one second by default."""
+_RANGE: Final = 1 << 48
+"""Size of the range of ids that Citus gives to the sequences of each node. The coordinator has the first one."""
 _MESSAGES_PER_SECOND: Final = 40_000
 """For the estimate; see docs/operations/citus.md."""
 # a single statement locks its tables in the order of its plan, and a function in the order of its statements
@@ -48,6 +52,7 @@ _ORDERS: Final = (
     ("message_parts", "messages", "conversations"),
 )
 _TABLES: Final = _ORDERS[0]
+_UNWRITTEN: Final = re.compile(r"could not (?:extend|write|create) .*: |No space left on device")
 Report = Callable[[str, float], object]
 
 
@@ -59,8 +64,8 @@ class DistributionPlan(NamedTuple):
     """
     What `distribute_tables` or `gather_tables` would do.
 
-    `is_done` tells that there is nothing to do, and `moves_rows` that rows are copied while appends wait. `messages`
-    and `seconds`, the wait of the appends, are estimates.
+    `is_done` tells that there is nothing to do, and `moves_rows` that rows are copied while writers wait. `messages`
+    and `seconds`, how long calls wait, are estimates.
     """
 
     is_done: bool
@@ -91,7 +96,7 @@ def distribute_tables(
     """
     Distribute chatdb's tables by user, and send the functions to the nodes. Blocks; can be repeated.
 
-    Appends wait until the rows are copied; readers do not. Waits up to `wait` seconds for another operator command and
+    Writers wait until the rows are copied; readers do not. Waits up to `wait` seconds for another operator command and
     for the tables' locks. `report` is called with each finished step and its seconds.
 
     Raises as `plan_distribution` does; ConfigurationError behind a transaction pooler; UnavailableError if a lock, a
@@ -108,13 +113,15 @@ def distribute_tables(
             step.run("chatdb's functions created", lambda: _create_functions(connection))
         if plan.moves_rows:
             step.run("tables distributed", lambda: _distribute(connection, shards, deadline))
+        if _has_remains(connection):
+            step.run("rows on the coordinator removed", lambda: _remove_remains(connection, deadline))
         step.run("functions sent to the nodes", lambda: _send_functions(connection))
     return plan
 
 
 def gather_tables(dsn: str, *, wait: float = WAIT, report: Report = _say_nothing) -> DistributionPlan:
     """
-    Bring chatdb's rows back into tables of the coordinator. Blocks; can be repeated.
+    Bring chatdb's rows back into tables of the coordinator. Blocks; can be repeated. Readers and writers wait.
 
     Waits and raises as `distribute_tables` does. The functions stay, because open pools use them.
     """
@@ -130,7 +137,7 @@ def gather_tables(dsn: str, *, wait: float = WAIT, report: Report = _say_nothing
         try:
             step.run("rows brought back", lambda: _gather(connection, deadline))
         except UnavailableError:
-            if not connection.closed:
+            with suppress(psycopg.Error, UnavailableError):  # without the node that failed
                 _send_functions(connection)
             raise
     return plan
@@ -165,7 +172,9 @@ def _explained(error: psycopg.Error, *, is_lost: bool) -> ChatDBError:
             f"other transactions keep chatdb's tables locked: {nothing}; end long transactions, or raise --wait",
             sent=True,
         )
-    if isinstance(error, errors.DiskFull | errors.OutOfMemory):
+    # while rows are copied, Citus sends only the message of the node's error
+    is_unwritten = bool(_UNWRITTEN.search(error.diag.message_primary or ""))
+    if is_unwritten or isinstance(error, errors.DiskFull | errors.OutOfMemory):
         return UnavailableError(
             f"a node ran out of disk space or memory ({error.sqlstate}): {nothing}; make room, then run this again",
             sent=True,
@@ -174,7 +183,7 @@ def _explained(error: psycopg.Error, *, is_lost: bool) -> ChatDBError:
         return ConfigurationError(f"Citus refused ({error.diag.message_primary}): {nothing}")
     return UnavailableError(
         f"a node of the cluster failed or cannot be reached (SQLSTATE {error.sqlstate}): {nothing}; check the nodes "
-        "with citus_check_cluster_node_health(), then run this again",
+        "with citus_check_cluster_node_health(), and their disks, then run this again",
         sent=True,
     )
 
@@ -200,10 +209,10 @@ def _plan(connection: psycopg.Connection, shards: int, *, undo: bool) -> Distrib
     messages = _estimate(connection)
     if undo:
         _refuse_extras(connection)
-        seconds = messages / _MESSAGES_PER_SECOND + 1
+        seconds = 2 * messages / _MESSAGES_PER_SECOND + 1
         return DistributionPlan(not there, bool(there), there.get("messages", 0), nodes, messages, seconds)
     if there:
-        is_done = bool(_names(connection)) and not _unsent(connection)
+        is_done = bool(_names(connection)) and not _unsent(connection) and not _has_remains(connection)
         return DistributionPlan(is_done, False, there.get("messages", 0), nodes, messages, 0)
     _refuse_obstacles(connection)
     return DistributionPlan(False, True, shards, nodes, messages, messages / _MESSAGES_PER_SECOND + 1)
@@ -261,15 +270,14 @@ def _refuse_obstacles(connection: psycopg.Connection) -> None:
         inner join pg_catalog.pg_class as f on f.oid = k.confrelid
         inner join pg_catalog.pg_namespace as m on m.oid = f.relnamespace
         where k.contype = 'f' and 'chatdb' in (n.nspname, m.nspname) and n.nspname <> m.nspname
-          and f.oid not in (select p.logicalrelid from pg_catalog.pg_dist_partition as p where p.partmethod = 'n')
         order by 1
         """
     ).fetchall()
     for name, table, is_own in links:
         if is_own:
             raise ConfigurationError(
-                f"chatdb.conversations references a table that is not on the nodes ({name}): run chatdb link-users "
-                "--off first, or make it a reference table with select create_reference_table(...)"
+                f"the foreign key {name} of {table} references a table of the host: run chatdb link-users --unlink "
+                "first; on distributed tables, chatdb link-users can link a reference table of Citus"
             )
         raise ConfigurationError(
             f"the table {table} references chatdb's with the foreign key {name}, which Citus does not allow: drop it "
@@ -296,7 +304,30 @@ def _refuse_obstacles(connection: psycopg.Connection) -> None:
 
 
 def _refuse_extras(connection: psycopg.Connection) -> None:
-    """Refuse to bring back tables with columns that are not chatdb's, because the copy would lose them."""
+    """Refuse to bring back tables with views, constraints or columns of the host, which the copy would lose."""
+    view = fetch_value(
+        connection,
+        "select distinct r.ev_class::pg_catalog.regclass::text from pg_catalog.pg_depend as d "
+        "inner join pg_catalog.pg_rewrite as r on r.oid = d.objid "
+        "where d.classid = 'pg_catalog.pg_rewrite'::regclass and d.refclassid = 'pg_catalog.pg_class'::regclass "
+        "and d.refobjid in ('chatdb.conversations'::regclass, 'chatdb.messages'::regclass, "
+        "'chatdb.message_parts'::regclass) order by 1",
+    )
+    if view is not None:
+        raise ConfigurationError(f"the view {view} reads chatdb's tables, and would be lost: drop it first")
+    constraints = connection.execute(
+        "select c.relname::text, k.conname::text, k.contype = 'f' from pg_catalog.pg_constraint as k "
+        "inner join pg_catalog.pg_class as c on c.oid = k.conrelid "
+        "inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace "
+        "where n.nspname = 'chatdb' and k.contype in ('c', 'f') order by 1, 2"
+    )
+    for table, name, is_link in constraints:
+        if table in _TABLES and name not in EXPECTED_SCHEMA[table]:
+            instead = "run chatdb link-users --unlink" if is_link and name == LINK else "remove it"
+            raise ConfigurationError(
+                f"chatdb.{table} has the constraint {name}, which is not of chatdb's migrations and would be lost: "
+                f"{instead} first"
+            )
     columns = connection.execute(
         "select c.relname::text, a.attname::text from pg_catalog.pg_attribute as a "
         "inner join pg_catalog.pg_class as c on c.oid = a.attrelid "
@@ -310,11 +341,26 @@ def _refuse_extras(connection: psycopg.Connection) -> None:
             )
 
 
-def _lock(connection: psycopg.Connection, order: tuple[str, ...]) -> None:
+def _lock_writers(connection: psycopg.Connection, order: tuple[str, ...]) -> None:
+    """Lock the tables, not for readers. Give up before any call that waits for us would be taken for a deadlock."""
     connection.execute(f"set local lock_timeout = {int(1000 * _LOCK_SECONDS)}".encode())
     for table in order:
         connection.execute(f"lock table chatdb.{table} in exclusive mode".encode())
     connection.execute("set local lock_timeout = 0")
+
+
+def _lock_all(connection: psycopg.Connection) -> None:
+    """
+    Lock the tables, also for readers.
+
+    A call that holds the lock of a later table waits for the first one since less than _LOCK_SECONDS, so PostgreSQL
+    takes this call for the deadlock and not this command, and the pool repeats it. An upgrade of a weaker lock would
+    instead meet calls that have waited for any time.
+    """
+    connection.execute(f"set local lock_timeout = {int(1000 * _LOCK_SECONDS)}".encode())
+    connection.execute("lock table chatdb.conversations in access exclusive mode")
+    connection.execute("set local lock_timeout = 0")
+    connection.execute("lock table chatdb.messages, chatdb.message_parts in access exclusive mode")
 
 
 def _distribute(connection: psycopg.Connection, shards: int, deadline: float) -> None:
@@ -322,7 +368,7 @@ def _distribute(connection: psycopg.Connection, shards: int, deadline: float) ->
 
     def work() -> None:
         with connection.transaction():
-            _lock(connection, next(orders))
+            _lock_writers(connection, next(orders))
             for table in _TABLES:
                 together = (
                     f"shard_count => {shards}" if table == _TABLES[0] else "colocate_with => 'chatdb.conversations'"
@@ -330,17 +376,36 @@ def _distribute(connection: psycopg.Connection, shards: int, deadline: float) ->
                 connection.execute(
                     f"select pg_catalog.create_distributed_table('chatdb.{table}', 'user_id', {together})".encode()
                 )
+
+    retry_on_lock_timeout(work, deadline)
+
+
+def _has_remains(connection: psycopg.Connection) -> bool:
+    """Return whether the coordinator still has the rows that were copied to the nodes. No statement reads them."""
+    return bool(_distributed(connection)) and bool(
+        fetch_value(
+            connection,
+            "select pg_catalog.max(pg_catalog.pg_relation_size(c.oid)) > 0 from pg_catalog.pg_class as c "
+            "where c.oid in ('chatdb.conversations'::regclass, 'chatdb.messages'::regclass, "
+            "'chatdb.message_parts'::regclass)",
+        )
+    )
+
+
+def _remove_remains(connection: psycopg.Connection, deadline: float) -> None:
+    def work() -> None:
+        with connection.transaction():
+            connection.execute("set local citus.enable_ddl_propagation = off")
+            _lock_all(connection)
             connection.execute("select pg_catalog.truncate_local_data_after_distributing_table('chatdb.conversations')")
 
     retry_on_lock_timeout(work, deadline)
 
 
 def _gather(connection: psycopg.Connection, deadline: float) -> None:
-    orders = itertools.cycle(_ORDERS)
-
     def work() -> None:
         with connection.transaction():
-            _lock(connection, next(orders))
+            _lock_all(connection)
             connection.execute("set local citus.max_intermediate_result_size = -1")
             connection.execute(f"create schema {_AWAY}".encode())
             for table in reversed(_TABLES):
@@ -352,9 +417,11 @@ def _gather(connection: psycopg.Connection, deadline: float) -> None:
                     f"insert into chatdb.{table} ({columns}) select {columns} from {_AWAY}.{table}".encode()  # noqa: S608
                 )
                 if "id" in EXPECTED_SCHEMA[table]:
+                    # not into the range of a node, which goes on from there when the tables are distributed again
                     connection.execute(
-                        f"select pg_catalog.setval(pg_catalog.pg_get_serial_sequence('chatdb.{table}', 'id'), "  # noqa: S608
-                        f"greatest(pg_catalog.max(id), 1)) from chatdb.{table}".encode()
+                        f"select pg_catalog.setval('chatdb.{table}_id_seq', greatest("  # noqa: S608
+                        f"pg_catalog.max(id) filter (where id < {_RANGE}), "
+                        f"(select last_value from {_AWAY}.{table}_id_seq))) from chatdb.{table}".encode()
                     )
             connection.execute(f"drop schema {_AWAY} cascade".encode())
 
@@ -438,7 +505,34 @@ def _unsent(connection: psycopg.Connection) -> list[str]:
     return [name for name in _names(connection) if name not in sent and not name.startswith("chatdb.move_user")]
 
 
+def _advance_sequences(connection: psycopg.Connection) -> None:
+    """Let each node go on after the ids that it gave when the tables were distributed before."""
+    for table in ("conversations", "messages"):
+        used = connection.execute(
+            f"select id / {_RANGE} as node, pg_catalog.max(id) as newest from chatdb.{table} where id >= {_RANGE} "  # noqa: S608
+            "group by 1".encode()
+        ).fetchall()
+        if not used:
+            continue
+        nodes, newest = (", ".join(map(str, column)) for column in zip(*used, strict=True))
+        advance = (
+            f"select pg_catalog.setval('chatdb.{table}_id_seq', greatest(s.last_value, u.newest)) "  # noqa: S608
+            f"from chatdb.{table}_id_seq as s, rows from (pg_catalog.unnest(array[{nodes}]), "
+            f"pg_catalog.unnest(array[{newest}])) as u (node, newest) "
+            "where u.node = (select l.groupid from pg_catalog.pg_dist_local_group as l)"
+        )
+        answers = connection.execute("select success from pg_catalog.run_command_on_workers(%s)", [advance]).fetchall()
+        if not all(success for (success,) in answers):
+            raise UnavailableError(
+                f"a node could not set the sequence of chatdb.{table}.id: check the nodes with "
+                "citus_check_cluster_node_health(), then run this again",
+                sent=True,
+            )
+
+
 def _send_functions(connection: psycopg.Connection) -> None:
+    if _unsent(connection):
+        _advance_sequences(connection)  # only the functions take ids from the nodes
     for name in _unsent(connection):
         connection.execute(
             "select pg_catalog.create_distributed_function(%s::pg_catalog.regprocedure, 'p_user_id', "

@@ -19,12 +19,12 @@ from chatdb.admin.connection import (
     WAIT,
     advisory_lock,
     fetch_value,
+    is_distributed,
     pinned_transaction,
     psycopg,
-    refuse_distributed,
     retry_on_lock_timeout,
 )
-from chatdb.errors import InvalidInputError, SchemaError
+from chatdb.errors import ConfigurationError, InvalidInputError, SchemaError
 
 SHOWN = 20
 _TEXTS = ("text", "varchar", "bpchar", "name")
@@ -71,13 +71,14 @@ def link_users(dsn: str, *, table: str, column: str = "id", wait: float = WAIT, 
     then on, creating a conversation for an unknown user raises an InvalidInputError for `user_id`.
 
     Raises UsersMissingError; InvalidInputError if the column cannot be referenced or another one is linked; SchemaError
-    without chatdb's tables; ConfigurationError and UnavailableError as `apply_migrations` does. It is safe to call it
-    again after any of these errors.
+    without chatdb's tables; ConfigurationError and UnavailableError as `apply_migrations` does; ConfigurationError if
+    Citus distributes chatdb's tables and the other is no reference table. It is safe to call it again after any of
+    these errors.
     """
     deadline = time.monotonic() + wait
     with pinned_transaction(dsn) if dry_run else advisory_lock(dsn, wait=wait) as connection:
-        refuse_distributed(connection, "chatdb link-users", "link a reference table of Citus before chatdb distribute")
         target = _target(connection, table, column)
+        _refuse_unreferenced(connection, target)
         steps = _steps(connection, target)
         if "add" in steps:
             _refuse_missing(connection, target)
@@ -97,7 +98,6 @@ def unlink_users(dsn: str, *, wait: float = WAIT, dry_run: bool = False) -> bool
     """Drop the foreign key to the host's users and return whether it existed. Raises as `link_users` does."""
     deadline = time.monotonic() + wait
     with pinned_transaction(dsn) if dry_run else advisory_lock(dsn, wait=wait) as connection:
-        refuse_distributed(connection, "chatdb link-users", "link a reference table of Citus before chatdb distribute")
         link = _link(connection)
         if link is not None and not dry_run:
             _drop(connection, link[0], deadline)
@@ -152,6 +152,19 @@ def _target(connection: psycopg.Connection, table: str, column: str) -> _Target:
             f"{name} add unique ({quoted})",
         )
     return _Target(oid, number, name, quoted)
+
+
+def _refuse_unreferenced(connection: psycopg.Connection, target: _Target) -> None:
+    """Refuse a table that Citus does not have on every node, if it distributes chatdb's."""
+    if is_distributed(connection) and not fetch_value(
+        connection,
+        "select true from pg_catalog.pg_dist_partition where logicalrelid = %s::oid::regclass and partmethod = 'n'",
+        target.oid,
+    ):
+        raise ConfigurationError(
+            f"Citus distributes chatdb's tables, and {target.table} is not a reference table, which is on every node: "
+            f"run select create_reference_table('{target.table}') first"
+        )
 
 
 def _table(connection: psycopg.Connection, table: str) -> int:

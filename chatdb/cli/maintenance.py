@@ -374,9 +374,9 @@ def distribute(
     Distribute the tables by user over the nodes of a Citus cluster.
 
     Run it on the coordinator, with any number of rows. One transaction copies
-    them: appends wait meanwhile, readers do not, and after an error the tables
-    are as before. Shows what it would do and for how long appends wait, and
-    asks for confirmation. Does nothing if the tables are distributed.
+    them: writers wait meanwhile, and with --undo readers too. After an error,
+    the tables are as before. Shows what it would do and for how long calls
+    wait, and asks for confirmation. Does nothing if the tables are distributed.
     """
     from chatdb.admin.citus import distribute_tables, gather_tables, plan_distribution
 
@@ -408,13 +408,10 @@ def distribute(
 
 def _distribution_text(plan: DistributionPlan, *, undo: bool) -> str:
     if not plan.moves_rows:
-        return "send chatdb's functions to the nodes: the tables are distributed, and no rows are copied"
-    where = (
-        "bring the tables back to the coordinator"
-        if undo
-        else f"distribute the tables by user, in {plan.shards} shards on {plan.nodes} nodes"
-    )
-    return (
-        f"{where}, and copy about {plan.messages:,} messages; appends wait meanwhile, for about {plan.seconds:.0f} s, "
-        "and readers go on"
-    )
+        return "finish what a run left: the tables are distributed, and no rows are copied"
+    if undo:
+        where, who = "bring the tables back to the coordinator", "all calls wait"
+    else:
+        where = f"distribute the tables by user, in {plan.shards} shards on {plan.nodes} nodes"
+        who = "readers go on, and writers wait"
+    return f"{where}, and copy about {plan.messages:,} messages; {who} meanwhile, for about {plan.seconds:.0f} s"

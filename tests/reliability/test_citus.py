@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
-import psycopg
 import pytest
 
 import chatdb
 from chatdb.admin.citus import distribute_tables, gather_tables, plan_distribution
 from chatdb.admin.migrate import apply_migrations
+from tests.support.chaos import figure, query
+from tests.support.cluster import Node, cluster
 from tests.support.databases import execute
 from tests.support.distributed import cluster_database, nodes
+from tests.support.repacking import fill
 
 pytestmark = [
     pytest.mark.chaos,
     pytest.mark.skipif("CHATDB_TEST_CITUS_DSN" not in os.environ, reason="no Citus cluster is named"),
 ]
 WRITERS = 16
+SAID = {"role": "user", "content": "hello"}
 
 
 @pytest.fixture
@@ -31,91 +37,192 @@ def coordinator() -> Iterator[str]:
         yield dsn
 
 
+class Writers:
+    """Tasks that write to a conversation each, in every way, and remember what was acknowledged."""
+
+    def __init__(self, db: chatdb.pool.Pool) -> None:
+        self.errors: list[Exception] = []
+        self.calls = 0
+        self.longest = 0.0
+        self._db = db
+        self._is_over = False
+        self._stored: dict[int, set[int]] = defaultdict(set)
+        self._moved: dict[int, int] = defaultdict(int)
+
+    def _at(self, number: int) -> dict[str, Any]:
+        return {"user_id": f"user {number % 8}", "conversation_key": f"key {number}"}
+
+    async def _write(self, number: int, turn: int) -> None:
+        db, at = self._db, self._at(number)
+        user, new = at["user_id"], at | {"role": "user", "content": f"turn {turn}"}
+        match turn % 7:
+            case 0:
+                await chatdb.upsert_message(db, **new, key="upserted")
+            case 1:
+                message = await chatdb.start_message(db, **at)
+                await chatdb.extend_message(db, **at, seq=message.seq, offset=0, text="hello")
+                await chatdb.finish_message(db, **at, seq=message.seq)
+                self._stored[number].add(message.seq)
+            case 2:
+                message = await chatdb.append_message(db, **new)
+                await chatdb.delete_message(db, **at, seq=message.seq)
+            case 3:
+                await chatdb.update_conversation(db, **at, title=f"turn {turn}")
+            case 4:
+                guest = f"guest {number} {turn}"
+                await chatdb.create_conversation(db, user_id=guest, key=f"turn {turn}", messages=[SAID])
+                await chatdb.move_user(db, user_id=guest, to_user_id=f"moved {number}")
+                self._moved[number] += 1
+            case 5:
+                await chatdb.create_conversation(db, user_id=user, key=f"short {number}")
+                await chatdb.delete_conversation(db, user_id=user, conversation_key=f"short {number}")
+            case _:
+                self._stored[number].add((await chatdb.append_message(db, **new, key=f"turn {turn}")).seq)
+
+    async def run(self, number: int) -> None:
+        """Write until `stop`."""
+        await chatdb.create_conversation(self._db, user_id=f"user {number % 8}", key=f"key {number}")
+        for turn in itertools.count():
+            if self._is_over:
+                return
+            start = time.perf_counter()
+            try:
+                await self._write(number, turn)
+                self.calls += 1
+            except Exception as error:  # noqa: BLE001 - counted
+                self.errors.append(error)
+            self.longest = max(self.longest, time.perf_counter() - start)
+
+    def stop(self) -> None:
+        """Let each task end after its call."""
+        self._is_over = True
+
+    async def check(self, number: int) -> None:
+        """Fail if an acknowledged message or conversation is missing."""
+        found = {message.seq async for message in chatdb.iter_messages(self._db, **self._at(number))}
+        assert self._stored[number] <= found
+        counts = await self._db.fetchrow(
+            "select count(distinct id) as ids, count(*) as rows from chatdb.conversations where user_id = $1",
+            f"moved {number}",
+        )
+        assert counts["ids"] == counts["rows"] == self._moved[number]
+
+
 async def test_under_writers(coordinator: str) -> None:
-    """While the tables are distributed, brought back, and distributed again, no call fails and nothing is lost."""
-    acknowledged: dict[int, set[int]] = defaultdict(set)
-    errors: list[Exception] = []
-    is_over = asyncio.Event()
+    """
+    While the tables are distributed, brought back, and distributed again, no call fails and nothing is lost.
+
+    The copy takes longer than PostgreSQL waits until it looks for deadlocks. Each id stays unique.
+    """
+    await asyncio.to_thread(fill, coordinator, 1_000)
     async with chatdb.create_pool(coordinator, max_size=WRITERS) as db:
-        made = [await chatdb.create_conversation(db, user_id=f"user {n % 8}") for n in range(WRITERS)]
-
-        async def write(number: int) -> None:
-            there = {"user_id": made[number].user_id, "conversation_id": made[number].id}
-            turn = 0
-            while not is_over.is_set():
-                turn += 1
-                try:
-                    if turn % 5:
-                        key = f"key {turn}" if turn % 2 else None
-                        message = await chatdb.append_message(db, **there, role="user", content="hello", key=key)
-                    else:
-                        message = await chatdb.start_message(db, **there)
-                        await chatdb.extend_message(db, **there, seq=message.seq, offset=0, text="hello")
-                        await chatdb.finish_message(db, **there, seq=message.seq)
-                    acknowledged[number].add(message.seq)
-                except Exception as error:  # noqa: BLE001 - counted
-                    errors.append(error)
-
-        tasks = [asyncio.create_task(write(number)) for number in range(WRITERS)]
+        writers = Writers(db)
+        tasks = [asyncio.create_task(writers.run(number)) for number in range(WRITERS)]
         steps: list[Callable[[], object]] = [
             lambda: distribute_tables(coordinator, shards=8),
             lambda: gather_tables(coordinator),
             lambda: distribute_tables(coordinator, shards=4),
+            lambda: gather_tables(coordinator),
+            lambda: distribute_tables(coordinator, shards=4),
         ]
-        for step in steps:
+        try:
+            for step in steps:
+                await asyncio.sleep(0.5)
+                writers.longest, start = 0.0, time.perf_counter()
+                await asyncio.to_thread(step)
+                seconds = time.perf_counter() - start
+                figure(f"{seconds:.1f} s, longest call {writers.longest:.1f} s, {writers.calls:,} calls so far")
             await asyncio.sleep(0.5)
-            await asyncio.to_thread(step)
-        await asyncio.sleep(0.5)
-        is_over.set()
-        await asyncio.gather(*tasks)
-        assert errors == []
-        for number, conversation in enumerate(made):
-            found = {
-                message.seq
-                async for message in chatdb.iter_messages(
-                    db, user_id=conversation.user_id, conversation_id=conversation.id
-                )
-            }
-            assert acknowledged[number] <= found
-            assert found == set(range(1, len(found) + 1))
-    assert plan_distribution(coordinator).is_done
-    assert plan_distribution(coordinator).shards == 4
+        finally:
+            writers.stop()
+            await asyncio.gather(*tasks)
+        assert writers.errors == []
+        for number in range(WRITERS):
+            await writers.check(number)
+        for table in ("conversations", "messages"):
+            row = await db.fetchrow(f"select count(*) as rows, count(distinct id) as ids from chatdb.{table}")
+            assert row["rows"] == row["ids"]
+    plan = plan_distribution(coordinator)
+    assert (plan.is_done, plan.shards) == (True, 4)
 
 
-@pytest.mark.parametrize("undo", [False, True])
-def test_a_full_disk(coordinator: str, undo: bool) -> None:
-    """If a node has no room, the error says that nothing is lost, and a second run succeeds."""
-    execute(
-        coordinator,
-        "insert into chatdb.conversations (user_id, last_seq) select 'user ' || n, 0 from generate_series(1, 200) as n",
+@pytest.fixture(scope="module")
+def own_cluster() -> Iterator[list[Node]]:
+    """Yield the nodes of a cluster that tests may kill."""
+    with cluster() as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def filled(own_cluster: list[Node]) -> Iterator[str]:
+    """Yield the DSN of a database on each of our nodes, with 100,000 messages that are not distributed."""
+    with cluster_database(own_cluster[0].dsn, "filled", [node.dsn for node in own_cluster[1:]]) as dsn:
+        apply_migrations(dsn)
+        fill(dsn, 1_000)
+        yield dsn
+
+
+def contents(dsn: str) -> list[tuple[Any, ...]]:
+    """Return how many rows there are, and a checksum of them, whichever node has them."""
+    [count] = query(dsn, "select count(*), sum(last_seq) from chatdb.conversations")
+    [messages] = query(
+        dsn,
+        "select count(*), sum(('x' || left(md5(user_id || seq || content), 8))::bit(32)::int8) from chatdb.messages",
     )
+    return [count, messages]
+
+
+COPYING = {False: (1, "%copy %messages%"), True: (0, "insert into chatdb.messages%")}
+"""For each direction, the node and the statement that show that messages are being copied."""
+
+
+@pytest.mark.parametrize("killed", [0, 1], ids=["coordinator", "worker"])
+@pytest.mark.parametrize("undo", [False, True], ids=["distribute", "undo"])
+async def test_a_kill_in_the_middle(own_cluster: list[Node], filled: str, undo: bool, killed: int) -> None:
+    """A server killed while rows are copied: a sentence, all rows as before, and a second run succeeds."""
     run = gather_tables if undo else distribute_tables
     if undo:
-        distribute_tables(coordinator, shards=4)
-    _fill_disks(coordinator)
-    with pytest.raises(chatdb.UnavailableError, match="nothing is lost") as caught:
-        run(coordinator)
+        distribute_tables(filled, shards=4)
+    before = contents(filled)
+    number, statement = COPYING[undo]
+    running = asyncio.create_task(asyncio.to_thread(run, filled))
+    await asyncio.to_thread(own_cluster[number].wait_for, statement)
+    own_cluster[killed].kill()
+    with pytest.raises(chatdb.UnavailableError, match=r"nothing is lost.*run this again") as caught:
+        await running
+    # the server of this session answered that it rolled back, or can no longer answer
+    assert caught.value.sent is (None if killed == 0 else True)
+    own_cluster[killed].start()
+    assert plan_distribution(filled, undo=undo).moves_rows
+    assert contents(filled) == before
+    run(filled)
+    assert plan_distribution(filled, undo=undo).is_done
+    assert contents(filled) == before
+    async with chatdb.create_pool(filled) as db:
+        await chatdb.check_schema(db)
+        newest = await chatdb.append_message(db, user_id="user 1", conversation_id=1, role="user", content="next")
+        assert newest.seq == 101
+
+
+@pytest.mark.parametrize("undo", [False, True], ids=["distribute", "undo"])
+def test_a_disk_that_is_full(own_cluster: list[Node], filled: str, undo: bool) -> None:
+    """A node that can write no more while rows are copied: the same."""
+    run = gather_tables if undo else distribute_tables
+    if undo:
+        distribute_tables(filled, shards=4)
+    before = contents(filled)
+    full = own_cluster[0 if undo else 1]
+    full.limit_files(4 * 1024**2)
+    try:
+        with pytest.raises(chatdb.UnavailableError, match=r"out of disk space.*nothing is lost") as caught:
+            run(filled)
+    finally:
+        full.limit_files(None)
     assert caught.value.sent is True
-    _fill_disks(coordinator, off=True)
-    run(coordinator)
-    with psycopg.connect(coordinator) as connection:
-        assert connection.execute("select count(*) from chatdb.conversations").fetchone() == (200,)
-    assert plan_distribution(coordinator, undo=undo).is_done
-
-
-def _fill_disks(dsn: str, *, off: bool = False) -> None:
-    """Let each node fail as with a full disk as soon as it creates a table or a schema."""
-    for node in nodes(dsn):
-        execute(node, "set citus.enable_ddl_propagation = off", "drop event trigger if exists full_disk")
-        if not off:
-            execute(
-                node,
-                "set citus.enable_ddl_propagation = off",
-                "create or replace function public.fail() returns event_trigger language plpgsql as "
-                "$$begin raise exception 'no space left on device' using errcode = 'disk_full'; end$$",
-                "create event trigger full_disk on ddl_command_end when tag in ('CREATE SCHEMA', 'CREATE TABLE') "
-                "execute function public.fail()",
-            )
+    assert contents(filled) == before
+    run(filled)
+    assert plan_distribution(filled, undo=undo).is_done
+    assert contents(filled) == before
 
 
 def test_what_it_refuses(coordinator: str) -> None:
@@ -134,3 +241,24 @@ def test_what_it_refuses(coordinator: str) -> None:
     execute(coordinator, "drop table public.notes", "alter table chatdb.messages enable row level security")
     with pytest.raises(chatdb.ConfigurationError, match="protect --off"):
         distribute_tables(coordinator)
+
+
+def test_what_undoing_refuses(coordinator: str) -> None:
+    """A view, a constraint and a column of the host, which the copy would lose."""
+    distribute_tables(coordinator, shards=4)
+    execute(coordinator, "create view public.newest as select max(created_at) from chatdb.messages")
+    with pytest.raises(chatdb.ConfigurationError, match=r"view public.newest .*drop it first"):
+        gather_tables(coordinator)
+    execute(coordinator, "drop view public.newest", "alter table chatdb.messages add column note text")
+    with pytest.raises(chatdb.ConfigurationError, match=r"column note.*drop it first"):
+        gather_tables(coordinator)
+    execute(
+        coordinator,
+        "alter table chatdb.messages drop column note",
+        "alter table chatdb.messages add constraint ck_note check (content <> 'note')",
+    )
+    with pytest.raises(chatdb.ConfigurationError, match=r"constraint ck_note.*remove it first"):
+        gather_tables(coordinator)
+    execute(coordinator, "alter table chatdb.messages drop constraint ck_note")
+    gather_tables(coordinator)
+    assert plan_distribution(coordinator, undo=True).is_done

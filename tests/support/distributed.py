@@ -84,27 +84,17 @@ def cluster_database(server: str, name: str, workers: list[str] | None = None) -
             execute(node, f"drop database if exists {name} with (force)")
 
 
-def _copy(node: str, name: str, template: str) -> None:
-    # Citus's maintenance connects to each database again and again
-    end = f"select pg_terminate_backend(pid, 10000) from pg_stat_activity where datname = '{template}'"
-    for is_last in (False, False, True):
-        try:
-            execute(node, end, f"create database {name} template {template} strategy file_copy")
-        except psycopg.errors.ObjectInUse:
-            if is_last:
-                raise
-        else:
-            return
-
-
 @contextmanager
 def _clone(server: str, name: str, template: str) -> Iterator[str]:
     """Copy a database on each node of a Citus cluster, yield the coordinator's DSN and drop the copies."""
     everywhere = nodes(server)
     try:
         for node in everywhere:
-            execute(node, f"alter database {template} allow_connections false")
-            _copy(node, name, template)
+            # Citus's maintenance connects to each database, from each node
+            end = f"select pg_terminate_backend(pid, 10000) from pg_stat_activity where datname = '{template}'"
+            execute(node, f"alter database {template} allow_connections false", end)
+        for node in everywhere:
+            execute(node, f"create database {name} template {template} strategy file_copy")
             execute(node, f"alter database {name} allow_connections true")
         yield database_of(server, name)
     finally:
