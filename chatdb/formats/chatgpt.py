@@ -36,26 +36,20 @@ def conversation(source: _Object) -> Iterator[items.Item]:
     mapping = items.as_object(source.get("mapping"))
     if mapping is None:
         raise items.UnsupportedItemError("no message tree")
-    nodes: dict[str, trees.Node] = {}
-    skipped: list[items.Skipped] = []
-    for name, value in mapping.items():
+    nodes = trees.Nodes()
+    for name, value in items.taken_items(mapping):
         node = items.as_object(value) or {}
         message = node.get("message")
-        pieces: tuple[trees.Piece, ...] = ()
         fields = items.as_object(message) or {}
-        try:
-            pieces = () if message is None else (piece(message),)
-        except items.UnsupportedItemError as error:
-            skipped.append(trees.skipped(error, name))
-        sent_at = items.time_of(fields.get("create_time"))
-        nodes[name] = trees.Node(node.get("parent"), sent_at, items.short(fields.get("id")), pieces)
+        key = items.short(fields.get("id"))
+        nodes.add(name, message, _pieces, parent=node.get("parent"), sent_at=fields.get("create_time"), key=key)
     pinned_at = items.time_of(source.get("pinned_time"))
     kept = {name: source.get(name) for name in _KEPT}
     return trees.stream(
         trees.Conversation(
             "chatgpt:",
             items.name_of(source.get("conversation_id")) or items.name_of(source.get("id")),
-            nodes,
+            nodes.by_name,
             source.get("current_node"),
             source.get("title"),
             {"model": source.get("default_model_slug")} | kept,
@@ -63,9 +57,13 @@ def conversation(source: _Object) -> Iterator[items.Item]:
             items.time_of(source.get("update_time")),
             items.flag(source, "is_archived"),
             pinned_at or items.flag(source, "is_starred", "pinned_time"),
-            tuple(skipped),
+            tuple(nodes.skipped),
         )
     )
+
+
+def _pieces(message: object) -> tuple[trees.Piece, ...]:
+    return () if message is None else (piece(message),)
 
 
 def piece(value: object) -> trees.Piece:

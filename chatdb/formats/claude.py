@@ -20,22 +20,13 @@ def conversation(source: _Object) -> Iterator[items.Item]:
     listed = items.as_list(source.get("chat_messages"))
     if listed is None:
         raise items.UnsupportedItemError("no list of messages")
-    nodes: dict[str, trees.Node] = {}
-    skipped: list[items.Skipped] = []
-    before: str | None = None
-    for place, value in enumerate(listed, 1):
+    is_tree = any("parent_message_uuid" in (items.as_object(message) or {}) for message in listed)
+    nodes = trees.Nodes()
+    for place, value in enumerate(items.taken(listed), 1):
         message = items.as_object(value) or {}
         key = items.short(message.get("uuid"))
-        name = key if key and key not in nodes else f"#{place}"
-        try:
-            each = pieces(message)
-        except items.UnsupportedItemError as error:
-            skipped.append(trees.skipped(error, name))
-            each = ()
-        parent = message.get("parent_message_uuid", before)
-        nodes[name] = trees.Node(parent, items.time_of(message.get("created_at")), key, each)
-        before = name
-    is_tree = any("parent_message_uuid" in (items.as_object(message) or {}) for message in listed)
+        parent, sent_at = message.get("parent_message_uuid", nodes.last), message.get("created_at")
+        nodes.add(nodes.name_for(key, place), message, pieces, parent=parent, sent_at=sent_at, key=key)
     current = source.get("current_leaf_message_uuid")
     project = items.as_object(source.get("project")) or {}
     kept = {name: source.get(name) for name in ("model", "summary")} | {"project": project.get("name")}
@@ -43,15 +34,15 @@ def conversation(source: _Object) -> Iterator[items.Item]:
         trees.Conversation(
             "claude:",
             items.name_of(source.get("uuid")),
-            nodes,
-            current if current in nodes or is_tree else before,
+            nodes.by_name,
+            current if current in nodes.by_name or is_tree else nodes.last,
             source.get("name") or None,
             kept,
             items.time_of(source.get("created_at")),
             items.time_of(source.get("updated_at")),
             items.flag(source, "is_archived"),
             items.flag(source, "is_starred"),
-            tuple(skipped),
+            tuple(nodes.skipped),
         )
     )
 

@@ -22,23 +22,18 @@ def conversation(source: _Object) -> Iterator[items.Item]:
     mapping = items.as_object(source.get("mapping"))
     if mapping is None:
         raise items.UnsupportedItemError("no message tree")
-    nodes: dict[str, trees.Node] = {}
-    skipped: list[items.Skipped] = []
-    for name, value in mapping.items():
+    nodes = trees.Nodes()
+    for name, value in items.taken_items(mapping):
         node = items.as_object(value) or {}
-        message = items.as_object(node.get("message"))
-        each: tuple[trees.Piece, ...] = ()
-        try:
-            each = () if node.get("message") is None else pieces(message)
-        except items.UnsupportedItemError as error:
-            skipped.append(trees.skipped(error, name))
-        sent_at = items.time_of((message or {}).get("inserted_at"))
-        nodes[name] = trees.Node(node.get("parent"), sent_at, items.short(node.get("id")) or items.short(name), each)
+        message = node.get("message")
+        sent_at = (items.as_object(message) or {}).get("inserted_at")
+        key = items.short(node.get("id")) or items.short(name)
+        nodes.add(name, message, _pieces, parent=node.get("parent"), sent_at=sent_at, key=key)
     return trees.stream(
         trees.Conversation(
             "deepseek:",
             items.name_of(source.get("id")),
-            nodes,
+            nodes.by_name,
             source.get("current_node"),
             source.get("title"),
             {},
@@ -46,9 +41,13 @@ def conversation(source: _Object) -> Iterator[items.Item]:
             items.time_of(source.get("updated_at")),
             items.flag(source, "archived"),
             items.flag(source, "pinned"),
-            tuple(skipped),
+            tuple(nodes.skipped),
         )
     )
+
+
+def _pieces(message: object) -> tuple[trees.Piece, ...]:
+    return () if message is None else pieces(items.as_object(message))
 
 
 def pieces(message: _Object | None) -> tuple[trees.Piece, ...]:

@@ -127,9 +127,9 @@ def conversation(entries: Sequence[_Object], prefix: Prefix) -> Iterator[items.I
 
 
 def _stream(source: trees.Conversation, *, is_alone: bool) -> Iterator[items.Item]:
+    at = next(iter(source.nodes.values())).sent_at
     yield from trees.stream(source)
     if is_alone:
-        at = next(iter(source.nodes.values())).sent_at
         yield items.Changed(NO_THREAD, conversations=1, place=f"entry of {at}")
 
 

@@ -24,44 +24,37 @@ def conversation(source: _Object) -> Iterator[items.Item]:
     listed = items.as_list(source.get("responses"))
     if about is None or listed is None:
         raise items.UnsupportedItemError("no list of responses")
-    nodes: dict[str, trees.Node] = {}
-    skipped: list[items.Skipped] = []
-    before: str | None = None
-    has_parents = False
-    for place, value in enumerate(listed, 1):
-        wrapped = items.as_object(value) or {}
-        response = items.as_object(wrapped.get("response")) or wrapped
+    # an export without parents lists one line
+    has_parents = any(isinstance(_response(value).get("parent_response_id"), str) for value in listed)
+    nodes = trees.Nodes()
+    for place, value in enumerate(items.taken(listed), 1):
+        response = _response(value)
         key = items.short(response.get("_id") or response.get("response_id"))
-        name = key if key and key not in nodes else f"#{place}"
-        try:
-            each = pieces(response)
-        except items.UnsupportedItemError as error:
-            skipped.append(trees.skipped(error, name))
-            each = ()
-        parent = response.get("parent_response_id", before)
-        has_parents = has_parents or isinstance(response.get("parent_response_id"), str)
-        nodes[name] = trees.Node(parent, items.time_of(response.get("create_time")), key, each)
-        before = name
-    if not has_parents:  # an export without them lists one line
-        names = [None, *nodes]
-        nodes = {name: node._replace(parent=names[place]) for place, (name, node) in enumerate(nodes.items())}
+        parent = response.get("parent_response_id", nodes.last) if has_parents else nodes.last
+        sent_at = response.get("create_time")
+        nodes.add(nodes.name_for(key, place), response, pieces, parent=parent, sent_at=sent_at, key=key)
     identifier = about.get("id") or about.get("conversation_id") or about.get("_id")
     current = about.get("leaf_response_id")
     return trees.stream(
         trees.Conversation(
             "grok:",
             items.name_of(identifier),
-            nodes,
-            current if has_parents else before,
+            nodes.by_name,
+            current if has_parents else nodes.last,
             about.get("title"),
             {"summary": about.get("summary")},
             items.time_of(about.get("create_time")),
             items.time_of(about.get("modify_time")),
             items.flag(about, "archived"),
             items.flag(about, "starred"),
-            tuple(skipped),
+            tuple(nodes.skipped),
         )
     )
+
+
+def _response(value: object) -> _Object:
+    wrapped = items.as_object(value) or {}
+    return items.as_object(wrapped.get("response")) or wrapped
 
 
 def pieces(response: _Object) -> tuple[trees.Piece, ...]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias, cast
@@ -328,9 +328,9 @@ def fingerprint(messages: Iterable[tuple[str, str]]) -> str:
     return found
 
 
-def fingerprints(messages: Sequence[tuple[str, str]]) -> tuple[str, tuple[str, ...]]:
-    """Return the hash of all messages, and those of the first 2, 3 and so on, unless there are too many."""
-    if not 2 < len(messages) <= _MAX_BEGINNINGS:
+def fingerprints(messages: Iterable[tuple[str, str]], count: int) -> tuple[str, tuple[str, ...]]:
+    """Return the hash of this number of messages, and those of the first 2, 3 and so on, unless there are too many."""
+    if not 2 < count <= _MAX_BEGINNINGS:
         return fingerprint(messages), ()
     _, *beginnings, whole = _fingerprints(messages)
     return whole, tuple(beginnings)
@@ -351,13 +351,48 @@ def flag(source: dict[str, Any], *names: str) -> bool | None:
     return any(value is True for value in values) if values else None
 
 
+class Raw:
+    """
+    An object or array that is still JSON, which takes a fraction of its memory.
+
+    A reader of files keeps the messages of a large conversation so. `as_object` and `as_list` parse it each time.
+    """
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text if text.isascii() else text.encode()  # one emoji makes each character of a str take four bytes
+
+    def parsed(self) -> Any:  # noqa: ANN401 - any JSON value
+        """Return the object or array."""
+        return json.loads(self.text)
+
+
+def taken(values: list[Any]) -> Iterator[Any]:
+    """Yield each value of a list, and remove it, so that its memory is free as soon as nobody needs it."""
+    for place, value in enumerate(values):
+        values[place] = None
+        yield value
+
+
+def taken_items(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values of an object, and remove the values."""
+    for name, value in values.items():
+        values[name] = None
+        yield name, value
+
+
 def as_object(value: object) -> dict[str, Any] | None:
     """Return the value if it is a JSON object, otherwise None."""
+    if isinstance(value, Raw):
+        value = value.parsed()
     return cast("dict[str, Any]", value) if isinstance(value, dict) else None
 
 
 def as_list(value: object) -> list[Any] | None:
     """Return the value if it is a JSON array, otherwise None."""
+    if isinstance(value, Raw):
+        value = value.parsed()
     return value if isinstance(value, list) else None  # pyright: ignore[reportUnknownVariableType]
 
 

@@ -25,29 +25,20 @@ def conversation(source: _Object) -> Iterator[items.Item]:
     listed = tree if tree is not None else items.as_list(source.get("messages"))
     if listed is None:
         raise items.UnsupportedItemError("no list of messages")
-    nodes: dict[str, trees.Node] = {}
-    skipped: list[items.Skipped] = []
-    before: str | None = None
+    nodes = trees.Nodes()
     models: dict[str, None] = {}
     options = items.as_object(source.get("options")) or {}
     for place, (message, above) in enumerate(_walk(listed), 1):
         key = items.short(message.get("messageId"))
-        name = key if key and key not in nodes else f"#{place}"
-        try:
-            each = pieces(message)
-        except items.UnsupportedItemError as error:
-            skipped.append(trees.skipped(error, name))
-            each = ()
-        parent = message.get("parentMessageId", above or before)
-        nodes[name] = trees.Node(parent, items.time_of(message.get("createdAt")), key, each)
-        before = name
+        parent, sent_at = message.get("parentMessageId", above or nodes.last), message.get("createdAt")
+        nodes.add(nodes.name_for(key, place), message, pieces, parent=parent, sent_at=sent_at, key=key)
         if isinstance(model := message.get("model"), str) and model:
             models[model] = None
     return trees.stream(
         trees.Conversation(
             "librechat:",
             items.name_of(source.get("conversationId")),
-            nodes,
+            nodes.by_name,
             None,
             source.get("title"),
             {
@@ -57,14 +48,14 @@ def conversation(source: _Object) -> Iterator[items.Item]:
             items.time_of(source.get("createdAt")),
             items.time_of(source.get("updatedAt")),
             items.flag(source, "isArchived"),
-            skipped=tuple(skipped),
+            skipped=tuple(nodes.skipped),
         )
     )
 
 
 def _walk(listed: list[Any]) -> Iterator[tuple[_Object, object]]:
     """Yield each message and the id of the one above it in the tree, parents first, however deep the tree is."""
-    waiting: list[tuple[Any, object]] = [(message, None) for message in reversed(listed)]
+    waiting: list[tuple[Any, object]] = [(message, None) for message in reversed([*items.taken(listed)])]
     while waiting:
         value, above = waiting.pop()
         message = items.as_object(value) or {}

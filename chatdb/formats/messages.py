@@ -11,6 +11,8 @@ _Object: TypeAlias = dict[str, Any]
 
 LISTS = ("messages", "conversations", "conversation", "items", "conversation_a", "dialogue", "chat", "turns")
 _TIMES = ("created_at", "createdAt", "timestamp", "create_time")
+_PLAIN: Final = {"role", "content"}
+_SPEAKERS: Final = frozenset(("user", "assistant", "system", "developer"))
 _RANDOM: Final = 8
 _IDS = ("conversation_hash", "conversation_id", "id", "chat_id", "uuid", "_id")
 
@@ -24,6 +26,8 @@ def conversation(source: _Object) -> Iterator[items.Item]:
     listed = next((found for name in LISTS if (found := items.as_list(source.get(name))) is not None), None)
     if listed is None:
         raise items.UnsupportedItemError("no list of messages")
+    if len(source) == 1 and _is_plain(listed):
+        return _plain(listed)
     nodes: dict[str, trees.Node] = {}
     skipped: list[items.Skipped] = []
     identifier = next((name for key in _IDS if (name := items.name_of(source.get(key)))), "") or _first_id(listed)
@@ -42,7 +46,8 @@ def conversation(source: _Object) -> Iterator[items.Item]:
         nodes[str(place)] = trees.Node(next(reversed(nodes), None), sent_at, key, pieces)
     # different conversations of a data set can share an id
     said = [(piece.role, piece.text) for node in nodes.values() for piece in node.pieces]
-    whole, beginnings = items.fingerprints(said[:1] if identifier else said)
+    said = said[:1] if identifier else said
+    whole, beginnings = items.fingerprints(said, len(said))
     return trees.stream(
         trees.Conversation(
             "messages:",
@@ -57,6 +62,28 @@ def conversation(source: _Object) -> Iterator[items.Item]:
             beginnings=beginnings,
         )
     )
+
+
+def _is_plain(listed: list[Any]) -> bool:
+    """Whether all messages have only a role and a text, as the millions of a data set have."""
+    for value in listed:
+        fields = items.as_object(value) or {}
+        text = fields.get("content")
+        if fields.keys() != _PLAIN or not isinstance(text, str) or not text or items.readable(text) is not text:
+            return False
+        if not isinstance(fields["role"], str) or fields["role"] not in _SPEAKERS:
+            return False
+    return bool(listed)
+
+
+def _plain(listed: list[Any]) -> Iterator[items.Item]:
+    """Return the conversation of such messages, without a node for each of them."""
+    found = (items.as_object(value) or {} for value in listed)
+    whole, beginnings = items.fingerprints(((one["role"], one["content"]) for one in found), len(listed))
+    yield items.SourceConversation(f"messages::{whole}", None, None, len(listed), None, None, beginnings=beginnings)
+    for seq, value in enumerate(items.taken(listed), 1):
+        fields = items.as_object(value) or {}
+        yield items.SourceMessage(seq, fields["role"], fields["content"], None, None, None, None, None)
 
 
 def _first_id(listed: list[Any]) -> str:

@@ -28,20 +28,12 @@ def conversation(source: _Object) -> Iterator[items.Item]:
     named = (
         tree if tree else {str(place): one for place, one in enumerate(items.as_list(chat.get("messages")) or (), 1)}
     )
-    nodes: dict[str, trees.Node] = {}
-    skipped: list[items.Skipped] = []
-    before: str | None = None
-    for name, value in named.items():
+    nodes = trees.Nodes()
+    for name, value in items.taken_items(named):
         message = items.as_object(value) or {}
-        try:
-            each = pieces(message)
-        except items.UnsupportedItemError as error:
-            skipped.append(trees.skipped(error, name))
-            each = ()
-        parent = message.get("parentId") if tree else before
+        parent = message.get("parentId") if tree else nodes.last
         key = items.short(message.get("id")) or (items.short(name) if tree else None)
-        nodes[name] = trees.Node(parent, items.time_of(message.get("timestamp")), key, each)
-        before = name
+        nodes.add(name, message, pieces, parent=parent, sent_at=message.get("timestamp"), key=key)
     models = [one for one in items.as_list(chat.get("models")) or () if isinstance(one, str)]
     about = items.as_object(source.get("meta")) or {}
     tags = items.as_list(about.get("tags")) or items.as_list(chat.get("tags")) or ()
@@ -49,15 +41,15 @@ def conversation(source: _Object) -> Iterator[items.Item]:
         trees.Conversation(
             "open-webui:",
             items.name_of(source.get("id")) or items.name_of(chat.get("id")),
-            nodes,
-            history.get("currentId") if tree else before,
+            nodes.by_name,
+            history.get("currentId") if tree else nodes.last,
             source.get("title") or chat.get("title"),
             {"model": ", ".join(models), "tags": ", ".join(tag for tag in tags if isinstance(tag, str))},
             items.time_of(source.get("created_at")) or items.time_of(chat.get("timestamp")),
             items.time_of(source.get("updated_at")),
             items.flag(source, "archived"),
             items.flag(source, "pinned"),
-            tuple(skipped),
+            tuple(nodes.skipped),
         )
     )
 

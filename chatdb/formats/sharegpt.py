@@ -33,7 +33,7 @@ def conversation(source: dict[str, Any]) -> Iterator[items.Item]:
     if listed is None:
         raise items.UnsupportedItemError("no list of messages")
     if (plain := _plain(source, listed)) is not None:
-        return iter(plain)
+        return plain
     said: list[tuple[str, str]] = []
     found: list[tuple[trees.Piece, ...]] = []
     times: list[Any] = []
@@ -63,7 +63,7 @@ def conversation(source: dict[str, Any]) -> Iterator[items.Item]:
         said.insert(0, ("files", "\n".join(text for _, text in files)))
     kept = {"model": source.get("model"), "tools": blocks.as_text(source.get("tools"))}
     nodes = trees.chain(found, map(items.time_of, times))
-    whole, beginnings = items.fingerprints(said)
+    whole, beginnings = items.fingerprints(said, len(said))
     return trees.stream(
         trees.Conversation(
             "sharegpt:",
@@ -118,28 +118,30 @@ def _retold(piece: trees.Piece, text: str) -> trees.Piece:
     return piece._replace(text=text, original=piece.original or {"value": piece.text})
 
 
-def _plain(source: dict[str, Any], listed: list[Any]) -> list[items.Item] | None:
+def _plain(source: dict[str, Any], listed: list[Any]) -> Iterator[items.Item] | None:
     """Return a conversation that has only roles and texts, as the millions of a data set have; None for any other."""
     if not source.keys() <= {"id", "conversations", "items"} or not listed:
         return None
-    said: list[tuple[str, str]] = []
-    messages: list[items.Item] = []
-    for seq, entry in enumerate(listed, 1):
+    for entry in listed:
         fields = items.as_object(entry)
         if fields is None or fields.keys() != _PLAIN:
             return None
         word, text = fields["from"], fields["value"]
-        if not isinstance(word, str) or not isinstance(text, str) or (known := _known(word)) is None:
+        if not isinstance(word, str) or not isinstance(text, str) or _known(word) is None:
             return None
         if items.readable(text) is not text:
             return None
-        role, metadata = known
-        messages.append(items.SourceMessage(seq, role, text, None, metadata, None, None, None))
-        said.append((word, text))
-    whole, beginnings = items.fingerprints(said)
-    key = f"sharegpt:{items.name_of(source.get('id'))}:{whole}"
-    head = items.SourceConversation(key, None, None, len(said), None, None, beginnings=beginnings)
-    return [head, *messages]
+    return _plain_items(f"sharegpt:{items.name_of(source.get('id'))}:", listed)
+
+
+def _plain_items(prefix: str, listed: list[Any]) -> Iterator[items.Item]:
+    found = (items.as_object(entry) or {} for entry in listed)
+    whole, beginnings = items.fingerprints(((one["from"], one["value"]) for one in found), len(listed))
+    yield items.SourceConversation(prefix + whole, None, None, len(listed), None, None, beginnings=beginnings)
+    for seq, entry in enumerate(items.taken(listed), 1):
+        fields = items.as_object(entry) or {}
+        role, metadata = _known(fields["from"]) or ("", None)
+        yield items.SourceMessage(seq, role, fields["value"], None, metadata, None, None, None)
 
 
 @lru_cache

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from heapq import heappop, heappush
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from chatdb._core.validate import MAX_TITLE, check_conversation_metadata
 from chatdb.formats import items
 
 RING: Final = "messages follow each other in a circle: cut where it begins"
 LONG_DETAIL: Final = "details of the conversation of over 20,000 characters left out"
+_SHORT_TEXT: Final = 4_096
 _MAX_DETAIL: Final = 20_000
 """Maximum characters of a string in a conversation's metadata."""
 
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
+_Message = TypeVar("_Message")
 
 
 class Piece(NamedTuple):
@@ -26,10 +28,17 @@ class Piece(NamedTuple):
     text: str
     metadata: str | None = None
     original: object = None
-    """The foreign item, which becomes the payload; None if role and text are all of it."""
+    """The foreign item, which becomes the payload, or its JSON; None if role and text are all of it."""
     is_answer: bool = True
     """Whether it is what somebody said, not reasoning or a tool's. The first one has the key of the node."""
     state: str | None = None
+
+
+class Encoded(NamedTuple):
+    """What `items.original` returned for a foreign item: a small one takes less memory as JSON."""
+
+    payload: str | None
+    problem: str | None
 
 
 class Node(NamedTuple):
@@ -42,7 +51,52 @@ class Node(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-EMPTY: Final = Node(None, None, None, ())
+class Nodes:
+    """The nodes of a conversation by name, in the order of the file, and what of it cannot be stored."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Node] = {}
+        self.skipped: list[items.Skipped] = []
+        self.last: str | None = None
+        """The name of the newest one."""
+
+    def name_for(self, key: str | None, place: int) -> str:
+        """Return the name of a message: its id, or its place if it has none or another one has the same."""
+        return key if key and key not in self.by_name else f"#{place}"
+
+    def add(
+        self,
+        name: str,
+        message: _Message,
+        pieces_of: Callable[[_Message], tuple[Piece, ...]],
+        *,
+        parent: object,
+        sent_at: object,
+        key: str | None,
+    ) -> None:
+        """Add a message, of which nothing is stored if `pieces_of` raises UnsupportedItemError."""
+        try:
+            pieces = pieces_of(message)
+        except items.UnsupportedItemError as error:
+            self.skipped.append(skipped(error, name))
+            pieces = ()
+        self.by_name[name] = Node(parent, items.time_of(sent_at), key, tuple(map(_packed, pieces)))
+        self.last = name
+
+
+def _packed(piece: Piece) -> Piece:
+    """
+    Return the message with the JSON of its foreign item, unless the text is long.
+
+    Objects take many times the memory of short texts; a long text is shared with the object, and not with its JSON.
+    """
+    if piece.original is None or len(piece.text) > _SHORT_TEXT:
+        return piece
+    encoded = Encoded(*items.original(piece.original))
+    return Piece(piece.role, piece.text, piece.metadata, encoded, piece.is_answer, piece.state)
+
+
+_STREAMED: Final = Node(None, None, None, ())
 
 
 class Conversation(NamedTuple):
@@ -52,7 +106,8 @@ class Conversation(NamedTuple):
     """The prefix of its key, such as `chatgpt:`."""
     name: str
     """Its id for the key, or '' to identify it by its messages."""
-    nodes: Mapping[str, Node]
+    nodes: dict[str, Node]
+    """The memory of each is freed when its messages are read."""
     current: object = None
     """The name of the node that the user last saw; None to take the newest."""
     title: object = None
@@ -93,36 +148,40 @@ def stream(source: Conversation) -> Iterator[items.Item]:
     nodes = source.nodes
     order = _as_chain(nodes, source.current)
     if order is not None:
-        line, is_ring = [*order], False
-    else:
-        parents, is_ring = _parents(nodes, source.current)
-        line = _line(nodes, parents, source.current)
-        order = _in_order(nodes, parents)
-    if not line:
-        if not source.skipped:
-            raise items.UnsupportedItemError("no messages")
-        return iter([*source.skipped, items.Skipped("no messages that can be stored", conversations=1)])
-    return _stream(source, order, line, is_ring=is_ring)
+        return _stream(source, order) if order else _nothing(source)
+    parents, is_ring = _parents(nodes, source.current)
+    line = _line(nodes, parents, source.current)
+    return _stream(source, _in_order(nodes, parents), line, is_ring=is_ring) if line else _nothing(source)
+
+
+def _nothing(source: Conversation) -> Iterator[items.Item]:
+    if not source.skipped:
+        raise items.UnsupportedItemError("no messages")
+    return iter([*source.skipped, items.Skipped("no messages that can be stored", conversations=1)])
 
 
 def _stream(
-    source: Conversation, order: dict[str, str | None], line: list[str], *, is_ring: bool
+    source: Conversation, order: dict[str, str | None], line: list[str] | None = None, *, is_ring: bool = False
 ) -> Iterator[items.Item]:
+    """Yield the conversation. Without a line, the nodes have no branches, and little memory goes to each of them."""
     nodes = source.nodes
-    times = [time for name in order if (time := nodes[name].sent_at)]
-    created_at = source.created_at or (times[0] if times else source.updated_at)
+    first_at = next((time for name in order if (time := nodes[name].sent_at)), None)
+    created_at = source.created_at or first_at or source.updated_at
     last: dict[str | None, int] = {None: 0}
     """The seq of each node's last message."""
     sent: dict[str | None, datetime | None] = {None: created_at}
-    seq = 0
+    seq, at = 0, created_at
     for name, follows in order.items():
         seq += len(nodes[name].pieces)
-        last[name] = seq
-        sent[name] = nodes[name].sent_at or sent[follows]
-    updated_at = source.updated_at or sent[next(reversed(order))]
+        at = nodes[name].sent_at or (sent[follows] if line else at)
+        if line:
+            last[name], sent[name] = seq, at
+    updated_at = source.updated_at or at
+    head_seq = last[line[-1]] if line else seq
     key, beginnings = source.key + source.name, source.beginnings
     if not source.name:
-        whole, beginnings = items.fingerprints([(p.role, p.text) for name in line for p in nodes[name].pieces])
+        said = [(piece.role, piece.text) for name in line or order for piece in nodes[name].pieces]
+        whole, beginnings = items.fingerprints(said, len(said))
         key = f"{source.key}:{whole}"
     title = items.replace_unstorable(source.title[:MAX_TITLE]) if isinstance(source.title, str) else None
     yield items.SourceConversation(
@@ -134,7 +193,7 @@ def _stream(
         updated_at,
         _flagged_at(source.archived, updated_at),
         _flagged_at(source.pinned, updated_at),
-        None if last[line[-1]] == seq else last[line[-1]],
+        None if head_seq == seq else head_seq,
         all(nodes[name].key for name in order),
         None if source.archived is None else bool(source.archived),
         None if source.pinned is None else bool(source.pinned),
@@ -142,11 +201,12 @@ def _stream(
     )
     changes: defaultdict[str, int] = defaultdict(int)
     keys: set[str] = set()
-    seq = 0
+    seq, at = 0, created_at
     for name, follows in order.items():
-        node = nodes[name]
+        node, nodes[name] = nodes[name], _STREAMED
         main = next((place for place, piece in enumerate(node.pieces) if piece.is_answer), 0)
-        parent_seq = last[follows]
+        parent_seq = last[follows] if line else seq
+        at = sent[name] if line else node.sent_at or at
         for place, piece in enumerate(node.pieces):
             seq += 1
             own = node.key and (node.key if place == main else items.short(f"{node.key}#{place}"))
@@ -157,7 +217,10 @@ def _stream(
             text = items.replace_unstorable(piece.text)
             content = items.cut(text)
             item = piece.original if piece.original is not None or content is piece.text else {"content": piece.text}
-            payload, problem = (None, None) if item is None else items.original(item)
+            if isinstance(item, Encoded):
+                payload, problem = item
+            else:
+                payload, problem = (None, None) if item is None else items.original(item)
             if content is not piece.text or problem is not None:
                 for reason in (
                     items.REPLACED if text != piece.text else None,
@@ -168,7 +231,7 @@ def _stream(
                         changes[reason] += 1
             follows_previous = parent_seq == seq - 1
             yield items.SourceMessage(
-                seq, piece.role, content, payload, piece.metadata, None, own, sent[name],
+                seq, piece.role, content, payload, piece.metadata, None, own, at,
                 None if follows_previous else parent_seq, piece.state,
             )  # fmt: skip
             parent_seq = seq

@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from itertools import count
 from operator import attrgetter
+from sys import getsizeof
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -74,7 +75,7 @@ CHANGED_SINCE = "the stored conversation differs from the start of the imported 
 # the server stores one batch while the next is read: large enough to be worth three statements
 _BATCH_MESSAGES = 5_000
 _BATCH_CONVERSATIONS = 1_000
-_BATCH_CHARACTERS = 8 * 1024 * 1024
+_BATCH_BYTES = 8 * 1024 * 1024
 _MAX_REASONS = 100
 _MAX_PLACES = 100
 _SHOWN_PLACES = 5
@@ -283,7 +284,7 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
 def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
     """Split the stream when a batch is full, even within a conversation, or when a key repeats."""
     batch: _Batch = []
-    size = characters = seq = 0
+    size = memory = seq = 0
     keys: set[str] = set()
     hashes: set[int] = set()
     occurrences: defaultdict[datetime | None, Iterator[int]] = defaultdict(count)
@@ -291,18 +292,18 @@ def _batches(items: Iterable[Item], report: ImportReport) -> Iterator[_Batch]:
     for item in items:
         match item:
             case SourceMessage():
-                if size >= _BATCH_MESSAGES or characters >= _BATCH_CHARACTERS:
+                if size >= _BATCH_MESSAGES or memory >= _BATCH_BYTES:
                     yield batch
                     batch = [(batch[-1][0], [])]
-                    size = characters = 0
+                    size = memory = 0
                 batch[-1][1].append(item)
                 seq = item.seq
                 size += 1
-                characters += len(item.content) + len(item.payload or "")
+                memory += getsizeof(item.content) + getsizeof(item.payload)
             case SourceConversation(key=key):
                 if len(batch) >= _BATCH_CONVERSATIONS or key in keys:
                     yield batch
-                    batch, size, characters, keys = [], 0, 0, set[str]()
+                    batch, size, memory, keys = [], 0, 0, set[str]()
                 if key is not None:
                     keys.add(key)
                 occurrence = next(occurrences[item.created_at]) if key is None else 0

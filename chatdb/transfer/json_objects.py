@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, Final, cast
 
 from chatdb.errors import InvalidInputError
-from chatdb.formats.items import Skipped, as_object
+from chatdb.formats.items import Raw, Skipped, as_object
+from chatdb.formats.messages import LISTS
 
 MAX_OBJECT: Final = 40 * 1024 * 1024
 """Maximum bytes of one object, which is enough for a text of 4 MiB even if each character is a six-character escape."""
@@ -29,6 +30,9 @@ _MAX_DEPTH = 200
 _SPACE = re.compile(r"[ \t\n\r]*")
 _BEGUN = re.compile(r"[-+.0-9A-Za-z]{0,8}")  # the start of a word, a number or an escape, up to "-Infinit"
 _NO_BRACKETS = re.compile(r'[^"\[\]{}]*+')
+_LISTS: Final = frozenset(("mapping", "chat_messages", "responses", "messagesTree", "children", "chunks", *LISTS))
+"""The fields that have the messages of a conversation, in all formats."""
+
 _STARTS: Final = frozenset('{["-0123456789tfnNI')
 """What a value begins with."""
 
@@ -74,7 +78,7 @@ def wholes(file: BinaryIO) -> Iterator[Any]:
 
 def sketch(file: BinaryIO) -> Any:  # noqa: ANN401 - any JSON value
     """
-    Return the file's first value from its first mebibyte, without the members that are cut off; keep the position.
+    Return the file's first value from its first mebibyte, without what is cut off; keep the position.
 
     Returns None if there is none, or if it is no array or object.
     """
@@ -126,6 +130,7 @@ class _Reader:
         """Whether the object is too large, so that its values are not kept."""
         self._broken_at = 0
         """Where the last error is in the text."""
+        self._has_long_number = False
         self._has_read = False
         """Whether a whole object was read."""
         self._is_cut = False
@@ -250,7 +255,7 @@ class _Reader:
         self._begin()
         try:
             try:
-                value = self.value()
+                value = self.value(is_list=self.mark() == "[")
             except _TooDeepError as error:
                 self._skip_rest(error.depth)
                 return Skipped("conversation nested too deeply", conversations=1)
@@ -272,8 +277,12 @@ class _Reader:
             if not self._more():
                 return ""
 
-    def value(self, depth: int = 0) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the value at the offset and go behind it; raise _CutError if the file ends inside it."""
+    def value(self, depth: int = 0, *, is_message: bool = False, is_list: bool = False) -> Any:  # noqa: ANN401 - any JSON value
+        """
+        Return the value at the offset and go behind it; raise _CutError if the file ends inside it.
+
+        One of the messages of a conversation stays JSON; `is_list` is for the value that has them.
+        """
         while True:
             start = self._offset
             decoded = self._decoded_value(depth)
@@ -283,20 +292,31 @@ class _Reader:
                 # a number can go on behind the window
                 if self._text[start] in '{["' or not _NUMBER_GOES_ON.fullmatch(self._text, end) or not self._more():
                     self._check_size(end - self._offset)
-                    self._offset = end - start + self._offset
+                    start = self._offset
+                    self._offset = end
+                    if (
+                        is_message
+                        and isinstance(value, dict | list)
+                        and not self._is_sketch
+                        and not self._has_long_number
+                    ):
+                        return Raw(self._text[start:end])
                     return value
             elif left < _WINDOW or (self._text[start] == '"' and not self._is_over):
                 self._check_size(left)
                 if not self._more(left):
                     if self._is_sketch and self._text[start] in "{[":
-                        return self._members(depth)
+                        return self._members(depth, is_list=is_list)
+                    if self._is_sketch and self._text[start] == '"':
+                        self._offset = len(self._text)
+                        return ""
                     raise _CutError
             elif self._text[start] == '"':
                 return self._skip_string()
             else:
-                return self._members(depth)
+                return self._members(depth, is_list=is_list)
 
-    def _members(self, depth: int) -> Any:  # noqa: ANN401 - any JSON value
+    def _members(self, depth: int, *, is_list: bool) -> Any:  # noqa: ANN401 - any JSON value
         """Return an object or array that is larger than the window, or what the sketch has of it."""
         if self._is_sketch and depth > _SKETCH_DEPTH:
             self._skip_rest(0)
@@ -320,7 +340,7 @@ class _Reader:
                     self._take(":")
                     self.mark()
                 self._require()
-                value = self.value(depth + 1)
+                value = self.value(depth + 1, is_message=is_list, is_list=key in _LISTS)
                 if not self._is_over:
                     if is_object:
                         found[key] = value
@@ -418,12 +438,14 @@ class _Reader:
     def _decoded_value(self, depth: int) -> tuple[Any, int] | None:
         """Return the value at the offset and its end, or None if the text ends before it."""
         text, decode = self._text, _decode_member if depth else _decode
+        self._has_long_number = False
         try:
             try:
                 return decode(text, self._offset)
             except json.JSONDecodeError:
                 raise
             except ValueError:  # a number of more digits than Python reads
+                self._has_long_number = True
                 return _decode_long_numbers(text, self._offset)
         except json.JSONDecodeError as error:
             unfinished = error.msg.startswith("Unterminated string") or bool(_BEGUN.fullmatch(text, error.pos))

