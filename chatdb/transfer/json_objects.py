@@ -294,12 +294,8 @@ class _Reader:
                     self._check_size(end - self._offset)
                     start = self._offset
                     self._offset = end
-                    if (
-                        is_message
-                        and isinstance(value, dict | list)
-                        and not self._is_sketch
-                        and not self._has_long_number
-                    ):
+                    is_kept = is_message and not self._is_sketch and not self._has_long_number
+                    if is_kept and self._text[start] in "{[":
                         return Raw(self._text[start:end])
                     return value
             elif left < _WINDOW or (self._text[start] == '"' and not self._is_over):

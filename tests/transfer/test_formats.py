@@ -162,10 +162,11 @@ def test_a_large_conversation_is_read_like_a_small_one(name: str, monkeypatch: p
         return kept[-1]
 
     monkeypatch.setattr(json_objects, "Raw", raw)
-    monkeypatch.setattr(json_objects, "_WINDOW", 400)
     monkeypatch.setattr(json_objects, "_CHUNK", 50)
-    assert read(json.dumps(SAMPLES[name][1], ensure_ascii=False).encode()) == expected
-    assert kept or name in {"gemini", "ai-studio"}  # whose conversations are smaller
+    for window in (60, 200, 400):
+        monkeypatch.setattr(json_objects, "_WINDOW", window)
+        assert read(json.dumps(SAMPLES[name][1], ensure_ascii=False).encode()) == expected
+    assert kept or name == "gemini"  # whose conversations are put together from entries
 
 
 def _in_tree(value: Any) -> list[Any]:
