@@ -269,11 +269,13 @@ def schema_page(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation site in site/, check its links, that it loads nothing from elsewhere, and its search."""
-    session.install("-e", ".[cli,embedded,migrate]", *nox.project.dependency_groups(PROJECT, "docs"))
+    """Build the documentation site in site/, check it, and run its commands and code blocks."""
+    install(session, "test")
+    session.install(*nox.project.dependency_groups(PROJECT, "docs"))
     folder = session.posargs or ["site"]
     session.run("python", "-m", "tests.docs.site", *folder)
     session.run("python", "-m", "tests.docs.search", *folder)
+    run_tests(session, "-n", "2", "--dist", "worksteal", "-m", "docs", "tests/docs")
 
 
 @nox.session

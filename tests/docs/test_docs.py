@@ -24,7 +24,7 @@ from tests.docs import typed_project
 from tests.support.databases import execute
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.server_independent
+pytestmark = [pytest.mark.docs, pytest.mark.server_independent]
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOXFILE = (ROOT / "noxfile.py").read_text(encoding="utf-8")

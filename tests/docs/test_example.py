@@ -17,7 +17,7 @@ import pytest
 import chatdb
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.server_independent
+pytestmark = [pytest.mark.docs, pytest.mark.server_independent]
 
 FOLDER = ROOT / "examples" / "fastapi"
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")

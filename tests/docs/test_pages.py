@@ -15,7 +15,7 @@ import chatdb
 from tests.support.pages import python_blocks, without_delays
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.server_independent
+pytestmark = [pytest.mark.docs, pytest.mark.server_independent]
 
 
 async def run(page: str, **names: Any) -> dict[str, Any]:

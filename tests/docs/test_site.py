@@ -17,7 +17,7 @@ from chatdb.cli.app import app
 from tests.docs import runner, site
 from tests.support.paths import ROOT
 
-pytestmark = [pytest.mark.server_independent, pytest.mark.owner]
+pytestmark = [pytest.mark.docs, pytest.mark.server_independent, pytest.mark.owner]
 
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"])
 REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))

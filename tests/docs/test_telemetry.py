@@ -14,7 +14,7 @@ from chatdb import telemetry
 from tests.support.pages import python_blocks
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.server_independent
+pytestmark = [pytest.mark.docs, pytest.mark.server_independent]
 
 
 async def test_a_listener_that_logs(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
