@@ -24,7 +24,7 @@ async def test_a_listener_that_logs(dsn: str, caplog: pytest.LogCaptureFixture) 
     async with scope["open_pool"](dsn) as db:
         with caplog.at_level(logging.INFO, "service.chatdb"):
             await chatdb.create_conversation(db, user_id="alice", key="thread")
-    [record] = caplog.records
+    [record] = [each for each in caplog.records if each.name == "service.chatdb"]
     assert record.getMessage() == "chatdb.create_conversation"
     fields = vars(record)
     assert (fields["rows"], fields["retries"], fields["error"], fields["wait"]) == (1, 0, None, 0)
