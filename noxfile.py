@@ -38,8 +38,9 @@ ON_CITUS = (
         )
     ),
     "tests/admin/test_on_citus.py",
+    "tests/contract/test_citus_commands.py",
 )
-"""The tests of the functions in migration 0013, and of the operators' commands on distributed tables."""
+"""The tests of the functions in migration 0013, of their cost, and of the operators' commands on distributed tables."""
 FRAMEWORKS = ("openai-agents", "chatkit", "agent-framework", "pydantic-ai", "google-adk")
 """The extras of the adapters in chatdb/adapters."""
 SDIST_TESTS = {
