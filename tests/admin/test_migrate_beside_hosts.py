@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sqlalchemy import Column, Integer, MetaData, NullPool, Table, create_engine
 import chatdb
 from chatdb.admin.check.inspection import inspect, is_wrong
 from chatdb.admin.migrate import applied_migrations, apply_migrations, migration_files, rollback_migrations
+from tests.support import forked
 from tests.support.databases import as_role, execute
 from tests.support.migrations import NAMES, objects, transaction, value, yoyo
 from tests.support.paths import ROOT
@@ -112,8 +113,9 @@ HOSTS_TABLES = ["host_0002", "host_0003", "host_settings"]
 def host_applies(dsn: str, folder: Path) -> None:
     """Run the host's yoyo."""
     database = dsn.replace("postgresql://", "postgresql+psycopg://", 1)
-    program = str(Path(sys.executable).with_name("yoyo"))
-    subprocess.run([program, "apply", "--batch", "--no-config-file", "-d", database, str(folder)], check=True)
+    program = Path(sys.executable).with_name("yoyo")
+    arguments = ("apply", "--batch", "--no-config-file", "-d", database, str(folder))
+    assert forked.run(program, *arguments, env={**os.environ})[0] == 0
 
 
 def hosts_tables(dsn: str) -> list[str]:

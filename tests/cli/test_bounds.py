@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import pytest
 
 from chatdb.admin.connection import connected, pinned_transaction
 from tests.support.command import PROGRAM, chatdb_process, environment
+from tests.support.forked import run
 from tests.support.proxy import Proxy
 
 pytestmark = [pytest.mark.owner, pytest.mark.server_independent]
@@ -177,14 +177,9 @@ def test_a_look_has_limits(dsn: str) -> None:
 )
 def test_without_the_drivers(command: str, dsn: str, tmp_path: Path) -> None:
     """Without the extra `migrate`, the commands that need it say what to install."""
-    script = "import sys; sys.modules['psycopg'] = None; from chatdb.cli.app import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", script, *command.split()],
-        env=environment({"DATABASE_URL": dsn}),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert "pip install 'chatdb[migrate]'" in done.stderr
-    assert "Traceback" not in done.stderr
+    program = tmp_path / "program.py"
+    program.write_text("import sys; sys.modules['psycopg'] = None; from chatdb.cli.app import main; main()")
+    status, _, said = run(program, *command.split(), env=environment({"DATABASE_URL": dsn}), cwd=tmp_path)
+    assert status == 1
+    assert "pip install 'chatdb[migrate]'" in said
+    assert "Traceback" not in said

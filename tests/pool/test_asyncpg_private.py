@@ -49,9 +49,11 @@ def renamed(source: str, names: set[str]) -> str:
 def asyncpg_without(folder: Path, names: set[str]) -> Path:
     """Copy asyncpg to a folder with these names renamed, and return the folder."""
     original = Path(asyncpg.__file__).parent
-    shutil.copytree(original, folder / "asyncpg", ignore=shutil.ignore_patterns("__pycache__", "*.pyx", "*.pxd"))
+    shutil.copytree(original, folder / "asyncpg", ignore=shutil.ignore_patterns("*.pyx", "*.pxd"))
     for path in (folder / "asyncpg").glob("*.py"):
-        path.write_text(renamed(path.read_text("utf-8"), names), "utf-8")
+        before = path.read_text("utf-8")
+        if (after := renamed(before, names)) != before:  # the others keep their compiled bytecode
+            path.write_text(after, "utf-8")
     return folder
 
 

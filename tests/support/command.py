@@ -9,14 +9,13 @@ import sys
 from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
-from tempfile import TemporaryFile
 from threading import Thread
 from unittest import mock
 
 import pytest
 
 from chatdb.cli import app as cli
-from tests.support.forked import run
+from tests.support.forked import run, run_on
 
 PROGRAM = Path(sys.executable).with_name("chatdb")
 SETTINGS = ("DATABASE_URL", "CHATDB_MIGRATE_URL", "CHATDB_HOME")
@@ -58,10 +57,7 @@ def chatdb_process(*arguments: str | Path, env: dict[str, str], code: int = 0, c
 
 def both(*arguments: str | Path, env: dict[str, str], code: int = 0, cwd: Path | None = None) -> tuple[str, str]:
     """Run `chatdb` as a process, and return its standard output and standard error."""
-    with TemporaryFile() as output, TemporaryFile() as errors:
-        files = {"output": output.fileno(), "errors": errors.fileno()}
-        status = run(PROGRAM, *map(str, arguments), env=environment(env), cwd=cwd, **files)
-        said, failed = (file.seek(0) or file.read().decode() for file in (output, errors))
+    status, said, failed = run(PROGRAM, *map(str, arguments), env=environment(env), cwd=cwd)
     assert status == code, failed
     assert "Traceback" not in failed
     return said, failed
@@ -80,7 +76,7 @@ def on_a_terminal(*arguments: str, env: dict[str, str], code: int = 0, errors: b
     reader = Thread(target=read)
     reader.start()
     terminal = os.environ | {"COLUMNS": "200"} | env
-    status = run(PROGRAM, *arguments, env=terminal, cwd=None, output=theirs, errors=theirs if errors else None)
+    status = run_on(theirs, theirs if errors else None, PROGRAM, *arguments, env=terminal)
     os.close(theirs)
     reader.join()
     os.close(ours)

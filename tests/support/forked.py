@@ -12,6 +12,7 @@ import runpy
 import sys
 from multiprocessing.reduction import DupFd
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 processes = multiprocessing.get_context("forkserver")
@@ -19,7 +20,18 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["chatdb", "psycopg", "rich.progress", "rich.table", "typer", "yoyo", __name__])
 
 
-def run(program: Path, *arguments: str, env: dict[str, str], cwd: Path | None, output: int, errors: int | None) -> int:
+def run(program: Path, *arguments: str, env: dict[str, str], cwd: Path | None = None) -> tuple[int, str, str]:
+    """Run a Python program in a process, and return its exit status, standard output and standard error."""
+    with TemporaryFile() as output, TemporaryFile() as errors:
+        status = run_on(output.fileno(), errors.fileno(), program, *arguments, env=env, cwd=cwd)
+        output.seek(0)
+        errors.seek(0)
+        return status, output.read().decode(), errors.read().decode()
+
+
+def run_on(
+    output: int, errors: int | None, program: Path, *arguments: str, env: dict[str, str], cwd: Path | None = None
+) -> int:
     """
     Run a Python program in a process, and return its exit status.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psycopg
 
 from chatdb.admin import migrate
+from tests.support.forked import run
 from tests.support.paths import ROOT
 
 FILES = sorted((ROOT / "migrations").glob("*.sql"))
@@ -20,10 +21,10 @@ NAMES = [path.stem for path in FILES if not path.stem.endswith(".rollback")]
 
 def yoyo(dsn: str, *arguments: str) -> str:
     """Run yoyo in the checkout, and return its output."""
-    command = [str(Path(sys.executable).with_name("yoyo")), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"DATABASE_URL": dsn}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    program = Path(sys.executable).with_name("yoyo")
+    status, said, failed = run(program, *arguments, env=os.environ | {"DATABASE_URL": dsn}, cwd=ROOT)
+    assert status == 0, failed
+    return said
 
 
 def objects(dsn: str) -> list[tuple[str, ...]]:
