@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from random import Random
 from typing import Any
 
 import asyncpg
@@ -12,8 +13,10 @@ import pglast
 import pytest
 from pglast import ast, parse_sql
 from pglast.enums import JoinType
+from pydantic import BaseModel
 
 import chatdb
+from chatdb import NEW
 from chatdb._core.asyncpg_private import FUNCTIONS
 from chatdb._core.driver_errors import CONFLICTS, CONSTRAINTS, STALE_COUNTERS, map_driver_error
 from chatdb._core.dsn import connect_arguments
@@ -266,6 +269,98 @@ async def test_a_connection_that_does_not_know_the_functions(dsn: str) -> None:
         await chatdb.append_message(connection, **at, role="user", content="")
     assert isinstance(caught.value.__cause__, asyncpg.FeatureNotSupportedError)
     await connection.close()
+
+
+def random_call(random: Random, turn: int) -> tuple[str, dict[str, Any]]:
+    """Return a call of a function, often one that is refused."""
+    key, other = (random.choice([None, "a", "b", "c", f"new {turn}"]) for _ in range(2))
+    message = {"role": random.choice(["user", "tool"]), "content": random.choice(["", "x"])}
+    batch = [message | {"key": key or "d"}, message | {"key": f"{other} 2"}, message][: random.randint(0, 3)]
+    if random.random() < 0.5:
+        batch = [{name: value for name, value in each.items() if name != "key"} for each in batch]
+    place = random.choice([{"conversation_key": "k"}, {"conversation_key": "k"}, {"conversation_key": f"k {turn % 5}"}])
+    parent = random.choice([None, None, 0, 1, random.randint(0, turn), 10_000])
+    expected = random.choice([None, None, None, "read", NEW])
+    patch = random.choice([None, {"a": turn % 3}, {"a": None}])
+    options: dict[str, Any] = {"parent_seq": parent, "expected": expected}
+    if random.random() < 0.4:
+        options |= {"create": True, "conversation_metadata_patch": patch}
+    name = random.choice(ALIKE)
+    match name:
+        case "append_message":
+            return name, place | message | {"key": key} | options
+        case "append_messages":
+            skip = {"on_existing": "skip"} if random.random() < 0.3 and batch else {}
+            return name, place | {"messages": batch} | options | skip
+        case "create_conversation":
+            return name, {"key": random.choice(["k", f"k {turn % 5}", None]), "messages": batch or None}
+        case "upsert_message":
+            return name, place | message | {"key": key or "a", "expected": expected if expected != NEW else None}
+        case "start_message":
+            return name, place | {"key": key, "parent_seq": parent, "role": message["role"]}
+        case "extend_message":
+            at = {"key": key} if key else {"seq": random.randint(1, turn + 1)}
+            return name, place | at | {"offset": random.choice([0, 0, 2, 7]), "text": "xy"}
+        case "fork_conversation":
+            at = random.choice([{}, {"seq": random.randint(1, turn + 1)}, {"key": "a"}])
+            return name, place | at | {"new_key": random.choice([None, "k", f"k {turn % 5}"])}
+        case "switch_branch" | "delete_message" | "finish_message":
+            return name, place | {"seq": random.randint(1, turn + 1)}
+        case _:
+            return name, place | {"after_seq": random.randint(0, turn), "messages": batch, "expected": "read"}
+
+
+ALIKE = (
+    *("append_message", "append_message", "append_messages", "create_conversation", "upsert_message"),
+    *("start_message", "extend_message", "fork_conversation", "replace_messages_after"),
+    *("switch_branch", "switch_branch", "delete_message", "finish_message"),
+)
+"""The functions, by how often they are called. The last ones have no statement for Citus, but lead to more states."""
+
+
+async def answer_of(db: Any, name: str, arguments: dict[str, Any]) -> object:
+    """Return what a call returns, without ids and times, or its error."""
+    if arguments.get("expected") == "read":
+        try:
+            at = {"user_id": "ann", "conversation_key": arguments["conversation_key"]}
+            arguments = arguments | {"expected": await chatdb.get_conversation(db, **at)}
+        except chatdb.NotFoundError:
+            arguments = arguments | {"expected": None if name != "replace_messages_after" else NEW}
+    try:
+        return told(await getattr(chatdb, name)(db, user_id="ann", **arguments))
+    except chatdb.ChatDBError as error:
+        return type(error), str(error)
+
+
+def told(answer: Any) -> object:
+    """Return a record or records as plain values, without ids and times."""
+    if isinstance(answer, list):
+        return [told(each) for each in answer]
+    if not isinstance(answer, BaseModel):
+        return answer
+    values = answer.model_dump()
+    return {name: value for name, value in values.items() if not name.endswith("_at") and not name.endswith("id")}
+
+
+@pytest.mark.owner
+@pytest.mark.not_on_citus("the plain statements, with which it compares, do not work there")
+@pytest.mark.parametrize("seed", range(6))
+async def test_the_functions_do_what_the_statements_do(dsn: str, databases: Any, template: str, seed: int) -> None:
+    """Random calls give the same answers and errors with the functions as without, and leave the same rows."""
+    random = Random(seed)
+    with databases.new(template) as plain:
+        install_functions(dsn)
+        async with chatdb.create_pool(dsn, max_size=1) as ours, chatdb.create_pool(plain, max_size=1) as theirs:
+            assert (ours.functions, theirs.functions) == (FUNCTIONS, set())
+            refused = 0
+            for turn in range(250):
+                name, arguments = random_call(random, turn // 5)
+                answers = [await answer_of(db, name, arguments) for db in (ours, theirs)]
+                assert answers[0] == answers[1], (turn, name, arguments)
+                refused += isinstance(answers[0], tuple)
+            assert 10 < refused < 240
+            stored = [[told(record) async for record in chatdb.export_user(db, user_id="ann")] for db in (ours, theirs)]
+            assert stored[0] == stored[1]
 
 
 def test_the_pool_chooses_the_statement() -> None:
