@@ -363,10 +363,11 @@ async def test_a_reset_gives_back_the_role_of_the_session(dsn):
     """A role set in `server_settings` survives a reset, so a connection gains no privileges."""
     name = f"chatdb_test_restricted_{time.time_ns()}"
     admin = await asyncpg.connect(**connect_arguments(dsn))
+    user = await admin.fetchval("select session_user")
     await admin.execute(f"create role {name}")
     try:
         async with chatdb.create_pool(dsn, max_size=1, server_settings={"role": name}) as pool:
-            for leave in ("reset role", "set role none", "set role postgres", "set statement_timeout = '9s'"):
+            for leave in ("reset role", "set role none", f"set role {user}", "set statement_timeout = '9s'"):
                 async with pool.acquire() as connection:
                     assert await connection.fetchval("select current_user") == name
                     await connection.execute(leave)

@@ -92,7 +92,10 @@ def pgbouncer(
     command = [*program(version), str(folder / "pgbouncer.ini")]
     arguments = connect_arguments(server)
     user, password = arguments.get("user", "postgres"), arguments.get("password", "")
-    upstream = f"host={arguments['host'][0]} port={arguments.get('port', 5432)} user={user}"
+    host = arguments["host"][0]
+    if not host.startswith("/"):
+        host = socket.gethostbyname(host)  # without asking the resolver of each PgBouncer
+    upstream = f"host={host} port={arguments.get('port', 5432)} user={user}"
     upstream += f" password={password}" if password else ""
     with socket.socket() as free:  # PgBouncer needs a port even for a socket
         free.bind(("127.0.0.1", 0))
