@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Group = Literal["target", "counts", "ratios", "growth", "bulk", "search", "locality"]
+Group = Literal["target", "counts", "ratios", "growth", "bulk", "formats", "search", "locality"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,13 @@ COUNTED_ONLY = {
     "poll": "poll of 1,000 watched conversations",
 }
 """The operations that are only counted: chatdb's other ways to address, write and list."""
+
+IMPORTED_FORMATS = (
+    "chatgpt", "claude", "messages", "open-webui", "librechat", "gemini", "grok", "deepseek", "sharegpt",
+)  # fmt: skip
+"""The formats of files that `test_formats.py` imports."""
+
+_OF_LEAST = "rate relative to json.loads and COPY"
 
 COUNTED = [*(name for name in OPERATIONS if name not in {"history_100_hot", "whole_10000"}), *COUNTED_ONLY]
 """The operations that must take one statement and one round trip."""
@@ -362,6 +369,12 @@ GATES = [
     # the write path of imports, rows in memory
     _at_least("bulk.rate", "bulk import, rows in memory", 40_000, "messages/s", "bulk"),
     _at_least("bulk.of_copy", "bulk import: rate relative to \\copy", 0.5, "x", "bulk"),
+    # imports of files, relative to json.loads of the file and COPY of the same rows
+    *(
+        _at_least(f"format_{name}.of_least", f"import of {name}: {_OF_LEAST}", 0.3, "x", "formats")
+        for name in IMPORTED_FORMATS
+    ),
+    _at_least("format_real.of_least", f"import of the 125 MB file: {_OF_LEAST}", 0.6, "x", "formats"),
     # the place of messages on disk, on real texts that were written in turn
     _at_most("message.bytes", "a message with its indexes and TOAST", 980, "bytes", "locality", quick=True),
     _at_most("locality.blocks", "history of 100 after a rewrite: different blocks", 20, "", "locality", quick=True),

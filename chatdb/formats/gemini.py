@@ -49,7 +49,7 @@ class Entry(NamedTuple):
 def entry(value: _Object) -> Entry:
     """Return what identifies an entry; raise UnsupportedItemError if it is not Gemini's."""
     products = [value.get("header"), *(items.as_list(value.get("products")) or ())]
-    if not any(isinstance(one, str) and re.search("gemini|bard", one, re.IGNORECASE) for one in products):
+    if not any(isinstance(one, str) and ("gemini" in (name := one.lower()) or "bard" in name) for one in products):
         raise items.UnsupportedItemError(OTHER_PRODUCT)
     urls = [
         value.get("titleUrl"),
@@ -93,14 +93,14 @@ class Prefix(NamedTuple):
         return None
 
 
-def conversation(entries: Sequence[_Object], prefix: Prefix) -> Iterator[items.Item]:
-    """Return the conversation of a thread's entries, oldest first, or of an entry without a thread."""
-    thread = entry(entries[0]).thread
+def conversation(entries: Sequence[tuple[_Object, trees.Encoded]], prefix: Prefix) -> Iterator[items.Item]:
+    """Return the conversation of a thread's entries with their JSON, oldest first, or of one without a thread."""
+    thread = entry(entries[0][0]).thread
     nodes: dict[str, trees.Node] = {}
     skipped: list[items.Skipped] = []
     title: str | None = None
     before: str | None = None
-    for value in entries:
+    for value, encoded in entries:
         known = entry(value)
         prompt = prefix.prompt_of(known.title)
         if prompt is None and not known.is_answered:
@@ -110,7 +110,7 @@ def conversation(entries: Sequence[_Object], prefix: Prefix) -> Iterator[items.I
         text = known.title if prompt is None else prompt
         title = title or text
         key = hashlib.sha256(json.dumps([known.time, known.title]).encode()).hexdigest()[:24]
-        for name, pieces in ((key, (_prompt(value, text),)), (f"{key}#answer", _answer(value))):
+        for name, pieces in ((key, (_prompt(value, text, encoded),)), (f"{key}#answer", _answer(value))):
             if pieces and name not in nodes:
                 nodes[name] = trees.Node(before, items.time_of(known.time), name, pieces)
                 before = name
@@ -133,14 +133,14 @@ def _stream(source: trees.Conversation, *, is_alone: bool) -> Iterator[items.Ite
         yield items.Changed(NO_THREAD, conversations=1, place=f"entry of {at}")
 
 
-def _prompt(value: _Object, text: str) -> trees.Piece:
+def _prompt(value: _Object, text: str, encoded: trees.Encoded) -> trees.Piece:
     attached = [*(items.as_list(value.get("attachedFiles")) or ()), value.get("imageFile")]
     named = [
         items.attached(one if isinstance(one, str) else (items.as_object(one) or {}).get("name"))
         for one in attached
         if one
     ]
-    return trees.Piece("user", items.lines(text, *dict.fromkeys(named)), None, value)
+    return trees.Piece("user", items.lines(text, *dict.fromkeys(named)), None, encoded)
 
 
 def _answer(value: _Object) -> tuple[trees.Piece, ...]:

@@ -14,7 +14,10 @@ _BLOCKS: Final = re.compile(
 )
 _SPACED: Final = re.compile("p|pre|table|ul|ol|blockquote|h[1-6]")
 _UNSEEN: Final = frozenset(("script", "style", "head", "template", "title"))
-_BLANKS: Final = re.compile(r"[ \t\r\n\f]+")
+_BLANKS: Final = re.compile(r"[\t\r\n\f][ \t\r\n\f]*| [ \t\r\n\f]+")
+"""What is one space for a reader, except a space alone."""
+
+_BEFORE_LINE: Final = re.compile(r" +\n")
 
 
 def text_of(html: str) -> str:
@@ -22,7 +25,10 @@ def text_of(html: str) -> str:
     parser = _Text()
     parser.feed(html)
     parser.close()
-    return re.sub(r" +\n", "\n", "".join(parser.found)).replace("\0", "\n").strip()
+    text = "".join(parser.found)
+    if " \n" in text:
+        text = _BEFORE_LINE.sub("\n", text)
+    return text.replace("\0", "\n").strip()
 
 
 class _Text(HTMLParser):

@@ -322,27 +322,21 @@ def has_text(message: Message) -> bool:
 
 def fingerprint(messages: Iterable[tuple[str, str]]) -> str:
     """Return a hash of the roles and texts, which identifies a conversation."""
-    found = hashlib.sha256().hexdigest()[:FINGERPRINT]
-    for found in _fingerprints(messages):  # noqa: B007 - the last one
-        pass
-    return found
+    return fingerprints(messages, 0)[0]
 
 
 def fingerprints(messages: Iterable[tuple[str, str]], count: int) -> tuple[str, tuple[str, ...]]:
     """Return the hash of this number of messages, and those of the first 2, 3 and so on, unless there are too many."""
-    if not 2 < count <= _MAX_BEGINNINGS:
-        return fingerprint(messages), ()
-    _, *beginnings, whole = _fingerprints(messages)
-    return whole, tuple(beginnings)
-
-
-def _fingerprints(messages: Iterable[tuple[str, str]]) -> Iterator[str]:
     digest = hashlib.sha256()
+    beginnings: list[str] = []
+    has_beginnings = 2 < count <= _MAX_BEGINNINGS
     for word, text in messages:
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(f"{word} {len(encoded)} ".encode())
         digest.update(encoded)
-        yield digest.hexdigest()[:FINGERPRINT]
+        if has_beginnings:
+            beginnings.append(digest.hexdigest()[:FINGERPRINT])
+    return digest.hexdigest()[:FINGERPRINT], tuple(beginnings[1:-1])
 
 
 def flag(source: dict[str, Any], *names: str) -> bool | None:

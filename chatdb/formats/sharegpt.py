@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, Final
 
@@ -122,6 +122,7 @@ def _plain(source: dict[str, Any], listed: list[Any]) -> Iterator[items.Item] | 
     """Return a conversation that has only roles and texts, as the millions of a data set have; None for any other."""
     if not source.keys() <= {"id", "conversations", "items"} or not listed:
         return None
+    said: list[tuple[str, str]] = []
     for entry in listed:
         fields = items.as_object(entry)
         if fields is None or fields.keys() != _PLAIN:
@@ -131,17 +132,25 @@ def _plain(source: dict[str, Any], listed: list[Any]) -> Iterator[items.Item] | 
             return None
         if items.readable(text) is not text:
             return None
-    return _plain_items(f"sharegpt:{items.name_of(source.get('id'))}:", listed)
+        if not isinstance(entry, items.Raw):  # the texts of a large conversation would take as much memory again
+            said.append((word, text))
+    key = f"sharegpt:{items.name_of(source.get('id'))}:"
+    return _plain_items(key, said if len(said) == len(listed) else None, listed)
 
 
-def _plain_items(prefix: str, listed: list[Any]) -> Iterator[items.Item]:
-    found = (items.as_object(entry) or {} for entry in listed)
-    whole, beginnings = items.fingerprints(((one["from"], one["value"]) for one in found), len(listed))
+def _plain_items(prefix: str, said: list[tuple[str, str]] | None, listed: list[Any]) -> Iterator[items.Item]:
+    """Yield a conversation of these words for roles and texts, or else of those that the list has."""
+    whole, beginnings = items.fingerprints(_said(listed) if said is None else said, len(listed))
     yield items.SourceConversation(prefix + whole, None, None, len(listed), None, None, beginnings=beginnings)
-    for seq, entry in enumerate(items.taken(listed), 1):
+    for seq, (word, text) in enumerate(_said(items.taken(listed)) if said is None else said, 1):
+        role, metadata = _known(word) or ("", None)
+        yield items.SourceMessage(seq, role, text, None, metadata, None, None, None)
+
+
+def _said(listed: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    for entry in listed:
         fields = items.as_object(entry) or {}
-        role, metadata = _known(fields["from"]) or ("", None)
-        yield items.SourceMessage(seq, role, fields["value"], None, metadata, None, None, None)
+        yield fields["from"], fields["value"]
 
 
 @lru_cache

@@ -26,7 +26,17 @@ from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 from chatdb.errors import InvalidInputError
 from chatdb.formats import exports, gemini
-from chatdb.formats.items import Changed, Item, Skipped, UnsupportedItemError, as_list, as_object
+from chatdb.formats.items import (
+    ORIGINAL_TOO_LARGE,
+    Changed,
+    Item,
+    Skipped,
+    UnsupportedItemError,
+    as_list,
+    as_object,
+    original,
+)
+from chatdb.formats.trees import Encoded
 from chatdb.transfer import json_objects, jsonlines
 
 FORMATS: Final = (*exports.FORMATS, "chatdb")
@@ -226,7 +236,7 @@ def _activities(values: Iterable[Any]) -> Iterator[Item]:
 
     The entries wait in a temporary file, so that memory does not grow with them.
     """
-    threads: defaultdict[str, list[tuple[str, int, int]]] = defaultdict(list)
+    threads: defaultdict[str, list[tuple[str, int, int, str | None]]] = defaultdict(list)
     titles: list[str] = []
     with tempfile.TemporaryFile(prefix="chatdb-") as spool:
         for number, value in enumerate(values, 1):
@@ -245,14 +255,17 @@ def _activities(values: Iterable[Any]) -> Iterator[Item]:
             if entry.is_answered and len(titles) < 1_000:
                 titles.append(entry.title)
             start = spool.tell()
-            spool.write(json.dumps(fields).encode())
-            threads[entry.thread or f" {number:09}"].append((entry.time, start, spool.tell()))
+            payload, problem = original(fields)
+            spool.write((json.dumps(fields) if payload is None else payload).encode())
+            threads[entry.thread or f" {number:09}"].append((entry.time, start, spool.tell(), problem))
         prefix = gemini.Prefix.of(titles)
         for thread in sorted(threads.values(), key=min):
-            prompts: list[dict[str, Any]] = []
-            for _, start, end in sorted(thread):
+            prompts: list[tuple[dict[str, Any], Encoded]] = []
+            for _, start, end, problem in sorted(thread):
                 spool.seek(start)
-                prompts.append(json.loads(spool.read(end - start)))
+                text = spool.read(end - start).decode()
+                payload = None if problem == ORIGINAL_TOO_LARGE else text
+                prompts.append((json.loads(text), Encoded(payload, problem)))
             yield from gemini.conversation(prompts, prefix)
 
 

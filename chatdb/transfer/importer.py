@@ -268,12 +268,12 @@ async def import_conversations(pool: Pool, *, user_id: str, items: Iterable[Item
     ahead = asyncio.create_task(asyncio.to_thread(next, batches, None))
     try:
         async with transaction(pool, user_id=user) as connection:
-            started_at, has_row_security = await _started_at(connection)
+            started_at, has_row_security, has_stored = await _started_at(connection, user)
             while (batch := await asyncio.shield(ahead)) is not None:
                 ahead = asyncio.create_task(asyncio.to_thread(next, batches, None))
                 batch = _drop_future_times(batch, started_at, report)
                 targets = [target for target, _ in batch if not target.matched]
-                await _find_or_create(connection, user, targets, started_at, report, of_file)
+                await _find_or_create(connection, user, targets, started_at, report, of_file if has_stored else None)
                 await _store(connection, user, batch, started_at, report, has_row_security=has_row_security)
     finally:
         with contextlib.suppress(Exception):  # raise the first error, not this one
@@ -369,16 +369,18 @@ def _drop_future_times(batch: _Batch, started_at: datetime, report: ImportReport
     return past
 
 
-async def _started_at(connection: Connection) -> tuple[datetime, bool]:
-    """Return the time of the import, and whether row-level security is active."""
+async def _started_at(connection: Connection, user: str) -> tuple[datetime, bool, bool]:
+    """Return the time of the import, whether row-level security is active, and whether the user has conversations."""
     with mapped_driver_errors():
         row = await connection.fetchrow(
             "select pg_catalog.now() as started_at, '[]'::json as sent, "
-            "pg_catalog.row_security_active('chatdb.messages') as has_row_security"
+            "pg_catalog.row_security_active('chatdb.messages') as has_row_security, "
+            "exists(select from chatdb.conversations where user_id = $1) as has_stored",
+            user,
         )
     if row is None or row["sent"] != "[]":
         raise ConfigurationError("the pool's connections set a codec for json: import with a pool that sets none")
-    return row["started_at"], row["has_row_security"]
+    return row["started_at"], row["has_row_security"], row["has_stored"]
 
 
 async def _store(
@@ -428,12 +430,13 @@ async def _find_or_create(
     targets: list[_Target],
     started_at: datetime,
     report: ImportReport,
-    of_file: set[int],
+    of_file: set[int] | None,
 ) -> None:
     """
     Find the stored conversations, and store the others.
 
-    `of_file` gets the ids of those that the file has: they are not the beginning of another conversation in it.
+    `of_file` gets the ids of those that the file has: they are not the beginning of another conversation in it. It is
+    None if nothing was stored before the import.
     """
     sources = [target.source for target in targets]
     matches = await _import_conversations_find.fetch_all(
@@ -454,8 +457,9 @@ async def _find_or_create(
             report.skip(OTHER_OF_KEY, conversations=1)
         elif target.source.last_seq <= stored.last_seq:
             report.stored_conversations += 1
-    of_file.update(target.stored.id for target in targets if target.stored)
-    await _find_beginnings(connection, user, [each for each in targets if each.stored is None], of_file)
+    if of_file is not None:
+        of_file.update(target.stored.id for target in targets if target.stored)
+        await _find_beginnings(connection, user, [each for each in targets if each.stored is None], of_file)
     report.stored_conversations += sum(target.begun > 0 for target in targets)
     new = [target for target in targets if target.stored is None]
     try:
@@ -476,7 +480,8 @@ async def _find_or_create(
         raise ConflictError("another client is storing the same conversations: import again") from error
     for target, imported in zip(new, sorted(ids, key=attrgetter("id")), strict=True):
         target.id = imported.id
-        of_file.add(imported.id)
+        if of_file is not None:
+            of_file.add(imported.id)
     for target in targets:
         target.matched = True
     report.conversations += len(new)

@@ -415,9 +415,9 @@ class Transfer(Recorder):
         """Answer a statement."""
         return (await super().fetch(query, *args, timeout=timeout))[name_of(query)]
 
-    async def fetchrow(self, query):
+    async def fetchrow(self, query, *_):
         """Answer the first query of an import."""
-        return {"started_at": NOW, "sent": "[]", "has_row_security": self.has_row_security}
+        return {"started_at": NOW, "sent": "[]", "has_row_security": self.has_row_security, "has_stored": True}
 
     async def cursor(self, query, *args):
         """Answer a statement with a cursor."""
