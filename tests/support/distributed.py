@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
@@ -61,6 +61,21 @@ def nodes(server: str) -> list[str]:
     return [server, *(urlunsplit(parts._replace(netloc=host)) for host in hosts if host != parts.netloc)]
 
 
+def _drop(everywhere: list[str], name: str) -> None:
+    """Drop a database on each node, where Citus's maintenance of the other nodes may just connect to it."""
+    for node in everywhere:
+        with suppress(psycopg.errors.InvalidCatalogName):
+            execute(node, f"alter database {name} allow_connections false")
+    for node in everywhere:
+        for is_last in (False, False, True):
+            try:
+                execute(node, f"drop database if exists {name} with (force)")
+                break
+            except psycopg.errors.ObjectInUse:
+                if is_last:
+                    raise
+
+
 @contextmanager
 def cluster_database(server: str, name: str, workers: list[str] | None = None) -> Iterator[str]:
     """
@@ -80,8 +95,7 @@ def cluster_database(server: str, name: str, workers: list[str] | None = None) -
             execute(dsn, f"select citus_add_node('{urlsplit(node).hostname}', {urlsplit(node).port})")
         yield dsn
     finally:
-        for node in everywhere:
-            execute(node, f"drop database if exists {name} with (force)")
+        _drop(everywhere, name)
 
 
 @contextmanager
@@ -98,5 +112,4 @@ def _clone(server: str, name: str, template: str) -> Iterator[str]:
             execute(node, f"alter database {name} allow_connections true")
         yield database_of(server, name)
     finally:
-        for node in everywhere:
-            execute(node, f"drop database if exists {name} with (force)")
+        _drop(everywhere, name)
