@@ -63,7 +63,7 @@ def _chatgpt(name: str, texts: list[str]) -> dict[str, Any]:
 
 
 def _claude(name: str, texts: list[str]) -> dict[str, Any]:
-    messages = [
+    messages: list[dict[str, Any]] = [
         {
             "uuid": f"{name}-{place}",
             "text": text,
@@ -85,7 +85,7 @@ def _messages(name: str, texts: list[str]) -> dict[str, Any]:
 
 
 def _open_webui(name: str, texts: list[str]) -> dict[str, Any]:
-    messages = {
+    messages: dict[str, dict[str, Any]] = {
         f"{name}-{place}": {
             "id": f"{name}-{place}",
             "parentId": f"{name}-{place - 1}" if place else None,
@@ -103,7 +103,7 @@ def _open_webui(name: str, texts: list[str]) -> dict[str, Any]:
 
 
 def _librechat(name: str, texts: list[str]) -> dict[str, Any]:
-    messages = [
+    messages: list[dict[str, Any]] = [
         {
             "messageId": f"{name}-{place}",
             "parentMessageId": f"{name}-{place - 1}" if place else None,
@@ -132,7 +132,7 @@ def _gemini(name: str, texts: list[str]) -> list[dict[str, Any]]:
 
 
 def _grok(name: str, texts: list[str]) -> dict[str, Any]:
-    responses = [
+    responses: list[dict[str, Any]] = [
         {
             "response": {
                 "_id": f"{name}-{place}",
