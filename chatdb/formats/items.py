@@ -187,6 +187,8 @@ def cut(content: str) -> str:
 
 def readable(text: str) -> str:
     """Return a text as content: with U+FFFD for what PostgreSQL cannot store, and cut at 4 MiB."""
+    if text.isascii() and len(text) <= MAX_CONTENT and "\0" not in text:  # most texts
+        return text
     return cut(replace_unstorable(text))
 
 
@@ -378,9 +380,9 @@ def taken_items(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def as_object(value: object) -> dict[str, Any] | None:
     """Return the value if it is a JSON object, otherwise None."""
-    if isinstance(value, Raw):
-        value = value.parsed()
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
+    if isinstance(value, dict):
+        return cast("dict[str, Any]", value)
+    return as_object(value.parsed()) if isinstance(value, Raw) else None
 
 
 def as_list(value: object) -> list[Any] | None:

@@ -206,6 +206,9 @@ def _lines_of_messages(file: BinaryIO) -> Iterator[Any]:
     yield {"messages": messages}
 
 
+_REPORTED: Final = (Skipped, Changed)
+
+
 def _converted(values: Iterable[Any], convert: Callable[[dict[str, Any]], Iterable[Item]]) -> Iterator[Item]:
     for number, value in enumerate(values, 1):
         if isinstance(value, Skipped):
@@ -216,7 +219,7 @@ def _converted(values: Iterable[Any], convert: Callable[[dict[str, Any]], Iterab
             if fields is None:
                 fields = {"messages": value}
             for item in convert(fields):
-                if isinstance(item, Skipped | Changed):
+                if isinstance(item, _REPORTED):
                     title = json_objects.title_of(fields)
                     yield item._replace(place=", ".join(filter(None, (_at(number, title), item.place))))
                 else:
