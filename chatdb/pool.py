@@ -378,7 +378,8 @@ async def run_until_settled(
     """
     Run a statement that writes only if no other write to the conversation committed while it waited for the lock.
 
-    After two attempts, a transaction keeps the lock between the next two, so that the last one always succeeds.
+    After two attempts, a transaction keeps the lock between the next ones, so that the second of them succeeds, unless
+    the conversation was deleted or created again in between: it cannot keep the lock of a row that is gone.
 
     Decision: docs/decisions/0013-run-again-after-a-concurrent-write.md
     """
@@ -391,9 +392,14 @@ async def run_until_settled(
         with contextlib.suppress(RunAgainError):
             return await call(db, user, *args, **options)
     async with transaction(cast("AsyncpgPool | Connection", db), user_id=user) as connection:
-        with contextlib.suppress(RunAgainError):
-            return await call(connection, user, *args, **options)
+        for _ in range(_ATTEMPTS - 1):
+            with contextlib.suppress(RunAgainError):
+                return await call(connection, user, *args, **options)
         return await call(connection, user, *args, **options)
+
+
+_ATTEMPTS: Final = 25
+"""Attempts in a transaction. Beside tasks that only delete and create the conversation, half of them fail."""
 
 
 _NOTIFY: Final = "select pg_catalog.pg_notify($1, payload) from pg_catalog.unnest($2::text[]) as payload"

@@ -687,3 +687,26 @@ async def test_a_change_that_waited_for_the_end_of_a_stream(db, conversation):
 
     assert (changed.content, changed.state) == ("changed", None)
     assert await chatdb.get_history(db, **at) == [changed]
+
+
+async def test_appends_beside_deletions_of_the_conversation(db):
+    """Appends that create their conversation, and deletions of it, raise no error however they meet."""
+    at = {"user_id": USER, "conversation_key": "thread"}
+    is_done = asyncio.Event()
+
+    async def append_all() -> None:
+        for _ in range(150):
+            batch = [{"role": "user", "content": text} for text in ("a", "b")]
+            await chatdb.append_messages(db, **at, create=True, messages=batch)
+
+    async def delete_all() -> None:
+        while not is_done.is_set():
+            with contextlib.suppress(ConversationNotFoundError):
+                await chatdb.delete_conversation(db, **at)
+
+    deletions = [asyncio.create_task(delete_all()) for _ in range(2)]
+    await asyncio.gather(*(append_all() for _ in range(4)))
+    is_done.set()
+    await asyncio.gather(*deletions)
+    await append_all()
+    assert len(await chatdb.get_history(db, **at, limit=1_000)) >= 300
