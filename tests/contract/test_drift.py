@@ -39,6 +39,7 @@ from chatdb import (
 from chatdb._core import decode, validate
 from chatdb._core.driver_errors import CONFLICTS, CONSTRAINTS, STALE_COUNTERS, map_driver_error
 from chatdb._core.query import AppendQuery, HistoryQuery, JoinedQuery, RunAgainError, _refusal
+from chatdb.pool import _ATTEMPTS
 from chatdb.records import Conversation, Message, Role, State
 from chatdb.schema import EXPECTED_SCHEMA
 from chatdb.testing.databases import Databases
@@ -634,7 +635,7 @@ async def test_a_refusal_is_an_error(function, stem, given):
             await call(function, db, given)
         assert type(found.value) in {REFUSALS[word], RunAgainError}
         assert {query for query, _ in db.sent} == {file_of(stem).sql}
-        assert len(db.sent) == (1 if word != "again" else 4)
+        assert len(db.sent) == (1 if word != "again" else 2 + _ATTEMPTS)
 
 
 # 7. The roles and limits match the CHECK constraints.
