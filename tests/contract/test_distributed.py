@@ -255,6 +255,7 @@ async def test_the_pool_looks_again(dsn: str, state: str) -> None:
             assert (await chatdb.append_message(connection, **at, role="user", content="")).seq == 2
 
 
+@pytest.mark.owner
 async def test_a_connection_that_does_not_know_the_functions(dsn: str) -> None:
     """
     On a bare connection, a statement that cannot be planned raises what to do instead.

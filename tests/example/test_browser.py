@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, expect
+from playwright.async_api import Browser, Route, expect
 
 import chatdb
 from tests.support.browser import Size, Tab, Theme, Visitor, visitor
@@ -109,6 +109,20 @@ async def test_a_guests_first_chat(tab: Tab) -> None:
     assert steps > 3
     await tab.chat("And what else?")
     assert len(await tab.stored()) == 4
+    await tab.check_stored()
+
+
+async def test_a_question_while_the_page_is_loading(visit: Visit) -> None:
+    """A question that is sent before the page knows its user waits for it."""
+    guest = await visit()
+
+    async def late(route: Route) -> None:
+        await asyncio.sleep(1)
+        await route.continue_()
+
+    await guest.context.route("**/api/guests", late)
+    tab = await guest.tab()
+    await tab.chat("hello")
     await tab.check_stored()
 
 

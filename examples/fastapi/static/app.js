@@ -28,6 +28,18 @@ async function start() {
   await Promise.all([refreshList(), openRoute()]);
 }
 
+let started; // the first start(), until it fails
+
+/** Wait until there is a user, for what the reader does while the page is still loading. */
+async function ready() {
+  try {
+    await (started ??= start());
+  } catch (error) {
+    started = undefined;
+    throw error;
+  }
+}
+
 /** Show an error of a request. If the session has ended, continue as a new guest. */
 function fail(error, retry) {
   if (error.status === 401 && !farewell.get()) {
@@ -567,6 +579,7 @@ async function send() {
   if (streamingMessage()) return say("Wait for the answer, or stop it.");
   $("message").readOnly = true;
   try {
+    await ready();
     const id = chat?.id ?? (await createChat(content));
     if (!chat?.lastId) await openChat(id);
     const answer = await post(`/conversations/${id}/messages`, { content, parent_seq: null });
@@ -792,4 +805,4 @@ setUpDialogs();
 setUpControls();
 setUpComposer();
 setUpPage();
-attempt(async () => (await start(), farewell.show()));
+attempt(async () => (await ready(), farewell.show()));
