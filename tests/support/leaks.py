@@ -27,7 +27,7 @@ TEXTS = (str, dict, list, tuple, set, NewMessage, Message, Conversation)
 """Types that contain texts."""
 MOST = 10_000
 """Maximum number of items to search in a list: some lists in tests have millions of items, or are infinite."""
-TERMS = PRIVATE | set(NewMessage.model_fields) | ROLES
+TERMS = PRIVATE | set(NewMessage.model_fields) | ROLES | {"conversation", "conversations", "file", "message"}
 """Words that occur both in errors and in private values."""
 
 
