@@ -245,7 +245,7 @@ def choose_method(*, server: int, extension: str | None, program: str | None) ->
 def find_program() -> str | None:
     """Return the path of pg_repack: on the PATH, or in Debian's folder for the newest PostgreSQL."""
     found = Path("/usr/lib/postgresql").glob("*/bin/pg_repack")
-    newest = max(found, key=lambda path: float(path.parts[-3]), default=None)
+    newest = max(found, key=lambda path: _version(path.parts[-3]), default=None)
     return shutil.which("pg_repack") or (None if newest is None else str(newest))
 
 
