@@ -39,7 +39,7 @@ def words(value: object, depth: int = 9) -> Iterator[str]:
 
 def _words(value: object, depth: int) -> Iterator[str]:
     if isinstance(value, str):
-        if 4 <= len(value) <= 200 and value not in TERMS:
+        if 4 <= len(value) <= 200 and re.sub(r"^\W+|\W+$", "", value) not in TERMS:
             yield value
     elif isinstance(value, NewMessage | Message | Conversation) or (isinstance(value, dict) and "content" in value):
         yield from words([each for name, each in dict(value).items() if name in PRIVATE], depth)
