@@ -273,7 +273,7 @@ WAL = {
     "extend": 1_720,
     "finish": 61_000,
 }
-"""The most bytes of WAL that a call may write, by operation."""
+"""The most bytes of WAL that a call may write, by operation, without the splits of index pages."""
 
 _FULL_LIST, _INDEXED = SEARCHED["search_words_pending"], SEARCHED["append_indexed"]
 _TO_OWN, _TO_PLAIN = "buffers relative to reading the user's messages", "relative to one without"
@@ -324,6 +324,7 @@ GATES = [
         _at_most(f"{name}.wal", f"{TITLES[name]}: WAL", limit, "bytes", "counts", quick=True)
         for name, limit in WAL.items()
     ),
+    _at_most("index.splits", "index pages split by an append", 0.15, "", "counts", quick=True),
     _at_most("extend.blocks", "extend_message, 1 kB: different blocks", 12, "", "counts", quick=True),
     _at_most("extend.conversations", "conversations that flushes write to or lock", 0, "", "counts", quick=True),
     *(

@@ -433,7 +433,8 @@ def counts(run: Run) -> list[Block]:
     """Return what one call of each operation costs the server."""
     fields = ("statements", "round_trips", "buffers", "wal_bytes")
     rows = [(row["title"], *(number(row[field]) for field in fields)) for row in run["counts"]]
-    text = "One chatdb call, counted rather than timed. Blocks are the 8 KiB shared buffers that the server touches."
+    text = "One chatdb call, counted rather than timed. Blocks are the 8 KiB shared buffers that the server touches. "
+    text += "WAL is without the splits of index pages, of 4 kB each: an append makes fewer than one in seven calls."
     table = Table(("Operation", "Statements", "Round trips", "Blocks", "WAL, bytes"), rows)
     return [Heading("Counts"), Paragraph(text), table] if rows else []
 

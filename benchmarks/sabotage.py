@@ -140,6 +140,12 @@ ALL = {
         ("hot.single", "hot.turns"),
         sql="create index on chatdb.conversations (user_id, updated_at desc)",
     ),
+    "packed_index": Sabotage(
+        "packs the pages of an index of conversations, so that an append splits them",
+        ("index.splits",),
+        sql="alter index chatdb.ix_conversations_user_id_active_on set (fillfactor = 100); "
+        "reindex index chatdb.ix_conversations_user_id_active_on",
+    ),
     "no_branches_index": Sabotage(
         "drops the index of the messages that begin a branch",
         ("plans.unexpected", "branch_100.buffers", "branch_100_forked.buffers", "context.buffers"),

@@ -26,11 +26,7 @@ with recursive seen as (
         id, last_seq + edits as revision,
         case when head_last_seq = last_seq then head_seq else last_seq end as head_seq
     from chatdb.conversations
-    where user_id = $1
-      and id = (select coalesce((select $2::int8), (
-          select id from chatdb.conversations
-          where user_id = $1 and key = $3
-      )))
+    where user_id = $1 and id = $5::int8 and (id = $2::int8 or key = $3)
 ),
 
 place as (
@@ -114,8 +110,7 @@ conversation as (
         end
     from seen as s
     left join branched as b on true
-    where c.user_id = $1 and c.id = s.id and c.id = $5::int8 and c.last_seq + c.edits = $6::int8
-      and s.revision = $6
+    where c.user_id = $1 and c.id = s.id and c.last_seq + c.edits = $6::int8 and s.revision = $6
     returning
         c.id, c.last_seq - pg_catalog.cardinality($7::text[]) as previous_seq, c.updated_at,
         nullif(b.head_seq, b.newest_seq) as parent_seq
@@ -142,6 +137,17 @@ message as (
     returning id, conversation_id, seq, parent_seq, metadata, token_count, key, state, created_at
 ),
 
+-- read only if the conversation was not as expected
+addressed as (
+    select id, last_seq + edits as revision
+    from chatdb.conversations
+    where user_id = $1
+      and id = (select coalesce((select $2::int8), (
+          select id from chatdb.conversations
+          where user_id = $1 and key = $3
+      )))
+),
+
 -- for a retry whose first try succeeded: the conversation is no longer as expected, but the messages are stored
 earlier as (
     select m.id, m.conversation_id, m.seq, m.parent_seq, m.metadata, m.token_count, m.key, m.state, m.created_at
@@ -151,7 +157,7 @@ earlier as (
         select
             id, conversation_id, seq, parent_seq, role, content, payload, metadata, token_count, key, state, created_at
         from chatdb.messages
-        where user_id = $1 and conversation_id = (select id from seen) and key = b.key
+        where user_id = $1 and conversation_id = (select id from addressed) and key = b.key
         limit 1 -- noqa: AM09
     ) as m
     where not exists (select from conversation)
@@ -178,7 +184,7 @@ select
     null, null, null, null, null, null, null, null, null,
     -- another write came first: look again, it may have been the first try
     case when id = $5 and revision = $6 then 'again' else 'stale' end
-from seen
+from addressed
 where not exists (select from conversation)
   and (
       pg_catalog.cardinality($7::text[]) = 0
