@@ -105,6 +105,7 @@ def distribute_tables(
     plan_distribution(dsn, shards=shards)
     deadline = time.monotonic() + wait
     with advisory_lock(dsn, wait=wait) as connection:
+        _complete_commits(connection)
         plan = _plan(connection, shards, undo=False)
         step = _Steps(connection, report)
         if plan.is_done:
@@ -128,6 +129,7 @@ def gather_tables(dsn: str, *, wait: float = WAIT, report: Report = _say_nothing
     plan_distribution(dsn, undo=True)
     deadline = time.monotonic() + wait
     with advisory_lock(dsn, wait=wait) as connection:
+        _complete_commits(connection)
         plan = _plan(connection, SHARDS, undo=True)
         step = _Steps(connection, report)
         if plan.is_done:
@@ -141,6 +143,12 @@ def gather_tables(dsn: str, *, wait: float = WAIT, report: Report = _say_nothing
                 _send_functions(connection)
             raise
     return plan
+
+
+def _complete_commits(connection: psycopg.Connection) -> None:
+    """Complete commits that a lost node has only prepared. Citus does it within a minute, if the role may not."""
+    with suppress(psycopg.Error):
+        connection.execute("select pg_catalog.recover_prepared_transactions()")
 
 
 class _Steps:
@@ -255,8 +263,10 @@ def _estimate(connection: psycopg.Connection) -> int:
     )
     size: int = fetch_value(connection, "select pg_catalog.pg_table_size('chatdb.messages'::regclass)")
     if "messages" in _distributed(connection):
-        size = fetch_value(connection, "select pg_catalog.citus_table_size('chatdb.messages'::regclass)")
         known = 0
+        # fails while a node is down, or has not completed the commit of a transaction that it has prepared
+        with suppress(psycopg.Error), connection.transaction():
+            size = fetch_value(connection, "select pg_catalog.citus_table_size('chatdb.messages'::regclass)")
     return int(known) if known > 0 else size // 900
 
 

@@ -204,21 +204,59 @@ async def test_a_kill_in_the_middle(own_cluster: list[Node], filled: str, undo: 
         assert newest.seq == 101
 
 
+@pytest.mark.parametrize("killed", [0, 1], ids=["coordinator", "worker"])
 @pytest.mark.parametrize("undo", [False, True], ids=["distribute", "undo"])
-def test_a_disk_that_is_full(own_cluster: list[Node], filled: str, undo: bool) -> None:
-    """A node that can write no more while rows are copied: the same."""
+async def test_a_kill_during_the_commit(own_cluster: list[Node], filled: str, undo: bool, killed: int) -> None:
+    """
+    A server killed after all nodes have prepared the transaction: it is committed, and a second run completes the work.
+
+    The coordinator waits in its commit for a standby that does not exist.
+    """
     run = gather_tables if undo else distribute_tables
     if undo:
         distribute_tables(filled, shards=4)
     before = contents(filled)
-    full = own_cluster[0 if undo else 1]
-    full.limit_files(4 * 1024**2)
-    try:
-        with pytest.raises(chatdb.UnavailableError, match=r"out of disk space.*nothing is lost") as caught:
-            run(filled)
-    finally:
-        full.limit_files(None)
-    assert caught.value.sent is True
+    coordinator, number = own_cluster[0], COPYING[undo][0]
+    execute(filled, "alter database filled set synchronous_commit = on")
+    running = asyncio.create_task(asyncio.to_thread(run, filled))
+    await asyncio.to_thread(own_cluster[number].wait_for, COPYING[undo][1])
+    coordinator.await_standby("nobody")
+    await asyncio.to_thread(coordinator.wait_for, "%", "SyncRep")
+    own_cluster[killed].kill()
+    coordinator_is_up = killed > 0
+    if coordinator_is_up:
+        coordinator.await_standby("")
+    if undo and coordinator_is_up:
+        await running  # the nodes have nothing more to do
+    else:
+        with pytest.raises(chatdb.UnavailableError, match=r"nothing is lost.*run this again") as caught:
+            await running
+        assert caught.value.sent is (True if coordinator_is_up else None)
+    own_cluster[killed].start()
+    if not coordinator_is_up:
+        coordinator.await_standby("")
+    run(filled)
+    assert plan_distribution(filled, undo=undo).is_done
+    assert contents(filled) == before
+
+
+@pytest.mark.parametrize("disk", ["data", "log"])
+@pytest.mark.parametrize("undo", [False, True], ids=["distribute", "undo"])
+def test_a_disk_that_is_full(own_cluster: list[Node], filled: str, undo: bool, disk: str) -> None:
+    """A node whose disk is full while rows are copied: the same. With a full disk of its log, the server stops."""
+    run = gather_tables if undo else distribute_tables
+    if undo:
+        distribute_tables(filled, shards=4)
+    before = contents(filled)
+    number = 0 if undo else 1
+    with own_cluster[number].full(disk), pytest.raises(chatdb.UnavailableError, match=r"nothing is lost") as caught:
+        run(filled)
+    if disk == "data":
+        assert "out of disk space" in str(caught.value)
+    else:
+        own_cluster[number].kill()
+        own_cluster[number].start()
+    assert caught.value.sent is (None if number == 0 and disk == "log" else True)
     assert contents(filled) == before
     run(filled)
     assert plan_distribution(filled, undo=undo).is_done

@@ -1,4 +1,4 @@
-"""A Citus cluster of our own, whose nodes a test can kill, restart and deprive of disk space."""
+"""A Citus cluster of our own, whose nodes a test can kill and restart, and whose disks it can fill."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from chatdb.embedded.process import RunAs, without_libpq_variables
 from tests.support.chaos import kill_server
@@ -31,6 +32,9 @@ citus.enable_statistics_collection = off
 """
 
 
+_DISK = "400m"
+
+
 class Node:
     """A server of the cluster, in `folder`."""
 
@@ -38,16 +42,24 @@ class Node:
         self._programs = programs
         self._folder = folder
         self._run_as = RunAs.candidates()[-1]
+        self._has_disks = False
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
         self.dsn = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
 
     def create(self) -> None:
-        """Create the server's files. Segments of the log are small, so that only tables exceed a limit of files."""
+        """Create the server's files. As root, its tables and its log are on a disk of their own each."""
         os.chown(self._folder, self._run_as.uid, self._run_as.gid)
+        for disk in ("data", "log") if os.geteuid() == 0 else ():
+            (self._folder / disk).mkdir()
+            self._has_disks = not subprocess.call(
+                ["mount", "-t", "tmpfs", "-o", f"size={_DISK},mode=700", "tmpfs", self._folder / disk],
+                stderr=subprocess.DEVNULL,
+            )
+            os.chown(self._folder / disk, self._run_as.uid, self._run_as.gid)
         options = ("-U", "postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "-N", "--wal-segsize=1")
-        self._run("initdb", *options)
+        self._run("initdb", *options, f"--waldir={self._folder / 'log'}")
         with (self._folder / "data" / "postgresql.conf").open("a", encoding="utf-8") as file:
             file.write(f"{_SETTINGS}port = {self.port}\nunix_socket_directories = '{self._folder}'\n")
 
@@ -61,20 +73,43 @@ class Node:
         """Kill all processes of the server."""
         kill_server(self._folder / "data")
 
-    def limit_files(self, size: int | None) -> None:
-        """Let sessions that begin from now on write no file beyond `size` bytes; None lifts the limit."""
-        postmaster = int((self._folder / "data" / "postmaster.pid").read_text().split()[0])
-        self._run_program("prlimit", f"--pid={postmaster}", f"--fsize={'unlimited' if size is None else size}:")
+    @contextlib.contextmanager
+    def full(self, disk: str) -> Iterator[None]:
+        """Leave 2 MiB of the disk of the tables, `data`, or of the log, `log`."""
+        if not self._has_disks:
+            pytest.skip("only root can mount a disk to fill")
+        free = os.statvfs(self._folder / disk)
+        filler = self._folder / disk / "filler"
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_bsize - 2 * 1024**2)
+        try:
+            yield
+        finally:
+            filler.unlink()
 
-    def wait_for(self, query: str) -> None:
-        """Wait until a session of the server runs a statement like this pattern."""
+    def remove(self) -> None:
+        """Kill the server, and unmount its disks."""
+        with contextlib.suppress(OSError):
+            self.kill()
+        for disk in ("data", "log") if self._has_disks else ():
+            subprocess.call(["umount", "--lazy", self._folder / disk])
+
+    def await_standby(self, name: str) -> None:
+        """Let each commit of a session with synchronous_commit wait for this standby; for none with ''."""
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            connection.execute(sql.SQL("alter system set synchronous_standby_names = {}").format(sql.Literal(name)))
+            connection.execute("select pg_reload_conf()")
+
+    def wait_for(self, query: str, event: str | None = None) -> None:
+        """Wait until a session of the server runs a statement like this pattern, and waits for the event."""
         deadline = time.monotonic() + 30
         with psycopg.connect(self.dsn, autocommit=True) as connection:
             while time.monotonic() < deadline:
                 found = connection.execute(
                     "select true from pg_stat_activity where state = 'active' and query ilike %s "
-                    "and wait_event_type is distinct from 'Lock' and pid <> pg_backend_pid()",
-                    [query],
+                    "and wait_event_type is distinct from 'Lock' and pid <> pg_backend_pid() "
+                    "and (%s::text is null or wait_event = %s)",
+                    [query, event, event],
                 )
                 if found.fetchone():
                     return
@@ -115,13 +150,8 @@ def cluster() -> Iterator[list[Node]]:
             folder = Path(name) / f"node{number}"
             folder.mkdir()
             node = Node(programs, folder)
+            stack.callback(node.remove)
             node.create()
             node.start()
-            stack.callback(_kill, node)
             nodes.append(node)
         yield nodes
-
-
-def _kill(node: Node) -> None:
-    with contextlib.suppress(OSError):
-        node.kill()
