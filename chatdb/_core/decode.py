@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import repeat
+from itertools import repeat, starmap
 from types import NoneType
 from typing import Any, Final, TypeVar, get_args
 
@@ -175,8 +175,9 @@ _messages_of_one: Final = filler(
 
 
 def _filled(record: type[RecordT], fields: list[dict[str, Any]]) -> list[RecordT]:
-    records = [*map(_new, repeat(record, len(fields)))]
-    deque(map(_fill, records, fields), 0)  # a loop that runs in C
+    # both loops run in C; unlike map, starmap makes no tuple of arguments for each call
+    records: list[RecordT] = [*starmap(_new, repeat((record,), len(fields)))]
+    deque(starmap(_fill, zip(records, fields, strict=True)), 0)
     return records
 
 

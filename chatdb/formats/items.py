@@ -162,6 +162,10 @@ class UnsupportedItemError(Exception):
     """A conversation or message cannot be imported and is skipped; the error text is the reason."""
 
 
+class NotPlainError(Exception):
+    """A message has more than a role and a text, so that its conversation cannot be read the short way."""
+
+
 def role(word: object) -> str:
     """Return the role for a source's role name."""
     known = ROLES.get(word.strip().lower()) if isinstance(word, str) else None

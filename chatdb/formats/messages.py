@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, TypeAlias
 
 from chatdb.formats import blocks, items, trees
@@ -11,7 +11,6 @@ _Object: TypeAlias = dict[str, Any]
 
 LISTS = ("messages", "conversations", "conversation", "items", "conversation_a", "dialogue", "chat", "turns")
 _TIMES = ("created_at", "createdAt", "timestamp", "create_time")
-_PLAIN: Final = {"role", "content"}
 _SPEAKERS: Final = frozenset(("user", "assistant", "system", "developer"))
 _RANDOM: Final = 8
 _IDS = ("conversation_hash", "conversation_id", "id", "chat_id", "uuid", "_id")
@@ -26,8 +25,8 @@ def conversation(source: _Object) -> Iterator[items.Item]:
     listed = next((found for name in LISTS if (found := items.as_list(source.get(name))) is not None), None)
     if listed is None:
         raise items.UnsupportedItemError("no list of messages")
-    if len(source) == 1 and _is_plain(listed):
-        return _plain(listed)
+    if len(source) == 1 and listed and (plain := _plain(listed)) is not None:
+        return plain
     nodes: dict[str, trees.Node] = {}
     skipped: list[items.Skipped] = []
     identifier = next((name for key in _IDS if (name := items.name_of(source.get(key)))), "") or _first_id(listed)
@@ -64,26 +63,34 @@ def conversation(source: _Object) -> Iterator[items.Item]:
     )
 
 
-def _is_plain(listed: list[Any]) -> bool:
-    """Whether all messages have only a role and a text, as the millions of a data set have."""
-    for value in listed:
-        fields = items.as_object(value) or {}
-        text = fields.get("content")
-        if fields.keys() != _PLAIN or not isinstance(text, str) or not text or items.readable(text) is not text:
-            return False
-        if not isinstance(fields["role"], str) or fields["role"] not in _SPEAKERS:
-            return False
-    return bool(listed)
+def _plain(listed: list[Any]) -> Iterator[items.Item] | None:
+    """Return a conversation that has only roles and texts, as the millions of a data set have; None for any other."""
+    try:
+        whole, beginnings = items.fingerprints(_said(listed), len(listed))
+    except items.NotPlainError:
+        return None
+    key = f"messages::{whole}"
+    conversation = items.SourceConversation(key, None, None, len(listed), None, None, beginnings=beginnings)
+    return _plain_items(conversation, listed)
 
 
-def _plain(listed: list[Any]) -> Iterator[items.Item]:
-    """Return the conversation of such messages, without a node for each of them."""
-    found = (items.as_object(value) or {} for value in listed)
-    whole, beginnings = items.fingerprints(((one["role"], one["content"]) for one in found), len(listed))
-    yield items.SourceConversation(f"messages::{whole}", None, None, len(listed), None, None, beginnings=beginnings)
+def _plain_items(conversation: items.SourceConversation, listed: list[Any]) -> Iterator[items.Item]:
+    yield conversation
     for seq, value in enumerate(items.taken(listed), 1):
         fields = items.as_object(value) or {}
         yield items.SourceMessage(seq, fields["role"], fields["content"], None, None, None, None, None)
+
+
+def _said(listed: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    """Yield the role and the text of each message."""
+    for value in listed:
+        fields = items.as_object(value) or {}
+        role, text = fields.get("role"), fields.get("content")
+        if len(fields) > 2 or not isinstance(role, str) or role not in _SPEAKERS:
+            raise items.NotPlainError
+        if not isinstance(text, str) or not text or items.readable(text) is not text:
+            raise items.NotPlainError
+        yield role, text
 
 
 def _first_id(listed: list[Any]) -> str:

@@ -122,35 +122,33 @@ def _plain(source: dict[str, Any], listed: list[Any]) -> Iterator[items.Item] | 
     """Return a conversation that has only roles and texts, as the millions of a data set have; None for any other."""
     if not source.keys() <= {"id", "conversations", "items"} or not listed:
         return None
-    said: list[tuple[str, str]] = []
-    for entry in listed:
-        fields = items.as_object(entry)
-        if fields is None or fields.keys() != _PLAIN:
-            return None
-        word, text = fields["from"], fields["value"]
-        if not isinstance(word, str) or not isinstance(text, str) or _known(word) is None:
-            return None
-        if items.readable(text) is not text:
-            return None
-        if not isinstance(entry, items.Raw):  # the texts of a large conversation would take as much memory again
-            said.append((word, text))
-    key = f"sharegpt:{items.name_of(source.get('id'))}:"
-    return _plain_items(key, said if len(said) == len(listed) else None, listed)
+    try:
+        whole, beginnings = items.fingerprints(_said(listed), len(listed))
+    except items.NotPlainError:
+        return None
+    key = f"sharegpt:{items.name_of(source.get('id'))}:{whole}"
+    conversation = items.SourceConversation(key, None, None, len(listed), None, None, beginnings=beginnings)
+    return _plain_items(conversation, listed)
 
 
-def _plain_items(prefix: str, said: list[tuple[str, str]] | None, listed: list[Any]) -> Iterator[items.Item]:
-    """Yield a conversation of these words for roles and texts, or else of those that the list has."""
-    whole, beginnings = items.fingerprints(_said(listed) if said is None else said, len(listed))
-    yield items.SourceConversation(prefix + whole, None, None, len(listed), None, None, beginnings=beginnings)
-    for seq, (word, text) in enumerate(_said(items.taken(listed)) if said is None else said, 1):
-        role, metadata = _known(word) or ("", None)
-        yield items.SourceMessage(seq, role, text, None, metadata, None, None, None)
+def _plain_items(conversation: items.SourceConversation, listed: list[Any]) -> Iterator[items.Item]:
+    yield conversation
+    for seq, value in enumerate(items.taken(listed), 1):
+        fields = items.as_object(value) or {}
+        role, metadata = _known(fields["from"]) or ("", None)
+        yield items.SourceMessage(seq, role, fields["value"], None, metadata, None, None, None)
 
 
 def _said(listed: Iterable[Any]) -> Iterator[tuple[str, str]]:
-    for entry in listed:
-        fields = items.as_object(entry) or {}
-        yield fields["from"], fields["value"]
+    """Yield the role's word and the text of each message."""
+    for value in listed:
+        fields = items.as_object(value) or {}
+        word, text = fields.get("from"), fields.get("value")
+        if len(fields) > len(_PLAIN) or not isinstance(word, str) or _known(word) is None:
+            raise items.NotPlainError
+        if not isinstance(text, str) or items.readable(text) is not text:
+            raise items.NotPlainError
+        yield word, text
 
 
 @lru_cache
