@@ -37,7 +37,7 @@ MESSAGE_FIELDS: Final = tuple(NewMessage.model_fields)
 _CONVERTERS: Final[dict[object, str]] = {JsonText: "JsonText", Metadata: "loads"}
 """The function that converts the driver's text to a field, by the field's type."""
 
-_new: Final = object.__new__
+_new: Final[Callable[..., Any]] = object.__new__
 _fill: Final[Callable[[BaseModel, dict[str, Any]], None]] = BaseModel.__dict__["__dict__"].__set__
 
 
