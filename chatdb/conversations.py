@@ -61,6 +61,9 @@ QueryT = TypeVar("QueryT", Query[Conversation], JoinedQuery)
 
 _NO_MESSAGES: Final[tuple[NewMessage, ...]] = ()
 
+_ATTEMPTS: Final = 10
+"""Attempts to create a conversation with a key that others create and delete all the time; the third fails rarely."""
+
 
 async def create_conversation(
     db: Database,
@@ -93,7 +96,7 @@ async def create_conversation(
     is_idempotent = key is not None and expected is not NEW
     batch = [] if messages is _NO_MESSAGES else await check_messages(messages)
     if batch or (expected is NEW and key is not None):
-        for _ in range(3):
+        for _ in range(_ATTEMPTS):
             created = await _create_conversation_messages.fetch_all(
                 db, user, title, data, key, expected is NEW, *as_columns(batch), idempotent=is_idempotent
             )
@@ -107,7 +110,7 @@ async def create_conversation(
         except ConversationNotFoundError:  # the statement returned no row
             raise ConfigurationError(ROW_SUPPRESSED.format("conversations")) from None
     else:
-        for _ in range(3):
+        for _ in range(_ATTEMPTS):
             # Empty if another caller inserted the key after the statement's snapshot.
             stored = await _create_conversation_keyed.fetch_all(db, user, title, data, key)
             if stored:

@@ -603,6 +603,7 @@ def test_a_busy_conversation(older: str) -> None:
             assert done.result(60).adopted == Counts(0, 1)
 
 
+@pytest.mark.chaos
 def test_appends_all_the_time(older: str) -> None:
     """An adoption ends although others append to the same conversations without a pause, and seq has no gaps."""
     fill(older, conversations=1, messages=2)
@@ -680,6 +681,7 @@ def adopting(dsn: str, batches: int) -> Iterator[subprocess.Popen[str]]:
 INSIDE = ("chatdb.messages", "chatdb_adopt.messages", "chatdb_adopt.quarantine_messages")
 
 
+@pytest.mark.chaos
 async def test_killed_inside_a_batch(older: str) -> None:
     """A run killed in the middle of a batch leaves only whole batches, and the next run adopts the rest."""
     fill(older, conversations=4, messages=5)
@@ -704,6 +706,7 @@ async def test_killed_inside_a_batch(older: str) -> None:
     assert await stored(older) == expected(older, without=set(aside(older)))
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("batches", [1, 3])
 async def test_killed_between_batches(older: str, batches: int) -> None:
     """The next run continues one killed after some batches, with the same result as an uninterrupted run."""

@@ -307,6 +307,7 @@ async def test_the_recipe_for_other_rules(db: Pool, dsn: str) -> None:
     assert await remaining(db) == {"ann": [(pinned, 2), (young, 2)], "bob": [(paid, 2)]}
 
 
+@pytest.mark.chaos
 async def test_a_killed_run_can_be_repeated(db: Pool, dsn: str) -> None:
     """After a kill -9 in the middle, each conversation is there whole or not at all; the next run deletes the rest."""
     for user in range(40):

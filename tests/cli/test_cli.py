@@ -502,6 +502,7 @@ def test_a_reader_that_has_had_enough(env: dict[str, str], file: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.chaos
 def test_interrupted(tmp_path: Path) -> None:
     """An interrupted command stores nothing, stops its embedded server and exits with status 130."""
     big = tmp_path / "big.json"

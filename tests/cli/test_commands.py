@@ -313,6 +313,7 @@ def interrupted(command: list[str | Path], moment: float, env: dict[str, str], c
     return process.returncode, shown, said
 
 
+@pytest.mark.chaos
 def test_an_early_interrupt(dsn: str, tmp_path: Path) -> None:
     """Ctrl-C in the first second, imports included, exits with status 130 and prints one line."""
     interrupt_at([step * 0.12 for step in range(1, 9)], "chatdb list", dsn, tmp_path)

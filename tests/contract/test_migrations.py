@@ -169,6 +169,7 @@ def test_yoyo_from_the_checkout(empty_dsn: str, scheme: str) -> None:
     assert objects(empty_dsn) == applied
 
 
+@pytest.mark.chaos
 def test_one_step_back_and_forth(empty_dsn: str) -> None:
     """Each migration can be rolled back with the later ones and applied again, with the same schema afterwards."""
     yoyo(empty_dsn, "apply", "--batch")

@@ -212,6 +212,7 @@ def probed(connection: psycopg.Connection, stem: str, text: str) -> list[str]:
     return resolved_elsewhere(connection, body, ", ".join(parameter.type for parameter in file_of(stem).parameters))
 
 
+@pytest.mark.chaos
 @pytest.mark.owner
 def test_the_server_resolves_no_planted_name(planted: str) -> None:
     """No statement that runs on a service's search_path uses a function, operator or type from `public`."""
@@ -405,6 +406,7 @@ async def services_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch
         await chatdb.Watcher(db)._look(db, [watching._Watch("u", made.id, 0)])
 
 
+@pytest.mark.chaos
 @pytest.mark.owner
 @pytest.mark.parametrize("path", [DEFAULT, PG_CATALOG_LAST])
 async def test_nothing_planted_is_called(planted: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,6 +440,7 @@ async def test_nothing_planted_is_called(planted: str, path: str, monkeypatch: p
     assert planted_calls(planted)[0] > 0, "the planted objects work"
 
 
+@pytest.mark.chaos
 @pytest.mark.owner
 def test_the_migrations_alone_call_nothing_planted(planted: str) -> None:
     """The migrations, run as yoyo runs them, and writes to their tables call nothing planted."""

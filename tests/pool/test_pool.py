@@ -569,6 +569,7 @@ def _kill_waiting(dsn: str) -> int:
 _WAITING = "from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
 
 
+@pytest.mark.chaos
 async def test_a_pool_under_load_survives_lost_connections(dsn, conversation):
     """While sessions are killed repeatedly, confirmed messages are stored, and the pool stays usable."""
     stop = asyncio.Event()
