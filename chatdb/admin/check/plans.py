@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from chatdb._core.query import statement_files
 from chatdb.admin.check.findings import DIFFERENT, NOTE, OK, Finding
-from chatdb.admin.connection import errors, fetch_value, psycopg
+from chatdb.admin.connection import errors, psycopg
 from chatdb.admin.search_index import SEARCH_INDEX
 from chatdb.schema import EXPECTED_SCHEMA
 
@@ -104,25 +105,39 @@ def _statements() -> Iterator[_Statement]:
 
 
 def _plan(connection: psycopg.Connection, statement: _Statement, *, whole: bool = True) -> _Plan:
+    """Return the generic plan; it takes three round trips, and five if the server rejects the statement."""
     name = f"chatdb_check_{statement.name}"
     nulls = f"({', '.join(['null'] * statement.parameters)})" if statement.parameters else ""
+    steps = (
+        "savepoint chatdb_check",
+        "set local plan_cache_mode = force_generic_plan",
+        "set local lock_timeout = '2s'",
+        *(() if whole else ("set local enable_seqscan = off",)),
+        f"prepare {name} as {statement.sql}\n",
+        f"explain (format json) execute {name}{nulls}",
+        f"deallocate {name}",  # here: a pooler may run the next transaction in another server process
+    )
     with connection.transaction(force_rollback=True):
-        connection.execute("set local plan_cache_mode = force_generic_plan")
-        connection.execute("set local lock_timeout = '2s'")
-        if not whole:
-            connection.execute("set local enable_seqscan = off")
-        connection.execute(f"prepare {name} as {statement.sql}".encode())
         try:
-            with connection.transaction():
-                plan: Any = fetch_value(connection, f"explain (format json) execute {name}{nulls}")
-        finally:  # here: a pooler may run the next transaction in another server process
-            connection.execute(f"deallocate {name}".encode())
+            plan = _only_result(connection.execute(";".join(steps).encode()))
+        except psycopg.Error:
+            with suppress(psycopg.Error):  # it was not prepared
+                connection.execute(f"rollback to savepoint chatdb_check; deallocate {name}".encode())
+            raise
     nodes = list(_nodes(plan[0]["Plan"]))
     indexes = {node["Index Name"] for node in nodes if "Index Name" in node}
     indexes |= {index for node in nodes for index in node.get("Conflict Arbiter Indexes", ())}
     scanned = {node["Relation Name"] for node in nodes if node["Node Type"] == "Seq Scan"}
     tables = scanned & EXPECTED_SCHEMA.keys()  # PostgreSQL's own are small
     return _Plan(indexes, tables)
+
+
+def _only_result(cursor: psycopg.Cursor) -> Any:  # noqa: ANN401 - the server's JSON
+    """Return the value of the only one of several statements that returns rows."""
+    while cursor.description is None:
+        cursor.nextset()
+    [(value,)] = cursor.fetchall()
+    return value
 
 
 def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
