@@ -494,6 +494,7 @@ def test_how_it_is_shown(dsn: str) -> None:
     assert run(dsn, code=0).splitlines()[-1].startswith("ok: ")
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize(
     ("path", "is_found"),
     [

@@ -98,6 +98,7 @@ LIMIT = 5.0
 """Seconds for the largest batch: 1 on two cores, but 16 if each stored message is compared with the whole batch."""
 
 
+@pytest.mark.chaos
 async def test_the_largest_batch(committed: Talk) -> None:
     """A batch of 10,000 keyed messages is stored, repeated, refused and skipped, each in time that is linear."""
     batch = [NewMessage(role="user", content=f"{n}", key=f"key-{n}", metadata={"n": n}) for n in range(10_000)]

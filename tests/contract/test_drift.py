@@ -1270,6 +1270,7 @@ def test_a_header_out_of_form_is_found(old, new):
         parse(TEXTS["get_message"].replace(old, new, 1))
 
 
+@pytest.mark.chaos
 def test_a_statement_without_its_user_is_found():
     """Every loosened user filter and every row inserted for another user is found, anywhere in a file."""
     stems = [stem for stem in TEXTS if stem != "check_schema"]

@@ -322,7 +322,7 @@ def operators_work(dsn: str, ran: set[str], monkeypatch: pytest.MonkeyPatch) -> 
         quietly(dsn, f"alter table public.{table} rename to away")
         adopt(dsn, dry_run=True)
         quietly(dsn, f"alter table public.away rename to {table}")
-    quietly(dsn, "drop table public.messages, public.conversations")
+    quietly(dsn, "drop table public.messages, public.conversations cascade")  # views of a session that just ends
     quietly(dsn, "create table public.users (id varchar primary key)")
     with suppress(chatdb.InvalidInputError):  # because the users do not exist
         link_users(dsn, table="users")

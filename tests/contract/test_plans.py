@@ -44,6 +44,7 @@ CALLS = 8
 """PostgreSQL compares the generic plan with five custom plans."""
 
 
+@pytest.mark.chaos
 @pytest.mark.owner
 async def test_every_statement_settles_on_its_generic_plan(dsn: str) -> None:
     """After five calls, no statement is planned again."""

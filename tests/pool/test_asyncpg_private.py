@@ -97,6 +97,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize(
     ("owner", "name"),
     [pytest.param(*pair, marks=[] if pair[1] in QUICK else pytest.mark.chaos) for pair in NAMES],
