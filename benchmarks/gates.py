@@ -324,7 +324,7 @@ GATES = [
         _at_most(f"{name}.wal", f"{TITLES[name]}: WAL", limit, "bytes", "counts", quick=True)
         for name, limit in WAL.items()
     ),
-    _at_most("index.splits", "index pages split by an append", 0.15, "", "counts", quick=True),
+    _at_most("index.splits", "index pages split by an append", 0.1, "", "counts", quick=True),
     _at_most("extend.blocks", "extend_message, 1 kB: different blocks", 12, "", "counts", quick=True),
     _at_most("extend.conversations", "conversations that flushes write to or lock", 0, "", "counts", quick=True),
     *(

@@ -434,7 +434,7 @@ def counts(run: Run) -> list[Block]:
     fields = ("statements", "round_trips", "buffers", "wal_bytes")
     rows = [(row["title"], *(number(row[field]) for field in fields)) for row in run["counts"]]
     text = "One chatdb call, counted rather than timed. Blocks are the 8 KiB shared buffers that the server touches. "
-    text += "WAL is without the splits of index pages, of 4 kB each: an append makes fewer than one in seven calls."
+    text += "WAL is without the splits of index pages, of 4 kB each, which have a gate of their own."
     table = Table(("Operation", "Statements", "Round trips", "Blocks", "WAL, bytes"), rows)
     return [Heading("Counts"), Paragraph(text), table] if rows else []
 

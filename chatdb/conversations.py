@@ -62,7 +62,7 @@ QueryT = TypeVar("QueryT", Query[Conversation], JoinedQuery)
 _NO_MESSAGES: Final[tuple[NewMessage, ...]] = ()
 
 _ATTEMPTS: Final = 10
-"""Attempts to create a conversation with a key that others create and delete all the time; the third fails rarely."""
+"""Attempts to create a conversation whose key others create and delete; on a busy machine, three can all fail."""
 
 
 async def create_conversation(

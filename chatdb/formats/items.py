@@ -345,6 +345,15 @@ def fingerprints(messages: Iterable[tuple[str, str]], count: int) -> tuple[str, 
     return digest.hexdigest()[:FINGERPRINT], tuple(beginnings[1:-1])
 
 
+def plain_conversation(prefix: str, said: Iterable[tuple[str, str]], count: int) -> SourceConversation | None:
+    """Return the conversation of these roles and texts, or None if reading them raises NotPlainError."""
+    try:
+        whole, beginnings = fingerprints(said, count)
+    except NotPlainError:
+        return None
+    return SourceConversation(prefix + whole, None, None, count, None, None, beginnings=beginnings)
+
+
 def flag(source: dict[str, Any], *names: str) -> bool | None:
     """Return whether one of these fields is true, or None if the source has none of them."""
     values = [source[name] for name in names if name in source]

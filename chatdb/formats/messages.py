@@ -65,13 +65,8 @@ def conversation(source: _Object) -> Iterator[items.Item]:
 
 def _plain(listed: list[Any]) -> Iterator[items.Item] | None:
     """Return a conversation that has only roles and texts, as the millions of a data set have; None for any other."""
-    try:
-        whole, beginnings = items.fingerprints(_said(listed), len(listed))
-    except items.NotPlainError:
-        return None
-    key = f"messages::{whole}"
-    conversation = items.SourceConversation(key, None, None, len(listed), None, None, beginnings=beginnings)
-    return _plain_items(conversation, listed)
+    conversation = items.plain_conversation("messages::", _said(listed), len(listed))
+    return None if conversation is None else _plain_items(conversation, listed)
 
 
 def _plain_items(conversation: items.SourceConversation, listed: list[Any]) -> Iterator[items.Item]:

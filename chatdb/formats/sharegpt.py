@@ -122,13 +122,9 @@ def _plain(source: dict[str, Any], listed: list[Any]) -> Iterator[items.Item] | 
     """Return a conversation that has only roles and texts, as the millions of a data set have; None for any other."""
     if not source.keys() <= {"id", "conversations", "items"} or not listed:
         return None
-    try:
-        whole, beginnings = items.fingerprints(_said(listed), len(listed))
-    except items.NotPlainError:
-        return None
-    key = f"sharegpt:{items.name_of(source.get('id'))}:{whole}"
-    conversation = items.SourceConversation(key, None, None, len(listed), None, None, beginnings=beginnings)
-    return _plain_items(conversation, listed)
+    prefix = f"sharegpt:{items.name_of(source.get('id'))}:"
+    conversation = items.plain_conversation(prefix, _said(listed), len(listed))
+    return None if conversation is None else _plain_items(conversation, listed)
 
 
 def _plain_items(conversation: items.SourceConversation, listed: list[Any]) -> Iterator[items.Item]:

@@ -223,6 +223,7 @@ def test_damage_to_the_catalog(dsn: str, damage: str, found: dict[str, str]) -> 
     execute(dsn, damage)
     bad = wrong(dsn)
     assert {what: state for what, (state, _) in bad.items()} == found
+    assert any(each.what.startswith("statement") for each in inspect(dsn)), "problems hide no other finding"
     said = checked(dsn)
     for what in found:
         if what.startswith("migration"):  # check_schema does not read them

@@ -367,7 +367,7 @@ def test_an_object_above_the_window_is_read_member_by_member(monkeypatch, step, 
         file = Drip(data, step)
         found = [whole(one) for one in json_objects.objects(file, ("all",) if inside else ())]
         assert found == [LARGE, {}, LARGE]
-        for cut in range(1, len(data) - 1, 97):
+        for cut in range(1, len(data) - 1, 31):
             found = [whole(one) for one in json_objects.objects(Drip(data[:cut], step), ("all",) if inside else ())]
             assert [one for one in found if not isinstance(one, Skipped)] == [LARGE, {}, LARGE][: len(found) - 1]
 
