@@ -3,7 +3,7 @@ Converts rows to records.
 
 Reading a history of 100 messages mostly means building objects, and validation would cost four times as much as filling
 the records directly. Rows of chatdb's own statements skip validation if their values have the driver's default types
-(`DefaultCodecRecord`): `tests/contract/test_drift.py` proves that each statement's columns match the record's fields in
+(`DefaultCodecRows`): `tests/contract/test_drift.py` proves that each statement's columns match the record's fields in
 name, order, type and nullability. Rows from any other handle are validated because a codec may have changed them.
 
 Decision: docs/decisions/0005-rows-are-not-validated-again.md
@@ -12,15 +12,13 @@ Decision: docs/decisions/0005-rows-are-not-validated-again.md
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import repeat, starmap
 from types import NoneType
 from typing import Any, Final, TypeVar, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from chatdb._core.asyncpg_private import DefaultCodecRecord
+from chatdb._core.asyncpg_private import DefaultCodecRows
 from chatdb.errors import ConfigurationError
 from chatdb.records import Conversation, JsonText, Message, Metadata, NewMessage
 
@@ -37,9 +35,13 @@ MESSAGE_FIELDS: Final = tuple(NewMessage.model_fields)
 _CONVERTERS: Final[dict[object, str]] = {JsonText: "JsonText", Metadata: "loads"}
 """The function that converts the driver's text to a field, by the field's type."""
 
-_new: Final[Callable[..., Any]] = object.__new__
-_fill: Final[Callable[[BaseModel, dict[str, Any]], None]] = BaseModel.__dict__["__dict__"].__set__
-
+_UNFROZEN: Final = {
+    "__slots__": (),
+    "__init__": object.__init__,
+    "__setattr__": object.__setattr__,
+    "__delattr__": object.__delattr__,  # in one slot of the type with __setattr__, so that both are C functions
+}
+"""The methods of a subclass whose instances take any value and then become records."""
 
 Arguments = Sequence[Any]
 
@@ -70,28 +72,28 @@ def decoder(
         return validate
     columns = [name for name in record.model_fields if name not in from_arguments + from_messages]
     columns += ["_"] * has_refusal
-    fields_of = filler(filler_source(record, columns, from_arguments, from_messages))
+    fill = filler(record, filler_source(record, columns, from_arguments, from_messages))
     count = len(from_arguments)
 
     def decode(rows: Rows, args: Arguments, messages: Rows) -> list[RecordT]:
-        if not rows or type(rows[0]) is not DefaultCodecRecord:
+        if type(rows) is not DefaultCodecRows:
             return validate(rows, args, messages)
-        return _filled(record, fields_of(rows, messages, *args[:count]))
+        return fill(rows, messages, *args[:count])
 
     return decode
 
 
 def conversations_of(rows: Rows) -> list[Conversation]:
     """Return the conversations of rows that have the columns of a conversation and a message."""
-    if rows and type(rows[0]) is not DefaultCodecRecord:
+    if type(rows) is not DefaultCodecRows:
         fields = [{name: row[name] for name in Conversation.model_fields} for row in rows]
         return _validated(TypeAdapter(list[Conversation]), Conversation, fields)
-    return _filled(Conversation, _joined_conversations(rows, ()))
+    return _joined_conversations(rows, ())
 
 
 def messages_of(rows: Rows, user_id: str, conversation_id: int | None = None) -> list[Message]:
     """Return the messages of such rows; `conversation_id` is given where the rows do not have it."""
-    if rows and type(rows[0]) is not DefaultCodecRecord:
+    if type(rows) is not DefaultCodecRows:
         fields = [
             {"user_id": user_id, "conversation_id": row["id"] if conversation_id is None else conversation_id}
             | {name: row[f"message_{name}"] for name in JOINED_FIELDS}
@@ -99,8 +101,8 @@ def messages_of(rows: Rows, user_id: str, conversation_id: int | None = None) ->
         ]
         return _validated(TypeAdapter(list[Message]), Message, fields)
     if conversation_id is None:
-        return _filled(Message, _joined_messages(rows, (), user_id))
-    return _filled(Message, _messages_of_one(rows, (), user_id, conversation_id))
+        return _joined_messages(rows, (), user_id)
+    return _messages_of_one(rows, (), user_id, conversation_id)
 
 
 def filler_source(
@@ -110,20 +112,22 @@ def filler_source(
     from_messages: tuple[str, ...] = (),
 ) -> str:
     """
-    Return the source of a function that maps rows, messages and arguments to the fields of records.
+    Return the source of a function that builds records from rows, messages and arguments.
 
     For fields a, b and c, with a in `from_arguments` and c optional:
 
-        def fields_of(rows, messages, a):
+        def fill(rows, messages, a):
             empty = {'a': a, 'b': None, 'c': None}
-            filled = []
+            records = []
             for b, c in rows:
-                fields = empty.copy()
-                fields['b'] = b
+                record = Unfrozen()
+                record.__dict__ = empty.copy()
+                record.b = b
                 if c is not None:
-                    fields['c'] = c
-                filled.append(fields)
-            return filled
+                    record.c = c
+                record.__class__ = Record
+                records.append(record)
+            return records
 
     Copying a dict costs less than filling one, and most optional fields of most rows are null. A column `_` is ignored.
     """
@@ -133,11 +137,12 @@ def filler_source(
         sent = ", ".join(name if name in from_messages else "_" for name in MESSAGE_FIELDS)
         source = f"({', '.join(columns)}), ({sent}) in zip(rows, messages)"
     lines = [
-        f"def fields_of({', '.join(['rows', 'messages', *from_arguments])}):",
+        f"def fill({', '.join(['rows', 'messages', *from_arguments])}):",
         f"    empty = {{{empty}}}",
-        "    filled = []",
+        "    records = []",
         f"    for {source}:",
-        "        fields = empty.copy()",
+        "        record = Unfrozen()",
+        "        record.__dict__ = empty.copy()",
     ]
     for name, field in record.model_fields.items():
         if name in from_arguments:
@@ -147,17 +152,20 @@ def filler_source(
         for kind in _CONVERTERS.keys() & kinds:
             value = f"{_CONVERTERS[kind]}({name})"
         if NoneType in kinds:
-            lines += [f"        if {name} is not None:", f"            fields[{name!r}] = {value}"]
+            lines += [f"        if {name} is not None:", f"            record.{name} = {value}"]
         else:
-            lines.append(f"        fields[{name!r}] = {value}")
-    return "\n".join([*lines, "        filled.append(fields)", "    return filled", ""])
+            lines.append(f"        record.{name} = {value}")
+    lines += ["        record.__class__ = Record", "        records.append(record)", "    return records", ""]
+    return "\n".join(lines)
 
 
-def filler(source: str) -> Callable[..., list[dict[str, Any]]]:
+def filler(record: type[RecordT], source: str) -> Callable[..., list[RecordT]]:
     """Return the function that the source defines."""
-    names: dict[str, Any] = {"JsonText": JsonText, "loads": json.loads}
+    # type's own __new__, because that of pydantic's metaclass would build a schema
+    unfrozen: Any = type.__new__(type(BaseModel), f"Unfrozen{record.__name__}", (record,), dict(_UNFROZEN))
+    names: dict[str, Any] = {"Record": record, "Unfrozen": unfrozen, "JsonText": JsonText, "loads": json.loads}
     exec(source, names)  # noqa: S102 - made above
-    function: Callable[..., list[dict[str, Any]]] = names["fields_of"]
+    function: Callable[..., list[RecordT]] = names["fill"]
     return function
 
 
@@ -165,20 +173,13 @@ JOINED_FIELDS: Final = tuple(name for name in Message.model_fields if name not i
 """The fields of a message whose columns, prefixed with `message_`, follow those of its conversation."""
 
 _own: Final = tuple(Conversation.model_fields)
-_joined_conversations: Final = filler(filler_source(Conversation, (*_own, *"_" * len(JOINED_FIELDS))))
+_joined_conversations: Final = filler(Conversation, filler_source(Conversation, (*_own, *"_" * len(JOINED_FIELDS))))
 _joined_messages: Final = filler(
-    filler_source(Message, ("conversation_id", *"_" * (len(_own) - 1), *JOINED_FIELDS), ("user_id",))
+    Message, filler_source(Message, ("conversation_id", *"_" * (len(_own) - 1), *JOINED_FIELDS), ("user_id",))
 )
 _messages_of_one: Final = filler(
-    filler_source(Message, (*"_" * len(_own), *JOINED_FIELDS), ("user_id", "conversation_id"))
+    Message, filler_source(Message, (*"_" * len(_own), *JOINED_FIELDS), ("user_id", "conversation_id"))
 )
-
-
-def _filled(record: type[RecordT], fields: list[dict[str, Any]]) -> list[RecordT]:
-    # both loops run in C; unlike map, starmap makes no tuple of arguments for each call
-    records: list[RecordT] = [*starmap(_new, repeat((record,), len(fields)))]
-    deque(starmap(_fill, zip(records, fields, strict=True)), 0)
-    return records
 
 
 def _validated(adapter: TypeAdapter[list[RecordT]], record: type[BaseModel], fields: list[Any]) -> list[RecordT]:

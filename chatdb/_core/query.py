@@ -243,7 +243,7 @@ class Query(Generic[RecordT]):
                 if self.hint is not None and rows:
                     add_hint(db, rows[0][self.hint])
                 if running is not None:
-                    running.rows = len(_without_existence_row(rows)) if rows else 0
+                    running.rows = len(rows) - (rows[-1][0] is None) if rows else 0
                 return rows
             await asyncio.sleep(delay)
 
@@ -264,7 +264,7 @@ class AppendQuery(Query[Message]):
         unkeyed = (row for row in rows if row["key"] is None)
         found = ((next(unkeyed, None) if each[-1] is None else by_key.get(each[-1]), each) for each in messages)
         pairs = [(row, each) for row, each in found if row is not None]
-        return self._decode([row for row, _ in pairs], args, [each for _, each in pairs])
+        return self._decode(type(rows)(row for row, _ in pairs), args, [each for _, each in pairs])
 
 
 class HistoryQuery(Query[Message]):
@@ -304,13 +304,13 @@ class JoinedQuery(Query[Conversation]):
     ) -> tuple[Conversation, list[Message]]:
         """Return the conversation of the first row and the messages of the others."""
         rows = _found(await self._rows(db, (user_id, *args)))
-        [conversation] = conversations_of(rows[:1])
-        return conversation, messages_of(rows[1:], user_id, conversation.id)
+        [conversation] = conversations_of(type(rows)(rows[:1]))
+        return conversation, messages_of(type(rows)(rows[1:]), user_id, conversation.id)
 
     async def fetch_pairs(self, db: Database, user_id: str, *args: object) -> list[tuple[Conversation, Message | None]]:
         """Return the conversation and the message or None of each row, without the existence row."""
         rows = _without_existence_row(_found(await self._rows(db, (user_id, *args))))
-        messages = iter(messages_of([row for row in rows if row["message_id"] is not None], user_id))
+        messages = iter(messages_of(type(rows)(row for row in rows if row["message_id"] is not None), user_id))
         pairs = zip(conversations_of(rows), rows, strict=True)
         return [(each, None if row["message_id"] is None else next(messages)) for each, row in pairs]
 
@@ -387,7 +387,9 @@ def _found(rows: list[Any]) -> list[Any]:
 
 
 def _without_existence_row(rows: list[Any]) -> list[Any]:
-    return rows if rows[-1][0] is not None else rows[:-1]
+    if rows[-1][0] is None:
+        rows.pop()
+    return rows
 
 
 def _class_names(error: ChatDBError) -> str:

@@ -375,7 +375,7 @@ def fillers():
         given = query.from_arguments + query.from_messages
         columns = [name for name in query.record.model_fields if name not in given] + ["_"] * query.has_refusal
         filler = Filler(query.record, (*columns,), query.from_arguments, query.from_messages)
-        found.setdefault(filler, []).append(inspect.getclosurevars(query._decode).nonlocals["fields_of"])
+        found.setdefault(filler, []).append(inspect.getclosurevars(query._decode).nonlocals["fill"])
     conversation = (*Conversation.model_fields,)
     nothing = "_" * (len(conversation) - 1)
     message = [name for name in Message.model_fields if name not in JOINED_GIVEN]
@@ -390,18 +390,19 @@ def fillers():
 FILLERS = pytest.mark.parametrize("filler", fillers(), ids=lambda filler: f"{filler.record.__name__}{filler[2:]}")
 
 
-def check_filled(filler, fields_of_rows):
-    """Raise unless filling a record from a row, arguments and a message gives the same fields as validation."""
+def check_filled(filler, fill):
+    """Raise unless filling a record from a row, arguments and a message gives the same record as validation."""
     record, columns, from_arguments, from_messages = filler
     [full] = stored(record)
     optional = {name for name, _, may_be_null in fields_of(record) if may_be_null}
     for row in [full, *(full | {name: None} for name in optional), full | dict.fromkeys(optional)]:
         values = tuple("no field" if name == "_" else row[name] for name in columns)
         message = tuple(row[name] if name in from_messages else "no field" for name in decode.MESSAGE_FIELDS)
-        [filled] = fields_of_rows([values], [message], *(row[name] for name in from_arguments))
-        validated = vars(record(**row))
-        assert [*filled.items()] == [*validated.items()]
-        assert [type(value) for value in filled.values()] == [type(value) for value in validated.values()]
+        [filled] = fill([values], [message], *(row[name] for name in from_arguments))
+        validated = record(**row)
+        assert type(filled) is record
+        assert [*vars(filled).items()] == [*vars(validated).items()]
+        assert [type(value) for value in vars(filled).values()] == [type(value) for value in vars(validated).values()]
 
 
 def test_the_filled_records():
@@ -412,7 +413,7 @@ def test_the_filled_records():
 @FILLERS
 def test_rows_are_filled_in_the_order_of_the_fields(filler):
     """Filling a record without validation gives the same fields as validation, for each combination of columns."""
-    made = decode.filler(filler.source)
+    made = decode.filler(filler.record, filler.source)
     assert {function.__code__ for function in fillers()[filler]} == {made.__code__}
     check_filled(filler, made)
 
@@ -1357,10 +1358,12 @@ def test_a_changed_refusal_is_found(source):
 def test_a_changed_filling_is_found(filler):
     """Swapped columns, fields or values and an undecoded value are found."""
     record, columns, from_arguments, _from_messages = filler
-    mutants = list(map(decode.filler, misfilled(filler.source)))
+    mutants = [decode.filler(record, source) for source in misfilled(filler.source)]
     assert len(mutants) >= 2 * (len(record.model_fields) - 1)
     names = [*from_arguments, *columns]
-    mutants.append(lambda rows, _, *args: [dict(zip(names, [*args, *row], strict=True)) for row in rows])
+    mutants.append(
+        lambda rows, _, *args: [record.model_construct(**dict(zip(names, [*args, *row], strict=True))) for row in rows]
+    )
     for mutant in mutants:
         with pytest.raises((AssertionError, TypeError, ValueError, KeyError)):  # a mutant may also crash
             check_filled(filler, mutant)

@@ -43,8 +43,14 @@ def misfilled(source):
         lists = [node.elts for node in nodes if isinstance(node, ast.Tuple)]
         lists += [each for node in nodes if isinstance(node, ast.Dict) for each in (node.keys, node.values)]
         rows = [[(items, index) for index in range(len(items))] for items in lists]
-        filled = [node for node in nodes if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript)]
-        rows.append([(node.targets[0], "slice") for node in filled])
+        filled = [
+            node
+            for node in nodes
+            if isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Attribute)
+            and not node.targets[0].attr.startswith("__")
+        ]
+        rows.append([(node.targets[0], "attr") for node in filled])
         rows.append([(node, "value") for node in filled])
         rows.append([(node, "test") for node in nodes if isinstance(node, ast.If)])
         return [row for row in rows if len(row) > 2]
