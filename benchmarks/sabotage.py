@@ -111,6 +111,9 @@ SEARCHED = ("test_search.py", "--quick", "--benchmark-disable")
 LOCAL = ("test_locality.py", "--quick", "--benchmark-disable")
 """The run that counts the blocks and bytes of messages."""
 
+IMPORTED = ("test_formats.py", "-k", "test_format and sharegpt")
+"""The run that imports a file of plain conversations."""
+
 ALL = {
     "nothing": Sabotage("changes nothing", ()),
     "drop_index": Sabotage(
@@ -247,6 +250,14 @@ ALL = {
         ("message.bytes",),
         sql="create index on chatdb.messages (user_id, created_at)",
         run=LOCAL,
+    ),
+    "nothing_imported": Sabotage("changes nothing and imports a file", (), run=IMPORTED),
+    "texts_compared": Sabotage(
+        "compares each text of a plain conversation character by character",
+        ("format_sharegpt.of_least",),
+        target="chatdb.formats.items.readable",
+        replacement=lambda text: text if all(c != "\0" and not "\ud800" <= c <= "\udfff" for c in text) else "",
+        run=IMPORTED,
     ),
     "nothing_hinted": Sabotage("changes nothing and appends with hints", (), run=TIMED_HINTS),
     "notify_in_append": Sabotage(

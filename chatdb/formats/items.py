@@ -337,7 +337,10 @@ def fingerprints(messages: Iterable[tuple[str, str]], count: int) -> tuple[str, 
     beginnings: list[str] = []
     has_beginnings = 2 < count <= _MAX_BEGINNINGS
     for word, text in messages:
-        encoded = text.encode("utf-8", "surrogatepass")
+        try:
+            encoded = text.encode()
+        except UnicodeEncodeError:
+            encoded = text.encode("utf-8", "surrogatepass")
         digest.update(f"{word} {len(encoded)} ".encode())
         digest.update(encoded)
         if has_beginnings:

@@ -68,12 +68,12 @@ def objects(file: BinaryIO, inside: tuple[str | None, ...] = ()) -> Iterator[Any
 
     Raises InvalidInputError, with the position, if the file is not UTF-8 or JSON, or contains anything but objects.
     """
-    return _Reader(_decoded(file)).objects(inside)
+    return _Reader(file).objects(inside)
 
 
 def wholes(file: BinaryIO) -> Iterator[Any]:
     """Yield each outer value of a file, such as a list of messages, like `objects`."""
-    return _Reader(_decoded(file)).wholes()
+    return _Reader(file).wholes()
 
 
 def sketch(file: BinaryIO) -> Any:  # noqa: ANN401 - any JSON value
@@ -87,7 +87,7 @@ def sketch(file: BinaryIO) -> Any:  # noqa: ANN401 - any JSON value
         data += more
     file.seek(start)
     text = codecs.getincrementaldecoder("utf-8-sig")(errors="ignore").decode(data)
-    reader = _Reader(iter([text]), is_sketch=True)
+    reader = _Reader(file, sketched=text)
     try:
         return reader.value() if reader.mark() in {"{", "["} else None
     except (InvalidInputError, _CutError):
@@ -117,13 +117,17 @@ class _TooDeepError(Exception):
 
 
 class _Reader:
-    def __init__(self, chunks: Iterator[str], *, is_sketch: bool = False) -> None:
-        self._chunks = chunks
-        self._is_sketch = is_sketch
+    def __init__(self, file: BinaryIO, *, sketched: str | None = None) -> None:
+        self._file = file
+        self._file_start = file.tell()
+        self._is_sketch = sketched is not None
+        self._chunks = _decoded(file) if sketched is None else iter([sketched])
         self._text = ""
         self._offset = 0
         self._start = 0
-        self._dropped = self._dropped_lines = 0
+        self._dropped = 0
+        self._dropped_lines: int | None = None
+        """Unknown before the first error, because counting takes 5 % of the time."""
         self._size = 0
         """Bytes of the current object before the window."""
         self._is_over = False
@@ -290,9 +294,10 @@ class _Reader:
             if decoded is not None:
                 value, end = decoded
                 # a number can go on behind the window
+                size = end - start
                 if self._text[start] in '{["' or not _NUMBER_GOES_ON.fullmatch(self._text, end) or not self._more():
-                    self._check_size(end - self._offset)
-                    start = self._offset
+                    self._check_size(size)
+                    start, end = self._offset, self._offset + size
                     self._offset = end
                     is_kept = is_message and not self._is_sketch and not self._has_long_number
                     if is_kept and self._text[start] in "{[":
@@ -301,9 +306,9 @@ class _Reader:
             elif left < _WINDOW or (self._text[start] == '"' and not self._is_over):
                 self._check_size(left)
                 if not self._more(left):
-                    if self._is_sketch and self._text[start] in "{[":
+                    if self._is_sketch and self._text[self._offset] in "{[":
                         return self._members(depth, is_list=is_list)
-                    if self._is_sketch and self._text[start] == '"':
+                    if self._is_sketch and self._text[self._offset] == '"':
                         self._offset = len(self._text)
                         return ""
                     raise _CutError
@@ -405,21 +410,18 @@ class _Reader:
         if self._size or self._start < self._offset:
             self._size += len(self._text[self._start : self._offset].encode(errors="surrogatepass"))
         self._dropped += self._offset
-        self._dropped_lines += self._text.count("\n", 0, self._offset)
+        if self._dropped_lines is not None:
+            self._dropped_lines += self._text.count("\n", 0, self._offset)
         self._text, self._offset, self._start = self._text[self._offset :], 0, 0
 
     def _more(self, least: int = 0) -> bool:
         """Append at least as many characters as asked for, or to the end; return whether there were any."""
-        chunks = [chunk] if (chunk := next(self._chunks, "")) else []
-        if not chunks:
-            return False
-        length = len(chunks[0])
-        while length < min(least, _WINDOW) and (chunk := next(self._chunks, "")):
-            chunks.append(chunk)
-            length += len(chunk)
-        self._drop()
-        self._text = "".join((self._text, *chunks))
-        return True
+        self._drop()  # before reading, so that its memory is used again
+        size = len(self._text)
+        enough = size + max(1, min(least, _WINDOW))
+        while len(self._text) < enough and (chunk := next(self._chunks, "")):
+            self._text += chunk
+        return len(self._text) > size
 
     def _take(self, mark: str) -> None:
         if self.mark() != mark:
@@ -461,7 +463,22 @@ class _Reader:
         return InvalidInputError("file", f"{problem}{where} at character {self._dropped + position:,}")
 
     def _line_number(self, position: int) -> int:
+        if self._dropped_lines is None:
+            self._dropped_lines = _lines_in(self._file, self._file_start, self._dropped)
         return 1 + self._dropped_lines + self._text.count("\n", 0, position)
+
+
+def _lines_in(file: BinaryIO, start: int, characters: int) -> int:
+    """Return the number of line breaks in this many characters from `start`, and keep the position."""
+    position, lines = file.tell(), 0
+    file.seek(start)
+    chunks = _decoded(file)
+    while characters > 0:
+        text = next(chunks)
+        lines += text.count("\n", 0, characters)
+        characters -= len(text)
+    file.seek(position)
+    return lines
 
 
 def _decoded(file: BinaryIO) -> Iterator[str]:

@@ -48,6 +48,6 @@ def fields_of(record, without=()):
     for name, hint in hints.items():
         optional = NoneType in typing.get_args(hint)
         (kind,) = {*(typing.get_args(hint) if optional else [hint])} - {NoneType}
-        is_text = typing.get_origin(kind) in (Literal, dict) or issubclass(kind, str)
+        is_text = typing.get_origin(kind) in (Literal, dict) or (isinstance(kind, type) and issubclass(kind, str))
         fields.append((name, str if is_text else kind, optional))
     return fields

@@ -289,6 +289,23 @@ def test_the_line_of_a_fault():
     assert str(refusal(f"[\n{GOOD},\n{{'a'}}]".encode())[1]).endswith(f" in line 3 at character {len(GOOD) + 5}")
 
 
+@pytest.mark.parametrize("start", [0, 3])
+def test_the_lines_of_faults_behind_what_was_freed(start):
+    """The first fault is behind several megabytes, which the reader no longer has; the file may begin at any byte."""
+    lines = [json.dumps(said("ü" * 100_000), ensure_ascii=False)] * 30
+    lines[12] = lines[13] = lines[28] = "{bad}"
+    data = b"xyz"[:start] + "\n\n".join(lines).encode()
+    drip = Drip(data, 2**20)
+    drip.seek(start)
+    items = list(files.read(drip, "sharegpt"))
+    places = [item.place for item in items if isinstance(item, Skipped)]
+    assert places == ["conversation 13 line 25", "conversation 14 line 27", "conversation 29 line 57"]
+    assert len(messages(items)) == 27
+    text = "[\n" + ",\n".join([*lines[:12], "{bad}"]) + "\n]"
+    place = text.index("bad")
+    assert str(refusal(text.encode())[1]).endswith(f"is invalid JSON in line 14 at character {place:,}")
+
+
 def test_objects_in_objects(monkeypatch):
     """Conversations are found in an array in two objects, in objects by name, and in several such lines."""
     for value in (
