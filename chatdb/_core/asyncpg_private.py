@@ -648,7 +648,8 @@ class PoolBase(AsyncpgPool):
         may_take_long = not FAST or (inner is not None and inner._protocol._is_cancelling())
         try:
             await (_release_with_timeout(releasing) if may_take_long else releasing)
-        except (OSError, asyncpg.PostgresError) as error:  # TimeoutError is an OSError
+        # TimeoutError is an OSError; on uvloop, asyncpg can notice the end of a session in the middle of the reset
+        except (OSError, asyncpg.PostgresError, asyncpg.InternalClientError) as error:
             _log.warning("a connection was terminated because it could not be reset: %s", type(error).__name__)
 
     async def _run(

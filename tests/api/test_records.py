@@ -6,6 +6,7 @@ import copy
 import itertools
 import pickle
 import re
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from enum import StrEnum
@@ -419,6 +420,18 @@ CODECS = {
 }
 
 
+@asynccontextmanager
+async def with_codecs(connection, codecs):
+    """Set codecs on a connection until the end of the block."""
+    for name, (encoder, decoder) in codecs.items():
+        await connection.set_type_codec(name, schema="pg_catalog", encoder=encoder, decoder=decoder)
+    try:
+        yield
+    finally:
+        for name in codecs:
+            await connection.reset_type_codec(name, schema="pg_catalog")
+
+
 @pytest.mark.parametrize("codecs", CODECS)
 async def test_codecs_of_the_caller(tx, codecs):
     """Codecs that return other types do not change the records."""
@@ -448,18 +461,19 @@ async def test_codecs_of_the_caller(tx, codecs):
     for fields in ({}, {"payload": JsonText("[ 1 ]"), "metadata": {"b": 2}, "token_count": 3, "key": "k"}, {}):
         await chatdb.append_message(tx, **at, role="user", content="full" if fields else "", **fields)
     before = await read()
-    for name, (encoder, decoder) in CODECS[codecs].items():
-        await tx.set_type_codec(name, schema="pg_catalog", encoder=encoder, decoder=decoder)
-    after = await read()
+    async with with_codecs(tx, CODECS[codecs]):
+        after = await read()
+        said = {"role": "user", "content": "new"}
+        appended = await chatdb.append_messages(tx, **at, messages=[said, said | {"token_count": 3}])
+        deleted = await chatdb.delete_conversation(tx, **at)
 
     assert after == before
     for one, other in zip(after, before, strict=True):
         assert [*map(type, vars(one).values())] == [*map(type, vars(other).values())]
-    said = {"role": "user", "content": "new"}
-    for message in await chatdb.append_messages(tx, **at, messages=[said, said | {"token_count": 3}]):
+    for message in appended:
         assert type(message).model_validate(message.model_dump(), strict=True) == message
     assert all(map(is_filled, after))
-    assert await chatdb.delete_conversation(tx, **at) == Deleted(conversations=1, messages=5)
+    assert deleted == Deleted(conversations=1, messages=5)
 
 
 async def test_stored_records_travel(tx):
