@@ -366,7 +366,17 @@ async def idle_connections(shared_dsn: str) -> AsyncIterator[dict[str, asyncpg.C
     connections: dict[str, asyncpg.Connection] = {}
     yield connections
     for connection in connections.values():
-        await connection.close()
+        connection.terminate()
+
+
+async def _is_alive(connection: asyncpg.Connection) -> bool:
+    """Return whether no test between has ended a connection's session."""
+    try:
+        await connection.execute("select 1", timeout=5)
+    except (OSError, asyncpg.InterfaceError, asyncpg.PostgresError):
+        connection.terminate()
+        return False
+    return True
 
 
 @pytest.fixture
@@ -392,7 +402,7 @@ async def tx(
         return
     dsn = str(arguments.pop("dsn"))
     connection = idle_connections.pop(dsn, None)
-    if connection is None:
+    if connection is None or not await _is_alive(connection):
         connection = await asyncpg.connect(**chatdb._core.dsn.connect_arguments(dsn), **arguments)
     block = connection.transaction()
     await block.start()
