@@ -367,7 +367,7 @@ def whole(value):
 LARGE = {
     "id": "x",
     "more": [1.5, {"a": [None, True]}, "b\\"],
-    "conversations": [{"from": "human", "value": "äb" * size} for size in (1, 300, 20)],
+    "conversations": [{"from": "human", "value": "äb" * size} for size in (1, 60, 20)],
     "title": "A title",
 }
 
