@@ -39,7 +39,7 @@ _UNFROZEN: Final = {
     "__slots__": (),
     "__init__": object.__init__,
     "__setattr__": object.__setattr__,
-    "__delattr__": object.__delattr__,  # in one slot of the type with __setattr__, so that both are C functions
+    "__delattr__": object.__delattr__,  # otherwise setting an attribute is slow: both share a slot of the type
 }
 """The methods of a subclass whose instances take any value and then become records."""
 

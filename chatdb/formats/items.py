@@ -337,10 +337,7 @@ def fingerprints(messages: Iterable[tuple[str, str]], count: int) -> tuple[str, 
     beginnings: list[str] = []
     has_beginnings = 2 < count <= _MAX_BEGINNINGS
     for word, text in messages:
-        try:
-            encoded = text.encode()
-        except UnicodeEncodeError:
-            encoded = text.encode("utf-8", "surrogatepass")
+        encoded = text.encode("utf-8", "surrogatepass")
         digest.update(f"{word} {len(encoded)} ".encode())
         digest.update(encoded)
         if has_beginnings:

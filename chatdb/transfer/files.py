@@ -31,7 +31,6 @@ from chatdb.formats.items import (
     Changed,
     Item,
     Skipped,
-    SourceMessage,
     UnsupportedItemError,
     as_list,
     as_object,
@@ -220,7 +219,7 @@ def _converted(values: Iterable[Any], convert: Callable[[dict[str, Any]], Iterab
             if fields is None:
                 fields = {"messages": value}
             for item in convert(fields):
-                if type(item) is not SourceMessage and isinstance(item, _REPORTED):
+                if isinstance(item, _REPORTED):
                     title = json_objects.title_of(fields)
                     yield item._replace(place=", ".join(filter(None, (_at(number, title), item.place))))
                 else:

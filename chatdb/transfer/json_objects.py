@@ -127,7 +127,7 @@ class _Reader:
         self._start = 0
         self._dropped = 0
         self._dropped_lines: int | None = None
-        """Unknown before the first error, because counting takes 5 % of the time."""
+        """None before the first error, because counting takes 5 % of the time."""
         self._size = 0
         """Bytes of the current object before the window."""
         self._is_over = False
@@ -293,8 +293,8 @@ class _Reader:
             left = len(self._text) - start
             if decoded is not None:
                 value, end = decoded
-                # a number can go on behind the window
                 size = end - start
+                # a number can go on behind the window; looking for more moves the value to the start of the text
                 if self._text[start] in '{["' or not _NUMBER_GOES_ON.fullmatch(self._text, end) or not self._more():
                     self._check_size(size)
                     start, end = self._offset, self._offset + size
@@ -472,11 +472,11 @@ def _lines_in(file: BinaryIO, start: int, characters: int) -> int:
     """Return the number of line breaks in this many characters from `start`, and keep the position."""
     position, lines = file.tell(), 0
     file.seek(start)
-    chunks = _decoded(file)
-    while characters > 0:
-        text = next(chunks)
+    for text in _decoded(file):
         lines += text.count("\n", 0, characters)
         characters -= len(text)
+        if characters <= 0:
+            break
     file.seek(position)
     return lines
 

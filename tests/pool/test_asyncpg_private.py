@@ -29,12 +29,6 @@ COMPILED = {"Protocol", "_cancel_current_command"}
 
 NAMES = [(owner.__name__, name) for owner, names in NEEDED.items() for name in names]
 
-QUICK = (
-    *("_get_statement", "_pool_release_ctr", "_transport", "_cancel_current_command", "_connect_kwargs", "_loop"),
-    *("_con", "_state", "queries_count"),
-)
-"""Names with an effect of their own, and one of each class. A long run tests the others too."""
-
 
 def renamed(source: str, names: set[str]) -> str:
     """Return asyncpg's source with these names renamed, except `_queue` in the queue class, which is asyncio's."""
@@ -100,7 +94,7 @@ EXPECTED = {
 @pytest.mark.chaos
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [pytest.param(*pair, marks=[] if pair[1] in QUICK else pytest.mark.chaos) for pair in NAMES],
+    NAMES,
 )
 def test_each_name_can_be_missing(dsn: str, tmp_path: Path, owner: str, name: str) -> None:
     """Without any single private name, every use has its expected result, and one warning names what is missing."""
