@@ -138,8 +138,9 @@ async def test_rows_with_the_drivers_own_types(dsn: str, is_fast: bool, monkeypa
         conversation = await conversation_with_a_message(db)
         args = ("alice", conversation.id, 99, 99)
         for handle in (db, ours, plain, theirs, theirs._con):
-            rows = await _get_history._rows(handle, args)
-            assert (len(rows), type(rows) is DefaultCodecRows) == (3, is_fast or handle in (db, ours))
+            for _ in ("not prepared", "prepared"):
+                rows = await _get_history._rows(handle, args)
+                assert (len(rows), type(rows) is DefaultCodecRows) == (3, is_fast or handle in (db, ours))
         async with chatdb.transaction(db) as inside:
             async for row in inside.cursor(_get_history.sql, *args):
                 assert type(row) is asyncpg.Record
