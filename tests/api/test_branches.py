@@ -486,6 +486,7 @@ async def test_fork_of_nothing(talk: Talk) -> None:
 
 
 @pytest.mark.not_on_citus("in a transaction, a fork sends each message to its node, which takes longer")
+@pytest.mark.owner
 async def test_a_line_of_many_runs(talk: Talk) -> None:
     """Two tabs that write in turn: to fork their line takes time for each run, not for each pair of them."""
     place = (talk.conversation.user_id, talk.conversation.id)
