@@ -12,6 +12,7 @@ Decision: docs/decisions/0005-rows-are-not-validated-again.md
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, Final, TypeVar, get_args
@@ -110,6 +111,8 @@ def filler_source(
     columns: Sequence[str],
     from_arguments: tuple[str, ...] = (),
     from_messages: tuple[str, ...] = (),
+    *,
+    copies_dict: bool = sys.version_info >= (3, 13),
 ) -> str:
     """
     Return the source of a function that builds records from rows, messages and arguments.
@@ -117,42 +120,52 @@ def filler_source(
     For fields a, b and c, with a in `from_arguments` and c optional:
 
         def fill(rows, messages, a):
-            empty = {'a': a, 'b': None, 'c': None}
             records = []
             for b, c in rows:
                 record = Unfrozen()
-                record.__dict__ = empty.copy()
+                record.a = a
                 record.b = b
-                if c is not None:
-                    record.c = c
+                record.c = None if c is None else JsonText(c)
                 record.__class__ = Record
                 records.append(record)
             return records
 
-    Copying a dict costs less than filling one, and most optional fields of most rows are null. A column `_` is ignored.
+    Up to Python 3.12, an instance stores its attributes without a dict. From 3.13 on, the instances of pydantic's
+    models have a dict. Copying one costs less than filling it, and most optional fields of most rows are null, so the
+    source with `copies_dict` has these lines instead:
+
+            empty = {'a': a, 'b': None, 'c': None}
+            ...
+                record = Unfrozen()
+                record.__dict__ = empty.copy()
+                record.b = b
+                if c is not None:
+                    record.c = JsonText(c)
+
+    A column `_` is ignored.
     """
-    empty = ", ".join(f"{name!r}: {name if name in from_arguments else None}" for name in record.model_fields)
     source = f"{', '.join(columns)} in rows"
     if from_messages:
         sent = ", ".join(name if name in from_messages else "_" for name in MESSAGE_FIELDS)
         source = f"({', '.join(columns)}), ({sent}) in zip(rows, messages)"
+    empty = ", ".join(f"{name!r}: {name if name in from_arguments else None}" for name in record.model_fields)
     lines = [
         f"def fill({', '.join(['rows', 'messages', *from_arguments])}):",
-        f"    empty = {{{empty}}}",
+        *[f"    empty = {{{empty}}}"] * copies_dict,
         "    records = []",
         f"    for {source}:",
         "        record = Unfrozen()",
-        "        record.__dict__ = empty.copy()",
+        *["        record.__dict__ = empty.copy()"] * copies_dict,
     ]
     for name, field in record.model_fields.items():
-        if name in from_arguments:
-            continue
         kinds = {field.annotation, *get_args(field.annotation)}
-        value = name
-        for kind in _CONVERTERS.keys() & kinds:
-            value = f"{_CONVERTERS[kind]}({name})"
-        if NoneType in kinds:
+        value = next((f"{_CONVERTERS[kind]}({name})" for kind in _CONVERTERS if kind in kinds), name)
+        if copies_dict and name in from_arguments:
+            continue
+        if copies_dict and NoneType in kinds:
             lines += [f"        if {name} is not None:", f"            record.{name} = {value}"]
+        elif value != name and NoneType in kinds:
+            lines.append(f"        record.{name} = None if {name} is None else {value}")
         else:
             lines.append(f"        record.{name} = {value}")
     lines += ["        record.__class__ = Record", "        records.append(record)", "    return records", ""]

@@ -52,8 +52,8 @@ def misfilled(source):
         ]
         rows.append([(node.targets[0], "attr") for node in filled])
         rows.append([(node, "value") for node in filled])
-        rows.append([(node, "test") for node in nodes if isinstance(node, ast.If)])
-        return [row for row in rows if len(row) > 2]
+        conditions = [(node, "test") for node in nodes if isinstance(node, ast.If | ast.IfExp)]
+        return [*(row for row in rows if len(row) > 2), conditions]
 
     def swap(one, other):
         (first, here), (second, there) = one, other
