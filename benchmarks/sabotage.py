@@ -156,7 +156,7 @@ ALL = {
     ),
     "parent_of_each": Sabotage(
         "stores the parent of each appended message",
-        ("append.wal",),
+        ("append_again.wal", "versions.buffers"),
         sql="create function public.parent_of_each() returns trigger language plpgsql as "
         "'begin new.parent_seq := new.seq - 1; return new; end'; "
         "create trigger parent_of_each before insert on chatdb.messages "
