@@ -231,6 +231,16 @@ def test_a_program_that_imports_chatdb_keeps_its_signals(tmp_path: Path, package
     assert done.stdout == "True\n", done.stderr
 
 
+def test_a_script_with_the_arguments_of_chatdb_keeps_its_signals(tmp_path: Path) -> None:
+    """A script that imports chatdb and has arguments like those of `python -m chatdb` keeps its signal handlers."""
+    script = tmp_path / "host.py"
+    script.write_text("import signal, chatdb\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n")
+    done = subprocess.run(
+        [sys.executable, script, "-m", "chatdb"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_an_export_of_nobody(dsn: str, tmp_path: Path) -> None:
     """An empty export creates a file, but never replaces one with content."""
     asyncio.run(filled(dsn, "alice"))
