@@ -275,11 +275,15 @@ async def test_closing_waits_for_a_fetch(quiet_dsn):
 
 
 async def test_a_pool_that_is_not_there_yet_or_any_more(quiet_dsn):
-    """A pool that is not open yet or is terminated raises PoolClosedError."""
+    """A pool that is not open yet, still opens or is terminated raises PoolClosedError."""
     pool = chatdb.create_pool(quiet_dsn)
     with pytest.raises(chatdb.PoolClosedError, match="not open"):
         await pool.fetch("select 1")
-    await pool
+    opening = asyncio.ensure_future(pool._open())
+    await asyncio.sleep(0)
+    with pytest.raises(chatdb.PoolClosedError, match="not open"):
+        await pool.fetch("select 1")
+    await opening
     assert await pool.fetch("select 1")
     pool.terminate()
     with pytest.raises(chatdb.PoolClosedError):

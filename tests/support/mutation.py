@@ -36,13 +36,45 @@ DRIFT = ("tests/contract/test_drift.py",)
 INPUT = ("tests/api/test_arguments.py", "tests/api/test_input.py")
 ERRORS = ("tests/api/test_errors.py", "tests/api/test_causes.py")
 POOL = ("tests/pool/test_pool.py", "tests/pool/test_idle_connections.py", "tests/pool/test_handles.py")
+WRITES = (
+    "tests/api/test_batches.py",
+    "tests/api/test_compare_and_set.py",
+    "tests/api/test_replace_and_pop.py",
+    "tests/api/test_upserts.py",
+)
 TESTS = {
-    "chatdb/messages.py": (*API, *INPUT, *DRIFT, *ERRORS),
-    "chatdb/conversations.py": (*API, *INPUT, *DRIFT, *ERRORS),
-    "chatdb/records.py": ("tests/api/test_records.py", *API, *DRIFT),
+    "chatdb/__init__.py": (*API, "tests/cli/test_commands.py"),
+    "chatdb/__main__.py": ("tests/cli/test_commands.py",),
+    "chatdb/branches.py": ("tests/api/test_branches.py", "tests/api/test_context.py", *API, *INPUT, *DRIFT),
+    "chatdb/conversations.py": (*API, *INPUT, *DRIFT, *ERRORS, "tests/api/test_lists.py", *WRITES),
     "chatdb/errors.py": (*ERRORS, *API, *DRIFT, "tests/security/test_secrets.py", "tests/pool/test_pooler.py"),
+    "chatdb/messages.py": (*API, *INPUT, *DRIFT, *ERRORS, *WRITES),
+    "chatdb/pool.py": (
+        *POOL,
+        *API,
+        "tests/pool/test_calls.py",
+        "tests/pool/test_retry.py",
+        "tests/pool/test_replicas.py",
+    ),
+    "chatdb/records.py": ("tests/api/test_records.py", *API, *DRIFT, "tests/api/test_tokens.py"),
+    "chatdb/replicas.py": ("tests/pool/test_replicas.py", *API),
     "chatdb/schema.py": (*API, *ERRORS, *DRIFT, "tests/admin/test_check.py"),
-    "chatdb/_core/validate.py": (*INPUT, *API, *DRIFT),
+    "chatdb/search.py": ("tests/api/test_search.py", *API, *INPUT, *DRIFT),
+    "chatdb/streaming.py": ("tests/api/test_streaming.py", "tests/api/test_stream_message.py", *API, *INPUT, *DRIFT),
+    "chatdb/users.py": ("tests/api/test_users.py", *API, *INPUT, *DRIFT),
+    "chatdb/watching.py": ("tests/api/test_watching.py", *API),
+    "chatdb/_core/asyncpg_private.py": (*POOL, "tests/pool/test_asyncpg_private.py", *API, *ERRORS),
+    "chatdb/_core/calls.py": ("tests/pool/test_calls.py", "tests/pool/test_telemetry.py", *API),
+    "chatdb/_core/decode.py": (*API, "tests/api/test_records.py", *DRIFT, "tests/pool/test_handles.py"),
+    "chatdb/_core/driver_errors.py": (
+        *ERRORS,
+        "tests/contract/test_sqlstates.py",
+        "tests/contract/test_distributed.py",
+        *POOL,
+    ),
+    "chatdb/_core/dsn.py": ("tests/pool/test_dsn.py", "tests/pool/test_one_dsn.py", "tests/pool/test_tls.py"),
+    "chatdb/_core/hints.py": ("tests/api/test_watching.py", *API),
+    "chatdb/_core/options.py": ("tests/pool/test_dsn.py", "tests/api/test_input.py", *POOL),
     "chatdb/_core/query.py": (
         *API,
         *INPUT,
@@ -50,16 +82,14 @@ TESTS = {
         *ERRORS,
         "tests/security/test_secrets.py",
         "tests/pool/test_pool.py",
+        "tests/pool/test_calls.py",
+        "tests/pool/test_retry.py",
     ),
-    "chatdb/_core/decode.py": (*API, "tests/api/test_records.py", *DRIFT, "tests/pool/test_handles.py"),
-    "chatdb/_core/dsn.py": ("tests/pool/test_dsn.py", "tests/pool/test_one_dsn.py", "tests/pool/test_tls.py"),
-    "chatdb/__init__.py": (*API, "tests/cli/test_commands.py"),
-    "chatdb/__main__.py": ("tests/cli/test_commands.py",),
-    "chatdb/_core/options.py": ("tests/pool/test_dsn.py", "tests/api/test_input.py", *POOL),
+    "chatdb/_core/retry.py": ("tests/pool/test_retry.py", *POOL),
+    "chatdb/_core/sqlstate.py": ("tests/contract/test_sqlstates.py", *ERRORS, *API),
+    "chatdb/_core/validate.py": (*INPUT, *API, *DRIFT, "tests/api/test_attacks.py"),
 }
-"""The tests of each module in the order of their run. Modules not listed here have `OTHERS`."""
-OTHERS = (*API, *POOL, *ERRORS, *DRIFT)
-"""The tests of all other modules."""
+"""The tests of each module in the order of their run."""
 
 SWAPPED: dict[type[ast.AST], str] = {
     ast.Lt: "<=",
@@ -257,7 +287,7 @@ class Checkout:
         source = path.read_bytes()
         path.write_bytes(mutation.of(source))
         try:
-            return self.failure(TESTS.get(mutation.path, OTHERS), limit)
+            return self.failure(TESTS[mutation.path], limit)
         finally:
             path.write_bytes(source)
 
