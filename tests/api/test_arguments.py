@@ -377,6 +377,7 @@ async def test_what_is_taken_works(dsn: str, option: str, value: Any) -> None:
         ({"min_size": 20}, r"^min_size must be at most max_size \(10\), not 20$"),
         ({"min_size": 2, "init_size": 1}, r"^init_size must be between min_size and max_size, 2 to 10$"),
         ({"acquire_timeout": None}, r"^acquire_timeout must be a positive number of seconds, .*, not NoneType$"),
+        ({"acquire_timeout": 0}, r"^acquire_timeout must be a positive number of seconds, .*, not 0$"),
         ({"command_timeout": "30"}, r"^command_timeout .*, not str$"),
         ({"command_timeout": Decimal(30)}, r"^command_timeout .*, not Decimal$"),
         ({"retries": "2"}, r"^retries must be an int"),

@@ -47,6 +47,7 @@ from chatdb.transfer import exporter, importer
 from tests.support.catalog import DATA, SEARCH_INDEX, Live
 from tests.support.mutants import less, misfilled, swaps, without_user
 from tests.support.package import bindings, fields_of, given_of, query_of, record_of
+from tests.support.paths import ROOT
 from tests.support.plans import check_addressing, check_plan
 from tests.support.recorder import (
     CALLS,
@@ -141,6 +142,15 @@ def check_bindings(texts, bound):
 def test_files_and_queries_are_pairs():
     """One Query per file sends the statement without its header, next to a function of its name."""
     check_bindings(TEXTS, bindings())
+
+
+@every_file
+def test_a_read_may_be_repeated(stem):
+    """Each statement of a function that writes nothing is sent again after a lost connection."""
+    query = query_of(stem)
+    is_transfer = (ROOT / "sql" / "transfer" / f"{stem}.sql").exists()  # on one connection, where nothing is repeated
+    writes = re.search(r"^\W*(?:insert|update|delete|merge)\b", query.sql, re.MULTILINE)
+    assert query.idempotent or writes or is_transfer
 
 
 def check_verbs(file, module):

@@ -74,7 +74,7 @@ TESTS = {
     ),
     "chatdb/_core/dsn.py": ("tests/pool/test_dsn.py", "tests/pool/test_one_dsn.py", "tests/pool/test_tls.py"),
     "chatdb/_core/hints.py": ("tests/api/test_watching.py", *API),
-    "chatdb/_core/options.py": ("tests/pool/test_dsn.py", "tests/api/test_input.py", *POOL),
+    "chatdb/_core/options.py": ("tests/pool/test_dsn.py", *INPUT, *POOL),
     "chatdb/_core/query.py": (
         *API,
         *INPUT,
