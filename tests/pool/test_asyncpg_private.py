@@ -92,10 +92,7 @@ EXPECTED = {
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize(
-    ("owner", "name"),
-    NAMES,
-)
+@pytest.mark.parametrize(("owner", "name"), NAMES)
 def test_each_name_can_be_missing(dsn: str, tmp_path: Path, owner: str, name: str) -> None:
     """Without any single private name, every use has its expected result, and one warning names what is missing."""
     if {owner, name} & COMPILED:
